@@ -1,0 +1,459 @@
+"""The basis convolution: a layer that trains k of its C_out filters and mixes the others from them.
+
+With ``B`` the basis filters (k x C_in/groups x kh x kw) and ``A`` the coefficient matrix
+((C_out - k) x k), the layer is a convolution with the weight ``W = [B; A B]``. The form is the one
+of Alekseev et al. 2024 (arXiv 2408.06024); LinearConv (Kahatapitiya and Rodrigo, WACV 2021) is the
+special case k = C_out / 2 in composed mode.
+
+With ``groups`` > 1 every group has k / groups basis filters of its own, since filters of different
+groups see different input channels; ``A`` then holds one block per group, stacked by rows, just as
+``nn.Conv2d.weight`` stacks its groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+Mode = Literal["auto", "factorized", "composed", "hybrid"]
+MODES: tuple[str, ...] = get_args(Mode)
+
+
+def basis_channels_for(ratio: float, out_channels: int, groups: int = 1) -> int:
+    """The number of basis channels k nearest to ``ratio * out_channels``.
+
+    k is a multiple of ``groups`` and at least ``groups``. Raises ``ValueError`` for a ratio outside
+    (0, 1].
+    """
+    if not 0 < ratio <= 1:
+        raise ValueError(f"ratio is {ratio}, but it is k / C_out and must lie in (0, 1]")
+    return groups * max(1, round(ratio * out_channels / groups))
+
+
+def check_basis_channels(basis_channels: int, out_channels: int, groups: int = 1) -> None:
+    """Raise ``ValueError`` where ``basis_channels`` cannot be the k of such a layer."""
+    if isinstance(basis_channels, bool) or not isinstance(basis_channels, int):
+        raise ValueError(f"basis_channels is {basis_channels!r}, but it must be a whole number of filters")
+    if not 1 <= basis_channels <= out_channels:
+        raise ValueError(
+            f"basis_channels is {basis_channels}, but it must lie between 1 and out_channels = {out_channels}"
+        )
+    if basis_channels % groups:
+        raise ValueError(
+            f"basis_channels is {basis_channels}, but it must be a multiple of groups = {groups}, "
+            "because filters of different groups cannot be mixed"
+        )
+
+
+def resolve_mode(
+    mode: Mode, *, device: torch.device, out_channels: int, basis_channels: int, groups: int = 1
+) -> Literal["factorized", "composed", "hybrid"]:
+    """What ``mode`` stands for on this device and shape; all but ``"auto"`` stand for themselves.
+
+    The rule for ``"auto"`` follows the measured tables of chapter 2: mixing costs memory traffic that
+    only a wide layer with a small basis earns back, so factorized wins there and composed elsewhere.
+    """
+    if mode != "auto":
+        return mode
+    # The rule is stated per group: a grouped convolution is that many narrow ones.
+    width, ratio = out_channels // groups, basis_channels / out_channels
+    narrowest = 64 if device.type == "cpu" else 128
+    return "factorized" if width >= narrowest and ratio <= 0.5 else "composed"
+
+
+class _HybridConv(torch.autograd.Function):
+    """Dense forward with W = M B, factorized backward: dZ = M^T dY, then k-channel gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, basis: Tensor, mixing: Tensor, rows: Tensor, conv: tuple
+    ) -> Tensor:
+        y = F.conv2d(x, weight, None, *conv)
+        # The basis channels are copied out: a view of y would fail under an in-place activation.
+        z = y.index_select(1, rows) if mixing.requires_grad else y.new_empty(0)
+        ctx.save_for_backward(x, basis, mixing, z)
+        ctx.conv = conv
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, basis, mixing, z = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.conv
+        need_x, _, need_basis, need_mixing, _, _ = ctx.needs_input_grad
+        dx = d_basis = d_mixing = None
+        none = (0, 0)
+        if need_mixing:
+            _, d_mixing, _ = torch.ops.aten.convolution_backward(
+                dy, z, mixing, None, (1, 1), none, (1, 1), False, none, groups, (False, True, False)
+            )
+        if need_x or need_basis:
+            dz, _, _ = torch.ops.aten.convolution_backward(
+                dy, z if z.numel() else dy.new_empty((len(dy), len(basis), *dy.shape[2:])), mixing, None,
+                (1, 1), none, (1, 1), False, none, groups, (True, False, False),
+            )  # fmt: skip
+            dx, d_basis, _ = torch.ops.aten.convolution_backward(
+                dz,
+                x,
+                basis,
+                None,
+                stride,
+                padding,
+                dilation,
+                False,
+                none,
+                groups,
+                (need_x, need_basis, False),
+            )
+        return dx, None, d_basis, d_mixing, None, None
+
+
+class BasisConv2d(nn.Module):
+    """A drop-in for ``nn.Conv2d`` that trains ``basis_channels`` filters and mixes the rest from them.
+
+    Takes every argument of ``nn.Conv2d`` in the same order. Input (N, C_in, H, W) or (C_in, H, W),
+    output as ``nn.Conv2d`` gives it.
+
+    Args:
+        basis_channels: k, the number of filters trained as filters; 1 <= k <= out_channels and a
+            multiple of ``groups``. Give this or ``ratio``.
+        ratio: r = k / out_channels in (0, 1].
+        mode: how the layer is computed; all modes give the same numbers.
+            ``"factorized"`` convolves with B and mixes with M = [I; A] as a 1x1 convolution;
+            ``"composed"`` builds W = [B; A B] and convolves once; ``"hybrid"`` does the forward pass
+            composed and the backward pass factorized (first derivatives only); ``"auto"`` picks by
+            device and shape (see :func:`resolve_mode`).
+
+    Parameters and buffers:
+        basis: B, (k, C_in/groups, kh, kw).
+        coefficients: A, (C_out - k, k/groups).
+        bias: (C_out,) or None.
+        order: (C_out,), where output channel c stands among the rows of [B; A B] (group by group).
+            The identity at random initialisation; :meth:`from_conv` chooses other rows as the basis.
+
+    Raises:
+        ValueError: for a ratio or basis_channels that make no sense, or an unknown mode.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        basis_channels: int | None = None,
+        ratio: float | None = None,
+        mode: Mode = "auto",
+    ) -> None:
+        super().__init__()
+        if (basis_channels is None) == (ratio is None):
+            raise ValueError("give one of basis_channels (k) and ratio (k / out_channels)")
+        if basis_channels is None:
+            basis_channels = basis_channels_for(ratio or 0.0, out_channels, groups)
+        # nn.Conv2d itself checks and normalises its arguments, so that both accept the same ones.
+        conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode,
+            device="meta",
+        )  # fmt: skip
+        check_basis_channels(basis_channels, out_channels, groups)
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
+        self.padding, self.padding_mode = conv.padding, padding_mode
+        self.basis_channels = basis_channels
+        self.mode = mode
+        # left, right, top, bottom, as F.pad wants them
+        self._pads: tuple[int, ...] = tuple(conv._reversed_padding_repeated_twice)
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.basis = nn.Parameter(torch.empty((basis_channels, *conv.weight.shape[1:]), **factory))
+        self.coefficients = nn.Parameter(
+            torch.empty((out_channels - basis_channels, basis_channels // groups), **factory)
+        )
+        self.bias = nn.Parameter(torch.empty(out_channels, **factory)) if bias else None
+        self.register_buffer("order", torch.arange(out_channels, device=device))
+        self.order: Tensor
+        self._permuted = False
+        self.reset_parameters()
+
+    @property
+    def mode(self) -> Mode:
+        """One of ``"auto"``, ``"factorized"``, ``"composed"``, ``"hybrid"``; may be set at any time."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}, but it must be one of {', '.join(MODES)}")
+        self._mode = mode
+
+    @property
+    def ratio(self) -> float:
+        """r = k / C_out."""
+        return self.basis_channels / self.out_channels
+
+    def reset_parameters(self) -> None:
+        """Draw new parameters so that activations keep the variance that ``nn.Conv2d`` gives.
+
+        B and the bias are drawn as ``nn.Conv2d`` draws them (Kaiming-uniform with a = sqrt(5), which
+        is U(-1, 1) / sqrt(fan_in)). A is uniform with variance groups / k, so that every row of A B
+        has the variance of a row of B. ``order`` becomes the identity.
+        """
+        bound = 1 / math.sqrt(self.basis[0].numel())
+        nn.init.uniform_(self.basis, -bound, bound)
+        bound_a = math.sqrt(3 * self.groups / self.basis_channels)
+        nn.init.uniform_(self.coefficients, -bound_a, bound_a)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+        with torch.no_grad():
+            self.order.copy_(torch.arange(self.out_channels, device=self.order.device))
+        self._permuted = False
+
+    # -- the weight and its parts ---------------------------------------------------------------
+
+    @property
+    def mixing(self) -> Tensor:
+        """M = [I; A] per group, rows in the order of the output channels: (C_out, k/groups)."""
+        g, k = self.groups, self.basis_channels // self.groups
+        eye = torch.eye(k, dtype=self.coefficients.dtype, device=self.coefficients.device)
+        if g == 1:
+            return self._ordered(torch.cat([eye, self.coefficients]))
+        blocks = [eye.expand(g, k, k), self.coefficients.reshape(g, -1, k)]
+        return self._ordered(torch.cat(blocks, dim=1).flatten(0, 1))
+
+    @property
+    def weight(self) -> Tensor:
+        """W = [B; A B] per group, (C_out, C_in/groups, kh, kw), in the memory format of B."""
+        g = self.groups
+        # Channels-last filters are flattened in their own order, so that no copy is needed.
+        last = is_channels_last(self.basis)
+        b = self.basis.permute(0, 2, 3, 1) if last else self.basis
+        flat = b.reshape(g, self.basis_channels // g, -1)
+        # In full precision even under autocast, which rounds the finished weight once.
+        with torch.autocast(b.device.type, enabled=False):
+            if g == 1:
+                rows = torch.cat([flat[0], self.coefficients @ flat[0]])
+            else:
+                derived = self.coefficients.reshape(g, -1, flat.shape[1]) @ flat
+                rows = torch.cat([flat, derived], dim=1).flatten(0, 1)
+        weight = self._ordered(rows).view(self.out_channels, *b.shape[1:])
+        return weight.permute(0, 3, 1, 2) if last else weight
+
+    def _ordered(self, rows: Tensor) -> Tensor:
+        return rows.index_select(0, self.order) if self._permuted else rows
+
+    def _basis_rows(self) -> Tensor:
+        """The output channels that are the basis filters themselves, in the order of B: (k,)."""
+        g, width = self.groups, self.out_channels // self.groups
+        position = torch.argsort(self.order) if self._permuted else self.order
+        return position.view(g, width)[:, : self.basis_channels // g].reshape(-1)
+
+    # -- forward --------------------------------------------------------------------------------
+
+    @property
+    def resolved_mode(self) -> Literal["factorized", "composed", "hybrid"]:
+        """The mode that a forward pass uses now; differs from :attr:`mode` where that is ``"auto"``."""
+        return resolve_mode(
+            self.mode,
+            device=self.basis.device,
+            out_channels=self.out_channels,
+            basis_channels=self.basis_channels,
+            groups=self.groups,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve ``x``, (N, C_in, H, W) or (C_in, H, W), as ``nn.Conv2d`` with W = [B; A B] would."""
+        mode = self.resolved_mode
+        x, padding = self._pad(x)
+        conv = (self.stride, padding, self.dilation, self.groups)
+        if mode == "factorized":
+            z = F.conv2d(x, self.basis, None, *conv)
+            return F.conv2d(z, self.mixing[:, :, None, None], self.bias, groups=self.groups)
+        if mode == "hybrid" and torch.is_grad_enabled():
+            return self._hybrid(x, conv)
+        return F.conv2d(x, self.weight, self.bias, *conv)
+
+    def _hybrid(self, x: Tensor, conv: tuple) -> Tensor:
+        if x.dim() == 3:
+            return self._hybrid(x[None], conv)[0]
+        weight, mixing = self.weight.detach(), self.mixing[:, :, None, None]
+        basis: Tensor = self.basis
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, basis, mixing = x.to(dtype), weight.to(dtype), basis.to(dtype), mixing.to(dtype)
+        y = _HybridConv.apply(x, weight, basis, mixing, self._basis_rows(), conv)
+        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+
+    def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Pad ``x`` where the convolution cannot do it itself; what is left for it to pad."""
+        left, right, top, bottom = self._pads
+        if self.padding_mode == "zeros" and left == right and top == bottom:
+            return x, (top, left)
+        kind = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, self._pads, mode=kind), (0, 0)
+
+    # -- from and to a dense convolution --------------------------------------------------------
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Conv2d,
+        *,
+        basis_channels: int | None = None,
+        ratio: float | None = None,
+        mode: Mode = "auto",
+    ) -> BasisConv2d:
+        """The basis convolution nearest to ``conv``: the best approximation of rank k, exact at k = C_out.
+
+        The weight is truncated by SVD, group by group. Pivoted QR on the left singular vectors then
+        picks k rows whose truncated filters become B, and all other rows are combinations of them:
+        ``[I; T] B`` equals the truncated matrix, so this gauge costs no accuracy (and the pivoting
+        keeps it well conditioned). Keeps device, dtype, memory format, ``training`` and
+        ``requires_grad`` of ``conv``; copies its bias.
+
+        Raises:
+            TypeError: when ``conv`` is not an ``nn.Conv2d``.
+            ValueError: for a ratio or basis_channels that make no sense.
+        """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"from_conv takes an nn.Conv2d, not {type(conv).__name__}")
+        layer = cls.shaped_like(conv, basis_channels=basis_channels, ratio=ratio, mode=mode)
+        g, k = conv.groups, layer.basis_channels // conv.groups
+        rows = conv.weight.detach().reshape(g, conv.out_channels // g, -1)
+        factors = [factorize(block, k) for block in rows]
+        with torch.no_grad():
+            layer.basis.copy_(torch.cat([b for b, _, _ in factors]).view(layer.basis.shape))
+            layer.coefficients.copy_(torch.cat([a for _, a, _ in factors]))
+            width = conv.out_channels // g
+            layer.order.copy_(
+                torch.cat([i * width + torch.argsort(p) for i, (_, _, p) in enumerate(factors)])
+            )
+            if conv.bias is not None and layer.bias is not None:
+                layer.bias.copy_(conv.bias)
+        layer._permuted = True
+        return layer
+
+    @classmethod
+    def shaped_like(
+        cls,
+        conv: nn.Conv2d,
+        *,
+        basis_channels: int | None = None,
+        ratio: float | None = None,
+        mode: Mode = "auto",
+    ) -> BasisConv2d:
+        """A freshly initialised basis convolution of the shape of ``conv``.
+
+        Keeps device, dtype, memory format, ``training`` and ``requires_grad``; none of its values.
+        """
+        padding: Any = conv.padding
+        layer = cls(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, padding, conv.dilation,  # type: ignore[arg-type]
+            conv.groups, conv.bias is not None, conv.padding_mode, conv.weight.device, conv.weight.dtype,
+            basis_channels=basis_channels, ratio=ratio, mode=mode,
+        )  # fmt: skip
+        if is_channels_last(conv.weight):
+            layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        layer.train(conv.training)
+        layer.basis.requires_grad_(conv.weight.requires_grad)
+        layer.coefficients.requires_grad_(conv.weight.requires_grad)
+        if layer.bias is not None and conv.bias is not None:
+            layer.bias.requires_grad_(conv.bias.requires_grad)
+        return layer
+
+    def to_conv(self) -> nn.Conv2d:
+        """The dense convolution with the weight ``[B; A B]`` and a copy of the bias."""
+        padding: Any = self.padding
+        conv = nn.Conv2d(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, padding, self.dilation,  # type: ignore[arg-type]
+            self.groups, self.bias is not None, self.padding_mode, self.basis.device, self.basis.dtype,
+        )  # fmt: skip
+        weight = self.weight.detach()
+        if is_channels_last(self.basis):
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        trains = self.basis.requires_grad or self.coefficients.requires_grad
+        conv.weight = nn.Parameter(weight.clone(), requires_grad=trains)
+        if self.bias is not None:
+            conv.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        return conv.train(self.training)
+
+    # -- bookkeeping ----------------------------------------------------------------------------
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if not self.order.is_meta:
+            self._permuted = not torch.equal(self.order.cpu(), torch.arange(self.out_channels))
+
+    def extra_repr(self) -> str:
+        """The arguments that matter, the way ``nn.Conv2d`` prints its own."""
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
+        defaults: Sequence[tuple[str, object]] = (
+            ("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1),
+            ("padding_mode", "zeros"),
+        )  # fmt: skip
+        parts += [f"{name}={getattr(self, name)}" for name, usual in defaults if getattr(self, name) != usual]
+        if self.bias is None:
+            parts.append("bias=False")
+        parts.append(f"basis_channels={self.basis_channels} (r={self.ratio:.4g}), mode={self.mode}")
+        return ", ".join(parts)
+
+
+def factorize(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split the best rank-k approximation of ``matrix`` (C_out x F) as ``[I; A] B`` in a row order.
+
+    Returns B (k x F), A ((C_out - k) x k) and ``p`` (C_out,), such that row ``p[i]`` of the
+    approximation is row i of ``[B; A B]``. At k = C_out the rows are returned as they are. Computed
+    in float64 and returned in the dtype of ``matrix``. Where the rank of ``matrix`` is below k, the
+    rows that are left over get coefficients of the pseudo-inverse.
+    """
+    rows, dtype = matrix.shape[0], matrix.dtype
+    identity = torch.arange(rows, device=matrix.device)
+    if k >= rows:
+        return matrix, matrix.new_empty((0, k)), identity
+    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    rank = min(k, s.shape[0])
+    left = u[:, :rank]
+    order = _pivots(left)
+    if rank < k:  # fewer singular vectors than basis filters: F < k, the matrix is already exact
+        order = torch.cat([order, identity[~torch.isin(identity, order)][: k - rank]])
+    rest = identity[~torch.isin(identity, order)]
+    approximation = (left * s[:rank]) @ vh[:rank]
+    coefficients = left[rest] @ torch.linalg.pinv(left[order])
+    return (
+        approximation[order].to(dtype),
+        coefficients.to(dtype),
+        torch.cat([order, rest]),
+    )
+
+
+def _pivots(left: Tensor) -> Tensor:
+    """Indices of the rows of ``left`` (C x k, orthonormal columns) that pivoted QR of its transpose picks."""
+    residual = left.clone()
+    picked: list[int] = []
+    for _ in range(left.shape[1]):
+        norms = residual.square().sum(1)
+        if picked:
+            norms[picked] = -1
+        row = int(norms.argmax())
+        picked.append(row)
+        direction = residual[row] / residual[row].norm().clamp_min(torch.finfo(left.dtype).tiny)
+        residual = residual - torch.outer(residual @ direction, direction)
+    return torch.tensor(picked, device=left.device)
+
+
+def is_channels_last(weight: Tensor) -> bool:
+    """Whether a 4-d weight is stored channels-last and not (also) contiguous in the ordinary sense."""
+    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()

@@ -72,11 +72,15 @@ class _HybridConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, basis: Tensor, mixing: Tensor, rows: Tensor, conv: tuple
+        ctx: Any, x: Tensor, weight: Tensor, basis: Tensor, mixing: Tensor, rows: Tensor | None, conv: tuple
     ) -> Tensor:
         y = F.conv2d(x, weight, None, *conv)
-        # The basis channels are copied out: a view of y would fail under an in-place activation.
-        z = y.index_select(1, rows) if mixing.requires_grad else y.new_empty(0)
+        # The basis channels are copied out: a view of y would fail under an in-place activation. The
+        # copy keeps the memory format of y (index_select would give NCHW, dear in the backward pass).
+        z = y.new_empty(0)
+        if mixing.requires_grad:
+            first = y[:, : len(basis)]
+            z = torch.empty_like(first).copy_(first if rows is None else y[:, rows])
         ctx.save_for_backward(x, basis, mixing, z)
         ctx.conv = conv
         return y
@@ -95,7 +99,7 @@ class _HybridConv(torch.autograd.Function):
             )
         if need_x or need_basis:
             dz, _, _ = torch.ops.aten.convolution_backward(
-                dy, z if z.numel() else dy.new_empty((len(dy), len(basis), *dy.shape[2:])), mixing, None,
+                dy, z if z.numel() else torch.empty_like(dy[:, : len(basis)]), mixing, None,
                 (1, 1), none, (1, 1), False, none, groups, (True, False, False),
             )  # fmt: skip
             dx, d_basis, _ = torch.ops.aten.convolution_backward(
@@ -241,12 +245,13 @@ class BasisConv2d(nn.Module):
         # Channels-last filters are flattened in their own order, so that no copy is needed.
         last = is_channels_last(self.basis)
         b = self.basis.permute(0, 2, 3, 1) if last else self.basis
-        flat = b.reshape(g, self.basis_channels // g, -1)
         # In full precision even under autocast, which rounds the finished weight once.
-        with torch.autocast(b.device.type, enabled=False):
+        with torch.autocast(_autocast_device(b), enabled=False):
             if g == 1:
-                rows = torch.cat([flat[0], self.coefficients @ flat[0]])
+                flat = b.flatten(1)
+                rows = torch.cat([flat, self.coefficients @ flat])
             else:
+                flat = b.reshape(g, self.basis_channels // g, -1)
                 derived = self.coefficients.reshape(g, -1, flat.shape[1]) @ flat
                 rows = torch.cat([flat, derived], dim=1).flatten(0, 1)
         weight = self._ordered(rows).view(self.out_channels, *b.shape[1:])
@@ -291,10 +296,11 @@ class BasisConv2d(nn.Module):
             return self._hybrid(x[None], conv)[0]
         weight, mixing = self.weight.detach(), self.mixing[:, :, None, None]
         basis: Tensor = self.basis
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+        if torch.is_autocast_enabled(_autocast_device(x)):
+            dtype = torch.get_autocast_dtype(_autocast_device(x))
             x, weight, basis, mixing = x.to(dtype), weight.to(dtype), basis.to(dtype), mixing.to(dtype)
-        y = _HybridConv.apply(x, weight, basis, mixing, self._basis_rows(), conv)
+        rows = self._basis_rows() if self._permuted or self.groups > 1 else None  # None: the first k
+        y = _HybridConv.apply(x, weight, basis, mixing, rows, conv)
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
 
     def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -452,6 +458,11 @@ def _pivots(left: Tensor) -> Tensor:
         direction = residual[row] / residual[row].norm().clamp_min(torch.finfo(left.dtype).tiny)
         residual = residual - torch.outer(residual @ direction, direction)
     return torch.tensor(picked, device=left.device)
+
+
+def _autocast_device(tensor: Tensor) -> str:
+    """The device type to ask autocast about; the meta device has none of its own."""
+    return "cpu" if tensor.is_meta else tensor.device.type
 
 
 def is_channels_last(weight: Tensor) -> bool:

@@ -1,0 +1,125 @@
+"""The ``basis`` command: run studies, see their state, measure speed, build the book."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from basis.data import DataError
+from basis.runs import (
+    PROFILES,
+    RecordError,
+    load_records,
+    parse_duration,
+    results_folder,
+    start_workers,
+    work,
+)
+from basis.studies import STUDIES, find_study, status
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and do what it says; the exit status is 0, 1 (failed) or 2 (misused)."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.command(options)
+    except (ValueError, DataError, RecordError) as error:
+        print(f"basis: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("basis: interrupted; finished runs are kept", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="basis", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="do the missing runs of a study", description=_run.__doc__)
+    run.add_argument("study", help=f"one of: {', '.join(STUDIES)}")
+    run.add_argument("--profile", default="smoke", choices=PROFILES, help="how large (default: smoke)")
+    run.add_argument("--time-limit", type=_duration, metavar="TIME", help="stop cleanly after 90s, 9m, 1h30m")
+    run.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time (default: 1)")
+    run.add_argument("--results", type=Path, metavar="DIR", help="where records go (default: results)")
+    run.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: the GPU if any)")
+    run.add_argument("--quiet", action="store_true", help="no progress bars")
+    run.set_defaults(command=_run)
+
+    state = commands.add_parser("status", help="which runs are done and which are missing")
+    state.add_argument("--results", type=Path, metavar="DIR")
+    state.set_defaults(command=_status)
+
+    book = commands.add_parser("book", help="execute the notebooks and build the HTML book")
+    book.add_argument("--profile", choices=PROFILES, help="records to show (default: each study's published one)")
+    book.set_defaults(command=_book)
+    return parser
+
+
+def _duration(text: str) -> float:
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Do the missing runs of a study, the most valuable first. May be stopped and repeated at will."""
+    study = find_study(options.study)
+    runs = study.runs(options.profile)
+    if not runs:
+        raise ValueError(f"the study {study.name!r} has no runs in the profile {options.profile!r}")
+    if options.jobs < 1:
+        raise ValueError(f"--jobs is {options.jobs}, but it must be at least 1")
+    folder = options.results or results_folder()
+    began = time.monotonic()
+    failed = 0
+    if options.jobs > 1:
+        workers = start_workers(_worker_arguments(options), options.jobs)
+        failed = sum(worker.wait() != 0 for worker in workers)
+    else:
+        deadline = None if options.time_limit is None else began + options.time_limit
+        for step in work(
+            runs, study.definition, folder=folder, device=options.device, deadline=deadline,
+            progress=not options.quiet,
+        ):  # fmt: skip
+            failed += step.outcome == "failed"
+            print(f"{step.run.arm} seed {step.run.seed}: {step.outcome} in {step.seconds:.0f} s, {step.message}")
+    done = {r.id for r in load_records(folder, study=study.name, profile=options.profile)}
+    missing = sum(run.id not in done for run in runs)
+    if not options.quiet:
+        again = f"; `basis run {study.name} --profile {options.profile}` goes on" if missing else ""
+        print(f"{len(runs) - missing} of {len(runs)} runs done{again}")
+    return 1 if failed else 0
+
+
+def _worker_arguments(options: argparse.Namespace) -> list[str]:
+    arguments = [options.study, "--profile", options.profile]
+    if options.time_limit is not None:
+        arguments += ["--time-limit", f"{options.time_limit:.0f}s"]
+    if options.results:
+        arguments += ["--results", str(options.results)]
+    if options.device:
+        arguments += ["--device", options.device]
+    return arguments
+
+
+def _status(options: argparse.Namespace) -> int:
+    table = status(options.results)
+    print(table.to_string(index=False, formatters={"seconds": "{:.0f}".format}))
+    return 0
+
+
+def _book(options: argparse.Namespace) -> int:
+    from basis.book import build  # needs the extra "book"
+
+    page = build(profile=options.profile)
+    print(f"The book is at {page.as_uri()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

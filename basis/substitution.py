@@ -1,0 +1,433 @@
+"""Put basis convolutions into a model by plan, take them out again, and keep both on disk.
+
+A :class:`Plan` says which convolution gets how many basis channels, and why each of the others stays
+dense. :func:`substitute` and :func:`merge` return a changed deep copy: the model given is left alone,
+and everything but the layers themselves (device, dtype, memory format, flags, hooks, sharing) is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import math
+import os
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+
+from basis.conv import MODES, BasisConv2d, Mode, basis_channels_for, check_basis_channels
+
+PLAN_VERSION = 1
+PLAN_FILE, STATE_FILE = "plan.json", "model.safetensors"
+
+# Every attribute in which nn.Module keeps hooks, with their kwargs / always-call flags.
+_HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which layers of a model become basis convolutions, and why the others do not.
+
+    Attributes:
+        layers: layer name (as in ``model.named_modules()``) -> basis channels k. k = C_out keeps the
+            layer dense.
+        skipped: name of every other convolution -> the reason why it stays dense.
+    """
+
+    layers: Mapping[str, int]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def uniform(
+        cls,
+        model: nn.Module,
+        *,
+        ratio: float,
+        include: str | Iterable[str] = (),
+        exclude: str | Iterable[str] = (),
+        multiple: int = 1,
+    ) -> Plan:
+        """Every convolution of ``model`` that can be substituted, all at one ratio.
+
+        Args:
+            ratio: r in (0, 1]; k is the nearest to r C_out among the multiples of ``groups`` and of
+                ``multiple``.
+            include: shell patterns (``fnmatch``) of layer names; none means all layers.
+            exclude: patterns of layers that stay dense.
+            multiple: what every k is a multiple of, e.g. 8 for tensor cores.
+
+        Raises:
+            ValueError: for a ratio or multiple that makes no sense, or an ``include`` pattern that no
+                convolution matches.
+        """
+        if multiple < 1:
+            raise ValueError(f"multiple is {multiple}, but it must be a whole number of at least 1")
+        basis_channels_for(ratio, 1)  # refuses a ratio that makes no sense, also where no layer is left
+        included, excluded = _patterns(include), _patterns(exclude)
+        convolutions = _convolutions(model)
+        for pattern in included:
+            if not any(fnmatchcase(name, pattern) for names in convolutions.values() for name in names):
+                raise ValueError(f"include has {pattern!r}, but no convolution has such a name")
+        layers: dict[str, int] = {}
+        skipped: dict[str, str] = {}
+        for module, names in convolutions.items():
+            reason = _obstacle(model, module) or _left_out(names, included, excluded)
+            if reason is None and isinstance(module, nn.Conv2d):
+                k = basis_channels_for(ratio, module.out_channels, math.lcm(module.groups, multiple))
+                if k < module.out_channels:
+                    layers[names[0]] = k
+                    continue
+                reason = f"k = {k} is not below C_out = {module.out_channels}: nothing to derive"
+            skipped[names[0]] = str(reason)
+        return cls(layers, skipped)
+
+    def __str__(self) -> str:
+        rows = [("layer", "basis channels"), *((_shown(n), str(k)) for n, k in self.layers.items())]
+        if self.skipped:
+            rows += [("", ""), ("kept dense", "because"), *((_shown(n), r) for n, r in self.skipped.items())]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
+
+    def to_json(self) -> str:
+        """The plan as JSON text, for :meth:`from_json`."""
+        content = {"basis_plan": PLAN_VERSION, "layers": dict(self.layers), "skipped": dict(self.skipped)}
+        return json.dumps(content, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that :meth:`to_json` wrote. Raises ``ValueError`` where ``text`` is not one."""
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"the plan is not readable JSON: {error}") from error
+        if not isinstance(content, dict) or "basis_plan" not in content:
+            raise ValueError("this JSON is not a plan: it has no entry 'basis_plan' with the version")
+        if content["basis_plan"] != PLAN_VERSION:
+            raise ValueError(f"the plan has version {content['basis_plan']!r}, but {PLAN_VERSION} is read here")
+        for key, kind, what in (("layers", int, "numbers of basis channels"), ("skipped", str, "reasons")):
+            entries = content.get(key)
+            if not isinstance(entries, dict) or any(type(value) is not kind for value in entries.values()):
+                raise ValueError(f"the plan's {key!r} is {entries!r}, but it must map layer names to {what}")
+        return cls(content["layers"], content["skipped"])
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the plan as JSON to ``path``, whole or not at all."""
+        _write(Path(path), self.to_json().encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Plan:
+        """Read a plan. Raises ``FileNotFoundError``, or ``ValueError`` for what is not a plan."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"there is no plan at {os.fspath(path)}") from error
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that ``model`` was made by, read from its layers.
+
+    ``layers`` holds its basis convolutions. ``skipped`` holds its other convolutions, with the reason
+    where they cannot be substituted, else as ``"left dense"``; why a ratio left them dense is what
+    ``Plan.uniform(model, ratio=...)`` on the dense model says.
+    """
+    layers: dict[str, int] = {}
+    skipped: dict[str, str] = {}
+    for module, names in _convolutions(model).items():
+        if isinstance(module, BasisConv2d):
+            layers[names[0]] = module.basis_channels
+        else:
+            skipped[names[0]] = _obstacle(model, module) or "left dense"
+    return Plan(layers, skipped)
+
+
+def substitute(
+    model: nn.Module,
+    plan: Plan | Mapping[str, int] | None = None,
+    *,
+    ratio: float | None = None,
+    mode: Mode = "auto",
+    init: Literal["svd", "random"] = "svd",
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+) -> nn.Module:
+    """A copy of ``model`` in which the convolutions that the plan names are basis convolutions.
+
+    Keeps device, dtype, memory format, training flag, ``requires_grad``, hooks and shared modules (a
+    convolution with several names is replaced once, and any of its names will do). A bare
+    ``nn.Conv2d`` comes back as a ``BasisConv2d``. :func:`plan_of` tells what was substituted.
+
+    Args:
+        plan: a :class:`Plan`, or a mapping of layer names to basis channels. Give this or ``ratio``.
+        ratio: every convolution that can be substituted, as by :meth:`Plan.uniform`, which takes
+            ``include`` and ``exclude`` too.
+        mode: the mode of the new layers, see :class:`BasisConv2d`.
+        init: ``"svd"`` approximates each weight (:meth:`BasisConv2d.from_conv`); ``"random"`` draws
+            new ones for training from scratch (:meth:`BasisConv2d.shaped_like`).
+
+    Raises:
+        ValueError: for a plan that names a layer that is not there, that cannot be substituted (with
+            the reason), or with a k that makes no sense; for a bad ratio, mode or init.
+    """
+    if (plan is None) == (ratio is None):
+        raise ValueError("give one of plan and ratio")
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}, but it must be one of {', '.join(MODES)}")
+    if init not in ("svd", "random"):
+        raise ValueError(f"init is {init!r}, but it must be 'svd' or 'random'")
+    if plan is None:
+        plan = Plan.uniform(model, ratio=ratio or 0.0, include=include, exclude=exclude)
+    elif _patterns(include) or _patterns(exclude):
+        raise ValueError("include and exclude go with a ratio; a plan names its layers itself")
+    chosen = _resolve(model, plan.layers if isinstance(plan, Plan) else plan)
+    make = BasisConv2d.from_conv if init == "svd" else BasisConv2d.shaped_like
+    copied = copy.deepcopy(model)
+    new: dict[nn.Module, nn.Module] = {}
+    for name, k in chosen.items():
+        conv: Any = copied.get_submodule(name)
+        if init == "svd" and conv.weight.is_meta:
+            raise ValueError(f"{_shown(name)} is on the meta device and has no values; use init='random'")
+        new[conv] = _hand_over(conv, make(conv, basis_channels=k, mode=mode))
+    return _replace(copied, new)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` with a plain ``nn.Conv2d`` of the weight [B; A B] for each basis convolution.
+
+    Keeps what :func:`substitute` keeps.
+    """
+    copied = copy.deepcopy(model)
+    layers = [module for module in copied.modules() if isinstance(module, BasisConv2d)]
+    return _replace(copied, {layer: _hand_over(layer, layer.to_conv()) for layer in layers})
+
+
+def save(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Write ``model`` to ``folder``: ``model.safetensors`` (its state) and ``plan.json``; no pickle.
+
+    A tensor that the state holds under several names is written once. Modes are not written: they
+    belong to the machine, not to the model.
+
+    Raises:
+        ValueError: for a state with entries that are not tensors with values.
+    """
+    tensors: dict[str, Tensor] = {}
+    alias: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor) or is_lazy(value) or value.is_meta:
+            raise ValueError(f"the state's entry {name!r} is not a tensor with values and cannot be saved")
+        if id(value) in first:
+            alias[name] = first[id(value)]
+        else:
+            first[id(value)] = name
+            tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"alias": json.dumps(alias)}
+    _write(folder / STATE_FILE, safetensors.torch.save(tensors, metadata))
+    plan_of(model).save(folder / PLAN_FILE)
+
+
+def load(model: nn.Module, folder: str | os.PathLike, *, mode: Mode = "auto") -> nn.Module:
+    """The model that :func:`save` wrote to ``folder``, on the architecture of the dense ``model``.
+
+    The weights of ``model`` are not used and it is left alone; device, dtype, flags, hooks and sharing
+    are its own.
+
+    Raises:
+        FileNotFoundError: when a file is missing.
+        ValueError: when a file is damaged, or the plan or state does not fit ``model``; names what
+            differs.
+    """
+    folder = Path(folder)
+    plan = Plan.load(folder / PLAN_FILE)
+    state = _read_state(folder / STATE_FILE)
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("model is on the meta device; give it storage first: model.to_empty(device='cpu')")
+    with torch.random.fork_rng(devices=[]):  # the random start is overwritten: leave no trace of it
+        loaded = substitute(model, plan, mode=mode, init="random")
+    problems = _misfits(loaded.state_dict(keep_vars=True), state)
+    if problems:
+        raise ValueError(
+            f"{folder / STATE_FILE} does not fit this {type(model).__name__}: {_few(problems, '; ')}. "
+            "load takes the architecture that the saved model was made from"
+        )
+    loaded.load_state_dict(state)
+    return loaded
+
+
+# -- which layers -------------------------------------------------------------------------------
+
+
+def _convolutions(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every convolution-like module with all its names, in the order of the model."""
+    found: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (_ConvNd, BasisConv2d)):
+            found.setdefault(module, []).append(name)
+    return found
+
+
+def _obstacle(model: nn.Module, module: nn.Module) -> str | None:
+    """Why ``module`` cannot be substituted, whatever k; None where it can."""
+    kind = type(module)
+    if isinstance(module, BasisConv2d):
+        return f"already a basis convolution, with k = {module.basis_channels}"
+    if not isinstance(module, nn.Conv2d):
+        return f"{kind.__name__}: only nn.Conv2d can be substituted"
+    if any(is_lazy(parameter) for parameter in module.parameters()):
+        return "lazy: its shape is not known before the first forward pass"
+    if set(module._parameters) != {"weight", "bias"} or next(module.children(), None) is not None:
+        return "parametrized: its weight is made from other parameters"
+    own_forward = "forward" in vars(module) or "_conv_forward" in vars(module)
+    if own_forward or any(getattr(kind, f) is not getattr(nn.Conv2d, f) for f in ("forward", "_conv_forward")):
+        return f"{kind.__name__} has a forward of its own"
+    tied = [
+        f"{name}.{key}".lstrip(".")
+        for name, other in model.named_modules()
+        for key, parameter in other._parameters.items()
+        if parameter is module.weight and (other, key) != (module, "weight")
+    ]
+    if tied:
+        return f"weight tied with {', '.join(tied)}"
+    if module.out_channels == module.groups:
+        return "depthwise: one filter per group" if module.groups > 1 else "one filter: nothing to derive"
+    return None
+
+
+def _patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _left_out(names: list[str], include: tuple[str, ...], exclude: tuple[str, ...]) -> str | None:
+    for pattern in exclude:
+        if any(fnmatchcase(name, pattern) for name in names):
+            return f"excluded by {pattern!r}"
+    if include and not any(fnmatchcase(name, pattern) for name in names for pattern in include):
+        return "not among the included layers"
+    return None
+
+
+def _resolve(model: nn.Module, layers: Mapping[str, int]) -> dict[str, int]:
+    """The layers to substitute, each module once, after checking all that ``layers`` says."""
+    convolutions = _convolutions(model)
+    module_of = {name: module for module, names in convolutions.items() for name in names}
+    chosen: dict[nn.Module, tuple[str, int]] = {}
+    for name, k in layers.items():
+        module = module_of.get(name)
+        if module is None:
+            raise ValueError(_no_such_layer(name, dict(model.named_modules()), list(module_of)))
+        if isinstance(module, nn.Conv2d) and k == module.out_channels:
+            continue
+        reason = _obstacle(model, module)
+        if reason is not None:
+            raise ValueError(f"the plan names {_shown(name)}, which cannot be substituted: {reason}")
+        conv: Any = module
+        try:
+            check_basis_channels(k, conv.out_channels, conv.groups)
+        except ValueError as error:
+            raise ValueError(f"the plan for {_shown(name)}: {error}") from error
+        other, other_k = chosen.setdefault(module, (name, k))
+        if other_k != k:
+            raise ValueError(
+                f"the plan gives {_shown(other)} k = {other_k} and {_shown(name)} k = {k}, "
+                "but they are one shared layer"
+            )
+    return {name: k for name, k in chosen.values()}
+
+
+def _no_such_layer(name: str, modules: Mapping[str, nn.Module], convolutions: list[str]) -> str:
+    if name in modules:
+        return f"the plan names {_shown(name)}, which is a {type(modules[name]).__name__}, not a convolution"
+    near = difflib.get_close_matches(name, convolutions, n=3) or convolutions
+    hint = f"near it are {_few(near)}" if near else "it has no convolution at all"
+    return f"the plan names {_shown(name)}, but the model has no such layer; {hint}"
+
+
+# -- the exchange -------------------------------------------------------------------------------
+
+
+def _hand_over(old: Any, new: Any) -> nn.Module:
+    """Give ``new`` the hooks of ``old``, and its very bias parameter, which may be tied elsewhere."""
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
+    for hook in new._load_state_dict_pre_hooks.values():
+        if getattr(hook, "with_module", False):
+            hook.module = weakref.ref(new)
+    if old.bias is not None:
+        with torch.no_grad():
+            old.bias.copy_(new.bias)
+        new.bias = old.bias
+    return new
+
+
+def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    if model in new:
+        return new[model]
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in new:
+                parent.add_module(name, new[child])
+    return model
+
+
+# -- files --------------------------------------------------------------------------------------
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write under a temporary name, then rename: ``path`` is never half written."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no saved state at {path}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            alias = json.loads((file.metadata() or {}).get("alias", "{}"))
+        return state | {name: state[other] for name, other in alias.items()}
+    except (SafetensorError, ValueError, KeyError, AttributeError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no state that save() wrote: {error}") from error
+
+
+def _misfits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """What differs between the entries of a model and of a file, in words."""
+    problems = [f"{name} is missing from the file" for name in expected if name not in state]
+    problems += [f"{name} is in the file but not in the model" for name in state if name not in expected]
+    first: dict[int, str] = {}
+    for name in (name for name in expected if name in state):
+        here, there = tuple(expected[name].shape), tuple(state[name].shape)
+        if here != there:
+            problems.append(f"{name} is {there} in the file, but {here} in the model")
+        tied = first.setdefault(id(expected[name]), name)
+        if tied in state and not torch.equal(state[tied], state[name]):
+            problems.append(f"{tied} and {name} are one tensor in the model, but differ in the file")
+    return problems
+
+
+def _few(items: Iterable[str], separator: str = ", ", limit: int = 4) -> str:
+    items = list(items)
+    more = f"{separator}and {len(items) - limit} more" if len(items) > limit else ""
+    return separator.join(items[:limit]) + more
+
+
+def _shown(name: str) -> str:
+    return name or "(the model itself)"

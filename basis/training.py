@@ -1,0 +1,358 @@
+"""Training on images that are already on the device: one recipe, one function, one result.
+
+The default recipe is the 26-epoch ResNet-18 recipe of K. Jordan's cifar10-zoo, which reaches 94.0 %
+with flip test-time augmentation (n = 200).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from basis.data import Data, Images, augment, normalise
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+MemoryFormat = Literal["auto", "channels_last", "contiguous"]
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainingError(RuntimeError):
+    """A training that cannot start or go on; the message says why and what would be right."""
+
+
+class TrainingPaused(RuntimeError):
+    """The time was up; the checkpoint holds all finished epochs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a network is trained. Frozen, so that a record can state it whole.
+
+    Args:
+        epochs: passes over the training images.
+        batch_size: images per step; an incomplete last batch is left out.
+        lr: peak learning rate of SGD, for a loss that is the mean over the batch.
+        peak: the fraction of all steps at which the learning rate peaks.
+        start: the learning rate of the first step, as a fraction of ``lr``; it ends at 0.
+        momentum: Nesterov momentum.
+        weight_decay: L2 penalty on all parameters.
+        label_smoothing: as in ``cross_entropy``.
+        flip, translate, cutout: the augmentation, see :func:`basis.data.augment`.
+        precision: of activations ("auto": see :func:`choose_precision`); parameters stay fp32.
+        memory_format: of weights and activations ("auto": see :func:`choose_memory_format`).
+    """
+
+    epochs: int = 26
+    batch_size: int = 500
+    lr: float = 0.2
+    peak: float = 0.2
+    start: float = 0.2
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    flip: bool = True
+    translate: int = 4
+    cutout: int = 12
+    precision: Precision = "auto"
+    memory_format: MemoryFormat = "auto"
+
+    def __post_init__(self) -> None:
+        positive = {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr}
+        for name, value in positive.items():
+            if value <= 0:
+                raise ValueError(f"{name} is {value}, but it must be positive")
+        if not 0 < self.peak < 1:
+            raise ValueError(f"peak is {self.peak}, but it is a fraction of the training and must lie in (0, 1)")
+        if self.precision not in ("auto", *DTYPES):
+            raise ValueError(f"precision is {self.precision!r}, but must be one of auto, {', '.join(DTYPES)}")
+        if self.memory_format not in ("auto", "channels_last", "contiguous"):
+            raise ValueError(
+                f"memory_format is {self.memory_format!r}, but must be one of auto, channels_last, contiguous"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a training leaves: curves, final metrics, seconds.
+
+    ``curves`` has one row per epoch: epoch (from 1), train_loss, train_accuracy (on augmented images,
+    while training), seconds of that epoch, and validation_loss, validation_accuracy where images were
+    held out. ``test`` holds loss and accuracy without test-time augmentation, and accuracy_flip with
+    flip. Accuracies are fractions. ``train_seconds`` leaves out all evaluation.
+    """
+
+    curves: Sequence[Mapping[str, float]]
+    test: Mapping[str, float]
+    validation: Mapping[str, float] | None
+    train_seconds: float
+    steps: int
+    images_per_second: float
+    precision: str
+    memory_format: str
+
+
+def choose_device(name: str | torch.device | None = None) -> torch.device:
+    """The named device, or the GPU where there is one."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def choose_precision(device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
+    """bf16 where the hardware multiplies it (GPUs from sm_80, CPUs with AMX), else fp16 (GPU) or fp32."""
+    if device.type == "cuda":
+        # A T4 emulates bf16, slowly; hence the question without emulation.
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+        return "bf16"
+    return "fp32"
+
+
+def choose_memory_format(model: nn.Module, device: torch.device, precision: str) -> str:
+    """Channels last, except for wide networks in fp32 on a CPU, which it makes slower there."""
+    if device.type == "cpu" and precision == "fp32":
+        widest = max((p.shape[0] for p in model.parameters() if p.dim() == 4), default=0)
+        return "channels_last" if widest <= 256 else "contiguous"
+    return "channels_last"
+
+
+def learning_rate(recipe: Recipe, done: float) -> float:
+    """The triangle: from ``start * lr`` up to ``lr`` at ``peak``, then down to 0; ``done`` in [0, 1]."""
+    if done < recipe.peak:
+        return recipe.lr * (recipe.start + (1 - recipe.start) * done / recipe.peak)
+    return recipe.lr * (1 - done) / (1 - recipe.peak)
+
+
+def train(
+    model: nn.Module,
+    data: Data,
+    recipe: Recipe | None = None,
+    *,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    progress: bool = False,
+) -> Result:
+    """Train ``model`` in place and test it once, at the end.
+
+    Args:
+        model: any network from (N, C, H, W) images to logits; moved to ``device``.
+        data: training and test images; validation images are evaluated after every epoch.
+        recipe: how; the default is ``Recipe()``.
+        device: where; the GPU if there is one, else the CPU.
+        seed: of the order and the augmentation of the images (not of the initial weights).
+        checkpoint: file written after every epoch and resumed from when it exists; removed by
+            nobody. A resumed training gives bit for bit the result of an uninterrupted one on a CPU.
+        should_stop: asked after every epoch; True ends the training by :class:`TrainingPaused`.
+        progress: whether to draw a bar.
+
+    Raises:
+        TrainingError: for too few images, a checkpoint of another training, or a loss that is no
+            longer finite.
+        TrainingPaused: see ``should_stop``.
+    """
+    recipe = recipe or Recipe()
+    place = choose_device(device)
+    if recipe.precision == "auto":
+        recipe = replace(recipe, precision=choose_precision(place))
+    if recipe.memory_format == "auto":
+        recipe = replace(recipe, memory_format=choose_memory_format(model, place, recipe.precision))  # type: ignore[arg-type]
+    steps_per_epoch = len(data.train) // recipe.batch_size
+    if steps_per_epoch == 0:
+        raise TrainingError(f"batch_size is {recipe.batch_size}, but there are only {len(data.train)} training images")
+    layout = torch.channels_last if recipe.memory_format == "channels_last" else torch.contiguous_format
+    model.to(device=place, memory_format=layout)  # type: ignore[call-overload]
+    data = data.to(place)
+    state = _State(model, recipe, seed, place, total_steps=recipe.epochs * steps_per_epoch)
+    path = Path(checkpoint) if checkpoint else None
+    if path and path.exists():
+        state.restore(path)
+    total, first = state.total_steps, state.epoch * steps_per_epoch
+    with tqdm(total=total, initial=first, disable=not progress, unit="step", dynamic_ncols=True) as bar:
+        while state.epoch < recipe.epochs:
+            row = _epoch(state, data.train, bar)
+            if data.validation:
+                held = evaluate(model, data.validation, precision=recipe.precision)
+                row |= {"validation_loss": held["loss"], "validation_accuracy": held["accuracy"]}
+            state.curves.append(row)
+            shown = row.get("validation_accuracy", row["train_accuracy"])
+            bar.set_postfix_str(f"epoch {state.epoch}/{recipe.epochs}, accuracy {shown:.1%}")
+            if path:
+                state.save(path)
+            if should_stop and state.epoch < recipe.epochs and should_stop():
+                raise TrainingPaused(f"stopped after epoch {state.epoch} of {recipe.epochs}, as asked")
+    seconds = sum(row["seconds"] for row in state.curves)
+    return Result(
+        curves=tuple(state.curves),
+        test=evaluate(model, data.test, precision=recipe.precision, flip=True),
+        validation=evaluate(model, data.validation, precision=recipe.precision, flip=True) if data.validation else None,
+        train_seconds=seconds,
+        steps=total,
+        images_per_second=total * recipe.batch_size / seconds,
+        precision=recipe.precision,
+        memory_format=recipe.memory_format,
+    )
+
+
+class _State:
+    """All that a training changes, so that a checkpoint can hold all of it."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, seed: int, device: torch.device, *, total_steps: int) -> None:
+        self.model, self.recipe, self.device, self.total_steps = model, recipe, device, total_steps
+        self.epoch = 0
+        self.curves: list[dict[str, float]] = []
+        self.generator = torch.Generator(device).manual_seed(seed)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(
+            trained,
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            nesterov=recipe.momentum > 0,
+            fused=device.type == "cuda",  # one kernel, and the loss scale is handled without a sync
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
+        shapes = [tuple(p.shape) for p in model.parameters()]
+        self.identity = repr((asdict(recipe), seed, total_steps, shapes))
+
+    def save(self, path: Path) -> None:
+        content = {
+            "identity": self.identity,
+            "epoch": self.epoch,
+            "curves": self.curves,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "generator": self.generator.get_state(),
+            "random": torch.get_rng_state(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as part:
+            try:
+                torch.save(content, part)
+            except BaseException:
+                Path(part.name).unlink(missing_ok=True)
+                raise
+        os.replace(part.name, path)
+
+    def restore(self, path: Path) -> None:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            identity = content["identity"]
+        except Exception as error:  # torch.load raises many kinds for a damaged file
+            raise TrainingError(f"checkpoint {path} cannot be read ({error}); delete it to start again") from error
+        if identity != self.identity:
+            raise TrainingError(
+                f"checkpoint {path} belongs to a training with another model, recipe, seed or data; "
+                "delete it to start again, or name another file"
+            )
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scaler.load_state_dict(content["scaler"])
+        self.generator.set_state(content["generator"])
+        torch.set_rng_state(content["random"])
+        self.epoch, self.curves = content["epoch"], content["curves"]
+
+
+def _epoch(state: _State, images: Images, bar: Any) -> dict[str, float]:
+    """One pass over the images. The device is read once, at the end."""
+    recipe, model, device = state.recipe, state.model, state.device
+    steps = len(images) // recipe.batch_size
+    loss_sum = torch.zeros((), device=device)
+    correct = torch.zeros((), device=device)
+    model.train()
+    began = time.perf_counter()
+    order = torch.randperm(len(images), generator=state.generator, device=device)
+    for step in range(steps):
+        index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+        lr = learning_rate(recipe, (state.epoch * steps + step) / state.total_steps)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        batch = augment(
+            images.x,
+            index,
+            state.generator,
+            flip=recipe.flip,
+            translate=recipe.translate,
+            cutout=recipe.cutout,
+        )
+        labels = images.y[index]
+        x = _input(batch, recipe.memory_format)
+        with _autocast(device, recipe.precision):
+            logits = model(x)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
+        state.optimizer.zero_grad(set_to_none=True)
+        state.scaler.scale(loss).backward()
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        loss_sum += loss.detach()
+        correct += (logits.detach().argmax(1) == labels).sum()
+        bar.update()
+    train_loss = loss_sum.item() / steps
+    seconds = time.perf_counter() - began
+    state.epoch += 1
+    if not math.isfinite(train_loss):
+        raise TrainingError(
+            f"the training loss is {train_loss} in epoch {state.epoch} with lr = {recipe.lr} "
+            f"and {recipe.precision}; a smaller lr would be right"
+        )
+    return {
+        "epoch": state.epoch,
+        "train_loss": train_loss,
+        "train_accuracy": correct.item() / (steps * recipe.batch_size),
+        "seconds": seconds,
+    }
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    images: Images,
+    *,
+    precision: Precision = "fp32",
+    batch_size: int = 1000,
+    flip: bool = False,
+) -> dict[str, float]:
+    """Mean loss and accuracy (a fraction) of ``model`` in eval mode on images of its own device.
+
+    With ``flip`` also ``accuracy_flip``: the logits averaged over each image and its mirror image.
+    The model's training flag is put back afterwards.
+    """
+    device = images.x.device
+    precision = choose_precision(device) if precision == "auto" else precision
+    weight = next((p for p in model.parameters() if p.dim() == 4), None)
+    last = weight is not None and weight.is_contiguous(memory_format=torch.channels_last)
+    loss, right, right_flip = (torch.zeros((), device=device) for _ in range(3))
+    was_training = model.training
+    model.eval()
+    for x, y in zip(images.x.split(batch_size), images.y.split(batch_size), strict=True):
+        batch = _input(x, "channels_last" if last else "contiguous")
+        with _autocast(device, precision):
+            logits = model(batch).float()
+            mirrored = model(batch.flip(3)).float() if flip else logits
+        loss += F.cross_entropy(logits, y, reduction="sum")
+        right += (logits.argmax(1) == y).sum()
+        right_flip += ((logits + mirrored).argmax(1) == y).sum()
+    model.train(was_training)
+    metrics = {"loss": loss.item() / len(images), "accuracy": right.item() / len(images)}
+    return metrics | {"accuracy_flip": right_flip.item() / len(images)} if flip else metrics
+
+
+def _input(batch: Tensor, memory_format: str) -> Tensor:
+    x = normalise(batch)
+    return x if memory_format == "channels_last" else x.contiguous()
+
+
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    dtype = None if precision == "fp32" else DTYPES[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

@@ -1,0 +1,238 @@
+"""Runs and records: identities, atomic writing, refusals, resuming, time limits, several processes."""
+
+import dataclasses
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import filelock
+import pytest
+
+from basis import runs
+from basis.cli import main
+from basis.runs import RecordError, Run, load_records, parse_duration, read_record, record_path, work, write_json
+from basis.studies import STUDIES, check_records, find_study, naive, status
+from basis.training import Recipe, TrainingPaused
+
+STUDY = STUDIES["naive"]
+
+
+def fake_result(accuracy=0.9):
+    return {"test": {"accuracy": accuracy}, "train_seconds": 2.0, "parameters": 10}
+
+
+def put_record(folder, run, *, definition=STUDY.definition, **changes):
+    record = {
+        "version": runs.VERSION,
+        "id": run.id,
+        "config": run.config,
+        "result": fake_result(),
+        "environment": {"device": "test"},
+        "definition": definition,
+    }
+    path = record_path(folder, run)
+    write_json(path, record | changes)
+    return path
+
+
+@pytest.fixture
+def instant(monkeypatch):
+    """Runs that finish at once; the list of those that were done."""
+    done = []
+
+    def execute(run, **options):
+        done.append(run)
+        return fake_result()
+
+    monkeypatch.setattr(runs, "execute", execute)
+    return done
+
+
+def test_equal_configurations_have_equal_identities_and_any_change_another():
+    run = Run(study="naive", profile="smoke", arm="dense", seed=0)
+    assert run.id == Run(study="naive", profile="smoke", arm="dense", seed=0).id
+    changed = [dataclasses.replace(run, seed=1), dataclasses.replace(run, recipe=Recipe(lr=0.1))]
+    assert len({run.id, *(r.id for r in changed)}) == 3
+    assert json.loads(json.dumps(run.config)) == run.config
+    assert runs.identity(run.config | {"a_later_field": None}) == run.id
+
+
+def test_all_runs_of_all_studies_differ():
+    everything = [run for study in STUDIES.values() for p in runs.PROFILES for run in study.runs(p)]
+    assert len({run.id for run in everything}) == len(everything) > 50
+
+
+def test_seeds_come_before_arms_so_that_unfinished_studies_compare_all():
+    arms = [run.arm for run in STUDY.runs("paper")]
+    assert arms[:5] == list(naive.ARMS)
+    assert len(arms) == 5 * 8
+
+
+def test_a_record_is_written_whole_and_read_back(tmp_path):
+    run = STUDY.runs("smoke")[0]
+    path = put_record(tmp_path, run)
+    assert read_record(path).config == run.config
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert len(load_records(tmp_path)) == 1
+    assert load_records(tmp_path, profile="paper") == []
+
+
+def test_a_full_disk_loses_nothing_and_says_so(tmp_path, monkeypatch):
+    path = tmp_path / "record.json"
+    path.write_text("{}")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RecordError, match=r"record.json could not be written \(No space left.*make room"):
+        write_json(path, {"much": 1})
+    assert path.read_text() == "{}"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{not json", "is not a JSON record"),
+        ("[1, 2]", "has record version None, but this package reads version 1"),
+        ('{"version": 7}', "has record version 7, but"),
+        ('{"version": 1, "id": "x"}', "lacks config, result, environment, definition"),
+    ],
+)
+def test_bad_records_are_refused_in_one_sentence(tmp_path, content, says):
+    path = tmp_path / "naive" / "smoke" / "x.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    with pytest.raises(RecordError, match=says):
+        load_records(tmp_path)
+    assert any(re.search(says, problem) for problem in check_records(tmp_path))
+
+
+def test_records_that_the_book_may_not_show_are_named(tmp_path):
+    first, second, third = STUDY.runs("smoke")[:3]
+    put_record(tmp_path, first)
+    assert check_records(tmp_path) == []
+    put_record(tmp_path, second, definition="0" * 16)
+    assert "changed its claims or rule" in check_records(tmp_path)[0]
+    stranger = dataclasses.replace(third, seed=99)
+    put_record(tmp_path, second)
+    put_record(tmp_path, stranger)
+    assert "does not list" in check_records(tmp_path)[0]
+    put_record(tmp_path, stranger, config=stranger.config | {"seed": 5})
+    assert "was changed after it was written" in check_records(tmp_path)[0]
+
+
+def test_the_definition_changes_with_the_rule():
+    assert dataclasses.replace(STUDY, rule="another").definition != STUDY.definition
+
+
+def test_the_committed_records_may_all_be_shown():
+    assert check_records() == []
+
+
+def test_finished_runs_are_not_done_again(tmp_path, instant):
+    plan = STUDY.runs("smoke")
+    put_record(tmp_path, plan[1])
+    steps = list(work(plan, STUDY.definition, folder=tmp_path, device="cpu"))
+    assert [s.outcome for s in steps] == ["done"] * (len(plan) - 1)
+    assert plan[1] not in instant
+    assert list(work(plan, STUDY.definition, folder=tmp_path, device="cpu")) == []
+    assert len(load_records(tmp_path)) == len(plan)
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_a_run_that_another_process_holds_is_left_to_it(tmp_path, instant):
+    plan = STUDY.runs("smoke")[:2]
+    path = record_path(tmp_path, plan[0])
+    path.parent.mkdir(parents=True)
+    with filelock.FileLock(path.with_suffix(".lock")):
+        list(work(plan, STUDY.definition, folder=tmp_path, device="cpu"))
+    assert instant == [plan[1]]
+
+
+def test_nothing_is_begun_after_the_deadline(tmp_path, instant):
+    late = time.monotonic() - 1
+    assert list(work(STUDY.runs("smoke"), STUDY.definition, folder=tmp_path, device="cpu", deadline=late)) == []
+    assert instant == []
+
+
+def test_failures_and_pauses_are_reported_and_leave_no_record(tmp_path, monkeypatch):
+    def execute(run, **options):
+        raise ValueError("no such network") if run.seed else TrainingPaused("stopped after epoch 1")
+
+    monkeypatch.setattr(runs, "execute", execute)
+    steps = list(work(STUDY.runs("smoke"), STUDY.definition, folder=tmp_path, device="cpu"))
+    assert {(s.run.seed, s.outcome) for s in steps} == {(0, "paused"), (1, "failed")}
+    assert "ValueError: no such network" in steps[-1].message
+    assert load_records(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("9m", 540), ("1h", 3600), ("1h30m", 5400), ("2m5s", 125), ("45", 45)]
+)
+def test_durations(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "9x", "m", "-5m"])
+def test_wrong_durations_show_a_right_one(text):
+    with pytest.raises(ValueError, match="write it like 90s, 9m or 1h30m"):
+        parse_duration(text)
+
+
+def test_status_counts(tmp_path):
+    put_record(tmp_path, STUDY.runs("smoke")[0])
+    row = status(tmp_path).set_index(["study", "profile"]).loc[("naive", "smoke")]
+    assert (row["done"], row["missing"], row["seconds"]) == (1, len(STUDY.runs("smoke")) - 1, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["run", "nothing"], "there is no study 'nothing'; there are: naive"),
+        (["run", "naive", "--jobs", "0"], "--jobs is 0"),
+        (["run", "naive", "--profile", "huge"], "invalid choice: 'huge'"),
+        (["run", "naive", "--time-limit", "soon"], "'soon' is not a duration"),
+    ],
+)
+def test_the_command_refuses_what_makes_no_sense(command, says, capsys):
+    try:
+        code = main(command)
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_find_study_lists_the_known():
+    with pytest.raises(ValueError, match="there are: naive"):
+        find_study("x")
+
+
+@pytest.mark.slow
+def test_killed_and_shared_studies_lose_nothing(tmp_path):
+    """Two real processes on one folder; one is killed; a third call finishes. No run is done twice."""
+    command = [sys.executable, "-m", "basis.cli", "run", "naive", "--profile", "smoke", "--results", str(tmp_path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    plan = STUDY.runs("smoke")
+    workers = [subprocess.Popen([*command, "--quiet", "--device", "cpu"], env=env) for _ in range(2)]
+    until = time.monotonic() + 120
+    while not load_records(tmp_path) and time.monotonic() < until:
+        time.sleep(0.1)
+    workers[0].kill()
+    assert workers[1].wait(timeout=240) == 0
+    before = {r.id: r.environment["date"] for r in load_records(tmp_path)}
+    assert main(["run", "naive", "--profile", "smoke", "--results", str(tmp_path), "--quiet", "--device", "cpu"]) == 0
+    records = load_records(tmp_path)
+    assert {r.id for r in records} == {run.id for run in plan}
+    assert all(r.environment["date"] == before[r.id] for r in records if r.id in before)
+    assert check_records(tmp_path) == []
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.pt"))
+    verdicts = STUDY.verdicts(records, "smoke")
+    assert [v.claim for v in verdicts] == ["C1", "C3"]

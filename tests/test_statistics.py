@@ -1,0 +1,67 @@
+"""Intervals against textbook values, and the verdict rule of the naive study on made-up accuracies."""
+
+import math
+
+import numpy as np
+import pytest
+
+from basis.runs import Record
+from basis.statistics import difference_estimate, mean_estimate
+from basis.studies import naive
+
+
+def test_students_interval():
+    # t(0.975, 4) = 2.776445; standard error of 1..5 is sqrt(2.5 / 5)
+    estimate = mean_estimate([1, 2, 3, 4, 5])
+    half = 2.776445 * math.sqrt(0.5)
+    assert (estimate.value, estimate.n) == (3, 5)
+    assert estimate.low == pytest.approx(3 - half, rel=1e-6)
+    assert estimate.high == pytest.approx(3 + half, rel=1e-6)
+
+
+def test_welchs_interval_covers_the_truth_about_95_times_in_100():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(500):
+        e = difference_estimate(rng.normal(1.0, 0.1, 3), rng.normal(0.0, 0.5, 8))
+        hits += e.low < 1.0 < e.high
+    assert 460 <= hits <= 492
+
+
+def test_one_value_has_no_interval():
+    assert math.isnan(mean_estimate([1.0]).low)
+    assert math.isnan(difference_estimate([1.0], [2.0, 3.0]).high)
+    assert mean_estimate([1.0]).text() == "1.00"
+    with pytest.raises(ValueError, match="no values"):
+        mean_estimate([])
+
+
+def test_text_shows_the_interval():
+    assert difference_estimate([0.9, 0.92], [0.8, 0.82]).text(scale=100, digits=1, signed=True) == "+10.0 [+3.9, +16.1]"
+
+
+def records(dense, basis, size=0.54):
+    def record(arm, seed, accuracy, parameters):
+        config = {"study": "naive", "profile": "cpu", "arm": arm, "seed": seed}
+        return Record(f"{arm}{seed}", config, {"test": {"accuracy": accuracy}, "parameters": parameters}, {}, "")
+
+    arms = [("dense", dense, 1000), ("r=1/2", basis, round(1000 * size))]
+    return [record(arm, i, a, p) for arm, values, p in arms for i, a in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("dense", "basis", "label"),
+    [
+        ([0.90, 0.901, 0.899], [0.88, 0.881, 0.879], "reproduced"),
+        ([0.9000, 0.9001, 0.8999], [0.9001, 0.9000, 0.9002], "not reproduced"),
+        ([0.90, 0.91, 0.89], [0.899, 0.909, 0.889], "partly"),
+        ([0.90], [0.88], "not tested"),
+    ],
+)
+def test_the_rule_for_c3(dense, basis, label):
+    assert naive.judge(records(dense, basis), "cpu")[1].label == label
+
+
+@pytest.mark.parametrize(("size", "label"), [(0.54, "reproduced"), (0.8, "partly"), (1.1, "not reproduced")])
+def test_the_rule_for_c1(size, label):
+    assert naive.judge(records([0.9, 0.91], [0.8, 0.81], size), "cpu")[0].label == label

@@ -34,8 +34,8 @@ def plan(profile: str) -> tuple[Run, ...]:
         arms = ("dense", "r=1/2", "r=1/4")
         return _arms(profile, range(2), arms, recipe=Recipe(epochs=8))
     if profile == "cpu":
-        recipe = Recipe(epochs=5, batch_size=250, lr=0.1)
-        return _arms(profile, range(3), width=16, mode="factorized", validation=5000, recipe=recipe)
+        recipe = Recipe(epochs=5, batch_size=125, lr=0.1)
+        return _arms(profile, range(3), width=16, mode="factorized", images=20000, validation=5000, recipe=recipe)
     if profile == "smoke":
         recipe = Recipe(epochs=3, batch_size=100, translate=2, cutout=8)
         return _arms(profile, range(2), model="resnet20", width=4, data="synthetic", recipe=recipe)

@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from basis.bench import PASSES, RATIOS, RESNET18_SHAPES, Setting, bench_layers, bench_training
+from basis.conv import MODES
 from basis.data import DataError
 from basis.runs import (
     PROFILES,
@@ -19,6 +21,7 @@ from basis.runs import (
     work,
 )
 from basis.studies import STUDIES, find_study, status
+from basis.training import DTYPES, TrainingError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return options.command(options)
-    except (ValueError, DataError, RecordError) as error:
+    except (ValueError, DataError, RecordError, TrainingError) as error:
         print(f"basis: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -52,6 +55,27 @@ def _parser() -> argparse.ArgumentParser:
     state = commands.add_parser("status", help="which runs are done and which are missing")
     state.add_argument("--results", type=Path, metavar="DIR")
     state.set_defaults(command=_status)
+
+    bench = commands.add_parser("bench", help="measure speed against dense layers and networks")
+    kinds = bench.add_subparsers(required=True, metavar="KIND")
+    layer = kinds.add_parser("layer", help="single layers of ResNet-18", description=bench_layers.__doc__)
+    layer.add_argument("--shapes", nargs="+", default=RESNET18_SHAPES, metavar="SHAPE", help="such as 64-128@32/2")
+    layer.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
+    layer.add_argument("--passes", nargs="+", default=PASSES, choices=PASSES)
+    training = kinds.add_parser("train", help="whole training steps", description=bench_training.__doc__)
+    training.add_argument("--model", default="resnet18", help="a network of basis.models")
+    training.add_argument("--width", type=int, help="its width (default: the published one)")
+    training.add_argument("--modes", nargs="+", default=["auto"], choices=MODES)
+    for kind in (layer, training):
+        kind.add_argument("--ratios", nargs="+", type=float, default=RATIOS, metavar="R")
+        kind.add_argument("--device", metavar="DEVICE", help="default: the GPU if there is one")
+        kind.add_argument("--precision", default="auto", choices=("auto", *DTYPES))
+        kind.add_argument("--memory-format", default="auto", choices=("auto", "channels_last", "contiguous"))
+        kind.add_argument("--batch-size", type=int, default=64, metavar="N")
+        kind.add_argument("--rounds", type=int, default=15, metavar="N", help="measurements of each candidate")
+        kind.add_argument("--seconds", type=float, metavar="S", help="no new round of a cell after this time")
+        kind.add_argument("--out", type=Path, metavar="FILE", help="default: results/bench/KIND-DEVICE-....json")
+        kind.set_defaults(command=_bench, kind="layer" if kind is layer else "train")
 
     book = commands.add_parser("book", help="execute the notebooks and build the HTML book")
     book.add_argument("--profile", choices=PROFILES, help="records to show (default: each study's published one)")
@@ -110,6 +134,25 @@ def _worker_arguments(options: argparse.Namespace) -> list[str]:
 def _status(options: argparse.Namespace) -> int:
     table = status(options.results)
     print(table.to_string(index=False, formatters={"seconds": "{:.0f}".format}))
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    setting = Setting(
+        device=options.device, precision=options.precision, memory_format=options.memory_format,
+        batch_size=options.batch_size, rounds=options.rounds, seconds=options.seconds,
+    )  # fmt: skip
+    shared = {"ratios": options.ratios, "modes": options.modes, "setting": setting, "progress": print}
+    if options.kind == "layer":
+        report = bench_layers(shapes=options.shapes, passes=options.passes, **shared)
+    else:
+        report = bench_training(model=options.model, width=options.width, **shared)
+    config = report.config
+    name = "-".join([options.kind, config["device"].split(":")[0], config["precision"], config["memory_format"]])
+    path = options.out or results_folder() / "bench" / f"{name}.json"
+    report.save(path)
+    print(report)
+    print(f"saved in {path}")
     return 0
 
 

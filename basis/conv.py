@@ -52,19 +52,29 @@ def check_basis_channels(basis_channels: int, out_channels: int, groups: int = 1
 
 
 def resolve_mode(
-    mode: Mode, *, device: torch.device, out_channels: int, basis_channels: int, groups: int = 1
+    mode: Mode, *, device: torch.device, fan_in: int, out_channels: int, basis_channels: int, groups: int = 1
 ) -> Literal["factorized", "composed", "hybrid"]:
     """What ``mode`` stands for on this device and shape; all but ``"auto"`` stand for themselves.
 
-    The rule for ``"auto"`` follows the measured tables of chapter 2: mixing costs memory traffic that
-    only a wide layer with a small basis earns back, so factorized wins there and composed elsewhere.
+    Factorized mode saves (1 - r) fan_in - k multiplications for each output value and pays with a
+    second pass over the activations, which costs about the same everywhere. So ``"auto"`` is
+
+    - on a CPU: factorized where it saves at least 128 multiplications per output value, else composed
+      (measured, ``basis bench layer``: float32 and bfloat16, both memory formats);
+    - on a GPU: the same, but only with at least 128 output channels and with k, rounded up to a
+      multiple of 8, at most half of them (a model of the memory traffic, not yet measured).
+
+    Args:
+        fan_in: C_in/groups * kh * kw, the multiplications of one output value of the dense layer.
     """
     if mode != "auto":
         return mode
-    # The rule is stated per group: a grouped convolution is that many narrow ones.
-    width, ratio = out_channels // groups, basis_channels / out_channels
-    narrowest = 64 if device.type == "cpu" else 128
-    return "factorized" if width >= narrowest and ratio <= 0.5 else "composed"
+    # Per group: a grouped convolution is that many narrow ones.
+    width, k = out_channels // groups, basis_channels // groups
+    pays = (width - k) * fan_in - width * k >= 128 * width
+    if device.type != "cpu":
+        pays = pays and width >= 128 and 2 * 8 * math.ceil(k / 8) <= width
+    return "factorized" if pays else "composed"
 
 
 class _HybridConv(torch.autograd.Function):
@@ -274,6 +284,7 @@ class BasisConv2d(nn.Module):
         return resolve_mode(
             self.mode,
             device=self.basis.device,
+            fan_in=self.basis[0].numel(),
             out_channels=self.out_channels,
             basis_channels=self.basis_channels,
             groups=self.groups,
@@ -344,9 +355,7 @@ class BasisConv2d(nn.Module):
             layer.basis.copy_(torch.cat([b for b, _, _ in factors]).view(layer.basis.shape))
             layer.coefficients.copy_(torch.cat([a for _, a, _ in factors]))
             width = conv.out_channels // g
-            layer.order.copy_(
-                torch.cat([i * width + torch.argsort(p) for i, (_, _, p) in enumerate(factors)])
-            )
+            layer.order.copy_(torch.cat([i * width + torch.argsort(p) for i, (_, _, p) in enumerate(factors)]))
             if conv.bias is not None and layer.bias is not None:
                 layer.bias.copy_(conv.bias)
         layer._permuted = True

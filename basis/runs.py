@@ -251,7 +251,7 @@ def execute(
     """Do ``run`` and return its result as plain values: the training's, with size and best rank-k errors."""
     data = prepare_data(run)
     torch.manual_seed(run.seed)
-    model = build(run.model, num_classes=data.classes, width=run.width)
+    model: torch.nn.Module = build(run.model, num_classes=data.classes, width=run.width)
     if run.ratio is not None:
         model = substitute(model, ratio=run.ratio, mode=run.mode, init="random")
     result: Result = train(

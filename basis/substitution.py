@@ -193,7 +193,7 @@ def substitute(
         raise ValueError("include and exclude go with a ratio; a plan names its layers itself")
     chosen = _resolve(model, plan.layers if isinstance(plan, Plan) else plan)
     make = BasisConv2d.from_conv if init == "svd" else BasisConv2d.shaped_like
-    copied = copy.deepcopy(model)
+    copied = _copy(model)
     new: dict[nn.Module, nn.Module] = {}
     for name, k in chosen.items():
         conv: Any = copied.get_submodule(name)
@@ -208,7 +208,7 @@ def merge(model: nn.Module) -> nn.Module:
 
     Keeps what :func:`substitute` keeps.
     """
-    copied = copy.deepcopy(model)
+    copied = _copy(model)
     layers = [module for module in copied.modules() if isinstance(module, BasisConv2d)]
     return _replace(copied, {layer: _hand_over(layer, layer.to_conv()) for layer in layers})
 
@@ -357,6 +357,12 @@ def _no_such_layer(name: str, modules: Mapping[str, nn.Module], convolutions: li
 
 
 # -- the exchange -------------------------------------------------------------------------------
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy, also of modules that keep computed tensors (pruning, the older weight_norm)."""
+    computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
 
 
 def _hand_over(old: Any, new: Any) -> nn.Module:

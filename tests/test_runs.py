@@ -194,7 +194,7 @@ def test_status_counts(tmp_path):
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        (["run", "nothing"], "there is no study 'nothing'; there are: naive"),
+        (["run", "nothing"], "there is no study 'nothing'; there are: cost, naive"),
         (["run", "naive", "--jobs", "0"], "--jobs is 0"),
         (["run", "naive", "--profile", "huge"], "invalid choice: 'huge'"),
         (["run", "naive", "--time-limit", "soon"], "'soon' is not a duration"),
@@ -210,7 +210,7 @@ def test_the_command_refuses_what_makes_no_sense(command, says, capsys):
 
 
 def test_find_study_lists_the_known():
-    with pytest.raises(ValueError, match="there are: naive"):
+    with pytest.raises(ValueError, match="there are: cost, naive"):
         find_study("x")
 
 

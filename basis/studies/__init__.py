@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from basis.runs import PROFILES, RecordError, load_records, read_record, record_path, results_folder
-from basis.studies import naive
+from basis.runs import (
+    PROFILES,
+    Record,
+    RecordError,
+    load_records,
+    parse_duration,
+    read_record,
+    record_path,
+    results_folder,
+    work,
+)
+from basis.studies import cost, naive
 from basis.studies.study import CLAIMS, Study, Verdict
+from basis.training import choose_device
 
-__all__ = ["CLAIMS", "STUDIES", "Study", "Verdict", "check_records", "find_study", "status"]
+__all__ = ["CLAIMS", "STUDIES", "Gathered", "Study", "Verdict", "check_records", "find_study", "gather", "status"]
 
-STUDIES: Mapping[str, Study] = {study.name: study for study in (naive.STUDY,)}
+STUDIES: Mapping[str, Study] = {study.name: study for study in (cost.STUDY, naive.STUDY)}
 
 
 def find_study(name: str) -> Study:
@@ -73,3 +86,53 @@ def status(folder: Path | None = None) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The records of one study and profile, and a Markdown sentence on what is missing and why."""
+
+    records: list[Record]
+    wanted: int
+    note: str
+
+    @property
+    def complete(self) -> bool:
+        """Whether every run has its record."""
+        return len(self.records) == self.wanted
+
+
+def gather(
+    name: str, profile: str, *, run_missing: bool = False, time_limit: str = "9m", folder: Path | None = None
+) -> Gathered:
+    """The records of a study for a notebook, after training what is missing if that is asked for.
+
+    Nothing is trained for the profiles ``colab`` and ``paper`` without a GPU, since it would take
+    hours; the note says so. Raises ``ValueError`` for an unknown study, profile or duration.
+    """
+    study, seconds = find_study(name), parse_duration(time_limit)
+    if profile not in PROFILES:
+        raise ValueError(f"profile is {profile!r}, but it must be one of {', '.join(PROFILES)}")
+    runs, folder = study.runs(profile), folder or results_folder()
+    gpu = choose_device().type == "cuda"
+    hopeless = profile in ("colab", "paper") and not gpu
+    failures = []
+    if run_missing and not hopeless:
+        deadline = time.monotonic() + seconds
+        steps = work(runs, study.definition, folder=folder, deadline=deadline, progress=True)
+        failures = [
+            f"{step.run.arm}, seed {step.run.seed}: {step.message}" for step in steps if step.outcome == "failed"
+        ]
+    wanted = {run.id for run in runs}
+    records = [r for r in load_records(folder, study=name, profile=profile) if r.id in wanted]
+    note = f"{len(records)} of {len(runs)} runs of the profile `{profile}` have a record."
+    if len(records) < len(runs):
+        if hopeless:
+            note += " The others need a GPU, and there is none here."
+        elif run_missing:
+            note += " The time was up for the others; run this cell again to go on where it stopped."
+        else:
+            note += " Set `run_missing = True` to train the others."
+    if failures:
+        note += " Failed: " + "; ".join(failures) + "."
+    return Gathered(records, len(runs), note)

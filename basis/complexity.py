@@ -1,0 +1,372 @@
+"""What a model costs: parameters, multiply-accumulates (MACs) forward and backward, activation bytes.
+
+Everything is counted from shapes, beside the same layer as a dense convolution. With n = images x
+output pixels, F = C_in/groups x kh x kw, C = C_out, k basis channels and g groups:
+
+==========  =====================  ========================================  ======================
+mode        forward                input gradients                           weight gradients
+==========  =====================  ========================================  ======================
+dense       n C F                  dX: n C F                                 dW: n C F
+factorized  n (k F + (C-k) k/g)    dZ: n (C-k) k/g and dX: n k F             dA: n (C-k) k/g, dB: n k F
+composed    n C F + (C-k) k/g F    dX: n C F                                 dW: n C F, dA and dB:
+                                                                             (C-k) k/g F each
+hybrid      as composed            as factorized                             as factorized
+==========  =====================  ========================================  ======================
+
+These count the algebra of ``W = [B; A B]``. The 1x1 convolution with M = [I; A] that is executed also
+multiplies by the identity, n k k/g for each of its (up to) three products; that stands apart, as
+``identity_*``, and algebra plus identity is what ``torch.utils.flop_counter`` counts (as 2 per MAC).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
+
+from basis.conv import BasisConv2d
+
+Counted = Literal["factorized", "composed", "hybrid"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Numbers of one layer, or of a whole model, for one training step.
+
+    Attributes:
+        parameters: number of parameters; a tied one counts where it appears first.
+        forward_macs: MACs of the forward pass.
+        input_gradient_macs: backward MACs of gradients that flow on towards the input (dX, and dZ of
+            the basis channels). A layer whose input needs no gradient, as the first one, has no dX.
+        weight_gradient_macs: backward MACs of the gradients of the trained parameters.
+        identity_forward_macs: what the executed forward pass multiplies by the identity in M, on top.
+        identity_backward_macs: the same of the backward pass.
+        activation_bytes: bytes that the layer keeps for its own backward pass, in the model's dtype:
+            its input as convolved (padded, where the layer pads it itself), the k basis channels
+            (factorized and hybrid), and the M or W it builds; parameters are not counted. Batch
+            normalisation keeps its input and two statistics per channel. An input that two layers keep
+            counts for both, and layers without parameters (ReLU) are not counted.
+    """
+
+    parameters: int = 0
+    forward_macs: int = 0
+    input_gradient_macs: int = 0
+    weight_gradient_macs: int = 0
+    identity_forward_macs: int = 0
+    identity_backward_macs: int = 0
+    activation_bytes: int = 0
+
+    @property
+    def backward_macs(self) -> int:
+        """MACs of the backward pass: input and weight gradients."""
+        return self.input_gradient_macs + self.weight_gradient_macs
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Cost)))
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer: its ``cost`` as it is, and as a ``dense`` layer of the same shape.
+
+    ``mode`` is how a basis convolution is counted, empty for other layers; ``counted`` is False where
+    the layer holds weights but is never called, or is of a kind not known here: its MACs are missing.
+    """
+
+    name: str
+    kind: str
+    mode: str
+    cost: Cost
+    dense: Cost
+    counted: bool = True
+
+
+@dataclass(frozen=True)
+class CostReport:
+    """What :func:`cost` returns. Prints as a table; :meth:`to_frame` gives all numbers."""
+
+    layers: tuple[LayerCost, ...]
+    input_size: tuple[int, int, int]
+    batch_size: int
+
+    @property
+    def total(self) -> Cost:
+        """The sum over all layers."""
+        return sum((layer.cost for layer in self.layers), Cost())
+
+    @property
+    def dense(self) -> Cost:
+        """The sum over all layers, were every basis convolution a dense one."""
+        return sum((layer.dense for layer in self.layers), Cost())
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per layer, indexed by name; the columns of the dense layer begin with ``dense_``."""
+        rows = [
+            {"layer": layer.name, "kind": layer.kind, "mode": layer.mode}
+            | _columns(layer.cost)
+            | {f"dense_{key}": value for key, value in _columns(layer.dense).items()}
+            for layer in self.layers
+        ]
+        return pd.DataFrame(rows).set_index("layer")
+
+    def __str__(self) -> str:
+        total, dense = self.total, self.dense
+        rows: list[tuple[str, ...]] = [
+            ("", "", "parameters", "forward", "dX, dZ", "weights", "identity", "kept"),
+            ("layer", "kind", "", "MACs", "MACs", "MACs", "MACs", "bytes"),
+        ]
+        rows += [(layer.name, f"{layer.kind} {layer.mode}".strip(), *_cells(layer.cost)) for layer in self.layers]
+        rows += [("total", "", *_cells(total)), ("dense", "", *_cells(dense))]
+        ratios = (f"{a / b:.3f}" if b else "" for a, b in zip(_shown(total), _shown(dense), strict=True))
+        rows.append(("total / dense", "", *ratios))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        images = "image" if self.batch_size == 1 else "images"
+        lines = [f"one step of {self.batch_size} {images} of {self.input_size}"]
+        for row in rows:
+            cells = zip(row, "<<>>>>>>", widths, strict=True)
+            lines.append("  ".join(f"{cell:{align}{width}}" for cell, align, width in cells))
+        unknown = [layer.name for layer in self.layers if not layer.counted]
+        if unknown:
+            lines.append(f"MACs not counted (not called, or of an unknown kind): {', '.join(unknown)}")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def cost(
+    model: nn.Module,
+    input_size: Sequence[int],
+    *,
+    batch_size: int = 1,
+    mode: Counted | None = None,
+) -> CostReport:
+    """Count what ``model`` costs in one training step of ``batch_size`` images, layer by layer.
+
+    Every module that holds parameters gets a row. MACs are those of convolutions and linear layers;
+    normalisation, activations and additions count none. Gradients are counted where training computes
+    them: for parameters that require a gradient, and for inputs that depend on one (so not for the
+    network's input). With ``batch_size=1`` the numbers are per image, except that the composed and
+    hybrid modes build their weight once per step, however many images there are.
+
+    Shapes come from one run of a copy on the meta device, in evaluation mode and without its hooks, so
+    that nothing is computed and ``model`` is untouched; a model that cannot run there (because it looks
+    at values, say) runs once on its own device, on zeros.
+
+    Args:
+        input_size: (C, H, W) of one image.
+        batch_size: images in a step.
+        mode: how basis convolutions are counted: ``"factorized"``, ``"composed"`` or ``"hybrid"``.
+            None counts each in its own mode, and ``"auto"``, which executes whatever is faster, as
+            factorized: the algebra of the layer.
+
+    Raises:
+        ValueError: for an input size, batch size or mode that makes no sense, and when the model cannot
+            be run on such an input.
+    """
+    size = tuple(input_size) if isinstance(input_size, Sequence) else ()
+    if len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise ValueError(f"input_size is {input_size!r}, but it must be (C, H, W), three numbers of at least 1")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}, but it must be a whole number of at least 1")
+    if mode not in (None, "factorized", "composed", "hybrid"):
+        raise ValueError(f"mode is {mode!r}, but it must be factorized, composed, hybrid or None")
+    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("model has lazy layers, whose shapes are not known yet; run it once first")
+
+    seen: set[int] = set()
+    layers = []
+    for name, module, calls in _trace(model, (batch_size, *size)):
+        own = list(module.parameters(recurse=False))
+        parameters = sum(p.numel() for p in own if id(p) not in seen)
+        seen.update(map(id, own))
+        as_is, dense, counted = Cost(parameters), Cost(parameters), ""
+        if isinstance(module, BasisConv2d):
+            counted = mode or ("factorized" if module.mode == "auto" else module.mode)
+            saved = module.out_channels * module.basis[0].numel() - module.basis.numel()
+            dense = Cost(parameters + saved - module.coefficients.numel() if parameters else 0)
+            for call in calls:
+                as_is += _basis_cost(module, call, counted)
+                dense += _dense_cost(module, call)
+        else:
+            for call in calls:
+                as_is += _dense_cost(module, call)
+            dense = as_is
+        known = bool(calls) if _is_matmul(module) else all(p.dim() < 2 for p in own)
+        layers.append(LayerCost(name, type(module).__name__, counted, as_is, dense, known))
+    return CostReport(tuple(layers), size, batch_size)
+
+
+# -- shapes -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a layer: shapes in and out, bytes per number, and whether dX is needed."""
+
+    x: tuple[int, ...]
+    y: tuple[int, ...]
+    itemsize: int
+    needs_dx: bool
+
+
+def _trace(model: nn.Module, size: tuple[int, ...]) -> list[tuple[str, nn.Module, list[_Call]]]:
+    """Every layer (in a copy of the model) with its calls in one forward pass."""
+    try:
+        return _run(_meta_copy(model), size)
+    except Exception:  # whatever the meta device cannot do, or a wrong input: the real run tells
+        try:
+            return _run(copy.deepcopy(model), size)
+        except Exception as error:
+            raise ValueError(f"the model cannot be run on an input of {size} (images, C, H, W): {error}") from error
+
+
+def _meta_copy(model: nn.Module) -> nn.Module:
+    """A deep copy whose parameters, buffers and other tensors are shapes only."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    others = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
+    for tensor in (*model.buffers(), *others):
+        memo[id(tensor)] = tensor.detach().to("meta").requires_grad_(tensor.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+def _run(model: nn.Module, size: tuple[int, ...]) -> list[tuple[str, nn.Module, list[_Call]]]:
+    model.eval()
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if "hook" in key and isinstance(value, dict):
+                value.clear()
+    layers = [(name, m) for name, m in model.named_modules() if _is_matmul(m) or any(True for _ in m.parameters(False))]
+    calls: dict[nn.Module, list[_Call]] = {module: [] for _, module in layers}
+
+    def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        if x is not None and isinstance(output, Tensor):
+            shapes = tuple(x.shape), tuple(output.shape)
+            calls[module].append(_Call(*shapes, x.element_size(), x.requires_grad))
+
+    for _, module in layers:
+        module.register_forward_hook(record, with_kwargs=True)
+    floating = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    with torch.enable_grad():
+        model(torch.zeros(size, dtype=floating.dtype, device=floating.device))
+    return [(name, module, calls[module]) for name, module in layers]
+
+
+# -- counting -----------------------------------------------------------------------------------
+
+
+def _is_matmul(module: nn.Module) -> bool:
+    return isinstance(module, (_ConvNd, nn.Linear, BasisConv2d))
+
+
+def _dense_cost(module: nn.Module, call: _Call) -> Cost:
+    """Any layer but a basis convolution, and that one as if it were dense; without parameters."""
+    trains = any(p.requires_grad for p in module.parameters())
+    kept = _kept_input(module, call) if trains or call.needs_dx else 0
+    if not _is_matmul(module):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and kept:
+            kept += 2 * call.x[1] * max(call.itemsize, 4)  # the statistics are never in half precision
+        return Cost(activation_bytes=kept)
+    if isinstance(module, BasisConv2d):
+        weight = module.out_channels * module.basis[0].numel()
+        trains_weight = module.basis.requires_grad or module.coefficients.requires_grad
+    else:
+        parameter: Any = module.weight
+        weight, trains_weight = parameter.numel(), parameter.requires_grad
+    macs = _positions(module, call) * weight
+    return Cost(
+        forward_macs=macs,
+        input_gradient_macs=call.needs_dx * macs,
+        weight_gradient_macs=trains_weight * macs,
+        activation_bytes=kept,
+    )
+
+
+def _basis_cost(layer: BasisConv2d, call: _Call, mode: str) -> Cost:
+    """A basis convolution in one of the three modes; without parameters."""
+    n, f, g = _positions(layer, call), layer.basis[0].numel(), layer.groups
+    c, k = layer.out_channels, layer.basis_channels
+    dense, convolve, mix = n * c * f, n * k * f, n * (c - k) * k // g
+    identity, build = n * k * k // g, (c - k) * k // g * f
+    dx, db, da = call.needs_dx, layer.basis.requires_grad, layer.coefficients.requires_grad
+    dz = dx or db
+    trains = da or db or (layer.bias is not None and layer.bias.requires_grad)
+    x = _kept_input(layer, call)
+    z, m, w = (size * call.itemsize for size in (n * k, c * k // g, c * f))
+
+    if mode == "composed":
+        return Cost(
+            forward_macs=dense + build,
+            input_gradient_macs=dx * dense,
+            weight_gradient_macs=(da or db) * dense + (da + db) * build,
+            activation_bytes=(x + w) * (trains or dx),
+        )
+    backward = Cost(
+        input_gradient_macs=dz * mix + dx * convolve,
+        weight_gradient_macs=da * mix + db * convolve,
+        identity_backward_macs=(dz + da) * identity,
+    )
+    if mode == "hybrid":
+        kept = (x + m) * (dz or da) + z * da
+        return backward + Cost(forward_macs=dense + build, activation_bytes=kept)
+    kept = x * dz + (z + m) * (trains or dx)
+    return backward + Cost(forward_macs=convolve + mix, identity_forward_macs=identity, activation_bytes=kept)
+
+
+def _positions(module: nn.Module, call: _Call) -> int:
+    """How often the weight is applied: images x output pixels (input pixels where transposed), or rows."""
+    if isinstance(module, nn.Linear):
+        return math.prod(call.y[:-1])
+    shape = call.x if isinstance(module, _ConvTransposeNd) else call.y
+    spatial = len(module.kernel_size)  # type: ignore[arg-type]
+    return math.prod(shape[: -spatial - 1]) * math.prod(shape[-spatial:])
+
+
+def _kept_input(module: nn.Module, call: _Call) -> int:
+    """Bytes of the input as it is kept: padded where the convolution itself cannot pad it."""
+    plain = math.prod(call.x) * call.itemsize
+    if not isinstance(module, (nn.Conv2d, BasisConv2d)):
+        return plain
+    pads = module._pads if isinstance(module, BasisConv2d) else module._reversed_padding_repeated_twice
+    left, right, top, bottom = pads
+    if module.padding_mode == "zeros" and (left, top) == (right, bottom):
+        return plain
+    if module.padding_mode == "zeros" and isinstance(module, nn.Conv2d):  # it adds only the difference
+        left, right, top, bottom = 0, abs(left - right), 0, abs(top - bottom)
+    *outer, height, width = call.x
+    padded = math.prod(outer) * (height + top + bottom) * (width + left + right) * call.itemsize
+    keeps_both = module.padding_mode in ("reflect", "replicate") and call.needs_dx
+    return padded + plain * keeps_both
+
+
+# -- the table ----------------------------------------------------------------------------------
+
+
+def _columns(cost: Cost) -> dict[str, int]:
+    return asdict(cost) | {"backward_macs": cost.backward_macs}
+
+
+def _shown(cost: Cost) -> tuple[int, ...]:
+    identity = cost.identity_forward_macs + cost.identity_backward_macs
+    macs = (cost.forward_macs, cost.input_gradient_macs, cost.weight_gradient_macs, identity)
+    return (cost.parameters, *macs, cost.activation_bytes)
+
+
+def _cells(cost: Cost) -> tuple[str, ...]:
+    parameters, *others = _shown(cost)
+    return (f"{parameters:,}", *map(_short, others))
+
+
+def _short(number: float) -> str:
+    """1234567 as ``1.235 M``; 0 as an empty cell."""
+    for unit in ("", " k", " M", " G"):
+        if number < 1000:
+            return f"{number:.4g}{unit}" if number else ""
+        number /= 1000
+    return f"{number:,.4g} T"

@@ -1,0 +1,77 @@
+"""Chapter 2: what does a basis convolution cost, counted and measured?
+
+Counting needs no runs. What is measured are the benchmarks of ``basis bench layer``, one file for each
+machine, precision and memory format under ``results/bench/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from basis.bench import BenchReport, Shape
+from basis.runs import Record, Run, results_folder
+from basis.studies.study import Label, Study, Verdict
+
+RATIO, NARROWEST = 0.5, 128
+
+RULE = (
+    f"C2 is judged by the measured 3x3 layers of ResNet-18 with at least {NARROWEST} output channels at r = 1/2 in "
+    "mode auto, against the dense layer of equal shape, batch, precision and memory format, interleaved. A cell is one "
+    "shape, pass (forward; forward and backward), precision and memory format. Reproduced on a kind of device if the "
+    "lower quartile of the speed-up is above 1 in every cell, partly if in some, not reproduced if in none."
+)
+
+
+def load_benches(profile: str, *, kind: str = "bench-layer", folder: Path | None = None) -> list[BenchReport]:
+    """The stored benchmarks of a kind, of CPUs for the profile ``cpu`` and of GPUs for ``colab`` and ``paper``."""
+    wanted = {"cpu": "cpu", "colab": "cuda", "paper": "cuda"}.get(profile)
+    files = sorted(((folder or results_folder()) / "bench").glob("*.json"))
+    reports = [BenchReport.load(path) for path in files]
+    return [r for r in reports if r.kind == kind and r.environment["device_type"] == wanted]
+
+
+def judged_cells(reports: Sequence[BenchReport]) -> list[Mapping[str, Any]]:
+    """The rows that the rule speaks of."""
+    return [
+        row
+        for report in reports
+        for row in report.rows
+        if row["mode"] == "auto" and row["ratio"] == RATIO and Shape.parse(row["shape"]).out_channels >= NARROWEST
+    ]
+
+
+def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
+    """The verdict on C2 by :data:`RULE`, from the stored benchmarks (``records`` is not used)."""
+    reports = load_benches(profile)
+    cells = judged_cells(reports)
+    if not cells:
+        return (Verdict("C2", profile, "not tested", "no benchmark of such a device is stored"),)
+    faster = sum(row["speedup_q1"] > 1 for row in cells)
+    label: Label = "reproduced" if faster == len(cells) else "partly" if faster else "not reproduced"
+    speedups = sorted(row["speedup"] for row in cells)
+    device = ", ".join(sorted({report.environment["device"] for report in reports}))
+    finding = (
+        f"at r = 1/2 {faster} of {len(cells)} measured cells are faster than dense, "
+        f"by factors from {speedups[0]:.2f} to {speedups[-1]:.2f} ({device}; "
+        f"medians of {min(row['n'] for row in cells)} or more interleaved rounds)"
+    )
+    return (Verdict("C2", profile, label, finding),)
+
+
+def plan(profile: str) -> tuple[Run, ...]:
+    """No trainings: the benchmarks are made by ``basis bench``."""
+    return ()
+
+
+STUDY = Study(
+    name="cost",
+    title="What does it cost, forward and backward?",
+    chapter="02_what_does_it_cost",
+    claims=("C2",),
+    rule=RULE,
+    published="cpu",
+    plan=plan,
+    judge=judge,
+)

@@ -16,6 +16,7 @@ from basis.runs import (
     RecordError,
     load_records,
     parse_duration,
+    repository_root,
     results_folder,
     start_workers,
     work,
@@ -79,7 +80,11 @@ def _parser() -> argparse.ArgumentParser:
 
     book = commands.add_parser("book", help="execute the notebooks and build the HTML book")
     book.add_argument("--profile", choices=PROFILES, help="records to show (default: each study's published one)")
+    book.add_argument("--only", nargs="+", metavar="CHAPTER", help="execute only these, such as 03")
     book.set_defaults(command=_book)
+
+    derived = commands.add_parser("sync", help="renew the README, citation and notebook cells made from elsewhere")
+    derived.set_defaults(command=_sync)
     return parser
 
 
@@ -157,10 +162,25 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _book(options: argparse.Namespace) -> int:
-    from basis.book import build  # needs the extra "book"
+    from basis.book import BookError, build  # needs the extra "book"
 
-    page = build(profile=options.profile)
+    try:
+        page = build(profile=options.profile, only=options.only, progress=print)
+    except BookError as error:
+        print(f"basis: {error}", file=sys.stderr)
+        return 1
     print(f"The book is at {page.as_uri()}")
+    return 0
+
+
+def _sync(options: argparse.Namespace) -> int:
+    from basis.derived import sync
+
+    root = repository_root()
+    if root is None:
+        raise ValueError("there is no checkout here whose files could be renewed")
+    for changed in sync(root):
+        print(changed)
     return 0
 
 

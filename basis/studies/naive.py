@@ -70,7 +70,7 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     """Verdicts on C1 and C3 by :data:`RULE`."""
     n = min(len(accuracies(records, arm)) for arm in ("dense", JUDGED))
     if n < 2:
-        finding = f"{n} of the at least 2 runs per arm are there"
+        finding = f"there are {n} runs per arm, and at least 2 are needed" if n else "no run has been made yet"
         return tuple(Verdict(claim, profile, "not tested", finding) for claim in ("C1", "C3"))
     fraction, lost = size(records, JUDGED), drop(records, JUDGED)
     smaller: Label = "reproduced" if fraction <= SIZE else "partly" if fraction < 1 else "not reproduced"

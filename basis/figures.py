@@ -1,0 +1,225 @@
+"""One style for every figure: colour-blind safe, light, dark and print.
+
+A figure is a pure function of a `Theme`. It is called once for each theme, so the same drawing
+gives the light and the dark picture of the book and the PDF for print:
+
+    def draw(theme):
+        figure = canvas()
+        axes = figure.subplots()
+        axes.plot(x, y, color=theme.colour("r=1/2"), label="r = 1/2")
+        return figure
+
+    show(draw, name="cost-forward", caption="What to see, with n.", alt="What the picture shows.")
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from basis.statistics import mean_estimate
+
+TEXT_WIDTH = 7.0  # inches: the width of the book's text, and of a printed page's
+FIGURE_KEY = "basis_figure"  # output metadata of a figure, which the book replaces by a numbered one
+HEADLINE = "headline"  # the figure of this name stands on the front page and in the README
+CAPTION_KEY = "basis_caption"  # output metadata of the caption under it, which the book drops
+
+# One colour for each thing that is compared, wherever it appears. The ratios run from purple to
+# yellow-green in order of size; each colour keeps a contrast of 3 or more to its own background.
+_LIGHT_COLOURS = {
+    "dense": "#3c4046",
+    "r=1/8": "#7b3294",
+    "r=1/4": "#2f5fb3",
+    "r=1/2": "#008a7a",
+    "r=3/4": "#b7791f",
+    "factorized": "#2f5fb3",
+    "composed": "#c8553d",
+    "hybrid": "#008a7a",
+    "auto": "#7b3294",
+}
+_DARK_COLOURS = {
+    "dense": "#d5d9de",
+    "r=1/8": "#c58be0",
+    "r=1/4": "#7fabf5",
+    "r=1/2": "#4fd0bd",
+    "r=3/4": "#f0b754",
+    "factorized": "#7fabf5",
+    "composed": "#f58f78",
+    "hybrid": "#4fd0bd",
+    "auto": "#c58be0",
+}
+_LIGHT_CYCLE = ("#2f5fb3", "#c8553d", "#008a7a", "#7b3294", "#b7791f", "#5b6470")
+_DARK_CYCLE = ("#7fabf5", "#f58f78", "#4fd0bd", "#c58be0", "#f0b754", "#aab4c0")
+
+
+@dataclass(frozen=True)
+class Theme:
+    """The colours of one background."""
+
+    name: str
+    text: str
+    muted: str
+    grid: str
+    warning: str
+    background: str
+    colours: Mapping[str, str]
+    cycle: tuple[str, ...]
+
+    def colour(self, label: str) -> str:
+        """The colour of a ratio ("r=1/2"), a mode ("hybrid") or any other label, always the same."""
+        known = self.colours.get(label.replace(" ", ""))
+        return known or self.cycle[sum(label.encode()) % len(self.cycle)]
+
+    def rc(self, salt: str = "basis") -> dict[str, Any]:
+        """Matplotlib settings for this theme; `salt` fixes the identifiers inside an SVG."""
+        return {
+            "figure.facecolor": "none",
+            "axes.facecolor": "none",
+            "savefig.facecolor": "none",
+            "axes.edgecolor": self.muted,
+            "axes.labelcolor": self.text,
+            "axes.titlecolor": self.text,
+            "text.color": self.text,
+            "xtick.color": self.muted,
+            "ytick.color": self.muted,
+            "xtick.labelcolor": self.text,
+            "ytick.labelcolor": self.text,
+            "grid.color": self.grid,
+            "grid.linewidth": 0.7,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 12.5,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.labelsize": 12,
+            "xtick.labelsize": 11,
+            "ytick.labelsize": 11,
+            "legend.fontsize": 11,
+            "legend.frameon": False,
+            "font.family": "DejaVu Sans",
+            "font.size": 11,
+            "lines.linewidth": 2,
+            "lines.markersize": 5.5,
+            "axes.prop_cycle": cycler(color=list(self.cycle)),
+            "svg.hashsalt": salt,
+            "svg.fonttype": "path",
+            "pdf.fonttype": 42,
+        }
+
+
+LIGHT = Theme("light", "#1f2328", "#6b7280", "#e3e6ea", "#9a5b00", "#ffffff", _LIGHT_COLOURS, _LIGHT_CYCLE)
+DARK = Theme("dark", "#e6e9ed", "#a2abb6", "#3a424c", "#f0b754", "#14181e", _DARK_COLOURS, _DARK_CYCLE)
+
+Draw = Callable[[Theme], Figure]
+
+
+def colour(label: str, theme: Theme = LIGHT) -> str:
+    """The colour of a ratio, a mode or another label in `theme`."""
+    return theme.colour(label)
+
+
+def canvas(height: float = 3.8, width: float = TEXT_WIDTH) -> Figure:
+    """An empty figure of the text's width, outside pyplot, so that nothing global holds it."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _check(name: str, caption: str, alt: str) -> None:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
+        raise ValueError(f"figure name {name!r} must be small letters, digits and hyphens")
+    if not caption.strip():
+        raise ValueError(f"figure {name!r} has no caption; say what it shows and what to notice")
+    if not alt.strip() or is_path(alt):
+        raise ValueError(f"figure {name!r} needs an alt text that says what is seen, not {alt!r}")
+
+
+def is_path(text: str) -> bool:
+    """Whether a text is the name of a file and therefore no description."""
+    return bool(re.fullmatch(r"\S*[/\\]\S*|\S+\.(svg|png|jpe?g|gif|webp|pdf)", text.strip()))
+
+
+def _render(draw: Draw, theme: Theme, *, name: str, fmt: str, **options: Any) -> bytes:
+    """Draw in one theme; the same drawing always gives the same bytes."""
+    undated: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(theme.rc(name)):
+        figure = draw(theme)
+        figure.savefig(buffer, format=fmt, metadata=undated.get(fmt, {}), **options)
+    return buffer.getvalue()
+
+
+def save(draw: Draw, *, name: str, folder: Path) -> None:
+    """Write NAME.svg, NAME-dark.svg (both without background) and NAME.pdf into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        f"{name}.svg": _render(draw, LIGHT, name=name, fmt="svg"),
+        f"{name}-dark.svg": _render(draw, DARK, name=name, fmt="svg"),
+        f"{name}.pdf": _render(draw, LIGHT, name=name, fmt="pdf"),
+    }
+    for filename, content in files.items():
+        (folder / filename).write_bytes(content)
+
+
+def show(draw: Draw, *, name: str, caption: str, alt: str, folder: Path | None = None) -> None:
+    """Show a figure with its caption in the notebook, and write its files for the book.
+
+    `caption` is plain Markdown and states the finding; `alt` describes what is seen to someone who
+    does not see it. The files go to `folder`, by default `book/figures` of the checkout; where
+    there is no checkout nothing is written.
+    """
+    from IPython.display import Markdown, display
+
+    from basis.runs import repository_root
+
+    _check(name, caption, alt)
+    root = repository_root()
+    if folder is None and root is not None:
+        folder = root / "book" / "figures"
+    if folder is not None:
+        save(draw, name=name, folder=folder)
+    png = _render(draw, LIGHT, name=name, fmt="png", dpi=192, facecolor=LIGHT.background)
+    width, height = struct.unpack(">II", png[16:24])  # shown at half its size, sharp on dense screens
+    about = {"name": name, "caption": caption, "alt": alt}
+    picture = {"image/png": base64.b64encode(png).decode(), "text/plain": alt}
+    shape = {"width": width // 2, "height": height // 2, "alt": alt}
+    display(picture, raw=True, metadata={"image/png": shape, FIGURE_KEY: about})
+    display(Markdown(caption), metadata={CAPTION_KEY: name})
+
+
+# --- pieces that several figures share ---------------------------------------------------------
+
+
+def interval(axes: Axes, x: float, values: Sequence[float], *, color: str, label: str | None = None) -> None:
+    """Draw the mean with its 95 % interval, and every single run as a small dot."""
+    mean = mean_estimate(values)
+    error = None if math.isnan(mean.low) else [[mean.value - mean.low], [mean.high - mean.value]]
+    axes.plot([x] * len(values), values, ".", color=color, alpha=0.55, markersize=5, zorder=2)
+    style: dict[str, Any] = {"fmt": "o", "capsize": 4, "markersize": 7, "linewidth": 1.6, "zorder": 3}
+    axes.errorbar([x], [mean.value], yerr=error, color=color, label=label, **style)
+
+
+def note_n(axes: Axes, n: int | str, theme: Theme) -> None:
+    """Write "n = ..." above the upper right corner."""
+    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    axes.annotate(f"n = {n}", (1, 1), xytext=(0, 5), ha="right", va="bottom", color=theme.muted, **place)
+
+
+def mark_incomplete(axes: Axes, what: str, theme: Theme) -> None:
+    """Say on the figure itself that data are missing, for example "6 of 10 runs"."""
+    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    frame = {"boxstyle": "round,pad=0.35", "facecolor": "none", "edgecolor": theme.warning, "linestyle": "--"}
+    text = f"incomplete: {what}"
+    axes.annotate(text, (0, 1), xytext=(6, -8), ha="left", va="top", color=theme.warning, bbox=frame, **place)

@@ -1,0 +1,92 @@
+import matplotlib
+import nbformat
+import pytest
+
+from basis import figures
+
+
+def draw(theme):
+    figure = figures.canvas()
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color=theme.colour("r=1/2"), label="r = 1/2")
+    figures.interval(axes, 0.5, [0.4, 0.5, 0.6], color=theme.colour("dense"))
+    figures.interval(axes, 0.7, [0.4], color=theme.colour("dense"))
+    figures.note_n(axes, 3, theme)
+    figures.mark_incomplete(axes, "3 of 4 runs", theme)
+    axes.legend()
+    return figure
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    displayed = []
+    monkeypatch.setattr("IPython.display.display", lambda thing, **options: displayed.append((thing, options)))
+    return displayed
+
+
+def test_a_figure_is_written_light_dark_and_for_print(tmp_path, shown):
+    figures.show(draw, name="a-b", caption="What **is** seen.", alt="A rising line.", folder=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-b-dark.svg", "a-b.pdf", "a-b.svg"]
+    light, dark = (tmp_path / "a-b.svg").read_text(), (tmp_path / "a-b-dark.svg").read_text()
+    assert figures.LIGHT.text in light
+    assert figures.DARK.text in dark
+    assert figures.LIGHT.text not in dark
+    assert "fill: none" in light  # no background
+
+
+def test_the_same_drawing_gives_the_same_bytes(tmp_path):
+    for folder in ("one", "two"):
+        figures.save(draw, name="same", folder=tmp_path / folder)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+    assert "<dc:date>" not in (tmp_path / "one" / "same.svg").read_text()
+
+
+def test_the_notebook_shows_image_and_caption_and_says_what_they_are(tmp_path, shown):
+    figures.show(draw, name="a", caption="Caption.", alt="Alt.", folder=tmp_path)
+    (image, about), (caption, mark) = shown
+    assert image["text/plain"] == "Alt."
+    assert about["metadata"]["basis_figure"] == {"name": "a", "caption": "Caption.", "alt": "Alt."}
+    assert about["metadata"]["image/png"]["width"] == 96 * figures.TEXT_WIDTH
+    assert caption.data == "Caption."
+    assert mark["metadata"] == {"basis_caption": "a"}
+    nbformat.from_dict(about["metadata"])
+
+
+@pytest.mark.parametrize("alt", ["", "  ", "figures/a.svg", "_images/abc.png", "a.png"])
+def test_an_alt_text_that_says_nothing_is_refused(tmp_path, shown, alt):
+    with pytest.raises(ValueError, match="alt text"):
+        figures.show(draw, name="a", caption="Caption.", alt=alt, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_name_and_caption_are_needed(tmp_path, shown):
+    with pytest.raises(ValueError, match="caption"):
+        figures.show(draw, name="a", caption=" ", alt="Alt.", folder=tmp_path)
+    with pytest.raises(ValueError, match="A b"):
+        figures.show(draw, name="A b", caption="Caption.", alt="Alt.", folder=tmp_path)
+
+
+def test_drawing_leaves_matplotlib_as_it_was(tmp_path):
+    before = dict(matplotlib.rcParams)
+    figures.save(draw, name="a", folder=tmp_path)
+    assert dict(matplotlib.rcParams) == before
+
+
+def luminance(colour):
+    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("theme", [figures.LIGHT, figures.DARK], ids=lambda theme: theme.name)
+def test_every_colour_stands_out_from_its_background(theme):
+    back = luminance(theme.background)
+    for colour in {*theme.colours.values(), *theme.cycle, theme.text, theme.muted, theme.warning}:
+        bright, dark = max(luminance(colour), back), min(luminance(colour), back)
+        assert (bright + 0.05) / (dark + 0.05) >= 3, colour
+
+
+def test_a_label_keeps_its_colour():
+    assert figures.colour("r = 1/2") == figures.colour("r=1/2") != figures.colour("dense")
+    assert figures.colour("something else") == figures.colour("something else")

@@ -1,0 +1,667 @@
+"""substitute, merge, plans, save and load: what is kept, what is named, what is refused."""
+
+import copy
+import json
+import os
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from basis.conv import MODES, BasisConv2d
+from basis.models import build
+from basis.substitution import Plan, load, merge, plan_of, save, substitute
+
+C_IN, C_OUT, K = 8, 12, 4
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Waking a second thread costs more than these layers do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+class Net(nn.Module):
+    """Two convolutions, a normalisation and a head."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, C_IN, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(C_IN)
+        self.conv2 = nn.Conv2d(C_IN, C_OUT, **({"kernel_size": 3} | options))
+        self.fc = nn.Linear(C_OUT, 5)
+
+    def forward(self, x):
+        return self.fc(self.conv2(self.bn1(self.conv1(x)).relu()).mean((-2, -1)))
+
+
+def images(n=2):
+    return torch.randn(n, 3, 9, 7)
+
+
+def lower_rank(conv, k=K):
+    """Make the weight of ``conv`` one that k basis filters hold exactly."""
+    with torch.no_grad():
+        rows = conv.weight.view(conv.groups, conv.out_channels // conv.groups, -1)
+        k //= conv.groups
+        u, s, vh = torch.linalg.svd(rows.double(), full_matrices=False)
+        rows.copy_((u[..., :k] * s[:, None, :k]) @ vh[:, :k])
+
+
+def assert_same(ours, expected, tolerance=0.0):
+    torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance)
+
+
+def state_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+# -- the acceptance matrix: every option, at the rank the weight has ----------------------------
+
+OPTIONS = {
+    "no bias, kernel (3, 5)": {"bias": False, "kernel_size": (3, 5)},
+    "stride (2, 1)": {"stride": (2, 1)},
+    "dilation": {"dilation": 2},
+    "groups": {"groups": 4},
+    "same": {"padding": "same"},
+    "same, even kernel": {"padding": "same", "kernel_size": 2},
+    "valid": {"padding": "valid"},
+    "padding (2, 0)": {"padding": (2, 0)},
+    "reflect": {"padding": 1, "padding_mode": "reflect"},
+    "replicate": {"padding": 1, "padding_mode": "replicate"},
+    "circular": {"padding": 1, "padding_mode": "circular"},
+    "1x1": {"kernel_size": 1},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_at_full_rank_the_network_is_the_same(option, mode):
+    model = Net(**OPTIONS[option]).double()
+    lower_rank(model.conv2)
+    small = substitute(model, {"conv2": K}, mode=mode)
+    assert isinstance(small.conv2, BasisConv2d)
+    x = images().double()
+    assert_same(small(x), model(x), 1e-10)
+    assert_same(merge(small)(x), model(x), 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 0.004)]
+)
+def test_at_full_rank_in_other_dtypes(dtype, tolerance):
+    model = Net().to(dtype).eval()
+    lower_rank(model.conv2)
+    small = substitute(model, {"conv2": K})
+    x = images().to(dtype)
+    assert {p.dtype for p in small.parameters()} == {dtype}
+    assert_same(small(x), model(x), tolerance)
+    assert_same(merge(small)(x), model(x), tolerance)
+
+
+# -- what is kept -------------------------------------------------------------------------------
+
+
+def test_the_model_given_is_left_alone():
+    model = Net()
+    before, modules = state_of(model), list(model.modules())
+    small = substitute(model, ratio=0.5)
+    for parameter in small.parameters():
+        nn.init.zeros_(parameter)
+    dense = merge(small)
+    for parameter in dense.parameters():
+        nn.init.ones_(parameter)
+    assert list(model.modules()) == modules
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all((p == 0).all() for p in small.parameters())
+
+
+def storages(model):
+    return {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers()) if t.numel()}
+
+
+def test_no_storage_is_shared_not_even_the_bias():
+    model = Net()
+    small = substitute(model, ratio=0.5)
+    dense = merge(small)
+    assert storages(model).isdisjoint(storages(small))
+    assert storages(small).isdisjoint(storages(dense))
+    assert_same(dense.conv2.bias, model.conv2.bias)
+
+
+@pytest.mark.parametrize("init", ["svd", "random"])
+def test_flags_and_formats_are_kept(init):
+    model = Net().half().to(memory_format=torch.channels_last)
+    model.conv2.eval()
+    model.conv2.weight.requires_grad_(False)
+    model.conv1.bias.requires_grad_(False)
+    small = substitute(model, ratio=0.5, init=init)
+    for changed in (small, merge(small)):
+        assert [m.training for m in changed.modules()] == [m.training for m in model.modules()]
+        trained = {name: p.requires_grad for name, p in changed.named_parameters()}
+        assert not any(trained[name] for name in trained if name.startswith("conv2") and name != "conv2.bias")
+        assert trained["conv2.bias"]
+        assert not trained["conv1.bias"]
+        assert all(p.dtype == torch.float16 for p in changed.parameters())
+    assert small.conv2.basis.is_contiguous(memory_format=torch.channels_last)
+    assert small.conv1.basis.requires_grad
+    assert merge(small).conv2.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_device_is_kept():
+    small = substitute(Net().to("meta"), ratio=0.5, init="random")
+    assert {t.device.type for t in (*small.parameters(), *small.buffers())} == {"meta"}
+
+
+def with_every_hook(model, log):
+    """Hooks of every kind on conv2; each writes its name and the kind of module it sees."""
+
+    def note(name):
+        return lambda module, *_: log.append((name, type(module).__name__))
+
+    conv = model.conv2
+    conv.register_forward_pre_hook(note("forward pre"))
+    conv.register_forward_pre_hook(lambda m, args, kwargs: note("forward pre, kwargs")(m), with_kwargs=True)
+    conv.register_forward_hook(note("forward"))
+    conv.register_forward_hook(lambda m, args, kwargs, y: note("forward, kwargs")(m), with_kwargs=True)
+    conv.register_forward_hook(note("always"), always_call=True)
+    conv.register_full_backward_pre_hook(note("backward pre"))
+    conv.register_full_backward_hook(note("backward"))
+    conv.register_state_dict_pre_hook(note("state pre"))
+    conv._register_state_dict_hook(note("state"))
+    conv._register_load_state_dict_pre_hook(note("load pre"), with_module=True)
+    conv.register_load_state_dict_post_hook(note("load post"))
+    return [
+        "forward pre", "forward pre, kwargs", "always", "forward", "forward, kwargs", "backward pre", "backward",
+        "state pre", "state", "load pre", "load post",
+    ]  # fmt: skip
+
+
+def test_hooks_of_every_kind_are_kept():
+    log = []
+    model = Net()
+    kinds = with_every_hook(model, log)
+    small = substitute(model, ratio=0.5)
+    dense = merge(small)
+    for changed, seen in ((small, "BasisConv2d"), (dense, "Conv2d"), (model, "Conv2d")):
+        log.clear()
+        changed(images()).sum().backward()
+        changed.load_state_dict(changed.state_dict())
+        assert sorted(log) == sorted((kind, seen) for kind in kinds)
+        log.clear()
+        with pytest.raises(RuntimeError):
+            changed.conv2(torch.zeros(1, 1, 5, 5))
+        assert ("always", seen) in log
+        assert ("forward", seen) not in log
+
+
+def test_a_hook_may_change_the_output():
+    model = Net()
+    model.conv2.register_forward_hook(lambda module, args, y: y * 0)
+    assert_same(substitute(model, ratio=0.5)(images()), model.fc.bias.expand(2, -1))
+
+
+def test_a_module_with_several_names_stays_shared():
+    shared = nn.Conv2d(C_IN, C_IN, 3, padding=1)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    for plan in ({"0": 4}, {"2": 4}, {"0": 4, "2": 4}):
+        small = substitute(model, plan)
+        assert isinstance(small[0], BasisConv2d)
+        assert small[0] is small[2]
+        dense = merge(small)
+        assert type(dense[0]) is nn.Conv2d
+        assert dense[0] is dense[2]
+    assert Plan.uniform(model, ratio=0.5).layers == {"0": 4}
+    with pytest.raises(ValueError, match="gives 0 k = 4 and 2 k = 6, but they are one shared layer"):
+        substitute(model, {"0": 4, "2": 6})
+
+
+def test_a_tied_bias_stays_tied():
+    model = nn.Sequential(nn.Conv2d(C_IN, C_IN, 3), nn.Conv2d(C_IN, C_IN, 3))
+    model[1].bias = model[0].bias
+    small = substitute(model, {"0": 4})
+    assert small[0].bias is small[1].bias
+    assert_same(small[0].bias, model[0].bias)
+    dense = merge(small)
+    assert dense[0].bias is dense[1].bias
+
+
+def test_a_bare_convolution():
+    conv = nn.Conv2d(C_IN, C_OUT, 3)
+    for layer in (substitute(conv, ratio=0.5), substitute(conv, {"": 6})):
+        assert isinstance(layer, BasisConv2d)
+        assert layer.basis_channels == 6
+        assert type(merge(layer)) is nn.Conv2d
+    assert plan_of(layer).layers == {"": 6}
+    assert "(the model itself)" in str(plan_of(layer))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_models_that_keep_computed_tensors_can_be_substituted():
+    model = Net()
+    prune.l1_unstructured(model.conv1, "weight", amount=0.5)
+    nn.utils.weight_norm(model.fc)
+    model.kept = model.fc(torch.ones(1, C_OUT))
+    lower_rank(model.conv2)
+    small = substitute(model, {"conv2": K})
+    x = images()
+    assert_same(small(x), model(x), 1e-5)
+    small(x).sum().backward()
+    assert small.conv1.weight_orig.grad.any()
+    assert small.fc.weight_g.grad.any()
+
+
+def test_a_deep_copy_works_like_its_model():
+    small = substitute(Net(), ratio=0.5)
+    x = images()
+    assert_same(copy.deepcopy(small)(x), small(x))
+
+
+# -- how it is done -----------------------------------------------------------------------------
+
+
+def test_svd_approximates_and_random_draws_anew():
+    model = Net()
+    near = substitute(model, {"conv2": 10}).conv2.weight
+    drawn = substitute(model, {"conv2": 10}, init="random").conv2.weight
+    weight = model.conv2.weight
+    assert (near - weight).norm() < 0.4 * weight.norm()
+    assert (drawn - weight).norm() > weight.norm()
+
+
+def test_merge_makes_plain_convolutions_of_the_same_function():
+    small = substitute(build("resnet20", width=4), ratio=0.5).eval()
+    dense = merge(small)
+    assert not any(isinstance(module, BasisConv2d) for module in dense.modules())
+    x = torch.randn(2, 3, 32, 32)
+    assert_same(dense(x), small(x), 1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_mode_reaches_every_layer(mode):
+    small = substitute(Net(), ratio=0.5, mode=mode)
+    assert {m.mode for m in small.modules() if isinstance(m, BasisConv2d)} == {mode}
+
+
+def test_layers_of_a_plan_at_c_out_stay_dense():
+    small = substitute(Net(), {"conv1": C_IN, "conv2": K})
+    assert type(small.conv1) is nn.Conv2d
+    assert isinstance(small.conv2, BasisConv2d)
+
+
+def test_a_whole_resnet_by_ratio():
+    small = substitute(build("resnet18", width=8), ratio=0.5)
+    assert len(plan_of(small).layers) == 20
+    assert not plan_of(small).skipped
+    assert small.layer4[0].conv1.basis_channels == 32
+
+
+# -- plans --------------------------------------------------------------------------------------
+
+
+class OwnForward(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class SameForward(nn.Conv2d):
+    pass
+
+
+def test_every_convolution_that_stays_dense_has_its_reason():
+    model = nn.ModuleDict(
+        {
+            "plain": nn.Conv2d(8, 8, 3),
+            "subclass": SameForward(8, 8, 3),
+            "multiplier": nn.Conv2d(8, 16, 3, groups=8),
+            "depthwise": nn.Conv2d(8, 8, 3, groups=8),
+            "narrow": nn.Conv2d(8, 2, 3, groups=1),
+            "single": nn.Conv2d(8, 1, 3),
+            "tied": nn.Conv2d(8, 8, 3),
+            "twin": nn.Conv2d(8, 8, 3),
+            "own": OwnForward(8, 8, 3),
+            "patched": nn.Conv2d(8, 8, 3),
+            "lazy": nn.LazyConv2d(8, 3),
+            "normed": nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)),
+            "pruned": prune.identity(nn.Conv2d(8, 8, 3), "weight"),
+            "basis": BasisConv2d(8, 8, 3, ratio=0.5),
+            "up": nn.ConvTranspose2d(8, 8, 3),
+            "line": nn.Conv1d(8, 8, 3),
+            "volume": nn.Conv3d(8, 8, 3),
+            "head": nn.Conv2d(8, 8, 3),
+            "linear": nn.Linear(8, 8),
+        }
+    )
+    model["twin"].weight = model["tied"].weight
+    model["patched"].forward = lambda x: x
+    plan = Plan.uniform(model, ratio=0.7, exclude="head")
+    assert plan.layers == {"plain": 6, "subclass": 6, "multiplier": 8, "narrow": 1}
+    reasons = {
+        "depthwise": "depthwise: one filter per group",
+        "single": "one filter: nothing to derive",
+        "tied": "weight tied with twin.weight",
+        "twin": "weight tied with tied.weight",
+        "own": "OwnForward has a forward of its own",
+        "patched": "Conv2d has a forward of its own",
+        "lazy": "lazy: its shape is not known before the first forward pass",
+        "normed": "parametrized: its weight is made from other parameters",
+        "pruned": "parametrized: its weight is made from other parameters",
+        "basis": "already a basis convolution, with k = 4",
+        "up": "ConvTranspose2d: only nn.Conv2d can be substituted",
+        "line": "Conv1d: only nn.Conv2d can be substituted",
+        "volume": "Conv3d: only nn.Conv2d can be substituted",
+        "head": "excluded by 'head'",
+    }
+    assert plan.skipped == reasons
+    small = substitute(model, plan)
+    assert all(isinstance(small[name], BasisConv2d) for name in plan.layers)
+    assert all(type(small[name]) is type(model[name]) for name in reasons)
+    assert small["twin"].weight is small["tied"].weight
+    for name in reasons.keys() - {"head"}:
+        with pytest.raises(ValueError, match="cannot be substituted: ") as error:
+            substitute(model, {name: 3})
+        assert reasons[name] in str(error.value)
+        assert name in str(error.value)
+
+
+def test_a_ratio_that_leaves_nothing_to_derive_says_so():
+    plan = Plan.uniform(Net(), ratio=0.99)
+    assert not plan.layers
+    assert plan.skipped["conv2"] == "k = 12 is not below C_out = 12: nothing to derive"
+    assert Plan.uniform(Net(), ratio=1.0).skipped.keys() == {"conv1", "conv2"}
+
+
+def test_plan_of_reads_the_layers():
+    small = substitute(Net(), {"conv2": K})
+    assert plan_of(small) == Plan({"conv2": K}, {"conv1": "left dense"})
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {"conv1": 4, "conv2": 6}),
+        ({"include": "conv2"}, {"conv2": 6}),
+        ({"include": ["*1", "nothing*", "conv*"][::2]}, {"conv1": 4, "conv2": 6}),
+        ({"exclude": "*1"}, {"conv2": 6}),
+        ({"include": "conv*", "exclude": ("conv2", "absent")}, {"conv1": 4}),
+    ],
+)
+def test_patterns_choose_layers(options, expected):
+    model = Net()
+    assert Plan.uniform(model, ratio=0.5, **options).layers == expected
+    assert plan_of(substitute(model, ratio=0.5, **options)).layers == expected
+
+
+@pytest.mark.parametrize(
+    ("ratio", "groups", "multiple", "k"),
+    [(0.5, 1, 8, 24), (0.6, 1, 8, 32), (0.1, 1, 16, 16), (0.5, 4, 6, 24), (0.3, 4, 1, 16), (0.01, 1, 1, 1)],
+)
+def test_k_is_the_nearest_multiple(ratio, groups, multiple, k):
+    conv = nn.Conv2d(48, 48, 1, groups=groups)
+    assert Plan.uniform(conv, ratio=ratio, multiple=multiple).layers == {"": k}
+
+
+def test_a_plan_prints_as_a_table():
+    assert str(Plan({"layer4.0.conv1": 128}, {"conv1": "excluded by 'conv1'"})) == (
+        "layer           basis channels\n"
+        "layer4.0.conv1  128\n"
+        "\n"
+        "kept dense      because\n"
+        "conv1           excluded by 'conv1'"
+    )
+
+
+def test_a_plan_survives_json_and_disk(tmp_path):
+    plan = Plan.uniform(Net(), ratio=0.5, exclude="conv1")
+    assert Plan.from_json(plan.to_json()) == plan
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert os.listdir(tmp_path) == ["plan.json"]
+    with pytest.raises(AttributeError):
+        plan.layers = {}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{", "not readable JSON"),
+        ("[1]", "not a plan"),
+        ('{"layers": {}}', "not a plan"),
+        ('{"basis_plan": 2, "layers": {}, "skipped": {}}', "version 2, but 1 is read here"),
+        ('{"basis_plan": 1, "layers": {"a": "x"}, "skipped": {}}', "must map layer names to numbers"),
+        ('{"basis_plan": 1, "layers": {"a": true}, "skipped": {}}', "must map layer names to numbers"),
+        ('{"basis_plan": 1, "layers": {"a": 1}}', "'skipped' is None"),
+        ("\ufffd\x00", "not readable JSON"),
+    ],
+)
+def test_what_is_not_a_plan_is_refused(text, sentence, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=sentence) as error:
+        Plan.load(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_plan_that_is_not_text_or_not_there_is_refused(tmp_path):
+    (tmp_path / "plan.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"plan\.json"):
+        Plan.load(tmp_path / "plan.json")
+    with pytest.raises(FileNotFoundError, match="no plan at"):
+        Plan.load(tmp_path / "absent.json")
+
+
+# -- what substitute refuses --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("plan", "sentence"),
+    [
+        ({"layer4.0.conv9": 8}, r"layer4\.0\.conv9, but the model has no such layer; near it are layer4\.0\.conv"),
+        ({"zzz": 8}, "zzz, but the model has no such layer; near it are conv1"),
+        ({"bn1": 8}, "bn1, which is a BatchNorm2d, not a convolution"),
+        ({"layer4.0.conv1": 600}, r"layer4\.0\.conv1: basis_channels is 600, .* out_channels = 64"),
+        ({"layer4.0.conv1": 0}, "basis_channels is 0"),
+        ({"layer4.0.conv1": 8.0}, "whole number"),
+        ({"layer4.0.conv1": 0.5}, "whole number"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(plan, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        substitute(build("resnet18", width=8), plan)
+    with pytest.raises(ValueError, match=sentence):
+        substitute(build("resnet18", width=8), Plan(plan))
+
+
+def test_a_plan_must_respect_groups():
+    with pytest.raises(ValueError, match=r"conv2: basis_channels is 3, .* multiple of groups = 2"):
+        substitute(Net(groups=2), {"conv2": 3})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({}, "give one of plan and ratio"),
+        ({"plan": {"conv1": 4}, "ratio": 0.5}, "give one of plan and ratio"),
+        ({"ratio": 0.0}, "ratio is 0"),
+        ({"ratio": 1.5}, r"ratio is 1\.5"),
+        ({"ratio": -1}, "ratio is -1"),
+        ({"ratio": 0.5, "mode": "fast"}, "mode is 'fast'"),
+        ({"ratio": 1.0, "mode": "fast"}, "mode is 'fast'"),
+        ({"ratio": 0.5, "init": "zeros"}, "init is 'zeros'"),
+        ({"ratio": 0.5, "include": "cov*"}, r"include has 'cov\*', but no convolution"),
+        ({"plan": {"conv1": 4}, "exclude": "conv1"}, "include and exclude go with a ratio"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        substitute(Net(), **arguments)
+
+
+def test_more_refusals():
+    with pytest.raises(ValueError, match=r"ratio is 2"):
+        substitute(nn.Linear(2, 2), ratio=2)
+    with pytest.raises(ValueError, match="no convolution at all"):
+        substitute(nn.Linear(2, 2), {"conv": 2})
+    with pytest.raises(ValueError, match="multiple is 0"):
+        Plan.uniform(Net(), ratio=0.5, multiple=0)
+    with pytest.raises(ValueError, match="conv1 is on the meta device"):
+        substitute(Net().to("meta"), ratio=0.5)
+
+
+# -- save and load ------------------------------------------------------------------------------
+
+
+def make_saved(folder, ratio=0.5, **options):
+    small = substitute(build("resnet20", width=4), ratio=ratio, **options)
+    small(torch.randn(4, 3, 32, 32))  # moves the running statistics
+    save(small, folder)
+    return small.eval()
+
+
+@pytest.mark.parametrize("init", ["svd", "random"])
+def test_what_is_saved_comes_back_without_an_svd(tmp_path, monkeypatch, init):
+    small = make_saved(tmp_path / "new" / "folder", init=init, exclude="conv1")
+    dense = build("resnet20", width=4).eval()
+    dense.conv1.weight.requires_grad_(False)
+    before, rng = state_of(dense), torch.get_rng_state()
+    monkeypatch.setattr(BasisConv2d, "from_conv", None)
+    loaded = load(dense, tmp_path / "new" / "folder", mode="composed")
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    x = torch.randn(2, 3, 32, 32)
+    for module in small.modules():
+        if isinstance(module, BasisConv2d):
+            module.mode = "composed"
+    assert_same(loaded(x), small(x))
+    assert plan_of(loaded) == plan_of(small)
+    assert not loaded.training
+    assert not loaded.conv1.weight.requires_grad
+
+
+def test_the_files_are_json_and_safetensors_only(tmp_path):
+    small = make_saved(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["model.safetensors", "plan.json"]
+    assert json.loads((tmp_path / "plan.json").read_text())["layers"] == plan_of(small).layers
+    stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert stored.keys() == small.state_dict().keys()
+
+
+def test_memory_format_and_dtype_are_those_of_the_model_given(tmp_path):
+    small = make_saved(tmp_path)
+    loaded = load(build("resnet20", width=4).double().to(memory_format=torch.channels_last), tmp_path)
+    assert loaded.layer1[0].conv1.basis.dtype == torch.float64
+    assert loaded.layer1[0].conv1.basis.is_contiguous(memory_format=torch.channels_last)
+    assert_same(loaded.layer1[0].conv1.basis.float().contiguous(), small.layer1[0].conv1.basis.detach())
+
+
+def tied_net(tie=True):
+    shared = nn.Conv2d(3, 3, 3, padding=1)
+    model = nn.Sequential(shared, shared, nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3))
+    if tie:
+        model[3].weight = model[2].weight
+    return model
+
+
+def test_shared_and_tied_tensors_are_stored_once_and_come_back(tmp_path):
+    small = substitute(tied_net(), ratio=0.5)
+    save(small, tmp_path)
+    stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert len(stored) == len({id(t) for t in small.state_dict(keep_vars=True).values()})
+    loaded = load(tied_net(), tmp_path)
+    assert loaded[0] is loaded[1]
+    assert loaded[3].weight is loaded[2].weight
+    x = torch.randn(1, 3, 8, 8)
+    assert_same(loaded(x), small(x))
+
+
+def test_a_state_of_untied_tensors_does_not_fit_tied_ones(tmp_path):
+    save(substitute(tied_net(tie=False), {"0": 2}), tmp_path)
+    with pytest.raises(ValueError, match=r"2\.weight and 3\.weight are one tensor in the model, but differ"):
+        load(tied_net(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        ({"name": "resnet32"}, r"layer1\.3\.conv1\.weight is missing from the file.* and \d+ more"),
+        ({"name": "resnet20", "num_classes": 7}, r"fc\.weight is \(10, 16\) in the file, but \(7, 16\) in the"),
+        ({"name": "resnet20", "width": 8}, r"conv1\.coefficients is \(2, 2\) in the file, but \(6, 2\) in the model"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_in_one_sentence(tmp_path, other, sentence):
+    make_saved(tmp_path)
+    options = {"width": 4} | other
+    with pytest.raises(ValueError, match=sentence) as error:
+        load(build(**options), tmp_path)
+    assert "load takes the architecture" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 700
+
+
+def test_surplus_entries_are_named(tmp_path):
+    save(substitute(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), {"0": 2}), tmp_path)
+    with pytest.raises(ValueError, match=r"1\.bias is in the file but not in the model"):
+        load(nn.Sequential(nn.Conv2d(3, 4, 3)), tmp_path)
+
+
+def test_a_plan_for_other_layers_is_refused(tmp_path):
+    make_saved(tmp_path)
+    with pytest.raises(ValueError, match="the model has no such layer"):
+        load(Net(), tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", None])
+def test_a_damaged_state_is_refused(tmp_path, content):
+    make_saved(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        load(build("resnet20", width=4), tmp_path)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no plan at .*plan\.json"):
+        load(Net(), tmp_path)
+    make_saved(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no saved state at .*model\.safetensors"):
+        load(Net(), tmp_path)
+
+
+def test_what_has_no_values_or_is_no_tensor_is_not_saved(tmp_path):
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"anything": 1}
+
+    for model, entry in ((Net().to("meta"), "conv1.weight"), (Extra(2, 2), "_extra_state")):
+        with pytest.raises(ValueError, match=entry):
+            save(model, tmp_path)
+    make_saved(tmp_path)
+    with pytest.raises(ValueError, match="meta device"):
+        load(build("resnet20", width=4).to("meta"), tmp_path)
+
+
+def test_a_failed_write_loses_nothing(tmp_path, monkeypatch):
+    make_saved(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        make_saved(tmp_path, ratio=0.25)
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before

@@ -33,8 +33,12 @@ if "google.colab" in sys.modules:
     folder = "/content/{name}"
     if not os.path.isdir(folder):
         clone = ["git", "clone", "--quiet", "--depth", "1", "--branch", "{branch}"]
-        subprocess.run([*clone, "{repository}", folder], check=True)
-    missing = [name for name in {small} if importlib.util.find_spec(name) is None]
+        subprocess.run(
+            [*clone, "{repository}", folder],
+            check=True,
+        )
+    small = {small}
+    missing = [name for name in small if importlib.util.find_spec(name) is None]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     subprocess.run([*pip, *missing, "--editable", folder], check=True)
     os.chdir(folder)

@@ -132,7 +132,7 @@ class ResNet(nn.Module):
         """Images (N, 3, H, W) to logits (N, num_classes)."""
         x = torch.relu(self.bn1(self.conv1(x)))
         for stage in self.stages:
-            x = self.get_submodule(stage)(x)
+            x = getattr(self, stage)(x)
         return self.fc(x.mean(dim=(2, 3)))
 
 

@@ -283,6 +283,11 @@ def test_a_model_that_cannot_run_on_meta_runs_for_real():
     assert cost(LooksAtValues(), (3, 5, 5)).total.forward_macs == 9 * 4 * 27
 
 
+def test_one_image_of_one_pixel_is_enough_for_batch_normalisation():
+    model = nn.Sequential(nn.Conv2d(3, 4, 5), nn.BatchNorm2d(4)).train()
+    assert cost(model, (3, 5, 5), batch_size=1).total.forward_macs == 4 * 75
+
+
 def test_shared_layers_count_their_parameters_once_and_every_call():
     conv = nn.Conv2d(4, 4, 3, padding=1)
     report = cost(nn.Sequential(conv, conv), (4, 6, 6))

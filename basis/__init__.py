@@ -2,7 +2,8 @@
 
 from basis.complexity import CostReport, cost
 from basis.conv import BasisConv2d
-from basis.substitution import Plan, load, merge, save, substitute
+from basis.storage import load, save
+from basis.substitution import Plan, merge, plan_of, substitute
 from basis.training import Recipe, Result, evaluate, train
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "evaluate",
     "load",
     "merge",
+    "plan_of",
     "save",
     "substitute",
     "train",

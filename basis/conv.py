@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -456,17 +457,8 @@ def factorize(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _pivots(left: Tensor) -> Tensor:
     """Indices of the rows of ``left`` (C x k, orthonormal columns) that pivoted QR of its transpose picks."""
-    residual = left.clone()
-    picked: list[int] = []
-    for _ in range(left.shape[1]):
-        norms = residual.square().sum(1)
-        if picked:
-            norms[picked] = -1
-        row = int(norms.argmax())
-        picked.append(row)
-        direction = residual[row] / residual[row].norm().clamp_min(torch.finfo(left.dtype).tiny)
-        residual = residual - torch.outer(residual @ direction, direction)
-    return torch.tensor(picked, device=left.device)
+    _, pivots = scipy.linalg.qr(left.T.cpu().numpy(), mode="r", pivoting=True)
+    return torch.from_numpy(pivots[: left.shape[1]].astype("int64")).to(left.device)
 
 
 def _autocast_device(tensor: Tensor) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import pickle
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from basis.files import replacing
 
 FILE_NAME = "cifar10.npz"
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -124,15 +125,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write an npz file under a temporary name, then rename it: no half-written file is ever seen."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
-        try:
-            np.savez(part, **arrays)  # type: ignore[arg-type]
-        except BaseException:
-            Path(part.name).unlink(missing_ok=True)
-            raise
-    os.replace(part.name, path)
+    """Write an npz file, whole or not at all."""
+    with replacing(path) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def fetch_archive(folder: Path, *, progress: bool = True) -> Path:

@@ -15,7 +15,6 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -30,6 +29,7 @@ import torch
 
 from basis.conv import Mode
 from basis.data import Data, first_images, hold_out, load_cifar10, synthetic
+from basis.files import replacing
 from basis.models import build
 from basis.substitution import substitute
 from basis.training import Recipe, Result, TrainingPaused, choose_device, train
@@ -139,21 +139,10 @@ def write_json(path: Path, value: object) -> None:
     Raises:
         RecordError: when it cannot be written, as on a full disk; nothing is left behind.
     """
-    part = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            part = Path(file.name)
-            json.dump(value, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        part.chmod(0o644)
-        os.replace(part, path)
+        with replacing(path) as file:
+            file.write(json.dumps(value, indent=1).encode() + b"\n")
     except OSError as error:
-        if part:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
         raise RecordError(
             f"{path} could not be written ({error.strerror}); make room there and run the command again: "
             "finished runs are kept and the rest goes on from its checkpoints"

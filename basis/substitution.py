@@ -1,4 +1,4 @@
-"""Put basis convolutions into a model by plan, take them out again, and keep both on disk.
+"""Put basis convolutions into a model by plan, and take them out again.
 
 A :class:`Plan` says which convolution gets how many basis channels, and why each of the others stays
 dense. :func:`substitute` and :func:`merge` return a changed deep copy: the model given is left alone,
@@ -19,17 +19,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from basis.conv import MODES, BasisConv2d, Mode, basis_channels_for, check_basis_channels
+from basis.files import replacing
 
 PLAN_VERSION = 1
-PLAN_FILE, STATE_FILE = "plan.json", "model.safetensors"
 
 # Every attribute in which nn.Module keeps hooks, with their kwargs / always-call flags.
 _HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
@@ -123,7 +121,8 @@ class Plan:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan as JSON to ``path``, whole or not at all."""
-        _write(Path(path), self.to_json().encode())
+        with replacing(Path(path)) as file:
+            file.write(self.to_json().encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Plan:
@@ -213,61 +212,6 @@ def merge(model: nn.Module) -> nn.Module:
     return _replace(copied, {layer: _hand_over(layer, layer.to_conv()) for layer in layers})
 
 
-def save(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Write ``model`` to ``folder``: ``model.safetensors`` (its state) and ``plan.json``; no pickle.
-
-    A tensor that the state holds under several names is written once. Modes are not written: they
-    belong to the machine, not to the model.
-
-    Raises:
-        ValueError: for a state with entries that are not tensors with values.
-    """
-    tensors: dict[str, Tensor] = {}
-    alias: dict[str, str] = {}
-    first: dict[int, str] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if not isinstance(value, Tensor) or is_lazy(value) or value.is_meta:
-            raise ValueError(f"the state's entry {name!r} is not a tensor with values and cannot be saved")
-        if id(value) in first:
-            alias[name] = first[id(value)]
-        else:
-            first[id(value)] = name
-            tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"alias": json.dumps(alias)}
-    _write(folder / STATE_FILE, safetensors.torch.save(tensors, metadata))
-    plan_of(model).save(folder / PLAN_FILE)
-
-
-def load(model: nn.Module, folder: str | os.PathLike, *, mode: Mode = "auto") -> nn.Module:
-    """The model that :func:`save` wrote to ``folder``, on the architecture of the dense ``model``.
-
-    The weights of ``model`` are not used and it is left alone; device, dtype, flags, hooks and sharing
-    are its own.
-
-    Raises:
-        FileNotFoundError: when a file is missing.
-        ValueError: when a file is damaged, or the plan or state does not fit ``model``; names what
-            differs.
-    """
-    folder = Path(folder)
-    plan = Plan.load(folder / PLAN_FILE)
-    state = _read_state(folder / STATE_FILE)
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        raise ValueError("model is on the meta device; give it storage first: model.to_empty(device='cpu')")
-    with torch.random.fork_rng(devices=[]):  # the random start is overwritten: leave no trace of it
-        loaded = substitute(model, plan, mode=mode, init="random")
-    problems = _misfits(loaded.state_dict(keep_vars=True), state)
-    if problems:
-        raise ValueError(
-            f"{folder / STATE_FILE} does not fit this {type(model).__name__}: {_few(problems, '; ')}. "
-            "load takes the architecture that the saved model was made from"
-        )
-    loaded.load_state_dict(state)
-    return loaded
-
-
 # -- which layers -------------------------------------------------------------------------------
 
 
@@ -352,7 +296,7 @@ def _no_such_layer(name: str, modules: Mapping[str, nn.Module], convolutions: li
     if name in modules:
         return f"the plan names {_shown(name)}, which is a {type(modules[name]).__name__}, not a convolution"
     near = difflib.get_close_matches(name, convolutions, n=3) or convolutions
-    hint = f"near it are {_few(near)}" if near else "it has no convolution at all"
+    hint = f"near it are {few(near)}" if near else "it has no convolution at all"
     return f"the plan names {_shown(name)}, but the model has no such layer; {hint}"
 
 
@@ -389,47 +333,8 @@ def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
     return model
 
 
-# -- files --------------------------------------------------------------------------------------
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write under a temporary name, then rename: ``path`` is never half written."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no saved state at {path}")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            alias = json.loads((file.metadata() or {}).get("alias", "{}"))
-        return state | {name: state[other] for name, other in alias.items()}
-    except (SafetensorError, ValueError, KeyError, AttributeError, OSError) as error:
-        raise ValueError(f"{path} is damaged or no state that save() wrote: {error}") from error
-
-
-def _misfits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """What differs between the entries of a model and of a file, in words."""
-    problems = [f"{name} is missing from the file" for name in expected if name not in state]
-    problems += [f"{name} is in the file but not in the model" for name in state if name not in expected]
-    first: dict[int, str] = {}
-    for name in (name for name in expected if name in state):
-        here, there = tuple(expected[name].shape), tuple(state[name].shape)
-        if here != there:
-            problems.append(f"{name} is {there} in the file, but {here} in the model")
-        tied = first.setdefault(id(expected[name]), name)
-        if tied in state and not torch.equal(state[tied], state[name]):
-            problems.append(f"{tied} and {name} are one tensor in the model, but differ in the file")
-    return problems
-
-
-def _few(items: Iterable[str], separator: str = ", ", limit: int = 4) -> str:
+def few(items: Iterable[str], separator: str = ", ", limit: int = 4) -> str:
+    """The first items of a list, and how many more there are."""
     items = list(items)
     more = f"{separator}and {len(items) - limit} more" if len(items) > limit else ""
     return separator.join(items[:limit]) + more

@@ -7,10 +7,9 @@ with flip test-time augmentation (n = 200).
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from basis.data import Data, Images, augment, normalise
+from basis.files import replacing
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MemoryFormat = Literal["auto", "channels_last", "contiguous"]
@@ -178,7 +178,8 @@ def train(
     if path and path.exists():
         state.restore(path)
     total, first = state.total_steps, state.epoch * steps_per_epoch
-    with tqdm(total=total, initial=first, disable=not progress, unit="step", dynamic_ncols=True) as bar:
+    bar = tqdm(total=total, initial=first, disable=not progress, unit="step", dynamic_ncols=True)
+    with bar, _tuned_kernels(place):
         while state.epoch < recipe.epochs:
             row = _epoch(state, data.train, bar)
             if data.validation:
@@ -236,14 +237,8 @@ class _State:
             "generator": self.generator.get_state(),
             "random": torch.get_rng_state(),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as part:
-            try:
-                torch.save(content, part)
-            except BaseException:
-                Path(part.name).unlink(missing_ok=True)
-                raise
-        os.replace(part.name, path)
+        with replacing(path) as file:
+            torch.save(content, file)
 
     def restore(self, path: Path) -> None:
         try:
@@ -351,6 +346,12 @@ def evaluate(
 def _input(batch: Tensor, memory_format: str) -> Tensor:
     x = normalise(batch)
     return x if memory_format == "channels_last" else x.contiguous()
+
+
+def _tuned_kernels(device: torch.device) -> AbstractContextManager[None]:
+    """On a GPU cuDNN tries its convolutions once for every shape and keeps the fastest."""
+    cuda = device.type == "cuda"
+    return torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True) if cuda else nullcontext()
 
 
 def _autocast(device: torch.device, precision: str) -> torch.autocast:

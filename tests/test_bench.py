@@ -11,15 +11,6 @@ from basis.runs import RecordError
 # Nothing here looks at real times, which would make the tests fail on a busy machine.
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two threads would wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Clock:
     """Runs each step and reports a time of its choosing, by the class and mode of what was run."""
 

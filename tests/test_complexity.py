@@ -18,15 +18,6 @@ MODES = ("factorized", "composed", "hybrid")
 NO_STEM = ("conv1", "*.shortcut.*")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Waking a second thread costs more than these layers do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def meta_model(name="resnet18", **changes):
     with torch.device("meta"):
         return build(name, **changes)

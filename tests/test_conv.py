@@ -105,15 +105,6 @@ def assert_same(ours, expected, tolerance=1e-10):
         torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Waking a second thread costs more than these layers do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

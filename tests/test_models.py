@@ -24,15 +24,6 @@ PAPER = {"resnet20": 0.27, "resnet32": 0.46, "resnet44": 0.66, "resnet56": 0.85,
 THIN = ("resnet18", "resnet50", "resnet20")  # one of each block and shortcut
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Waking a second thread costs more than these layers do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def parameters(model):
     return sum(p.numel() for p in model.parameters())
 

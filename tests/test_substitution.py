@@ -12,20 +12,12 @@ from torch.nn.utils import prune
 
 from basis.conv import MODES, BasisConv2d
 from basis.models import build
-from basis.substitution import Plan, load, merge, plan_of, save, substitute
+from basis.storage import load, save
+from basis.substitution import Plan, merge, plan_of, substitute
 
 C_IN, C_OUT, K = 8, 12, 4
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Waking a second thread costs more than these layers do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,101 @@
+"""Substituted models on disk: a state in safetensors and a small JSON plan, without pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from basis.conv import Mode
+from basis.files import replacing
+from basis.substitution import Plan, few, plan_of, substitute
+
+PLAN_FILE, STATE_FILE = "plan.json", "model.safetensors"
+
+
+def save(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Write ``model`` to ``folder``: ``model.safetensors`` (its state) and ``plan.json``; no pickle.
+
+    A tensor that the state holds under several names is written once. Modes are not written: they
+    belong to the machine, not to the model.
+
+    Raises:
+        ValueError: for a state with entries that are not tensors with values.
+    """
+    tensors: dict[str, Tensor] = {}
+    alias: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor) or is_lazy(value) or value.is_meta:
+            raise ValueError(f"the state's entry {name!r} is not a tensor with values and cannot be saved")
+        if id(value) in first:
+            alias[name] = first[id(value)]
+        else:
+            first[id(value)] = name
+            tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    folder = Path(folder)
+    with replacing(folder / STATE_FILE) as file:
+        file.write(safetensors.torch.save(tensors, {"alias": json.dumps(alias)}))
+    plan_of(model).save(folder / PLAN_FILE)
+
+
+def load(model: nn.Module, folder: str | os.PathLike, *, mode: Mode = "auto") -> nn.Module:
+    """The model that :func:`save` wrote to ``folder``, on the architecture of the dense ``model``.
+
+    The weights of ``model`` are not used and it is left alone; device, dtype, flags, hooks and sharing
+    are its own.
+
+    Raises:
+        FileNotFoundError: when a file is missing.
+        ValueError: when a file is damaged, or the plan or state does not fit ``model``; names what
+            differs.
+    """
+    folder = Path(folder)
+    plan = Plan.load(folder / PLAN_FILE)
+    state = _read_state(folder / STATE_FILE)
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("model is on the meta device; give it storage first: model.to_empty(device='cpu')")
+    with torch.random.fork_rng(devices=[]):  # the random start is overwritten: leave no trace of it
+        loaded = substitute(model, plan, mode=mode, init="random")
+    problems = _misfits(loaded.state_dict(keep_vars=True), state)
+    if problems:
+        raise ValueError(
+            f"{folder / STATE_FILE} does not fit this {type(model).__name__}: {few(problems, '; ')}. "
+            "load takes the architecture that the saved model was made from"
+        )
+    loaded.load_state_dict(state)
+    return loaded
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no saved state at {path}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            alias = json.loads((file.metadata() or {}).get("alias", "{}"))
+        return state | {name: state[other] for name, other in alias.items()}
+    except (SafetensorError, ValueError, KeyError, AttributeError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no state that save() wrote: {error}") from error
+
+
+def _misfits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """What differs between the entries of a model and of a file, in words."""
+    problems = [f"{name} is missing from the file" for name in expected if name not in state]
+    problems += [f"{name} is in the file but not in the model" for name in state if name not in expected]
+    first: dict[int, str] = {}
+    for name in (name for name in expected if name in state):
+        here, there = tuple(expected[name].shape), tuple(state[name].shape)
+        if here != there:
+            problems.append(f"{name} is {there} in the file, but {here} in the model")
+        tied = first.setdefault(id(expected[name]), name)
+        if tied in state and not torch.equal(state[tied], state[name]):
+            problems.append(f"{tied} and {name} are one tensor in the model, but differ in the file")
+    return problems

@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from basis.bench import PASSES, RATIOS, RESNET18_SHAPES, Setting, bench_layers, bench_training
 from basis.conv import MODES
 from basis.data import DataError
@@ -34,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, DataError, RecordError, TrainingError) as error:
         print(f"basis: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:  # the book's tools are an extra
+        print(f"basis: {error.name} is not installed; `pip install -e '.[book]'` adds it", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("basis: interrupted; finished runs are kept", file=sys.stderr)
         return 130
@@ -49,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--time-limit", type=_duration, metavar="TIME", help="stop cleanly after 90s, 9m, 1h30m")
     run.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time (default: 1)")
     run.add_argument("--results", type=Path, metavar="DIR", help="where records go (default: results)")
-    run.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: the GPU if any)")
+    run.add_argument("--device", type=_device, metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: the GPU if any)")
     run.add_argument("--quiet", action="store_true", help="no progress bars")
     run.set_defaults(command=_run)
 
@@ -69,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--modes", nargs="+", default=["auto"], choices=MODES)
     for kind in (layer, training):
         kind.add_argument("--ratios", nargs="+", type=float, default=RATIOS, metavar="R")
-        kind.add_argument("--device", metavar="DEVICE", help="default: the GPU if there is one")
+        kind.add_argument("--device", type=_device, metavar="DEVICE", help="default: the GPU if there is one")
         kind.add_argument("--precision", default="auto", choices=("auto", *DTYPES))
         kind.add_argument("--memory-format", default="auto", choices=("auto", "channels_last", "contiguous"))
         kind.add_argument("--batch-size", type=int, default=64, metavar="N")
@@ -93,6 +98,20 @@ def _duration(text: str) -> float:
         return parse_duration(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _device(text: str) -> str:
+    gpus = torch.cuda.device_count()
+    try:
+        device = torch.device(text)
+        here = device.type != "cuda" or (device.index or 0) < gpus
+    except RuntimeError:
+        here = False
+    if not here:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no device of this machine, which has a CPU (cpu) and {gpus} GPUs"
+        )
+    return text
 
 
 def _run(options: argparse.Namespace) -> int:

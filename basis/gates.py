@@ -121,7 +121,7 @@ def first_heading(notebook: Notebook) -> str:
 # --- numbers in the text -----------------------------------------------------------------------
 
 _UNIT = r"""(?:
-    \s?(?: % | (?:percent|pp|points?|percentage\ points?)\b
+    \s?(?: % | (?:percent|per\ cent|pp|points?|percentage\ points?)\b
       | (?:ms|us|µs|s|sec|min|h|(?:milli)?seconds?|minutes?|hours?|days?)\b
       | (?:[kKMG]|thousand|million|billion|[KMG]i?B|[GT]?flop/?s)\b(?!/)
       | (?:x|×|times)(?=\s+(?:as|faster|slower|smaller|larger|bigger|fewer|less|more|quicker|cheaper|speed)))

@@ -33,6 +33,7 @@ from basis import gates, runs
 from basis.address import DISTRIBUTION, Address, address
 from basis.figures import CAPTION_KEY, FIGURE_KEY, HEADLINE
 from basis.studies import CLAIMS, STUDIES, Study, Verdict, status
+from basis.studies.cost import load_benches
 
 COMMANDS = """\
 make book    # makes its own environment, builds the pages, prints where they are
@@ -268,9 +269,9 @@ def records_provenance(study: Study, profile: str) -> dict[str, str]:
         environments = [record.environment for record in records]
         facts = {"records": f"{len(records)} of study {study.name}, profile {profile}"}
     else:
-        files = sorted((runs.results_folder() / "bench").glob("*.json"))
-        environments = [json.loads(path.read_text(encoding="utf-8")).get("environment", {}) for path in files]
-        facts = {"records": f"{len(files)} benchmarks"}
+        reports = load_benches(profile)
+        environments = [report.environment for report in reports]
+        facts = {"records": f"{len(reports)} benchmarks of profile {profile}"}
     for key, label in (("device", "measured on"), ("torch", "with torch")):
         values = sorted({str(environment[key]) for environment in environments if environment.get(key)})
         if values:

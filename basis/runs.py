@@ -143,10 +143,14 @@ def write_json(path: Path, value: object) -> None:
         with replacing(path) as file:
             file.write(json.dumps(value, indent=1).encode() + b"\n")
     except OSError as error:
-        raise RecordError(
-            f"{path} could not be written ({error.strerror}); make room there and run the command again: "
-            "finished runs are kept and the rest goes on from its checkpoints"
-        ) from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> RecordError:
+    return RecordError(
+        f"{path} could not be written ({error.strerror}); make room there and run the command again: "
+        "finished runs are kept and the rest goes on from its checkpoints"
+    )
 
 
 def read_record(path: Path) -> Record:
@@ -161,6 +165,11 @@ def read_record(path: Path) -> Record:
     missing = [name for name in ("id", "config", "result", "environment", "definition") if name not in content]
     if missing:
         raise RecordError(f"{path} lacks {', '.join(missing)}; delete it to have its run done again")
+    strange = sorted(set(content) - {"version", *Record.__dataclass_fields__})
+    if strange:
+        raise RecordError(
+            f"{path} holds {', '.join(strange)}, which no record has; delete it to have its run done again"
+        )
     if content["id"] != identity(content["config"]):
         raise RecordError(f"{path} was changed after it was written: its id does not fit its configuration")
     del content["version"]
@@ -288,7 +297,7 @@ def work(
 
     The deadline is a ``time.monotonic()``. No run is begun after it; one under way stops at the end
     of its epoch, leaving a checkpoint. A run that another process holds is left to it. A run that fails is
-    reported and the next one is begun.
+    reported and the next one is begun. Raises :class:`RecordError` where nothing can be written.
     """
     folder, place = folder or results_folder(), choose_device(device)
 
@@ -299,12 +308,14 @@ def work(
         if late():
             return
         path = record_path(folder, run)
-        path.parent.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(path.with_suffix(".lock"))
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(blocking=False)
         except filelock.Timeout:
             continue
+        except OSError as error:
+            raise _unwritable(path.parent, error) from error
         checkpoint = folder / run.study / run.profile / "checkpoints" / f"{run.id}.pt"
         began = time.monotonic()
         try:

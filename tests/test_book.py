@@ -14,6 +14,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from basis import book, derived, figures, gates, pages
 from basis.address import Address, address
+from basis.bench import BenchReport
+from basis.studies import STUDIES
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Address("someone", "thing", "main")
@@ -161,6 +163,7 @@ def test_execute_refuses_an_unknown_parameter_before_it_runs(tmp_path, source):
         "The network has 11.17 M parameters.",
         "It needs 12 GB.",
         "The error is 6%.",
+        "The accuracy is 91.2 per cent.",
         "A step takes 5.5 ms on it.",
     ],
 )
@@ -514,6 +517,17 @@ def test_only_chosen_notebooks_are_executed(tmp_path):
 
 
 # --- generated fragments ---
+
+
+def test_provenance_names_only_the_benchmarks_that_the_page_shows(tmp_path, monkeypatch):
+    monkeypatch.setenv("BASIS_RESULTS", str(tmp_path))
+    for kind, device_type, device in (("layer", "cpu", "a CPU"), ("layer", "cuda", "a GPU"), ("train", "cpu", "third")):
+        where = {"device": device, "device_type": device_type, "date": "2026-01-02T03:04:05"}
+        BenchReport(kind=f"bench-{kind}", config={}, environment=where, rows=[]).save(
+            tmp_path / "bench" / f"{kind}-{device_type}.json"
+        )
+    facts = pages.records_provenance(STUDIES["cost"], "cpu")
+    assert facts == {"records": "1 benchmarks of profile cpu", "measured on": "a CPU", "dated": "2026-01-02"}
 
 
 def test_the_claims_table_marks_verdicts():

@@ -102,6 +102,10 @@ def test_a_full_disk_loses_nothing_and_says_so(tmp_path, monkeypatch):
         ("[1, 2]", "has record version None, but this package reads version 1"),
         ('{"version": 7}', "has record version 7, but"),
         ('{"version": 1, "id": "x"}', "lacks config, result, environment, definition"),
+        (
+            '{"version": 1, "id": "x", "config": {}, "result": {}, "environment": {}, "definition": "", "mood": 1}',
+            "holds mood, which no record has",
+        ),
     ],
 )
 def test_bad_records_are_refused_in_one_sentence(tmp_path, content, says):
@@ -155,6 +159,17 @@ def test_a_run_that_another_process_holds_is_left_to_it(tmp_path, instant):
     assert instant == [plan[1]]
 
 
+@pytest.mark.parametrize("call", ["pathlib.Path.mkdir", "filelock.FileLock.acquire"])
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_trained(tmp_path, instant, monkeypatch, call):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(call, full)
+    with pytest.raises(RecordError, match=r"smoke could not be written \(No space left.*make room"):
+        list(work(STUDY.runs("smoke"), STUDY.definition, folder=tmp_path, device="cpu"))
+    assert instant == []
+
+
 def test_nothing_is_begun_after_the_deadline(tmp_path, instant):
     late = time.monotonic() - 1
     assert list(work(STUDY.runs("smoke"), STUDY.definition, folder=tmp_path, device="cpu", deadline=late)) == []
@@ -198,6 +213,8 @@ def test_status_counts(tmp_path):
         (["run", "naive", "--jobs", "0"], "--jobs is 0"),
         (["run", "naive", "--profile", "huge"], "invalid choice: 'huge'"),
         (["run", "naive", "--time-limit", "soon"], "'soon' is not a duration"),
+        (["run", "naive", "--device", "gpu"], "'gpu' is no device of this machine"),
+        (["bench", "layer", "--device", "cuda:99"], "'cuda:99' is no device of this machine"),
     ],
 )
 def test_the_command_refuses_what_makes_no_sense(command, says, capsys):
@@ -207,6 +224,14 @@ def test_the_command_refuses_what_makes_no_sense(command, says, capsys):
         code = end.code
     assert code == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["book", "sync"])
+def test_the_command_says_how_to_get_the_tools_of_the_book(command, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "basis.book", None)
+    monkeypatch.setitem(sys.modules, "basis.derived", None)
+    assert main([command]) == 2
+    assert "is not installed; `pip install -e '.[book]'` adds it" in capsys.readouterr().err
 
 
 def test_find_study_lists_the_known():

@@ -19,8 +19,8 @@ check: $(READY)
 	$(BIN)/mypy
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 10) else \
-	  f"Python {v[0]}.{v[1]} is too old, 3.10 or newer is needed; name one by: make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else \
+	  "Python {}.{} was found, but the pinned packages need 3.10 to 3.13; name one: make PYTHON=python3.11".format(*v))'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[book,test]'
 	@touch $@

@@ -16,7 +16,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,17 @@ from basis.conv import MODES, BasisConv2d, Mode, basis_channels_for
 from basis.models import build
 from basis.runs import RecordError, environment, write_json
 from basis.substitution import substitute
-from basis.training import DTYPES, MemoryFormat, Precision, choose_device, choose_memory_format, choose_precision
+from basis.training import (
+    DTYPES,
+    MemoryFormat,
+    Precision,
+    Recipe,
+    choose_device,
+    choose_memory_format,
+    choose_precision,
+    make_optimizer,
+    on_device,
+)
 
 VERSION = 1
 RATIOS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
@@ -264,10 +274,9 @@ class Setting:
 
     @contextmanager
     def globals(self) -> Iterator[None]:
-        """cuDNN chooses by trial and random numbers come from the seed; both are as before afterwards."""
-        cuda = self.where.type == "cuda"
-        tuned = torch.backends.cudnn.flags(enabled=True, benchmark=True) if cuda else nullcontext()
-        with tuned, torch.random.fork_rng([self.where] if cuda else []):
+        """The device is current and random numbers come from the seed; both are as before afterwards."""
+        device = choose_device(self.device)
+        with on_device(device), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed)
             yield
 
@@ -413,7 +422,7 @@ def bench_training(
 
 def _training_step(network: nn.Module, x: Tensor, labels: Tensor, setting: Setting) -> Step:
     # A learning rate at which no network diverges: infinities and denormals have other speeds.
-    optimiser = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimiser = make_optimizer(network, Recipe(lr=1e-3), x.device)
 
     def step() -> None:
         optimiser.zero_grad()

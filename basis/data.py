@@ -10,8 +10,10 @@ import os
 import pickle
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -105,13 +107,15 @@ def load_cifar10(folder: str | Path | None = None, *, download: bool = True, pro
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The four arrays of a ``cifar10.npz``; :class:`DataError` says what is wrong with a bad one."""
+    if not zipfile.is_zipfile(path):
+        raise DataError(f"{path} is not an npz file, or only a part of one; delete it to have it made again")
     try:
         with np.load(path, allow_pickle=False) as file:
             missing = sorted(set(SHAPES) - set(file.files))
             if missing:
                 raise DataError(f"{path} lacks {', '.join(missing)}; it must hold {', '.join(SHAPES)}")
             arrays = {name: file[name] for name in SHAPES}
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as an npz file ({error}); delete it to have it made again") from error
     for name, shape in SHAPES.items():
         array = arrays[name]
@@ -273,7 +277,7 @@ def augment(
     in_row = (row >= top) & (row < top + cutout)
     in_column = (column >= left) & (column < left + cutout)
     inside = in_row[:, :, None] & in_column[:, None, :]
-    grey = torch.tensor([round(255 * m) for m in MEAN], dtype=torch.uint8, device=device).repeat(width)
+    grey, _, _ = _pixel_row(width, device)
     return torch.where(inside, grey, batch.view(n, height, -1)).view(batch.shape)
 
 
@@ -290,8 +294,14 @@ def _reflect(position: Tensor, size: int) -> Tensor:
 
 def normalise(batch: Tensor) -> Tensor:
     """(n, H, W, C) uint8 to float32 (n, C, H, W) of mean 0 and deviation 1, stored channels last."""
-    width = batch.shape[2]
-    mean = (torch.tensor(MEAN, device=batch.device) * 255).repeat(width)
-    scale = (1 / (torch.tensor(STD, device=batch.device) * 255)).repeat(width)
+    _, mean, scale = _pixel_row(batch.shape[2], batch.device)
     flat = batch.flatten(2).float().sub_(mean).mul_(scale)  # rows, for the reason given in augment
     return flat.view(batch.shape).permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=8)
+def _pixel_row(width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Grey level, mean and 1 / deviation of a row of ``width`` pixels, kept on the device: copying them
+    there in every step would make the host wait for it."""
+    mean, std = (torch.tensor(values).repeat(width).to(device) * 255 for values in (MEAN, STD))
+    return mean.round().to(torch.uint8), mean, 1 / std

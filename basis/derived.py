@@ -30,7 +30,7 @@ import subprocess
 import sys
 
 if "google.colab" in sys.modules:
-    folder = "/content/{name}"
+    folder = "/content/{name}-book"
     if not os.path.isdir(folder):
         clone = ["git", "clone", "--quiet", "--depth", "1", "--branch", "{branch}"]
         subprocess.run(

@@ -19,7 +19,7 @@ import io
 import math
 import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,3 +223,9 @@ def mark_incomplete(axes: Axes, what: str, theme: Theme) -> None:
     frame = {"boxstyle": "round,pad=0.35", "facecolor": "none", "edgecolor": theme.warning, "linestyle": "--"}
     text = f"incomplete: {what}"
     axes.annotate(text, (0, 1), xytext=(6, -8), ha="left", va="top", color=theme.warning, bbox=frame, **place)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(item).replace("|", "\\|") for item in line) + " |" for line in lines)

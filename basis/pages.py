@@ -31,7 +31,7 @@ from nbformat.v4 import new_markdown_cell
 
 from basis import gates, runs
 from basis.address import DISTRIBUTION, Address, address
-from basis.figures import CAPTION_KEY, FIGURE_KEY, HEADLINE
+from basis.figures import CAPTION_KEY, FIGURE_KEY, HEADLINE, table
 from basis.studies import CLAIMS, STUDIES, Study, Verdict, status
 from basis.studies.cost import load_benches
 
@@ -189,12 +189,6 @@ def _provenance(facts: PageFacts) -> str:
         for key, value in facts.provenance.items()
     )
     return f'<h2 class="basis-provenance-title">Provenance</h2>\n<dl class="basis-provenance">\n{rows}\n</dl>'
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(item).replace("|", "\\|") for item in line) + " |" for line in lines)
 
 
 # --- facts from records ------------------------------------------------------------------------

@@ -28,11 +28,11 @@ import filelock
 import torch
 
 from basis.conv import Mode
-from basis.data import Data, first_images, hold_out, load_cifar10, synthetic
+from basis.data import Data, DataError, first_images, hold_out, load_cifar10, synthetic
 from basis.files import replacing
 from basis.models import build
 from basis.substitution import substitute
-from basis.training import Recipe, Result, TrainingPaused, choose_device, train
+from basis.training import Recipe, Result, TrainingPaused, choose_device, choose_precision, train
 
 VERSION = 1
 PROFILES = ("smoke", "cpu", "colab", "paper")
@@ -179,6 +179,8 @@ def read_record(path: Path) -> Record:
 def load_records(folder: Path | None = None, *, study: str | None = None, profile: str | None = None) -> list[Record]:
     """All records below ``folder``, or those of one study or profile, ordered by arm and seed.
 
+    Whether a study still lists them, under its present rule, is :func:`basis.studies.check_records`'s matter.
+
     Raises:
         RecordError: for the first record that cannot be read.
     """
@@ -244,7 +246,7 @@ def execute(
     device: torch.device,
     checkpoint: Path | None = None,
     should_stop: Callable[[], bool] | None = None,
-    progress: bool = False,
+    progress: bool | str = False,
 ) -> dict[str, Any]:
     """Do ``run`` and return its result as plain values: the training's, with size and best rank-k errors."""
     data = prepare_data(run)
@@ -297,7 +299,12 @@ def work(
 
     The deadline is a ``time.monotonic()``. No run is begun after it; one under way stops at the end
     of its epoch, leaving a checkpoint. A run that another process holds is left to it. A run that fails is
-    reported and the next one is begun. Raises :class:`RecordError` where nothing can be written.
+    reported and the next one is begun. A run whose record was made under another ``definition`` of its
+    study is done again.
+
+    Raises:
+        RecordError: where nothing can be written, or a record cannot be read.
+        DataError: where the data cannot be had.
     """
     folder, place = folder or results_folder(), choose_device(device)
 
@@ -316,25 +323,44 @@ def work(
             continue
         except OSError as error:
             raise _unwritable(path.parent, error) from error
-        checkpoint = folder / run.study / run.profile / "checkpoints" / f"{run.id}.pt"
+        checkpoint = checkpoint_path(folder, run, place)
         began = time.monotonic()
         try:
-            if path.exists():
+            if path.exists() and read_record(path).definition == definition:
                 continue
-            result = execute(run, device=place, checkpoint=checkpoint, should_stop=late, progress=progress)
+            _remove_leftovers(path, checkpoint)
+            bar = f"{run.arm}, seed {run.seed}" if progress else False
+            result = execute(run, device=place, checkpoint=checkpoint, should_stop=late, progress=bar)
             record = Record(run.id, run.config, result, environment(place), definition)
             write_json(path, {"version": VERSION, **asdict(record)})
             checkpoint.unlink(missing_ok=True)
             outcome, message = "done", f"accuracy {result['test']['accuracy']:.2%}"
         except TrainingPaused as pause:
             outcome, message = "paused", str(pause)
-        except (RuntimeError, ValueError, OSError) as error:
+        except (DataError, RecordError):
+            raise  # the other runs would fail in the same way
+        except OSError as error:
+            raise _unwritable(path.parent, error) from error
+        except (RuntimeError, ValueError) as error:
             outcome, message = "failed", f"{type(error).__name__}: {error}"
         finally:
             lock.release()
             if path.exists():
                 path.with_suffix(".lock").unlink(missing_ok=True)
         yield Progress(run, outcome, message, time.monotonic() - began)
+
+
+def checkpoint_path(folder: Path, run: Run, device: torch.device) -> Path:
+    """Where ``run`` keeps its checkpoint on this kind of device; another kind computes other numbers."""
+    kind = f"{device.type}-{choose_precision(device)}"
+    return folder / run.study / run.profile / "checkpoints" / f"{run.id}-{kind}.pt"
+
+
+def _remove_leftovers(*paths: Path) -> None:
+    """Delete the temporary files that a killed process left beside these, which are this process's now."""
+    for path in paths:
+        for leftover in path.parent.glob(f"{path.name}.*.tmp"):
+            leftover.unlink(missing_ok=True)
 
 
 def start_workers(arguments: Sequence[str], jobs: int) -> list[subprocess.Popen]:

@@ -19,6 +19,11 @@ class Estimate:
     high: float
     n: int
 
+    @property
+    def basis(self) -> str:
+        """What the interval rests on, such as ``95 % interval, n = 3``."""
+        return f"n = {self.n}" if math.isnan(self.low) else f"95 % interval, n = {self.n}"
+
     def text(self, *, scale: float = 1.0, digits: int = 2, signed: bool = False) -> str:
         """Such as ``1.24 [0.98, 1.50]``, all three multiplied by ``scale``."""
         sign = "+" if signed else ""
@@ -46,7 +51,9 @@ def difference_estimate(first: Sequence[float], second: Sequence[float]) -> Esti
         raise ValueError("a difference needs runs on both sides")
     a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     value, n = float(a.mean() - b.mean()), min(len(a), len(b))
-    if n < 2 or a.std() + b.std() == 0:
+    if n < 2:
         return Estimate(value, math.nan, math.nan, n)
+    if a.std() + b.std() == 0:  # no spread at all, where Welch's degrees of freedom are 0 / 0
+        return Estimate(value, value, value, n)
     interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
     return Estimate(value, float(interval.low), float(interval.high), n)

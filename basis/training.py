@@ -6,10 +6,11 @@ with flip test-time augmentation (n = 200).
 
 from __future__ import annotations
 
+import io
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -68,10 +69,14 @@ class Recipe:
     memory_format: MemoryFormat = "auto"
 
     def __post_init__(self) -> None:
-        positive = {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr}
-        for name, value in positive.items():
-            if value <= 0:
-                raise ValueError(f"{name} is {value}, but it must be positive")
+        for name in ("epochs", "batch_size", "lr"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but it must be positive")
+        for name, below in (("momentum", 1), ("label_smoothing", 1), ("translate", 16), ("cutout", 33)):
+            if not 0 <= getattr(self, name) < below:
+                raise ValueError(f"{name} is {getattr(self, name)}, but it must be at least 0 and below {below}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay is {self.weight_decay}, but it must be at least 0")
         if not 0 < self.peak < 1:
             raise ValueError(f"peak is {self.peak}, but it is a fraction of the training and must lie in (0, 1)")
         if self.precision not in ("auto", *DTYPES):
@@ -111,7 +116,8 @@ def choose_precision(device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
     """bf16 where the hardware multiplies it (GPUs from sm_80, CPUs with AMX), else fp16 (GPU) or fp32."""
     if device.type == "cuda":
         # A T4 emulates bf16, slowly; hence the question without emulation.
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        with torch.cuda.device(device):
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
         return "bf16"
     return "fp32"
@@ -132,6 +138,18 @@ def learning_rate(recipe: Recipe, done: float) -> float:
     return recipe.lr * (1 - done) / (1 - recipe.peak)
 
 
+def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.SGD:
+    """SGD with Nesterov momentum over the parameters that require a gradient."""
+    return torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.momentum > 0,
+        fused=device.type == "cuda",  # one kernel, and the loss scale is handled without a sync
+    )
+
+
 def train(
     model: nn.Module,
     data: Data,
@@ -141,7 +159,7 @@ def train(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     should_stop: Callable[[], bool] | None = None,
-    progress: bool = False,
+    progress: bool | str = False,
 ) -> Result:
     """Train ``model`` in place and test it once, at the end.
 
@@ -154,7 +172,7 @@ def train(
         checkpoint: file written after every epoch and resumed from when it exists; removed by
             nobody. A resumed training gives bit for bit the result of an uninterrupted one on a CPU.
         should_stop: asked after every epoch; True ends the training by :class:`TrainingPaused`.
-        progress: whether to draw a bar.
+        progress: whether to draw a bar, or what to write beside it.
 
     Raises:
         TrainingError: for too few images, a checkpoint of another training, or a loss that is no
@@ -178,8 +196,9 @@ def train(
     if path and path.exists():
         state.restore(path)
     total, first = state.total_steps, state.epoch * steps_per_epoch
-    bar = tqdm(total=total, initial=first, disable=not progress, unit="step", dynamic_ncols=True)
-    with bar, _tuned_kernels(place):
+    title = progress if isinstance(progress, str) else None
+    bar = tqdm(total=total, initial=first, disable=not progress, desc=title, unit="step", dynamic_ncols=True)
+    with bar, on_device(place):
         while state.epoch < recipe.epochs:
             row = _epoch(state, data.train, bar)
             if data.validation:
@@ -213,15 +232,7 @@ class _State:
         self.epoch = 0
         self.curves: list[dict[str, float]] = []
         self.generator = torch.Generator(device).manual_seed(seed)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(
-            trained,
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            nesterov=recipe.momentum > 0,
-            fused=device.type == "cuda",  # one kernel, and the loss scale is handled without a sync
-        )
+        self.optimizer = make_optimizer(model, recipe, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
         shapes = [tuple(p.shape) for p in model.parameters()]
         self.identity = repr((asdict(recipe), seed, total_steps, shapes))
@@ -237,8 +248,10 @@ class _State:
             "generator": self.generator.get_state(),
             "random": torch.get_rng_state(),
         }
+        packed = io.BytesIO()  # torch reports a full disk in words of its own, a plain write as what it is
+        torch.save(content, packed)
         with replacing(path) as file:
-            torch.save(content, file)
+            file.write(packed.getbuffer())
 
     def restore(self, path: Path) -> None:
         try:
@@ -348,10 +361,14 @@ def _input(batch: Tensor, memory_format: str) -> Tensor:
     return x if memory_format == "channels_last" else x.contiguous()
 
 
-def _tuned_kernels(device: torch.device) -> AbstractContextManager[None]:
-    """On a GPU cuDNN tries its convolutions once for every shape and keeps the fastest."""
-    cuda = device.type == "cuda"
-    return torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True) if cuda else nullcontext()
+@contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """On a GPU: make it the current one, and let cuDNN try its convolutions once for every shape."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device), torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
+        yield
 
 
 def _autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -65,8 +65,30 @@ def test_a_truncated_file_is_refused(arrays, tmp_path):
     path = tmp_path / "cifar10.npz"
     save_arrays(path, arrays)
     path.write_bytes(path.read_bytes()[:100_000])
+    with pytest.raises(DataError, match=r"cifar10.npz is not an npz file, or only a part of one; delete it"):
+        load_cifar10(tmp_path)
+
+
+def test_a_file_damaged_inside_is_refused(arrays, tmp_path):
+    path = tmp_path / "cifar10.npz"
+    save_arrays(path, arrays)
+    content = bytearray(path.read_bytes())
+    content[1000:5000] = bytes(4000)
+    path.write_bytes(content)
     with pytest.raises(DataError, match=r"cifar10.npz cannot be read .* delete it"):
         load_cifar10(tmp_path)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can be waited for")
+def test_a_batch_is_made_without_waiting_for_the_device():
+    data, generator = synthetic(train=200).to("cuda"), torch.Generator("cuda").manual_seed(0)
+    index = torch.arange(100, device="cuda")
+    normalise(augment(data.train.x, index, generator))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        normalise(augment(data.train.x, index, generator))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_without_a_file_the_message_says_how_to_bring_it(tmp_path):

@@ -14,8 +14,9 @@ import pytest
 
 from basis import runs
 from basis.cli import main
+from basis.data import DataError
 from basis.runs import RecordError, Run, load_records, parse_duration, read_record, record_path, work, write_json
-from basis.studies import STUDIES, check_records, find_study, naive, status
+from basis.studies import STUDIES, check_records, find_study, naive, status, valid_records
 from basis.training import Recipe, TrainingPaused
 
 STUDY = STUDIES["naive"]
@@ -122,7 +123,7 @@ def test_records_that_the_book_may_not_show_are_named(tmp_path):
     put_record(tmp_path, first)
     assert check_records(tmp_path) == []
     put_record(tmp_path, second, definition="0" * 16)
-    assert "changed its claims or rule" in check_records(tmp_path)[0]
+    assert "is older than the claims or rule" in check_records(tmp_path)[0]
     stranger = dataclasses.replace(third, seed=99)
     put_record(tmp_path, second)
     put_record(tmp_path, stranger)
@@ -148,6 +149,39 @@ def test_finished_runs_are_not_done_again(tmp_path, instant):
     assert list(work(plan, STUDY.definition, folder=tmp_path, device="cpu")) == []
     assert len(load_records(tmp_path)) == len(plan)
     assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_runs_made_under_another_rule_are_done_again_and_not_shown(tmp_path, instant):
+    run = STUDY.runs("smoke")[0]
+    put_record(tmp_path, run, definition="0" * 16)
+    assert valid_records(STUDY, "smoke", tmp_path) == []
+    list(work([run], STUDY.definition, folder=tmp_path, device="cpu"))
+    assert instant == [run]
+    assert len(valid_records(STUDY, "smoke", tmp_path)) == 1
+
+
+def test_leftovers_of_a_killed_process_go_when_its_run_is_done(tmp_path, instant):
+    run = STUDY.runs("smoke")[0]
+    path = record_path(tmp_path, run)
+    path.parent.mkdir(parents=True)
+    leftover = path.with_name(f"{path.name}.abc.tmp")
+    leftover.write_text("half a rec")
+    list(work([run], STUDY.definition, folder=tmp_path, device="cpu"))
+    assert not leftover.exists()
+
+
+@pytest.mark.parametrize("error", [DataError("no data"), OSError(errno.ENOSPC, "No space left on device")])
+def test_what_would_fail_every_run_stops_the_study(tmp_path, monkeypatch, error):
+    begun = []
+
+    def execute(run, **options):
+        begun.append(run)
+        raise error
+
+    monkeypatch.setattr(runs, "execute", execute)
+    with pytest.raises((DataError, RecordError), match="no data|No space left"):
+        list(work(STUDY.runs("smoke"), STUDY.definition, folder=tmp_path, device="cpu"))
+    assert len(begun) == 1
 
 
 def test_a_run_that_another_process_holds_is_left_to_it(tmp_path, instant):

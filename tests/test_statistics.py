@@ -32,6 +32,8 @@ def test_one_value_has_no_interval():
     assert math.isnan(mean_estimate([1.0]).low)
     assert math.isnan(difference_estimate([1.0], [2.0, 3.0]).high)
     assert mean_estimate([1.0]).text() == "1.00"
+    assert mean_estimate([1.0]).basis == "n = 1"
+    assert mean_estimate([1.0, 2.0]).basis == "95 % interval, n = 2"
     with pytest.raises(ValueError, match="no values"):
         mean_estimate([])
 
@@ -56,6 +58,7 @@ def records(dense, basis, size=0.54):
         ([0.9000, 0.9001, 0.8999], [0.9001, 0.9000, 0.9002], "not reproduced"),
         ([0.90, 0.91, 0.89], [0.899, 0.909, 0.889], "partly"),
         ([0.90], [0.88], "not tested"),
+        ([0.90, 0.90], [0.88, 0.88], "reproduced"),
     ],
 )
 def test_the_rule_for_c3(dense, basis, label):

@@ -101,7 +101,19 @@ def test_the_learning_rate_is_a_triangle():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"epochs": 0}, {"batch_size": -1}, {"lr": 0.0}, {"peak": 1.0}, {"precision": "fp8"}, {"memory_format": "NHWC"}],
+    [
+        {"epochs": 0},
+        {"batch_size": -1},
+        {"lr": 0.0},
+        {"peak": 1.0},
+        {"momentum": -1},
+        {"weight_decay": -1},
+        {"label_smoothing": 1.5},
+        {"translate": 40},
+        {"cutout": -3},
+        {"precision": "fp8"},
+        {"memory_format": "NHWC"},
+    ],
 )
 def test_recipes_that_make_no_sense_name_the_value(wrong):
     ((name, value),) = wrong.items()

@@ -55,10 +55,19 @@ def check_records(folder: Path | None = None) -> list[str]:
         if study not in STUDIES:
             problems.append(f"{path} belongs to no study; there are: {', '.join(STUDIES)}")
         elif record.definition != STUDIES[study].definition:
-            problems.append(f"{path} was made before the study {study!r} changed its claims or rule; do its run again")
+            problems.append(
+                f"{path} was made before the study {study!r} changed its claims or rule; `basis run` does its run again"
+            )
         elif record.id not in {run.id for run in STUDIES[study].runs(profile)} or path.stem != record.id:
             problems.append(f"{path} holds a run that the study {study!r} does not list (any more) for {profile!r}")
     return problems
+
+
+def valid_records(study: Study, profile: str, folder: Path | None = None) -> list[Record]:
+    """The records of the runs that ``study`` lists for ``profile``, made under its present definition."""
+    wanted = {run.id for run in study.runs(profile)}
+    records = load_records(folder, study=study.name, profile=profile)
+    return [r for r in records if r.id in wanted and r.definition == study.definition]
 
 
 def status(folder: Path | None = None) -> pd.DataFrame:
@@ -70,9 +79,8 @@ def status(folder: Path | None = None) -> pd.DataFrame:
             runs = study.runs(profile)
             if not runs:
                 continue
-            wanted = {run.id for run in runs}
-            records = [r for r in load_records(folder, study=study.name, profile=profile) if r.id in wanted]
-            checkpoints = (record_path(folder, run).parent / "checkpoints" / f"{run.id}.pt" for run in runs)
+            records = valid_records(study, profile, folder)
+            checkpoints = (record_path(folder, run).parent.glob(f"checkpoints/{run.id}-*.pt") for run in runs)
             rows.append(
                 {
                     "study": study.name,
@@ -80,7 +88,7 @@ def status(folder: Path | None = None) -> pd.DataFrame:
                     "runs": len(runs),
                     "done": len(records),
                     "missing": len(runs) - len(records),
-                    "started": sum(path.exists() for path in checkpoints),
+                    "started": sum(any(found) for found in checkpoints),
                     "seconds": sum(r.result["train_seconds"] for r in records),
                     "device": ", ".join(sorted({r.environment["device"] for r in records})),
                 }
@@ -116,23 +124,25 @@ def gather(
     runs, folder = study.runs(profile), folder or results_folder()
     gpu = choose_device().type == "cuda"
     hopeless = profile in ("colab", "paper") and not gpu
-    failures = []
+    failures: list[str] = []
+    late = False
     if run_missing and not hopeless:
         deadline = time.monotonic() + seconds
-        steps = work(runs, study.definition, folder=folder, deadline=deadline, progress=True)
-        failures = [
-            f"{step.run.arm}, seed {step.run.seed}: {step.message}" for step in steps if step.outcome == "failed"
-        ]
-    wanted = {run.id for run in runs}
-    records = [r for r in load_records(folder, study=name, profile=profile) if r.id in wanted]
+        steps = list(work(runs, study.definition, folder=folder, deadline=deadline, progress=True))
+        failed = [step for step in steps if step.outcome == "failed"]
+        failures = [f"{step.run.arm}, seed {step.run.seed}: {step.message}" for step in failed]
+        late = time.monotonic() >= deadline
+    records = valid_records(study, profile, folder)
     note = f"{len(records)} of {len(runs)} runs of the profile `{profile}` have a record."
     if len(records) < len(runs):
         if hopeless:
             note += " The others need a GPU, and there is none here."
-        elif run_missing:
+        elif late:
             note += " The time was up for the others; run this cell again to go on where it stopped."
-        else:
+        elif not run_missing:
             note += " Set `run_missing = True` to train the others."
+        elif not failures:
+            note += " Another process is at work on the others."
     if failures:
         note += " Failed: " + "; ".join(failures) + "."
     return Gathered(records, len(runs), note)

@@ -14,6 +14,12 @@ from basis.studies.study import Label, Study, Verdict
 from basis.training import Recipe
 
 ARMS: dict[str, float | None] = {"dense": None, "r=3/4": 0.75, "r=1/2": 0.5, "r=1/4": 0.25, "r=1/8": 0.125}
+NETWORKS = {
+    "smoke": "the smoke test's tiny network on synthetic images",
+    "cpu": "the CPU-scale network",
+    "colab": "ResNet-18, briefly trained,",
+    "paper": "ResNet-18",
+}
 JUDGED = "r=1/2"
 SIZE, POINTS = 0.6, 0.2
 
@@ -78,13 +84,13 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
         costs: Label = "reproduced"
     else:
         costs = "not reproduced" if 100 * lost.high < POINTS else "partly"
-    network = "ResNet-18" if profile in ("paper", "colab") else "the CPU-scale network"
+    network = NETWORKS[profile]
     return (
         Verdict("C1", profile, smaller, f"at {JUDGED} {network} has {fraction:.1%} of the dense parameters"),
         Verdict(
             "C3", profile, costs,
             f"at {JUDGED} on every layer {network} loses {lost.text(scale=100)} percentage points "
-            f"of test accuracy (95 % interval, n = {lost.n} per arm)",
+            f"of test accuracy ({lost.basis} per arm)",
         ),
     )  # fmt: skip
 

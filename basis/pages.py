@@ -35,6 +35,7 @@ from basis.figures import CAPTION_KEY, FIGURE_KEY, HEADLINE, table
 from basis.studies import CLAIMS, STUDIES, Study, Verdict, status
 from basis.studies.cost import load_benches
 
+SCALES = {"smoke": "on synthetic images", "cpu": "at CPU scale", "colab": "at Colab scale"}  # said with a verdict
 COMMANDS = """\
 make book    # makes its own environment, builds the pages, prints where they are
 make test    # runs the tests"""
@@ -298,8 +299,13 @@ def claims_table(found: Mapping[str, Sequence[tuple[Study, Verdict]]], chapters:
         for study, verdict in found.get(claim, ()):
             link = f" ({{doc}}`chapter </notebooks/{study.chapter}>`)" if study.chapter in known else ""
             findings.append(_sentence(verdict.finding) + link)
-        labels = list(dict.fromkeys(verdict.label for _, verdict in found.get(claim, ()))) or ["not tested"]
-        marks = " ".join(f"[{label}]{{.basis-verdict .{label.replace(' ', '-')}}}" for label in labels)
+        labels = dict.fromkeys(
+            (v.label, SCALES.get(v.profile, "")) for _, v in found.get(claim, ()) if v.label != "not tested"
+        )
+        marks = " ".join(
+            f"[{label}]{{.basis-verdict .{label.replace(' ', '-')}}} {scale}".strip()
+            for label, scale in labels or {("not tested", ""): None}
+        )
         rows.append((f"**{claim}**", sentence, " ".join(findings) or "No study yet.", marks))
     return ":::{div} basis-claims\n" + table(("", "Claim", "What we found", "Verdict"), rows) + "\n:::\n"
 

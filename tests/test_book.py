@@ -620,7 +620,7 @@ def test_the_setup_cell_on_colab(monkeypatch, capsys):
     exec(derived.setup_cell(HERE), {})
     clone, install = commands
     assert clone[:2] == ["git", "clone"]
-    assert clone[-2:] == [HERE.repository, "/content/thing"]
+    assert clone[-2:] == [HERE.repository, "/content/thing-book"]
     assert "--no-deps" in install
     assert install[-2:] == ["--editable", "/content/thing"]
     assert not {"torch", "numpy"} & set(install)

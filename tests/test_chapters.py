@@ -1,0 +1,70 @@
+"""Every chapter runs as its readers run it: with its first exercise done, without records, and training."""
+
+import shutil
+
+import pytest
+
+from basis import gates
+from basis.book import execute
+from basis.runs import load_records, repository_root
+
+ROOT = repository_root()
+FIRST_EXERCISE = {
+    "01_what_is_a_basis_convolution": {"basis_channels": 64},
+    "02_what_does_it_cost": {"ratio": 0.25},
+    "03_every_layer": {"ratio": 0.25},
+}
+
+
+def run(stem, **parameters):
+    """The executed notebook; anything that a page may not show is a failure."""
+    source = ROOT / "notebooks" / f"{stem}.ipynb"
+    notebook = execute(source, parameters, ROOT).notebook
+    assert gates.executed_problems(notebook, source.name) == []
+    return notebook
+
+
+def texts(notebook):
+    outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
+    return "\n".join(o.data.get("text/markdown", "") for o in outputs if "data" in o)
+
+
+def test_every_chapter_has_its_first_exercise_here():
+    assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == set(FIRST_EXERCISE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", FIRST_EXERCISE)
+def test_the_first_exercise_works(stem):
+    last = {} if stem.startswith("01") else {"run_missing": False}
+    assert texts(run(stem, profile="cpu", **last, **FIRST_EXERCISE[stem]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", FIRST_EXERCISE)
+def test_without_records_a_chapter_says_what_is_missing(stem, tmp_path, monkeypatch):
+    monkeypatch.setenv("BASIS_RESULTS", str(tmp_path))
+    last = {} if stem.startswith("01") else {"run_missing": False}
+    text = texts(run(stem, profile="paper", **last))
+    if stem.startswith("03"):
+        assert "Not known yet" in text
+        assert "0 of 40 runs of the profile `paper` have a record" in text
+
+
+@pytest.mark.slow
+def test_a_chapter_trains_when_asked_and_shows_one_run_without_an_interval(tmp_path, monkeypatch):
+    monkeypatch.setenv("BASIS_RESULTS", str(tmp_path))
+    source = ROOT / "notebooks" / "03_every_layer.ipynb"
+    notebook = execute(source, {"profile": "smoke", "run_missing": True, "time_limit": "8s"}, ROOT).notebook
+    done = len(load_records(tmp_path))
+    assert done >= 1
+    assert f"{done} of 10 runs of the profile `smoke` have a record" in texts(notebook)
+
+
+@pytest.mark.slow
+def test_a_gpu_reader_sees_gpu_measurements_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("BASIS_RESULTS", str(tmp_path))
+    shutil.copytree(ROOT / "results" / "bench", tmp_path / "bench")
+    text = texts(run("02_what_does_it_cost", profile="paper", run_missing=False))
+    assert "no benchmark of such a device is stored" in text.lower()
+    assert "Nothing was measured." in text

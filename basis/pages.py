@@ -299,12 +299,10 @@ def claims_table(found: Mapping[str, Sequence[tuple[Study, Verdict]]], chapters:
         for study, verdict in found.get(claim, ()):
             link = f" ({{doc}}`chapter </notebooks/{study.chapter}>`)" if study.chapter in known else ""
             findings.append(_sentence(verdict.finding) + link)
-        labels = dict.fromkeys(
-            (v.label, SCALES.get(v.profile, "")) for _, v in found.get(claim, ()) if v.label != "not tested"
-        )
+        judged = [v for _, v in found.get(claim, ()) if v.label != "not tested"]
+        labels = dict.fromkeys((str(v.label), SCALES.get(v.profile, "")) for v in judged) or [("not tested", "")]
         marks = " ".join(
-            f"[{label}]{{.basis-verdict .{label.replace(' ', '-')}}} {scale}".strip()
-            for label, scale in labels or {("not tested", ""): None}
+            f"[{label}]{{.basis-verdict .{label.replace(' ', '-')}}} {scale}".strip() for label, scale in labels
         )
         rows.append((f"**{claim}**", sentence, " ".join(findings) or "No study yet.", marks))
     return ":::{div} basis-claims\n" + table(("", "Claim", "What we found", "Verdict"), rows) + "\n:::\n"

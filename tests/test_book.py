@@ -165,6 +165,9 @@ def test_execute_refuses_an_unknown_parameter_before_it_runs(tmp_path, source):
         "The error is 6%.",
         "The accuracy is 91.2 per cent.",
         "A step takes 5.5 ms on it.",
+        "The accuracy is 0.912 in the end.",
+        "It is three times faster.",
+        "It reaches $91.2\\%$.",
     ],
 )
 def test_typed_measurements_are_refused(line):
@@ -185,7 +188,7 @@ def test_typed_measurements_are_refused(line):
         "It reaches 92.5 %, says [its table](https://example.org/table).",
         "```text\n94.0 %\n```",
         "<!-- 94 % -->",
-        "$$\n94 \\%\n$$",
+        "$$\n94 \\cdot 2\n$$",
     ],
 )
 def test_other_numbers_are_left_alone(line):
@@ -622,9 +625,9 @@ def test_the_setup_cell_on_colab(monkeypatch, capsys):
     assert clone[:2] == ["git", "clone"]
     assert clone[-2:] == [HERE.repository, "/content/thing-book"]
     assert "--no-deps" in install
-    assert install[-2:] == ["--editable", "/content/thing"]
+    assert install[-2:] == ["--editable", "/content/thing-book"]
     assert not {"torch", "numpy"} & set(install)
-    assert entered == ["/content/thing"]
+    assert entered == ["/content/thing-book"]
     assert "This runtime has" in capsys.readouterr().out
 
 

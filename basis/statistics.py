@@ -20,7 +20,7 @@ class Estimate:
     n: int
 
     @property
-    def basis(self) -> str:
+    def support(self) -> str:
         """What the interval rests on, such as ``95 % interval, n = 3``."""
         return f"n = {self.n}" if math.isnan(self.low) else f"95 % interval, n = {self.n}"
 

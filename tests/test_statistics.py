@@ -32,8 +32,8 @@ def test_one_value_has_no_interval():
     assert math.isnan(mean_estimate([1.0]).low)
     assert math.isnan(difference_estimate([1.0], [2.0, 3.0]).high)
     assert mean_estimate([1.0]).text() == "1.00"
-    assert mean_estimate([1.0]).basis == "n = 1"
-    assert mean_estimate([1.0, 2.0]).basis == "95 % interval, n = 2"
+    assert mean_estimate([1.0]).support == "n = 1"
+    assert mean_estimate([1.0, 2.0]).support == "95 % interval, n = 2"
     with pytest.raises(ValueError, match="no values"):
         mean_estimate([])
 

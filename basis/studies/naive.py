@@ -90,7 +90,7 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
         Verdict(
             "C3", profile, costs,
             f"at {JUDGED} on every layer {network} loses {lost.text(scale=100)} percentage points "
-            f"of test accuracy ({lost.basis} per arm)",
+            f"of test accuracy ({lost.support} per arm)",
         ),
     )  # fmt: skip
 

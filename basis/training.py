@@ -367,7 +367,7 @@ def on_device(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    with torch.cuda.device(device), torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
+    with torch.cuda.device(device), torch.backends.cudnn.flags(enabled=True, benchmark=True):
         yield
 
 

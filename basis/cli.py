@@ -16,14 +16,13 @@ from basis.data import DataError
 from basis.runs import (
     PROFILES,
     RecordError,
-    load_records,
     parse_duration,
     repository_root,
     results_folder,
     start_workers,
     work,
 )
-from basis.studies import STUDIES, find_study, status
+from basis.studies import STUDIES, find_study, status, valid_records
 from basis.training import DTYPES, TrainingError
 
 
@@ -136,7 +135,7 @@ def _run(options: argparse.Namespace) -> int:
         ):  # fmt: skip
             failed += step.outcome == "failed"
             print(f"{step.run.arm} seed {step.run.seed}: {step.outcome} in {step.seconds:.0f} s, {step.message}")
-    done = {r.id for r in load_records(folder, study=study.name, profile=options.profile)}
+    done = {record.id for record in valid_records(study, options.profile, folder)}
     missing = sum(run.id not in done for run in runs)
     if not options.quiet:
         again = f"; `basis run {study.name} --profile {options.profile}` goes on" if missing else ""

@@ -24,7 +24,18 @@ from basis.studies import cost, naive
 from basis.studies.study import CLAIMS, Study, Verdict
 from basis.training import choose_device
 
-__all__ = ["CLAIMS", "STUDIES", "Gathered", "Study", "Verdict", "check_records", "find_study", "gather", "status"]
+__all__ = [
+    "CLAIMS",
+    "STUDIES",
+    "Gathered",
+    "Study",
+    "Verdict",
+    "check_records",
+    "find_study",
+    "gather",
+    "status",
+    "valid_records",
+]
 
 STUDIES: Mapping[str, Study] = {study.name: study for study in (cost.STUDY, naive.STUDY)}
 

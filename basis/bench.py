@@ -439,8 +439,7 @@ def _check(ratios: Sequence[float], modes: Sequence[str]) -> None:
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}, but must be one of {', '.join(MODES)}")
     for ratio in ratios:
-        if not 0 < ratio <= 1:
-            raise ValueError(f"ratio is {ratio}, but it is k / C_out and must lie in (0, 1]")
+        basis_channels_for(ratio, 1)  # refuses a ratio that makes no sense
 
 
 def _tell(progress: Progress | None, row: Mapping[str, Any], what: str) -> None:

@@ -32,7 +32,7 @@ from nbformat.v4 import new_markdown_cell
 from basis import gates, runs
 from basis.address import DISTRIBUTION, Address, address
 from basis.figures import CAPTION_KEY, FIGURE_KEY, HEADLINE, table
-from basis.studies import CLAIMS, STUDIES, Study, Verdict, status
+from basis.studies import CLAIMS, STUDIES, Study, Verdict, status, valid_records
 from basis.studies.cost import load_benches
 
 SCALES = {"smoke": "on synthetic images", "cpu": "at CPU scale", "colab": "at Colab scale"}  # said with a verdict
@@ -260,7 +260,7 @@ def page_facts(stem: str, seconds: float, root: Path, profile: str | None = None
 def records_provenance(study: Study, profile: str) -> dict[str, str]:
     """Where and when the records of a study were made, or the benchmarks where it has no runs."""
     if study.runs(profile):
-        records = runs.load_records(runs.results_folder(), study=study.name, profile=profile)
+        records = valid_records(study, profile)
         environments = [record.environment for record in records]
         facts = {"records": f"{len(records)} of study {study.name}, profile {profile}"}
     else:
@@ -285,8 +285,7 @@ def verdicts(profile: str | None = None) -> dict[str, list[tuple[Study, Verdict]
     found: dict[str, list[tuple[Study, Verdict]]] = {claim: [] for claim in CLAIMS}
     for study in STUDIES.values():
         shown = profile or study.published
-        records = runs.load_records(runs.results_folder(), study=study.name, profile=shown)
-        for verdict in study.verdicts(records, shown):
+        for verdict in study.verdicts(valid_records(study, shown), shown):
             found.setdefault(verdict.claim, []).append((study, verdict))
     return found
 

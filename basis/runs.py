@@ -27,19 +27,62 @@ from typing import Any
 import filelock
 import torch
 
+from basis.complexity import cost
 from basis.conv import Mode
-from basis.data import Data, DataError, first_images, hold_out, load_cifar10, synthetic
+from basis.data import Data, DataError, Images, first_images, hold_out, load_cifar10, synthetic
 from basis.files import replacing
 from basis.models import build
-from basis.substitution import substitute
+from basis.substitution import Plan, substitute
 from basis.training import Recipe, Result, TrainingPaused, choose_device, choose_precision, train
 
 VERSION = 1
 PROFILES = ("smoke", "cpu", "colab", "paper")
 
 
+class TableMissing(RuntimeError):
+    """A run's plan is selected from sensitivities that no record holds yet."""
+
+
 class RecordError(RuntimeError):
     """A record that cannot be read, written or trusted; the message says why and what would be right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ladder:
+    """Sensitivities of a trained dense network, measured at the end of its run.
+
+    Args:
+        measures: names of :data:`basis.analysis.MEASURES`, with the ratios that each is measured at.
+        multiple: what every k is a multiple of.
+        images: how many held-out images they are measured on.
+        calibration: how many training images (not augmented) batch normalisation is recalibrated on.
+    """
+
+    measures: Mapping[str, Sequence[float]]
+    multiple: int = 8
+    images: int = 2000
+    calibration: int = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A plan that is selected from the sensitivities that another run has measured.
+
+    Args:
+        rule: of :func:`basis.selection.select`.
+        unit, budget: "params" or "macs", and the fraction of the dense network's that may be kept.
+        table: identity of the run with the ladder; measure: which of its measures ranks the layers.
+        ratio: for the rules that need one.
+        draw: seed of the rule "random".
+    """
+
+    rule: str
+    unit: str
+    budget: float
+    table: str
+    measure: str
+    ratio: float | None = None
+    draw: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +99,10 @@ class Run:
         images: how many training images are used, None for all.
         validation: how many of them are held out.
         recipe: how it is trained.
+        plan: basis channels of the layers made basis, instead of ``ratio``.
+        choice: how the plan is selected, instead of ``plan``.
+        ladder: which sensitivities are measured afterwards.
+        test: False where the test images are not looked at.
     """
 
     study: str
@@ -70,11 +117,15 @@ class Run:
     images: int | None = None
     validation: int = 0
     recipe: Recipe = field(default_factory=Recipe)
+    plan: Mapping[str, int] | None = None
+    choice: Choice | None = None
+    ladder: Ladder | None = None
+    test: bool | None = None
 
     @property
     def config(self) -> dict[str, Any]:
         """The configuration as plain values, as a record holds it."""
-        return asdict(self)
+        return json.loads(json.dumps(asdict(self)))
 
     @property
     def id(self) -> str:
@@ -244,24 +295,45 @@ def execute(
     run: Run,
     *,
     device: torch.device,
+    folder: Path | None = None,
     checkpoint: Path | None = None,
     should_stop: Callable[[], bool] | None = None,
     progress: bool | str = False,
 ) -> dict[str, Any]:
-    """Do ``run`` and return its result as plain values: the training's, with size and best rank-k errors."""
+    """Do ``run`` and return its result as plain values: the training's, with size and best rank-k errors.
+
+    The weights of the layers that stay dense are drawn alike in all runs of one seed. ``folder`` is where
+    the records are that a :class:`Choice` refers to. A ladder is measured beside the checkpoint, cell by
+    cell, and is resumed there.
+    """
     data = prepare_data(run)
     torch.manual_seed(run.seed)
     model: torch.nn.Module = build(run.model, num_classes=data.classes, width=run.width)
-    if run.ratio is not None:
+    plan = None if run.plan is None else Plan(run.plan)
+    extra: dict[str, Any] = {}
+    if run.choice is not None:
+        plan, foreseen = choose(run.choice, folder or results_folder())
+        extra |= {"plan": dict(plan.layers), "predicted": foreseen}
+    if plan is not None:
+        model = substitute(model, plan, mode=run.mode, init="random")
+    elif run.ratio is not None:
         model = substitute(model, ratio=run.ratio, mode=run.mode, init="random")
+    dense = plan is None and run.ratio is None
+    if plan is not None or run.ladder is not None:
+        size = tuple(data.train.x.shape[1:])
+        report = cost(model, (size[2], *size[:2]), mode="factorized")
+        extra |= {"macs": report.total.forward_macs, "backward_macs": report.total.backward_macs}
     result: Result = train(
         model, data, run.recipe, device=device, seed=run.seed, checkpoint=checkpoint,
-        should_stop=should_stop, progress=progress,
+        should_stop=should_stop, progress=progress, test=run.test is not False,
     )  # fmt: skip
+    if run.ladder is not None:
+        extra["tables"] = climb(model, data, run.ladder, beside=checkpoint, should_stop=should_stop)
     return {
         **asdict(result),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "spectrum": spectrum(model) if run.ratio is None else None,
+        "spectrum": spectrum(model) if dense else None,
+        **extra,
     }
 
 
@@ -274,6 +346,69 @@ def spectrum(model: torch.nn.Module, ratios: Sequence[float] = (0.125, 0.25, 0.5
             kept = {r: int(max(1, round(r * module.out_channels))) for r in ratios}
             errors[name] = {str(r): float((energy[k:].sum() / energy.sum()).sqrt()) for r, k in kept.items()}
     return errors
+
+
+def choose(choice: Choice, folder: Path) -> tuple[Plan, dict[str, float]]:
+    """The plan that ``choice`` asks for, and what it is predicted to lose and to keep.
+
+    Waits where another process is measuring the sensitivities right now.
+
+    Raises:
+        TableMissing: where no record holds them.
+    """
+    from basis.selection import predicted, select
+    from basis.table import SensitivityTable
+
+    path = next(folder.glob(f"*/*/{choice.table}.json"), None)
+    if path is None:
+        for lock in folder.glob(f"*/*/{choice.table}.lock"):
+            with filelock.FileLock(lock):
+                path = next(folder.glob(f"*/*/{choice.table}.json"), None)
+    if path is None:
+        raise TableMissing(f"run {choice.table} has to measure the sensitivities first, and has no record yet")
+    table = SensitivityTable.from_lines(read_record(path).result["tables"][choice.measure])
+    plan = select(
+        table, budget={choice.unit: choice.budget}, rule=choice.rule, ratio=choice.ratio, seed=choice.draw or 0
+    )  # type: ignore[arg-type]
+    return plan, predicted(table, plan)
+
+
+def climb(
+    model: torch.nn.Module,
+    data: Data,
+    ladder: Ladder,
+    *,
+    beside: Path | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Every measure of the ladder on the trained ``model``: the lines of its table's file.
+
+    Uses the first held-out images, and the first training images for calibration, in float32.
+
+    Raises:
+        TrainingPaused: when ``should_stop`` says so between two cells.
+    """
+    from basis.analysis import sensitivity
+
+    if data.validation is None or len(data.validation) < ladder.images:
+        raise ValueError(f"the ladder needs {ladder.images} held-out images; set validation to as many")
+    where = next(model.parameters()).device
+    data = data.to(where)
+    held = Images(data.validation.x[: ladder.images], data.validation.y[: ladder.images])
+    calibration = Images(data.train.x[: ladder.calibration], data.train.y[: ladder.calibration])
+
+    def pause(_: object) -> None:
+        if should_stop and should_stop():
+            raise TrainingPaused("stopped while measuring sensitivities; measured cells are kept")
+
+    tables = {}
+    for measure, ratios in ladder.measures.items():
+        table = sensitivity(
+            model, held, measure=measure, ratios=ratios, multiple=ladder.multiple, calibration=calibration,
+            resume=beside and beside.with_name(f"{beside.stem}-{measure}.jsonl"), progress=pause,
+        )  # fmt: skip
+        tables[measure] = table.to_lines()
+    return tables
 
 
 @dataclass(frozen=True)
@@ -330,12 +465,14 @@ def work(
                 continue
             _remove_leftovers(path, checkpoint)
             bar = f"{run.arm}, seed {run.seed}" if progress else False
-            result = execute(run, device=place, checkpoint=checkpoint, should_stop=late, progress=bar)
+            result = execute(run, device=place, folder=folder, checkpoint=checkpoint, should_stop=late, progress=bar)
             record = Record(run.id, run.config, result, environment(place), definition)
             write_json(path, {"version": VERSION, **asdict(record)})
-            checkpoint.unlink(missing_ok=True)
-            outcome, message = "done", f"accuracy {result['test']['accuracy']:.2%}"
-        except TrainingPaused as pause:
+            for file in checkpoint.parent.glob(f"{checkpoint.stem}*"):
+                file.unlink(missing_ok=True)
+            held = "validation" if result["test"] is None else "test"
+            outcome, message = "done", f"{held} accuracy {result[held]['accuracy']:.2%}"
+        except (TrainingPaused, TableMissing) as pause:
             outcome, message = "paused", str(pause)
         except (DataError, RecordError):
             raise  # the other runs would fail in the same way

@@ -94,11 +94,11 @@ class Result:
     ``curves`` has one row per epoch: epoch (from 1), train_loss, train_accuracy (on augmented images,
     while training), seconds of that epoch, and validation_loss, validation_accuracy where images were
     held out. ``test`` holds loss and accuracy without test-time augmentation, and accuracy_flip with
-    flip. Accuracies are fractions. ``train_seconds`` leaves out all evaluation.
+    flip; None where no test was asked for. Accuracies are fractions. ``train_seconds`` leaves out all evaluation.
     """
 
     curves: Sequence[Mapping[str, float]]
-    test: Mapping[str, float]
+    test: Mapping[str, float] | None
     validation: Mapping[str, float] | None
     train_seconds: float
     steps: int
@@ -160,6 +160,7 @@ def train(
     checkpoint: str | Path | None = None,
     should_stop: Callable[[], bool] | None = None,
     progress: bool | str = False,
+    test: bool = True,
 ) -> Result:
     """Train ``model`` in place and test it once, at the end.
 
@@ -173,6 +174,7 @@ def train(
             nobody. A resumed training gives bit for bit the result of an uninterrupted one on a CPU.
         should_stop: asked after every epoch; True ends the training by :class:`TrainingPaused`.
         progress: whether to draw a bar, or what to write beside it.
+        test: whether to look at the test images at all; trainings that only inform a choice do not.
 
     Raises:
         TrainingError: for too few images, a checkpoint of another training, or a loss that is no
@@ -214,7 +216,7 @@ def train(
     seconds = sum(row["seconds"] for row in state.curves)
     return Result(
         curves=tuple(state.curves),
-        test=evaluate(model, data.test, precision=recipe.precision, flip=True),
+        test=evaluate(model, data.test, precision=recipe.precision, flip=True) if test else None,
         validation=evaluate(model, data.validation, precision=recipe.precision, flip=True) if data.validation else None,
         train_seconds=seconds,
         steps=total,

@@ -1,0 +1,317 @@
+"""Chapter 4: does a cheap sensitivity predict what full training loses?
+
+The truth: every 3x3 convolution alone made basis at two small ratios, the network trained from scratch,
+its final loss on held-out images against the dense network's. The candidates: every measure of
+:func:`basis.sensitivity`, taken of other dense networks, and the paper's own short training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import nn
+
+from basis.conv import basis_channels_for
+from basis.models import build
+from basis.runs import Ladder, Record, Run
+from basis.statistics import Estimate, difference_estimate
+from basis.studies.study import Label, Study, Verdict
+from basis.table import SensitivityTable
+from basis.training import Recipe
+
+RATIOS = (1 / 8, 1 / 32)
+NAMES = {1 / 2: "r=1/2", 1 / 4: "r=1/4", 1 / 8: "r=1/8", 1 / 32: "r=1/32"}
+MEASURES = ("spectrum", "activation", "taylor", "fisher", "oneshot", "oneshot_bn")
+RECOMMENDED = "oneshot_bn"
+SPEARMAN, COST = 0.8, 0.05
+NETWORKS = {
+    "smoke": "the smoke test's tiny network on synthetic images",
+    "cpu": "the CPU-scale network",
+    "colab": "a thin ResNet-18, briefly trained,",
+    "paper": "ResNet-18",
+}
+
+RULE = (
+    "The truth of a layer and ratio is the mean final loss on held-out images over runs in which that layer alone "
+    "is basis, minus the mean of the dense runs; it needs at least 2 runs per layer and 4 dense ones. A measure is "
+    "compared with it by Spearman's rank correlation over the 3x3 layers, at each of the two ratios, and the mean of "
+    "both counts. The 95 % interval is a percentile bootstrap that draws layers, and runs within each layer, with "
+    f"replacement. H1 is judged by the measure {RECOMMENDED}, named here before any run was looked at, averaged over "
+    f"the measured networks: reproduced if the correlation is at least {SPEARMAN} and both ratios together take under "
+    f"{COST:.0%} of the passes of one full training (a backward pass counts as two forward ones); partly if the "
+    "interval of the correlation lies above 0; else not reproduced."
+)
+
+
+def plan(profile: str) -> tuple[Run, ...]:
+    """The runs of a profile: the noise first, then the sensitivities, then the truth, seed after seed."""
+    measured = tuple(NAMES)
+    if profile == "paper":
+        base = _run(profile, validation=5000)
+        return _runs(base, dense=8, networks=3, seeds=3, short=replace(base.recipe, epochs=2), ratios=measured)
+    if profile == "colab":
+        base = _run(profile, width=16, validation=5000, recipe=Recipe(epochs=4))
+        return _runs(base, dense=4, networks=1, seeds=2, short=replace(base.recipe, epochs=1), ratios=measured)
+    if profile == "cpu":
+        recipe = Recipe(epochs=4, batch_size=125, lr=0.1)
+        base = _run(profile, width=8, mode="factorized", images=20000, validation=4000, recipe=recipe)
+        return _runs(base, dense=8, networks=3, seeds=3, short=replace(recipe, epochs=1), ratios=measured)
+    if profile == "smoke":
+        recipe = Recipe(epochs=2, batch_size=100, translate=2, cutout=8)
+        base = _run(profile, model="resnet20", width=4, data="synthetic", validation=200, recipe=recipe)
+        short = replace(recipe, epochs=1)
+        return _runs(base, dense=4, networks=1, seeds=2, short=short, ratios=measured, layers=4, images=100)
+    return ()
+
+
+def _run(profile: str, **settings: Any) -> Run:
+    return Run(study="sensitivity", profile=profile, arm="dense", seed=0, test=False, **settings)
+
+
+def _runs(
+    base: Run, *, dense: int, networks: int, seeds: int, short: Recipe, ratios: tuple[float, ...],
+    layers: int | None = None, images: int = 2000,
+) -> tuple[Run, ...]:  # fmt: skip
+    ladder = Ladder(measures=dict.fromkeys(MEASURES, ratios), multiple=1, images=images, calibration=images // 2)
+    # Sensitivities come from networks of their own: no run is on both sides of a correlation.
+    climbs = [replace(base, arm="ladder", seed=dense + i, ladder=ladder) for i in range(networks)]
+    cells = list(alone(base, layers))
+    truths = [[replace(base, arm=arm, seed=seed, plan=p) for arm, p in cells] for seed in range(seeds)]
+    brief = replace(base, recipe=short)
+    shorts = [
+        replace(brief, arm=f"short {arm}", seed=seed, plan=p)
+        for seed in range(20, 22)  # other seeds than the truth's, whose first epochs would be the same
+        for arm, p in [("dense", None), *cells]
+    ]
+    noise = [replace(base, seed=seed) for seed in range(dense)]
+    return (*noise, *climbs[:1], *(r for t in truths[:2] for r in t), *shorts, *climbs[1:],
+            *(r for t in truths[2:] for r in t))  # fmt: skip
+
+
+def alone(base: Run, layers: int | None = None) -> Mapping[str, Mapping[str, int]] | Any:
+    """Arms and plans with one 3x3 convolution made basis; equal plans at both ratios are one arm."""
+    shapes = convolutions(base.model, base.width)
+    names = list(shapes)[:: max(1, len(shapes) // layers)][:layers] if layers else list(shapes)
+    return [(f"{name} k={k}", {name: k}) for name in names for k in ranks(shapes[name])]
+
+
+def ranks(out_channels: int) -> tuple[int, ...]:
+    """The numbers of basis channels of the truth, without repetition."""
+    return tuple(dict.fromkeys(basis_channels_for(ratio, out_channels) for ratio in RATIOS))
+
+
+@lru_cache(maxsize=16)
+def convolutions(model: str, width: int | None) -> Mapping[str, int]:
+    """Name -> C_out of every 3x3 convolution."""
+    with torch.device("meta"):
+        network = build(model, width=width)
+    return {
+        name: module.out_channels
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)
+    }
+
+
+# -- from records to a comparison -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Final losses on held-out images: of the dense runs, and of every layer alone at one ratio."""
+
+    dense: tuple[float, ...]
+    layers: Mapping[str, tuple[float, ...]]
+
+    def truth(self) -> dict[str, float]:
+        """Layer -> what it loses on average."""
+        return {name: float(np.mean(values) - np.mean(self.dense)) for name, values in self.layers.items()}
+
+    def estimate(self, layer: str) -> Estimate:
+        """What ``layer`` loses, with Welch's interval."""
+        return difference_estimate(self.layers[layer], self.dense)
+
+
+def losses(records: Sequence[Record], ratio: float, *, short: bool = False, metric: str = "loss") -> Losses:
+    """The losses at one ratio of the layers that have at least 2 runs; ``short``: of the short trainings.
+
+    With ``metric="accuracy"``: errors, 1 - accuracy, so that larger is worse as well.
+    """
+    found: dict[str, list[float]] = {}
+    for record in records:
+        value = record.result["validation"][metric]
+        found.setdefault(record.config["arm"], []).append(1 - value if metric == "accuracy" else value)
+    prefix = "short " if short else ""
+    layers: dict[str, tuple[float, ...]] = {}
+    if records:
+        config = records[0].config
+        for name, out_channels in convolutions(config["model"], config["width"]).items():
+            values = found.get(f"{prefix}{name} k={basis_channels_for(ratio, out_channels)}", [])
+            if len(values) >= 2:
+                layers[name] = tuple(values)
+    return Losses(tuple(found.get(f"{prefix}dense", ())), layers)
+
+
+def tables(records: Sequence[Record], measure: str) -> list[SensitivityTable]:
+    """One table for each measured network."""
+    climbs = [r for r in records if r.config["arm"] == "ladder"]
+    return [SensitivityTable.from_lines(r.result["tables"][measure]) for r in climbs]
+
+
+def values(table: SensitivityTable, ratio: float, score: str = "value") -> dict[str, float]:
+    """Layer -> sensitivity at one ratio; ``score`` may be "kl"."""
+    channels = {layer.name: layer.out_channels for layer in table.layers}
+    return {
+        cell.layer: getattr(cell, score)
+        for cell in table.cells
+        if cell.basis_channels == basis_channels_for(ratio, channels[cell.layer])
+    }
+
+
+def mean_values(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean over networks, layer by layer."""
+    return {name: float(np.mean([f[name] for f in found])) for name in found[0]} if found else {}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Rank correlations of a measure with the truth, mean of both ratios, with bootstrap intervals.
+
+    ``cost`` is in forward passes of one image (a backward pass counts as two), both ratios together.
+    """
+
+    measure: str
+    spearman: Estimate
+    kendall: Estimate
+    cost: float
+    seconds: float
+
+
+def correlation(kind: str) -> Callable[[np.ndarray, np.ndarray], float]:
+    """Spearman's rho or Kendall's tau-b; 0 where one side does not vary."""
+    measure = stats.spearmanr if kind == "spearman" else stats.kendalltau
+
+    def of(a: np.ndarray, b: np.ndarray) -> float:
+        if np.ptp(a) == 0 or np.ptp(b) == 0:
+            return 0.0
+        return float(measure(a, b).statistic)
+
+    return of
+
+
+def bootstrap(
+    truths: Sequence[Losses], predictions: Sequence[Mapping[str, float]], *, kind: str = "spearman",
+    draws: int = 1000, seed: int = 0,
+) -> Estimate:  # fmt: skip
+    """The mean rank correlation over ratios, with a percentile bootstrap over layers and over runs.
+
+    ``n`` is the number of layers. NaN where there is nothing to correlate.
+    """
+    of, rng = correlation(kind), np.random.default_rng(seed)
+    pairs = []
+    for truth, prediction in zip(truths, predictions, strict=True):
+        names = [name for name in truth.layers if np.isfinite(prediction.get(name, np.nan))]
+        if len(names) < 4 or len(truth.dense) < 2:
+            return Estimate(float("nan"), float("nan"), float("nan"), 0)
+        pairs.append((truth, names, np.array([prediction[name] for name in names])))
+    point = float(np.mean([of(np.array([t.truth()[n] for n in names]), p) for t, names, p in pairs]))
+    found = []
+    for _ in range(draws):
+        drawn = []
+        for truth, names, prediction in pairs:
+            chosen = rng.integers(len(names), size=len(names))
+            # Dense runs shift all layers alike, so they do not touch a rank correlation at one ratio.
+            means = [np.mean(rng.choice(truth.layers[names[i]], len(truth.layers[names[i]]))) for i in chosen]
+            drawn.append(of(np.array(means), prediction[chosen]))
+        found.append(np.mean(drawn))
+    low, high = np.quantile(found, (0.025, 0.975))
+    return Estimate(point, float(low), float(high), min(len(names) for _, names, _ in pairs))
+
+
+def reliability(truth: Losses) -> float:
+    """The share of the variance between layers' mean losses that is not noise of the runs, in [0, 1].
+
+    From the one-way analysis of variance: 1 - (mean variance of a layer's mean) / (variance between means).
+    Its square root bounds the correlation that a perfect measure could be expected to reach.
+    """
+    means = [np.mean(v) for v in truth.layers.values()]
+    noise = float(np.mean([np.var(v, ddof=1) / len(v) for v in truth.layers.values()]))
+    return max(0.0, 1 - noise / float(np.var(means, ddof=1)))
+
+
+def training_cost(config: Mapping[str, Any]) -> float:
+    """Forward passes of one image that a training takes; a backward pass counts as two."""
+    images = config["images"] or {"cifar10": 50000, "synthetic": 2000}[config["data"]] - config["validation"]
+    return 3.0 * images * config["recipe"]["epochs"]
+
+
+def agreements(records: Sequence[Record], *, draws: int = 1000) -> list[Agreement]:
+    """Every measure against the truth, the cheapest first."""
+    truths = [losses(records, ratio) for ratio in RATIOS]
+    rows = []
+    for measure in MEASURES:
+        found = tables(records, measure)
+        if not found:
+            continue
+        scores = [(measure, "value")] + [(f"{measure} (KL)", "kl")] * measure.startswith("oneshot")
+        cells = [c for t in found for c in t.cells if c.layer in truths[0].layers]
+        wanted = [c for c in cells if c.basis_channels in ranks(_channels(found[0], c.layer))]
+        # One pass scores all ranks of these, so that fewer ratios would not be cheaper.
+        shared = measure in ("activation", "taylor", "fisher")
+        counted = [c for t in found for c in t.cells] if shared else wanted
+        cost = sum(c.forward + 2 * c.backward for c in counted) / len(found)
+        seconds = sum(c.seconds for c in counted) / len(found)
+        for name, score in scores:
+            predictions = [mean_values([values(t, ratio, score) for t in found]) for ratio in RATIOS]
+            rho, tau = (bootstrap(truths, predictions, kind=k, draws=draws) for k in ("spearman", "kendall"))
+            rows.append(Agreement(name, rho, tau, cost, seconds))
+    brief = [losses(records, ratio, short=True) for ratio in RATIOS]
+    if all(b.dense and b.layers for b in brief):
+        predictions = [b.truth() for b in brief]
+        rho, tau = (bootstrap(truths, predictions, kind=k, draws=draws) for k in ("spearman", "kendall"))
+        trained = [r for r in records if r.config["arm"].startswith("short ")]
+        cost = sum(training_cost(r.config) for r in trained)
+        rows.append(Agreement("short_training", rho, tau, cost, sum(r.result["train_seconds"] for r in trained)))
+    return sorted(rows, key=lambda row: row.cost)
+
+
+def _channels(table: SensitivityTable, name: str) -> int:
+    return next(layer.out_channels for layer in table.layers if layer.name == name)
+
+
+def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
+    """The verdict on H1 by :data:`RULE`."""
+    truths = [losses(records, ratio) for ratio in RATIOS]
+    rows = {row.measure: row for row in agreements(records)} if records else {}
+    row = rows.get(RECOMMENDED)
+    if row is None or row.spearman.n == 0 or min(len(t.dense) for t in truths) < 4:
+        finding = "there are too few runs to compare a sensitivity with full training"
+        return (Verdict("H1", profile, "not tested", finding),)
+    full = next(r for r in records if r.config["arm"] == "dense")
+    share = row.cost / training_cost(full.config)
+    label: Label = "partly" if row.spearman.low > 0 else "not reproduced"
+    if row.spearman.value >= SPEARMAN and share < COST:
+        label = "reproduced"
+    finding = (
+        f"for {NETWORKS[profile]} {RECOMMENDED} correlates with the loss after full training at Spearman "
+        f"{row.spearman.text()} (95 % interval, {row.spearman.n} layers) and takes {share:.1%} of the passes "
+        "of one full training"
+    )
+    return (Verdict("H1", profile, label, finding),)
+
+
+STUDY = Study(
+    name="sensitivity",
+    title="Which layers can take it?",
+    chapter="04_which_layers",
+    claims=("H1",),
+    rule=RULE,
+    published="cpu",
+    plan=plan,
+    judge=judge,
+)

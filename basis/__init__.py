@@ -1,23 +1,30 @@
 """Basis convolutions: train k of a layer's filters, mix the others from them, and learn where that is safe."""
 
+from basis.analysis import sensitivity
 from basis.complexity import CostReport, cost
 from basis.conv import BasisConv2d
+from basis.selection import InfeasibleBudget, select
 from basis.storage import load, save
 from basis.substitution import Plan, merge, plan_of, substitute
+from basis.table import SensitivityTable
 from basis.training import Recipe, Result, evaluate, train
 
 __all__ = [
     "BasisConv2d",
     "CostReport",
+    "InfeasibleBudget",
     "Plan",
     "Recipe",
     "Result",
+    "SensitivityTable",
     "cost",
     "evaluate",
     "load",
     "merge",
     "plan_of",
     "save",
+    "select",
+    "sensitivity",
     "substitute",
     "train",
 ]

@@ -1,4 +1,4 @@
-"""Speed, measured: basis layers and whole training steps, each against its dense twin.
+"""Speed, measured: basis layers, those of a network, and whole training steps, each against its dense twin.
 
 Other work on a machine, its clock and its caches change from one second to the next, so candidates are
 never timed one after the other. Every round runs each candidate once, in a fresh random order, and what
@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import random
 import re
 import time
@@ -28,10 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from basis.complexity import _trace
 from basis.conv import MODES, BasisConv2d, Mode, basis_channels_for
 from basis.models import build
 from basis.runs import RecordError, environment, write_json
-from basis.substitution import substitute
+from basis.substitution import plan_of, substitute
 from basis.training import (
     DTYPES,
     MemoryFormat,
@@ -100,7 +102,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReport:
-    """What a benchmark found: ``kind`` ("bench-layer" or "bench-train"), its options, machine and rows.
+    """What a benchmark found: ``kind`` ("bench-layer", "bench-latency", "bench-train"), options, machine, rows.
 
     Every row has ``ratio`` and ``mode`` ("control" is the second dense one), ``n``
     rounds, ``ms`` and ``dense_ms`` (medians) with quartiles, and ``speedup``, the median over rounds of
@@ -117,9 +119,31 @@ class BenchReport:
         """One row per candidate and cell."""
         return pd.DataFrame(list(self.rows))
 
+    def controls(self) -> list[Mapping[str, Any]]:
+        """The rows of the second dense one, each measurement once."""
+        return [row for row in self.rows if row["mode"] == "control" and not row.get("same_as")]
+
     def failed_controls(self) -> list[Mapping[str, Any]]:
         """The control rows whose quartiles do not enclose 1; chance alone does it to 6 in 100 at 15 rounds."""
-        return [r for r in self.rows if r["mode"] == "control" and not r["speedup_q1"] <= 1 <= r["speedup_q3"]]
+        return [row for row in self.controls() if not row["speedup_q1"] <= 1 <= row["speedup_q3"]]
+
+    def latencies(self, step: str) -> dict[str, dict[int, float]]:
+        """The milliseconds that :func:`bench_latency` found: layer -> k -> ms, and dense as k = C_out.
+
+        Raises:
+            ValueError: for a report of another kind, or a ``step`` that is no pass of this one.
+        """
+        if self.kind != "bench-latency":
+            raise ValueError(f"latency is a report of kind {self.kind!r}, but it must be one of `basis bench latency`")
+        passes = dict.fromkeys(row["pass"] for row in self.rows)
+        if step not in passes:
+            raise ValueError(f"step is {step!r}, but the latency report has only {', '.join(passes)}")
+        found: dict[str, dict[int, float]] = {}
+        for row in self.rows:
+            if row["pass"] == step:
+                ms = row["dense_ms" if row["mode"] == "control" else "ms"]
+                found.setdefault(row["layer"], {})[row["basis_channels"]] = ms
+        return found
 
     def save(self, path: str | Path) -> None:
         """Write the report as one JSON file, whole or not at all."""
@@ -142,13 +166,12 @@ class BenchReport:
     def __str__(self) -> str:
         c, e = self.config, self.environment
         head = f"{e['device']}, {c['precision']}, {c['memory_format']}, batch {c['batch_size']}"
-        named = ("shape", "model", "pass", "ratio", "mode", "resolved", "n", "ms", "dense_ms", "speedup")
+        named = ("layer", "shape", "model", "pass", "ratio", "mode", "resolved", "n", "ms", "dense_ms", "speedup")
         quartiles = ("speedup_q1", "speedup_q3", "mac_ratio", "peak_mib")
         frame = self.to_frame()
         frame = frame[[name for name in (*named, *quartiles) if name in frame and frame[name].notna().any()]]
         table = frame.to_string(index=False, na_rep="-", float_format=lambda value: f"{value:.4g}")
-        bad = len(self.failed_controls())
-        controls = sum(row["mode"] == "control" for row in self.rows)
+        bad, controls = len(self.failed_controls()), len(self.controls())
         verdict = f"dense against itself: 1 is within the quartiles in {controls - bad} of {controls} cells"
         return f"{head}\n{table}\n{verdict}"
 
@@ -210,7 +233,7 @@ def compare(times: Sequence[float], dense: Sequence[float]) -> dict[str, float]:
     }  # fmt: skip
 
 
-# -- the two benchmarks -----------------------------------------------------------------------------
+# -- the benchmarks ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,10 +353,7 @@ def bench_layers(
         ValueError: for a shape, ratio, mode, pass or setting that makes no sense.
     """
     parsed = [Shape.parse(text) for text in shapes]
-    _check(ratios, modes)
-    for one in passes:
-        if one not in PASSES:
-            raise ValueError(f"pass is {one!r}, but must be one of {', '.join(PASSES)}")
+    _check(ratios, modes, passes)
     with torch.device("meta"):
         stack = nn.ModuleList([shape.conv() for shape in parsed])
     setting = (setting or Setting()).settled(stack)
@@ -344,7 +364,8 @@ def bench_layers(
             layers: dict[str, nn.Module] = {"dense": shape.conv(), "control": shape.conv()}
             for mode in modes:
                 layers[mode] = BasisConv2d.shaped_like(shape.conv(), basis_channels=k, mode=mode)
-            steps = _layer_steps({name: setting.place(layer) for name, layer in layers.items()}, shape, one, setting)
+            placed = {name: setting.place(layer) for name, layer in layers.items()}
+            steps = _layer_steps(placed, [(shape.in_channels, shape.size, shape.size)], one, setting)
             measured = setting.measure(steps)
         for name, values in measured.items():
             resolved = getattr(layers[name], "resolved_mode", "dense")
@@ -356,25 +377,149 @@ def bench_layers(
     return setting.report("bench-layer", rows, **options, passes=list(passes))
 
 
-def _layer_steps(layers: Mapping[str, nn.Module], shape: Shape, one: Pass, setting: Setting) -> dict[str, Step]:
-    images = (setting.batch_size, shape.in_channels, shape.size, shape.size)
-    x = setting.place(torch.randn(images).to(DTYPES[setting.precision]))
-    with torch.no_grad(), setting.autocast():
-        dy = torch.randn_like(layers["dense"](x))
-    x.requires_grad_(one != "forward")
+def _layer_steps(
+    layers: Mapping[str, nn.Module],
+    inputs: Sequence[tuple[int, ...]],
+    one: Pass,
+    setting: Setting,
+    input_gradient: bool = True,
+) -> dict[str, Step]:
+    """One step for each layer: a call on images of each of the ``inputs``, (C, H, W), and its backward pass."""
+    pairs = []
+    for size in inputs:
+        x = setting.place(torch.randn(setting.batch_size, *size).to(DTYPES[setting.precision]))
+        with torch.no_grad(), setting.autocast():
+            dy = torch.randn_like(layers["dense"](x))
+        pairs.append((x.requires_grad_(one != "forward" and input_gradient), dy))
 
     def step(layer: nn.Module) -> None:
         if one == "forward":
             with torch.no_grad(), setting.autocast():
-                layer(x)
+                for x, _ in pairs:
+                    layer(x)
             return
-        x.grad = None
         layer.zero_grad()
-        with setting.autocast():
-            y = layer(x)
-        y.backward(dy)
+        for x, dy in pairs:
+            x.grad = None
+            with setting.autocast():
+                y = layer(x)
+            y.backward(dy)
 
     return {name: partial(step, layer) for name, layer in layers.items()}
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """A convolution as far as its time depends on it; equal ones are measured once."""
+
+    options: tuple[Any, ...]  # the first arguments of nn.Conv2d, up to padding_mode
+    inputs: tuple[tuple[int, ...], ...]  # (C, H, W) of each call in one forward pass
+    input_gradient: bool
+
+    def __str__(self) -> str:
+        c_in, c_out, kernel, stride, _, dilation, groups, *_ = self.options
+        sizes = "+".join("x".join(map(str, size[1:])) for size in self.inputs)
+        text = f"{c_in}-{c_out}@{sizes} {'x'.join(map(str, kernel))}"
+        for mark, value in (("/", stride), (" dilation ", dilation)):
+            text += f"{mark}{'x'.join(map(str, dict.fromkeys(value)))}" if set(value) != {1} else ""
+        return text + (f" groups {groups}" if groups > 1 else "")
+
+    def conv(self) -> nn.Conv2d:
+        """The dense layer."""
+        return nn.Conv2d(*self.options)
+
+
+def _timed(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, _Timed]:
+    """Every convolution that can be substituted and is called, as it is called in one forward pass."""
+    free = {name for name, why in plan_of(model).skipped.items() if why == "left dense"}
+    found = {}
+    for name, conv, calls in _trace(model, (1, *input_size)):
+        if name in free and calls and isinstance(conv, nn.Conv2d):
+            padding = conv.padding if isinstance(conv.padding, str) else tuple(conv.padding)
+            options = (
+                conv.in_channels, conv.out_channels, tuple(conv.kernel_size), tuple(conv.stride), padding,
+                tuple(conv.dilation), conv.groups, conv.bias is not None, conv.padding_mode,
+            )  # fmt: skip
+            found[name] = _Timed(options, tuple(call.x[1:] for call in calls), any(call.needs_dx for call in calls))
+    return found
+
+
+def bench_latency(
+    model: nn.Module,
+    *,
+    input_size: Sequence[int] = (3, 32, 32),
+    ratios: Sequence[float] = RATIOS,
+    multiple: int = 8,
+    passes: Sequence[Pass] = PASSES,
+    setting: Setting | None = None,
+    progress: Progress | None = None,
+    name: str | None = None,
+) -> BenchReport:
+    """Measure every convolution of ``model`` that can be substituted, alone, dense and in mode auto.
+
+    For :func:`basis.select`. A cell is a layer and a pass; all its candidates are measured together: k
+    nearest to each ratio, a multiple of ``multiple`` and of the layer's groups, and below C_out. Layers
+    are of the model's shapes but with fresh weights, on the inputs that they get in one forward pass on
+    images of ``input_size``; the first layer takes no gradient of its input. Of layers with equal shapes
+    the first is measured; the rows of the others say so in ``same_as``.
+
+    Rows also have ``layer``, ``shape``, ``basis_channels`` (C_out in the control row) and ``resolved``.
+
+    Args:
+        model: dense, or with layers that are substituted already, which are left out.
+        input_size: (C, H, W) of one image.
+        multiple: what every k is a multiple of.
+        name: what the report calls the model; its class unless given.
+
+    Raises:
+        ValueError: for a model without such a layer, or that cannot be run on such images; for a ratio,
+            multiple, pass or setting that makes no sense.
+    """
+    _check(ratios, (), passes)
+    if multiple < 1:
+        raise ValueError(f"multiple is {multiple}, but must be at least 1")
+    found = _timed(model, tuple(input_size))
+    if not found:
+        raise ValueError("the model has no convolution that can be substituted and is called")
+    setting = (setting or Setting()).settled(model)
+    cells: dict[tuple[_Timed, Pass], list[dict[str, Any]]] = {}
+    rows = []
+    for (layer, timed), one in itertools.product(found.items(), passes):
+        cell = cells.get((timed, one))
+        if cell is None:
+            cell = cells[timed, one] = _latency_rows(layer, timed, one, ratios, multiple, setting, progress)
+        first = cell[0]["layer"]
+        rows += [{**row, "layer": layer, "same_as": None if layer == first else first} for row in cell]
+    options = {"model": name or type(model).__name__, "input_size": list(input_size), "multiple": multiple}
+    return setting.report("bench-latency", rows, **options, ratios=list(ratios), passes=list(passes))
+
+
+def _latency_rows(
+    layer: str,
+    timed: _Timed,
+    one: Pass,
+    ratios: Sequence[float],
+    multiple: int,
+    setting: Setting,
+    progress: Progress | None,
+) -> list[dict[str, Any]]:
+    _, width, *_, groups, _, _ = timed.options
+    candidates = {basis_channels_for(r, width, math.lcm(groups, multiple)) for r in ratios}
+    ks = {"control": width} | {str(k): k for k in sorted(candidates) if k < width}
+    with setting.globals():
+        layers: dict[str, nn.Module] = {"dense": timed.conv(), "control": timed.conv()}
+        for key, k in ks.items():
+            if key != "control":
+                layers[key] = BasisConv2d.shaped_like(timed.conv(), basis_channels=k, mode="auto")
+        placed = {key: setting.place(module) for key, module in layers.items()}
+        measured = setting.measure(_layer_steps(placed, timed.inputs, one, setting, timed.input_gradient))
+    rows = []
+    for key, k in ks.items():
+        row: dict[str, Any] = {"layer": layer, "shape": str(timed), "pass": one, "ratio": k / width}
+        row |= {"basis_channels": k, "mode": "control" if key == "control" else "auto"}
+        rows.append(row | {"resolved": getattr(placed[key], "resolved_mode", "dense"), **measured[key]})
+        _tell(progress, rows[-1], layer)
+    return rows
 
 
 def bench_training(
@@ -395,7 +540,7 @@ def bench_training(
     Raises:
         ValueError: for an unknown model, or a ratio, mode or setting that makes no sense.
     """
-    _check(ratios, modes)
+    _check(ratios, modes, ())
     setting = setting or Setting()
     with setting.globals():
         dense = build(model, width=width)
@@ -434,10 +579,11 @@ def _training_step(network: nn.Module, x: Tensor, labels: Tensor, setting: Setti
     return step
 
 
-def _check(ratios: Sequence[float], modes: Sequence[str]) -> None:
-    for mode in modes:
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}, but must be one of {', '.join(MODES)}")
+def _check(ratios: Sequence[float], modes: Sequence[str], passes: Sequence[str]) -> None:
+    for what, values, known in (("mode", modes, MODES), ("pass", passes, PASSES)):
+        for value in values:
+            if value not in known:
+                raise ValueError(f"{what} is {value!r}, but must be one of {', '.join(known)}")
     for ratio in ratios:
         basis_channels_for(ratio, 1)  # refuses a ratio that makes no sense
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from basis.bench import PASSES, RATIOS, RESNET18_SHAPES, Setting, bench_layers, bench_training
+from basis.bench import PASSES, RATIOS, RESNET18_SHAPES, Setting, bench_latency, bench_layers, bench_training
 from basis.conv import MODES
 from basis.data import DataError
+from basis.models import build
 from basis.runs import (
     PROFILES,
     RecordError,
@@ -67,11 +68,16 @@ def _parser() -> argparse.ArgumentParser:
     layer.add_argument("--shapes", nargs="+", default=RESNET18_SHAPES, metavar="SHAPE", help="such as 64-128@32/2")
     layer.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
     layer.add_argument("--passes", nargs="+", default=PASSES, choices=PASSES)
+    latency = kinds.add_parser("latency", help="every layer of a network", description=bench_latency.__doc__)
+    latency.add_argument("--input-size", nargs=3, type=int, default=(3, 32, 32), metavar=("C", "H", "W"))
+    latency.add_argument("--multiple", type=int, default=8, metavar="N", help="what every k is a multiple of")
+    latency.add_argument("--passes", nargs="+", default=PASSES, choices=PASSES)
     training = kinds.add_parser("train", help="whole training steps", description=bench_training.__doc__)
-    training.add_argument("--model", default="resnet18", help="a network of basis.models")
-    training.add_argument("--width", type=int, help="its width (default: the published one)")
+    for kind in (latency, training):
+        kind.add_argument("--model", default="resnet18", help="a network of basis.models")
+        kind.add_argument("--width", type=int, help="its width (default: the published one)")
     training.add_argument("--modes", nargs="+", default=["auto"], choices=MODES)
-    for kind in (layer, training):
+    for name, kind in (("layer", layer), ("latency", latency), ("train", training)):
         kind.add_argument("--ratios", nargs="+", type=float, default=RATIOS, metavar="R")
         kind.add_argument("--device", type=_device, metavar="DEVICE", help="default: the GPU if there is one")
         kind.add_argument("--precision", default="auto", choices=("auto", *DTYPES))
@@ -80,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         kind.add_argument("--rounds", type=int, default=15, metavar="N", help="measurements of each candidate")
         kind.add_argument("--seconds", type=float, metavar="S", help="no new round of a cell after this time")
         kind.add_argument("--out", type=Path, metavar="FILE", help="default: results/bench/KIND-DEVICE-....json")
-        kind.set_defaults(command=_bench, kind="layer" if kind is layer else "train")
+        kind.set_defaults(command=_bench, kind=name)
 
     book = commands.add_parser("book", help="execute the notebooks and build the HTML book")
     book.add_argument("--profile", choices=PROFILES, help="records to show (default: each study's published one)")
@@ -165,13 +171,21 @@ def _bench(options: argparse.Namespace) -> int:
         device=options.device, precision=options.precision, memory_format=options.memory_format,
         batch_size=options.batch_size, rounds=options.rounds, seconds=options.seconds,
     )  # fmt: skip
-    shared = {"ratios": options.ratios, "modes": options.modes, "setting": setting, "progress": print}
+    shared = {"ratios": options.ratios, "setting": setting, "progress": print}
+    what = [options.kind]
     if options.kind == "layer":
-        report = bench_layers(shapes=options.shapes, passes=options.passes, **shared)
+        report = bench_layers(shapes=options.shapes, passes=options.passes, modes=options.modes, **shared)
+    elif options.kind == "latency":
+        model = f"{options.model}-w{options.width}" if options.width else options.model
+        what.append(model)
+        report = bench_latency(
+            build(options.model, width=options.width), input_size=options.input_size, multiple=options.multiple,
+            passes=options.passes, name=model, **shared,
+        )  # fmt: skip
     else:
-        report = bench_training(model=options.model, width=options.width, **shared)
+        report = bench_training(model=options.model, width=options.width, modes=options.modes, **shared)
     config = report.config
-    name = "-".join([options.kind, config["device"].split(":")[0], config["precision"], config["memory_format"]])
+    name = "-".join([*what, config["device"].split(":")[0], config["precision"], config["memory_format"]])
     path = options.out or results_folder() / "bench" / f"{name}.json"
     report.save(path)
     print(report)

@@ -56,12 +56,14 @@ class Ladder:
         multiple: what every k is a multiple of.
         images: how many held-out images they are measured on.
         calibration: how many training images (not augmented) batch normalisation is recalibrated on.
+        joint: unit -> budgets at which whole plans, selected by the last measure and uniform, are measured too.
     """
 
     measures: Mapping[str, Sequence[float]]
     multiple: int = 8
     images: int = 2000
     calibration: int = 2000
+    joint: Mapping[str, Sequence[float]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,9 +369,8 @@ def choose(choice: Choice, folder: Path) -> tuple[Plan, dict[str, float]]:
     if path is None:
         raise TableMissing(f"run {choice.table} has to measure the sensitivities first, and has no record yet")
     table = SensitivityTable.from_lines(read_record(path).result["tables"][choice.measure])
-    plan = select(
-        table, budget={choice.unit: choice.budget}, rule=choice.rule, ratio=choice.ratio, seed=choice.draw or 0
-    )  # type: ignore[arg-type]
+    options: dict[str, Any] = {"rule": choice.rule, "ratio": choice.ratio, "seed": choice.draw or 0}
+    plan = select(table, budget={choice.unit: choice.budget}, **options)
     return plan, predicted(table, plan)
 
 

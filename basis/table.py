@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pandas as pd
+
+from basis.files import replacing
+from basis.statistics import difference_estimate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from basis.figures import Theme
 
 Unit = Literal["params", "macs", "backward_macs"]
+
+TABLE_VERSION = 1
+
+# Every measure, from cheap to dear, and what its values are.
+MEASURES: Mapping[str, str] = {
+    "spectrum": "relative error of the weight",
+    "activation": "relative error of the output",
+    "taylor": "first-order change of the loss",
+    "fisher": "quadratic change of the loss",
+    "oneshot": "change of the loss",
+    "oneshot_bn": "change of the loss, statistics recalibrated",
+    "short_training": "change of the final validation loss, short training",
+    "full_training": "change of the final validation loss",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +105,29 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One training from scratch: of the dense network (``layer`` None), or with one layer substituted.
+
+    Attributes:
+        loss: the final validation loss, NaN where the training diverged.
+        forward, backward, seconds: as in :class:`Cell`.
+    """
+
+    layer: str | None
+    basis_channels: int
+    seed: int
+    loss: float
+    forward: float = 0.0
+    backward: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class SensitivityTable:
     """What :func:`basis.sensitivity` returns.
 
     Attributes:
-        measure: its name, one of ``basis.analysis.MEASURES``.
+        measure: its name, one of ``MEASURES``.
         layers: every convolution that can be substituted, in the order of the model.
         cells: what has been measured so far, layer after layer.
         skipped: name of every other convolution -> why it cannot be substituted. It has no sensitivity.
@@ -89,6 +135,7 @@ class SensitivityTable:
             None where no image was seen).
         fingerprint: what the cells were measured on; tables of equal fingerprint can be merged.
         baseline: what was measured of the dense network, such as its ``loss``.
+        seeds, trials: of the measures that train; the cells follow from the trials.
     """
 
     measure: str
@@ -98,3 +145,423 @@ class SensitivityTable:
     total: Mapping[str, int | None]
     fingerprint: Mapping[str, str]
     baseline: Mapping[str, float]
+    seeds: tuple[int, ...] = ()
+    trials: tuple[Trial, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Put the cells, or those that the trials give, in the order of the layers, each once."""
+        cells = cells_of(self.layers, self.seeds, self.trials) if self.seeds else self.cells
+        order = {pair: i for i, pair in enumerate(self.candidates)}
+        unique = {(cell.layer, cell.basis_channels): cell for cell in reversed(cells)}
+        ordered = sorted((pair for pair in unique if pair in order), key=order.__getitem__)
+        object.__setattr__(self, "cells", tuple(unique[pair] for pair in ordered))
+        if self.seeds:
+            dense = {trial.seed: trial.loss for trial in self.trials if trial.layer is None}
+            there = set(self.seeds) <= set(dense)
+            mean = {"loss": sum(dense[seed] for seed in self.seeds) / len(self.seeds)} if there else {}
+            object.__setattr__(self, "baseline", mean)
+
+    # -- what is there --------------------------------------------------------------------------
+
+    @property
+    def candidates(self) -> tuple[tuple[str, int], ...]:
+        """Every layer with each k that is to be measured, in order."""
+        return tuple((layer.name, k) for layer in self.layers for k in layer.candidates)
+
+    @property
+    def missing(self) -> tuple[tuple[str, int], ...]:
+        """The candidates (layer, k) that have not been measured yet."""
+        there = {(cell.layer, cell.basis_channels) for cell in self.cells}
+        return tuple(pair for pair in self.candidates if pair not in there)
+
+    @property
+    def not_finite(self) -> tuple[tuple[str, int], ...]:
+        """The candidates (layer, k) whose value is not finite; they have no rank."""
+        return tuple((cell.layer, cell.basis_channels) for cell in self.cells if not math.isfinite(cell.value))
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Every ratio k / C_out that some layer has, descending, to three digits."""
+        return tuple(sorted({_ratio(layer, k) for layer in self.layers for k in layer.candidates}, reverse=True))
+
+    @property
+    def forward(self) -> float:
+        """Forward passes of all cells together, in images."""
+        return sum(cell.forward for cell in self.cells)
+
+    @property
+    def backward(self) -> float:
+        """Backward passes of all cells together, in images."""
+        return sum(cell.backward for cell in self.cells)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time of all cells together."""
+        return sum(cell.seconds for cell in self.cells)
+
+    def at(self, ratio: float) -> dict[str, Cell | None]:
+        """Each layer's cell at the candidate nearest to ``ratio`` (the larger of two); None where missing.
+
+        Raises:
+            ValueError: for a ratio outside (0, 1).
+        """
+        if not 0 < ratio < 1:
+            raise ValueError(f"ratio is {ratio}, but it is k / C_out and must lie between 0 and 1")
+        cells = {(cell.layer, cell.basis_channels): cell for cell in self.cells}
+        nearest = {
+            layer.name: min(layer.candidates, key=lambda k: (abs(k / layer.out_channels - ratio), -k))
+            for layer in self.layers
+        }
+        return {name: cells.get((name, k)) for name, k in nearest.items()}
+
+    def ranking(self, ratio: float) -> tuple[str, ...]:
+        """Layer names from the least to the most sensitive, each at its candidate nearest to ``ratio``.
+
+        Layers that have not been measured there, or whose value is not finite, are left out.
+        """
+        values = {name: cell.value for name, cell in self.at(ratio).items() if cell and math.isfinite(cell.value)}
+        return tuple(sorted(values, key=values.__getitem__))
+
+    def by_kl(self) -> SensitivityTable:
+        """The same table with the divergence from the dense predictions as value, which has no interval.
+
+        Raises:
+            ValueError: where it was not measured.
+        """
+        if not any(math.isfinite(cell.kl) for cell in self.cells):
+            raise ValueError(
+                f"this table of {self.measure} holds no divergences; oneshot and oneshot_bn measure them, "
+                "for networks whose outputs are logits (N, classes)"
+            )
+        nothing = {"low": math.nan, "high": math.nan, "n": 0}
+        return replace(self, cells=tuple(replace(cell, value=cell.kl, **nothing) for cell in self.cells))  # type: ignore[arg-type]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per cell: what it measured, what it cost, and what k would save of the dense layer."""
+        rows = []
+        layers = {layer.name: layer for layer in self.layers}
+        for cell in self.cells:
+            layer, k = layers[cell.layer], cell.basis_channels
+            dense, thin = layer.cost(layer.out_channels), layer.cost(k)
+            saved = {f"saved_{unit}": _less(dense[unit], thin[unit]) for unit in dense}
+            own = asdict(cell)
+            head = {"layer": own.pop("layer"), "out_channels": layer.out_channels}
+            head |= {"basis_channels": own.pop("basis_channels"), "ratio": k / layer.out_channels}
+            rows.append(head | own | saved)
+        return pd.DataFrame(rows)
+
+    # -- printed and drawn ----------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        unit = MEASURES.get(self.measure, "sensitivity")
+        dense = f"; dense loss {self.baseline['loss']:.4g}" if "loss" in self.baseline else ""
+        values = {(cell.layer, cell.basis_channels): cell.value for cell in self.cells}
+        columns: dict[float, dict[str, float | None]] = {ratio: {} for ratio in self.ratios}
+        for layer in self.layers:
+            for k in layer.candidates:
+                columns[_ratio(layer, k)][layer.name] = values.get((layer.name, k))
+        least = {ratio: min(filter(_finite, column.values()), default=None) for ratio, column in columns.items()}  # type: ignore[type-var]
+        rows = [("layer", "C_out", *(f"r = {ratio:.3g}" for ratio in columns))]
+        for layer in self.layers:
+            shown = (_text(column, layer.name, least[ratio]) for ratio, column in columns.items())
+            rows.append((_shown(layer.name), str(layer.out_channels), *shown))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [f"{self.measure}: {unit}{dense}"]
+        for name, *cells in rows:
+            right = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+            lines.append("  ".join((f"{name:<{widths[0]}}", *right)).rstrip())
+        lines.append("* least sensitive at this ratio")
+        lines.append(
+            f"cost: {self.forward:,.0f} forward passes, {self.backward:,.0f} backward passes (in images), "
+            f"{self.seconds:,.3g} s"
+        )
+        for what, pairs in (("not measured yet", self.missing), ("not finite, so not ranked", self.not_finite)):
+            if pairs:
+                lines.append(f"{what}: " + ", ".join(f"{_shown(name)} (k = {k})" for name, k in pairs))
+        for reason in dict.fromkeys(self.skipped.values()):
+            names = [_shown(name) for name, why in self.skipped.items() if why == reason]
+            lines.append(f"kept dense ({reason}): {', '.join(names)}")
+        return "\n".join(lines)
+
+    def plot(
+        self, kind: Literal["heatmap", "bars"] = "heatmap", *, ratio: float | None = None, theme: Theme | None = None
+    ) -> Figure:
+        """A heat map of layers and ratios, or the values at one ratio as bars with their intervals.
+
+        Args:
+            ratio: of the bars; the one that most layers have, unless given.
+            theme: one of ``basis.figures``; the light one unless given.
+
+        Raises:
+            ValueError: for another kind, a ratio that makes no sense, or a table without cells.
+        """
+        from basis.figures import LIGHT
+
+        if kind not in ("heatmap", "bars"):
+            raise ValueError(f"kind is {kind!r}, but it must be 'heatmap' or 'bars'")
+        if not self.cells:
+            raise ValueError("nothing of this table has been measured yet, so there is nothing to draw")
+        return _heatmap(self, theme or LIGHT) if kind == "heatmap" else _bars(self, ratio, theme or LIGHT)
+
+    # -- kept -----------------------------------------------------------------------------------
+
+    def to_lines(self) -> list[dict[str, Any]]:
+        """Plain values: all but the measurements, then one entry for each measurement. NaN becomes None."""
+        held = self.trials if self.seeds else self.cells
+        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("cells", "trials")}
+        content |= {"layers": [asdict(layer) for layer in self.layers]}
+        return [{"basis_sensitivity": TABLE_VERSION} | _plain(content), *map(line_of, held)]
+
+    @classmethod
+    def from_lines(cls, lines: Sequence[Mapping[str, Any]]) -> SensitivityTable:
+        """The table that :meth:`to_lines` gave. Raises ``ValueError`` where ``lines`` are not one."""
+        head = dict(lines[0]) if lines and isinstance(lines[0], Mapping) else {}
+        version = head.pop("basis_sensitivity", None)
+        if version is None:
+            raise ValueError("this is no sensitivity table: it does not begin with an entry 'basis_sensitivity'")
+        if version != TABLE_VERSION:
+            raise ValueError(f"the sensitivity table has version {version!r}, but {TABLE_VERSION} is read here")
+        try:
+            layers = tuple(Layer(**{**entry, "candidates": tuple(entry["candidates"])}) for entry in head["layers"])
+            head |= {"layers": layers, "seeds": tuple(head["seeds"])}
+            head["baseline"] = {key: _number(value) for key, value in head["baseline"].items()}
+            head["trials" if head["seeds"] else "cells"] = tuple(
+                _measurement(line, Trial if head["seeds"] else Cell) for line in lines[1:]
+            )
+            return cls(**{"cells": (), **head})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the sensitivity table is damaged: {error!r}") from error
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the table as JSON lines to ``path``, whole or not at all."""
+        with replacing(Path(path)) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in self.to_lines()).encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> SensitivityTable:
+        """Read what :meth:`save` or ``sensitivity(..., resume=path)`` wrote, also while it is being written.
+
+        An incomplete last line is left out.
+
+        Raises:
+            FileNotFoundError: where there is no such file.
+            ValueError: for a file that is no sensitivity table.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"there is no sensitivity table at {os.fspath(path)}") from error
+        try:
+            lines = [json.loads(line) for line in text.split("\n")[:-1]]
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)} is no sensitivity table, or damaged: {error}") from error
+        try:
+            return cls.from_lines(lines)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+    @classmethod
+    def merge(cls, tables: Iterable[SensitivityTable]) -> SensitivityTable:
+        """One table of what several workers measured, each a part; what two have is taken from the first.
+
+        Raises:
+            ValueError: for no tables, for tables that were measured on different things, whose dense
+                networks differ, or that hold different losses of one training.
+        """
+        tables = list(tables)
+        if not tables:
+            raise ValueError("there are no tables to merge")
+        first = tables[0]
+        for table in tables[1:]:
+            differing = different(first.fingerprint, table.fingerprint)
+            if differing:
+                raise ValueError(f"the tables cannot be merged, because they differ in {', '.join(differing)}")
+            for key in () if first.seeds else {*first.baseline} & {*table.baseline}:
+                a, b = first.baseline[key], table.baseline[key]
+                if not math.isclose(a, b, rel_tol=1e-4):
+                    raise ValueError(
+                        f"the tables cannot be merged: the dense network's {key} is {a:.6g} in one, {b:.6g} in another"
+                    )
+        trials: dict[tuple, Trial] = {}
+        for trial in (trial for table in tables for trial in table.trials):
+            known = trials.setdefault((trial.layer, trial.basis_channels, trial.seed), trial)
+            if not (known.loss == trial.loss or (math.isnan(known.loss) and math.isnan(trial.loss))):
+                raise ValueError(
+                    f"the tables cannot be merged: {known.layer or 'the dense network'} with seed {known.seed} "
+                    f"ended at {known.loss:.6g} in one, at {trial.loss:.6g} in another"
+                )
+        cells = tuple(cell for table in tables for cell in table.cells)
+        baseline = {key: value for table in reversed(tables) for key, value in table.baseline.items()}
+        return replace(first, cells=cells, trials=tuple(trials.values()), baseline=baseline)
+
+
+# -- drawn --------------------------------------------------------------------------------------
+
+
+def _heatmap(table: SensitivityTable, theme: Theme) -> Figure:
+    import matplotlib
+    from matplotlib.colors import LinearSegmentedColormap, SymLogNorm
+    from matplotlib.patches import Rectangle
+
+    from basis.figures import canvas, mark_incomplete
+
+    ratios, rows = table.ratios, {layer.name: i for i, layer in enumerate(table.layers)}
+    of = {layer.name: layer for layer in table.layers}
+    grid = [[math.nan] * len(ratios) for _ in rows]
+    strange = []
+    for cell in table.cells:
+        i, j = rows[cell.layer], ratios.index(_ratio(of[cell.layer], cell.basis_channels))
+        grid[i][j] = cell.value
+        if not math.isfinite(cell.value):
+            strange.append((i, j))
+    finite = [value for row in grid for value in row if math.isfinite(value)] or [0.0]
+    largest = max(map(abs, finite)) or 1.0
+    with matplotlib.rc_context(theme.rc()):
+        figure = canvas(height=1.6 + 0.2 * len(rows))
+        axes = figure.subplots()
+        colours = (
+            [theme.cycle[1], theme.background, theme.cycle[0]]
+            if min(finite) < 0
+            else [theme.background, theme.cycle[0]]
+        )
+        norm = SymLogNorm(largest / 10, vmin=-largest if min(finite) < 0 else 0, vmax=largest)
+        picture = axes.imshow(
+            grid, cmap=LinearSegmentedColormap.from_list("sensitivity", colours), norm=norm, aspect="auto"
+        )
+        for i, j in strange:
+            axes.add_patch(
+                Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="////", edgecolor=theme.muted, linewidth=0)
+            )
+        axes.grid(False)
+        axes.set_xticks(range(len(ratios)), [f"{ratio:.3g}" for ratio in ratios])
+        axes.set_yticks(range(len(rows)), list(map(_shown, rows)), fontsize=8)
+        axes.set_xlabel("ratio r = k / C_out" + ("; hatched: not finite" if strange else ""))
+        figure.colorbar(picture, ax=axes, label=MEASURES.get(table.measure, "sensitivity"))
+        if table.missing:
+            mark_incomplete(axes, f"{len(table.cells)} of {len(table.candidates)} cells", theme)
+    return figure
+
+
+def _bars(table: SensitivityTable, ratio: float | None, theme: Theme) -> Figure:
+    import matplotlib
+
+    from basis.figures import canvas, mark_incomplete, note_n
+
+    if ratio is None:
+        every = [_ratio(layer, k) for layer in table.layers for k in layer.candidates]
+        ratio = max(table.ratios, key=every.count)
+    cells = table.at(ratio)
+    with matplotlib.rc_context(theme.rc()):
+        figure = canvas(height=1.6 + 0.2 * len(cells))
+        axes = figure.subplots()
+        for i, cell in enumerate(cells.values()):
+            if cell is None:
+                continue
+            if not math.isfinite(cell.value):
+                axes.axhspan(i - 0.4, i + 0.4, facecolor="none", edgecolor=theme.muted, hatch="////", linewidth=0)
+                continue
+            error = None if math.isnan(cell.low) else [[cell.value - cell.low], [cell.high - cell.value]]
+            axes.barh(
+                i,
+                cell.value,
+                xerr=error,
+                color=theme.cycle[0],
+                ecolor=theme.text,
+                height=0.7,
+                error_kw={"elinewidth": 1.2},
+            )
+        axes.set_yticks(range(len(cells)), list(map(_shown, cells)), fontsize=8)
+        axes.set_ylim(len(cells) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(f"{MEASURES.get(table.measure, 'sensitivity')}, r = {ratio:.3g} or nearest")
+        n = {cell.n for cell in cells.values() if cell and cell.n}
+        if n:
+            note_n(axes, min(n), theme)
+        gone = sum(cell is None for cell in cells.values())
+        if gone:
+            mark_incomplete(axes, f"{len(cells) - gone} of {len(cells)} layers", theme)
+    return figure
+
+
+# -- helpers ------------------------------------------------------------------------------------
+
+
+def different(first: Mapping[str, str], second: Mapping[str, str]) -> list[str]:
+    """The entries of two fingerprints that are not equal."""
+    return [key for key in dict.fromkeys((*first, *second)) if first.get(key) != second.get(key)]
+
+
+def cells_of(layers: Iterable[Layer], seeds: Sequence[int], trials: Iterable[Trial]) -> tuple[Cell, ...]:
+    """Mean loss with one layer substituted minus the dense network's, with Welch's 95 % interval.
+
+    Only where every seed has been trained, of the candidate and of the dense network, whose cost all
+    candidates share.
+    """
+    runs: dict[tuple[str | None, int], dict[int, Trial]] = {}
+    for trial in trials:
+        runs.setdefault((trial.layer, trial.basis_channels), {})[trial.seed] = trial
+    pairs = [(layer.name, k) for layer in layers for k in layer.candidates]
+    dense = runs.get((None, 0), {})
+    cells = []
+    for name, k in pairs:
+        own = runs.get((name, k), {})
+        if not seeds or not set(seeds) <= set(own) & set(dense):
+            continue
+        losses, others = ([side[seed].loss for seed in seeds] for side in (own, dense))
+        cost = {
+            key: sum(getattr(trial, key) for trial in own.values())
+            + sum(getattr(trial, key) for trial in dense.values()) / len(pairs)
+            for key in ("forward", "backward", "seconds")
+        }
+        if all(map(math.isfinite, losses + others)):
+            found = difference_estimate(losses, others)
+            value = {"value": found.value, "low": found.low, "high": found.high, "n": len(seeds)}
+        else:
+            value = {"value": math.nan}
+        cells.append(Cell(layer=name, basis_channels=k, **value, **cost))  # type: ignore[arg-type]
+    return tuple(cells)
+
+
+def line_of(item: Cell | Trial) -> dict[str, Any]:
+    """One measurement as plain values; NaN and infinity become None."""
+    return _plain(asdict(item))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _measurement(line: Mapping[str, Any], kind: type) -> Any:
+    return kind(**{key: value if key == "layer" else _number(value) for key, value in line.items()})
+
+
+def _ratio(layer: Layer, k: int) -> float:
+    return round(k / layer.out_channels, 3)
+
+
+def _less(dense: int | None, thin: int | None) -> int | None:
+    return None if dense is None or thin is None else dense - thin
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _text(column: Mapping[str, float | None], name: str, least: float | None) -> str:
+    """The value as printed: empty where the ratio is no candidate, an ellipsis where not measured."""
+    if name not in column:
+        return ""
+    value = column[name]
+    return "..." if value is None else f"{'*' if value == least else ''}{value:.3g}"
+
+
+def _shown(name: str) -> str:
+    return name or "(the model itself)"

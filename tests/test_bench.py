@@ -4,9 +4,20 @@ import pytest
 import torch
 from torch import nn
 
-from basis.bench import BenchReport, Setting, Shape, bench_layers, bench_training, compare, interleave
+from basis.bench import (
+    BenchReport,
+    Setting,
+    Shape,
+    bench_latency,
+    bench_layers,
+    bench_training,
+    compare,
+    interleave,
+)
+from basis.cli import main
 from basis.conv import BasisConv2d, resolve_mode
 from basis.runs import RecordError
+from basis.studies.cost import load_benches
 
 # Nothing here looks at real times, which would make the tests fail on a busy machine.
 
@@ -157,6 +168,135 @@ def test_training_measures_whole_steps(setting):
     assert len(told) == 2
     assert "resnet20" in told[0]
     assert "resnet20" in str(report)
+
+
+class Odd(nn.Module):
+    """Layers that differ in all that a time depends on, two that do not, and some that cannot be substituted."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, stride=2, padding=1)
+        self.a = nn.Conv2d(16, 16, 3, padding="same", padding_mode="reflect", bias=False)
+        self.b = nn.Conv2d(16, 16, 3, padding="same", padding_mode="reflect", bias=False)
+        self.point = nn.Conv2d(16, 32, 1)
+        self.grouped = nn.Conv2d(32, 32, (3, 1), dilation=(2, 1), groups=4)
+        self.depthwise = nn.Conv2d(32, 32, 3, groups=32)
+        self.spare = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.b(self.a(self.stem(x)))
+        return self.depthwise(self.grouped(self.point(self.a(x))))
+
+
+@pytest.fixture
+def latency(setting):
+    return bench_latency(nn.Sequential(Odd()), input_size=(3, 20, 16), ratios=[0.25, 0.5], setting=setting)
+
+
+def test_latency_measures_each_layer_where_it_stands(monkeypatch, setting):
+    seen = []
+    for kind in (nn.Conv2d, BasisConv2d):
+        forward = kind.forward
+
+        def spy(self, x, forward=forward):
+            k = getattr(self, "basis_channels", None)
+            seen.append((self.out_channels, k, tuple(x.shape), torch.is_grad_enabled(), x.requires_grad))
+            return forward(self, x)
+
+        monkeypatch.setattr(kind, "forward", spy)
+    report = bench_latency(Odd(), input_size=(3, 20, 16), ratios=[0.5], setting=setting)
+    timed = {one for one in seen if one[2][0] == 2 and one[1] is not None}
+    assert timed == {
+        (16, 8, (2, 3, 20, 16), False, False), (16, 8, (2, 3, 20, 16), True, False),  # no gradient of the images
+        (16, 8, (2, 16, 10, 8), False, False), (16, 8, (2, 16, 10, 8), True, True),
+        (32, 16, (2, 16, 10, 8), False, False), (32, 16, (2, 16, 10, 8), True, True),
+        (32, 16, (2, 32, 10, 8), False, False), (32, 16, (2, 32, 10, 8), True, True),
+    }  # fmt: skip
+    shapes = {row["layer"]: row["shape"] for row in report.rows}
+    assert shapes == {
+        "stem": "3-16@20x16 3x3/2",
+        "a": "16-16@10x8+10x8 3x3",  # called twice
+        "b": "16-16@10x8 3x3",
+        "point": "16-32@10x8 1x1",
+        "grouped": "32-32@10x8 3x1 dilation 2x1 groups 4",
+    }
+
+
+def test_latency_rows_cover_all_layers_candidates_and_passes(latency):
+    frame = latency.to_frame()
+    assert set(frame["layer"]) == {f"0.{name}" for name in ("stem", "a", "b", "point", "grouped")}
+    ks = frame.groupby(["layer", "pass"])["basis_channels"].agg(list).to_dict()
+    # k is a multiple of 8 (and of the groups) below C_out; the control is the dense layer.
+    narrow, wide = [16, 8], [32, 8, 16]
+    expected = {"0.stem": narrow, "0.a": narrow, "0.b": narrow, "0.point": wide, "0.grouped": wide}
+    assert ks == {(name, one): own for name, own in expected.items() for one in ("forward", "forward+backward")}
+    assert list(frame[frame["mode"] == "control"]["ratio"].unique()) == [1.0]
+    assert (frame["ratio"] == frame["basis_channels"] / frame["shape"].str.extract(r"-(\d+)@")[0].astype(int)).all()
+    assert (frame["n"] == 3).all()
+    assert {"ms", "dense_ms", "speedup", "speedup_q1", "speedup_q3", "resolved"} <= set(frame)
+    assert "1 is within the quartiles in 10 of 10 cells" in str(latency)
+    assert "0.grouped" in str(latency)
+    assert latency.config["model"] == "Sequential"
+    assert latency.latencies("forward")["0.point"] == {k: pytest.approx(2) for k in wide}
+
+
+def test_equal_shapes_are_measured_once(setting):
+    told = []
+    setting.timer.seconds = lambda call: call  # no two times are equal
+    report = bench_latency(
+        nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(4))), input_size=(8, 6, 6),
+        ratios=[0.5], multiple=1, passes=["forward+backward"], setting=setting, progress=told.append,
+    )  # fmt: skip
+    assert setting.timer.calls == 2 * 3 * 3  # the first layer has no gradient of its input, so it stands alone
+    assert len(told) == 2 * 2
+    same = {row["layer"]: row["same_as"] for row in report.rows}
+    assert same == {"0": None, "1": None, "2": "1", "3": "1"}
+    assert len(report.controls()) == 2
+    times = report.latencies("forward+backward")
+    assert times["1"] == times["2"] == times["3"] != times["0"]
+
+
+def test_a_layer_too_narrow_for_the_multiple_is_only_timed_dense(setting):
+    report = bench_latency(nn.Conv2d(3, 8, 3), input_size=(3, 6, 6), passes=["forward"], setting=setting)
+    assert report.latencies("forward") == {"": {8: pytest.approx(2)}}
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "says"),
+    [
+        (nn.Conv2d(3, 3, 3, groups=3), {}, "no convolution that can be substituted"),
+        (nn.Conv2d(3, 8, 3), {"input_size": (4, 8, 8)}, "the model cannot be run on an input of"),
+        (nn.Conv2d(3, 8, 3), {"ratios": [2]}, "ratio is 2"),
+        (nn.Conv2d(3, 8, 3), {"passes": ["back"]}, "pass is 'back'"),
+        (nn.Conv2d(3, 8, 3), {"multiple": 0}, "multiple is 0"),
+    ],
+)
+def test_latency_refuses_what_makes_no_sense(model, options, says, setting):
+    with pytest.raises(ValueError, match=says):
+        bench_latency(model, **{"input_size": (3, 8, 8), **options}, setting=setting)
+    assert setting.timer.calls == 0
+
+
+def test_only_a_latency_report_has_latencies(report, latency):
+    with pytest.raises(ValueError, match="kind 'bench-layer', but it must be one of `basis bench latency`"):
+        report.latencies("forward")
+    with pytest.raises(ValueError, match=r"step is 'backward', but the latency report has only forward, forward\+b"):
+        latency.latencies("backward")
+
+
+def test_the_command_stores_latencies_beside_the_other_benchmarks(tmp_path, monkeypatch, capsys, report):
+    monkeypatch.setattr("basis.cli.results_folder", lambda: tmp_path)
+    report.save(tmp_path / "bench" / "layer.json")
+    options = "--model resnet20 --width 4 --ratios 0.5 --multiple 2 --passes forward --rounds 3 --batch-size 2"
+    where = "--device cpu --precision fp32 --memory-format contiguous --input-size 3 8 8"
+    assert main(["bench", "latency", *options.split(), *where.split()]) == 0
+    path = tmp_path / "bench" / "latency-resnet20-w4-cpu-fp32-contiguous.json"
+    assert f"saved in {path}" in capsys.readouterr().out
+    stored = BenchReport.load(path)
+    assert stored.config["model"] == "resnet20-w4"
+    assert len(stored.latencies("forward")) == 19
+    assert load_benches("cpu", folder=tmp_path) == [report]
+    assert load_benches("cpu", kind="bench-latency", folder=tmp_path) == [stored]
 
 
 def test_a_report_survives_its_file(report, tmp_path):

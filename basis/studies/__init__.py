@@ -20,7 +20,7 @@ from basis.runs import (
     results_folder,
     work,
 )
-from basis.studies import cost, naive, sensitivity
+from basis.studies import cost, naive, selection, sensitivity
 from basis.studies.study import CLAIMS, Study, Verdict
 from basis.training import choose_device
 
@@ -37,7 +37,9 @@ __all__ = [
     "valid_records",
 ]
 
-STUDIES: Mapping[str, Study] = {study.name: study for study in (cost.STUDY, naive.STUDY, sensitivity.STUDY)}
+STUDIES: Mapping[str, Study] = {
+    study.name: study for study in (cost.STUDY, naive.STUDY, sensitivity.STUDY, selection.STUDY)
+}
 
 
 def find_study(name: str) -> Study:

@@ -1,0 +1,579 @@
+"""Sensitivity: what a network loses when one layer alone is made basis, by measures from cheap to dear.
+
+The ladder, with what it takes (L layers, K numbers of basis channels, N images):
+
+================  ====================================  =================================================
+measure           passes                                what it sees
+================  ====================================  =================================================
+spectrum          none                                  the weights
+activation        N forward                             the layer's outputs
+taylor, fisher    N forward and backward                the loss, near the dense network
+oneshot           about L K N / 2 forward               the loss of the network with the layer replaced
+oneshot_bn        the same, and as many to recalibrate  that, with fitting statistics of batch norm.
+short_training    (1 + L K) short trainings per seed    the loss after training
+full_training     (1 + L K) trainings per seed          the truth
+================  ====================================  =================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from tqdm.auto import tqdm
+
+from basis import measures
+from basis.complexity import cost
+from basis.conv import BasisConv2d, is_channels_last
+from basis.data import Data, Images, normalise
+from basis.files import replacing
+from basis.measures import Batch, Loss
+from basis.substitution import Plan, few, substitute
+from basis.table import MEASURES, Cell, Layer, SensitivityTable, Trial, different, line_of
+from basis.training import Recipe, TrainingError, train
+
+TRAINING = ("short_training", "full_training")
+BATCH = 250  # images in a batch, where the data come as one piece
+CALIBRATION_IMAGES = 2000
+
+Trainer = Callable[[nn.Module, int], float]
+Batches = Iterable[Any] | Images | Data
+_Item = tuple[str | None, int, int]  # layer (None: the dense network), k, seed
+
+
+def sensitivity(
+    model: nn.Module,
+    data: Batches | None = None,
+    *,
+    measure: str = "oneshot_bn",
+    ratios: Sequence[float] = (0.5, 0.25),
+    multiple: int = 8,
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    loss: Loss | None = None,
+    calibration: Batches | None = None,
+    recipe: Recipe | None = None,
+    trainer: Trainer | None = None,
+    seeds: int = 3,
+    seed: int = 0,
+    part: tuple[int, int] = (0, 1),
+    resume: str | os.PathLike | None = None,
+    progress: bool | str | Callable[[Any], None] | None = None,
+) -> SensitivityTable:
+    """Measure what ``model`` loses when one convolution alone becomes a basis convolution.
+
+    ``model`` is left as it is, and so are torch's random numbers; work is done on its device, on copies.
+    What cannot be substituted is listed in ``skipped``, with the reason.
+
+    Args:
+        data: what to measure on: batches (inputs, targets) of tensors, read once; or
+            :class:`basis.data.Images`; or :class:`basis.data.Data`, whose validation images are used.
+            "spectrum" needs none. The measures that train need ``Data`` with validation images.
+        measure: one of ``basis.table.MEASURES``; see the table above and :mod:`basis.measures`.
+        ratios: of k to C_out; each layer gets the nearest multiple of ``multiple`` and of its groups.
+        include, exclude: shell patterns of layer names, as in :meth:`basis.Plan.uniform`.
+        loss: of (outputs, targets): the loss of each sample (N,), or the mean of the batch, which gives
+            no intervals; cross-entropy unless given.
+        calibration: for "oneshot_bn": batches like ``data`` (targets may be absent) on which the
+            statistics of batch normalisation are measured; ``data``, unless given, or the first 2,000
+            training images of ``Data``. Other measures ignore it.
+        recipe: of the measures that train; ``Recipe(epochs=2)`` in short, else ``Recipe()``.
+        trainer: instead of a recipe: trains the network given, in place, with a seed, and returns the
+            final validation loss. Initial weights have been drawn from that seed, except those of
+            modules without ``reset_parameters``, which the trainer has to draw itself.
+        seeds, seed: how many trainings of each network, and the first one's seed.
+        part: (i, n): measure only every n-th layer, from the i-th on (dense trainings are done by part 0).
+            Each worker needs a file of its own; :meth:`SensitivityTable.merge` joins their tables.
+        resume: file to which each measurement is appended. What it holds already is not measured again.
+        progress: True or a title draws a bar; or a function that is called with each new measurement.
+
+    Raises:
+        ValueError: for arguments that make no sense together; a model without a convolution that can be
+            substituted; data that are empty, that the model cannot run on, or whose labels do not fit;
+            a dense network whose loss is not finite; a ``resume`` file of another measurement.
+    """
+    _check(measure, ratios, loss, recipe, trainer, seeds, part)
+    layers, skipped = _layers(model, ratios, multiple, include, exclude)
+    copied = substitute(model, {}).eval()
+    device = next(copied.parameters()).device
+    trains = measure in TRAINING
+    numbers = tuple(range(seed, seed + seeds)) if trains else ()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if trains:
+            work = _trainings(copied, data, measure, recipe, trainer, numbers)
+        else:
+            work = _evaluations(copied, data, measure, loss, calibration)
+        counted, total, macs = _costs(copied, layers, work.size)
+        chosen = "; ".join(f"{layer.name}: {layer.candidates}" for layer in layers)
+        fingerprint = {"measure": measure, "model": _structure(copied), "layers": _digest(chosen), **work.fingerprint}
+        table = SensitivityTable(
+            measure=measure, layers=counted, cells=(), skipped=skipped, total=total, fingerprint=fingerprint,
+            baseline={}, seeds=numbers,
+        )  # fmt: skip
+        journal = _Journal(Path(resume) if resume is not None else None, table)
+        names = [layer.name for layer in layers[part[0] :: part[1]]]
+        pending = work.pending(journal.table, names, part[0] == 0)
+        if not pending:
+            return journal.table
+        baseline, found = work.start(pending, macs)
+        if not math.isfinite(baseline.get("loss", 0.0)):
+            raise ValueError(
+                f"the dense network's loss is {baseline['loss']} on these data, so nothing can be compared with it; "
+                "check the inputs, the labels and the weights"
+            )
+        journal.begin(baseline)
+        bar = tqdm(total=len(pending), disable=not isinstance(progress, (bool, str)) or not progress,
+                   desc=progress if isinstance(progress, str) else measure, dynamic_ncols=True)  # fmt: skip
+        with bar:
+            for item in found:
+                journal.append(item)
+                bar.update()
+                if callable(progress):
+                    progress(item)
+        return journal.table
+
+
+# -- what is asked ------------------------------------------------------------------------------
+
+
+def _check(
+    measure: str,
+    ratios: Sequence[float],
+    loss: Loss | None,
+    recipe: Recipe | None,
+    trainer: Trainer | None,
+    seeds: int,
+    part: tuple[int, int],
+) -> None:
+    """Refuse arguments that make no sense, before anything is computed."""
+    if measure not in MEASURES:
+        raise ValueError(f"measure is {measure!r}, but it must be one of {', '.join(MEASURES)}")
+    if isinstance(ratios, (int, float)) or not len(ratios) or not all(0 < ratio < 1 for ratio in ratios):
+        raise ValueError(f"ratios is {ratios!r}, but it must be a list of numbers k / C_out between 0 and 1")
+    if measure in TRAINING:
+        if loss is not None:
+            raise ValueError(f"{measure} takes no loss; a trainer returns the final validation loss by itself")
+        if recipe is not None and trainer is not None:
+            raise ValueError("give a recipe or a trainer, not both")
+        if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
+            raise ValueError(f"seeds is {seeds!r}, but it is how many trainings each network gets, at least 1")
+    elif recipe is not None or trainer is not None:
+        raise ValueError(f"{measure} trains nothing; recipe and trainer go with {' and '.join(TRAINING)}")
+    if len(part) != 2 or not 0 <= part[0] < part[1]:
+        raise ValueError(f"part is {part!r}, but it must be (i, n) with 0 <= i < n: the i-th of n workers")
+
+
+def _layers(
+    model: nn.Module,
+    ratios: Sequence[float],
+    multiple: int,
+    include: str | Iterable[str],
+    exclude: str | Iterable[str],
+) -> tuple[list[Layer], dict[str, str]]:
+    """Every layer with a candidate, its cost not counted yet, and why each other convolution has none."""
+    include, exclude = ((p,) if isinstance(p, str) else tuple(p) for p in (include, exclude))
+    names = [
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, (_ConvNd, BasisConv2d))
+    ]
+    if not names:
+        raise ValueError("the model has no convolution, so there is nothing to substitute")
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"exclude has {pattern!r}, but no convolution has such a name")
+    plans = [
+        Plan.uniform(model, ratio=ratio, include=include, exclude=exclude, multiple=multiple)
+        for ratio in sorted(ratios, reverse=True)
+    ]
+    layers: list[Layer] = []
+    for name, conv in model.named_modules():
+        ks = sorted({plan.layers[name] for plan in plans if name in plan.layers}, reverse=True)
+        if ks and isinstance(conv, nn.Conv2d):
+            if conv.weight.is_meta:
+                raise ValueError(f"{name or 'the model'} is on the meta device and has no values to measure")
+            bias = 0 if conv.bias is None else conv.out_channels
+            layers.append(
+                Layer(
+                    name=name,
+                    out_channels=conv.out_channels,
+                    groups=conv.groups,
+                    fan_in=conv.weight[0].numel(),
+                    bias=bias,
+                    positions=None,
+                    input_gradient=bool(layers),
+                    candidates=tuple(ks),
+                )
+            )
+    there = {layer.name for layer in layers}
+    skipped = {name: reason for name, reason in plans[-1].skipped.items() if name not in there}
+    if not layers:
+        reasons = few((f"{name or 'the model itself'}: {reason}" for name, reason in skipped.items()), "; ")
+        raise ValueError(f"no convolution of the model has a number of basis channels to try ({reasons})")
+    return layers, skipped
+
+
+def _costs(
+    model: nn.Module, layers: Sequence[Layer], size: tuple[int, ...] | None
+) -> tuple[tuple[Layer, ...], dict[str, int | None], dict[str, int]]:
+    """The layers with what they cost, the whole network's total, and the MACs of each module by name.
+
+    As if all parameters were trained. Without images of (C, H, W), or where the network cannot be run on
+    a single one, no MACs are known.
+    """
+    trained = substitute(model, {})
+    for parameter in trained.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    try:
+        if size is None:
+            raise ValueError("there are no images")
+        report = cost(trained, size)
+    except ValueError:
+        total = {"params": sum(p.numel() for p in model.parameters()), "macs": None, "backward_macs": None}
+        return tuple(layers), total, {}
+    by_name = {row.name: row.cost for row in report.layers}
+    counted = tuple(
+        replace(
+            layer,
+            positions=by_name[layer.name].forward_macs // (layer.out_channels * layer.fan_in),
+            input_gradient=by_name[layer.name].input_gradient_macs > 0,
+        )
+        for layer in layers
+    )
+    whole = report.total
+    total = {"params": whole.parameters, "macs": whole.forward_macs, "backward_macs": whole.backward_macs}
+    return counted, total, {name: row.forward_macs for name, row in by_name.items()}
+
+
+# -- measures that evaluate ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A measure made ready: on what, how large an image is, what is left to do, and how to do it.
+
+    ``pending`` gives (layer or None, k, seed) for a table, the names of its layers that are this worker's,
+    and whether the dense trainings are; ``start`` gives the baseline and the measurements.
+    """
+
+    fingerprint: Mapping[str, str]
+    size: tuple[int, ...] | None
+    pending: Callable[[SensitivityTable, Sequence[str], bool], list[_Item]]
+    start: Callable[[list[_Item], Mapping[str, int]], tuple[dict[str, float], Iterator[Any]]]
+
+
+def _evaluations(
+    model: nn.Module, data: Batches | None, measure: str, loss: Loss | None, calibration: Batches | None
+) -> _Work:
+    if data is None and measure != "spectrum":
+        raise ValueError(f"{measure} needs data: batches (inputs, targets), or basis.data.Images")
+    scored = _held_out(data) if isinstance(data, Data) else data
+    batches = [] if scored is None else _read(scored, model, "data")
+    score = loss or measures.cross_entropy
+    fingerprint = {"weights": _weights(model)}
+    if measure != "spectrum":
+        outputs = _try(model, batches[0][0])
+        fingerprint["data"] = _samples(batches)
+        if measure != "activation":
+            batches = batches if loss else _with_labels(batches, outputs)
+            measures.sample_losses(score, outputs, batches[0][1])
+            fingerprint["loss"] = _name(score)
+    inputs: list[Tensor] = []
+    if measure == "oneshot_bn":
+        if not any(isinstance(m, _BatchNorm) and m.track_running_stats for m in model.modules()):
+            raise ValueError("the model has no batch normalisation to recalibrate; use measure='oneshot'")
+        if calibration is None and isinstance(data, Data):
+            calibration = Images(data.train.x[:CALIBRATION_IMAGES], data.train.y[:CALIBRATION_IMAGES])
+        elif isinstance(calibration, Data):
+            calibration = calibration.train
+        inputs = [
+            x for x, _ in (batches if calibration is None else _read(calibration, model, "calibration", bare=True))
+        ]
+        _try(model, inputs[0])
+        fingerprint["calibration"] = _samples([(x, None) for x in inputs])
+
+    def pending(table: SensitivityTable, names: Sequence[str], first: bool) -> list[_Item]:
+        return [(name, k, 0) for name, k in table.missing if name in names]
+
+    def start(items: list[_Item], macs: Mapping[str, int]) -> measures.Measured:
+        wanted: dict[str, list[int]] = {}
+        for name, k, _ in items:
+            wanted.setdefault(str(name), []).append(k)
+        if measure == "spectrum":
+            return measures.spectrum(model, wanted)
+        if measure == "activation":
+            return measures.activation(model, wanted, batches)
+        if measure in ("taylor", "fisher"):
+            return measures.gradients(model, wanted, batches, score, squared=measure == "fisher")
+        return measures.oneshot(model, wanted, batches, score, calibration=inputs, macs=macs)
+
+    size = tuple(batches[0][0].shape[1:]) if batches and batches[0][0].dim() == 4 else None
+    return _Work(fingerprint, size, pending, start)
+
+
+def _held_out(data: Data) -> Images:
+    if data.validation is None:
+        raise ValueError("the data have no validation images to measure on; basis.data.hold_out splits them off")
+    return data.validation
+
+
+def _read(data: Iterable[Any] | Images, model: nn.Module, what: str, *, bare: bool = False) -> list[Batch]:
+    """All batches, on the model's device. With ``bare``, targets may be absent; the inputs stand for them.
+
+    Images are normalised, in the model's dtype and memory format.
+    """
+    weight: Any = next(m.weight for m in model.modules() if isinstance(m, nn.Conv2d))
+    batches: list[Batch] = []
+    if isinstance(data, Images):
+        for x, y in zip(data.x.to(weight.device).split(BATCH), data.y.to(weight.device).split(BATCH), strict=True):
+            image = normalise(x).to(weight.dtype) if len(x) else x
+            batches.append((image if is_channels_last(weight) else image.contiguous(), y))
+    else:
+        for i, batch in enumerate(data):
+            pair = (batch, batch) if bare and isinstance(batch, Tensor) else batch
+            if bare and isinstance(pair, (tuple, list)) and pair and isinstance(pair[0], Tensor):
+                pair = (pair[0], pair[0])
+            good = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)
+            if not good or not all(t.dim() for t in pair) or len(pair[0]) != len(pair[1]):
+                raise ValueError(
+                    f"batch {i} of {what} is {_described(batch)}, but it must be a pair (inputs, targets) of tensors "
+                    "of equal length"
+                )
+            batches.append((pair[0].to(weight.device), pair[1].to(weight.device)))
+    batches = [(x, y) for x, y in batches if len(x)]
+    if not batches:
+        raise ValueError(f"{what} holds no samples, so there is nothing to measure on")
+    return batches
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {few(map(_described, value)) or 'nothing'}"
+    return f"a {type(value).__name__}"
+
+
+@torch.no_grad()
+def _try(model: nn.Module, x: Tensor) -> Any:
+    """The outputs for one batch, or a ``ValueError`` that says what the model cannot run on."""
+    try:
+        return model(x.clone())
+    except Exception as error:
+        raise ValueError(
+            f"the model cannot run on inputs of shape {tuple(x.shape)} and type {x.dtype}: {error}"
+        ) from error
+
+
+def _with_labels(batches: list[Batch], outputs: Any) -> list[Batch]:
+    """The batches with targets as cross-entropy takes them, or a ``ValueError`` that says what does not fit."""
+    if not isinstance(outputs, Tensor) or outputs.dim() < 2 or not outputs.is_floating_point():
+        raise ValueError(f"the model returns {_described(outputs)}, not logits (N, classes); give a loss of your own")
+    classes, rest = outputs.shape[1], tuple(outputs.shape[2:])
+    result = []
+    for x, y in batches:
+        if y.is_floating_point() and y.shape == (len(x), classes, *rest):
+            result.append((x, y.float()))
+            continue
+        if y.is_floating_point() or y.is_complex() or tuple(y.shape) != (len(x), *rest):
+            raise ValueError(
+                f"the labels are {y.dtype} of shape {tuple(y.shape)}, but to logits of shape {tuple(outputs.shape)} "
+                f"belong whole numbers of shape {('N', *rest)}; give a loss of your own for anything else"
+            )
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high >= classes:
+            raise ValueError(f"the labels run from {low} to {high}, but {classes} logits take 0 to {classes - 1}")
+        result.append((x, y.long()))
+    return result
+
+
+# -- measures that train ------------------------------------------------------------------------
+
+
+def _trainings(
+    model: nn.Module,
+    data: Batches | None,
+    measure: str,
+    recipe: Recipe | None,
+    trainer: Trainer | None,
+    seeds: Sequence[int],
+) -> _Work:
+    fingerprint = {"seeds": ", ".join(map(str, seeds))}
+    size = None
+    recipe = recipe or (Recipe(epochs=2) if measure == "short_training" else Recipe())
+    device = next(model.parameters()).device
+    if isinstance(data, Data):
+        size = (data.train.x.shape[3], *data.train.x.shape[1:3])
+        held = [] if data.validation is None else [(data.validation.x, data.validation.y)]
+        fingerprint["data"] = f"{_samples([(data.train.x, data.train.y)])}; {_samples(held)}"
+    elif data is not None and trainer is not None:
+        batches = _read(data, model, "data")
+        size = tuple(batches[0][0].shape[1:]) if batches[0][0].dim() == 4 else None
+        fingerprint["data"] = _samples(batches)
+    if trainer is None:
+        if not isinstance(data, Data) or data.validation is None:
+            raise ValueError(
+                f"{measure} needs basis.data.Data with validation images (see basis.data.hold_out), or a trainer"
+            )
+        if len(data.train) < recipe.batch_size:
+            raise ValueError(
+                f"the recipe's batch_size is {recipe.batch_size}, but there are only {len(data.train)} training images"
+            )
+        fixed = [name for name, m in model.named_modules() if list(m.parameters(False)) and _reset_of(m) is None]
+        if fixed:
+            raise ValueError(
+                f"{few(name or 'the model itself' for name in fixed)} has parameters but no reset_parameters, so it "
+                "cannot be trained from scratch; give a trainer that initialises it"
+            )
+        data = data.to(device)
+    fingerprint |= {"recipe": repr(recipe)} if trainer is None else {"trainer": _name(trainer)}
+
+    def trial(layer: str | None, k: int, seed: int) -> Trial:
+        began = time.perf_counter()
+        network = substitute(model, {} if layer is None else {layer: k}, init="random").train()
+        torch.manual_seed(seed)
+        network.apply(_reset)
+        forward = backward = 0
+        if trainer is not None:
+            loss = float(trainer(network, seed))
+        elif isinstance(data, Data) and data.validation is not None:
+            try:
+                result = train(network, data, recipe, device=device, seed=seed, test=False)
+                loss = (result.validation or {})["loss"]
+                backward = result.steps * recipe.batch_size
+                forward = backward + (recipe.epochs + 2) * len(data.validation)
+            except TrainingError:  # diverged: there is no other reason left
+                loss = math.nan
+        if layer is None and not math.isfinite(loss):
+            raise ValueError(
+                f"the dense network's training with seed {seed} ended with the loss {loss}, so nothing can be "
+                "compared with it; a smaller learning rate may be right"
+            )
+        loss = loss if math.isfinite(loss) else math.nan
+        cost = {"forward": forward, "backward": backward, "seconds": time.perf_counter() - began}
+        return Trial(layer=layer, basis_channels=k, seed=seed, loss=loss, **cost)
+
+    def pending(table: SensitivityTable, names: Sequence[str], first: bool) -> list[_Item]:
+        known = {(t.layer, t.basis_channels, t.seed) for t in table.trials}
+        dense: list[tuple[str | None, int]] = [(None, 0)] if first else []
+        pairs = dense + [(name, k) for name, k in table.candidates if name in names]
+        return [(name, k, seed) for name, k in pairs for seed in seeds if (name, k, seed) not in known]
+
+    def start(items: list[_Item], macs: Mapping[str, int]) -> tuple[dict[str, float], Iterator[Trial]]:
+        return {}, (trial(*item) for item in items)
+
+    return _Work(fingerprint, size, pending, start)
+
+
+def _reset_of(module: nn.Module) -> Callable[[], None] | None:
+    return getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+
+
+def _reset(module: nn.Module) -> None:
+    reset = _reset_of(module)
+    if reset is not None:
+        reset()
+
+
+# -- what was measured on, and what has been ----------------------------------------------------
+
+
+def _digest(text: str | bytes) -> str:
+    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()[:32]
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """The tensor as rows of bytes, one for each entry of its first dimension."""
+    flat = tensor.detach().reshape(len(tensor), -1) if tensor.dim() else tensor.detach().reshape(1, 1)
+    return flat.contiguous().view(torch.uint8).cpu().numpy()
+
+
+def _samples(batches: Iterable[tuple[Tensor, Tensor | None]]) -> str:
+    """The number of samples and a digest of them that does not depend on their order or batches."""
+    total = n = 0
+    for x, y in batches:
+        rows = [_bytes(t) for t in (x, y) if t is not None]
+        n += len(x)
+        for sample in zip(*rows, strict=True):
+            total += int(_digest(b"".join(row.tobytes() for row in sample)), 16)
+    return f"{n} samples {total % 2**128:032x}"
+
+
+def _structure(model: nn.Module) -> str:
+    shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
+    return _digest(_plain_name(repr(model)) + repr(shapes))
+
+
+def _weights(model: nn.Module) -> str:
+    state = model.state_dict()
+    parts = (
+        name.encode() + (_bytes(v).tobytes() if isinstance(v, Tensor) else repr(v).encode())
+        for name, v in state.items()
+    )
+    return _digest(b"".join(hashlib.sha256(part).digest() for part in parts))
+
+
+def _plain_name(text: str) -> str:
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+
+
+def _name(function: Any) -> str:
+    """What a loss or trainer is called, the same in every process."""
+    return getattr(function, "__qualname__", None) or _plain_name(repr(function))
+
+
+class _Journal:
+    """The table so far, and the file to which each measurement is appended, if there is one.
+
+    Raises:
+        ValueError: for a file that is no table, or one of another measurement.
+    """
+
+    def __init__(self, path: Path | None, table: SensitivityTable) -> None:
+        self.path, self.table = path, table
+        self.exists = path is not None and path.exists() and path.stat().st_size > 0
+        if path is None or not self.exists:
+            return
+        known = SensitivityTable.load(path)
+        differing = different(known.fingerprint, table.fingerprint)
+        if differing:
+            raise ValueError(
+                f"{path} was measured with {'another' if len(differing) == 1 else 'other'} {', '.join(differing)}; "
+                "name another file, or delete this one to measure again"
+            )
+        self.table = replace(table, cells=known.cells, trials=known.trials, baseline=known.baseline)
+        with path.open("rb+") as file:  # a last line that was cut short goes
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+    def begin(self, baseline: Mapping[str, float]) -> None:
+        """Write the first line, where the file is new."""
+        self.table = replace(self.table, baseline=self.table.baseline or baseline)
+        if self.path is not None and not self.exists:
+            head = replace(self.table, cells=(), trials=()).to_lines()[0]
+            with replacing(self.path) as file:
+                file.write(json.dumps(head).encode() + b"\n")
+
+    def append(self, item: Cell | Trial) -> None:
+        """Keep one measurement, on the disk before this returns."""
+        if isinstance(item, Trial):
+            self.table = replace(self.table, trials=(*self.table.trials, item))
+        else:
+            self.table = replace(self.table, cells=(*self.table.cells, item))
+        if self.path is not None:
+            with self.path.open("ab") as file:
+                file.write(json.dumps(line_of(item)).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())

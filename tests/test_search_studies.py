@@ -1,0 +1,213 @@
+"""The studies of chapters 4 and 5: their runs, what they compute from records, and their verdicts."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from basis.runs import Record
+from basis.studies import STUDIES, selection, sensitivity
+from basis.table import Cell, Layer, SensitivityTable
+
+SENSITIVITY, SELECTION = STUDIES["sensitivity"], STUDIES["selection"]
+
+
+def record(run, *, loss=1.0, accuracy=0.6, **result):
+    """A finished run of the given outcome."""
+    metrics = {"loss": loss, "accuracy": accuracy}
+    content = {"test": metrics, "validation": metrics, "train_seconds": 1.0, "parameters": 10, **result}
+    return Record(run.id, run.config, content, {"device": "test"}, "")
+
+
+def sensitivities(values, measure="oneshot_bn", passes=10.0):
+    """A table's lines with the given values, (layer, k) -> sensitivity."""
+    shapes = sensitivity.convolutions("resnet18", 8)
+    names = dict.fromkeys(name for name, _ in values)
+    layers = tuple(
+        Layer(
+            name=name, out_channels=shapes[name], groups=1, fan_in=72, bias=0, positions=64, input_gradient=True,
+            candidates=tuple(sorted((k for at, k in values if at == name), reverse=True)),
+        )
+        for name in names
+    )  # fmt: skip
+    cells = tuple(
+        Cell(layer=name, basis_channels=k, value=value, kl=value, forward=passes) for (name, k), value in values.items()
+    )
+    table = SensitivityTable(
+        measure=measure, layers=layers, cells=cells, skipped={}, fingerprint={"measure": measure}, baseline={},
+        total={"params": 10000, "macs": 10000, "backward_macs": 20000},
+    )  # fmt: skip
+    return table.to_lines()
+
+
+def comparison(predict, *, passes=10.0, noise=0.0, seeds=2):
+    """Records in which layer i loses i hundredths, and every measure says ``predict(i)``."""
+    runs = SENSITIVITY.runs("cpu")
+    rank = {name: i for i, name in enumerate(sensitivity.convolutions("resnet18", 8))}
+    random = np.random.default_rng(0)
+    records = []
+    for run in runs:
+        arm = run.arm.removeprefix("short ")
+        if run.arm == "ladder":
+            values = {
+                (name, k): predict(i)
+                for name, i in rank.items()
+                for k in sensitivity.ranks(sensitivity.convolutions("resnet18", 8)[name])
+            }
+            tables = {m: sensitivities(values, m, passes) for m in sensitivity.MEASURES}
+            records.append(record(run, tables=tables))
+        elif run.seed < seeds or arm == "dense" or run.seed >= 20:
+            extra = 0 if arm == "dense" else 0.01 * (1 + rank[arm.split()[0]])
+            records.append(record(run, loss=1 + extra + noise * random.normal()))
+    return records
+
+
+def test_the_truth_has_every_3x3_layer_at_two_ratios_and_no_seed_on_both_sides():
+    runs = SENSITIVITY.runs("paper")
+    cells = [run for run in runs if run.plan and not run.arm.startswith("short")]
+    assert len({run.arm for run in cells}) == 17 * 2
+    assert {len(run.plan) for run in cells} == {1}
+    assert {run.test for run in runs} == {False}
+    measured = {run.seed for run in runs if run.arm == "ladder"}
+    short = {run.seed for run in runs if run.arm.startswith("short")}
+    assert not measured & {run.seed for run in runs if run.arm != "ladder"}
+    assert not short & {run.seed for run in cells}
+    first = [run.arm for run in runs[:9]]
+    assert first == ["dense"] * 8 + ["ladder"]
+
+
+def test_equal_plans_at_both_ratios_are_one_run():
+    runs = SENSITIVITY.runs("cpu")
+    narrow = [run for run in runs if run.arm.startswith("layer1.0.conv1") and run.seed == 0]
+    assert [run.plan for run in narrow] == [{"layer1.0.conv1": 1}]
+    records = comparison(float)
+    both = [sensitivity.losses(records, ratio).layers["layer1.0.conv1"] for ratio in sensitivity.RATIOS]
+    assert both[0] == both[1]
+    assert len(both[0]) == 2
+
+
+def test_losses_are_differences_to_dense_and_short_ones_stand_apart():
+    records = comparison(float)
+    truth = sensitivity.losses(records, 1 / 8)
+    assert truth.truth()["conv1"] == pytest.approx(0.01)
+    assert truth.truth()["layer4.1.conv2"] == pytest.approx(0.17)
+    assert len(truth.dense) == 8
+    assert len(sensitivity.losses(records, 1 / 8, short=True).dense) == 2
+    errors = sensitivity.losses(records, 1 / 8, metric="accuracy")
+    assert errors.dense == pytest.approx([0.4] * 8)
+
+
+def test_a_perfect_measure_correlates_perfectly_and_a_reversed_one_the_other_way():
+    perfect = {row.measure: row for row in sensitivity.agreements(comparison(float), draws=50)}
+    assert perfect["oneshot_bn"].spearman.value == pytest.approx(1)
+    assert perfect["oneshot_bn (KL)"].kendall.value == pytest.approx(1)
+    assert perfect["short_training"].spearman.value == pytest.approx(1)
+    reverse = {row.measure: row for row in sensitivity.agreements(comparison(lambda i: -float(i)), draws=50)}
+    assert reverse["oneshot_bn"].spearman.value == pytest.approx(-1)
+    assert perfect["oneshot_bn"].cost == 29 * 10  # 17 layers at two ratios, 5 of them with equal k
+
+
+def test_the_bootstrap_covers_what_noise_does():
+    truth = sensitivity.Losses((1.0, 1.0), {str(i): (i + 0.0, i + 0.1) for i in range(12)})
+    exact = sensitivity.bootstrap([truth], [{str(i): float(i) for i in range(12)}], draws=200)
+    assert exact.value == pytest.approx(1)
+    assert exact.low > 0.95
+    noisy = sensitivity.Losses((1.0, 1.0), {str(i): (i + 9.0, i - 9.0) for i in range(12)})
+    wide = sensitivity.bootstrap([noisy], [{str(i): float(i) for i in range(12)}], draws=200)
+    assert wide.value == pytest.approx(1)
+    assert wide.low < 0.7
+    unrelated = sensitivity.bootstrap([truth], [{str(i): float(i * 7 % 12) for i in range(12)}], draws=200)
+    assert unrelated.low < 0 < unrelated.high
+    assert sensitivity.bootstrap([truth], [{}]).n == 0
+
+
+def test_reliability_is_the_share_that_is_not_noise():
+    assert sensitivity.reliability(sensitivity.Losses((), {str(i): (i, i) for i in range(5)})) == 1
+    same = sensitivity.Losses((), {str(i): (0.0, 1.0) for i in range(5)} | {"x": (0.1, 1.0)})
+    assert sensitivity.reliability(same) == 0
+
+
+@pytest.mark.parametrize(
+    ("predict", "passes", "label"),
+    [
+        (float, 10.0, "reproduced"),
+        (float, 1000.0, "partly"),  # faithful, but too dear
+        (lambda i: -float(i), 10.0, "not reproduced"),
+    ],
+)
+def test_the_verdict_on_h1(predict, passes, label):
+    (verdict,) = SENSITIVITY.verdicts(comparison(predict, passes=passes), "cpu")
+    assert (verdict.claim, verdict.label) == ("H1", label)
+
+
+def test_h1_is_not_tested_without_enough_runs():
+    (verdict,) = SENSITIVITY.verdicts(comparison(float, seeds=1), "cpu")
+    assert verdict.label == "not tested"
+
+
+# -- selection ------------------------------------------------------------------------------------
+
+
+def trained(profile="cpu", **accuracy):
+    """Records of the judged arms: test accuracies by rule."""
+    names = {rule: selection.arm(rule, "params", 0.5) for rule in ("optimal", "uniform")} | {"dense": "dense"}
+    records = []
+    for rule, values in accuracy.items():
+        runs = [run for run in SELECTION.runs(profile) if run.arm == names[rule]]
+        records += [record(run, accuracy=a) for run, a in zip(runs, values, strict=False)]
+    return records
+
+
+@pytest.mark.parametrize(
+    ("optimal", "uniform", "label"),
+    [
+        ((0.701, 0.7, 0.7), (0.6, 0.61, 0.6), "reproduced"),
+        ((0.65, 0.651, 0.65), (0.6, 0.61, 0.6), "partly"),
+        ((0.65, 0.651, 0.65), (0.66, 0.67, 0.66), "not reproduced"),
+    ],
+)
+def test_the_verdict_on_c4(optimal, uniform, label):
+    records = trained(dense=(0.7, 0.7, 0.701), optimal=optimal, uniform=uniform)
+    (verdict,) = SELECTION.verdicts(records, "cpu")
+    assert (verdict.claim, verdict.label) == ("C4", label)
+
+
+def test_c4_needs_two_runs_of_each_arm():
+    (verdict,) = SELECTION.verdicts(trained(dense=(0.7, 0.7), optimal=(0.7,), uniform=(0.6, 0.6)), "cpu")
+    assert verdict.finding == "there are 1 runs per arm, and at least 2 are needed"
+
+
+def test_the_table_comes_first_and_every_choice_refers_to_it():
+    for profile in ("smoke", "cpu", "colab", "paper"):
+        table, *others = SELECTION.runs(profile)
+        assert table.arm == "table"
+        assert table.test is False
+        assert {run.choice.table for run in others if run.choice} == {table.id}
+        assert table.seed not in {run.seed for run in others}
+
+
+def test_random_draws_count_as_one_arm():
+    runs = [run for run in SELECTION.runs("cpu") if run.arm.startswith("random") and run.choice.budget == 0.5]
+    records = [record(run) for run in runs]
+    assert len(runs) == 6
+    assert len(selection.of_arm(records, "random, 50 % of params")) == 6
+    assert len(selection.of_arm(records, "random 2, 50 % of params")) == 2
+    dense = record(SELECTION.runs("cpu")[1])
+    assert selection.arms([*records, dense]) == ["dense", "random, 50 % of params"]
+
+
+def test_arms_are_listed_from_the_largest_budget_down():
+    records = [record(run) for run in SELECTION.runs("cpu") if run.arm.startswith(("selected", "dense"))]
+    names = selection.arms(records)
+    assert names[0] == "dense"
+    params = [name for name in names if name.endswith("params")]
+    assert params == [f"selected, {b} % of params" for b in (75, 50, 35, 25)]
+
+
+def test_a_choice_without_its_table_waits(tmp_path):
+    from basis.runs import TableMissing, choose
+
+    run = next(run for run in SELECTION.runs("smoke") if run.choice)
+    with pytest.raises(TableMissing, match="has to measure the sensitivities first"):
+        choose(run.choice, tmp_path)
+    assert dataclasses.replace(run, seed=5).id != run.id

@@ -17,11 +17,8 @@ full_training     (1 + L K) trainings per seed          the truth
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,21 +33,21 @@ from torch.nn.modules.conv import _ConvNd
 from tqdm.auto import tqdm
 
 from basis import measures
+from basis.batches import Batches, held_out, outputs_of, read_batches, with_labels
 from basis.complexity import cost
-from basis.conv import BasisConv2d, is_channels_last
-from basis.data import Data, Images, normalise
-from basis.files import replacing
-from basis.measures import Batch, Loss
-from basis.substitution import Plan, few, substitute
-from basis.table import MEASURES, Cell, Layer, SensitivityTable, Trial, different, line_of
+from basis.conv import BasisConv2d
+from basis.data import Data, Images
+from basis.journal import Journal, digest, name_of, samples, structure, weights
+from basis.replay import Batch, Loss, cross_entropy, sample_losses
+from basis.statistics import Estimate
+from basis.substitution import Plan, few, merge, substitute
+from basis.table import MEASURES, Layer, SensitivityTable, Trial
 from basis.training import Recipe, TrainingError, train
 
 TRAINING = ("short_training", "full_training")
-BATCH = 250  # images in a batch, where the data come as one piece
 CALIBRATION_IMAGES = 2000
 
 Trainer = Callable[[nn.Module, int], float]
-Batches = Iterable[Any] | Images | Data
 _Item = tuple[str | None, int, int]  # layer (None: the dense network), k, seed
 
 
@@ -118,12 +115,12 @@ def sensitivity(
             work = _evaluations(copied, data, measure, loss, calibration)
         counted, total, macs = _costs(copied, layers, work.size)
         chosen = "; ".join(f"{layer.name}: {layer.candidates}" for layer in layers)
-        fingerprint = {"measure": measure, "model": _structure(copied), "layers": _digest(chosen), **work.fingerprint}
+        fingerprint = {"measure": measure, "model": structure(copied), "layers": digest(chosen), **work.fingerprint}
         table = SensitivityTable(
             measure=measure, layers=counted, cells=(), skipped=skipped, total=total, fingerprint=fingerprint,
             baseline={}, seeds=numbers,
         )  # fmt: skip
-        journal = _Journal(Path(resume) if resume is not None else None, table)
+        journal = Journal(Path(resume) if resume is not None else None, table)
         names = [layer.name for layer in layers[part[0] :: part[1]]]
         pending = work.pending(journal.table, names, part[0] == 0)
         if not pending:
@@ -144,6 +141,36 @@ def sensitivity(
                 if callable(progress):
                     progress(item)
         return journal.table
+
+
+def joint(
+    model: nn.Module,
+    plan: Plan | Mapping[str, int],
+    data: Batches,
+    *,
+    measure: str = "oneshot_bn",
+    loss: Loss | None = None,
+    calibration: Batches | None = None,
+) -> Estimate:
+    """What ``model`` loses with all layers of ``plan`` replaced at once, measured as each was alone.
+
+    To be held against the sum over single layers (:func:`basis.selection.predicted`).
+
+    Args:
+        measure: "oneshot" or "oneshot_bn".
+        plan, data, loss, calibration: as in :func:`basis.substitute` and :func:`sensitivity`.
+
+    Returns:
+        The growth of the mean loss, with its 95 % interval over samples (paired).
+
+    Raises:
+        ValueError: for another measure, and as :func:`sensitivity` and :func:`basis.substitute` do.
+    """
+    if measure not in ("oneshot", "oneshot_bn"):
+        raise ValueError(f"measure is {measure!r}, but what layers lose together is measured by oneshot or oneshot_bn")
+    dense, changed = substitute(model, {}).eval(), merge(substitute(model, plan)).eval()
+    batches, score, inputs, _ = _prepare(dense, data, measure, loss, calibration)
+    return measures.growth(dense, changed, batches, score, calibration=inputs)
 
 
 # -- what is asked ------------------------------------------------------------------------------
@@ -275,35 +302,43 @@ class _Work:
     start: Callable[[list[_Item], Mapping[str, int]], tuple[dict[str, float], Iterator[Any]]]
 
 
-def _evaluations(
+def _prepare(
     model: nn.Module, data: Batches | None, measure: str, loss: Loss | None, calibration: Batches | None
-) -> _Work:
+) -> tuple[list[Batch], Loss, list[Tensor], dict[str, str]]:
+    """The batches, the loss, the inputs for calibration, and the fingerprint of all of them, checked."""
     if data is None and measure != "spectrum":
         raise ValueError(f"{measure} needs data: batches (inputs, targets), or basis.data.Images")
-    scored = _held_out(data) if isinstance(data, Data) else data
-    batches = [] if scored is None else _read(scored, model, "data")
-    score = loss or measures.cross_entropy
-    fingerprint = {"weights": _weights(model)}
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if measure == "oneshot_bn" and not norms:
+        raise ValueError("the model has no batch normalisation to recalibrate; use measure='oneshot'")
+    scored = held_out(data) if isinstance(data, Data) else data
+    batches = [] if scored is None else read_batches(scored, model, "data")
+    score = loss or cross_entropy
+    fingerprint = {"weights": weights(model)}
     if measure != "spectrum":
-        outputs = _try(model, batches[0][0])
-        fingerprint["data"] = _samples(batches)
+        outputs = outputs_of(model, batches[0][0])
+        fingerprint["data"] = samples(batches)
         if measure != "activation":
-            batches = batches if loss else _with_labels(batches, outputs)
-            measures.sample_losses(score, outputs, batches[0][1])
-            fingerprint["loss"] = _name(score)
+            batches = batches if loss else with_labels(batches, outputs)
+            sample_losses(score, outputs, batches[0][1])
+            fingerprint["loss"] = name_of(score)
     inputs: list[Tensor] = []
     if measure == "oneshot_bn":
-        if not any(isinstance(m, _BatchNorm) and m.track_running_stats for m in model.modules()):
-            raise ValueError("the model has no batch normalisation to recalibrate; use measure='oneshot'")
         if calibration is None and isinstance(data, Data):
             calibration = Images(data.train.x[:CALIBRATION_IMAGES], data.train.y[:CALIBRATION_IMAGES])
         elif isinstance(calibration, Data):
             calibration = calibration.train
-        inputs = [
-            x for x, _ in (batches if calibration is None else _read(calibration, model, "calibration", bare=True))
-        ]
-        _try(model, inputs[0])
-        fingerprint["calibration"] = _samples([(x, None) for x in inputs])
+        given = batches if calibration is None else read_batches(calibration, model, "calibration", bare=True)
+        inputs = [x for x, _ in given]
+        outputs_of(model, inputs[0])
+        fingerprint["calibration"] = samples([(x, None) for x in inputs])
+    return batches, score, inputs, fingerprint
+
+
+def _evaluations(
+    model: nn.Module, data: Batches | None, measure: str, loss: Loss | None, calibration: Batches | None
+) -> _Work:
+    batches, score, inputs, fingerprint = _prepare(model, data, measure, loss, calibration)
 
     def pending(table: SensitivityTable, names: Sequence[str], first: bool) -> list[_Item]:
         return [(name, k, 0) for name, k in table.missing if name in names]
@@ -324,82 +359,6 @@ def _evaluations(
     return _Work(fingerprint, size, pending, start)
 
 
-def _held_out(data: Data) -> Images:
-    if data.validation is None:
-        raise ValueError("the data have no validation images to measure on; basis.data.hold_out splits them off")
-    return data.validation
-
-
-def _read(data: Iterable[Any] | Images, model: nn.Module, what: str, *, bare: bool = False) -> list[Batch]:
-    """All batches, on the model's device. With ``bare``, targets may be absent; the inputs stand for them.
-
-    Images are normalised, in the model's dtype and memory format.
-    """
-    weight: Any = next(m.weight for m in model.modules() if isinstance(m, nn.Conv2d))
-    batches: list[Batch] = []
-    if isinstance(data, Images):
-        for x, y in zip(data.x.to(weight.device).split(BATCH), data.y.to(weight.device).split(BATCH), strict=True):
-            image = normalise(x).to(weight.dtype) if len(x) else x
-            batches.append((image if is_channels_last(weight) else image.contiguous(), y))
-    else:
-        for i, batch in enumerate(data):
-            pair = (batch, batch) if bare and isinstance(batch, Tensor) else batch
-            if bare and isinstance(pair, (tuple, list)) and pair and isinstance(pair[0], Tensor):
-                pair = (pair[0], pair[0])
-            good = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)
-            if not good or not all(t.dim() for t in pair) or len(pair[0]) != len(pair[1]):
-                raise ValueError(
-                    f"batch {i} of {what} is {_described(batch)}, but it must be a pair (inputs, targets) of tensors "
-                    "of equal length"
-                )
-            batches.append((pair[0].to(weight.device), pair[1].to(weight.device)))
-    batches = [(x, y) for x, y in batches if len(x)]
-    if not batches:
-        raise ValueError(f"{what} holds no samples, so there is nothing to measure on")
-    return batches
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {few(map(_described, value)) or 'nothing'}"
-    return f"a {type(value).__name__}"
-
-
-@torch.no_grad()
-def _try(model: nn.Module, x: Tensor) -> Any:
-    """The outputs for one batch, or a ``ValueError`` that says what the model cannot run on."""
-    try:
-        return model(x.clone())
-    except Exception as error:
-        raise ValueError(
-            f"the model cannot run on inputs of shape {tuple(x.shape)} and type {x.dtype}: {error}"
-        ) from error
-
-
-def _with_labels(batches: list[Batch], outputs: Any) -> list[Batch]:
-    """The batches with targets as cross-entropy takes them, or a ``ValueError`` that says what does not fit."""
-    if not isinstance(outputs, Tensor) or outputs.dim() < 2 or not outputs.is_floating_point():
-        raise ValueError(f"the model returns {_described(outputs)}, not logits (N, classes); give a loss of your own")
-    classes, rest = outputs.shape[1], tuple(outputs.shape[2:])
-    result = []
-    for x, y in batches:
-        if y.is_floating_point() and y.shape == (len(x), classes, *rest):
-            result.append((x, y.float()))
-            continue
-        if y.is_floating_point() or y.is_complex() or tuple(y.shape) != (len(x), *rest):
-            raise ValueError(
-                f"the labels are {y.dtype} of shape {tuple(y.shape)}, but to logits of shape {tuple(outputs.shape)} "
-                f"belong whole numbers of shape {('N', *rest)}; give a loss of your own for anything else"
-            )
-        low, high = int(y.min()), int(y.max())
-        if low < 0 or high >= classes:
-            raise ValueError(f"the labels run from {low} to {high}, but {classes} logits take 0 to {classes - 1}")
-        result.append((x, y.long()))
-    return result
-
-
 # -- measures that train ------------------------------------------------------------------------
 
 
@@ -418,11 +377,11 @@ def _trainings(
     if isinstance(data, Data):
         size = (data.train.x.shape[3], *data.train.x.shape[1:3])
         held = [] if data.validation is None else [(data.validation.x, data.validation.y)]
-        fingerprint["data"] = f"{_samples([(data.train.x, data.train.y)])}; {_samples(held)}"
+        fingerprint["data"] = f"{samples([(data.train.x, data.train.y)])}; {samples(held)}"
     elif data is not None and trainer is not None:
-        batches = _read(data, model, "data")
+        batches = read_batches(data, model, "data")
         size = tuple(batches[0][0].shape[1:]) if batches[0][0].dim() == 4 else None
-        fingerprint["data"] = _samples(batches)
+        fingerprint["data"] = samples(batches)
     if trainer is None:
         if not isinstance(data, Data) or data.validation is None:
             raise ValueError(
@@ -439,7 +398,7 @@ def _trainings(
                 "cannot be trained from scratch; give a trainer that initialises it"
             )
         data = data.to(device)
-    fingerprint |= {"recipe": repr(recipe)} if trainer is None else {"trainer": _name(trainer)}
+    fingerprint |= {"recipe": repr(recipe)} if trainer is None else {"trainer": name_of(trainer)}
 
     def trial(layer: str | None, k: int, seed: int) -> Trial:
         began = time.perf_counter()
@@ -486,94 +445,3 @@ def _reset(module: nn.Module) -> None:
     reset = _reset_of(module)
     if reset is not None:
         reset()
-
-
-# -- what was measured on, and what has been ----------------------------------------------------
-
-
-def _digest(text: str | bytes) -> str:
-    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()[:32]
-
-
-def _bytes(tensor: Tensor) -> Any:
-    """The tensor as rows of bytes, one for each entry of its first dimension."""
-    flat = tensor.detach().reshape(len(tensor), -1) if tensor.dim() else tensor.detach().reshape(1, 1)
-    return flat.contiguous().view(torch.uint8).cpu().numpy()
-
-
-def _samples(batches: Iterable[tuple[Tensor, Tensor | None]]) -> str:
-    """The number of samples and a digest of them that does not depend on their order or batches."""
-    total = n = 0
-    for x, y in batches:
-        rows = [_bytes(t) for t in (x, y) if t is not None]
-        n += len(x)
-        for sample in zip(*rows, strict=True):
-            total += int(_digest(b"".join(row.tobytes() for row in sample)), 16)
-    return f"{n} samples {total % 2**128:032x}"
-
-
-def _structure(model: nn.Module) -> str:
-    shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
-    return _digest(_plain_name(repr(model)) + repr(shapes))
-
-
-def _weights(model: nn.Module) -> str:
-    state = model.state_dict()
-    parts = (
-        name.encode() + (_bytes(v).tobytes() if isinstance(v, Tensor) else repr(v).encode())
-        for name, v in state.items()
-    )
-    return _digest(b"".join(hashlib.sha256(part).digest() for part in parts))
-
-
-def _plain_name(text: str) -> str:
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
-
-
-def _name(function: Any) -> str:
-    """What a loss or trainer is called, the same in every process."""
-    return getattr(function, "__qualname__", None) or _plain_name(repr(function))
-
-
-class _Journal:
-    """The table so far, and the file to which each measurement is appended, if there is one.
-
-    Raises:
-        ValueError: for a file that is no table, or one of another measurement.
-    """
-
-    def __init__(self, path: Path | None, table: SensitivityTable) -> None:
-        self.path, self.table = path, table
-        self.exists = path is not None and path.exists() and path.stat().st_size > 0
-        if path is None or not self.exists:
-            return
-        known = SensitivityTable.load(path)
-        differing = different(known.fingerprint, table.fingerprint)
-        if differing:
-            raise ValueError(
-                f"{path} was measured with {'another' if len(differing) == 1 else 'other'} {', '.join(differing)}; "
-                "name another file, or delete this one to measure again"
-            )
-        self.table = replace(table, cells=known.cells, trials=known.trials, baseline=known.baseline)
-        with path.open("rb+") as file:  # a last line that was cut short goes
-            file.truncate(file.read().rfind(b"\n") + 1)
-
-    def begin(self, baseline: Mapping[str, float]) -> None:
-        """Write the first line, where the file is new."""
-        self.table = replace(self.table, baseline=self.table.baseline or baseline)
-        if self.path is not None and not self.exists:
-            head = replace(self.table, cells=(), trials=()).to_lines()[0]
-            with replacing(self.path) as file:
-                file.write(json.dumps(head).encode() + b"\n")
-
-    def append(self, item: Cell | Trial) -> None:
-        """Keep one measurement, on the disk before this returns."""
-        if isinstance(item, Trial):
-            self.table = replace(self.table, trials=(*self.table.trials, item))
-        else:
-            self.table = replace(self.table, cells=(*self.table.cells, item))
-        if self.path is not None:
-            with self.path.open("ab") as file:
-                file.write(json.dumps(line_of(item)).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())

@@ -9,7 +9,9 @@ processes may work on one folder: a lock that dies with its process keeps two fr
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -27,12 +29,15 @@ from typing import Any
 import filelock
 import torch
 
+from basis.analysis import joint, sensitivity
 from basis.complexity import cost
 from basis.conv import Mode
 from basis.data import Data, DataError, Images, first_images, hold_out, load_cifar10, synthetic
 from basis.files import replacing
 from basis.models import build
+from basis.selection import predicted, select
 from basis.substitution import Plan, substitute
+from basis.table import SensitivityTable
 from basis.training import Recipe, Result, TrainingPaused, choose_device, choose_precision, train
 
 VERSION = 1
@@ -330,7 +335,7 @@ def execute(
         should_stop=should_stop, progress=progress, test=run.test is not False,
     )  # fmt: skip
     if run.ladder is not None:
-        extra["tables"] = climb(model, data, run.ladder, beside=checkpoint, should_stop=should_stop)
+        extra |= climb(model, data, run.ladder, beside=checkpoint, should_stop=should_stop)
     return {
         **asdict(result),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -358,9 +363,6 @@ def choose(choice: Choice, folder: Path) -> tuple[Plan, dict[str, float]]:
     Raises:
         TableMissing: where no record holds them.
     """
-    from basis.selection import predicted, select
-    from basis.table import SensitivityTable
-
     path = next(folder.glob(f"*/*/{choice.table}.json"), None)
     if path is None:
         for lock in folder.glob(f"*/*/{choice.table}.lock"):
@@ -371,7 +373,7 @@ def choose(choice: Choice, folder: Path) -> tuple[Plan, dict[str, float]]:
     table = SensitivityTable.from_lines(read_record(path).result["tables"][choice.measure])
     options: dict[str, Any] = {"rule": choice.rule, "ratio": choice.ratio, "seed": choice.draw or 0}
     plan = select(table, budget={choice.unit: choice.budget}, **options)
-    return plan, predicted(table, plan)
+    return plan, {key: value for key, value in predicted(table, plan).items() if math.isfinite(value)}
 
 
 def climb(
@@ -381,20 +383,16 @@ def climb(
     *,
     beside: Path | None = None,
     should_stop: Callable[[], bool] | None = None,
-) -> dict[str, list[dict[str, Any]]]:
-    """Every measure of the ladder on the trained ``model``: the lines of its table's file.
+) -> dict[str, list[Any] | dict[str, Any]]:
+    """Every measure of the ladder on the trained ``model``: ``tables``, and ``joint``, what whole plans lose.
 
     Uses the first held-out images, and the first training images for calibration, in float32.
 
     Raises:
         TrainingPaused: when ``should_stop`` says so between two cells.
     """
-    from basis.analysis import sensitivity
-
     if data.validation is None or len(data.validation) < ladder.images:
         raise ValueError(f"the ladder needs {ladder.images} held-out images; set validation to as many")
-    where = next(model.parameters()).device
-    data = data.to(where)
     held = Images(data.validation.x[: ladder.images], data.validation.y[: ladder.images])
     calibration = Images(data.train.x[: ladder.calibration], data.train.y[: ladder.calibration])
 
@@ -402,14 +400,23 @@ def climb(
         if should_stop and should_stop():
             raise TrainingPaused("stopped while measuring sensitivities; measured cells are kept")
 
-    tables = {}
+    tables: dict[str, Any] = {}
     for measure, ratios in ladder.measures.items():
         table = sensitivity(
             model, held, measure=measure, ratios=ratios, multiple=ladder.multiple, calibration=calibration,
             resume=beside and beside.with_name(f"{beside.stem}-{measure}.jsonl"), progress=pause,
         )  # fmt: skip
         tables[measure] = table.to_lines()
-    return tables
+    together = []
+    for unit, budgets in (ladder.joint or {}).items():
+        for rule, budget in itertools.product(("optimal", "uniform"), budgets):
+            plan = select(table, budget={unit: budget}, rule=rule)  # type: ignore[arg-type]
+            found = joint(model, plan, held, measure=measure, calibration=calibration)
+            total = predicted(table, plan)["sensitivity"]
+            told = total if math.isfinite(total) else None
+            cell = {"rule": rule, "unit": unit, "budget": budget, "predicted": told}
+            together.append(cell | {"loss": found.value, "low": found.low, "high": found.high})
+    return {"tables": tables, "joint": together}
 
 
 @dataclass(frozen=True)

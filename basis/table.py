@@ -127,7 +127,7 @@ class SensitivityTable:
     """What :func:`basis.sensitivity` returns.
 
     Attributes:
-        measure: its name, one of ``MEASURES``.
+        measure: its name, one of ``MEASURES``; ``_kl`` is appended by :meth:`by_kl`.
         layers: every convolution that can be substituted, in the order of the model.
         cells: what has been measured so far, layer after layer.
         skipped: name of every other convolution -> why it cannot be substituted. It has no sensitivity.
@@ -150,8 +150,10 @@ class SensitivityTable:
 
     def __post_init__(self) -> None:
         """Put the cells, or those that the trials give, in the order of the layers, each once."""
+        order: dict[tuple[str | None, int], int] = {pair: i for i, pair in enumerate(self.candidates)}
+        trials = sorted(self.trials, key=lambda t: (order.get((t.layer, t.basis_channels), -1), t.seed))
+        object.__setattr__(self, "trials", tuple(trials))
         cells = cells_of(self.layers, self.seeds, self.trials) if self.seeds else self.cells
-        order = {pair: i for i, pair in enumerate(self.candidates)}
         unique = {(cell.layer, cell.basis_channels): cell for cell in reversed(cells)}
         ordered = sorted((pair for pair in unique if pair in order), key=order.__getitem__)
         object.__setattr__(self, "cells", tuple(unique[pair] for pair in ordered))
@@ -180,9 +182,14 @@ class SensitivityTable:
         return tuple((cell.layer, cell.basis_channels) for cell in self.cells if not math.isfinite(cell.value))
 
     @property
+    def unit(self) -> str:
+        """What the values are, in words."""
+        return MEASURES.get(self.measure, "divergence from the dense predictions, nats")
+
+    @property
     def ratios(self) -> tuple[float, ...]:
         """Every ratio k / C_out that some layer has, descending, to three digits."""
-        return tuple(sorted({_ratio(layer, k) for layer in self.layers for k in layer.candidates}, reverse=True))
+        return tuple(sorted({ratio_of(layer, k) for layer in self.layers for k in layer.candidates}, reverse=True))
 
     @property
     def forward(self) -> float:
@@ -233,8 +240,8 @@ class SensitivityTable:
                 f"this table of {self.measure} holds no divergences; oneshot and oneshot_bn measure them, "
                 "for networks whose outputs are logits (N, classes)"
             )
-        nothing = {"low": math.nan, "high": math.nan, "n": 0}
-        return replace(self, cells=tuple(replace(cell, value=cell.kl, **nothing) for cell in self.cells))  # type: ignore[arg-type]
+        cells = (replace(cell, value=cell.kl, low=math.nan, high=math.nan, n=0) for cell in self.cells)
+        return replace(self, measure=f"{self.measure}_kl", cells=tuple(cells))
 
     def to_frame(self) -> pd.DataFrame:
         """One row per cell: what it measured, what it cost, and what k would save of the dense layer."""
@@ -253,20 +260,19 @@ class SensitivityTable:
     # -- printed and drawn ----------------------------------------------------------------------
 
     def __str__(self) -> str:
-        unit = MEASURES.get(self.measure, "sensitivity")
         dense = f"; dense loss {self.baseline['loss']:.4g}" if "loss" in self.baseline else ""
         values = {(cell.layer, cell.basis_channels): cell.value for cell in self.cells}
         columns: dict[float, dict[str, float | None]] = {ratio: {} for ratio in self.ratios}
         for layer in self.layers:
             for k in layer.candidates:
-                columns[_ratio(layer, k)][layer.name] = values.get((layer.name, k))
+                columns[ratio_of(layer, k)][layer.name] = values.get((layer.name, k))
         least = {ratio: min(filter(_finite, column.values()), default=None) for ratio, column in columns.items()}  # type: ignore[type-var]
         rows = [("layer", "C_out", *(f"r = {ratio:.3g}" for ratio in columns))]
         for layer in self.layers:
             shown = (_text(column, layer.name, least[ratio]) for ratio, column in columns.items())
-            rows.append((_shown(layer.name), str(layer.out_channels), *shown))
+            rows.append((shown_name(layer.name), str(layer.out_channels), *shown))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [f"{self.measure}: {unit}{dense}"]
+        lines = [f"{self.measure}: {self.unit}{dense}"]
         for name, *cells in rows:
             right = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
             lines.append("  ".join((f"{name:<{widths[0]}}", *right)).rstrip())
@@ -277,9 +283,9 @@ class SensitivityTable:
         )
         for what, pairs in (("not measured yet", self.missing), ("not finite, so not ranked", self.not_finite)):
             if pairs:
-                lines.append(f"{what}: " + ", ".join(f"{_shown(name)} (k = {k})" for name, k in pairs))
+                lines.append(f"{what}: " + ", ".join(f"{shown_name(name)} (k = {k})" for name, k in pairs))
         for reason in dict.fromkeys(self.skipped.values()):
-            names = [_shown(name) for name, why in self.skipped.items() if why == reason]
+            names = [shown_name(name) for name, why in self.skipped.items() if why == reason]
             lines.append(f"kept dense ({reason}): {', '.join(names)}")
         return "\n".join(lines)
 
@@ -296,12 +302,13 @@ class SensitivityTable:
             ValueError: for another kind, a ratio that makes no sense, or a table without cells.
         """
         from basis.figures import LIGHT
+        from basis.table_figures import bars, heatmap
 
         if kind not in ("heatmap", "bars"):
             raise ValueError(f"kind is {kind!r}, but it must be 'heatmap' or 'bars'")
         if not self.cells:
             raise ValueError("nothing of this table has been measured yet, so there is nothing to draw")
-        return _heatmap(self, theme or LIGHT) if kind == "heatmap" else _bars(self, ratio, theme or LIGHT)
+        return heatmap(self, theme or LIGHT) if kind == "heatmap" else bars(self, ratio, theme or LIGHT)
 
     # -- kept -----------------------------------------------------------------------------------
 
@@ -395,94 +402,6 @@ class SensitivityTable:
         return replace(first, cells=cells, trials=tuple(trials.values()), baseline=baseline)
 
 
-# -- drawn --------------------------------------------------------------------------------------
-
-
-def _heatmap(table: SensitivityTable, theme: Theme) -> Figure:
-    import matplotlib
-    from matplotlib.colors import LinearSegmentedColormap, SymLogNorm
-    from matplotlib.patches import Rectangle
-
-    from basis.figures import canvas, mark_incomplete
-
-    ratios, rows = table.ratios, {layer.name: i for i, layer in enumerate(table.layers)}
-    of = {layer.name: layer for layer in table.layers}
-    grid = [[math.nan] * len(ratios) for _ in rows]
-    strange = []
-    for cell in table.cells:
-        i, j = rows[cell.layer], ratios.index(_ratio(of[cell.layer], cell.basis_channels))
-        grid[i][j] = cell.value
-        if not math.isfinite(cell.value):
-            strange.append((i, j))
-    finite = [value for row in grid for value in row if math.isfinite(value)] or [0.0]
-    largest = max(map(abs, finite)) or 1.0
-    with matplotlib.rc_context(theme.rc()):
-        figure = canvas(height=1.6 + 0.2 * len(rows))
-        axes = figure.subplots()
-        colours = (
-            [theme.cycle[1], theme.background, theme.cycle[0]]
-            if min(finite) < 0
-            else [theme.background, theme.cycle[0]]
-        )
-        norm = SymLogNorm(largest / 10, vmin=-largest if min(finite) < 0 else 0, vmax=largest)
-        picture = axes.imshow(
-            grid, cmap=LinearSegmentedColormap.from_list("sensitivity", colours), norm=norm, aspect="auto"
-        )
-        for i, j in strange:
-            axes.add_patch(
-                Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="////", edgecolor=theme.muted, linewidth=0)
-            )
-        axes.grid(False)
-        axes.set_xticks(range(len(ratios)), [f"{ratio:.3g}" for ratio in ratios])
-        axes.set_yticks(range(len(rows)), list(map(_shown, rows)), fontsize=8)
-        axes.set_xlabel("ratio r = k / C_out" + ("; hatched: not finite" if strange else ""))
-        figure.colorbar(picture, ax=axes, label=MEASURES.get(table.measure, "sensitivity"))
-        if table.missing:
-            mark_incomplete(axes, f"{len(table.cells)} of {len(table.candidates)} cells", theme)
-    return figure
-
-
-def _bars(table: SensitivityTable, ratio: float | None, theme: Theme) -> Figure:
-    import matplotlib
-
-    from basis.figures import canvas, mark_incomplete, note_n
-
-    if ratio is None:
-        every = [_ratio(layer, k) for layer in table.layers for k in layer.candidates]
-        ratio = max(table.ratios, key=every.count)
-    cells = table.at(ratio)
-    with matplotlib.rc_context(theme.rc()):
-        figure = canvas(height=1.6 + 0.2 * len(cells))
-        axes = figure.subplots()
-        for i, cell in enumerate(cells.values()):
-            if cell is None:
-                continue
-            if not math.isfinite(cell.value):
-                axes.axhspan(i - 0.4, i + 0.4, facecolor="none", edgecolor=theme.muted, hatch="////", linewidth=0)
-                continue
-            error = None if math.isnan(cell.low) else [[cell.value - cell.low], [cell.high - cell.value]]
-            axes.barh(
-                i,
-                cell.value,
-                xerr=error,
-                color=theme.cycle[0],
-                ecolor=theme.text,
-                height=0.7,
-                error_kw={"elinewidth": 1.2},
-            )
-        axes.set_yticks(range(len(cells)), list(map(_shown, cells)), fontsize=8)
-        axes.set_ylim(len(cells) - 0.4, -0.6)
-        axes.grid(axis="y", visible=False)
-        axes.set_xlabel(f"{MEASURES.get(table.measure, 'sensitivity')}, r = {ratio:.3g} or nearest")
-        n = {cell.n for cell in cells.values() if cell and cell.n}
-        if n:
-            note_n(axes, min(n), theme)
-        gone = sum(cell is None for cell in cells.values())
-        if gone:
-            mark_incomplete(axes, f"{len(cells) - gone} of {len(cells)} layers", theme)
-    return figure
-
-
 # -- helpers ------------------------------------------------------------------------------------
 
 
@@ -543,7 +462,8 @@ def _measurement(line: Mapping[str, Any], kind: type) -> Any:
     return kind(**{key: value if key == "layer" else _number(value) for key, value in line.items()})
 
 
-def _ratio(layer: Layer, k: int) -> float:
+def ratio_of(layer: Layer, k: int) -> float:
+    """k / C_out to three digits."""
     return round(k / layer.out_channels, 3)
 
 
@@ -563,5 +483,6 @@ def _text(column: Mapping[str, float | None], name: str, least: float | None) ->
     return "..." if value is None else f"{'*' if value == least else ''}{value:.3g}"
 
 
-def _shown(name: str) -> str:
+def shown_name(name: str) -> str:
+    """The name as it is printed; the model itself has none."""
     return name or "(the model itself)"

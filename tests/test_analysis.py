@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from basis import Recipe, SensitivityTable, cost, sensitivity, substitute
-from basis.analysis import TRAINING
+from basis.analysis import TRAINING, joint
 from basis.data import Data, Images, first_images, hold_out, normalise, synthetic
 from basis.models import build
 from basis.statistics import difference_estimate
@@ -200,16 +200,15 @@ def test_wrong_arguments():
     wrong("short_training takes no loss", measure="short_training", loss=F.cross_entropy)
     for seeds in (0, 1.5, True):
         wrong("seeds is .*, but it is how many trainings", measure="short_training", seeds=seeds)
-    wrong(
-        "give a recipe or a trainer, not both", measure="full_training", recipe=Recipe(), trainer=lambda model, seed: 1.0
-    )  # fmt: skip
+    both = {"recipe": Recipe(), "trainer": lambda model, seed: 1.0}
+    wrong("give a recipe or a trainer, not both", measure="full_training", **both)
 
 
 def test_wrong_models():
     wrong("the model has no convolution, so there is nothing to substitute", nn.Linear(3, 3))
     wrong(
-        r"no convolution of the model has a number of basis channels to try \(depthwise: depthwise: one filter per "
-        r"group; first: not among the included layers; .*\)",
+        r"no convolution of the model has a number of basis channels to try \(first: not among the included layers; "
+        r"depthwise: depthwise: one filter per group; .* and 1 more\)$",
         include="depthwise",
     )
     wrong("no batch normalisation to recalibrate; use measure='oneshot'", nn.Conv2d(3, 16, 3), measure="oneshot_bn")
@@ -399,9 +398,8 @@ def test_a_trainer_of_ones_own(tmp_path):
     state = copy.deepcopy(model.state_dict())
     table = sensitivity(model, resume=path, **options)
     assert table.baseline == {"loss": pytest.approx((16 + 25 + 36) / 3)}
-    assert {(c.layer, c.basis_channels): c.value for c in table.cells} == {
-        ("first", 8): 8, ("middle", 8): 8, ("last", 16): 16, ("last", 8): 8,
-    }  # fmt: skip
+    values = {("first", 8): 8, ("middle", 8): 8, ("last", 16): 16, ("last", 8): 8}
+    assert {(c.layer, c.basis_channels): c.value for c in table.cells} == pytest.approx(values)
     expected = difference_estimate([8 + s**2 for s in (4, 5, 6)], [s**2 for s in (4, 5, 6)])
     assert (table.cells[0].low, table.cells[0].high, table.cells[0].n) == (expected.low, expected.high, 3)
     assert len(seen) == 15
@@ -467,13 +465,6 @@ def test_wrong_trainings():
     assert table.cells[0].n == 0 or math.isnan(table.cells[0].low)
 
 
-class Untouchable:
-    """Test images that nobody may look at."""
-
-    def __getattr__(self, name):
-        raise AssertionError("the test images were looked at")
-
-
 def test_a_real_training_never_sees_the_test_images():
     data = hold_out(synthetic(train=90, test=10, size=16, seed=3), 30)
     data = Data(data.name, data.train, Images(data.test.x[:0], data.test.y[:0]), data.validation)
@@ -497,3 +488,22 @@ def test_a_real_training_never_sees_the_test_images():
     diverging = replace(recipe, lr=1e30)
     with pytest.raises(ValueError, match="the dense network's training with seed 0 ended with the loss nan"):
         sensitivity(model, first_images(data, 20), recipe=diverging, **options)
+
+
+def test_what_layers_lose_together_is_paired_and_agrees_with_one_layer_alone():
+    torch.manual_seed(0)
+    model = build("resnet20", width=4)
+    data = hold_out(synthetic(train=200, test=10, size=16), 60)
+    alone = sensitivity(model, data, measure="oneshot_bn", ratios=(0.5,), multiple=1, include="layer1.0.conv1")
+    cell = alone.cells[0]
+    one = joint(model, {"layer1.0.conv1": 2}, data)
+    assert one.value == pytest.approx(cell.value, abs=1e-6)
+    assert (one.low, one.high) == pytest.approx((cell.low, cell.high), abs=1e-6)
+    two = joint(model, {"layer1.0.conv1": 2, "layer2.0.conv2": 1}, data)
+    assert two.value != pytest.approx(one.value, abs=1e-4)
+    assert joint(model, {}, data).value == 0
+
+
+def test_only_measures_of_the_loss_hold_for_several_layers():
+    with pytest.raises(ValueError, match="measure is 'taylor', but what layers lose together"):
+        joint(build("resnet20", width=4), {}, synthetic(train=20, test=10), measure="taylor")

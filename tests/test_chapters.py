@@ -13,6 +13,8 @@ FIRST_EXERCISE = {
     "01_what_is_a_basis_convolution": {"basis_channels": 64},
     "02_what_does_it_cost": {"ratio": 0.25},
     "03_every_layer": {"ratio": 0.25},
+    "04_which_layers": {"measure": "spectrum"},
+    "05_choosing_layers": {"budget": 0.25},
 }
 
 

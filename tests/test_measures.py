@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from basis import measures, substitute
+from basis import replay, substitute
 from basis.data import Images
-from basis.measures import activation, cross_entropy, gradients, oneshot, spectrum
+from basis.measures import activation, gradients, oneshot, spectrum
 from basis.models import build
+from basis.replay import cross_entropy
 from basis.training import evaluate
 
 
@@ -406,10 +407,8 @@ def test_keeping_values_changes_nothing_but_the_cost(kind, calibrated, monkeypat
     inputs = [x for x, _ in batches(count=2, seed=2)] if calibrated else []
     macs = {name: 1000 for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     passes = []
-    original = measures._Walk.piece
-    monkeypatch.setattr(
-        measures._Walk, "piece", lambda self, x, v, a, b: passes.append(a) or original(self, x, v, a, b)
-    )
+    original = replay._Walk.piece
+    monkeypatch.setattr(replay._Walk, "piece", lambda self, x, v, a, b: passes.append(a) or original(self, x, v, a, b))
     tables = {}
     for cache in (0, 2**30, 12_000):
         passes.clear()
@@ -424,6 +423,8 @@ def test_keeping_values_changes_nothing_but_the_cost(kind, calibrated, monkeypat
             per_cell = 2 * (len(data) + len(inputs))
             assert len([a for a in passes if a]) > per_cell
             assert len(set(passes)) >= 3
+            # From the input only to try out (once or in two modes) and to reach the first cut.
+            assert passes.count(0) <= 4 + 2 * bool(inputs) + len(data) + len(inputs)
     same_cells(tables[0], tables[2**30])
     same_cells(tables[0], tables[12_000])
     forward = {cache: sum(cell.forward for cell in table.values()) for cache, table in tables.items()}
@@ -436,9 +437,25 @@ def test_keeping_values_changes_nothing_but_the_cost(kind, calibrated, monkeypat
         assert trial < 1.6 * forward[0]  # so few images that trying the cuts weighs
 
 
+def test_no_more_values_are_kept_than_there_may_be():
+    model, inputs = made(build, name="resnet20", width=4), [x for x, _ in batches(classes=10)]
+    layers = [model.layer1[0].conv1, model.layer2[1].conv1, model.layer3[1].conv1]
+
+    def cuts(cache_bytes):
+        network = replay.Network(model, inputs, [], {})
+        network.plan_cuts(layers, cache_bytes)
+        return [network.first_use(layer) in network.cuts for layer in layers]
+
+    images = sum(map(len, inputs))  # inputs are 8 x 8; one activation has 4 x 64, 8 x 16 and 16 x 4 numbers
+    assert cuts(4 * images * 256) == [True, True, True]
+    assert cuts(4 * images * 256 - 1) == [False, True, True]
+    assert cuts(4 * images * 128 - 1) == [False, False, True]
+    assert cuts(4 * images * 64 - 1) == [False, False, False]
+
+
 def test_values_that_following_layers_change_in_place_are_copied():
     model = made(PreActivation)
-    network = measures._Network(model, [x for x, _ in batches()], [], {})
+    network = replay.Network(model, [x for x, _ in batches()], [], {})
     network.plan_cuts([model.side, model.main], 2**30)
     side = network.first_use(model.side)
     # Copies of x and of its view no longer share memory, so that this cut gives other outputs and is not used.
@@ -453,7 +470,7 @@ def test_values_that_following_layers_change_in_place_are_copied():
             return self.fc((self.last(self.main(x)) + side).mean((2, 3)))
 
     model = made(Simple)
-    network = measures._Network(model, [x for x, _ in batches()], [], {})
+    network = replay.Network(model, [x for x, _ in batches()], [], {})
     network.plan_cuts([model.side, model.main], 2**30)
     assert network.cuts[network.first_use(model.side)] is True
     candidates = {"side": (4, 2), "main": (4, 2)}
@@ -470,10 +487,10 @@ def test_a_graph_that_does_something_else_is_not_used():
 
     model = made(Counting)
     inputs = [x for x, _ in batches(count=2, seed=2)]
-    network = measures._Network(model, [x for x, _ in batches()], inputs, {})
+    network = replay.Network(model, [x for x, _ in batches()], inputs, {})
     network.plan_cuts([model.shared], 2**30)
     assert network.walk is None
-    network = measures._Network(model, [x for x, _ in batches()], [], {})
+    network = replay.Network(model, [x for x, _ in batches()], [], {})
     network.plan_cuts([model.shared], 2**30)
     assert network.walk is not None
 

@@ -92,6 +92,7 @@ def test_by_kl():
     assert [c.value for c in other.cells][:3] == [0.05, 0.2, 0.025]
     assert all(math.isnan(c.low) and c.n == 0 for c in other.cells)
     assert other.layers == LAYERS
+    assert str(other).startswith("oneshot_kl: divergence from the dense predictions, nats")
     bare = table(cells=(Cell(layer="a", basis_channels=8, value=1.0),), measure="fisher")
     with pytest.raises(
         ValueError, match="this table of fisher holds no divergences; oneshot and oneshot_bn measure them"

@@ -223,11 +223,11 @@ def bootstrap(
     found = []
     for _ in range(draws):
         drawn = []
-        for truth, names, prediction in pairs:
+        for truth, names, predicted in pairs:
             chosen = rng.integers(len(names), size=len(names))
             # Dense runs shift all layers alike, so they do not touch a rank correlation at one ratio.
             means = [np.mean(rng.choice(truth.layers[names[i]], len(truth.layers[names[i]]))) for i in chosen]
-            drawn.append(of(np.array(means), prediction[chosen]))
+            drawn.append(of(np.array(means), predicted[chosen]))
         found.append(np.mean(drawn))
     low, high = np.quantile(found, (0.025, 0.975))
     return Estimate(point, float(low), float(high), min(len(names) for _, names, _ in pairs))

@@ -1,0 +1,94 @@
+"""What a user's data are: batches read once onto the model's device, checked before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from basis.conv import is_channels_last
+from basis.data import Data, Images, normalise
+from basis.replay import Batch
+from basis.substitution import few
+
+Batches = Iterable[Any] | Images | Data
+BATCH = 250  # images in a batch, where the data come as one piece
+
+
+def held_out(data: Data) -> Images:
+    """The validation images; ``ValueError`` where there are none."""
+    if data.validation is None:
+        raise ValueError("the data have no validation images to measure on; basis.data.hold_out splits them off")
+    return data.validation
+
+
+def read_batches(data: Iterable[Any] | Images, model: nn.Module, what: str, *, bare: bool = False) -> list[Batch]:
+    """All batches, on the model's device. With ``bare``, targets may be absent; the inputs stand for them.
+
+    Images are normalised, in the model's dtype and memory format.
+    """
+    weight: Any = next(m.weight for m in model.modules() if isinstance(m, nn.Conv2d))
+    batches: list[Batch] = []
+    if isinstance(data, Images):
+        for x, y in zip(data.x.to(weight.device).split(BATCH), data.y.to(weight.device).split(BATCH), strict=True):
+            image = normalise(x).to(weight.dtype) if len(x) else x
+            batches.append((image if is_channels_last(weight) else image.contiguous(), y))
+    else:
+        for i, batch in enumerate(data):
+            pair = (batch, batch) if bare and isinstance(batch, Tensor) else batch
+            if bare and isinstance(pair, (tuple, list)) and pair and isinstance(pair[0], Tensor):
+                pair = (pair[0], pair[0])
+            good = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)
+            if not good or not all(t.dim() for t in pair) or len(pair[0]) != len(pair[1]):
+                raise ValueError(
+                    f"batch {i} of {what} is {_described(batch)}, but it must be a pair (inputs, targets) of tensors "
+                    "of equal length"
+                )
+            batches.append((pair[0].to(weight.device), pair[1].to(weight.device)))
+    batches = [(x, y) for x, y in batches if len(x)]
+    if not batches:
+        raise ValueError(f"{what} holds no samples, so there is nothing to measure on")
+    return batches
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {few(map(_described, value)) or 'nothing'}"
+    return f"a {type(value).__name__}"
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, x: Tensor) -> Any:
+    """The outputs for one batch, or a ``ValueError`` that says what the model cannot run on."""
+    try:
+        return model(x.clone())
+    except Exception as error:
+        raise ValueError(
+            f"the model cannot run on inputs of shape {tuple(x.shape)} and type {x.dtype}: {error}"
+        ) from error
+
+
+def with_labels(batches: list[Batch], outputs: Any) -> list[Batch]:
+    """The batches with targets as cross-entropy takes them, or a ``ValueError`` that says what does not fit."""
+    if not isinstance(outputs, Tensor) or outputs.dim() < 2 or not outputs.is_floating_point():
+        raise ValueError(f"the model returns {_described(outputs)}, not logits (N, classes); give a loss of your own")
+    classes, rest = outputs.shape[1], tuple(outputs.shape[2:])
+    result = []
+    for x, y in batches:
+        if y.is_floating_point() and y.shape == (len(x), classes, *rest):
+            result.append((x, y.float()))
+            continue
+        if y.is_floating_point() or y.is_complex() or tuple(y.shape) != (len(x), *rest):
+            raise ValueError(
+                f"the labels are {y.dtype} of shape {tuple(y.shape)}, but to logits of shape {tuple(outputs.shape)} "
+                f"belong whole numbers of shape {('N', *rest)}; give a loss of your own for anything else"
+            )
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high >= classes:
+            raise ValueError(f"the labels run from {low} to {high}, but {classes} logits take 0 to {classes - 1}")
+        result.append((x, y.long()))
+    return result

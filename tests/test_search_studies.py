@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from basis.runs import Record
 from basis.studies import STUDIES, selection, sensitivity
@@ -98,11 +99,11 @@ def test_losses_are_differences_to_dense_and_short_ones_stand_apart():
 
 
 def test_a_perfect_measure_correlates_perfectly_and_a_reversed_one_the_other_way():
-    perfect = {row.measure: row for row in sensitivity.agreements(comparison(float), draws=50)}
+    perfect = {row.measure: row for row in sensitivity.agreements(comparison(float))}
     assert perfect["oneshot_bn"].spearman.value == pytest.approx(1)
     assert perfect["oneshot_bn (KL)"].kendall.value == pytest.approx(1)
     assert perfect["short_training"].spearman.value == pytest.approx(1)
-    reverse = {row.measure: row for row in sensitivity.agreements(comparison(lambda i: -float(i)), draws=50)}
+    reverse = {row.measure: row for row in sensitivity.agreements(comparison(lambda i: -float(i)))}
     assert reverse["oneshot_bn"].spearman.value == pytest.approx(-1)
     assert perfect["oneshot_bn"].cost == 29 * 10  # 17 layers at two ratios, 5 of them with equal k
 
@@ -119,6 +120,15 @@ def test_the_bootstrap_covers_what_noise_does():
     unrelated = sensitivity.bootstrap([truth], [{str(i): float(i * 7 % 12) for i in range(12)}], draws=200)
     assert unrelated.low < 0 < unrelated.high
     assert sensitivity.bootstrap([truth], [{}]).n == 0
+
+
+def test_rank_correlations_are_those_of_scipy_also_with_ties():
+    random = np.random.default_rng(0)
+    a, b = random.integers(0, 6, (20, 9)), random.normal(size=(20, 9))
+    for kind, other in (("spearman", stats.spearmanr), ("kendall", stats.kendalltau)):
+        expected = [other(x, y).statistic for x, y in zip(a, b, strict=True)]
+        assert sensitivity.correlation(kind, a, b) == pytest.approx(expected)
+        assert sensitivity.correlation(kind, np.ones(4), np.arange(4.0)) == 0
 
 
 def test_reliability_is_the_share_that_is_not_noise():

@@ -7,10 +7,10 @@ its final loss on held-out images against the dense network's. The candidates: e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from basis.statistics import Estimate, difference_estimate
 from basis.studies.study import Label, Study, Verdict
 from basis.table import SensitivityTable
 from basis.training import Recipe
+
+Kind = Literal["spearman", "kendall"]
 
 RATIOS = (1 / 8, 1 / 32)
 NAMES = {1 / 2: "r=1/2", 1 / 4: "r=1/4", 1 / 8: "r=1/8", 1 / 32: "r=1/32"}
@@ -192,45 +194,42 @@ class Agreement:
     seconds: float
 
 
-def correlation(kind: str) -> Callable[[np.ndarray, np.ndarray], float]:
-    """Spearman's rho or Kendall's tau-b; 0 where one side does not vary."""
-    measure = stats.spearmanr if kind == "spearman" else stats.kendalltau
-
-    def of(a: np.ndarray, b: np.ndarray) -> float:
-        if np.ptp(a) == 0 or np.ptp(b) == 0:
-            return 0.0
-        return float(measure(a, b).statistic)
-
-    return of
+def correlation(kind: Kind, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Spearman's rho or Kendall's tau-b of the rows of ``a`` and ``b``, (..., n); 0 where one side does not vary."""
+    if kind == "spearman":
+        a, b = (stats.rankdata(x, axis=-1) for x in (a, b))
+        a, b = (x - x.mean(-1, keepdims=True) for x in (a, b))
+    else:
+        a, b = (np.sign(x[..., :, None] - x[..., None, :]).reshape(*x.shape[:-1], -1) for x in (a, b))
+    scale = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    return np.divide((a * b).sum(-1), scale, out=np.zeros_like(scale), where=scale > 0)
 
 
 def bootstrap(
-    truths: Sequence[Losses], predictions: Sequence[Mapping[str, float]], *, kind: str = "spearman",
-    draws: int = 1000, seed: int = 0,
+    truths: Sequence[Losses], predictions: Sequence[Mapping[str, float]], *, kind: Kind = "spearman",
+    draws: int = 2000, seed: int = 0,
 ) -> Estimate:  # fmt: skip
     """The mean rank correlation over ratios, with a percentile bootstrap over layers and over runs.
 
-    ``n`` is the number of layers. NaN where there is nothing to correlate.
+    ``n`` is the number of layers. NaN where there is nothing to correlate. The dense runs shift all layers
+    alike and do not touch a rank correlation at one ratio, so they are not drawn.
     """
-    of, rng = correlation(kind), np.random.default_rng(seed)
-    pairs = []
+    rng = np.random.default_rng(seed)
+    points, drawn, counts = [], [], []
     for truth, prediction in zip(truths, predictions, strict=True):
         names = [name for name in truth.layers if np.isfinite(prediction.get(name, np.nan))]
-        if len(names) < 4 or len(truth.dense) < 2:
+        if len(names) < 4:
             return Estimate(float("nan"), float("nan"), float("nan"), 0)
-        pairs.append((truth, names, np.array([prediction[name] for name in names])))
-    point = float(np.mean([of(np.array([t.truth()[n] for n in names]), p) for t, names, p in pairs]))
-    found = []
-    for _ in range(draws):
-        drawn = []
-        for truth, names, predicted in pairs:
-            chosen = rng.integers(len(names), size=len(names))
-            # Dense runs shift all layers alike, so they do not touch a rank correlation at one ratio.
-            means = [np.mean(rng.choice(truth.layers[names[i]], len(truth.layers[names[i]]))) for i in chosen]
-            drawn.append(of(np.array(means), predicted[chosen]))
-        found.append(np.mean(drawn))
-    low, high = np.quantile(found, (0.025, 0.975))
-    return Estimate(point, float(low), float(high), min(len(names) for _, names, _ in pairs))
+        runs, predicted = [np.array(truth.layers[n]) for n in names], np.array([prediction[n] for n in names])
+        points.append(correlation(kind, np.array([r.mean() for r in runs]), predicted))
+        means = np.stack([rng.choice(r, (draws, len(names), len(r))).mean(-1) for r in runs], axis=-1)
+        chosen = rng.integers(len(names), size=(draws, len(names)))
+        # Every time that a layer is drawn, its runs are drawn anew.
+        truth_drawn = means[np.arange(draws)[:, None], np.arange(len(names)), chosen]
+        drawn.append(correlation(kind, truth_drawn, predicted[chosen]))
+        counts.append(len(names))
+    low, high = np.quantile(np.mean(drawn, axis=0), (0.025, 0.975))
+    return Estimate(float(np.mean(points)), float(low), float(high), min(counts))
 
 
 def reliability(truth: Losses) -> float:
@@ -250,45 +249,41 @@ def training_cost(config: Mapping[str, Any]) -> float:
     return 3.0 * images * config["recipe"]["epochs"]
 
 
-def agreements(records: Sequence[Record], *, draws: int = 1000) -> list[Agreement]:
-    """Every measure against the truth, the cheapest first."""
+def agreements(records: Sequence[Record], measures: Sequence[str] = (*MEASURES, "short_training")) -> list[Agreement]:
+    """The measures against the truth, the cheapest first; those that no record holds are left out."""
     truths = [losses(records, ratio) for ratio in RATIOS]
+
+    def agreement(name: str, predictions: Sequence[Mapping[str, float]], cost: float, seconds: float) -> Agreement:
+        rho, tau = (bootstrap(truths, predictions, kind=kind) for kind in get_args(Kind))
+        return Agreement(name, rho, tau, cost, seconds)
+
     rows = []
-    for measure in MEASURES:
-        found = tables(records, measure)
+    for measure in measures:
+        found = tables(records, measure) if measure in MEASURES else []
         if not found:
             continue
-        scores = [(measure, "value")] + [(f"{measure} (KL)", "kl")] * measure.startswith("oneshot")
-        cells = [c for t in found for c in t.cells if c.layer in truths[0].layers]
-        wanted = [c for c in cells if c.basis_channels in ranks(_channels(found[0], c.layer))]
-        # One pass scores all ranks of these, so that fewer ratios would not be cheaper.
-        shared = measure in ("activation", "taylor", "fisher")
-        counted = [c for t in found for c in t.cells] if shared else wanted
-        cost = sum(c.forward + 2 * c.backward for c in counted) / len(found)
-        seconds = sum(c.seconds for c in counted) / len(found)
-        for name, score in scores:
+        cells = [c for t in found for c in t.cells]
+        if measure not in ("activation", "taylor", "fisher"):  # these score all layers and ranks in one pass
+            channels = {layer.name: layer.out_channels for layer in found[0].layers}
+            cells = [c for c in cells if c.layer in truths[0].layers and c.basis_channels in ranks(channels[c.layer])]
+        cost = sum(c.forward + 2 * c.backward for c in cells) / len(found)
+        seconds = sum(c.seconds for c in cells) / len(found)
+        for score in ("value", "kl")[: 1 + measure.startswith("oneshot")]:
             predictions = [mean_values([values(t, ratio, score) for t in found]) for ratio in RATIOS]
-            rho, tau = (bootstrap(truths, predictions, kind=k, draws=draws) for k in ("spearman", "kendall"))
-            rows.append(Agreement(name, rho, tau, cost, seconds))
+            rows.append(agreement(measure if score == "value" else f"{measure} (KL)", predictions, cost, seconds))
     brief = [losses(records, ratio, short=True) for ratio in RATIOS]
-    if all(b.dense and b.layers for b in brief):
-        predictions = [b.truth() for b in brief]
-        rho, tau = (bootstrap(truths, predictions, kind=k, draws=draws) for k in ("spearman", "kendall"))
+    if "short_training" in measures and all(b.dense and b.layers for b in brief):
         trained = [r for r in records if r.config["arm"].startswith("short ")]
-        cost = sum(training_cost(r.config) for r in trained)
-        rows.append(Agreement("short_training", rho, tau, cost, sum(r.result["train_seconds"] for r in trained)))
+        cost, seconds = (sum(x) for x in zip(*((training_cost(r.config), r.result["train_seconds"]) for r in trained),
+                                             strict=True))  # fmt: skip
+        rows.append(agreement("short_training", [b.truth() for b in brief], cost, seconds))
     return sorted(rows, key=lambda row: row.cost)
-
-
-def _channels(table: SensitivityTable, name: str) -> int:
-    return next(layer.out_channels for layer in table.layers if layer.name == name)
 
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     """The verdict on H1 by :data:`RULE`."""
     truths = [losses(records, ratio) for ratio in RATIOS]
-    rows = {row.measure: row for row in agreements(records)} if records else {}
-    row = rows.get(RECOMMENDED)
+    row = next((row for row in agreements(records, (RECOMMENDED,)) if row.measure == RECOMMENDED), None)
     if row is None or row.spearman.n == 0 or min(len(t.dense) for t in truths) < 4:
         finding = "there are too few runs to compare a sensitivity with full training"
         return (Verdict("H1", profile, "not tested", finding),)

@@ -10,7 +10,8 @@ activation        N forward                             the layer's outputs
 taylor, fisher    N forward and backward                the loss, near the dense network
 oneshot           about L K N / 2 forward               the loss of the network with the layer replaced
 oneshot_bn        the same, and as many to recalibrate  that, with fitting statistics of batch norm.
-short_training    (1 + L K) short trainings per seed    the loss after training
+fine_tuning       (1 + L K) short trainings per seed    what training does not win back
+short_training    (1 + L K) short trainings per seed    the loss after training from scratch
 full_training     (1 + L K) trainings per seed          the truth
 ================  ====================================  =================================================
 """
@@ -44,7 +45,12 @@ from basis.substitution import Plan, few, merge, substitute
 from basis.table import MEASURES, Layer, SensitivityTable, Trial
 from basis.training import Recipe, TrainingError, train
 
-TRAINING = ("short_training", "full_training")
+# Each with the epochs and peak learning rate of its default recipe; the last two begin from scratch.
+TRAINING: Mapping[str, Recipe] = {
+    "fine_tuning": Recipe(epochs=1, lr=0.02),
+    "short_training": Recipe(epochs=2),
+    "full_training": Recipe(),
+}
 CALIBRATION_IMAGES = 2000
 
 Trainer = Callable[[nn.Module, int], float]
@@ -87,10 +93,12 @@ def sensitivity(
         calibration: for "oneshot_bn": batches like ``data`` (targets may be absent) on which the
             statistics of batch normalisation are measured; ``data``, unless given, or the first 2,000
             training images of ``Data``. Other measures ignore it.
-        recipe: of the measures that train; ``Recipe(epochs=2)`` in short, else ``Recipe()``.
+        recipe: of the measures that train; of "fine_tuning", which starts at the weights of ``model``,
+            ``Recipe(epochs=1, lr=0.02)`` unless given; of "short_training" and "full_training", which
+            start from scratch, ``Recipe(epochs=2)`` and ``Recipe()``.
         trainer: instead of a recipe: trains the network given, in place, with a seed, and returns the
-            final validation loss. Initial weights have been drawn from that seed, except those of
-            modules without ``reset_parameters``, which the trainer has to draw itself.
+            final validation loss. From scratch, initial weights have been drawn from that seed, except
+            those of modules without ``reset_parameters``, which the trainer has to draw itself.
         seeds, seed: how many trainings of each network, and the first one's seed.
         part: (i, n): measure only every n-th layer, from the i-th on (dense trainings are done by part 0).
             Each worker needs a file of its own; :meth:`SensitivityTable.merge` joins their tables.
@@ -198,7 +206,7 @@ def _check(
         if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
             raise ValueError(f"seeds is {seeds!r}, but it is how many trainings each network gets, at least 1")
     elif recipe is not None or trainer is not None:
-        raise ValueError(f"{measure} trains nothing; recipe and trainer go with {' and '.join(TRAINING)}")
+        raise ValueError(f"{measure} trains nothing; recipe and trainer go with {', '.join(TRAINING)}")
     if len(part) != 2 or not 0 <= part[0] < part[1]:
         raise ValueError(f"part is {part!r}, but it must be (i, n) with 0 <= i < n: the i-th of n workers")
 
@@ -371,8 +379,10 @@ def _trainings(
     seeds: Sequence[int],
 ) -> _Work:
     fingerprint = {"seeds": ", ".join(map(str, seeds))}
+    if measure == "fine_tuning":
+        fingerprint["weights"] = weights(model)
     size = None
-    recipe = recipe or (Recipe(epochs=2) if measure == "short_training" else Recipe())
+    recipe, scratch = recipe or TRAINING[measure], measure != "fine_tuning"
     device = next(model.parameters()).device
     if isinstance(data, Data):
         size = (data.train.x.shape[3], *data.train.x.shape[1:3])
@@ -392,7 +402,7 @@ def _trainings(
                 f"the recipe's batch_size is {recipe.batch_size}, but there are only {len(data.train)} training images"
             )
         fixed = [name for name, m in model.named_modules() if list(m.parameters(False)) and _reset_of(m) is None]
-        if fixed:
+        if fixed and scratch:
             raise ValueError(
                 f"{few(name or 'the model itself' for name in fixed)} has parameters but no reset_parameters, so it "
                 "cannot be trained from scratch; give a trainer that initialises it"
@@ -402,9 +412,11 @@ def _trainings(
 
     def trial(layer: str | None, k: int, seed: int) -> Trial:
         began = time.perf_counter()
-        network = substitute(model, {} if layer is None else {layer: k}, init="random").train()
+        plan = {} if layer is None else {layer: k}
+        network = substitute(model, plan, init="random" if scratch else "svd").train()
         torch.manual_seed(seed)
-        network.apply(_reset)
+        if scratch:
+            network.apply(_reset)
         forward = backward = 0
         if trainer is not None:
             loss = float(trainer(network, seed))

@@ -61,6 +61,7 @@ class Ladder:
         multiple: what every k is a multiple of.
         images: how many held-out images they are measured on.
         calibration: how many training images (not augmented) batch normalisation is recalibrated on.
+        tuning: how a network is trained on for the measure "fine_tuning".
         joint: unit -> budgets at which whole plans, selected by the last measure and uniform, are measured too.
     """
 
@@ -68,6 +69,7 @@ class Ladder:
     multiple: int = 8
     images: int = 2000
     calibration: int = 2000
+    tuning: Recipe | None = None
     joint: Mapping[str, Sequence[float]] | None = None
 
 
@@ -386,7 +388,8 @@ def climb(
 ) -> dict[str, list[Any] | dict[str, Any]]:
     """Every measure of the ladder on the trained ``model``: ``tables``, and ``joint``, what whole plans lose.
 
-    Uses the first held-out images, and the first training images for calibration, in float32.
+    Uses the first held-out images, and the first training images for calibration, in float32; fine-tuning uses
+    all images of both.
 
     Raises:
         TrainingPaused: when ``should_stop`` says so between two cells.
@@ -402,9 +405,11 @@ def climb(
 
     tables: dict[str, Any] = {}
     for measure, ratios in ladder.measures.items():
+        tuned: dict[str, Any] = {"recipe": ladder.tuning, "seeds": 1} if measure == "fine_tuning" else {}
         table = sensitivity(
-            model, held, measure=measure, ratios=ratios, multiple=ladder.multiple, calibration=calibration,
-            resume=beside and beside.with_name(f"{beside.stem}-{measure}.jsonl"), progress=pause,
+            model, data if tuned else held, measure=measure, ratios=ratios, multiple=ladder.multiple,
+            calibration=calibration, resume=beside and beside.with_name(f"{beside.stem}-{measure}.jsonl"),
+            progress=pause, **tuned,
         )  # fmt: skip
         tables[measure] = table.to_lines()
     together = []

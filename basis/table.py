@@ -32,6 +32,7 @@ MEASURES: Mapping[str, str] = {
     "fisher": "quadratic change of the loss",
     "oneshot": "change of the loss",
     "oneshot_bn": "change of the loss, statistics recalibrated",
+    "fine_tuning": "change of the validation loss after fine-tuning",
     "short_training": "change of the final validation loss, short training",
     "full_training": "change of the final validation loss",
 }

@@ -196,7 +196,9 @@ def test_wrong_arguments():
     wrong("exclude has 'fc', but no convolution has such a name", exclude=("first", "fc"))
     for part in ((1, 1), (-1, 2), (0,)):
         wrong("part is .*, but it must be \\(i, n\\) with 0 <= i < n", part=part)
-    wrong("oneshot trains nothing; recipe and trainer go with short_training and full_training", recipe=Recipe())
+    wrong(
+        "oneshot trains nothing; recipe and trainer go with fine_tuning, short_training, full_training", recipe=Recipe()
+    )
     wrong("short_training takes no loss", measure="short_training", loss=F.cross_entropy)
     for seeds in (0, 1.5, True):
         wrong("seeds is .*, but it is how many trainings", measure="short_training", seeds=seeds)
@@ -507,3 +509,31 @@ def test_what_layers_lose_together_is_paired_and_agrees_with_one_layer_alone():
 def test_only_measures_of_the_loss_hold_for_several_layers():
     with pytest.raises(ValueError, match="measure is 'taylor', but what layers lose together"):
         joint(build("resnet20", width=4), {}, synthetic(train=20, test=10), measure="taylor")
+
+
+def test_fine_tuning_starts_at_the_weights_of_the_model():
+    torch.manual_seed(0)
+    model = build("resnet20", width=4)
+    seen = []
+
+    def trainer(network, seed):
+        seen.append({name: p.detach().clone() for name, p in network.named_parameters()})
+        return float(len(seen))
+
+    table = sensitivity(
+        model, measure="fine_tuning", ratios=(0.5,), multiple=1, include="layer1.0.conv1", trainer=trainer, seeds=1
+    )
+    assert [cell.value for cell in table.cells] == [1.0]
+    dense, tuned = seen
+    assert all(torch.equal(value, dense[name]) for name, value in model.named_parameters())
+    expected = substitute(model, {"layer1.0.conv1": 2}).state_dict()
+    assert torch.equal(tuned["layer1.0.conv1.basis"], expected["layer1.0.conv1.basis"])
+    assert torch.equal(tuned["conv1.weight"], model.conv1.weight)
+
+
+def test_a_file_of_fine_tunings_of_other_weights_is_refused(tmp_path):
+    options = {"measure": "fine_tuning", "ratios": (0.5,), "multiple": 1, "include": "conv1", "seeds": 1}
+    options |= {"resume": tmp_path / "tuned.jsonl", "trainer": lambda network, seed: 1.0}
+    sensitivity(build("resnet20", width=4), **options)
+    with pytest.raises(ValueError, match="another weights"):
+        sensitivity(build("resnet20", width=4), **options)

@@ -69,9 +69,9 @@ def test_the_truth_has_every_3x3_layer_at_two_ratios_and_no_seed_on_both_sides()
     assert len({run.arm for run in cells}) == 17 * 2
     assert {len(run.plan) for run in cells} == {1}
     assert {run.test for run in runs} == {False}
-    measured = {run.seed for run in runs if run.arm == "ladder"}
+    measured = {run.seed for run in runs if run.ladder}
     short = {run.seed for run in runs if run.arm.startswith("short")}
-    assert not measured & {run.seed for run in runs if run.arm != "ladder"}
+    assert not measured & {run.seed for run in runs if not run.ladder}
     assert not short & {run.seed for run in cells}
     first = [run.arm for run in runs[:9]]
     assert first == ["dense"] * 8 + ["ladder"]
@@ -132,9 +132,32 @@ def test_rank_correlations_are_those_of_scipy_also_with_ties():
 
 
 def test_reliability_is_the_share_that_is_not_noise():
-    assert sensitivity.reliability(sensitivity.Losses((), {str(i): (i, i) for i in range(5)})) == 1
-    same = sensitivity.Losses((), {str(i): (0.0, 1.0) for i in range(5)} | {"x": (0.1, 1.0)})
+    seeds_differ = sensitivity.Losses((), {str(i): (i + 0.0, i + 5.0) for i in range(5)})
+    assert sensitivity.reliability(seeds_differ) == pytest.approx(1)
+    same = sensitivity.Losses((), {"a": (0.0, 1.0), "b": (1.0, 0.0), "c": (0.1, 0.9)})
     assert sensitivity.reliability(same) == 0
+    random = np.random.default_rng(0)
+    layers = random.normal(size=400)
+    runs = layers[:, None] + random.normal(size=(400, 2))
+    half = sensitivity.Losses((), {str(i): tuple(row) for i, row in enumerate(runs)})
+    assert sensitivity.reliability(half) == pytest.approx(2 / 3, abs=0.07)
+
+
+def test_the_second_truth_is_of_the_very_network_that_was_measured():
+    rank = {name: i for i, name in enumerate(sensitivity.convolutions("resnet18", 8))}
+    shapes = sensitivity.convolutions("resnet18", 8)
+    runs = [run for run in SENSITIVITY.runs("cpu") if run.arm == "tuned"]
+    assert len(runs) == 2
+    assert set(runs[0].ladder.measures) == {*sensitivity.MEASURES, "fine_tuning"}
+    records = []
+    for run, sign in zip(runs, (1, -1), strict=True):  # what is sensitive in one is not in the other
+        values = {(name, k): sign * float(i) for name, i in rank.items() for k in sensitivity.ranks(shapes[name])}
+        tables = {m: sensitivities(values, m) for m in (*sensitivity.MEASURES, "fine_tuning")}
+        records.append(record(run, tables=tables))
+    rows = {row.measure: row for row in sensitivity.agreements(records, truth="tuned")}
+    assert rows["oneshot"].spearman.value == pytest.approx(1)
+    assert rows["oneshot"].spearman.n == 17
+    assert "fine_tuning" not in rows
 
 
 @pytest.mark.parametrize(

@@ -26,10 +26,12 @@ from basis.table import SensitivityTable
 from basis.training import Recipe
 
 Kind = Literal["spearman", "kendall"]
+Truth = Literal["scratch", "tuned"]
 
 RATIOS = (1 / 8, 1 / 32)
 NAMES = {1 / 2: "r=1/2", 1 / 4: "r=1/4", 1 / 8: "r=1/8", 1 / 32: "r=1/32"}
 MEASURES = ("spectrum", "activation", "taylor", "fisher", "oneshot", "oneshot_bn")
+TRAINED = ("fine_tuning", "short_training")
 RECOMMENDED = "oneshot_bn"
 SPEARMAN, COST = 0.8, 0.05
 NETWORKS = {
@@ -82,7 +84,11 @@ def _runs(
 ) -> tuple[Run, ...]:  # fmt: skip
     ladder = Ladder(measures=dict.fromkeys(MEASURES, ratios), multiple=1, images=images, calibration=images // 2)
     # Sensitivities come from networks of their own: no run is on both sides of a correlation.
-    climbs = [replace(base, arm="ladder", seed=dense + i, ladder=ladder) for i in range(networks)]
+    # All but the first are fine-tuned too, layer by layer: a second truth, of the very network that was measured.
+    tuning = replace(short, lr=short.lr / 5)
+    tuned = replace(ladder, measures={**ladder.measures, "fine_tuning": RATIOS}, tuning=tuning)
+    climbs = [replace(base, arm="ladder", seed=dense, ladder=ladder)]
+    climbs += [replace(base, arm="tuned", seed=dense + i, ladder=tuned) for i in range(1, networks)]
     cells = list(alone(base, layers))
     truths = [[replace(base, arm=arm, seed=seed, plan=p) for arm, p in cells] for seed in range(seeds)]
     brief = replace(base, recipe=short)
@@ -92,7 +98,7 @@ def _runs(
         for arm, p in [("dense", None), *cells]
     ]
     noise = [replace(base, seed=seed) for seed in range(dense)]
-    return (*noise, *climbs[:1], *(r for t in truths[:2] for r in t), *shorts, *climbs[1:],
+    return (*noise, *climbs[:1], *(r for t in truths[:2] for r in t), *climbs[1:], *shorts,
             *(r for t in truths[2:] for r in t))  # fmt: skip
 
 
@@ -104,7 +110,9 @@ def alone(base: Run, layers: int | None = None) -> Mapping[str, Mapping[str, int
 
 
 def ranks(out_channels: int) -> tuple[int, ...]:
-    """The numbers of basis channels of the truth, without repetition."""
+    """The numbers of basis channels of the truth, without repetition; none for a layer that is not in it."""
+    if not out_channels:
+        return ()
     return tuple(dict.fromkeys(basis_channels_for(ratio, out_channels) for ratio in RATIOS))
 
 
@@ -159,10 +167,17 @@ def losses(records: Sequence[Record], ratio: float, *, short: bool = False, metr
     return Losses(tuple(found.get(f"{prefix}dense", ())), layers)
 
 
+def tuned_losses(record: Record, ratio: float) -> Losses:
+    """What each 3x3 layer costs after fine-tuning one network, against the dense network tuned as long."""
+    table = SensitivityTable.from_lines(record.result["tables"]["fine_tuning"])
+    square = convolutions(record.config["model"], record.config["width"])
+    return Losses((0.0,), {name: (value,) for name, value in values(table, ratio).items() if name in square})
+
+
 def tables(records: Sequence[Record], measure: str) -> list[SensitivityTable]:
     """One table for each measured network."""
-    climbs = [r for r in records if r.config["arm"] == "ladder"]
-    return [SensitivityTable.from_lines(r.result["tables"][measure]) for r in climbs]
+    found = [r.result["tables"] for r in records if r.config["arm"] in ("ladder", "tuned")]
+    return [SensitivityTable.from_lines(t[measure]) for t in found if measure in t]
 
 
 def values(table: SensitivityTable, ratio: float, score: str = "value") -> dict[str, float]:
@@ -235,12 +250,19 @@ def bootstrap(
 def reliability(truth: Losses) -> float:
     """The share of the variance between layers' mean losses that is not noise of the runs, in [0, 1].
 
-    From the one-way analysis of variance: 1 - (mean variance of a layer's mean) / (variance between means).
-    Its square root bounds the correlation that a perfect measure could be expected to reach.
+    From the two-way analysis of variance of layers and seeds (every layer was trained with the same seeds, so
+    that what a seed does to all of them moves no rank). Its square root bounds the correlation that a perfect
+    measure could be expected to reach. NaN where there are fewer than two runs or layers.
     """
-    means = [np.mean(v) for v in truth.layers.values()]
-    noise = float(np.mean([np.var(v, ddof=1) / len(v) for v in truth.layers.values()]))
-    return max(0.0, 1 - noise / float(np.var(means, ddof=1)))
+    seeds = min(map(len, truth.layers.values()), default=0)
+    if seeds < 2 or len(truth.layers) < 2:
+        return float("nan")
+    runs = np.array([values[:seeds] for values in truth.layers.values()])
+    means = runs.mean(1)
+    rest = runs - means[:, None] - runs.mean(0) + runs.mean()
+    noise = (rest**2).sum() / ((len(runs) - 1) * (seeds - 1)) / seeds
+    between = float(means.var(ddof=1))
+    return max(0.0, 1 - float(noise) / between) if between else 0.0
 
 
 def training_cost(config: Mapping[str, Any]) -> float:
@@ -249,9 +271,19 @@ def training_cost(config: Mapping[str, Any]) -> float:
     return 3.0 * images * config["recipe"]["epochs"]
 
 
-def agreements(records: Sequence[Record], measures: Sequence[str] = (*MEASURES, "short_training")) -> list[Agreement]:
-    """The measures against the truth, the cheapest first; those that no record holds are left out."""
-    truths = [losses(records, ratio) for ratio in RATIOS]
+def agreements(
+    records: Sequence[Record], measures: Sequence[str] = (*MEASURES, *TRAINED), *, truth: Truth = "scratch"
+) -> list[Agreement]:
+    """The measures against a truth, the cheapest first; those that no record holds are left out.
+
+    The truth is what a layer costs after training from scratch (measures are then means over the measured
+    networks), or after fine-tuning of the very network that was measured (correlations are then means over those).
+    """
+    climbs = [r for r in records if r.config["arm"] in (("tuned",) if truth == "tuned" else ("ladder", "tuned"))]
+    if truth == "tuned":
+        truths = [tuned_losses(r, ratio) for r in climbs for ratio in RATIOS]
+    else:
+        truths = [losses(records, ratio) for ratio in RATIOS]
 
     def agreement(name: str, predictions: Sequence[Mapping[str, float]], cost: float, seconds: float) -> Agreement:
         rho, tau = (bootstrap(truths, predictions, kind=kind) for kind in get_args(Kind))
@@ -259,24 +291,28 @@ def agreements(records: Sequence[Record], measures: Sequence[str] = (*MEASURES, 
 
     rows = []
     for measure in measures:
-        found = tables(records, measure) if measure in MEASURES else []
-        if not found:
+        found = tables(climbs, measure)
+        if not found or (measure, truth) == ("fine_tuning", "tuned"):
             continue
         cells = [c for t in found for c in t.cells]
         if measure not in ("activation", "taylor", "fisher"):  # these score all layers and ranks in one pass
-            channels = {layer.name: layer.out_channels for layer in found[0].layers}
-            cells = [c for c in cells if c.layer in truths[0].layers and c.basis_channels in ranks(channels[c.layer])]
+            shapes = convolutions(climbs[0].config["model"], climbs[0].config["width"])
+            cells = [c for c in cells if c.basis_channels in ranks(shapes.get(c.layer, 0))]
         cost = sum(c.forward + 2 * c.backward for c in cells) / len(found)
         seconds = sum(c.seconds for c in cells) / len(found)
         for score in ("value", "kl")[: 1 + measure.startswith("oneshot")]:
-            predictions = [mean_values([values(t, ratio, score) for t in found]) for ratio in RATIOS]
+            by_ratio = [[values(t, ratio, score) for t in found] for ratio in RATIOS]
+            predictions = [mean_values(every) for every in by_ratio]
+            if truth == "tuned":
+                predictions = [every[i] for i in range(len(found)) for every in by_ratio]
             rows.append(agreement(measure if score == "value" else f"{measure} (KL)", predictions, cost, seconds))
     brief = [losses(records, ratio, short=True) for ratio in RATIOS]
-    if "short_training" in measures and all(b.dense and b.layers for b in brief):
+    if "short_training" in measures and all(b.dense and b.layers for b in brief) and truths:
         trained = [r for r in records if r.config["arm"].startswith("short ")]
         cost, seconds = (sum(x) for x in zip(*((training_cost(r.config), r.result["train_seconds"]) for r in trained),
                                              strict=True))  # fmt: skip
-        rows.append(agreement("short_training", [b.truth() for b in brief], cost, seconds))
+        predictions = [b.truth() for b in brief] * (len(truths) // len(RATIOS))
+        rows.append(agreement("short_training", predictions, cost, seconds))
     return sorted(rows, key=lambda row: row.cost)
 
 

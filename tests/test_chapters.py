@@ -48,8 +48,9 @@ def test_without_records_a_chapter_says_what_is_missing(stem, tmp_path, monkeypa
     monkeypatch.setenv("BASIS_RESULTS", str(tmp_path))
     last = {} if stem.startswith("01") else {"run_missing": False}
     text = texts(run(stem, profile="paper", **last))
-    if stem.startswith("03"):
+    if not stem.startswith(("01", "02")):
         assert "Not known yet" in text
+    if stem.startswith("03"):
         assert "0 of 40 runs of the profile `paper` have a record" in text
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,3 +57,38 @@ def difference_estimate(first: Sequence[float], second: Sequence[float]) -> Esti
         return Estimate(value, value, value, n)
     interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
     return Estimate(value, float(interval.low), float(interval.high), n)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The standard deviation between equal runs, pooled over arms, and its degrees of freedom.
+
+    For arms of few runs each, whose own deviations say little (two runs give one degree of freedom). It takes
+    the spread to be the same in all arms.
+    """
+
+    value: float
+    freedom: int
+
+    def mean(self, values: Sequence[float]) -> Estimate:
+        """The mean of one arm, with the interval that this spread gives it."""
+        return self._around(float(np.mean(values)), 1 / len(values), len(values))
+
+    def difference(self, first: Sequence[float], second: Sequence[float]) -> Estimate:
+        """mean(first) - mean(second) with its interval; n is the smaller of the two numbers of runs."""
+        value = float(np.mean(first) - np.mean(second))
+        return self._around(value, 1 / len(first) + 1 / len(second), min(len(first), len(second)))
+
+    def _around(self, value: float, variance: float, n: int) -> Estimate:
+        if not self.freedom:
+            return Estimate(value, math.nan, math.nan, n)
+        half = float(stats.t.ppf(0.975, self.freedom)) * self.value * math.sqrt(variance)
+        return Estimate(value, value - half, value + half, n)
+
+
+def pooled_spread(arms: Iterable[Sequence[float]]) -> Spread:
+    """The spread within arms; an arm of one run adds nothing to it."""
+    runs = [np.asarray(values, dtype=float) for values in arms if len(values) > 1]
+    freedom = sum(len(values) - 1 for values in runs)
+    squares = sum(float(((values - values.mean()) ** 2).sum()) for values in runs)
+    return Spread(math.sqrt(squares / freedom) if freedom else math.nan, freedom)

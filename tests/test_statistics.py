@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from basis.runs import Record
-from basis.statistics import difference_estimate, mean_estimate
+from basis.statistics import difference_estimate, mean_estimate, pooled_spread
 from basis.studies import naive
 
 
@@ -68,3 +69,25 @@ def test_the_rule_for_c3(dense, basis, label):
 @pytest.mark.parametrize(("size", "label"), [(0.54, "reproduced"), (0.8, "partly"), (1.1, "not reproduced")])
 def test_the_rule_for_c1(size, label):
     assert naive.judge(records([0.9, 0.91], [0.8, 0.81], size), "cpu")[0].label == label
+
+
+def test_a_pooled_spread_agrees_with_students_interval_for_one_arm_and_ignores_single_runs():
+    values = [1.0, 2.0, 4.0]
+    spread = pooled_spread([values, [100.0]])
+    assert spread.freedom == 2
+    alone, pooled = mean_estimate(values), spread.mean(values)
+    assert (pooled.low, pooled.high) == pytest.approx((alone.low, alone.high))
+
+
+def test_a_pooled_difference_is_that_of_the_test_with_equal_variances():
+    a, b = [1.0, 2.0, 4.0], [3.0, 3.5, 7.0, 9.0]
+    found = pooled_spread([a, b]).difference(a, b)
+    expected = stats.ttest_ind(a, b, equal_var=True).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert found.n == 3
+
+
+def test_single_runs_have_no_spread():
+    spread = pooled_spread([[1.0], [2.0]])
+    assert spread.mean([1.0]).value == 1
+    assert math.isnan(spread.mean([1.0]).low)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from basis.runs import Choice, Ladder, Record, Run
-from basis.statistics import Estimate, difference_estimate
+from basis.statistics import Estimate, Spread, difference_estimate, pooled_spread
 from basis.studies.study import Label, Study, Verdict
 from basis.table import SensitivityTable
 from basis.training import Recipe
@@ -145,6 +145,12 @@ def table_of(record: Record) -> SensitivityTable:
 def accuracies(records: Sequence[Record], name: str) -> list[float]:
     """Test accuracies (fractions, no test-time augmentation) of an arm's runs."""
     return [r.result["test"]["accuracy"] for r in of_arm(records, name)]
+
+
+def spread(records: Sequence[Record], *, scale: float = 1) -> Spread:
+    """The standard deviation of ``scale`` x test accuracy between equal trainings, pooled over arms and draws."""
+    names = dict.fromkeys(r.config["arm"] for r in records if r.config["arm"] != "table")
+    return pooled_spread([[scale * a for a in accuracies(records, name)] for name in names])
 
 
 def difference(records: Sequence[Record], first: str, second: str) -> Estimate:

@@ -7,7 +7,6 @@ its final loss on held-out images against the dense network's. The candidates: e
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,7 +20,7 @@ from torch import nn
 from basis.conv import basis_channels_for
 from basis.models import build
 from basis.runs import Ladder, Record, Run
-from basis.statistics import Estimate
+from basis.statistics import Estimate, Spread, pooled_spread
 from basis.studies.study import Label, Study, Verdict
 from basis.table import SensitivityTable
 from basis.training import Recipe
@@ -144,19 +143,13 @@ class Losses:
         return {name: float(np.mean(values) - np.mean(self.dense)) for name, values in self.layers.items()}
 
     @property
-    def spread(self) -> tuple[float, int]:
-        """The standard deviation between equal trainings, pooled over all arms, and its degrees of freedom."""
-        arms = [np.array(values) for values in (self.dense, *self.layers.values()) if len(values) > 1]
-        freedom = sum(len(values) - 1 for values in arms)
-        squares = sum(float(((values - values.mean()) ** 2).sum()) for values in arms)
-        return math.sqrt(squares / freedom), freedom
+    def spread(self) -> Spread:
+        """The standard deviation between equal trainings, pooled over all arms."""
+        return pooled_spread([self.dense, *self.layers.values()])
 
     def estimate(self, layer: str) -> Estimate:
-        """What ``layer`` loses, with a 95 % interval from the pooled :attr:`spread` (two runs alone tell too little)."""
-        runs, (spread, freedom) = self.layers[layer], self.spread
-        value = float(np.mean(runs) - np.mean(self.dense))
-        half = float(stats.t.ppf(0.975, freedom)) * spread * math.sqrt(1 / len(runs) + 1 / len(self.dense))
-        return Estimate(value, value - half, value + half, len(runs))
+        """What ``layer`` loses, with an interval from the pooled spread, since two runs alone tell little."""
+        return self.spread.difference(self.layers[layer], self.dense)
 
 
 def losses(records: Sequence[Record], ratio: float, *, short: bool = False, metric: str = "loss") -> Losses:

@@ -34,7 +34,7 @@ from torch.nn.modules.conv import _ConvNd
 from tqdm.auto import tqdm
 
 from basis import measures
-from basis.batches import Batches, held_out, outputs_of, read_batches, with_labels
+from basis.batches import Batches, even, held_out, outputs_of, read_batches, with_labels
 from basis.complexity import cost
 from basis.conv import BasisConv2d
 from basis.data import Data, Images
@@ -337,7 +337,7 @@ def _prepare(
         elif isinstance(calibration, Data):
             calibration = calibration.train
         given = batches if calibration is None else read_batches(calibration, model, "calibration", bare=True)
-        inputs = [x for x, _ in given]
+        inputs = even([x for x, _ in given])
         outputs_of(model, inputs[0])
         fingerprint["calibration"] = samples([(x, None) for x in inputs])
     return batches, score, inputs, fingerprint
@@ -407,6 +407,14 @@ def _trainings(
                 f"{few(name or 'the model itself' for name in fixed)} has parameters but no reset_parameters, so it "
                 "cannot be trained from scratch; give a trainer that initialises it"
             )
+        kinds = {p.dtype for p in model.parameters()} - {torch.float32}
+        if kinds:
+            raise ValueError(
+                f"the model has parameters of {', '.join(map(str, kinds))}, but the default training keeps them in "
+                "float32; convert it, or give a trainer"
+            )
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
         data = data.to(device)
     fingerprint |= {"recipe": repr(recipe)} if trainer is None else {"trainer": name_of(trainer)}
 

@@ -92,3 +92,12 @@ def with_labels(batches: list[Batch], outputs: Any) -> list[Batch]:
             raise ValueError(f"the labels run from {low} to {high}, but {classes} logits take 0 to {classes - 1}")
         result.append((x, y.long()))
     return result
+
+
+def even(inputs: list[Tensor]) -> list[Tensor]:
+    """The same inputs in as many batches of (nearly) equal size, so that each sample has the same weight in a mean
+    over batches. Where their shapes differ they stay as they are.
+    """
+    if len({len(x) for x in inputs}) == 1 or len({x.shape[1:] for x in inputs}) > 1:
+        return inputs
+    return list(torch.cat(inputs).tensor_split(len(inputs)))

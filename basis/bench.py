@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from basis.complexity import _trace
+from basis.complexity import _trace, cost
 from basis.conv import MODES, BasisConv2d, Mode, basis_channels_for
 from basis.models import build
 from basis.runs import RecordError, environment, write_json
@@ -491,6 +491,7 @@ def bench_latency(
         first = cell[0]["layer"]
         rows += [{**row, "layer": layer, "same_as": None if layer == first else first} for row in cell]
     options = {"model": name or type(model).__name__, "input_size": list(input_size), "multiple": multiple}
+    options["macs"] = cost(model, input_size).total.forward_macs
     return setting.report("bench-latency", rows, **options, ratios=list(ratios), passes=list(passes))
 
 

@@ -177,7 +177,8 @@ def _bench(options: argparse.Namespace) -> int:
         report = bench_layers(shapes=options.shapes, passes=options.passes, modes=options.modes, **shared)
     elif options.kind == "latency":
         model = f"{options.model}-w{options.width}" if options.width else options.model
-        what.append(model)
+        size = "x".join(map(str, options.input_size))
+        what += [model] if size == "3x32x32" else [model, size]
         report = bench_latency(
             build(options.model, width=options.width), input_size=options.input_size, multiple=options.multiple,
             passes=options.passes, name=model, **shared,

@@ -25,8 +25,9 @@ def digest(text: str | bytes) -> str:
 
 def _bytes(tensor: Tensor) -> Any:
     """The tensor as rows of bytes, one for each entry of its first dimension."""
-    flat = tensor.detach().reshape(len(tensor), -1) if tensor.dim() else tensor.detach().reshape(1, 1)
-    return flat.contiguous().view(torch.uint8).cpu().numpy()
+    rows = len(tensor) if tensor.dim() else 1
+    width = tensor.numel() // rows if rows else 0
+    return tensor.detach().reshape(rows, width).contiguous().view(torch.uint8).cpu().numpy()
 
 
 def samples(batches: Iterable[tuple[Tensor, Tensor | None]]) -> str:
@@ -61,8 +62,25 @@ def _plain_name(text: str) -> str:
 
 
 def name_of(function: Any) -> str:
-    """What a loss or trainer is called, the same in every process."""
-    return getattr(function, "__qualname__", None) or _plain_name(repr(function))
+    """What a loss or trainer is: its name with its settings, or its code, the same in every process.
+
+    Of a module the numbers and strings among its attributes count, of a partial its arguments; of a function its
+    bytecode, constants and defaults, and the numbers and strings it has closed over. What else it refers to
+    cannot be told.
+    """
+    if isinstance(function, nn.Module):
+        return _plain_name(f"{function!r} {sorted((k, repr(v)) for k, v in vars(function).items() if _is_plain(v))}")
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return _plain_name(repr(function))
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    closed = [repr(value) if _is_plain(value) else type(value).__name__ for value in held]
+    parts = repr((code.co_code, code.co_consts, code.co_names, function.__defaults__, closed))
+    return f"{function.__module__}.{function.__qualname__} {digest(_plain_name(parts))}"
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str, type(None)))
 
 
 class Journal:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from basis.replay import Batch, Loss, Network, sample_losses
+from basis.replay import Batch, Loss, Network, cross_entropy, sample_losses
 from basis.statistics import Estimate, mean_estimate
 from basis.table import Cell
 
@@ -279,7 +279,7 @@ def oneshot(
     """Replace the weight of one layer by its approximation of rank k, and evaluate.
 
     The value is the mean loss minus the dense network's, its interval over samples (paired); ``kl`` the
-    mean divergence of the predictions, where the outputs are logits (N, classes).
+    mean divergence of the predictions, where the loss is cross-entropy of logits (N, classes).
 
     With ``calibration`` inputs the statistics of batch normalisation are measured anew before each
     evaluation, also of the dense network: the plain average over the batches (EagleEye: Li et al. 2020,
@@ -309,7 +309,7 @@ def oneshot(
                 with _weight(conv, weight), network.recalibrated():
                     new, _, logits = network.evaluate(batches, loss)
                 value, low, high, n = _estimate(new - losses, apart)
-                kl = _divergence(dense, logits)
+                kl = _divergence(dense, logits) if loss is cross_entropy else math.nan
                 yield Cell(
                     layer=name, basis_channels=k, value=value, low=low, high=high, n=n, kl=kl,
                     forward=network.spent + common, seconds=time.perf_counter() - began + common_seconds,
@@ -341,7 +341,7 @@ def _weight(conv: Any, weight: Tensor) -> Iterator[None]:
 
 def _divergence(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
     """Mean of KL(first || second) over the rows of logits (N, classes), in nats; NaN where there are none."""
-    if not first or len(first) != len(second):
+    if not first or len(first) != len(second) or first[0].shape[1] < 2:
         return math.nan
     log_p, log_q = (torch.cat(list(logits)).double().log_softmax(1) for logits in (first, second))
     total = (log_p.exp() * (log_p - log_q)).sum(1).mean().item()

@@ -305,6 +305,7 @@ def execute(
     *,
     device: torch.device,
     folder: Path | None = None,
+    definition: str | None = None,
     checkpoint: Path | None = None,
     should_stop: Callable[[], bool] | None = None,
     progress: bool | str = False,
@@ -312,8 +313,8 @@ def execute(
     """Do ``run`` and return its result as plain values: the training's, with size and best rank-k errors.
 
     The weights of the layers that stay dense are drawn alike in all runs of one seed. ``folder`` is where
-    the records are that a :class:`Choice` refers to. A ladder is measured beside the checkpoint, cell by
-    cell, and is resumed there.
+    the records are that a :class:`Choice` refers to, made under that ``definition`` of the study. A ladder is
+    measured beside the checkpoint, cell by cell, and is resumed there.
     """
     data = prepare_data(run)
     torch.manual_seed(run.seed)
@@ -321,7 +322,7 @@ def execute(
     plan = None if run.plan is None else Plan(run.plan)
     extra: dict[str, Any] = {}
     if run.choice is not None:
-        plan, foreseen = choose(run.choice, folder or results_folder())
+        plan, foreseen = choose(run.choice, folder or results_folder(), definition, should_stop=should_stop)
         extra |= {"plan": dict(plan.layers), "predicted": foreseen}
     if plan is not None:
         model = substitute(model, plan, mode=run.mode, init="random")
@@ -357,22 +358,36 @@ def spectrum(model: torch.nn.Module, ratios: Sequence[float] = (0.125, 0.25, 0.5
     return errors
 
 
-def choose(choice: Choice, folder: Path) -> tuple[Plan, dict[str, float]]:
+def choose(
+    choice: Choice, folder: Path, definition: str | None = None, *, should_stop: Callable[[], bool] | None = None
+) -> tuple[Plan, dict[str, float]]:
     """The plan that ``choice`` asks for, and what it is predicted to lose and to keep.
 
     Waits where another process is measuring the sensitivities right now.
 
     Raises:
-        TableMissing: where no record holds them.
+        TableMissing: where no record made under ``definition`` (any, if None) holds them.
+        TrainingPaused: when ``should_stop`` says so while waiting.
     """
-    path = next(folder.glob(f"*/*/{choice.table}.json"), None)
-    if path is None:
-        for lock in folder.glob(f"*/*/{choice.table}.lock"):
-            with filelock.FileLock(lock):
-                path = next(folder.glob(f"*/*/{choice.table}.json"), None)
-    if path is None:
+
+    def record() -> Record | None:
+        found = [read_record(path) for path in folder.glob(f"*/*/{choice.table}.json")]
+        return next((r for r in found if definition in (None, r.definition)), None)
+
+    made = record()
+    for path in folder.glob(f"*/*/{choice.table}.lock") if made is None else ():
+        lock = filelock.FileLock(path)
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=2)
+            except filelock.Timeout:
+                if should_stop and should_stop():
+                    raise TrainingPaused("stopped while waiting for the sensitivities of another run") from None
+        lock.release()
+        made = record()
+    if made is None:
         raise TableMissing(f"run {choice.table} has to measure the sensitivities first, and has no record yet")
-    table = SensitivityTable.from_lines(read_record(path).result["tables"][choice.measure])
+    table = SensitivityTable.from_lines(made.result["tables"][choice.measure])
     options: dict[str, Any] = {"rule": choice.rule, "ratio": choice.ratio, "seed": choice.draw or 0}
     plan = select(table, budget={choice.unit: choice.budget}, **options)
     return plan, {key: value for key, value in predicted(table, plan).items() if math.isfinite(value)}

@@ -253,6 +253,12 @@ def _scores(table: SensitivityTable, dense: Mapping[str, str], ratio: float | No
 def _times(latency: BenchReport, step: str, table: SensitivityTable, scores: Scores) -> Times:
     """The milliseconds of every layer of the report, after checking that it covers all of ``scores``."""
     times = latency.latencies(step)
+    there, here = latency.config.get("macs"), table.total["macs"]
+    if there and here and there != here:
+        raise ValueError(
+            f"the latency report is of another network or image size: {there:,} MACs per image there, {here:,} in the "
+            "table; measure it with the input_size of the table's images"
+        )
     known = {layer.name: layer.out_channels for layer in table.layers}
     for name, own in times.items():
         if name not in known and name not in table.skipped:

@@ -239,10 +239,11 @@ class SensitivityTable:
         if not any(math.isfinite(cell.kl) for cell in self.cells):
             raise ValueError(
                 f"this table of {self.measure} holds no divergences; oneshot and oneshot_bn measure them, "
-                "for networks whose outputs are logits (N, classes)"
+                "where the loss is cross-entropy of logits (N, classes)"
             )
         cells = (replace(cell, value=cell.kl, low=math.nan, high=math.nan, n=0) for cell in self.cells)
-        return replace(self, measure=f"{self.measure}_kl", cells=tuple(cells))
+        measure = f"{self.measure}_kl"
+        return replace(self, measure=measure, cells=tuple(cells), fingerprint={**self.fingerprint, "measure": measure})
 
     def to_frame(self) -> pd.DataFrame:
         """One row per cell: what it measured, what it cost, and what k would save of the dense layer."""

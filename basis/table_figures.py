@@ -56,7 +56,7 @@ def bars(table: SensitivityTable, ratio: float | None, theme: Theme) -> Figure:
     """The values at one ratio, with their intervals; the ratio that most layers have where it is None."""
     if ratio is None:
         every = [ratio_of(layer, k) for layer in table.layers for k in layer.candidates]
-        ratio = max(table.ratios, key=every.count)
+        ratio = min(max(table.ratios, key=every.count), 0.999)  # a k just below C_out rounds to 1
     cells = table.at(ratio)
     with matplotlib.rc_context(theme.rc()):
         figure = canvas(height=1.6 + 0.2 * len(cells))

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from basis import Recipe, SensitivityTable, cost, sensitivity, substitute
 from basis.analysis import TRAINING, joint
 from basis.data import Data, Images, first_images, hold_out, normalise, synthetic
+from basis.journal import name_of
 from basis.models import build
 from basis.statistics import difference_estimate
 from basis.table import MEASURES
@@ -537,3 +538,60 @@ def test_a_file_of_fine_tunings_of_other_weights_is_refused(tmp_path):
     sensitivity(build("resnet20", width=4), **options)
     with pytest.raises(ValueError, match="another weights"):
         sensitivity(build("resnet20", width=4), **options)
+
+
+def test_a_resume_file_of_a_loss_with_other_settings_is_refused(tmp_path):
+    torch.manual_seed(0)
+    model, data = build("resnet20", width=4), [(torch.randn(6, 3, 8, 8), torch.arange(6))]
+    options = {"measure": "oneshot", "ratios": (0.5,), "multiple": 1, "include": "conv1"}
+    path = tmp_path / "loss.jsonl"
+    sensitivity(model, data, loss=nn.CrossEntropyLoss(), resume=path, **options)
+    sensitivity(model, data, loss=nn.CrossEntropyLoss(), resume=path, **options)
+    with pytest.raises(ValueError, match="another loss"):
+        sensitivity(model, data, loss=nn.CrossEntropyLoss(label_smoothing=0.5), resume=path, **options)
+
+
+def test_closures_differ_by_what_they_hold():
+    def made(factor):
+        return lambda outputs, targets: factor * outputs
+
+    assert name_of(made(1)) == name_of(made(1))
+    assert name_of(made(1)) != name_of(made(2))
+    assert name_of(lambda a, b: a) != name_of(lambda a, b: b)
+
+
+def test_every_calibration_image_has_the_same_weight():
+    torch.manual_seed(0)
+    model, x = build("resnet20", width=4), torch.randn(33, 3, 8, 8)
+    data = [(x, torch.arange(33) % 10)]
+    options = {"measure": "oneshot_bn", "ratios": (0.5,), "multiple": 1, "include": "conv1"}
+    uneven = sensitivity(model, data, calibration=[x[:32], x[32:]], **options)
+    even = sensitivity(model, data, calibration=[x[:17], x[17:]], **options)
+    assert uneven.baseline["loss"] == pytest.approx(even.baseline["loss"], abs=1e-6)
+
+
+def test_divergences_are_of_predictions_only():
+    torch.manual_seed(0)
+    model, x = build("resnet20", width=4, num_classes=1), torch.randn(6, 3, 8, 8)
+    table = sensitivity(
+        model, [(x, torch.rand(6, 1))], measure="oneshot", ratios=(0.5,), multiple=1, include="conv1",
+        loss=lambda outputs, targets: F.binary_cross_entropy_with_logits(outputs, targets),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="holds no divergences"):
+        table.by_kl()
+
+
+def test_models_that_the_default_training_cannot_train_are_named():
+    data = hold_out(synthetic(train=60, test=10, size=8), 20)
+    options = {"measure": "fine_tuning", "recipe": Recipe(epochs=1, batch_size=20, cutout=0), "ratios": (0.5,)}
+    with pytest.raises(ValueError, match=r"parameters of torch.float64, but the default training"):
+        sensitivity(build("resnet20", width=4).double(), data, multiple=1, **options)
+    frozen = build("resnet20", width=4).requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        sensitivity(frozen, data, multiple=1, **options)
+
+
+def test_an_empty_buffer_is_no_obstacle():
+    model = build("resnet20", width=4)
+    model.register_buffer("empty", torch.zeros(0))
+    assert sensitivity(model, measure="spectrum", ratios=(0.5,), multiple=1).cells

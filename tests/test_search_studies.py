@@ -2,13 +2,16 @@
 
 import dataclasses
 
+import filelock
 import numpy as np
 import pytest
 from scipy import stats
 
+from basis import runs
 from basis.runs import Record
 from basis.studies import STUDIES, selection, sensitivity
 from basis.table import Cell, Layer, SensitivityTable
+from basis.training import TrainingPaused
 
 SENSITIVITY, SELECTION = STUDIES["sensitivity"], STUDIES["selection"]
 
@@ -94,16 +97,30 @@ def test_losses_are_differences_to_dense_and_short_ones_stand_apart():
     assert truth.truth()["layer4.1.conv2"] == pytest.approx(0.17)
     assert len(truth.dense) == 8
     assert len(sensitivity.losses(records, 1 / 8, short=True).dense) == 2
-    errors = sensitivity.losses(records, 1 / 8, metric="accuracy")
-    assert errors.dense == pytest.approx([0.4] * 8)
 
 
-def test_intervals_rest_on_the_spread_of_all_arms():
-    truth = sensitivity.Losses((0.0, 2.0), {"a": (3.0, 5.0), "b": (7.0, 7.0)})
-    assert truth.spread.value == pytest.approx((4 / 3) ** 0.5)
-    one = truth.estimate("a")
+def by_seed(*values):
+    return dict(enumerate(values))
+
+
+def test_layers_are_compared_with_the_dense_runs_of_their_seeds():
+    truth = sensitivity.Losses(by_seed(1.0, 3.0, 100.0), {"a": by_seed(1.5, 3.5), "b": by_seed(2.0, 4.0)})
+    assert truth.truth() == pytest.approx({"a": 0.5, "b": 1.0})
+    assert truth.estimate("a").low == pytest.approx(0.5)  # seeds differ, the layers' losses do not
+    noisy = sensitivity.Losses(by_seed(0.0, 2.0), {"a": by_seed(4.0, 4.0), "b": by_seed(7.0, 7.0)})
+    rest = np.array([[-2 / 3, 2 / 3], [1 / 3, -1 / 3], [1 / 3, -1 / 3]])
+    spread = (np.square(rest).sum() / 2) ** 0.5
+    one = noisy.estimate("a")
     assert one.value == 3
-    assert one.high - one.value == pytest.approx(stats.t.ppf(0.975, 3) * (4 / 3) ** 0.5)
+    assert one.high - one.value == pytest.approx(stats.t.ppf(0.975, 2) * spread)
+
+
+def test_only_seeds_that_all_layers_have_count():
+    layers = {str(i): by_seed(i, i + 5.0, i + 9.0) for i in range(5)}
+    del layers["3"][0]
+    truth = sensitivity.Losses(by_seed(0.0, 0.0, 0.0), layers)
+    assert truth.seeds == [1, 2]
+    assert sensitivity.reliability(truth) == pytest.approx(1)
 
 
 def test_a_perfect_measure_correlates_perfectly_and_a_reversed_one_the_other_way():
@@ -117,17 +134,26 @@ def test_a_perfect_measure_correlates_perfectly_and_a_reversed_one_the_other_way
 
 
 def test_the_bootstrap_covers_what_noise_does():
-    truth = sensitivity.Losses((1.0, 1.0), {str(i): (i + 0.0, i + 0.1) for i in range(12)})
-    exact = sensitivity.bootstrap([truth], [{str(i): float(i) for i in range(12)}], draws=200)
+    layers = {str(i): by_seed(i + 0.0, i + 0.1) for i in range(12)}
+    rank = {str(i): float(i) for i in range(12)}
+    truth = sensitivity.Losses({}, layers)
+    exact = sensitivity.bootstrap([truth], [rank], draws=200)
     assert exact.value == pytest.approx(1)
     assert exact.low > 0.95
-    noisy = sensitivity.Losses((1.0, 1.0), {str(i): (i + 9.0, i - 9.0) for i in range(12)})
-    wide = sensitivity.bootstrap([noisy], [{str(i): float(i) for i in range(12)}], draws=200)
-    assert wide.value == pytest.approx(1)
-    assert wide.low < 0.7
+    shifted = sensitivity.Losses({}, {name: by_seed(one[0], one[1] + 100) for name, one in layers.items()})
+    assert sensitivity.bootstrap([shifted], [rank], draws=200).low > 0.95  # a seed moves all layers alike
+    random = np.random.default_rng(0)
+    noise = random.normal(0, 6, (12, 2))
+    noisy = sensitivity.Losses({}, {str(i): by_seed(*(i + noise[i])) for i in range(12)})
+    wide = sensitivity.bootstrap([noisy], [rank], draws=500)
+    assert wide.high - wide.low > 4 * (exact.high - exact.low)
+    twice = sensitivity.bootstrap([noisy, noisy], [rank, rank], draws=500)
+    assert (twice.low, twice.high) == pytest.approx((wide.low, wide.high))  # the same layers are no new evidence
     unrelated = sensitivity.bootstrap([truth], [{str(i): float(i * 7 % 12) for i in range(12)}], draws=200)
     assert unrelated.low < 0 < unrelated.high
     assert sensitivity.bootstrap([truth], [{}]).n == 0
+    diverged = sensitivity.Losses({}, layers | {"3": by_seed(float("nan"), 3.0)})
+    assert sensitivity.bootstrap([diverged], [rank], draws=50).n == 11
 
 
 def test_rank_correlations_are_those_of_scipy_also_with_ties():
@@ -140,14 +166,14 @@ def test_rank_correlations_are_those_of_scipy_also_with_ties():
 
 
 def test_reliability_is_the_share_that_is_not_noise():
-    seeds_differ = sensitivity.Losses((), {str(i): (i + 0.0, i + 5.0) for i in range(5)})
+    seeds_differ = sensitivity.Losses({}, {str(i): by_seed(i + 0.0, i + 5.0) for i in range(5)})
     assert sensitivity.reliability(seeds_differ) == pytest.approx(1)
-    same = sensitivity.Losses((), {"a": (0.0, 1.0), "b": (1.0, 0.0), "c": (0.1, 0.9)})
+    same = sensitivity.Losses({}, {"a": by_seed(0.0, 1.0), "b": by_seed(1.0, 0.0), "c": by_seed(0.1, 0.9)})
     assert sensitivity.reliability(same) == 0
     random = np.random.default_rng(0)
     layers = random.normal(size=400)
     runs = layers[:, None] + random.normal(size=(400, 2))
-    half = sensitivity.Losses((), {str(i): tuple(row) for i, row in enumerate(runs)})
+    half = sensitivity.Losses({}, {str(i): by_seed(*row) for i, row in enumerate(runs)})
     assert sensitivity.reliability(half) == pytest.approx(2 / 3, abs=0.07)
 
 
@@ -183,6 +209,9 @@ def test_the_verdict_on_h1(predict, passes, label):
 
 def test_h1_is_not_tested_without_enough_runs():
     (verdict,) = SENSITIVITY.verdicts(comparison(float, seeds=1), "cpu")
+    assert verdict.label == "not tested"
+    lacking = [r for r in comparison(float) if not r.config["arm"].startswith("layer4")]
+    (verdict,) = SENSITIVITY.verdicts(lacking, "cpu")
     assert verdict.label == "not tested"
 
 
@@ -246,9 +275,33 @@ def test_arms_are_listed_from_the_largest_budget_down():
 
 
 def test_a_choice_without_its_table_waits(tmp_path):
-    from basis.runs import TableMissing, choose
-
     run = next(run for run in SELECTION.runs("smoke") if run.choice)
-    with pytest.raises(TableMissing, match="has to measure the sensitivities first"):
-        choose(run.choice, tmp_path)
-    assert dataclasses.replace(run, seed=5).id != run.id
+    with pytest.raises(runs.TableMissing, match="has to measure the sensitivities first"):
+        runs.choose(run.choice, tmp_path)
+
+
+def put_table(folder, definition):
+    table_run, *others = SELECTION.runs("cpu")
+    values = {(name, k): 0.1 for name, c in sensitivity.convolutions("resnet18", 8).items() for k in (c // 2, c // 4)}
+    made = record(table_run, tables={"oneshot_bn": sensitivities(values)})
+    path = runs.record_path(folder, table_run)
+    runs.write_json(path, {"version": runs.VERSION, **dataclasses.asdict(made), "definition": definition})
+    return next(run.choice for run in others if run.choice)
+
+
+def test_a_choice_reads_the_table_of_its_own_definition(tmp_path):
+    choice = dataclasses.replace(put_table(tmp_path, "old"), budget=0.9)
+    plan, told = runs.choose(choice, tmp_path, "old")
+    assert plan.layers
+    assert told["params"] <= 0.9
+    with pytest.raises(runs.TableMissing):
+        runs.choose(choice, tmp_path, "new")
+
+
+def test_a_choice_waits_for_its_table_but_not_beyond_the_deadline(tmp_path):
+    choice = put_table(tmp_path, "new")
+    path = runs.record_path(tmp_path, SELECTION.runs("cpu")[0])
+    path.unlink()
+    lock = filelock.FileLock(path.with_suffix(".lock"), thread_local=False)
+    with lock, pytest.raises(TrainingPaused, match="while waiting"):
+        runs.choose(choice, tmp_path, "new", should_stop=lambda: True)

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 import time
@@ -487,6 +488,9 @@ def test_a_latency_report_that_does_not_fit_is_refused(table):
     assert select(table, budget=budget, latency=lacking, exclude=name).layers
     some = [r for r in report.rows if (r["layer"], r["basis_channels"]) != (name, 4)]
     refused(some, f"lacks {name} with k = 4; measure")
+    other = dataclasses.replace(report, config={"macs": table.total["macs"] + 1})
+    with pytest.raises(ValueError, match=r"of another network or image size: .* measure it with the input_size"):
+        select(table, budget=budget, latency=other)
     refused(
         [*report.rows, *({**r, "layer": "stem"} for r in report.rows[:6])],
         "of another network: the table has no layer stem",

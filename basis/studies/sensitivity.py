@@ -20,7 +20,7 @@ from torch import nn
 from basis.conv import basis_channels_for
 from basis.models import build
 from basis.runs import Ladder, Record, Run
-from basis.statistics import Estimate, Spread, pooled_spread
+from basis.statistics import Estimate, Spread
 from basis.studies.study import Label, Study, Verdict
 from basis.table import SensitivityTable
 from basis.training import Recipe
@@ -133,50 +133,73 @@ def convolutions(model: str, width: int | None) -> Mapping[str, int]:
 
 @dataclass(frozen=True)
 class Losses:
-    """Final losses on held-out images: of the dense runs, and of every layer alone at one ratio."""
+    """Final losses on held-out images by seed: of the dense runs, and of every layer alone at one ratio.
 
-    dense: tuple[float, ...]
-    layers: Mapping[str, tuple[float, ...]]
+    A seed moves all arms together (they share initial weights and the order of the images), so layers are
+    compared at the seeds that all of them have, and with the dense runs of those seeds.
+    """
+
+    dense: Mapping[int, float]
+    layers: Mapping[str, Mapping[int, float]]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds that every layer has."""
+        every = [set(runs) for runs in self.layers.values()]
+        return sorted(set.intersection(*every)) if every else []
+
+    def runs(self, names: Sequence[str]) -> np.ndarray:
+        """(layers, seeds)."""
+        return np.array([[self.layers[name][seed] for seed in self.seeds] for name in names])
 
     def truth(self) -> dict[str, float]:
         """Layer -> what it loses on average."""
-        return {name: float(np.mean(values) - np.mean(self.dense)) for name, values in self.layers.items()}
+        return {name: self.estimate(name).value for name in self.layers}
 
     @property
     def spread(self) -> Spread:
-        """The standard deviation between equal trainings, pooled over all arms."""
-        return pooled_spread([self.dense, *self.layers.values()])
+        """The standard deviation of a run, without what its seed does to all arms (two-way analysis of variance)."""
+        seeds = [seed for seed in self.seeds if seed in self.dense]
+        arms = [self.dense, *self.layers.values()]
+        runs = np.array([[arm[seed] for seed in seeds] for arm in arms])
+        freedom = (len(arms) - 1) * (len(seeds) - 1)
+        if freedom < 1:
+            return Spread(float("nan"), 0)
+        rest = runs - runs.mean(1, keepdims=True) - runs.mean(0) + runs.mean()
+        return Spread(float(np.sqrt((rest**2).sum() / freedom)), freedom)
 
     def estimate(self, layer: str) -> Estimate:
-        """What ``layer`` loses, with an interval from the pooled spread, since two runs alone tell little."""
-        return self.spread.difference(self.layers[layer], self.dense)
+        """What ``layer`` loses against the dense runs of the same seeds, with an interval from :attr:`spread`."""
+        seeds = [seed for seed in self.seeds if seed in self.dense]
+        if not seeds:
+            return Estimate(float("nan"), float("nan"), float("nan"), 0)
+        return self.spread.difference([self.layers[layer][s] for s in seeds], [self.dense[s] for s in seeds])
 
 
-def losses(records: Sequence[Record], ratio: float, *, short: bool = False, metric: str = "loss") -> Losses:
-    """The losses at one ratio of the layers that have at least 2 runs; ``short``: of the short trainings.
-
-    With ``metric="accuracy"``: errors, 1 - accuracy, so that larger is worse as well.
-    """
-    found: dict[str, list[float]] = {}
+def losses(records: Sequence[Record], ratio: float, *, short: bool = False) -> Losses:
+    """The losses at one ratio of the layers that have at least 2 runs; ``short``: of the short trainings."""
+    found: dict[str, dict[int, float]] = {}
     for record in records:
-        value = record.result["validation"][metric]
-        found.setdefault(record.config["arm"], []).append(1 - value if metric == "accuracy" else value)
+        arm = found.setdefault(record.config["arm"], {})
+        arm[record.config["seed"]] = record.result["validation"]["loss"]
     prefix = "short " if short else ""
-    layers: dict[str, tuple[float, ...]] = {}
-    if records:
-        config = records[0].config
-        for name, out_channels in convolutions(config["model"], config["width"]).items():
-            values = found.get(f"{prefix}{name} k={basis_channels_for(ratio, out_channels)}", [])
-            if len(values) >= 2:
-                layers[name] = tuple(values)
-    return Losses(tuple(found.get(f"{prefix}dense", ())), layers)
+    layers = {}
+    for name, out_channels in _shapes(records).items():
+        runs = found.get(f"{prefix}{name} k={basis_channels_for(ratio, out_channels)}", {})
+        if len(runs) >= 2:
+            layers[name] = runs
+    return Losses(found.get(f"{prefix}dense", {}), layers)
+
+
+def _shapes(records: Sequence[Record]) -> Mapping[str, int]:
+    return convolutions(records[0].config["model"], records[0].config["width"]) if records else {}
 
 
 def tuned_losses(record: Record, ratio: float) -> Losses:
     """What each 3x3 layer costs after fine-tuning one network, against the dense network tuned as long."""
     table = SensitivityTable.from_lines(record.result["tables"]["fine_tuning"])
-    square = convolutions(record.config["model"], record.config["width"])
-    return Losses((0.0,), {name: (value,) for name, value in values(table, ratio).items() if name in square})
+    square = _shapes([record])
+    return Losses({0: 0.0}, {name: {0: value} for name, value in values(table, ratio).items() if name in square})
 
 
 def tables(records: Sequence[Record], measure: str) -> list[SensitivityTable]:
@@ -229,43 +252,50 @@ def bootstrap(
     truths: Sequence[Losses], predictions: Sequence[Mapping[str, float]], *, kind: Kind = "spearman",
     draws: int = 2000, seed: int = 0,
 ) -> Estimate:  # fmt: skip
-    """The mean rank correlation over ratios, with a percentile bootstrap over layers and over runs.
+    """The mean rank correlation over truths, with a percentile bootstrap over layers and over seeds.
 
-    ``n`` is the number of layers. NaN where there is nothing to correlate. The dense runs shift all layers
-    alike and do not touch a rank correlation at one ratio, so they are not drawn.
+    One draw takes the same layers and the same seeds of all truths, since these are the same layers at
+    another ratio, trained with the same seeds. ``n`` is the number of layers; those whose prediction or truth
+    is not finite are left out, and NaN is the answer where fewer than 4 remain. What varies in the prediction
+    itself (another network, other images) is not in the interval.
     """
+    names = [
+        name
+        for name in (truths[0].layers if truths else ())
+        if all(name in t.layers and np.isfinite(t.runs([name])).all() for t in truths)
+        and all(np.isfinite(p.get(name, np.nan)) for p in predictions)
+    ]
+    if len(names) < 4 or not all(t.seeds for t in truths):
+        return Estimate(float("nan"), float("nan"), float("nan"), 0)
     rng = np.random.default_rng(seed)
-    points, drawn, counts = [], [], []
+    layers = rng.integers(len(names), size=(draws, len(names)))
+    fractions = rng.random((draws, max(len(t.seeds) for t in truths)))
+    points, drawn = [], []
     for truth, prediction in zip(truths, predictions, strict=True):
-        names = [name for name in truth.layers if np.isfinite(prediction.get(name, np.nan))]
-        if len(names) < 4:
-            return Estimate(float("nan"), float("nan"), float("nan"), 0)
-        runs, predicted = [np.array(truth.layers[n]) for n in names], np.array([prediction[n] for n in names])
-        points.append(correlation(kind, np.array([r.mean() for r in runs]), predicted))
-        means = np.stack([rng.choice(r, (draws, len(names), len(r))).mean(-1) for r in runs], axis=-1)
-        chosen = rng.integers(len(names), size=(draws, len(names)))
-        # Every time that a layer is drawn, its runs are drawn anew.
-        truth_drawn = means[np.arange(draws)[:, None], np.arange(len(names)), chosen]
-        drawn.append(correlation(kind, truth_drawn, predicted[chosen]))
-        counts.append(len(names))
+        runs, predicted = truth.runs(names), np.array([prediction[name] for name in names])
+        points.append(correlation(kind, runs.mean(1), predicted))
+        count = runs.shape[1]
+        seeds = (fractions[:, :count] * count).astype(int)
+        means = runs[layers[:, :, None], seeds[:, None, :]].mean(-1)
+        drawn.append(correlation(kind, means, predicted[layers]))
     low, high = np.quantile(np.mean(drawn, axis=0), (0.025, 0.975))
-    return Estimate(float(np.mean(points)), float(low), float(high), min(counts))
+    return Estimate(float(np.mean(points)), float(low), float(high), len(names))
 
 
 def reliability(truth: Losses) -> float:
     """The share of the variance between layers' mean losses that is not noise of the runs, in [0, 1].
 
-    From the two-way analysis of variance of layers and seeds (every layer was trained with the same seeds, so
-    that what a seed does to all of them moves no rank). Its square root bounds the correlation that a perfect
-    measure could be expected to reach. NaN where there are fewer than two runs or layers.
+    From the two-way analysis of variance of layers and seeds; what a seed does to all layers moves no rank.
+    Its square root bounds the correlation that a perfect measure could be expected to reach. NaN where there
+    are fewer than two seeds or layers.
     """
-    seeds = min(map(len, truth.layers.values()), default=0)
-    if seeds < 2 or len(truth.layers) < 2:
+    runs = truth.runs(list(truth.layers))
+    if runs.ndim < 2 or min(runs.shape) < 2:
         return float("nan")
-    runs = np.array([values[:seeds] for values in truth.layers.values()])
+    layers, seeds = runs.shape
     means = runs.mean(1)
     rest = runs - means[:, None] - runs.mean(0) + runs.mean()
-    noise = (rest**2).sum() / ((len(runs) - 1) * (seeds - 1)) / seeds
+    noise = (rest**2).sum() / ((layers - 1) * (seeds - 1)) / seeds
     between = float(means.var(ddof=1))
     return max(0.0, 1 - float(noise) / between) if between else 0.0
 
@@ -301,7 +331,7 @@ def agreements(
             continue
         cells = [c for t in found for c in t.cells]
         if measure not in ("activation", "taylor", "fisher"):  # these score all layers and ranks in one pass
-            shapes = convolutions(climbs[0].config["model"], climbs[0].config["width"])
+            shapes = _shapes(climbs)
             cells = [c for c in cells if c.basis_channels in ranks(shapes.get(c.layer, 0))]
         cost = sum(c.forward + 2 * c.backward for c in cells) / len(found)
         seconds = sum(c.seconds for c in cells) / len(found)
@@ -322,10 +352,12 @@ def agreements(
 
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
-    """The verdict on H1 by :data:`RULE`."""
+    """The verdict on H1 by :data:`RULE`; not before every layer has 2 runs at both ratios."""
     truths = [losses(records, ratio) for ratio in RATIOS]
+    listed = {arm.split()[0] for arm in (run.arm for run in plan(profile) if run.plan)} - {"short"}
+    complete = all(set(t.layers) >= listed and len(t.seeds) >= 2 and len(t.dense) >= 4 for t in truths)
     row = next((row for row in agreements(records, (RECOMMENDED,)) if row.measure == RECOMMENDED), None)
-    if row is None or row.spearman.n == 0 or min(len(t.dense) for t in truths) < 4:
+    if not complete or row is None or row.spearman.n == 0:
         finding = "there are too few runs to compare a sensitivity with full training"
         return (Verdict("H1", profile, "not tested", finding),)
     full = next(r for r in records if r.config["arm"] == "dense")
@@ -333,10 +365,13 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     label: Label = "partly" if row.spearman.low > 0 else "not reproduced"
     if row.spearman.value >= SPEARMAN and share < COST:
         label = "reproduced"
+    networks, seeds = len(tables(records, RECOMMENDED)), min(len(t.seeds) for t in truths)
+    ceiling = np.mean([np.sqrt(reliability(t)) for t in truths])
     finding = (
-        f"for {NETWORKS[profile]} {RECOMMENDED} correlates with the loss after full training at Spearman "
-        f"{row.spearman.text()} (95 % interval, {row.spearman.n} layers) and takes {share:.1%} of the passes "
-        "of one full training"
+        f"for {NETWORKS[profile]} {RECOMMENDED} ({networks} measured) correlates with the loss after full training "
+        f"({seeds} runs per layer) at Spearman {row.spearman.text()} (95 % interval, {row.spearman.n} layers), where "
+        f"the noise of the runs would let a perfect measure reach about {ceiling:.2f}, and takes {share:.1%} of the "
+        "passes of one such training"
     )
     return (Verdict("H1", profile, label, finding),)
 

@@ -290,7 +290,7 @@ def test_the_command_stores_latencies_beside_the_other_benchmarks(tmp_path, monk
     options = "--model resnet20 --width 4 --ratios 0.5 --multiple 2 --passes forward --rounds 3 --batch-size 2"
     where = "--device cpu --precision fp32 --memory-format contiguous --input-size 3 8 8"
     assert main(["bench", "latency", *options.split(), *where.split()]) == 0
-    path = tmp_path / "bench" / "latency-resnet20-w4-cpu-fp32-contiguous.json"
+    path = tmp_path / "bench" / "latency-resnet20-w4-3x8x8-cpu-fp32-contiguous.json"
     assert f"saved in {path}" in capsys.readouterr().out
     stored = BenchReport.load(path)
     assert stored.config["model"] == "resnet20-w4"

@@ -1,7 +1,8 @@
 """Basis convolutions: train k of a layer's filters, mix the others from them, and learn where that is safe."""
 
 from basis.analysis import sensitivity
-from basis.complexity import CostReport, cost
+from basis.coefficients import Coefficients, Form
+from basis.complexity import CostReport, cost, count_parameters
 from basis.conv import BasisConv2d
 from basis.selection import InfeasibleBudget, select
 from basis.storage import load, save
@@ -11,13 +12,16 @@ from basis.training import Recipe, Result, evaluate, train
 
 __all__ = [
     "BasisConv2d",
+    "Coefficients",
     "CostReport",
+    "Form",
     "InfeasibleBudget",
     "Plan",
     "Recipe",
     "Result",
     "SensitivityTable",
     "cost",
+    "count_parameters",
     "evaluate",
     "load",
     "merge",

@@ -29,10 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from basis.complexity import _trace, cost
+from basis.complexity import _trace, cost, count_parameters
 from basis.conv import MODES, BasisConv2d, Mode, basis_channels_for
 from basis.models import build
 from basis.runs import RecordError, environment, write_json
+from basis.skipping import Parts, Trained
 from basis.substitution import plan_of, substitute
 from basis.training import (
     DTYPES,
@@ -52,6 +53,13 @@ RATIOS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 RESNET18_SHAPES = ("64@32", "128@16", "256@8", "512@4", "64-128@32/2", "128-256@16/2", "256-512@8/2")
 Pass = Literal["forward", "forward+backward"]
 PASSES: tuple[Pass, ...] = get_args(Pass)
+# What a training step may train of the basis layers; everything else is always trained.
+TRAINED: Mapping[str, Trained] = {
+    "both": Trained(basis=True, coefficients=True),
+    "basis": Trained(basis=True, coefficients=False),
+    "coefficients": Trained(basis=False, coefficients=True),
+    "neither": Trained(basis=False, coefficients=False),
+}
 
 Step = Callable[[], object]
 Timer = Callable[[Step], float]  # runs a step, returns its seconds
@@ -104,10 +112,10 @@ class Shape(NamedTuple):
 class BenchReport:
     """What a benchmark found: ``kind`` ("bench-layer", "bench-latency", "bench-train"), options, machine, rows.
 
-    Every row has ``ratio`` and ``mode`` ("control" is the second dense one), ``n``
-    rounds, ``ms`` and ``dense_ms`` (medians) with quartiles, and ``speedup``, the median over rounds of
-    dense / candidate, with quartiles ``speedup_q1`` and ``speedup_q3``. ``peak_mib`` is the memory that
-    one step takes beyond what was resident, on a GPU.
+    Every row has ``ratio`` and ``mode`` ("control" is the second dense one), ``n`` rounds, ``ms`` and
+    ``dense_ms`` (medians) with quartiles, and ``speedup``, the median over rounds of dense / candidate, with
+    quartiles ``speedup_q1`` and ``speedup_q3``. ``peak_mib`` is the memory that one step takes beyond what
+    was resident, on a GPU.
     """
 
     kind: str
@@ -166,7 +174,8 @@ class BenchReport:
     def __str__(self) -> str:
         c, e = self.config, self.environment
         head = f"{e['device']}, {c['precision']}, {c['memory_format']}, batch {c['batch_size']}"
-        named = ("layer", "shape", "model", "pass", "ratio", "mode", "resolved", "n", "ms", "dense_ms", "speedup")
+        candidate = ("ratio", "mode", "coefficients", "trained", "resolved")
+        named = ("layer", "shape", "model", "pass", *candidate, "n", "ms", "dense_ms", "speedup")
         quartiles = ("speedup_q1", "speedup_q3", "mac_ratio", "peak_mib")
         frame = self.to_frame()
         frame = frame[[name for name in (*named, *quartiles) if name in frame and frame[name].notna().any()]]
@@ -529,19 +538,29 @@ def bench_training(
     width: int | None = None,
     ratios: Sequence[float] = RATIOS,
     modes: Sequence[Mode] = ("auto",),
+    coefficients: Sequence[str] = ("dense",),
+    trained: Sequence[str] = ("both",),
     setting: Setting | None = None,
     progress: Progress | None = None,
 ) -> BenchReport:
     """Measure whole training steps (forward, loss, backward, SGD) of a network of :func:`basis.models.build`.
 
-    All eligible convolutions are substituted at one ratio; a cell is a ratio. Images are random, 3x32x32,
-    and already on the device. A row also has ``parameters``, ``parameter_ratio`` (dense / candidate) and
+    All eligible convolutions are substituted at one ratio; a cell is a ratio, and all its candidates, which
+    are those of mode, coefficients and trained parts, are measured together. Images are random, 3x32x32, and
+    already on the device. A row also has ``parameters``, ``parameter_ratio`` (dense / candidate) and
     ``images_per_second``.
 
+    Args:
+        coefficients: forms of the coefficient matrix, see :class:`basis.coefficients.Form`.
+        trained: what a step trains of the basis layers, of :data:`TRAINED`.
+
     Raises:
-        ValueError: for an unknown model, or a ratio, mode or setting that makes no sense.
+        ValueError: for an unknown model, or a ratio, mode, form, part or setting that makes no sense.
     """
     _check(ratios, modes, ())
+    for part in trained:
+        if part not in TRAINED:
+            raise ValueError(f"trained is {part!r}, but must be one of {', '.join(TRAINED)}")
     setting = setting or Setting()
     with setting.globals():
         dense = build(model, width=width)
@@ -549,21 +568,27 @@ def bench_training(
     rows = []
     for ratio in ratios:
         with setting.globals():
-            networks: dict[str, nn.Module] = {"dense": copy.deepcopy(dense), "control": copy.deepcopy(dense)}
-            for mode in modes:
-                networks[mode] = substitute(dense, ratio=ratio, mode=mode, init="random")
-            sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+            kinds = {name: {"mode": name, "coefficients": "", "trained": "both"} for name in ("dense", "control")}
+            networks: dict[str, nn.Module] = {name: copy.deepcopy(dense) for name in kinds}
+            for mode, form, part in itertools.product(modes, coefficients, trained):
+                name = f"{mode} {form} {part}"
+                kinds[name] = {"mode": mode, "coefficients": form, "trained": part}
+                networks[name] = substitute(dense, ratio=ratio, mode=mode, init="random", coefficients=form)
+            sizes = {name: count_parameters(network) for name, network in networks.items()}
+            for name, network in networks.items():
+                Parts(network).train(TRAINED[kinds[name]["trained"]])
             x = setting.place(torch.randn(setting.batch_size, 3, 32, 32))
             labels = torch.randint(10, (setting.batch_size,), device=x.device)
             placed = {name: setting.place(network) for name, network in networks.items()}
             measured = setting.measure({n: _training_step(m, x, labels, setting) for n, m in placed.items()})
         for name, values in measured.items():
-            row: dict[str, Any] = {"model": model, "ratio": ratio, "mode": name, **values, "parameters": sizes[name]}
+            row: dict[str, Any] = {"model": model, "ratio": ratio, **kinds[name], **values, "parameters": sizes[name]}
             row["parameter_ratio"] = sizes["dense"] / sizes[name]
             row["images_per_second"] = setting.batch_size / row["ms"] * 1000
             rows.append(row)
             _tell(progress, row, model)
-    return setting.report("bench-train", rows, model=model, width=width, ratios=list(ratios), modes=list(modes))
+    options = {"ratios": list(ratios), "modes": list(modes), "coefficients": list(coefficients)}
+    return setting.report("bench-train", rows, model=model, width=width, **options, trained=list(trained))
 
 
 def _training_step(network: nn.Module, x: Tensor, labels: Tensor, setting: Setting) -> Step:

@@ -10,7 +10,16 @@ from pathlib import Path
 
 import torch
 
-from basis.bench import PASSES, RATIOS, RESNET18_SHAPES, Setting, bench_latency, bench_layers, bench_training
+from basis.bench import (
+    PASSES,
+    RATIOS,
+    RESNET18_SHAPES,
+    TRAINED,
+    Setting,
+    bench_latency,
+    bench_layers,
+    bench_training,
+)
 from basis.conv import MODES
 from basis.data import DataError
 from basis.models import build
@@ -77,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
         kind.add_argument("--model", default="resnet18", help="a network of basis.models")
         kind.add_argument("--width", type=int, help="its width (default: the published one)")
     training.add_argument("--modes", nargs="+", default=["auto"], choices=MODES)
+    training.add_argument("--coefficients", nargs="+", default=["dense"], metavar="FORM", help="such as low_rank:1/8")
+    training.add_argument("--trained", nargs="+", default=["both"], choices=TRAINED, help="parts of the basis layers")
     for name, kind in (("layer", layer), ("latency", latency), ("train", training)):
         kind.add_argument("--ratios", nargs="+", type=float, default=RATIOS, metavar="R")
         kind.add_argument("--device", type=_device, metavar="DEVICE", help="default: the GPU if there is one")
@@ -184,7 +195,10 @@ def _bench(options: argparse.Namespace) -> int:
             passes=options.passes, name=model, **shared,
         )  # fmt: skip
     else:
-        report = bench_training(model=options.model, width=options.width, modes=options.modes, **shared)
+        candidates = {key: getattr(options, key) for key in ("modes", "coefficients", "trained")}
+        what += [] if options.coefficients == ["dense"] else ["forms"]
+        what += [] if options.trained == ["both"] else ["parts"]
+        report = bench_training(model=options.model, width=options.width, **candidates, **shared)
     config = report.config
     name = "-".join([*what, config["device"].split(":")[0], config["precision"], config["memory_format"]])
     path = options.out or results_folder() / "bench" / f"{name}.json"

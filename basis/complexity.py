@@ -16,6 +16,14 @@ hybrid      as composed            as factorized                             as 
 These count the algebra of ``W = [B; A B]``. The 1x1 convolution with M = [I; A] that is executed also
 multiplies by the identity, n k k/g for each of its (up to) three products; that stands apart, as
 ``identity_*``, and algebra plus identity is what ``torch.utils.flop_counter`` counts (as 2 per MAC).
+
+That is for a dense A. Of the other forms is counted what is executed:
+
+- grouped in h groups: the (C-k) k/g and k k/g above are divided by h;
+- low-rank, A = U V of rank q in each group: q (k + C-k) in place of (C-k) k/g, in two products and with
+  no identity; hybrid builds M for q (C-k) k/g more, and twice that for the gradients of U and V;
+- repeat: nothing is multiplied but B (in hybrid, M is multiplied like a dense one);
+- sparse: as dense, since the zeros are multiplied too; frozen: as dense, without dA.
 """
 
 from __future__ import annotations
@@ -23,7 +31,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import pandas as pd
@@ -32,6 +40,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
+from basis.coefficients import Coefficients, LowRank, Sparse
 from basis.conv import BasisConv2d
 
 Counted = Literal["factorized", "composed", "hybrid"]
@@ -42,7 +51,8 @@ class Cost:
     """Numbers of one layer, or of a whole model, for one training step.
 
     Attributes:
-        parameters: number of parameters; a tied one counts where it appears first.
+        parameters: trained numbers that are stored; a tied one counts where it appears first. A sparse A
+            counts the entries it keeps. A frozen A counts none, though it is stored: a seed could be.
         forward_macs: MACs of the forward pass.
         input_gradient_macs: backward MACs of gradients that flow on towards the input (dX, and dZ of
             the basis channels). A layer whose input needs no gradient, as the first one, has no dX.
@@ -183,13 +193,14 @@ def cost(
     layers = []
     for name, module, calls in _trace(model, (batch_size, *size)):
         own = list(module.parameters(recurse=False))
-        parameters = sum(p.numel() for p in own if id(p) not in seen)
-        seen.update(map(id, own))
+        weight_is_new = isinstance(module, BasisConv2d) and id(module.basis) not in seen
+        parameters = _count_new(module, seen)
         as_is, dense, counted = Cost(parameters), Cost(parameters), ""
         if isinstance(module, BasisConv2d):
+            parameters += _count_new(module.coefficients, seen)
             counted = mode or ("factorized" if module.mode == "auto" else module.mode)
             saved = module.out_channels * module.basis[0].numel() - module.basis.numel()
-            dense = Cost(parameters + saved - module.coefficients.numel() if parameters else 0)
+            as_is, dense = Cost(parameters), dense + Cost(saved * weight_is_new)
             for call in calls:
                 as_is += _basis_cost(module, call, counted)
                 dense += _dense_cost(module, call)
@@ -200,6 +211,21 @@ def cost(
         known = bool(calls) if _is_matmul(module) else all(p.dim() < 2 for p in own)
         layers.append(LayerCost(name, type(module).__name__, counted, as_is, dense, known))
     return CostReport(tuple(layers), size, batch_size)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The trained numbers that ``model`` stores: ``cost(...).total.parameters``, without a forward pass."""
+    seen: set[int] = set()
+    return sum(_count_new(module, seen) for module in model.modules())
+
+
+def _count_new(module: nn.Module, seen: set[int]) -> int:
+    """The numbers stored in ``module`` itself, without those of parameters already ``seen``."""
+    new = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+    seen.update(map(id, new))
+    if isinstance(module, Coefficients):
+        return module.stored if new else 0
+    return sum(p.numel() for p in new)
 
 
 # -- shapes -------------------------------------------------------------------------------------
@@ -241,7 +267,11 @@ def _run(model: nn.Module, size: tuple[int, ...]) -> list[tuple[str, nn.Module, 
         for key, value in vars(module).items():
             if "hook" in key and isinstance(value, dict):
                 value.clear()
-    layers = [(name, m) for name, m in model.named_modules() if _is_matmul(m) or any(True for _ in m.parameters(False))]
+    layers = [
+        (name, m)
+        for name, m in model.named_modules()
+        if _is_matmul(m) or (next(m.parameters(False), None) is not None and not isinstance(m, Coefficients))
+    ]
     calls: dict[nn.Module, list[_Call]] = {module: [] for _, module in layers}
 
     def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -275,7 +305,7 @@ def _dense_cost(module: nn.Module, call: _Call) -> Cost:
         return Cost(activation_bytes=kept)
     if isinstance(module, BasisConv2d):
         weight = module.out_channels * module.basis[0].numel()
-        trains_weight = module.basis.requires_grad or module.coefficients.requires_grad
+        trains_weight = module.basis.requires_grad or module.coefficients.trains
     else:
         parameter: Any = module.weight
         weight, trains_weight = parameter.numel(), parameter.requires_grad
@@ -290,33 +320,44 @@ def _dense_cost(module: nn.Module, call: _Call) -> Cost:
 
 def _basis_cost(layer: BasisConv2d, call: _Call, mode: str) -> Cost:
     """A basis convolution in one of the three modes; without parameters."""
-    n, f, g = _positions(layer, call), layer.basis[0].numel(), layer.groups
-    c, k = layer.out_channels, layer.basis_channels
-    dense, convolve, mix = n * c * f, n * k * f, n * (c - k) * k // g
-    identity, build = n * k * k // g, (c - k) * k // g * f
-    dx, db, da = call.needs_dx, layer.basis.requires_grad, layer.coefficients.requires_grad
+    n, f, a = _positions(layer, call), layer.basis[0].numel(), layer.coefficients
+    c, k, rank = layer.out_channels, layer.basis_channels, a.rank if isinstance(a, LowRank) else 0
+    dx, db, da = call.needs_dx, layer.basis.requires_grad, a.trains
     dz = dx or db
     trains = da or db or (layer.bias is not None and layer.bias.requires_grad)
     x = _kept_input(layer, call)
-    z, m, w = (size * call.itemsize for size in (n * k, c * k // g, c * f))
+    z, m, w, own = (size * call.itemsize for size in (n * k, c * a.columns, c * f, a.rows * a.columns))
+    hidden = rank * a.groups * call.itemsize  # what a low-rank A keeps between U and V, for one pixel or weight
 
+    build = _products(a.products, f, dz=db, da=da)
     if mode == "composed":
         return Cost(
-            forward_macs=dense + build,
-            input_gradient_macs=dx * dense,
-            weight_gradient_macs=(da or db) * dense + (da + db) * build,
-            activation_bytes=(x + w) * (trains or dx),
+            forward_macs=n * c * f + build.forward_macs,
+            input_gradient_macs=dx * n * c * f,
+            weight_gradient_macs=(da or db) * n * c * f + build.backward_macs,
+            activation_bytes=(x + w) * (trains or dx) + f * hidden * da + own * (db and isinstance(a, Sparse)),
         )
-    backward = Cost(
-        input_gradient_macs=dz * mix + dx * convolve,
-        weight_gradient_macs=da * mix + db * convolve,
-        identity_backward_macs=(dz + da) * identity,
+    convolve = Cost(0, n * k * f, dx * n * k * f, db * n * k * f)
+    if mode == "factorized" and not a.mixes:
+        kept = x * dz + (bool(rank) * z + n * hidden) * (dz or da)
+        return convolve + _products(a.products, n, dz=dz, da=da) + Cost(activation_bytes=kept)
+    identity = n * k * a.columns
+    backward = (dz + da) * identity
+    mix = _products((a.rows * a.columns,), n, dz=dz, da=da)
+    if mode == "factorized":
+        kept = x * dz + (z + m) * (trains or dx)
+        return convolve + mix + Cost(0, 0, 0, 0, identity, backward, kept)
+    assembly = a.rows * rank * a.columns  # U V
+    return replace(
+        convolve + mix + Cost(0, 0, 0, 2 * da * assembly, 0, backward, (x + m) * (dz or da) + z * da),
+        forward_macs=n * c * f + build.forward_macs + assembly,
     )
-    if mode == "hybrid":
-        kept = (x + m) * (dz or da) + z * da
-        return backward + Cost(forward_macs=dense + build, activation_bytes=kept)
-    kept = x * dz + (z + m) * (trains or dx)
-    return backward + Cost(forward_macs=convolve + mix, identity_forward_macs=identity, activation_bytes=kept)
+
+
+def _products(products: Sequence[int], times: int, *, dz: bool, da: bool) -> Cost:
+    """Products with parts of A, one after the other; dz: whether what the first is applied to needs a gradient."""
+    flows = sum(macs * (dz or (da and i > 0)) for i, macs in enumerate(products))
+    return Cost(0, times * sum(products), times * flows, times * da * sum(products))
 
 
 def _positions(module: nn.Module, call: _Call) -> int:

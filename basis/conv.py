@@ -3,11 +3,13 @@
 With ``B`` the basis filters (k x C_in/groups x kh x kw) and ``A`` the coefficient matrix
 ((C_out - k) x k), the layer is a convolution with the weight ``W = [B; A B]``. The form is the one
 of Alekseev et al. 2024 (arXiv 2408.06024); LinearConv (Kahatapitiya and Rodrigo, WACV 2021) is the
-special case k = C_out / 2 in composed mode.
+special case k = C_out / 2 in composed mode. ``A`` may also be low-rank, sparse, shared, ...; see
+:mod:`basis.coefficients`.
 
 With ``groups`` > 1 every group has k / groups basis filters of its own, since filters of different
 groups see different input channels; ``A`` then holds one block per group, stacked by rows, just as
-``nn.Conv2d.weight`` stacks its groups.
+``nn.Conv2d.weight`` stacks its groups. The form ``grouped`` splits these groups further, for the mixing
+alone: W is [B; A B] in each of these mixing groups.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from basis.coefficients import Coefficients, Form
 
 Mode = Literal["auto", "factorized", "composed", "hybrid"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -83,7 +87,14 @@ class _HybridConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, basis: Tensor, mixing: Tensor, rows: Tensor | None, conv: tuple
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        basis: Tensor,
+        mixing: Tensor,
+        rows: Tensor | None,
+        conv: tuple,
+        mixing_groups: int,
     ) -> Tensor:
         y = F.conv2d(x, weight, None, *conv)
         # The basis channels are copied out: a view of y would fail under an in-place activation. The
@@ -93,7 +104,7 @@ class _HybridConv(torch.autograd.Function):
             first = y[:, : len(basis)]
             z = torch.empty_like(first).copy_(first if rows is None else y[:, rows])
         ctx.save_for_backward(x, basis, mixing, z)
-        ctx.conv = conv
+        ctx.conv, ctx.mixing_groups = conv, mixing_groups
         return y
 
     @staticmethod
@@ -101,32 +112,18 @@ class _HybridConv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, basis, mixing, z = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.conv
-        need_x, _, need_basis, need_mixing, _, _ = ctx.needs_input_grad
+        need_x, _, need_basis, need_mixing, *_ = ctx.needs_input_grad
+        mix = ((1, 1), (0, 0), (1, 1), False, (0, 0), ctx.mixing_groups)
         dx = d_basis = d_mixing = None
-        none = (0, 0)
         if need_mixing:
-            _, d_mixing, _ = torch.ops.aten.convolution_backward(
-                dy, z, mixing, None, (1, 1), none, (1, 1), False, none, groups, (False, True, False)
-            )
+            _, d_mixing, _ = torch.ops.aten.convolution_backward(dy, z, mixing, None, *mix, (False, True, False))
         if need_x or need_basis:
-            dz, _, _ = torch.ops.aten.convolution_backward(
-                dy, z if z.numel() else torch.empty_like(dy[:, : len(basis)]), mixing, None,
-                (1, 1), none, (1, 1), False, none, groups, (True, False, False),
-            )  # fmt: skip
+            z = z if z.numel() else torch.empty_like(dy[:, : len(basis)])
+            dz, _, _ = torch.ops.aten.convolution_backward(dy, z, mixing, None, *mix, (True, False, False))
             dx, d_basis, _ = torch.ops.aten.convolution_backward(
-                dz,
-                x,
-                basis,
-                None,
-                stride,
-                padding,
-                dilation,
-                False,
-                none,
-                groups,
-                (need_x, need_basis, False),
+                dz, x, basis, None, stride, padding, dilation, False, (0, 0), groups, (need_x, need_basis, False)
             )
-        return dx, None, d_basis, d_mixing, None, None
+        return dx, None, d_basis, d_mixing, None, None, None
 
 
 class BasisConv2d(nn.Module):
@@ -143,17 +140,22 @@ class BasisConv2d(nn.Module):
             ``"factorized"`` convolves with B and mixes with M = [I; A] as a 1x1 convolution;
             ``"composed"`` builds W = [B; A B] and convolves once; ``"hybrid"`` does the forward pass
             composed and the backward pass factorized (first derivatives only); ``"auto"`` picks by
-            device and shape (see :func:`resolve_mode`).
+            device and shape (see :func:`resolve_mode`). Low-rank A is applied as two 1x1 convolutions
+            in factorized mode, and repeated filters by indexing.
+        coefficients: the form of A as text or as a :class:`Form`, e.g. ``"low_rank:10"``; or the
+            :class:`Coefficients` of another layer of the same shape, which both layers then share.
 
-    Parameters and buffers:
+    Parameters, buffers and modules:
         basis: B, (k, C_in/groups, kh, kw).
-        coefficients: A, (C_out - k, k/groups).
+        coefficients: the module that holds A; ``coefficients.matrix()`` is A, (C_out - k, k/groups).
         bias: (C_out,) or None.
-        order: (C_out,), where output channel c stands among the rows of [B; A B] (group by group).
-            The identity at random initialisation; :meth:`from_conv` chooses other rows as the basis.
+        order: (C_out,), where output channel c stands among the rows of [B; A B] (mixing group by
+            mixing group). The identity at random initialisation; :meth:`from_conv` chooses other rows
+            as the basis.
 
     Raises:
-        ValueError: for a ratio or basis_channels that make no sense, or an unknown mode.
+        ValueError: for a ratio or basis_channels that make no sense, an unknown mode, or a form of A
+            that is unknown or does not fit the shape.
     """
 
     def __init__(
@@ -173,6 +175,7 @@ class BasisConv2d(nn.Module):
         basis_channels: int | None = None,
         ratio: float | None = None,
         mode: Mode = "auto",
+        coefficients: str | Form | Coefficients = "dense",
     ) -> None:
         super().__init__()
         if (basis_channels is None) == (ratio is None):
@@ -194,15 +197,14 @@ class BasisConv2d(nn.Module):
         self._pads: tuple[int, ...] = tuple(conv._reversed_padding_repeated_twice)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.coefficients = _coefficients_for(coefficients, (out_channels, basis_channels, groups), **factory)
         self.basis = nn.Parameter(torch.empty((basis_channels, *conv.weight.shape[1:]), **factory))
-        self.coefficients = nn.Parameter(
-            torch.empty((out_channels - basis_channels, basis_channels // groups), **factory)
-        )
         self.bias = nn.Parameter(torch.empty(out_channels, **factory)) if bias else None
         self.register_buffer("order", torch.arange(out_channels, device=device))
+        self.register_buffer("_sources", None, persistent=False)
         self.order: Tensor
-        self._permuted = False
-        self.reset_parameters()
+        self._sources: Tensor | None
+        self._draw(coefficients=self.coefficients is not coefficients)
 
     @property
     def mode(self) -> Mode:
@@ -224,47 +226,51 @@ class BasisConv2d(nn.Module):
         """Draw new parameters so that activations keep the variance that ``nn.Conv2d`` gives.
 
         B and the bias are drawn as ``nn.Conv2d`` draws them (Kaiming-uniform with a = sqrt(5), which
-        is U(-1, 1) / sqrt(fan_in)). A is uniform with variance groups / k, so that every row of A B
-        has the variance of a row of B. ``order`` becomes the identity.
+        is U(-1, 1) / sqrt(fan_in)). A is drawn so that every row of A B has the variance of a row of B
+        (dense: uniform with variance groups / k), for all layers that share it. ``order`` becomes the
+        identity.
         """
+        self._draw(coefficients=True)
+
+    def _draw(self, *, coefficients: bool) -> None:
         bound = 1 / math.sqrt(self.basis[0].numel())
         nn.init.uniform_(self.basis, -bound, bound)
-        bound_a = math.sqrt(3 * self.groups / self.basis_channels)
-        nn.init.uniform_(self.coefficients, -bound_a, bound_a)
+        if coefficients:
+            self.coefficients.reset_parameters()
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
         with torch.no_grad():
             self.order.copy_(torch.arange(self.out_channels, device=self.order.device))
-        self._permuted = False
+        self._order_changed(permuted=False)
+
+    def _order_changed(self, *, permuted: bool) -> None:
+        """Keep what follows from ``order``."""
+        self._permuted = permuted
+        a = self.coefficients
+        in_place = a.in_order and a.groups == 1 and not permuted
+        self._sources = None if a.mixes or in_place else a.sources(self.order)
 
     # -- the weight and its parts ---------------------------------------------------------------
 
     @property
     def mixing(self) -> Tensor:
-        """M = [I; A] per group, rows in the order of the output channels: (C_out, k/groups)."""
-        g, k = self.groups, self.basis_channels // self.groups
-        eye = torch.eye(k, dtype=self.coefficients.dtype, device=self.coefficients.device)
-        if g == 1:
-            return self._ordered(torch.cat([eye, self.coefficients]))
-        blocks = [eye.expand(g, k, k), self.coefficients.reshape(g, -1, k)]
-        return self._ordered(torch.cat(blocks, dim=1).flatten(0, 1))
+        """M = [I; A] per mixing group, rows in the order of the output channels: (C_out, columns of A)."""
+        with torch.autocast(_autocast_device(self.basis), enabled=False):
+            a = self.coefficients.blocks()
+        groups, k = self.coefficients.groups, self.coefficients.columns
+        eye = torch.eye(k, dtype=a.dtype, device=a.device).expand(groups, k, k)
+        return self._ordered(torch.cat([eye, a], dim=1).flatten(0, 1))
 
     @property
     def weight(self) -> Tensor:
-        """W = [B; A B] per group, (C_out, C_in/groups, kh, kw), in the memory format of B."""
-        g = self.groups
+        """W = [B; A B] per mixing group, (C_out, C_in/groups, kh, kw), in the memory format of B."""
         # Channels-last filters are flattened in their own order, so that no copy is needed.
         last = is_channels_last(self.basis)
         b = self.basis.permute(0, 2, 3, 1) if last else self.basis
+        flat = b.reshape(self.coefficients.groups, self.coefficients.columns, -1)
         # In full precision even under autocast, which rounds the finished weight once.
         with torch.autocast(_autocast_device(b), enabled=False):
-            if g == 1:
-                flat = b.flatten(1)
-                rows = torch.cat([flat, self.coefficients @ flat])
-            else:
-                flat = b.reshape(g, self.basis_channels // g, -1)
-                derived = self.coefficients.reshape(g, -1, flat.shape[1]) @ flat
-                rows = torch.cat([flat, derived], dim=1).flatten(0, 1)
+            rows = torch.cat([flat, self.coefficients.combine(flat)], dim=1).flatten(0, 1)
         weight = self._ordered(rows).view(self.out_channels, *b.shape[1:])
         return weight.permute(0, 3, 1, 2) if last else weight
 
@@ -273,9 +279,8 @@ class BasisConv2d(nn.Module):
 
     def _basis_rows(self) -> Tensor:
         """The output channels that are the basis filters themselves, in the order of B: (k,)."""
-        g, width = self.groups, self.out_channels // self.groups
         position = torch.argsort(self.order) if self._permuted else self.order
-        return position.view(g, width)[:, : self.basis_channels // g].reshape(-1)
+        return position.view(self.coefficients.groups, -1)[:, : self.coefficients.columns].reshape(-1)
 
     # -- forward --------------------------------------------------------------------------------
 
@@ -297,11 +302,20 @@ class BasisConv2d(nn.Module):
         x, padding = self._pad(x)
         conv = (self.stride, padding, self.dilation, self.groups)
         if mode == "factorized":
-            z = F.conv2d(x, self.basis, None, *conv)
-            return F.conv2d(z, self.mixing[:, :, None, None], self.bias, groups=self.groups)
+            return self._factorized(x, conv)
         if mode == "hybrid" and torch.is_grad_enabled():
             return self._hybrid(x, conv)
         return F.conv2d(x, self.weight, self.bias, *conv)
+
+    def _factorized(self, x: Tensor, conv: tuple) -> Tensor:
+        z = F.conv2d(x, self.basis, None, *conv)
+        a = self.coefficients
+        if a.mixes:
+            return F.conv2d(z, self.mixing[:, :, None, None], self.bias, groups=a.groups)
+        y = a.derive(z)
+        if self._sources is not None:
+            y = _channels(y, self._sources)
+        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
 
     def _hybrid(self, x: Tensor, conv: tuple) -> Tensor:
         if x.dim() == 3:
@@ -311,8 +325,9 @@ class BasisConv2d(nn.Module):
         if torch.is_autocast_enabled(_autocast_device(x)):
             dtype = torch.get_autocast_dtype(_autocast_device(x))
             x, weight, basis, mixing = x.to(dtype), weight.to(dtype), basis.to(dtype), mixing.to(dtype)
-        rows = self._basis_rows() if self._permuted or self.groups > 1 else None  # None: the first k
-        y = _HybridConv.apply(x, weight, basis, mixing, rows, conv)
+        groups = self.coefficients.groups
+        rows = self._basis_rows() if self._permuted or groups > 1 else None  # None: the first k
+        y = _HybridConv.apply(x, weight, basis, mixing, rows, conv, groups)
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
 
     def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -333,6 +348,7 @@ class BasisConv2d(nn.Module):
         basis_channels: int | None = None,
         ratio: float | None = None,
         mode: Mode = "auto",
+        coefficients: str | Form | Coefficients = "dense",
     ) -> BasisConv2d:
         """The basis convolution nearest to ``conv``: the best approximation of rank k, exact at k = C_out.
 
@@ -342,25 +358,51 @@ class BasisConv2d(nn.Module):
         keeps it well conditioned). Keeps device, dtype, memory format, ``training`` and
         ``requires_grad`` of ``conv``; copies its bias.
 
+        Low-rank and sparse A are made nearest to that dense one (see their ``fit``), from the pivoted
+        rows or from the first k, whichever ends nearer to ``conv``; B is then the least-squares solution
+        for this A. Where A is not for the layer to choose (frozen, repeat, or a module that is given), B
+        is the least-squares solution for the rows in their order.
+
         Raises:
             TypeError: when ``conv`` is not an ``nn.Conv2d``.
-            ValueError: for a ratio or basis_channels that make no sense.
+            ValueError: for a ratio, basis_channels or form of A that make no sense.
         """
-        if not isinstance(conv, nn.Conv2d):
-            raise TypeError(f"from_conv takes an nn.Conv2d, not {type(conv).__name__}")
-        layer = cls.shaped_like(conv, basis_channels=basis_channels, ratio=ratio, mode=mode)
-        g, k = conv.groups, layer.basis_channels // conv.groups
-        rows = conv.weight.detach().reshape(g, conv.out_channels // g, -1)
-        factors = [factorize(block, k) for block in rows]
+        options: dict[str, Any] = {"basis_channels": basis_channels, "ratio": ratio, "mode": mode}
+        return cls.from_convs([conv], coefficients=coefficients, **options)[0]
+
+    @classmethod
+    def from_convs(
+        cls,
+        convs: Sequence[nn.Conv2d],
+        *,
+        basis_channels: int | None = None,
+        ratio: float | None = None,
+        mode: Mode = "auto",
+        coefficients: str | Form | Coefficients = "shared",
+    ) -> list[BasisConv2d]:
+        """The basis convolutions nearest to ``convs`` that hold one A: :meth:`from_conv` of all at once.
+
+        The convolutions have equal C_out and groups; their filters are laid end to end.
+        """
+        for conv in convs:
+            if not isinstance(conv, nn.Conv2d):
+                raise TypeError(f"from_conv takes an nn.Conv2d, not {type(conv).__name__}")
+        layers: list[BasisConv2d] = []
+        for conv in convs:
+            a = layers[0].coefficients if layers else coefficients
+            layers.append(cls.shaped_like(conv, basis_channels=basis_channels, ratio=ratio, mode=mode, coefficients=a))
+        a = layers[0].coefficients
+        weights = [conv.weight.detach().reshape(a.groups, -1, conv.weight[0].numel()) for conv in convs]
+        basis, order = _fit(torch.cat(weights, dim=2), a, given=isinstance(coefficients, Coefficients))
+        parts = basis.split([weight.shape[2] for weight in weights], dim=2)
         with torch.no_grad():
-            layer.basis.copy_(torch.cat([b for b, _, _ in factors]).view(layer.basis.shape))
-            layer.coefficients.copy_(torch.cat([a for _, a, _ in factors]))
-            width = conv.out_channels // g
-            layer.order.copy_(torch.cat([i * width + torch.argsort(p) for i, (_, _, p) in enumerate(factors)]))
-            if conv.bias is not None and layer.bias is not None:
-                layer.bias.copy_(conv.bias)
-        layer._permuted = True
-        return layer
+            for layer, conv, part in zip(layers, convs, parts, strict=True):
+                layer.basis.copy_(part.reshape(layer.basis.shape))
+                layer.order.copy_(order)
+                layer._order_changed(permuted=True)
+                if conv.bias is not None and layer.bias is not None:
+                    layer.bias.copy_(conv.bias)
+        return layers
 
     @classmethod
     def shaped_like(
@@ -370,22 +412,25 @@ class BasisConv2d(nn.Module):
         basis_channels: int | None = None,
         ratio: float | None = None,
         mode: Mode = "auto",
+        coefficients: str | Form | Coefficients = "dense",
     ) -> BasisConv2d:
         """A freshly initialised basis convolution of the shape of ``conv``.
 
         Keeps device, dtype, memory format, ``training`` and ``requires_grad``; none of its values.
+        Coefficients that are given as a module stay as they are.
         """
         padding: Any = conv.padding
         layer = cls(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, padding, conv.dilation,  # type: ignore[arg-type]
             conv.groups, conv.bias is not None, conv.padding_mode, conv.weight.device, conv.weight.dtype,
-            basis_channels=basis_channels, ratio=ratio, mode=mode,
+            basis_channels=basis_channels, ratio=ratio, mode=mode, coefficients=coefficients,
         )  # fmt: skip
         if is_channels_last(conv.weight):
             layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        layer.train(conv.training)
+        layer.training = conv.training
         layer.basis.requires_grad_(conv.weight.requires_grad)
-        layer.coefficients.requires_grad_(conv.weight.requires_grad)
+        if not isinstance(coefficients, Coefficients):
+            layer.coefficients.train(conv.training).requires_grad_(conv.weight.requires_grad)
         if layer.bias is not None and conv.bias is not None:
             layer.bias.requires_grad_(conv.bias.requires_grad)
         return layer
@@ -400,7 +445,7 @@ class BasisConv2d(nn.Module):
         weight = self.weight.detach()
         if is_channels_last(self.basis):
             weight = weight.contiguous(memory_format=torch.channels_last)
-        trains = self.basis.requires_grad or self.coefficients.requires_grad
+        trains = self.basis.requires_grad or self.coefficients.trains
         conv.weight = nn.Parameter(weight.clone(), requires_grad=trains)
         if self.bias is not None:
             conv.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
@@ -411,7 +456,7 @@ class BasisConv2d(nn.Module):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if not self.order.is_meta:
-            self._permuted = not torch.equal(self.order.cpu(), torch.arange(self.out_channels))
+            self._order_changed(permuted=not torch.equal(self.order.cpu(), torch.arange(self.out_channels)))
 
     def extra_repr(self) -> str:
         """The arguments that matter, the way ``nn.Conv2d`` prints its own."""
@@ -424,14 +469,85 @@ class BasisConv2d(nn.Module):
         if self.bias is None:
             parts.append("bias=False")
         parts.append(f"basis_channels={self.basis_channels} (r={self.ratio:.4g}), mode={self.mode}")
+        if self.coefficients.form.kind != "dense":
+            parts.append(f"coefficients={self.coefficients.form}")
         return ", ".join(parts)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"  # one line: not the module inside
 
-def factorize(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+
+def _coefficients_for(
+    coefficients: str | Form | Coefficients, shape: tuple[int, int, int], **factory: Any
+) -> Coefficients:
+    """A new module of this form for (C_out, k, groups), or the one given where it fits."""
+    if not isinstance(coefficients, Coefficients):
+        return Form.parse(coefficients).make(*shape, **factory)
+    wanted = coefficients.form.make(*shape, device="meta")
+    theirs, ours = ((a.rows, a.columns, a.groups) for a in (coefficients, wanted))
+    if theirs != ours:
+        raise ValueError(
+            "shared coefficients between layers of different shape: rows, columns and groups are "
+            f"{theirs} in the coefficients given, but {ours} in this layer"
+        )
+    return coefficients
+
+
+def _channels(maps: Tensor, index: Tensor) -> Tensor:
+    """``maps[:, index]``, (N, C, H, W) or (C, H, W), in the memory format of ``maps``."""
+    if maps.dim() == 4 and is_channels_last(maps):
+        return maps.permute(0, 2, 3, 1).index_select(3, index).permute(0, 3, 1, 2)
+    return maps.index_select(-3, index)
+
+
+def _fit(weight: Tensor, a: Coefficients, *, given: bool) -> tuple[Tensor, Tensor]:
+    """Fit ``a``, unless it is given, to a weight (mixing groups, C_out / groups, F).
+
+    Returns B (mixing groups, columns, F) and ``order`` (C_out,).
+    """
+    groups, width, _ = weight.shape
+    if given or not a.fits:
+        order = torch.arange(groups * width, device=weight.device)
+        return _least_squares_basis(weight, a, order[:width].expand(groups, width)), order
+    if a.free:
+        return _fit_from(weight, a, pivot=True)
+
+    @torch.no_grad()
+    def error(pivot: bool) -> float:
+        basis, order = _fit_from(weight, a, pivot=pivot)
+        rows = torch.cat([basis, a.blocks().double() @ basis], dim=1).flatten(0, 1)
+        return float((rows[order] - weight.double().flatten(0, 1)).square().sum())
+
+    return _fit_from(weight, a, pivot=min((True, False), key=error))
+
+
+@torch.no_grad()
+def _fit_from(weight: Tensor, a: Coefficients, *, pivot: bool) -> tuple[Tensor, Tensor]:
+    """:func:`_fit` for A that is learned, from one dense factorization."""
+    factors = [factorize(block.double(), a.columns, pivot=pivot) for block in weight]
+    basis, dense, order = (torch.stack(parts) for parts in zip(*factors, strict=True))
+    a.fit(dense, basis)
+    if not a.free:
+        basis = _least_squares_basis(weight, a, order)
+    start = torch.arange(len(weight), device=weight.device)[:, None] * weight.shape[1]
+    return basis, (start + torch.argsort(order)).flatten()
+
+
+@torch.no_grad()
+def _least_squares_basis(weight: Tensor, a: Coefficients, order: Tensor) -> Tensor:
+    """B nearest to ``weight`` for this A, where row i of [B; A B] is row ``order[i]`` of its group, in float64."""
+    blocks = a.blocks().double()
+    eye = torch.eye(a.columns, dtype=blocks.dtype, device=blocks.device).expand(a.groups, -1, -1)
+    rows = weight.double().gather(1, order[:, :, None].expand(weight.shape))
+    return torch.linalg.lstsq(torch.cat([eye, blocks], dim=1), rows).solution
+
+
+def factorize(matrix: Tensor, k: int, *, pivot: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Split the best rank-k approximation of ``matrix`` (C_out x F) as ``[I; A] B`` in a row order.
 
     Returns B (k x F), A ((C_out - k) x k) and ``p`` (C_out,), such that row ``p[i]`` of the
-    approximation is row i of ``[B; A B]``. At k = C_out the rows are returned as they are. Computed
+    approximation is row i of ``[B; A B]``: with ``pivot`` the rows that keep A small come first, else
+    the order is that of ``matrix``. At k = C_out the rows are returned as they are. Computed
     in float64 and returned in the dtype of ``matrix``. Where the rank of ``matrix`` is below k, the
     rows that are left over get coefficients of the pseudo-inverse.
     """
@@ -442,8 +558,8 @@ def factorize(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     rank = min(k, s.shape[0])
     left = u[:, :rank]
-    order = _pivots(left)
-    if rank < k:  # fewer singular vectors than basis filters: F < k, the matrix is already exact
+    order = _pivots(left) if pivot else identity[:k]
+    if len(order) < k:  # fewer singular vectors than basis filters: F < k, the matrix is already exact
         order = torch.cat([order, identity[~torch.isin(identity, order)][: k - rank]])
     rest = identity[~torch.isin(identity, order)]
     approximation = (left * s[:rank]) @ vh[:rank]

@@ -30,7 +30,7 @@ import filelock
 import torch
 
 from basis.analysis import joint, sensitivity
-from basis.complexity import cost
+from basis.complexity import cost, count_parameters
 from basis.conv import Mode
 from basis.data import Data, DataError, Images, first_images, hold_out, load_cifar10, synthetic
 from basis.files import replacing
@@ -112,6 +112,7 @@ class Run:
         choice: how the plan is selected, instead of ``plan``.
         ladder: which sensitivities are measured afterwards.
         test: False where the test images are not looked at.
+        coefficients: how the basis layers hold their coefficients, see :class:`basis.coefficients.Form`.
     """
 
     study: str
@@ -130,6 +131,7 @@ class Run:
     choice: Choice | None = None
     ladder: Ladder | None = None
     test: bool | None = None
+    coefficients: str | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -324,12 +326,12 @@ def execute(
     if run.choice is not None:
         plan, foreseen = choose(run.choice, folder or results_folder(), definition, should_stop=should_stop)
         extra |= {"plan": dict(plan.layers), "predicted": foreseen}
-    if plan is not None:
-        model = substitute(model, plan, mode=run.mode, init="random")
-    elif run.ratio is not None:
-        model = substitute(model, ratio=run.ratio, mode=run.mode, init="random")
     dense = plan is None and run.ratio is None
-    if plan is not None or run.ladder is not None:
+    if not dense:
+        model = substitute(
+            model, plan, ratio=run.ratio, mode=run.mode, init="random", coefficients=run.coefficients or "dense"
+        )
+    if plan is not None or run.ladder is not None or run.coefficients is not None:
         size = tuple(data.train.x.shape[1:])
         report = cost(model, (size[2], *size[:2]), mode="factorized")
         extra |= {"macs": report.total.forward_macs, "backward_macs": report.total.backward_macs}
@@ -341,7 +343,7 @@ def execute(
         extra |= climb(model, data, run.ladder, beside=checkpoint, should_stop=should_stop)
     return {
         **asdict(result),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": count_parameters(model),
         "spectrum": spectrum(model) if dense else None,
         **extra,
     }

@@ -42,10 +42,11 @@ def mean_estimate(values: Sequence[float]) -> Estimate:
     return Estimate(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half, len(x))
 
 
-def difference_estimate(first: Sequence[float], second: Sequence[float]) -> Estimate:
+def difference_estimate(first: Sequence[float], second: Sequence[float], *, comparisons: int = 1) -> Estimate:
     """mean(first) - mean(second) with Welch's interval; n is the smaller of the two numbers of runs.
 
-    Runs are independent even at equal seeds (Jordan 2023, arXiv 2304.01910), so nothing is paired.
+    Runs are independent even at equal seeds (Jordan 2023, arXiv 2304.01910), so nothing is paired. With
+    ``comparisons`` > 1 it is one of that many intervals that hold together with 95 % (Bonferroni).
     """
     if not len(first) or not len(second):
         raise ValueError("a difference needs runs on both sides")
@@ -55,7 +56,7 @@ def difference_estimate(first: Sequence[float], second: Sequence[float]) -> Esti
         return Estimate(value, math.nan, math.nan, n)
     if a.std() + b.std() == 0:  # no spread at all, where Welch's degrees of freedom are 0 / 0
         return Estimate(value, value, value, n)
-    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(1 - 0.05 / comparisons)
     return Estimate(value, float(interval.low), float(interval.high), n)
 
 
@@ -72,17 +73,23 @@ class Spread:
 
     def mean(self, values: Sequence[float]) -> Estimate:
         """The mean of one arm, with the interval that this spread gives it."""
-        return self._around(float(np.mean(values)), 1 / len(values), len(values))
+        return self.contrast([(1, values)])
 
-    def difference(self, first: Sequence[float], second: Sequence[float]) -> Estimate:
+    def difference(self, first: Sequence[float], second: Sequence[float], *, comparisons: int = 1) -> Estimate:
         """mean(first) - mean(second) with its interval; n is the smaller of the two numbers of runs."""
-        value = float(np.mean(first) - np.mean(second))
-        return self._around(value, 1 / len(first) + 1 / len(second), min(len(first), len(second)))
+        return self.contrast([(1, first), (-1, second)], comparisons=comparisons)
 
-    def _around(self, value: float, variance: float, n: int) -> Estimate:
+    def contrast(self, arms: Sequence[tuple[float, Sequence[float]]], *, comparisons: int = 1) -> Estimate:
+        """The sum of weight x mean over the arms; n is the smallest of their numbers of runs.
+
+        With ``comparisons`` > 1 the interval is one of that many that hold together with 95 % (Bonferroni).
+        """
+        value = float(sum(weight * np.mean(values) for weight, values in arms))
+        n = min(len(values) for _, values in arms)
         if not self.freedom:
             return Estimate(value, math.nan, math.nan, n)
-        half = float(stats.t.ppf(0.975, self.freedom)) * self.value * math.sqrt(variance)
+        variance = sum(weight**2 / len(values) for weight, values in arms)
+        half = float(stats.t.ppf(1 - 0.025 / comparisons, self.freedom)) * self.value * math.sqrt(variance)
         return Estimate(value, value - half, value + half, n)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+from basis.coefficients import Coefficients, Form
 from basis.conv import MODES, BasisConv2d, Mode, basis_channels_for, check_basis_channels
 from basis.files import replacing
 
@@ -159,6 +160,7 @@ def substitute(
     ratio: float | None = None,
     mode: Mode = "auto",
     init: Literal["svd", "random"] = "svd",
+    coefficients: str | Form | Coefficients = "dense",
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
 ) -> nn.Module:
@@ -175,10 +177,13 @@ def substitute(
         mode: the mode of the new layers, see :class:`BasisConv2d`.
         init: ``"svd"`` approximates each weight (:meth:`BasisConv2d.from_conv`); ``"random"`` draws
             new ones for training from scratch (:meth:`BasisConv2d.shaped_like`).
+        coefficients: the form of A in every new layer, see :class:`Form`. With ``"shared"``, layers of
+            equal C_out, k and groups hold one A (those of one dtype and device that all train or all do
+            not); it is fitted to all of them at once.
 
     Raises:
         ValueError: for a plan that names a layer that is not there, that cannot be substituted (with
-            the reason), or with a k that makes no sense; for a bad ratio, mode or init.
+            the reason), or with a k or a form of A that makes no sense; for a bad ratio, mode or init.
     """
     if (plan is None) == (ratio is None):
         raise ValueError("give one of plan and ratio")
@@ -191,15 +196,43 @@ def substitute(
     elif _patterns(include) or _patterns(exclude):
         raise ValueError("include and exclude go with a ratio; a plan names its layers itself")
     chosen = _resolve(model, plan.layers if isinstance(plan, Plan) else plan)
-    make = BasisConv2d.from_conv if init == "svd" else BasisConv2d.shaped_like
+    if not isinstance(coefficients, Coefficients):
+        coefficients = Form.parse(coefficients)
     copied = _copy(model)
     new: dict[nn.Module, nn.Module] = {}
-    for name, k in chosen.items():
-        conv: Any = copied.get_submodule(name)
-        if init == "svd" and conv.weight.is_meta:
-            raise ValueError(f"{_shown(name)} is on the meta device and has no values; use init='random'")
-        new[conv] = _hand_over(conv, make(conv, basis_channels=k, mode=mode))
+    for names in _tied(copied, chosen, coefficients):
+        convs = [copied.get_submodule(name) for name in names]
+        for name, conv in zip(names, convs, strict=True):
+            if init == "svd" and conv.weight.is_meta:
+                raise ValueError(f"{_shown(name)} is on the meta device and has no values; use init='random'")
+        try:
+            layers = _make(convs, init, basis_channels=chosen[names[0]], mode=mode, coefficients=coefficients)
+        except ValueError as error:
+            raise ValueError(f"{_shown(names[0])}: {error}") from error
+        new.update((conv, _hand_over(conv, layer)) for conv, layer in zip(convs, layers, strict=True))
     return _replace(copied, new)
+
+
+def _tied(model: nn.Module, chosen: Mapping[str, int], coefficients: Form | Coefficients) -> list[list[str]]:
+    """The layers to make, those that hold one A together."""
+    if not isinstance(coefficients, Form) or coefficients.kind != "shared":
+        return [[name] for name in chosen]
+    together: dict[tuple, list[str]] = {}
+    for name, k in chosen.items():
+        conv: Any = model.get_submodule(name)
+        weight = conv.weight
+        key = (conv.out_channels, k, conv.groups, weight.dtype, weight.device, weight.requires_grad)
+        together.setdefault(key, []).append(name)
+    return list(together.values())
+
+
+def _make(convs: list, init: str, *, coefficients: Form | Coefficients, **options: Any) -> list[BasisConv2d]:
+    """The layers for these convolutions, which hold one A."""
+    if init == "svd":
+        return BasisConv2d.from_convs(convs, coefficients=coefficients, **options)
+    first = BasisConv2d.shaped_like(convs[0], coefficients=coefficients, **options)
+    others = [BasisConv2d.shaped_like(conv, coefficients=first.coefficients, **options) for conv in convs[1:]]
+    return [first, *others]
 
 
 def merge(model: nn.Module) -> nn.Module:

@@ -13,18 +13,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from basis.coefficients import Sparse
+from basis.conv import BasisConv2d
 from basis.data import Data, Images, augment, normalise
 from basis.files import replacing
+from basis.penalties import compression, decorrelation, parameter_groups, product_norm
+from basis.skipping import Parts, Skip, check_skip
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MemoryFormat = Literal["auto", "channels_last", "contiguous"]
+Decay = Literal["factors", "product", "scaled"]
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,6 +57,16 @@ class Recipe:
         flip, translate, cutout: the augmentation, see :func:`basis.data.augment`.
         precision: of activations ("auto": see :func:`choose_precision`); parameters stay fp32.
         memory_format: of weights and activations ("auto": see :func:`choose_memory_format`).
+        skip: which steps update the basis filters B and the coefficients A of basis convolutions; None:
+            all of them.
+        decay: what ``weight_decay`` means for B and A. "factors" (None): what it means for all others;
+            "product": it penalises the weight [B; A B] that they make, and B and A not by themselves
+            (:func:`basis.penalties.product_norm`); "scaled": it is multiplied by the fraction of its
+            parameters that the network keeps (:func:`basis.penalties.compression`).
+        decorrelation: weight of :func:`basis.penalties.decorrelation`, summed over the layers and added
+            to the loss at every tenth step, as LinearConv does (with 0.01); None: not at all.
+        settle: the fraction of the training after which the masks of sparse coefficients stay as they
+            are; None: half of it.
     """
 
     epochs: int = 26
@@ -67,6 +82,10 @@ class Recipe:
     cutout: int = 12
     precision: Precision = "auto"
     memory_format: MemoryFormat = "auto"
+    skip: Skip | None = None
+    decay: Decay | None = None
+    decorrelation: float | None = None
+    settle: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "lr"):
@@ -85,6 +104,21 @@ class Recipe:
             raise ValueError(
                 f"memory_format is {self.memory_format!r}, but must be one of auto, channels_last, contiguous"
             )
+        self._check_terms()
+
+    def _check_terms(self) -> None:
+        if self.decay not in (None, *get_args(Decay)):
+            raise ValueError(f"decay is {self.decay!r}, but must be one of {', '.join(get_args(Decay))}")
+        if self.decay in ("product", "scaled") and self.weight_decay == 0:
+            raise ValueError(f"decay is {self.decay!r}, which has no effect where weight_decay is 0")
+        if self.decorrelation is not None and not 0 < self.decorrelation < math.inf:
+            raise ValueError(
+                f"decorrelation is {self.decorrelation}, but it is a weight and must be positive (or None)"
+            )
+        if self.decorrelation is not None and self.skip and self.skip.basis_until == 0:
+            raise ValueError("decorrelation acts on the basis filters, but skip never trains them (basis_until is 0)")
+        if self.settle is not None and not 0 <= self.settle < 1:
+            raise ValueError(f"settle is {self.settle}, but it is a fraction of the training and must lie in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +174,12 @@ def learning_rate(recipe: Recipe, done: float) -> float:
 
 def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.SGD:
     """SGD with Nesterov momentum over the parameters that require a gradient."""
+    parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
+    if recipe.skip or recipe.decay in ("product", "scaled"):
+        factor = {"product": 0.0, "scaled": compression(model)}.get(recipe.decay or "factors", 1.0)
+        parameters = parameter_groups(model, weight_decay=recipe.weight_decay, factor=factor)
     return torch.optim.SGD(
-        [p for p in model.parameters() if p.requires_grad],
+        parameters,
         lr=recipe.lr,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
@@ -177,8 +215,8 @@ def train(
         test: whether to look at the test images at all; trainings that only inform a choice do not.
 
     Raises:
-        TrainingError: for too few images, a checkpoint of another training, or a loss that is no
-            longer finite.
+        TrainingError: for too few images, a recipe with terms that this model gives no meaning to, a
+            checkpoint of another training, or a loss that is no longer finite.
         TrainingPaused: see ``should_stop``.
     """
     recipe = recipe or Recipe()
@@ -190,6 +228,7 @@ def train(
     steps_per_epoch = len(data.train) // recipe.batch_size
     if steps_per_epoch == 0:
         raise TrainingError(f"batch_size is {recipe.batch_size}, but there are only {len(data.train)} training images")
+    _check(model, recipe, steps_per_epoch)
     layout = torch.channels_last if recipe.memory_format == "channels_last" else torch.contiguous_format
     model.to(device=place, memory_format=layout)  # type: ignore[call-overload]
     data = data.to(place)
@@ -200,7 +239,7 @@ def train(
     total, first = state.total_steps, state.epoch * steps_per_epoch
     title = progress if isinstance(progress, str) else None
     bar = tqdm(total=total, initial=first, disable=not progress, desc=title, unit="step", dynamic_ncols=True)
-    with bar, on_device(place):
+    with bar, on_device(place), state.parts.restored():
         while state.epoch < recipe.epochs:
             row = _epoch(state, data.train, bar)
             if data.validation:
@@ -226,18 +265,62 @@ def train(
     )
 
 
+def _check(model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> None:
+    """Refuse terms of the recipe that would have no effect on this model."""
+    decay = recipe.decay if recipe.decay != "factors" else None
+    terms = {"skip": recipe.skip, "decay": decay, "decorrelation": recipe.decorrelation}
+    named = [name for name, value in terms.items() if value is not None]
+    if named and not any(isinstance(module, BasisConv2d) for module in model.modules()):
+        raise TrainingError(f"the recipe sets {', '.join(named)}, but the model has no basis convolutions")
+    if recipe.skip:
+        try:
+            check_skip(model, recipe.skip, steps_per_epoch=steps_per_epoch, total_steps=recipe.epochs * steps_per_epoch)
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
+
+
 class _State:
     """All that a training changes, so that a checkpoint can hold all of it."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, seed: int, device: torch.device, *, total_steps: int) -> None:
         self.model, self.recipe, self.device, self.total_steps = model, recipe, device, total_steps
+        self.steps_per_epoch = total_steps // recipe.epochs
+        self.layers = [module for module in model.modules() if isinstance(module, BasisConv2d)]
+        self.parts = Parts(model)
+        self.settles_at = min(round((0.5 if recipe.settle is None else recipe.settle) * total_steps), total_steps - 1)
         self.epoch = 0
         self.curves: list[dict[str, float]] = []
         self.generator = torch.Generator(device).manual_seed(seed)
         self.optimizer = make_optimizer(model, recipe, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
         shapes = [tuple(p.shape) for p in model.parameters()]
-        self.identity = repr((asdict(recipe), seed, total_steps, shapes))
+        said = {name: value for name, value in asdict(recipe).items() if value is not None}
+        self.identity = repr((said, seed, total_steps, shapes))
+
+    def prepare(self, step: int) -> None:
+        """Before a step: its learning rate, the parts that it trains, and the end of learned masks."""
+        recipe = self.recipe
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step / self.total_steps)
+        if recipe.skip:
+            self.parts.train(
+                recipe.skip.trains(step, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
+            )
+        if step == self.settles_at:
+            for layer in self.layers:
+                if isinstance(layer.coefficients, Sparse):
+                    layer.coefficients.settle()
+
+    def objective(self, loss: Tensor, step: int) -> Tensor:
+        """``loss`` and what the recipe adds to it for the basis layers, in fp32 and before loss scaling."""
+        recipe = self.recipe
+        if recipe.decay == "product":
+            norms = [product_norm(a.basis, a.coefficients.matrix(), a.coefficients.groups) for a in self.layers]
+            loss = loss + recipe.weight_decay / 2 * torch.stack(norms).sum()
+        if recipe.decorrelation is not None and step % 10 == 0:
+            correlations = [decorrelation(layer.basis, layer.groups) for layer in self.layers]
+            loss = loss + recipe.decorrelation * torch.stack(correlations).sum()
+        return loss
 
     def save(self, path: Path) -> None:
         content = {
@@ -285,9 +368,7 @@ def _epoch(state: _State, images: Images, bar: Any) -> dict[str, float]:
     order = torch.randperm(len(images), generator=state.generator, device=device)
     for step in range(steps):
         index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-        lr = learning_rate(recipe, (state.epoch * steps + step) / state.total_steps)
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
+        state.prepare(state.epoch * steps + step)
         batch = augment(
             images.x,
             index,
@@ -301,10 +382,12 @@ def _epoch(state: _State, images: Images, bar: Any) -> dict[str, float]:
         with _autocast(device, recipe.precision):
             logits = model(x)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
+        objective = state.objective(loss, state.epoch * steps + step)
         state.optimizer.zero_grad(set_to_none=True)
-        state.scaler.scale(loss).backward()
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
+        if objective.requires_grad:  # a step may train nothing, where all but a skipped part is frozen
+            state.scaler.scale(objective).backward()
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
         loss_sum += loss.detach()
         correct += (logits.detach().argmax(1) == labels).sum()
         bar.update()

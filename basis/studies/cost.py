@@ -32,6 +32,18 @@ def load_benches(profile: str, *, kind: str = "bench-layer", folder: Path | None
     return [r for r in reports if r.kind == kind and r.environment["device_type"] == wanted]
 
 
+def find_training_bench(
+    profile: str, *, model: str, width: int | None, trained: Sequence[str] = (), coefficients: Sequence[str] = ()
+) -> BenchReport | None:
+    """The stored benchmark of training steps of such a network that has all these parts or forms, if there is one."""
+    for report in load_benches(profile, kind="bench-train"):
+        has = report.config
+        parts, forms = set(has.get("trained", ())), set(has.get("coefficients", ()))
+        if (has["model"], has["width"]) == (model, width) and parts >= set(trained) and forms >= set(coefficients):
+            return report
+    return None
+
+
 def judged_cells(reports: Sequence[BenchReport]) -> list[Mapping[str, Any]]:
     """The rows that the rule speaks of."""
     return [

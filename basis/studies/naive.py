@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from basis.runs import Record, Run
 from basis.statistics import Estimate, difference_estimate
-from basis.studies.study import Label, Study, Verdict
+from basis.studies.study import Label, Study, Verdict, accuracies
 from basis.training import Recipe
 
 ARMS: dict[str, float | None] = {"dense": None, "r=3/4": 0.75, "r=1/2": 0.5, "r=1/4": 0.25, "r=1/8": 0.125}
@@ -54,11 +54,6 @@ def _arms(profile: str, seeds: range, arms: Sequence[str] = tuple(ARMS), **setti
         for seed in seeds
         for arm in arms
     )
-
-
-def accuracies(records: Sequence[Record], arm: str) -> list[float]:
-    """Test accuracies (fractions, no test-time augmentation) of an arm's runs."""
-    return [r.result["test"]["accuracy"] for r in records if r.config["arm"] == arm]
 
 
 def drop(records: Sequence[Record], arm: str) -> Estimate:

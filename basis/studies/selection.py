@@ -13,7 +13,7 @@ from typing import Any
 
 from basis.runs import Choice, Ladder, Record, Run
 from basis.statistics import Estimate, Spread, difference_estimate, pooled_spread
-from basis.studies.study import Label, Study, Verdict
+from basis.studies.study import SCALES, Label, Study, Verdict
 from basis.table import SensitivityTable
 from basis.training import Recipe
 
@@ -29,12 +29,6 @@ RULES: Mapping[str, str] = {
     "reverse": "reverse",
 }
 JUDGED_UNIT, JUDGED_BUDGET, POINTS = "params", 0.5, 0.2
-NETWORKS = {
-    "smoke": "the smoke test's tiny network on synthetic images",
-    "cpu": "the CPU-scale network",
-    "colab": "a thin ResNet-18, briefly trained,",
-    "paper": "ResNet-18",
-}
 
 RULE = (
     f"C4 is judged at {JUDGED_BUDGET:.0%} of the parameters. The plan is the one of least summed sensitivity "
@@ -170,7 +164,7 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     if 100 * lost.high < POINTS:
         label = "reproduced"
     finding = (
-        f"with half of the parameters selected by sensitivity {NETWORKS[profile]} loses {lost.text(scale=100)} "
+        f"with half of the parameters selected by sensitivity {SCALES[profile]} loses {lost.text(scale=100)} "
         f"percentage points of test accuracy against dense ({lost.support} per arm), and is "
         f"{gained.text(scale=100, signed=True)} "
         "points better than at one ratio for all layers"

@@ -21,7 +21,7 @@ from basis.conv import basis_channels_for
 from basis.models import build
 from basis.runs import Ladder, Record, Run
 from basis.statistics import Estimate, Spread
-from basis.studies.study import Label, Study, Verdict
+from basis.studies.study import SCALES, Label, Study, Verdict
 from basis.table import SensitivityTable
 from basis.training import Recipe
 
@@ -34,12 +34,6 @@ MEASURES = ("spectrum", "activation", "taylor", "fisher", "oneshot", "oneshot_bn
 TRAINED = ("fine_tuning", "short_training")
 RECOMMENDED = "oneshot_bn"
 SPEARMAN, COST = 0.8, 0.05
-NETWORKS = {
-    "smoke": "the smoke test's tiny network on synthetic images",
-    "cpu": "the CPU-scale network",
-    "colab": "a thin ResNet-18, briefly trained,",
-    "paper": "ResNet-18",
-}
 
 RULE = (
     "The truth of a layer and ratio is the mean final loss on held-out images over runs in which that layer alone "
@@ -368,7 +362,7 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     networks, seeds = len(tables(records, RECOMMENDED)), min(len(t.seeds) for t in truths)
     ceiling = np.mean([np.sqrt(reliability(t)) for t in truths])
     finding = (
-        f"for {NETWORKS[profile]} {RECOMMENDED} ({networks} measured) correlates with the loss after full training "
+        f"for {SCALES[profile]} {RECOMMENDED} ({networks} measured) correlates with the loss after full training "
         f"({seeds} runs per layer) at Spearman {row.spearman.text()} (95 % interval, {row.spearman.n} layers), where "
         f"the noise of the runs would let a perfect measure reach about {ceiling:.2f}, and takes {share:.1%} of the "
         "passes of one such training"

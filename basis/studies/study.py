@@ -26,6 +26,20 @@ CLAIMS: Mapping[str, str] = {
 }
 
 
+# What is trained in each profile of the studies of one network.
+SCALES: Mapping[str, str] = {
+    "smoke": "the smoke test's tiny network on synthetic images",
+    "cpu": "the CPU-scale network",
+    "colab": "a thin ResNet-18, briefly trained,",
+    "paper": "ResNet-18",
+}
+
+
+def accuracies(records: Sequence[Record], arm: str) -> list[float]:
+    """Test accuracies (fractions, no test-time augmentation) of an arm's runs."""
+    return [r.result["test"]["accuracy"] for r in records if r.config["arm"] == arm]
+
+
 @dataclass(frozen=True)
 class Verdict:
     """How one claim fared in one profile; ``finding`` is a sentence computed from records."""

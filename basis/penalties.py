@@ -1,0 +1,83 @@
+"""Terms that a recipe adds for basis convolutions: decay of the product, scaled decay, decorrelation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from basis.complexity import count_parameters
+from basis.conv import BasisConv2d
+from basis.skipping import Parts
+
+EPSILON = 1e-8  # on squared norms of centred filters: a filter of zero variance correlates with none
+
+
+def product_norm(basis: Tensor, matrix: Tensor, groups: int = 1) -> Tensor:
+    """The squared Frobenius norm of ``W = [B; A B]``, without building W.
+
+    With G = B B^T it is tr(G) + tr(A G A^T), summed over the groups that are mixed apart. Half of it
+    times the weight decay is Frobenius decay (Khodak, Tenenholtz, Mackey and Fusi, "Initialization and
+    Regularization of Factorized Neural Layers", ICLR 2021): what plain decay does to a dense layer.
+
+    Args:
+        basis: B, (k, C_in/groups, kh, kw).
+        matrix: A, (C_out - k, k/groups), the blocks of the groups stacked by rows.
+        groups: into how many blocks of rows and of filters A and B are cut (not only by the convolution:
+            coefficients can be blockwise, too).
+
+    Returns:
+        A scalar that can be differentiated.
+    """
+    b = basis.reshape(groups, len(basis) // groups, -1)
+    a = matrix.reshape(groups, -1, b.shape[1])
+    return b.square().sum() + (a @ (b @ b.mT) * a).sum()
+
+
+def decorrelation(basis: Tensor, groups: int = 1) -> Tensor:
+    """How much the basis filters of a layer correlate: the sum of ``|corr(B) - I|``.
+
+    The penalty of LinearConv (Kahatapitiya and Rodrigo, "Exploiting the Redundancy in Convolutional
+    Filters for Parameter Reduction", WACV 2021): corr is Pearson's correlation between flattened filters,
+    and every pair of filters counts twice, as (i, j) and (j, i). Filters of different groups are not compared.
+
+    Args:
+        basis: B, (k, C_in/groups, kh, kw).
+        groups: of the convolution.
+
+    Returns:
+        A scalar that can be differentiated; 0 for one filter per group.
+    """
+    b = basis.reshape(groups, len(basis) // groups, -1)
+    centred = b - b.mean(2, keepdim=True)
+    unit = centred * (centred.square().sum(2, keepdim=True) + EPSILON).rsqrt()
+    pairs = ~torch.eye(b.shape[1], dtype=torch.bool, device=b.device)
+    return ((unit @ unit.mT) * pairs).abs().sum()
+
+
+def compression(model: nn.Module) -> float:
+    """Parameters of the network, as a fraction of those of the same network with dense convolutions.
+
+    Of a sparse A the entries count that it keeps, and a frozen one counts nothing.
+    The factor of the "compression ratio scaled" weight decay of Gray, Crowley and Storkey, "Separable
+    Layers Enable Structured Efficient Linear Substitutions" (2019): one number for the whole network.
+    """
+    layers = {id(m.basis): m for m in model.modules() if isinstance(m, BasisConv2d)}.values()
+    inside = {id(p) for layer in layers for p in (layer.basis, *layer.coefficients.parameters())}
+    others = sum(p.numel() for p in model.parameters() if id(p) not in inside)
+    return count_parameters(model) / (others + sum(layer.out_channels * layer.basis[0].numel() for layer in layers))
+
+
+def parameter_groups(model: nn.Module, *, weight_decay: float, factor: float = 1.0) -> list[dict[str, Any]]:
+    """Groups for an optimizer: all other parameters, B, and A; the decay of B and A times ``factor``.
+
+    B and A stand apart also where they decay alike, since fused SGD wants all parameters of a group to
+    have made their first step together, and :class:`~basis.skipping.Skip` lets them begin at different ones.
+    """
+    parts = Parts(model)
+    inside = {id(p) for p in (*parts.basis, *parts.coefficients)}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
+    decay = factor * weight_decay
+    groups = (others, weight_decay), (parts.basis, decay), (parts.coefficients, decay)
+    return [{"params": parameters, "weight_decay": value} for parameters, value in groups if parameters]

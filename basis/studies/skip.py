@@ -1,0 +1,225 @@
+"""Chapter 7: which skip-training schedule saves time, and what does it cost?
+
+The basis network is trained with every reading of "skip-training" that :class:`basis.skipping.Skip` can
+express, against training everything at every step for as many epochs, and for as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from basis.bench import TRAINED, BenchReport
+from basis.models import build
+from basis.runs import Record, Run
+from basis.skipping import Skip, predicted_step
+from basis.statistics import Estimate, Spread, pooled_spread
+from basis.studies.cost import find_training_bench
+from basis.studies.study import SCALES, Label, Study, Verdict, accuracies
+from basis.substitution import substitute
+from basis.training import Recipe
+
+RATIO, RATIO_NAME = 0.5, "r=1/2"
+FULL = "everything, always"
+SCHEDULES: Mapping[str, Skip] = {
+    "B every 2nd step": Skip(basis_every=2),
+    "B every 4th step": Skip(basis_every=4),
+    "B frozen at half": Skip(basis_until=0.5),
+    "B fixed": Skip(basis_until=0.0),
+    "A fixed": Skip(coefficients_until=0.0),
+    "A every 4th step": Skip(coefficients_every=4),
+    "A frozen at half": Skip(coefficients_until=0.5),
+    "by epochs in turns": Skip(alternate=True),
+    "B every 8th step": Skip(basis_every=8),
+    "both every 4th step": Skip(basis_every=4, coefficients_every=4),
+}
+SAVED, POINTS = 0.2, 0.2
+
+RULE = (
+    f"C6 is judged on the basis network with {RATIO_NAME} on every convolution, in factorized mode. A schedule's time "
+    "is that of its mean training step relative to a step that trains everything, as measured by an interleaved "
+    "benchmark on the same kind of device; its drop is the difference in test accuracy (without test-time "
+    f"augmentation) after equally many epochs. Candidates are the schedules that save at least {SAVED:.0%} of the "
+    "time. Intervals use the spread pooled over all arms and hold for all candidates together with 95 % (Bonferroni). "
+    f"Reproduced if, for some candidate, the drop's interval lies below {POINTS} percentage points and its accuracy is "
+    "above that of training everything for equal time (interpolated between trainings of fewer epochs), that interval "
+    "lying above 0. Not reproduced if there is no candidate, or every candidate's drop lies above "
+    f"{POINTS} points with its whole interval; else partly. It needs at least 2 runs per arm and the benchmark, "
+    "else it is not tested."
+)
+
+
+def full(epochs: int, of: int) -> str:
+    """The name of the arm that trains everything for that many epochs."""
+    return FULL if epochs == of else f"everything, {epochs} of {of} epochs"
+
+
+def plan(profile: str) -> tuple[Run, ...]:
+    """The runs of a profile, seed after seed, so that an unfinished study compares all schedules."""
+    if profile == "paper":
+        return _runs(_run(profile, validation=5000), seeds=8, shorter=(22, 18))
+    if profile == "colab":
+        base = _run(profile, width=16, validation=5000, recipe=Recipe(epochs=4))
+        return _runs(base, seeds=2, shorter=(3,))
+    if profile == "cpu":
+        recipe = Recipe(epochs=6, batch_size=125, lr=0.1, precision="bf16")
+        return _runs(_run(profile, width=16, images=10000, validation=2000, recipe=recipe), seeds=3, shorter=(5, 4))
+    if profile == "smoke":
+        recipe = Recipe(epochs=2, batch_size=100, translate=2, cutout=8)
+        base = _run(profile, model="resnet20", width=4, data="synthetic", recipe=recipe)
+        return _runs(base, seeds=2, shorter=(1,), schedules=("B every 4th step", "B fixed", "by epochs in turns"))
+    return ()
+
+
+def _run(profile: str, **settings: Any) -> Run:
+    return Run(study="skip", profile=profile, arm=FULL, seed=0, ratio=RATIO, mode="factorized", **settings)
+
+
+def _runs(
+    base: Run, *, seeds: int, shorter: Sequence[int], schedules: Sequence[str] = tuple(SCHEDULES)
+) -> tuple[Run, ...]:
+    epochs = base.recipe.epochs
+    recipes = {full(e, epochs): replace(base.recipe, epochs=e) for e in (epochs, *shorter)}
+    recipes |= {name: replace(base.recipe, skip=SCHEDULES[name]) for name in schedules}
+    return tuple(
+        replace(base, arm=name, seed=seed, recipe=recipe) for seed in range(seeds) for name, recipe in recipes.items()
+    )
+
+
+# -- time: predicted and measured -----------------------------------------------------------------------
+
+
+def steps_of(run: Run) -> dict[str, int]:
+    """``steps_per_epoch`` and ``total_steps`` of a run."""
+    images = {"cifar10": 50000, "synthetic": 2000}[run.data] if run.images is None else run.images
+    steps = (images - run.validation) // run.recipe.batch_size
+    return {"steps_per_epoch": steps, "total_steps": steps * run.recipe.epochs}
+
+
+def predicted(profile: str) -> dict[str, float]:
+    """What the cost model says of each schedule: MACs of its mean step relative to training everything."""
+    runs = {run.arm: run for run in plan(profile)}
+    base = runs[FULL]
+    model = substitute(build(base.model, width=base.width), ratio=RATIO, init="random", mode="factorized")
+    size: dict[str, Any] = {"input_size": (3, 32, 32), "batch_size": base.recipe.batch_size}
+    return {
+        name: predicted_step(model, run.recipe.skip, **size, **steps_of(run))
+        for name, run in runs.items()
+        if run.recipe.skip is not None
+    }
+
+
+def find_bench(profile: str) -> BenchReport | None:
+    """The stored benchmark of the steps of this profile's network, on its kind of device."""
+    base = plan(profile)[0]
+    return find_training_bench(profile, model=base.model, width=base.width, trained=tuple(TRAINED))
+
+
+def step_times(report: BenchReport) -> dict[str, float]:
+    """Measured time of a step that trains these parts (of :data:`basis.bench.TRAINED`), relative to both."""
+    rows = [row for row in report.rows if row["ratio"] == RATIO and row["mode"] == "factorized"]
+    speedups = {row["trained"]: row["speedup"] for row in rows if row["coefficients"] == "dense"}
+    return {part: speedups["both"] / speedup for part, speedup in speedups.items()}
+
+
+def measured(profile: str, report: BenchReport) -> dict[str, float]:
+    """Time of each schedule's mean step, relative to a step that trains everything."""
+    times = step_times(report)
+    relative = {trained: times[part] for part, trained in TRAINED.items()}
+    found = {}
+    for run in plan(profile):
+        if run.recipe.skip is not None:
+            shares = run.recipe.skip.shares(**steps_of(run))
+            found[run.arm] = sum(share * relative[trained] for trained, share in shares.items())
+    return found
+
+
+# -- accuracy --------------------------------------------------------------------------------------------
+
+
+def spread(records: Sequence[Record]) -> Spread:
+    """The standard deviation of test accuracy between equal trainings, pooled over arms."""
+    return pooled_spread([accuracies(records, name) for name in dict.fromkeys(r.config["arm"] for r in records)])
+
+
+def drop(records: Sequence[Record], name: str, *, comparisons: int = 1) -> Estimate:
+    """Training everything minus the arm ``name`` in test accuracy (a fraction), after equally many epochs."""
+    first, second = accuracies(records, FULL), accuracies(records, name)
+    return spread(records).difference(first, second, comparisons=comparisons)
+
+
+def full_by_time(records: Sequence[Record]) -> dict[float, list[float]]:
+    """Fraction of the epochs -> test accuracies, of the arms that train everything, ascending."""
+    runs = [r for r in records if r.config["recipe"].get("skip") is None]
+    longest = max(r.config["recipe"]["epochs"] for r in runs)
+    found: dict[float, list[float]] = {}
+    for r in sorted(runs, key=lambda r: r.config["recipe"]["epochs"]):
+        found.setdefault(r.config["recipe"]["epochs"] / longest, []).append(r.result["test"]["accuracy"])
+    return found
+
+
+def gain(records: Sequence[Record], name: str, time: float, *, comparisons: int = 1) -> Estimate:
+    """The arm ``name`` minus training everything for the fraction ``time`` of the epochs, interpolated.
+
+    Below the shortest such training, that one stands for it (which flatters the schedule's rival).
+    """
+    lengths = full_by_time(records)
+    places = np.clip(np.interp(time, list(lengths), range(len(lengths))), 0, len(lengths) - 1)
+    low = min(int(places), max(0, len(lengths) - 2))
+    arms = [(1.0, accuracies(records, name))]
+    for place, values in list(enumerate(lengths.values()))[low : low + 2]:
+        weight = 1 - abs(place - float(places))
+        arms += [(-weight, values)] if weight > 0 else []
+    return spread(records).contrast(arms, comparisons=comparisons)
+
+
+def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
+    """The verdict on C6 by :data:`RULE`."""
+
+    def untested(finding: str) -> tuple[Verdict, ...]:
+        return (Verdict("C6", profile, "not tested", finding),)
+
+    names = [name for name in dict.fromkeys(run.arm for run in plan(profile))]
+    n = min((len(accuracies(records, name)) for name in names), default=0)
+    if n < 2:
+        return untested(f"there are {n} runs per arm, and at least 2 are needed" if n else "no run has been made yet")
+    report = find_bench(profile)
+    if report is None:
+        return untested("the time of the steps has not been measured on such a device")
+    times = measured(profile, report)
+    candidates = [name for name, time in times.items() if 1 - time >= SAVED]
+    if not candidates:
+        most = min(times, key=lambda name: times[name])
+        finding = f"in {SCALES[profile]} the schedule that saves most ({most}) saves {1 - times[most]:.1%} of the time"
+        return (Verdict("C6", profile, "not reproduced", finding),)
+    many = {"comparisons": len(candidates)}
+    drops = {name: drop(records, name, **many) for name in candidates}
+    gains = {name: gain(records, name, times[name], **many) for name in candidates}
+    kept = [name for name in candidates if 100 * drops[name].high < POINTS and gains[name].low > 0]
+    best = min(kept or candidates, key=lambda name: drops[name].value)
+    label: Label = "reproduced" if kept else "partly"
+    if all(100 * d.low > POINTS for d in drops.values()):
+        label = "not reproduced"
+    finding = (
+        f"in {SCALES[profile]} with {RATIO_NAME} the best of {len(candidates)} schedules that save at least "
+        f"{SAVED:.0%} ({best}) saves {1 - times[best]:.1%} of the time of a step, loses "
+        f"{drops[best].text(scale=100)} percentage points of test accuracy after equally many epochs, and against "
+        f"training everything for equal time it gains {gains[best].text(scale=100, signed=True)} "
+        f"(n = {drops[best].n} or more per arm; the intervals hold together with 95 %)"
+    )
+    return (Verdict("C6", profile, label, finding),)
+
+
+STUDY = Study(
+    name="skip",
+    title="Which steps can skip which weights?",
+    chapter="07_skip_training",
+    claims=("C6",),
+    rule=RULE,
+    published="cpu",
+    plan=plan,
+    judge=judge,
+)

@@ -62,13 +62,13 @@ def plan(profile: str) -> tuple[Run, ...]:
     """The runs of a profile: all forms at the judged ratio, then the other ratio and terms, then equal sizes."""
     if profile == "paper":
         base = _run(profile, validation=5000)
-        return _runs(base, divisor=8, seeds=range(3), judged=range(8), matched=RATIOS)
+        return _runs(base, divisor=8, seeds=range(3), judged=range(8), matched=tuple(RATIOS))
     if profile == "colab":
         base = _run(profile, width=16, validation=5000, recipe=Recipe(epochs=4))
         return _runs(base, divisor=4, seeds=range(2), judged=range(2), ratios=(JUDGED,))
     if profile == "cpu":
         recipe = Recipe(epochs=6, batch_size=125, lr=0.1, precision="bf16")
-        base = _run(profile, width=16, mode="factorized", images=10000, validation=2000, recipe=recipe)
+        base = _run(profile, width=16, mode="factorized", images=8500, validation=500, recipe=recipe)
         return _runs(base, divisor=4, seeds=range(2), judged=range(3), matched=("r=1/4",))
     if profile == "smoke":
         recipe = Recipe(epochs=2, batch_size=100, translate=2, cutout=8)

@@ -53,8 +53,8 @@ def plan(profile: str) -> tuple[Run, ...]:
         base = _run(profile, width=8, validation=5000, recipe=Recipe(epochs=3))
         return _runs(base, networks=NETWORKS[:3], seeds=2, multiple=1, images=1000)
     if profile == "cpu":
-        recipe = Recipe(epochs=6, batch_size=125, lr=0.1, precision="bf16")
-        base = _run(profile, width=8, mode="factorized", images=10000, validation=2000, recipe=recipe)
+        recipe = Recipe(epochs=5, batch_size=125, lr=0.1, precision="bf16")
+        base = _run(profile, width=8, mode="factorized", images=7250, validation=1000, recipe=recipe)
         return _runs(base, seeds=2, multiple=1, images=1000)
     if profile == "smoke":
         recipe = Recipe(epochs=2, batch_size=100, translate=2, cutout=8)

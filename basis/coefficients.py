@@ -119,12 +119,11 @@ class Coefficients(nn.Module):
         products: MACs of each product, one after the other, that makes the derived maps from the basis
             maps (for one pixel), or the derived filters from the basis filters (for one weight).
         mixes: whether the maps are made by one 1x1 convolution with M = [I; A]; else by :meth:`derive`.
-        in_order: whether :meth:`derive` gives the maps of [B; A B] in order, if there is one mixing group.
         free: whether every dense A can be held.
         fits: whether A can be chosen, by :meth:`fit`.
     """
 
-    mixes, in_order, free, fits = True, False, False, True
+    mixes, free, fits = True, False, True
 
     def __init__(self, form: Form, rows: int, columns: int, groups: int, **factory: Any) -> None:
         super().__init__()
@@ -169,11 +168,11 @@ class Coefficients(nn.Module):
         return self.blocks() @ filters
 
     def derive(self, z: Tensor) -> Tensor:
-        """Maps (N, ..., H, W) among which are all output maps, of the basis maps z (N, k, H, W)."""
+        """The maps of [B; A B], of the basis maps z (N, k, H, W); with several groups as :meth:`sources` says."""
         raise NotImplementedError
 
     def sources(self, places: Tensor) -> Tensor:
-        """Which map of :meth:`derive` stands at these places of [B; A B], counted mixing group by mixing group."""
+        """Which map of :meth:`derive` belongs at these places of [B; A B], one mixing group after the other."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -223,7 +222,7 @@ class LowRank(Coefficients):
     The low-rank variant of LinearConv (Kahatapitiya and Rodrigo, WACV 2021), there with rank 10.
     """
 
-    mixes, in_order = False, True
+    mixes = False
 
     def _allocate(self, **factory: Any) -> None:
         self.rank = min(self.form.count(self.columns), self.columns, self.rows // self.groups)
@@ -366,13 +365,16 @@ class Repeat(Coefficients):
         return self.combine(eye.expand(self.groups, -1, -1)).flatten(0, 1)
 
     def derive(self, z: Tensor) -> Tensor:
-        """The basis maps themselves."""
-        return z
+        """All basis maps again and again."""
+        copies, rest = divmod(self.columns + self.rows // self.groups, self.columns)
+        last = z.narrow(-3, 0, rest) if self.groups == 1 else z
+        return torch.cat([z] * copies + [last] * (rest > 0), dim=-3)
 
     def sources(self, places: Tensor) -> Tensor:
-        """Place i of a group is its basis map i mod columns."""
+        """Every copy holds the maps of all groups."""
         width = self.columns + self.rows // self.groups
-        return places // width * self.columns + places % width % self.columns
+        group, row = places // width, places % width
+        return (row // self.columns * self.groups + group) * self.columns + row % self.columns
 
 
 def _truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

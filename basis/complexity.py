@@ -158,11 +158,12 @@ def cost(
 ) -> CostReport:
     """Count what ``model`` costs in one training step of ``batch_size`` images, layer by layer.
 
-    Every module that holds parameters gets a row. MACs are those of convolutions and linear layers;
-    normalisation, activations and additions count none. Gradients are counted where training computes
-    them: for parameters that require a gradient, and for inputs that depend on one (so not for the
-    network's input). With ``batch_size=1`` the numbers are per image, except that the composed and
-    hybrid modes build their weight once per step, however many images there are.
+    Every module that holds parameters gets a row; coefficients belong to the row of their layer. MACs
+    are those of convolutions and linear layers; normalisation, activations and additions count none.
+    Gradients are counted where training computes them: for parameters that require a gradient, and for
+    inputs that depend on one (so not for the network's input). With ``batch_size=1`` the numbers are per
+    image, except that the composed and hybrid modes build their weight once per step, however many
+    images there are.
 
     Shapes come from one run of a copy on the meta device, in evaluation mode and without its hooks, so
     that nothing is computed and ``model`` is untouched; a model that cannot run there (because it looks

@@ -141,7 +141,7 @@ class BasisConv2d(nn.Module):
             ``"composed"`` builds W = [B; A B] and convolves once; ``"hybrid"`` does the forward pass
             composed and the backward pass factorized (first derivatives only); ``"auto"`` picks by
             device and shape (see :func:`resolve_mode`). Low-rank A is applied as two 1x1 convolutions
-            in factorized mode, and repeated filters by indexing.
+            in factorized mode, and repeated filters by copying maps.
         coefficients: the form of A as text or as a :class:`Form`, e.g. ``"low_rank:10"``; or the
             :class:`Coefficients` of another layer of the same shape, which both layers then share.
 
@@ -247,8 +247,8 @@ class BasisConv2d(nn.Module):
         """Keep what follows from ``order``."""
         self._permuted = permuted
         a = self.coefficients
-        in_place = a.in_order and a.groups == 1 and not permuted
-        self._sources = None if a.mixes or in_place else a.sources(self.order)
+        in_order = a.groups == 1 and not permuted
+        self._sources = None if a.mixes or in_order else a.sources(self.order)
 
     # -- the weight and its parts ---------------------------------------------------------------
 
@@ -320,7 +320,9 @@ class BasisConv2d(nn.Module):
     def _hybrid(self, x: Tensor, conv: tuple) -> Tensor:
         if x.dim() == 3:
             return self._hybrid(x[None], conv)[0]
-        weight, mixing = self.weight.detach(), self.mixing[:, :, None, None]
+        with torch.no_grad():
+            weight = self.weight
+        mixing = self.mixing[:, :, None, None]
         basis: Tensor = self.basis
         if torch.is_autocast_enabled(_autocast_device(x)):
             dtype = torch.get_autocast_dtype(_autocast_device(x))
@@ -358,10 +360,10 @@ class BasisConv2d(nn.Module):
         keeps it well conditioned). Keeps device, dtype, memory format, ``training`` and
         ``requires_grad`` of ``conv``; copies its bias.
 
-        Low-rank and sparse A are made nearest to that dense one (see their ``fit``), from the pivoted
-        rows or from the first k, whichever ends nearer to ``conv``; B is then the least-squares solution
-        for this A. Where A is not for the layer to choose (frozen, repeat, or a module that is given), B
-        is the least-squares solution for the rows in their order.
+        Low-rank and sparse A are fitted to that dense one (see their ``fit``), or to the one with the
+        first k rows as B where that halves the squared error, as it does for a weight that had this form;
+        B is then the least-squares solution for this A. Where A is not for the layer to choose (frozen,
+        repeat, or a module that is given), B is the least-squares solution for the rows in their order.
 
         Raises:
             TypeError: when ``conv`` is not an ``nn.Conv2d``.
@@ -393,13 +395,14 @@ class BasisConv2d(nn.Module):
             layers.append(cls.shaped_like(conv, basis_channels=basis_channels, ratio=ratio, mode=mode, coefficients=a))
         a = layers[0].coefficients
         weights = [conv.weight.detach().reshape(a.groups, -1, conv.weight[0].numel()) for conv in convs]
-        basis, order = _fit(torch.cat(weights, dim=2), a, given=isinstance(coefficients, Coefficients))
+        given = isinstance(coefficients, Coefficients)
+        basis, order = _fit(torch.cat(weights, dim=2), a, given=given)
         parts = basis.split([weight.shape[2] for weight in weights], dim=2)
         with torch.no_grad():
             for layer, conv, part in zip(layers, convs, parts, strict=True):
                 layer.basis.copy_(part.reshape(layer.basis.shape))
                 layer.order.copy_(order)
-                layer._order_changed(permuted=True)
+                layer._order_changed(permuted=a.fits and not given)
                 if conv.bias is not None and layer.bias is not None:
                     layer.bias.copy_(conv.bias)
         return layers
@@ -495,8 +498,8 @@ def _coefficients_for(
 
 def _channels(maps: Tensor, index: Tensor) -> Tensor:
     """``maps[:, index]``, (N, C, H, W) or (C, H, W), in the memory format of ``maps``."""
-    if maps.dim() == 4 and is_channels_last(maps):
-        return maps.permute(0, 2, 3, 1).index_select(3, index).permute(0, 3, 1, 2)
+    if maps.dim() == 4 and is_channels_last(maps):  # not index_select, which is slow there on a CPU
+        return maps.permute(0, 2, 3, 1)[..., index].permute(0, 3, 1, 2)
     return maps.index_select(-3, index)
 
 
@@ -513,12 +516,13 @@ def _fit(weight: Tensor, a: Coefficients, *, given: bool) -> tuple[Tensor, Tenso
         return _fit_from(weight, a, pivot=True)
 
     @torch.no_grad()
-    def error(pivot: bool) -> float:
+    def error(pivot: bool) -> Tensor:
         basis, order = _fit_from(weight, a, pivot=pivot)
         rows = torch.cat([basis, a.blocks().double() @ basis], dim=1).flatten(0, 1)
-        return float((rows[order] - weight.double().flatten(0, 1)).square().sum())
+        return (rows[order] - weight.double().flatten(0, 1)).square().sum()
 
-    return _fit_from(weight, a, pivot=min((True, False), key=error))
+    rounding = 1e-12 * weight.double().square().sum()
+    return _fit_from(weight, a, pivot=bool(error(True) <= 2 * error(False) + rounding))
 
 
 @torch.no_grad()

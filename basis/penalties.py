@@ -70,7 +70,7 @@ def compression(model: nn.Module) -> float:
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float, factor: float = 1.0) -> list[dict[str, Any]]:
-    """Groups for an optimizer: all other parameters, B, and A; the decay of B and A times ``factor``.
+    """Groups for an optimizer: all other parameters, B, and A (``part``); the decay of B and A times ``factor``.
 
     B and A stand apart also where they decay alike, since fused SGD wants all parameters of a group to
     have made their first step together, and :class:`~basis.skipping.Skip` lets them begin at different ones.
@@ -79,5 +79,9 @@ def parameter_groups(model: nn.Module, *, weight_decay: float, factor: float = 1
     inside = {id(p) for p in (*parts.basis, *parts.coefficients)}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
     decay = factor * weight_decay
-    groups = (others, weight_decay), (parts.basis, decay), (parts.coefficients, decay)
-    return [{"params": parameters, "weight_decay": value} for parameters, value in groups if parameters]
+    groups = {
+        "others": (others, weight_decay),
+        "basis": (parts.basis, decay),
+        "coefficients": (parts.coefficients, decay),
+    }
+    return [{"params": p, "weight_decay": value, "part": part} for part, (p, value) in groups.items() if p]

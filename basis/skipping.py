@@ -31,8 +31,7 @@ class Trained(NamedTuple):
 class Skip:
     """Which steps update the basis filters B and the coefficients A.
 
-    All other parameters are updated at every step. The learning rate follows its own schedule, whatever
-    is skipped; the momentum of a skipped part stands still.
+    All other parameters are updated at every step. The momentum of a skipped part stands still.
 
     Args:
         basis_every: B is updated at the steps 0, n, 2n, ... of the training.
@@ -40,6 +39,8 @@ class Skip:
         basis_until: the fraction of all steps after which B is frozen; 0: it is never trained.
         coefficients_until: the same for A.
         alternate: by epochs, B and A in turns: B in the first, A in the second, and so on.
+        rescale: give a part that is updated at every n-th step n times the learning rate; else it is that
+            of all others.
 
     Raises:
         ValueError: for numbers that make no sense, and settings that would never train anything.
@@ -50,6 +51,7 @@ class Skip:
     basis_until: float = 1.0
     coefficients_until: float = 1.0
     alternate: bool = False
+    rescale: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("basis_every", "coefficients_every"):
@@ -64,6 +66,13 @@ class Skip:
             raise ValueError("basis_until and coefficients_until are both 0, which would never train anything")
         if self.alternate and (self.touches("basis") or self.touches("coefficients")):
             raise ValueError("alternate trains B and A by epochs in turns; it cannot be combined with every or until")
+
+        if self.rescale and self.basis_every == self.coefficients_every == 1:
+            raise ValueError("rescale has no effect, because no part is updated at every n-th step only")
+
+    def rate(self, part: str) -> int:
+        """The factor on the learning rate of "basis" or "coefficients"; 1 for all others."""
+        return getattr(self, f"{part}_every", 1) if self.rescale else 1
 
     def touches(self, part: Literal["basis", "coefficients"]) -> bool:
         """Whether an ``every`` or ``until`` of this part is not the default."""

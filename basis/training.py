@@ -301,7 +301,8 @@ class _State:
         """Before a step: its learning rate, the parts that it trains, and the end of learned masks."""
         recipe = self.recipe
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step / self.total_steps)
+            factor = recipe.skip.rate(group["part"]) if recipe.skip else 1
+            group["lr"] = factor * learning_rate(recipe, step / self.total_steps)
         if recipe.skip:
             self.parts.train(
                 recipe.skip.trains(step, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)

@@ -4,10 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from basis import substitute
 from basis.bench import (
+    TRAINED,
     BenchReport,
     Setting,
     Shape,
+    _training_step,
     bench_latency,
     bench_layers,
     bench_training,
@@ -16,7 +19,9 @@ from basis.bench import (
 )
 from basis.cli import main
 from basis.conv import BasisConv2d, resolve_mode
+from basis.models import build
 from basis.runs import RecordError
+from basis.skipping import Parts
 from basis.studies.cost import load_benches
 
 # Nothing here looks at real times, which would make the tests fail on a busy machine.
@@ -168,6 +173,39 @@ def test_training_measures_whole_steps(setting):
     assert len(told) == 2
     assert "resnet20" in told[0]
     assert "resnet20" in str(report)
+
+
+def test_training_measures_forms_and_parts_together(setting):
+    report = bench_training(
+        model="resnet20", width=8, ratios=[0.5], modes=["factorized"], coefficients=["dense", "repeat"],
+        trained=["both", "coefficients"], setting=setting,
+    )  # fmt: skip
+    candidates = [(row["coefficients"], row["trained"]) for row in report.rows]
+    assert candidates == [
+        ("", "both"), ("dense", "both"), ("dense", "coefficients"), ("repeat", "both"), ("repeat", "coefficients"),
+    ]  # fmt: skip
+    sizes = [row["parameters"] for row in report.rows]
+    assert sizes[0] > sizes[1] == sizes[2] > sizes[3] == sizes[4]
+    assert "coefficients" in str(report)
+
+
+def test_what_a_step_does_not_train_stays_as_it_is():
+    torch.manual_seed(0)
+    network = substitute(build("resnet20", width=4), ratio=0.5, init="random", mode="factorized")
+    Parts(network).train(TRAINED["coefficients"])
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    setting = Setting(device="cpu", precision="fp32").settled(network)
+    _training_step(network, torch.randn(4, 3, 32, 32), torch.randint(10, (4,)), setting)()
+    moved = {name for name, p in network.named_parameters() if not torch.equal(p, before[name])}
+    assert not any(name.endswith(".basis") for name in moved)
+    assert sum(".coefficients." in name for name in moved) == sum(".coefficients." in name for name in before)
+
+
+def test_an_unknown_part_or_form_is_refused(setting):
+    with pytest.raises(ValueError, match="trained is 'all', but must be one of both, basis, coefficients, neither"):
+        bench_training(model="resnet20", width=4, trained=["all"], setting=setting)
+    with pytest.raises(ValueError, match="'thin'"):
+        bench_training(model="resnet20", width=4, ratios=[0.5], coefficients=["thin"], setting=setting)
 
 
 class Odd(nn.Module):

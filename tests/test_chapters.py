@@ -15,6 +15,9 @@ FIRST_EXERCISE = {
     "03_every_layer": {"ratio": 0.25},
     "04_which_layers": {"measure": "spectrum"},
     "05_choosing_layers": {"budget": 0.25},
+    "06_smaller_coefficients": {"spoken": 0.25},
+    "07_skip_training": {"schedule": "B frozen at half"},
+    "08_resnet_family": {"network": "resnet56"},
 }
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
-from basis.complexity import Cost, cost
+from basis.complexity import Cost, cost, count_parameters
 from basis.conv import BasisConv2d
 from basis.models import build
 from basis.substitution import substitute
@@ -71,6 +71,28 @@ def test_resnet18_with_basis_convolutions(ratio, exclude, parameters, millions):
     assert report.dense == dense
 
 
+@pytest.mark.parametrize(
+    ("form", "parameters", "millions"),
+    [
+        ("dense", 6_029_546, 298.7),
+        ("low_rank:10", 5_642_346, 283.9),  # LinearConv, WACV 2021: 5.64 M
+        ("low_rank:1/4", 5_811_946, 288.2),
+        ("sparse:1/8", 5_648_746, 298.7),
+        ("shared", 5_681_386, 298.7),
+        ("frozen", 5_594_346, 298.7),
+        ("repeat", 5_594_346, 277.7),
+    ],
+)
+def test_resnet18_with_other_forms_of_coefficients(form, parameters, millions):
+    model = basis_model(1 / 2, coefficients=form)
+    report = cost(model, (3, 32, 32))
+    assert report.total.parameters == count_parameters(model) == parameters
+    assert round(report.total.forward_macs / 1e6, 1) == millions
+    dense = cost(meta_model(), (3, 32, 32))
+    assert report.dense == dense.total
+    assert [layer.name for layer in report.layers] == [layer.name for layer in dense.layers]
+
+
 def test_one_layer_by_hand():
     layer = BasisConv2d(8, 16, 3, padding=1, groups=2, bias=True, basis_channels=4, mode="factorized")
     ours, dense = (side(cost(layer, (8, 5, 5), batch_size=3)) for side in (lambda r: r.total, lambda r: r.dense))
@@ -117,21 +139,23 @@ OPTIONS = {
 }
 
 
-def block(option, mode=None, dtype=None):
+def block(option, mode=None, dtype=None, form="dense"):
     """A convolution behind a pixel-wise scale, so that its input needs a gradient."""
     arguments = {"kernel_size": 3} | OPTIONS[option]
     if mode is None:
         conv = nn.Conv2d(8, 12, **arguments, dtype=dtype)
     else:
-        conv = BasisConv2d.from_conv(nn.Conv2d(8, 12, **arguments, dtype=dtype), basis_channels=4, mode=mode)
+        dense = nn.Conv2d(8, 12, **arguments, dtype=dtype)
+        conv = BasisConv2d.from_conv(dense, basis_channels=4, mode=mode, coefficients=form)
     return nn.Sequential(nn.BatchNorm2d(8, dtype=dtype), conv)
 
 
 def freeze(model, trained):
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
+        parameter.requires_grad_(name.startswith(trained))
 
 
+FORMS = ("low_rank:2", "sparse:2", "sparse:2, settled", "frozen", "repeat")
 TRAINED = (
     ("0.weight", "1.basis", "1.coefficients", "1.bias", "1.weight"),
     ("1.basis", "1.coefficients", "1.weight"),
@@ -156,13 +180,48 @@ def test_single_layers_cost_what_the_flop_counter_sees(option, mode, trained):
     assert total.backward_macs + total.identity_backward_macs == backward
 
 
+def block_of(form, mode, dtype=None):
+    model = block("plain", mode, dtype, form.split(",")[0])
+    if "settled" in form:
+        model[1].coefficients.settle()
+    return model
+
+
+@pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("mode", MODES)
-def test_grouped_layers_forward(mode):
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_costs_what_the_flop_counter_sees(form, mode, trained):
+    model = block_of(form, mode)
+    freeze(model, trained)
+    total = cost(model, (8, 9, 7), batch_size=2).total
+    forward, backward = executed_macs(model, torch.randn(2, 8, 9, 7))
+    assert total.forward_macs + total.identity_forward_macs == forward
+    assert total.backward_macs + total.identity_backward_macs == backward
+
+
+@pytest.mark.parametrize("form", ["dense", "grouped:2", "low_rank:2", "sparse:2", "frozen", "repeat"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_grouped_layers_forward(groups, mode, form):
     # Forward only: the flop counter does not divide the weight gradient of a convolution by its groups.
-    layer = BasisConv2d(8, 12, 3, groups=2, basis_channels=4, mode=mode)
+    layer = BasisConv2d(8, 16, 3, groups=groups, basis_channels=8, mode=mode, coefficients=form)
     total = cost(layer, (8, 9, 7), batch_size=2).total
     forward, _ = executed_macs(layer, torch.randn(2, 8, 9, 7))
     assert total.forward_macs + total.identity_forward_macs == forward
+
+
+def test_mixing_in_groups_divides_what_mixing_costs():
+    whole, parts = (
+        cost(BasisConv2d(8, 32, 3, basis_channels=16, coefficients=form), (8, 9, 7)).total
+        for form in ("dense", "grouped:4")
+    )
+    n, convolution = 7 * 5, 16 * 8 * 9
+    assert whole.parameters - parts.parameters == 16 * 16 - 16 * 4
+    for name, fixed in (("forward", convolution), ("input_gradient", 0), ("weight_gradient", convolution)):
+        mixing = [getattr(total, f"{name}_macs") - n * fixed for total in (whole, parts)]
+        assert mixing == [n * 16 * 16, n * 16 * 4]
+    assert whole.identity_forward_macs == 4 * parts.identity_forward_macs == n * 16 * 16
+    assert whole.identity_backward_macs == 4 * parts.identity_backward_macs == 2 * n * 16 * 16
 
 
 @pytest.mark.parametrize("layer", [nn.Conv1d(8, 6, 3), nn.Conv3d(8, 6, 2), nn.ConvTranspose2d(8, 6, 3, stride=2)])
@@ -203,6 +262,17 @@ def kept_bytes(model, x):
 @pytest.mark.parametrize("option", OPTIONS)
 def test_activation_bytes_are_what_autograd_keeps(option, mode, trained, dtype):
     model = block(option, mode, dtype)
+    freeze(model, trained)
+    counted = cost(model, (8, 9, 7), batch_size=2).layers[-1].cost.activation_bytes
+    assert counted == kept_bytes(model, torch.randn(2, 8, 9, 7, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", TRAINED)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("form", FORMS)
+def test_activation_bytes_of_every_form(form, mode, trained, dtype):
+    model = block_of(form, mode, dtype)
     freeze(model, trained)
     counted = cost(model, (8, 9, 7), batch_size=2).layers[-1].cost.activation_bytes
     assert counted == kept_bytes(model, torch.randn(2, 8, 9, 7, dtype=dtype))
@@ -294,6 +364,27 @@ def test_tied_weights_count_once():
     assert cost(model, (4, 6, 6)).total.parameters == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("form", ["dense", "low_rank:2", "sparse:2", "frozen", "repeat"])
+def test_shared_coefficients_count_where_they_appear_first(form):
+    first = BasisConv2d(4, 8, 3, basis_channels=4, bias=False, coefficients=form)
+    second = BasisConv2d(8, 8, 1, basis_channels=4, bias=False, coefficients=first.coefficients)
+    model = nn.Sequential(first, second)
+    stored = {"dense": 16, "low_rank:2": 16, "sparse:2": 8}.get(form, 0)
+    report = cost(model, (4, 6, 6))
+    assert [layer.name for layer in report.layers] == ["0", "1"]
+    assert [layer.cost.parameters for layer in report.layers] == [4 * 36 + stored, 4 * 8]
+    assert [layer.dense.parameters for layer in report.layers] == [8 * 36, 8 * 8]
+    assert count_parameters(model) == report.total.parameters
+
+
+def test_a_shared_basis_convolution_counts_once():
+    layer = BasisConv2d(4, 4, 3, padding=1, basis_channels=2, coefficients="low_rank:1")
+    model = nn.Sequential(layer, layer)
+    report = cost(model, (4, 6, 6))
+    assert report.total.parameters == count_parameters(model) == 2 * 36 + 4 + 4
+    assert report.dense.parameters == 4 * 36 + 4
+
+
 @pytest.mark.parametrize(
     "wrap", [lambda conv: prune.identity(conv, "weight"), nn.utils.parametrizations.weight_norm, lambda conv: conv]
 )
@@ -301,7 +392,7 @@ def test_tied_weights_count_once():
 def test_weights_made_from_other_parameters_count_like_plain_ones(wrap, bias):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), wrap(nn.Conv2d(4, 5, 3, bias=bias)))
     total = cost(model, (3, 6, 6)).total
-    assert total.parameters == sum(p.numel() for p in model.parameters())
+    assert total.parameters == count_parameters(model) == sum(p.numel() for p in model.parameters())
     assert (total.forward_macs, total.backward_macs) == executed_macs(model, torch.randn(1, 3, 6, 6))
 
 

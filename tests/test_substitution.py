@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from basis.coefficients import Form
 from basis.conv import MODES, BasisConv2d
 from basis.models import build
 from basis.storage import load, save
@@ -141,7 +142,9 @@ def test_flags_and_formats_are_kept(init):
     model.conv1.bias.requires_grad_(False)
     small = substitute(model, ratio=0.5, init=init)
     for changed in (small, merge(small)):
-        assert [m.training for m in changed.modules()] == [m.training for m in model.modules()]
+        training = {name: m.training for name, m in changed.named_modules()}
+        assert all(training[name] == m.training for name, m in model.named_modules())
+        assert not training.get("conv2.coefficients")
         trained = {name: p.requires_grad for name, p in changed.named_parameters()}
         assert not any(trained[name] for name in trained if name.startswith("conv2") and name != "conv2.bias")
         assert trained["conv2.bias"]
@@ -298,6 +301,106 @@ def test_a_whole_resnet_by_ratio():
     assert len(plan_of(small).layers) == 20
     assert not plan_of(small).skipped
     assert small.layer4[0].conv1.basis_channels == 32
+
+
+# -- forms of the coefficients ------------------------------------------------------------------
+
+FORMS = ("dense", "low_rank:2", "low_rank:1/4", "grouped:2", "sparse:2", "shared", "frozen", "repeat")
+
+
+@pytest.mark.parametrize("init", ["svd", "random"])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_form_reaches_every_layer_and_merge_undoes_it(form, init):
+    model = build("resnet20", width=8).double().eval()
+    small = substitute(model, ratio=0.5, init=init, coefficients=form, exclude="conv1")
+    layers = [m for m in small.modules() if isinstance(m, BasisConv2d)]
+    assert len(layers) == 18
+    assert {str(layer.coefficients.form) for layer in layers} == {form}
+    assert plan_of(small).layers == Plan.uniform(model, ratio=0.5, exclude="conv1").layers
+    assert not any(m.training for m in small.modules())
+    x = torch.randn(2, 3, 32, 32).double()
+    dense, twin = merge(small), copy.deepcopy(small)
+    assert dense.state_dict().keys() == model.state_dict().keys()
+    assert_same(dense(x), small(x), 1e-8)
+    assert_same(twin(x), small(x))
+    other = substitute(build("resnet20", width=8).double().eval(), ratio=0.5, coefficients=form, exclude="conv1")
+    other.load_state_dict(small.state_dict())
+    assert_same(other(x), small(x))
+
+
+def test_a_form_may_be_given_as_such():
+    small = substitute(Net(), {"conv2": K}, coefficients=Form("low_rank", 2))
+    assert small.conv2.coefficients.rank == 2
+
+
+def twins():
+    """Layers of two shapes, one of another dtype, one that is not trained."""
+    model = nn.Sequential(
+        *(nn.Conv2d(i, 8, 3, padding=1, groups=g) for i, g in ((4, 1), (8, 1), (8, 2), (8, 1), (8, 1)))
+    )
+    model[3].half()
+    model[4].weight.requires_grad_(False)
+    return model.append(nn.Conv2d(8, 8, 1))
+
+
+@pytest.mark.parametrize("init", ["svd", "random"])
+def test_shared_ties_the_layers_of_equal_shape(init):
+    small = substitute(twins(), ratio=0.5, init=init, coefficients="shared")
+    a = [layer.coefficients for layer in small]
+    assert a[0] is a[1] is a[5]
+    assert len({id(one) for one in a}) == 4
+    assert [one.trains for one in a] == [True, True, True, True, False, True]
+    assert {p.dtype for p in small[3].parameters()} == {torch.float16}
+    assert len(list(small.parameters())) == sum(p.numel() > 0 for layer in small for p in (layer.basis, layer.bias)) + 4
+    apart = substitute(twins(), {"0": 4, "1": 6}, init=init, coefficients="shared")
+    assert apart[0].coefficients is not apart[1].coefficients
+
+
+def test_shared_is_fitted_to_all_layers_at_once():
+    model = nn.Sequential(nn.Conv2d(4, 12, 3), nn.Conv2d(12, 12, 1), nn.Conv2d(12, 12, 3, groups=2)).double()
+    small = substitute(model, ratio=0.5, coefficients="shared")
+    together = torch.cat([conv.weight.detach().flatten(1) for conv in model[:2]], dim=1)
+    ours = torch.cat([layer.weight.detach().flatten(1) for layer in small[:2]], dim=1)
+    best = torch.linalg.svdvals(together)[6:].norm().item()
+    assert (ours - together).norm().item() == pytest.approx(best, rel=1e-9)
+    alone = substitute(model, ratio=0.5)
+    assert_same(small[2].weight, alone[2].weight)
+
+
+@pytest.mark.parametrize("init", ["svd", "random"])
+def test_what_is_tied_stays_tied_in_copies_and_learns_from_all_layers(init):
+    small = copy.deepcopy(substitute(Net().requires_grad_(), {"conv2": K}, init=init, coefficients="shared"))
+    assert small.conv2.coefficients.trains
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+    twin = copy.deepcopy(substitute(model, ratio=0.5, init=init, coefficients="shared"))
+    assert twin[0].coefficients is twin[2].coefficients
+    twin.load_state_dict(twin.state_dict())
+    x = torch.randn(1, 8, 6, 6)
+    before = merge(twin)(x)
+    assert_same(twin(x), before, 1e-5)
+    twin(x).sum().backward()
+    assert twin[0].coefficients.values.grad.any()
+
+
+@pytest.mark.parametrize("init", ["svd", "random"])
+@pytest.mark.parametrize(
+    ("form", "sentence"),
+    [
+        ("low_rank:3", "conv1: coefficients is 'low_rank:3', but A is 6 x 2, and no rank is above 2"),
+        ("grouped:3", "conv1: coefficients is 'grouped:3', but 2 basis and 6 derived filters cannot"),
+        ("sparse:3", "conv1: coefficients is 'sparse:3', but a row of A has only 2 entries"),
+        ("low-rank:3", "^coefficients is 'low-rank:3', but it must be one of dense"),
+    ],
+)
+def test_a_form_that_does_not_fit_names_the_layer(form, sentence, init):
+    with pytest.raises(ValueError, match=sentence):
+        substitute(Net(), ratio=0.25, init=init, coefficients=form)
+
+
+def test_one_module_for_layers_of_different_shape_names_the_layer():
+    given = substitute(Net(), {"conv1": 4}).conv1.coefficients
+    with pytest.raises(ValueError, match="conv2: shared coefficients between layers of different shape"):
+        substitute(Net(), {"conv1": 4, "conv2": 6}, coefficients=given)
 
 
 # -- plans --------------------------------------------------------------------------------------
@@ -590,7 +693,10 @@ def test_a_state_of_untied_tensors_does_not_fit_tied_ones(tmp_path):
     [
         ({"name": "resnet32"}, r"layer1\.3\.conv1\.weight is missing from the file.* and \d+ more"),
         ({"name": "resnet20", "num_classes": 7}, r"fc\.weight is \(10, 16\) in the file, but \(7, 16\) in the"),
-        ({"name": "resnet20", "width": 8}, r"conv1\.coefficients is \(2, 2\) in the file, but \(6, 2\) in the model"),
+        (
+            {"name": "resnet20", "width": 8},
+            r"conv1\.coefficients\.values is \(2, 2\) in the file, but \(6, 2\) in the model",
+        ),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_in_one_sentence(tmp_path, other, sentence):

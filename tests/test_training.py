@@ -77,6 +77,13 @@ def test_a_checkpoint_of_another_training_is_refused(data, tmp_path):
         train(network(), data, one, device="cpu", checkpoint=tmp_path / "c.pt")
 
 
+def test_settings_that_are_none_leave_checkpoints_as_they_were(data, tmp_path):
+    one = dataclasses.replace(RECIPE, epochs=1, memory_format="channels_last")
+    train(network(), data, one, device="cpu", checkpoint=tmp_path / "c.pt")
+    identity = torch.load(tmp_path / "c.pt", weights_only=True)["identity"]
+    assert "'memory_format': 'channels_last'}, 0, 6, [(4, 3, 3, 3), " in identity  # as before there was a skip
+
+
 def test_validation_images_give_a_curve(data):
     from basis.data import hold_out
 

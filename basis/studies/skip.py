@@ -34,6 +34,8 @@ SCHEDULES: Mapping[str, Skip] = {
     "A frozen at half": Skip(coefficients_until=0.5),
     "by epochs in turns": Skip(alternate=True),
     "B every 8th step": Skip(basis_every=8),
+    "B every 2nd step, twice the rate": Skip(basis_every=2, rescale=True),
+    "B every 4th step, four times the rate": Skip(basis_every=4, rescale=True),
 }
 SAVED, POINTS = 0.2, 0.2
 

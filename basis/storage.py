@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from basis.conv import Mode
+from basis.conv import BasisConv2d, Mode
 from basis.files import replacing
 from basis.substitution import Plan, few, plan_of, substitute
 
@@ -23,8 +23,8 @@ PLAN_FILE, STATE_FILE = "plan.json", "model.safetensors"
 def save(model: nn.Module, folder: str | os.PathLike) -> None:
     """Write ``model`` to ``folder``: ``model.safetensors`` (its state) and ``plan.json``; no pickle.
 
-    A tensor that the state holds under several names is written once. Modes are not written: they
-    belong to the machine, not to the model.
+    A tensor that the state holds under several names is written once. The forms of the coefficients are
+    written too; modes are not: they belong to the machine, not to the model.
 
     Raises:
         ValueError: for a state with entries that are not tensors with values.
@@ -40,17 +40,19 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
         else:
             first[id(value)] = name
             tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-    folder = Path(folder)
+    folder, plan = Path(folder), plan_of(model)
+    forms = {name: str(_layer(model, name).coefficients.form) for name in plan.layers}
+    about = {"alias": json.dumps(alias), "coefficients": json.dumps(forms)}
     with replacing(folder / STATE_FILE) as file:
-        file.write(safetensors.torch.save(tensors, {"alias": json.dumps(alias)}))
-    plan_of(model).save(folder / PLAN_FILE)
+        file.write(safetensors.torch.save(tensors, about))
+    plan.save(folder / PLAN_FILE)
 
 
 def load(model: nn.Module, folder: str | os.PathLike, *, mode: Mode = "auto") -> nn.Module:
     """The model that :func:`save` wrote to ``folder``, on the architecture of the dense ``model``.
 
     The weights of ``model`` are not used and it is left alone; device, dtype, flags, hooks and sharing
-    are its own.
+    are its own, but for coefficients, which are held and shared as in the saved model.
 
     Raises:
         FileNotFoundError: when a file is missing.
@@ -59,11 +61,17 @@ def load(model: nn.Module, folder: str | os.PathLike, *, mode: Mode = "auto") ->
     """
     folder = Path(folder)
     plan = Plan.load(folder / PLAN_FILE)
-    state = _read_state(folder / STATE_FILE)
+    state, alias, forms = _read_state(folder / STATE_FILE)
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("model is on the meta device; give it storage first: model.to_empty(device='cpu')")
     with torch.random.fork_rng(devices=[]):  # the random start is overwritten: leave no trace of it
-        loaded = substitute(model, plan, mode=mode, init="random")
+        loaded = substitute(model, {})
+        for form in dict.fromkeys(forms.get(name, "dense") for name in plan.layers):
+            held = {name: k for name, k in plan.layers.items() if forms.get(name, "dense") == form}
+            loaded = substitute(loaded, held, mode=mode, init="random", coefficients=form)
+    for name, other in alias.items():
+        if ".coefficients." in name:
+            _layer(loaded, _owner(name)).coefficients = _layer(loaded, _owner(other)).coefficients
     problems = _misfits(loaded.state_dict(keep_vars=True), state)
     if problems:
         raise ValueError(
@@ -74,14 +82,28 @@ def load(model: nn.Module, folder: str | os.PathLike, *, mode: Mode = "auto") ->
     return loaded
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def _layer(model: nn.Module, name: str) -> BasisConv2d:
+    layer = model.get_submodule(name)
+    if not isinstance(layer, BasisConv2d):
+        raise ValueError(f"{name} is a basis convolution in the file, but a {type(layer).__name__} in the model")
+    return layer
+
+
+def _owner(entry: str) -> str:
+    """The layer whose coefficients an entry of the state belongs to."""
+    return entry.rpartition(".coefficients.")[0]
+
+
+def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
+    """The tensors by name, the names that are others' too, and the layers' forms of coefficients."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no saved state at {path}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            alias = json.loads((file.metadata() or {}).get("alias", "{}"))
-        return state | {name: state[other] for name, other in alias.items()}
+            about = file.metadata() or {}
+        alias, forms = (json.loads(about.get(key, "{}")) for key in ("alias", "coefficients"))
+        return state | {name: state[other] for name, other in alias.items()}, alias, forms
     except (SafetensorError, ValueError, KeyError, AttributeError, OSError) as error:
         raise ValueError(f"{path} is damaged or no state that save() wrote: {error}") from error
 

@@ -178,14 +178,20 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> to
     if recipe.skip or recipe.decay in ("product", "scaled"):
         factor = {"product": 0.0, "scaled": compression(model)}.get(recipe.decay or "factors", 1.0)
         parameters = parameter_groups(model, weight_decay=recipe.weight_decay, factor=factor)
-    return torch.optim.SGD(
+    fused = device.type == "cuda"  # one kernel, and the loss scale is handled without a sync
+    optimizer = torch.optim.SGD(
         parameters,
         lr=recipe.lr,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
         nesterov=recipe.momentum > 0,
-        fused=device.type == "cuda",  # one kernel, and the loss scale is handled without a sync
+        fused=fused,
     )
+    if fused and recipe.momentum:
+        # Where the loss scale makes the first step overflow, fused SGD skips it but believes the momentum to be set.
+        for group in optimizer.param_groups:
+            optimizer.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in group["params"]})
+    return optimizer
 
 
 def train(

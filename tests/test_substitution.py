@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from basis.coefficients import Form
+from basis.complexity import count_parameters
 from basis.conv import MODES, BasisConv2d
 from basis.models import build
 from basis.storage import load, save
@@ -679,6 +680,32 @@ def test_shared_and_tied_tensors_are_stored_once_and_come_back(tmp_path):
     assert loaded[0] is loaded[1]
     assert loaded[3].weight is loaded[2].weight
     x = torch.randn(1, 3, 8, 8)
+    assert_same(loaded(x), small(x))
+
+
+@pytest.mark.parametrize("form", ["low_rank:2", "grouped:2", "sparse:1", "shared", "frozen", "repeat"])
+def test_forms_of_coefficients_come_back(form, tmp_path):
+    small = substitute(build("resnet20", width=8), ratio=0.5, init="random", coefficients=form).eval()
+    save(small, tmp_path)
+    loaded = load(build("resnet20", width=8).eval(), tmp_path)
+    assert count_parameters(loaded) == count_parameters(small)
+    assert [str(m) for m in loaded.modules() if isinstance(m, BasisConv2d)] == [
+        str(m) for m in small.modules() if isinstance(m, BasisConv2d)
+    ]
+    x = torch.randn(2, 3, 32, 32)
+    assert_same(loaded(x), small(x))
+
+
+def test_coefficients_that_were_tied_by_hand_come_back_tied(tmp_path):
+    def dense():
+        return nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1))
+
+    small = substitute(dense(), {"0": 4, "1": 4, "2": 2}, init="random")
+    small[1].coefficients = small[0].coefficients
+    save(small, tmp_path)
+    loaded = load(dense(), tmp_path)
+    assert loaded[1].coefficients is loaded[0].coefficients
+    x = torch.randn(1, 4, 9, 9)
     assert_same(loaded(x), small(x))
 
 

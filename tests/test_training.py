@@ -17,6 +17,7 @@ from basis.training import (
     choose_precision,
     evaluate,
     learning_rate,
+    make_optimizer,
     train,
 )
 
@@ -162,3 +163,20 @@ def test_frozen_parameters_stay(data):
     before = model.conv1.weight.clone()
     train(model, data, dataclasses.replace(RECIPE, epochs=1), device="cpu")
     assert torch.equal(model.conv1.weight, before)
+
+
+def test_a_first_step_that_overflows_leaves_no_momentum_behind(monkeypatch):
+    """As on a GPU in fp16; fused SGD of a CPU has the same fault, and ours must not show it."""
+    network = nn.Linear(100, 1, bias=False)
+    sgd = torch.optim.SGD
+    monkeypatch.setattr(torch.optim, "SGD", lambda *args, **options: sgd(*args, **{**options, "fused": True}))
+    optimizer = make_optimizer(network, Recipe(weight_decay=0.0), torch.device("cuda"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    before = network.weight.detach().clone()
+    for scale in (1e38, 1.0):
+        optimizer.zero_grad()
+        scaler.scale(scale * network.weight.square().sum() / 2).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    # One step of Nesterov momentum from rest: lr (1 + momentum) grad, and the gradient is the weight itself.
+    torch.testing.assert_close(network.weight.detach(), before * (1 - 0.2 * 1.9))

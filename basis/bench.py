@@ -562,6 +562,10 @@ def bench_training(
         if part not in TRAINED:
             raise ValueError(f"trained is {part!r}, but must be one of {', '.join(TRAINED)}")
     setting = setting or Setting()
+    with torch.device("meta"):
+        shape = build(model, width=width)
+    for ratio, form in itertools.product(ratios, coefficients):  # what does not fit is refused before all measuring
+        substitute(shape, ratio=ratio, init="random", coefficients=form)
     with setting.globals():
         dense = build(model, width=width)
     setting = setting.settled(dense)
@@ -617,5 +621,6 @@ def _check(ratios: Sequence[float], modes: Sequence[str], passes: Sequence[str])
 def _tell(progress: Progress | None, row: Mapping[str, Any], what: str) -> None:
     if progress:
         spread = f"[{row['speedup_q1']:.2f}, {row['speedup_q3']:.2f}]"
-        place = f"{what} {row.get('pass', 'training step')} r={row['ratio']:g} {row['mode']}"
+        parts = (row["mode"], row.get("coefficients", ""), row.get("trained", ""))
+        place = f"{what} {row.get('pass', 'training step')} r={row['ratio']:g} {' '.join(filter(None, parts))}"
         progress(f"{place}: {row['speedup']:.2f}x {spread}, {row['ms']:.1f} ms")

@@ -198,6 +198,7 @@ def _bench(options: argparse.Namespace) -> int:
         candidates = {key: getattr(options, key) for key in ("modes", "coefficients", "trained")}
         what += [] if options.coefficients == ["dense"] else ["forms"]
         what += [] if options.trained == ["both"] else ["parts"]
+        what += [f"{options.model}-w{options.width}" if options.width else options.model] if what[1:] else []
         report = bench_training(model=options.model, width=options.width, **candidates, **shared)
     config = report.config
     name = "-".join([*what, config["device"].split(":")[0], config["precision"], config["memory_format"]])

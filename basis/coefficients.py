@@ -313,7 +313,7 @@ class Sparse(Coefficients):
         self._settle(False)
 
     def settle(self) -> None:
-        """Keep the mask of the present values for good: the other entries become zero and stay so."""
+        """Keep the mask of the present values for good; what becomes of the others has no effect."""
         if not self._settled:
             self._settle(True)
             with torch.no_grad():

@@ -106,7 +106,7 @@ class Run:
         mode: of the basis layers.
         data: "cifar10" or "synthetic".
         images: how many training images are used, None for all.
-        validation: how many of them are held out.
+        validation: how many training images are held out, before ``images`` are taken from the others.
         recipe: how it is trained.
         plan: basis channels of the layers made basis, instead of ``ratio``.
         choice: how the plan is selected, instead of ``plan``.

@@ -68,7 +68,9 @@ def load(model: nn.Module, folder: str | os.PathLike, *, mode: Mode = "auto") ->
         loaded = substitute(model, {})
         for form in dict.fromkeys(forms.get(name, "dense") for name in plan.layers):
             held = {name: k for name, k in plan.layers.items() if forms.get(name, "dense") == form}
-            loaded = substitute(loaded, held, mode=mode, init="random", coefficients=form)
+            # Which layers share coefficients is told by the names of the tensors, so here each gets its own.
+            for part in ({name: k} for name, k in held.items()) if form == "shared" else (held,):
+                loaded = substitute(loaded, part, mode=mode, init="random", coefficients=form)
     for name, other in alias.items():
         if ".coefficients." in name:
             _layer(loaded, _owner(name)).coefficients = _layer(loaded, _owner(other)).coefficients

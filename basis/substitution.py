@@ -160,7 +160,7 @@ def substitute(
     ratio: float | None = None,
     mode: Mode = "auto",
     init: Literal["svd", "random"] = "svd",
-    coefficients: str | Form | Coefficients = "dense",
+    coefficients: str | Form = "dense",
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
 ) -> nn.Module:
@@ -196,26 +196,27 @@ def substitute(
     elif _patterns(include) or _patterns(exclude):
         raise ValueError("include and exclude go with a ratio; a plan names its layers itself")
     chosen = _resolve(model, plan.layers if isinstance(plan, Plan) else plan)
-    if not isinstance(coefficients, Coefficients):
-        coefficients = Form.parse(coefficients)
+    if isinstance(coefficients, Coefficients):
+        raise ValueError("coefficients are a module, which the new layers would share with its owner; give a form")
+    form = Form.parse(coefficients)
     copied = _copy(model)
     new: dict[nn.Module, nn.Module] = {}
-    for names in _tied(copied, chosen, coefficients):
+    for names in _tied(copied, chosen, form):
         convs = [copied.get_submodule(name) for name in names]
         for name, conv in zip(names, convs, strict=True):
             if init == "svd" and conv.weight.is_meta:
                 raise ValueError(f"{_shown(name)} is on the meta device and has no values; use init='random'")
         try:
-            layers = _make(convs, init, basis_channels=chosen[names[0]], mode=mode, coefficients=coefficients)
+            layers = _make(convs, init, basis_channels=chosen[names[0]], mode=mode, coefficients=form)
         except ValueError as error:
             raise ValueError(f"{_shown(names[0])}: {error}") from error
         new.update((conv, _hand_over(conv, layer)) for conv, layer in zip(convs, layers, strict=True))
     return _replace(copied, new)
 
 
-def _tied(model: nn.Module, chosen: Mapping[str, int], coefficients: Form | Coefficients) -> list[list[str]]:
+def _tied(model: nn.Module, chosen: Mapping[str, int], form: Form) -> list[list[str]]:
     """The layers to make, those that hold one A together."""
-    if not isinstance(coefficients, Form) or coefficients.kind != "shared":
+    if form.kind != "shared":
         return [[name] for name in chosen]
     together: dict[tuple, list[str]] = {}
     for name, k in chosen.items():
@@ -226,7 +227,7 @@ def _tied(model: nn.Module, chosen: Mapping[str, int], coefficients: Form | Coef
     return list(together.values())
 
 
-def _make(convs: list, init: str, *, coefficients: Form | Coefficients, **options: Any) -> list[BasisConv2d]:
+def _make(convs: list, init: str, *, coefficients: Form, **options: Any) -> list[BasisConv2d]:
     """The layers for these convolutions, which hold one A."""
     if init == "svd":
         return BasisConv2d.from_convs(convs, coefficients=coefficients, **options)

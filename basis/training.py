@@ -64,7 +64,7 @@ class Recipe:
             (:func:`basis.penalties.product_norm`); "scaled": it is multiplied by the fraction of its
             parameters that the network keeps (:func:`basis.penalties.compression`).
         decorrelation: weight of :func:`basis.penalties.decorrelation`, summed over the layers and added
-            to the loss at every tenth step, as LinearConv does (with 0.01); None: not at all.
+            to the loss at every tenth step that updates B, as LinearConv does (with 0.01); None: not at all.
         settle: the fraction of the training after which the masks of sparse coefficients stay as they
             are; None: half of it.
     """
@@ -107,6 +107,8 @@ class Recipe:
         self._check_terms()
 
     def _check_terms(self) -> None:
+        if self.skip is not None and not isinstance(self.skip, Skip):
+            raise ValueError(f"skip is {self.skip!r}, but it must be a Skip, such as Skip(basis_every=4)")
         if self.decay not in (None, *get_args(Decay)):
             raise ValueError(f"decay is {self.decay!r}, but must be one of {', '.join(get_args(Decay))}")
         if self.decay in ("product", "scaled") and self.weight_decay == 0:
@@ -278,6 +280,8 @@ def _check(model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> None:
     named = [name for name, value in terms.items() if value is not None]
     if named and not any(isinstance(module, BasisConv2d) for module in model.modules()):
         raise TrainingError(f"the recipe sets {', '.join(named)}, but the model has no basis convolutions")
+    if recipe.settle is not None and not any(isinstance(module, Sparse) for module in model.modules()):
+        raise TrainingError("the recipe sets settle, but the model has no sparse coefficients")
     if recipe.skip:
         try:
             check_skip(model, recipe.skip, steps_per_epoch=steps_per_epoch, total_steps=recipe.epochs * steps_per_epoch)
@@ -301,7 +305,8 @@ class _State:
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
         shapes = [tuple(p.shape) for p in model.parameters()]
         said = {name: value for name, value in asdict(recipe).items() if value is not None}
-        self.identity = repr((said, seed, total_steps, shapes))
+        forms = [str(layer.coefficients.form) for layer in self.layers]
+        self.identity = repr((said, seed, total_steps, shapes, *(forms if set(forms) - {"dense"} else ())))
 
     def prepare(self, step: int) -> None:
         """Before a step: its learning rate, the parts that it trains, and the end of learned masks."""
@@ -324,7 +329,8 @@ class _State:
         if recipe.decay == "product":
             norms = [product_norm(a.basis, a.coefficients.matrix(), a.coefficients.groups) for a in self.layers]
             loss = loss + recipe.weight_decay / 2 * torch.stack(norms).sum()
-        if recipe.decorrelation is not None and step % 10 == 0:
+        every = 10 * (recipe.skip.basis_every if recipe.skip else 1)
+        if recipe.decorrelation is not None and step % every == 0:
             correlations = [decorrelation(layer.basis, layer.groups) for layer in self.layers]
             loss = loss + recipe.decorrelation * torch.stack(correlations).sum()
         return loss

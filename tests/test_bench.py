@@ -201,6 +201,16 @@ def test_what_a_step_does_not_train_stays_as_it_is():
     assert sum(".coefficients." in name for name in moved) == sum(".coefficients." in name for name in before)
 
 
+def test_a_form_that_fits_not_every_layer_is_refused_before_anything_is_measured(setting):
+    told = []
+    with pytest.raises(ValueError, match="conv1: .* A is 3 x 1, and no rank is above 1"):
+        bench_training(
+            model="resnet20", width=4, ratios=[0.5, 0.25], coefficients=["low_rank:2"], setting=setting,
+            progress=told.append,
+        )  # fmt: skip
+    assert told == []
+
+
 def test_an_unknown_part_or_form_is_refused(setting):
     with pytest.raises(ValueError, match="trained is 'all', but must be one of both, basis, coefficients, neither"):
         bench_training(model="resnet20", width=4, trained=["all"], setting=setting)

@@ -398,12 +398,6 @@ def test_a_form_that_does_not_fit_names_the_layer(form, sentence, init):
         substitute(Net(), ratio=0.25, init=init, coefficients=form)
 
 
-def test_one_module_for_layers_of_different_shape_names_the_layer():
-    given = substitute(Net(), {"conv1": 4}).conv1.coefficients
-    with pytest.raises(ValueError, match="conv2: shared coefficients between layers of different shape"):
-        substitute(Net(), {"conv1": 4, "conv2": 6}, coefficients=given)
-
-
 # -- plans --------------------------------------------------------------------------------------
 
 
@@ -694,6 +688,25 @@ def test_forms_of_coefficients_come_back(form, tmp_path):
     ]
     x = torch.randn(2, 3, 32, 32)
     assert_same(loaded(x), small(x))
+
+
+def test_only_what_was_shared_is_shared_after_loading(tmp_path):
+    def dense():
+        return nn.Sequential(*[nn.Conv2d(8, 8, 3) for _ in range(4)])
+
+    small = substitute(dense(), {"0": 4, "1": 4}, init="random", coefficients="shared")
+    small = substitute(small, {"2": 4, "3": 4}, init="random", coefficients="shared")
+    save(small, tmp_path)
+    loaded = load(dense(), tmp_path)
+    assert loaded[0].coefficients is loaded[1].coefficients is not loaded[2].coefficients is loaded[3].coefficients
+    x = torch.randn(1, 8, 12, 12)
+    assert_same(loaded(x), small(x))
+
+
+def test_the_coefficients_of_another_model_are_not_shared_with_a_copy():
+    small = substitute(nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)), {"0": 4}, init="random")
+    with pytest.raises(ValueError, match="would share with its owner; give a form"):
+        substitute(small, {"1": 4}, coefficients=small[0].coefficients)
 
 
 def test_coefficients_that_were_tied_by_hand_come_back_tied(tmp_path):

@@ -9,6 +9,7 @@ from torch import nn
 
 from basis.data import synthetic
 from basis.models import build
+from basis.substitution import substitute
 from basis.training import (
     Recipe,
     TrainingError,
@@ -180,3 +181,22 @@ def test_a_first_step_that_overflows_leaves_no_momentum_behind(monkeypatch):
         scaler.update()
     # One step of Nesterov momentum from rest: lr (1 + momentum) grad, and the gradient is the weight itself.
     torch.testing.assert_close(network.weight.detach(), before * (1 - 0.2 * 1.9))
+
+
+def test_a_checkpoint_of_another_form_is_refused(tmp_path, data):
+    def sparse(form):
+        torch.manual_seed(0)
+        return substitute(build("resnet20", width=8), ratio=0.5, init="random", coefficients=form)
+
+    path = tmp_path / "a.pt"
+    with pytest.raises(TrainingPaused):
+        train(sparse("sparse:1"), data, RECIPE, device="cpu", checkpoint=path, should_stop=lambda: True)
+    with pytest.raises(TrainingError, match="belongs to a training with another model"):
+        train(sparse("sparse:2"), data, RECIPE, device="cpu", checkpoint=path)
+
+
+def test_terms_without_effect_are_refused(data):
+    with pytest.raises(TrainingError, match="sets settle, but the model has no sparse coefficients"):
+        train(build("resnet20", width=4), data, dataclasses.replace(RECIPE, settle=0.7), device="cpu")
+    with pytest.raises(ValueError, match="it must be a Skip"):
+        Recipe(skip={"basis_every": 4})

@@ -18,9 +18,9 @@ from basis.coefficients import Form
 from basis.complexity import count_parameters
 from basis.models import build
 from basis.runs import Record, Run
-from basis.statistics import Estimate, difference_estimate
+from basis.statistics import Estimate, Spread, difference_estimate, pooled_spread
 from basis.studies.cost import find_training_bench
-from basis.studies.study import SCALES, Label, Study, Verdict, accuracies
+from basis.studies.study import SCALES, Label, Study, Verdict, accuracies, matched
 from basis.substitution import Plan, substitute
 from basis.training import Recipe
 
@@ -166,8 +166,17 @@ def saved(records: Sequence[Record], kind: str, ratio: str, key: str) -> float:
 
 def drop(records: Sequence[Record], name: str, ratio: str, *, comparisons: int = 1) -> Estimate:
     """Dense A at ``ratio`` minus the arm ``name`` in test accuracy (a fraction), with Welch's interval."""
-    first, second = accuracies(records, arm(DENSE, ratio)), accuracies(records, name)
-    return difference_estimate(first, second, comparisons=comparisons)
+    return difference_estimate(*matched(records, (arm(DENSE, ratio), name)), comparisons=comparisons)
+
+
+def spread(records: Sequence[Record]) -> Spread:
+    """The standard deviation of test accuracy between equal trainings, pooled over arms."""
+    return pooled_spread([accuracies(records, name) for name in dict.fromkeys(r.config["arm"] for r in records)])
+
+
+def pooled_drop(records: Sequence[Record], name: str, ratio: str, *, comparisons: int = 1) -> Estimate:
+    """:func:`drop` with the interval that the pooled spread gives."""
+    return spread(records).difference(*matched(records, (arm(DENSE, ratio), name)), comparisons=comparisons)
 
 
 def step_times(profile: str) -> dict[tuple[str, str], float]:
@@ -177,10 +186,15 @@ def step_times(profile: str) -> dict[tuple[str, str], float]:
     """
     runs = [run for run in plan(profile) if run.coefficients is not None]
     forms = {run.coefficients: Form.parse(run.coefficients).kind for run in runs if run.coefficients is not None}
-    report = find_training_bench(profile, model=runs[0].model, width=runs[0].width, coefficients=tuple(forms))
-    rows = [row for row in report.rows if row["coefficients"] in forms] if report else []
+    report = find_training_bench(profile, runs[0], coefficients=tuple(forms))
+    rows = report.rows if report else ()
     names = {value: name for name, value in RATIOS.items()}
-    speed = {(forms[row["coefficients"]], names.get(row["ratio"], "")): row["speedup"] for row in rows}
+    wanted = {"mode": "factorized", "trained": "both"}
+    speed = {
+        (forms[row["coefficients"]], names[row["ratio"]]): row["speedup"]
+        for row in rows
+        if row["coefficients"] in forms and row["ratio"] in names and all(row[k] == v for k, v in wanted.items())
+    }
     return {(str(kind), ratio): speed[DENSE, ratio] / value for (kind, ratio), value in speed.items()}
 
 
@@ -202,11 +216,12 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
         label = "reproduced"
     finding = (
         f"at {JUDGED} in {SCALES[profile]} {NAMES[best]} saves {saved(records, best, JUDGED, 'parameters'):.1%} of the "
-        f"parameters and {saved(records, best, JUDGED, 'macs'):.1%} of the MACs and loses "
+        f"trained parameters and {saved(records, best, JUDGED, 'macs'):.1%} of the MACs and loses "
         f"{drops[best].text(scale=100)} percentage points of test accuracy against dense A "
-        f"(n = {drops[best].n} per arm; {len(smaller)} forms compared, the intervals hold together with 95 %)"
+        f"(n = {drops[best].n} per arm; of {len(smaller)} forms that save enough to be judged: "
+        f"{', '.join(NAMES[kind] for kind in smaller)}; the intervals hold together with 95 %)"
     )
-    return (Verdict("C5", profile, label, finding),)
+    return (Verdict("C5", profile, label, finding, f"{-100 * drops[best].value:+.2f} points"),)
 
 
 STUDY = Study(

@@ -33,13 +33,20 @@ def load_benches(profile: str, *, kind: str = "bench-layer", folder: Path | None
 
 
 def find_training_bench(
-    profile: str, *, model: str, width: int | None, trained: Sequence[str] = (), coefficients: Sequence[str] = ()
+    profile: str, run: Run, *, trained: Sequence[str] = (), coefficients: Sequence[str] = ()
 ) -> BenchReport | None:
-    """The stored benchmark of training steps of such a network that has all these parts or forms, if there is one."""
+    """The stored benchmark of training steps like those of ``run``, with all these parts or forms, if there is one.
+
+    In factorized mode, with the network, batch size and (unless the run leaves it open) precision of the run.
+    """
+    wanted: dict[str, object] = {"model": run.model, "width": run.width, "batch_size": run.recipe.batch_size}
+    wanted |= {} if run.recipe.precision == "auto" else {"precision": run.recipe.precision}
+    listed = {"modes": ("factorized",), "trained": trained, "coefficients": coefficients}
     for report in load_benches(profile, kind="bench-train"):
         has = report.config
-        parts, forms = set(has.get("trained", ())), set(has.get("coefficients", ()))
-        if (has["model"], has["width"]) == (model, width) and parts >= set(trained) and forms >= set(coefficients):
+        if all(has[key] == value for key, value in wanted.items()) and all(
+            set(has.get(key, ())) >= set(values) for key, values in listed.items()
+        ):
             return report
     return None
 

@@ -13,7 +13,7 @@ from typing import Any
 from basis.runs import Choice, Ladder, Record, Run
 from basis.statistics import Estimate, Spread, pooled_spread
 from basis.studies.selection import MEASURE
-from basis.studies.study import Label, Study, Verdict, accuracies
+from basis.studies.study import Label, Study, Verdict, accuracies, matched
 from basis.training import Recipe
 
 NETWORKS = ("resnet18", "resnet20", "resnet56", "resnet34", "resnet32", "resnet44", "resnet50")  # in order of value
@@ -122,16 +122,15 @@ def spread(records: Sequence[Record]) -> Spread:
 def drop(records: Sequence[Record], network: str, kind: str = "selected", *, comparisons: int = 1) -> Estimate:
     """Dense minus the arm of that kind in test accuracy (a fraction)."""
     tests = [r for r in records if r.result["test"] is not None]
-    first, second = (accuracies(tests, arm(network, k)) for k in ("dense", kind))
+    first, second = matched(tests, (arm(network, "dense"), arm(network, kind)))
     return spread(records).difference(first, second, comparisons=comparisons)
 
 
 def mean_drop(records: Sequence[Record], networks: Sequence[str], kind: str = "selected") -> Estimate:
     """The mean over the networks of :func:`drop`."""
     tests = [r for r in records if r.result["test"] is not None]
-    share = 1 / len(networks)
-    signs = {"dense": share, kind: -share}
-    arms = [(weight, accuracies(tests, arm(n, k))) for n in networks for k, weight in signs.items()]
+    pairs = [matched(tests, (arm(n, "dense"), arm(n, kind))) for n in networks]
+    arms = [(sign / len(networks), values) for pair in pairs for sign, values in zip((1, -1), pair, strict=True)]
     return spread(records).contrast(arms)
 
 
@@ -160,7 +159,7 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
         f"of test accuracy in the mean of {len(networks)} networks (n = {mean.n} or more per arm; at one ratio for all "
         f"layers {uniform.text(scale=100)}), and for {len(worse)} of them it is surely above {POINTS} points"
     )
-    return (Verdict("C7", profile, label, finding),)
+    return (Verdict("C7", profile, label, finding, f"{-100 * mean.value:+.2f} points"),)
 
 
 STUDY = Study(

@@ -40,14 +40,31 @@ def accuracies(records: Sequence[Record], arm: str) -> list[float]:
     return [r.result["test"]["accuracy"] for r in records if r.config["arm"] == arm]
 
 
+def matched(records: Sequence[Record], arms: Sequence[str]) -> list[list[float]]:
+    """Test accuracies of several arms, of the seeds that all of them have; of all seeds where they share none.
+
+    While runs are missing, arms have different seeds, and a seed may be lucky in all arms at once.
+    """
+    by_seed = [
+        {r.config["seed"]: r.result["test"]["accuracy"] for r in records if r.config["arm"] == arm} for arm in arms
+    ]
+    common = set(by_seed[0]).intersection(*by_seed)
+    return [[value for seed, value in values.items() if seed in common or not common] for values in by_seed]
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """How one claim fared in one profile; ``finding`` is a sentence computed from records."""
+    """How one claim fared in one profile.
+
+    ``finding`` is a sentence computed from records; ``difference`` is the one that the label follows from, in
+    points of accuracy gained, such as ``-0.42 points``.
+    """
 
     claim: str
     profile: str
     label: Label
     finding: str
+    difference: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

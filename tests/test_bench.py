@@ -203,7 +203,7 @@ def test_what_a_step_does_not_train_stays_as_it_is():
 
 def test_a_form_that_fits_not_every_layer_is_refused_before_anything_is_measured(setting):
     told = []
-    with pytest.raises(ValueError, match="conv1: .* A is 3 x 1, and no rank is above 1"):
+    with pytest.raises(ValueError, match=r"conv1: .* A is 3 x 1, and no rank is above 1"):
         bench_training(
             model="resnet20", width=4, ratios=[0.5, 0.25], coefficients=["low_rank:2"], setting=setting,
             progress=told.append,

@@ -117,7 +117,15 @@ def test_step_times_are_relative_to_dense_coefficients(tmp_path, monkeypatch):
     assert coefficients.step_times("cpu") == {}
     texts = list(dict.fromkeys(r.coefficients for r in COEFFICIENTS.runs("cpu") if r.coefficients))
     rows = [
-        {"ratio": 0.5, "mode": "factorized", "coefficients": form, "trained": "both", "speedup": 1.0 + i, "n": 15}
+        {
+            "ratio": 0.5,
+            "mode": "factorized",
+            "coefficients": form,
+            "trained": "both",
+            "speedup": 1.0 + i,
+            "ms": 2.0,
+            "n": 15,
+        }
         for i, form in enumerate(texts)
     ]
     others = [
@@ -129,8 +137,8 @@ def test_step_times_are_relative_to_dense_coefficients(tmp_path, monkeypatch):
     rows += others
     dataclasses.replace(bench(forms=texts), rows=rows).save(tmp_path / "bench" / "a.json")
     times = coefficients.step_times("cpu")
-    assert times["dense", "r=1/2"] == 1
-    assert times["repeat", "r=1/2"] == pytest.approx(1 / len(texts))
+    assert times["dense", "r=1/2"] == (2.0, 1)
+    assert times["repeat", "r=1/2"].relative == pytest.approx(1 / len(texts))
 
 
 # -- skip-training -----------------------------------------------------------------------------------------

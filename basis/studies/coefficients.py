@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -179,8 +179,15 @@ def pooled_drop(records: Sequence[Record], name: str, ratio: str, *, comparisons
     return spread(records).difference(*matched(records, (arm(DENSE, ratio), name)), comparisons=comparisons)
 
 
-def step_times(profile: str) -> dict[tuple[str, str], float]:
-    """Measured time of a training step, by form (a key of :data:`NAMES`) and ratio, relative to dense A.
+class StepTime(NamedTuple):
+    """Median milliseconds of a training step, and its time relative to dense A at the same ratio."""
+
+    ms: float
+    relative: float
+
+
+def step_times(profile: str) -> dict[tuple[str, str], StepTime]:
+    """Measured time of a training step, by form (a key of :data:`NAMES`) and ratio.
 
     From the stored benchmark of this profile's network on its kind of device; empty where there is none.
     """
@@ -190,12 +197,15 @@ def step_times(profile: str) -> dict[tuple[str, str], float]:
     rows = report.rows if report else ()
     names = {value: name for name, value in RATIOS.items()}
     wanted = {"mode": "factorized", "trained": "both"}
-    speed = {
-        (forms[row["coefficients"]], names[row["ratio"]]): row["speedup"]
+    found = {
+        (str(forms[row["coefficients"]]), names[row["ratio"]]): row
         for row in rows
         if row["coefficients"] in forms and row["ratio"] in names and all(row[k] == v for k, v in wanted.items())
     }
-    return {(str(kind), ratio): speed[DENSE, ratio] / value for (kind, ratio), value in speed.items()}
+    return {
+        (kind, ratio): StepTime(row["ms"], found[DENSE, ratio]["speedup"] / row["speedup"])
+        for (kind, ratio), row in found.items()
+    }
 
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:

@@ -1,6 +1,7 @@
 """Every chapter runs as its readers run it: with its first exercise done, without records, and training."""
 
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -29,6 +30,28 @@ def run(stem, **parameters):
     return notebook
 
 
+def run_all(parameters):
+    """All chapters, two at a time, each as the future of its notebook."""
+
+    def parameters_of(stem):
+        return {**parameters(stem), **({} if stem.startswith("01") else {"run_missing": False})}
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return {stem: pool.submit(run, stem, **parameters_of(stem)) for stem in FIRST_EXERCISE}
+
+
+@pytest.fixture(scope="module")
+def exercised() -> dict[str, Future]:
+    return run_all(lambda stem: {"profile": "cpu", **FIRST_EXERCISE[stem]})
+
+
+@pytest.fixture(scope="module")
+def without_records(tmp_path_factory) -> dict[str, Future]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BASIS_RESULTS", str(tmp_path_factory.mktemp("empty")))
+        return run_all(lambda stem: {"profile": "paper"})
+
+
 def texts(notebook):
     outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
     return "\n".join(o.data.get("text/markdown", "") for o in outputs if "data" in o)
@@ -40,17 +63,14 @@ def test_every_chapter_has_its_first_exercise_here():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stem", FIRST_EXERCISE)
-def test_the_first_exercise_works(stem):
-    last = {} if stem.startswith("01") else {"run_missing": False}
-    assert texts(run(stem, profile="cpu", **last, **FIRST_EXERCISE[stem]))
+def test_the_first_exercise_works(stem, exercised):
+    assert texts(exercised[stem].result())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stem", FIRST_EXERCISE)
-def test_without_records_a_chapter_says_what_is_missing(stem, tmp_path, monkeypatch):
-    monkeypatch.setenv("BASIS_RESULTS", str(tmp_path))
-    last = {} if stem.startswith("01") else {"run_missing": False}
-    text = texts(run(stem, profile="paper", **last))
+def test_without_records_a_chapter_says_what_is_missing(stem, without_records):
+    text = texts(without_records[stem].result())
     if not stem.startswith(("01", "02")):
         assert "Not known yet" in text
     if stem.startswith("03"):

@@ -290,12 +290,11 @@ def test_plans_are_made_from_the_table_of_their_own_network():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("study", [COEFFICIENTS, SKIP, FAMILY], ids=lambda study: study.name)
-def test_the_smoke_profile_runs(study, tmp_path):
-    steps = list(work(study.runs("smoke"), study.definition, folder=tmp_path, device="cpu"))
+def test_one_seed_of_the_smoke_profile_runs(study, tmp_path):
+    runs = [run for run in study.runs("smoke") if run.seed != 1]
+    steps = list(work(runs, study.definition, folder=tmp_path, device="cpu"))
     assert {step.outcome for step in steps} == {"done"}, [step.message for step in steps]
-    records = load_records(tmp_path)
-    assert len(records) == len(study.runs("smoke"))
-    assert study.verdicts(records, "smoke")[0].label in ("reproduced", "partly", "not reproduced", "not tested")
+    assert {record.config["arm"] for record in load_records(tmp_path)} == {run.arm for run in runs}
 
 
 def test_trained_parts_have_names():

@@ -72,15 +72,13 @@ def compression(model: nn.Module) -> float:
 def parameter_groups(model: nn.Module, *, weight_decay: float, factor: float = 1.0) -> list[dict[str, Any]]:
     """Groups for an optimizer: all other parameters, B, and A (``part``); the decay of B and A times ``factor``.
 
-    B and A stand apart also where they decay alike, since fused SGD wants all parameters of a group to
-    have made their first step together, and :class:`~basis.skipping.Skip` lets them begin at different ones.
+    B and A stand apart also where they decay alike, since :class:`~basis.skipping.Skip` may give each a
+    learning rate of its own.
     """
     parts = Parts(model)
-    inside = {id(p) for p in (*parts.basis, *parts.coefficients)}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
     decay = factor * weight_decay
     groups = {
-        "others": (others, weight_decay),
+        "others": (parts.others, weight_decay),
         "basis": (parts.basis, decay),
         "coefficients": (parts.coefficients, decay),
     }

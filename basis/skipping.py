@@ -66,7 +66,6 @@ class Skip:
             raise ValueError("basis_until and coefficients_until are both 0, which would never train anything")
         if self.alternate and (self.touches("basis") or self.touches("coefficients")):
             raise ValueError("alternate trains B and A by epochs in turns; it cannot be combined with every or until")
-
         if self.rescale and self.basis_every == self.coefficients_every == 1:
             raise ValueError("rescale has no effect, because no part is updated at every n-th step only")
 
@@ -104,9 +103,9 @@ class Skip:
 
 
 class Parts:
-    """The parameters of all basis convolutions of a model that require a gradient, as B and A.
+    """The parameters of a model that require a gradient: B and A of all basis convolutions, and ``others``.
 
-    What is frozen already belongs to neither, so that it stays frozen; what layers share is there once.
+    What is frozen already belongs to none, so that it stays frozen; what layers share is there once.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -115,16 +114,18 @@ class Parts:
         coefficients = [p for layer in layers for p in layer.coefficients.parameters()]
         self.basis = [p for p in dict.fromkeys(basis) if p.requires_grad]
         self.coefficients = [p for p in dict.fromkeys(coefficients) if p.requires_grad]
+        inside = {id(p) for p in (*self.basis, *self.coefficients)}
+        self.others = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
 
     def train(self, trained: Trained) -> None:
-        """Let the parts that are trained, and no others, require a gradient."""
+        """Let B and A require a gradient where they are trained, and only there."""
         for parameters, flag in ((self.basis, trained.basis), (self.coefficients, trained.coefficients)):
             for parameter in parameters:
                 parameter.requires_grad_(flag)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Afterwards all of them require a gradient again, whatever happens."""
+        """Afterwards B and A require a gradient again, whatever happens."""
         try:
             yield
         finally:
@@ -138,10 +139,8 @@ def check_skip(model: nn.Module, skip: Skip, *, steps_per_epoch: int, total_step
         if not parameters and (skip.alternate or skip.touches(part)):  # type: ignore[arg-type]
             raise ValueError(f"skip says when to train the {part}, but the model has no {part} that are trained at all")
     shares = skip.shares(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
-    inside = {id(p) for p in (*parts.basis, *parts.coefficients)}
-    others = any(p.requires_grad and id(p) not in inside for p in model.parameters())
     ever = any((t.basis and parts.basis) or (t.coefficients and parts.coefficients) for t in shares)
-    if not others and not ever:
+    if not parts.others and not ever:
         raise ValueError("skip leaves nothing to train: all other parameters of the model are frozen")
 
 

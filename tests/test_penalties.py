@@ -12,7 +12,8 @@ from basis.data import synthetic
 from basis.models import build
 from basis.penalties import compression, decorrelation, parameter_groups, product_norm
 from basis.skipping import Parts, Skip, Trained
-from basis.training import Recipe, TrainingError, TrainingPaused, _State, make_optimizer, train
+from basis.training import Recipe, TrainingError, _State, make_optimizer, train
+from tests.test_skipping import resumed
 
 RECIPE = Recipe(epochs=3, batch_size=40, translate=2, cutout=8, precision="fp32")  # 4 steps an epoch
 FORMS = ["dense", "low_rank:2", "grouped:2", "sparse:2", "frozen", "repeat"]
@@ -212,15 +213,7 @@ def test_defaults_said_aloud_change_nothing(data, form):
 def test_a_resumed_training_is_bit_identical(data, tmp_path, terms):
     recipe = dataclasses.replace(RECIPE, **terms)
     form = "sparse:1/2" if "settle" in terms else "dense"
-    whole, parts = network(coefficients=form), network(coefficients=form)
-    expected = train(whole, data, recipe, device="cpu")
-    with pytest.raises(TrainingPaused):
-        train(parts, data, recipe, device="cpu", checkpoint=tmp_path / "c.pt", should_stop=lambda: True)
-    parts = network(seed=5, coefficients=form)
-    result = train(parts, data, recipe, device="cpu", checkpoint=tmp_path / "c.pt")
-    for a, b in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    assert [row["train_loss"] for row in result.curves] == [row["train_loss"] for row in expected.curves]
+    whole = resumed(recipe, form, data, tmp_path / "c.pt")
     plain = network(coefficients=form)
     train(plain, data, dataclasses.replace(RECIPE, precision=recipe.precision), device="cpu")
     assert not torch.equal(weights(plain), weights(whole))

@@ -165,6 +165,20 @@ def test_a_paused_part_stands_still(data, tmp_path, skip):
         assert not torch.equal(a, a_later)
 
 
+def resumed(recipe, form, data, path):
+    """The network of an uninterrupted training, after a check that a paused and resumed one is alike bit for bit."""
+    whole, parts = network(coefficients=form), network(coefficients=form)
+    expected = train(whole, data, recipe, device="cpu")
+    with pytest.raises(TrainingPaused):
+        train(parts, data, recipe, device="cpu", checkpoint=path, should_stop=lambda: True)
+    parts = network(seed=5, coefficients=form)
+    result = train(parts, data, recipe, device="cpu", checkpoint=path)
+    for a, b in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert [row["train_loss"] for row in result.curves] == [row["train_loss"] for row in expected.curves]
+    return whole
+
+
 @pytest.mark.parametrize(
     ("skip", "form"),
     [
@@ -176,15 +190,7 @@ def test_a_paused_part_stands_still(data, tmp_path, skip):
 )
 def test_a_resumed_training_is_bit_identical(data, tmp_path, skip, form):
     recipe = dataclasses.replace(RECIPE, skip=skip)
-    whole, parts = network(coefficients=form), network(coefficients=form)
-    expected = train(whole, data, recipe, device="cpu")
-    with pytest.raises(TrainingPaused):
-        train(parts, data, recipe, device="cpu", checkpoint=tmp_path / "c.pt", should_stop=lambda: True)
-    parts = network(seed=5, coefficients=form)
-    result = train(parts, data, recipe, device="cpu", checkpoint=tmp_path / "c.pt")
-    for a, b in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    assert [row["train_loss"] for row in result.curves] == [row["train_loss"] for row in expected.curves]
+    resumed(recipe, form, data, tmp_path / "c.pt")
 
 
 def test_gradients_are_asked_for_as_before_afterwards(data):

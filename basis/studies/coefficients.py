@@ -18,9 +18,9 @@ from basis.coefficients import Form
 from basis.complexity import count_parameters
 from basis.models import build
 from basis.runs import Record, Run
-from basis.statistics import Estimate, Spread, difference_estimate, pooled_spread
+from basis.statistics import Estimate, difference_estimate
 from basis.studies.cost import find_training_bench
-from basis.studies.study import SCALES, Label, Study, Verdict, accuracies, matched
+from basis.studies.study import SCALES, Label, Study, Verdict, accuracies, matched, spread, too_few
 from basis.substitution import Plan, substitute
 from basis.training import Recipe
 
@@ -169,11 +169,6 @@ def drop(records: Sequence[Record], name: str, ratio: str, *, comparisons: int =
     return difference_estimate(*matched(records, (arm(DENSE, ratio), name)), comparisons=comparisons)
 
 
-def spread(records: Sequence[Record]) -> Spread:
-    """The standard deviation of test accuracy between equal trainings, pooled over arms."""
-    return pooled_spread([accuracies(records, name) for name in dict.fromkeys(r.config["arm"] for r in records)])
-
-
 def pooled_drop(records: Sequence[Record], name: str, ratio: str, *, comparisons: int = 1) -> Estimate:
     """:func:`drop` with the interval that the pooled spread gives."""
     return spread(records).difference(*matched(records, (arm(DENSE, ratio), name)), comparisons=comparisons)
@@ -212,7 +207,7 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     """The verdict on C5 by :data:`RULE`."""
     n = min(len(accuracies(records, arm(kind, JUDGED))) for kind in NAMES)
     if n < 2:
-        finding = f"there are {n} runs per arm, and at least 2 are needed" if n else "no run has been made yet"
+        finding = too_few(n)
         return (Verdict("C5", profile, "not tested", finding),)
     smaller = [
         kind for kind in NAMES if max(saved(records, kind, JUDGED, key) for key in ("parameters", "macs")) >= SAVED

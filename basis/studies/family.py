@@ -11,12 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 from basis.runs import Choice, Ladder, Record, Run
-from basis.statistics import Estimate, Spread, pooled_spread
+from basis.statistics import Estimate
 from basis.studies.selection import MEASURE
-from basis.studies.study import Label, Study, Verdict, accuracies, matched
+from basis.studies.study import Label, Study, Verdict, accuracies, matched, spread
 from basis.training import Recipe
 
 NETWORKS = ("resnet18", "resnet20", "resnet56", "resnet34", "resnet32", "resnet44", "resnet50")  # in order of value
+FOUR_STAGE = ("resnet18", "resnet34", "resnet50")
 ARMS: Mapping[str, str | None] = {"dense": None, "all layers": "uniform", "selected": "optimal"}
 CANDIDATES = (3 / 4, 1 / 2, 1 / 4, 1 / 8)
 BUDGET, POINTS, NEEDED = 0.5, 0.2, 3
@@ -73,7 +74,7 @@ def _runs(
 ) -> tuple[Run, ...]:  # fmt: skip
     def ladder(network: str) -> Ladder:
         # The three-stage networks begin with 16 channels, of which 8 would be the only multiple of 8.
-        step = multiple if network in ("resnet18", "resnet34", "resnet50") else max(1, multiple // 4)
+        step = multiple if network in FOUR_STAGE else max(1, multiple // 4)
         return Ladder(measures={MEASURE: CANDIDATES}, multiple=step, images=images, calibration=images)
 
     # Its seed is not used again: what the table knows of one network's noise helps no arm.
@@ -110,26 +111,19 @@ def _runs(
 def complete(records: Sequence[Record], *, least: int = 1) -> list[str]:
     """The networks of which every arm has at least ``least`` runs, in the order of their depth and kind."""
     found = [n for n in NETWORKS if all(len(accuracies(records, arm(n, kind))) >= least for kind in ARMS)]
-    return sorted(found, key=lambda name: (name in ("resnet18", "resnet34", "resnet50"), int(name[6:])))
-
-
-def spread(records: Sequence[Record]) -> Spread:
-    """The standard deviation of test accuracy between equal trainings, pooled over arms."""
-    tests = [r for r in records if r.result["test"] is not None]
-    return pooled_spread([accuracies(tests, name) for name in dict.fromkeys(r.config["arm"] for r in tests)])
+    return sorted(found, key=lambda name: (name in FOUR_STAGE, int(name[6:])))
 
 
 def drop(records: Sequence[Record], network: str, kind: str = "selected", *, comparisons: int = 1) -> Estimate:
     """Dense minus the arm of that kind in test accuracy (a fraction)."""
-    tests = [r for r in records if r.result["test"] is not None]
-    first, second = matched(tests, (arm(network, "dense"), arm(network, kind)))
-    return spread(records).difference(first, second, comparisons=comparisons)
+    return spread(records).difference(
+        *matched(records, (arm(network, "dense"), arm(network, kind))), comparisons=comparisons
+    )
 
 
 def mean_drop(records: Sequence[Record], networks: Sequence[str], kind: str = "selected") -> Estimate:
     """The mean over the networks of :func:`drop`."""
-    tests = [r for r in records if r.result["test"] is not None]
-    pairs = [matched(tests, (arm(n, "dense"), arm(n, kind))) for n in networks]
+    pairs = [matched(records, (arm(n, "dense"), arm(n, kind))) for n in networks]
     arms = [(sign / len(networks), values) for pair in pairs for sign, values in zip((1, -1), pair, strict=True)]
     return spread(records).contrast(arms)
 
@@ -141,7 +135,7 @@ def result_of(records: Sequence[Record], name: str) -> Mapping[str, Any]:
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     """The verdict on C7 by :data:`RULE`."""
-    networks = complete([r for r in records if r.result["test"] is not None], least=2)
+    networks = complete(records, least=2)
     if len(networks) < NEEDED:
         finding = f"{len(networks)} networks have two runs per arm, and at least {NEEDED} are needed"
         return (Verdict("C7", profile, "not tested", finding if records else "no run has been made yet"),)

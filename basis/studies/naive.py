@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from basis.runs import Record, Run
 from basis.statistics import Estimate, difference_estimate
-from basis.studies.study import Label, Study, Verdict, accuracies
+from basis.studies.study import Label, Study, Verdict, accuracies, too_few
 from basis.training import Recipe
 
 ARMS: dict[str, float | None] = {"dense": None, "r=3/4": 0.75, "r=1/2": 0.5, "r=1/4": 0.25, "r=1/8": 0.125}
@@ -71,7 +71,7 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     """Verdicts on C1 and C3 by :data:`RULE`."""
     n = min(len(accuracies(records, arm)) for arm in ("dense", JUDGED))
     if n < 2:
-        finding = f"there are {n} runs per arm, and at least 2 are needed" if n else "no run has been made yet"
+        finding = too_few(n)
         return tuple(Verdict(claim, profile, "not tested", finding) for claim in ("C1", "C3"))
     fraction, lost = size(records, JUDGED), drop(records, JUDGED)
     smaller: Label = "reproduced" if fraction <= SIZE else "partly" if fraction < 1 else "not reproduced"

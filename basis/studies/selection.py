@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from basis.runs import Choice, Ladder, Record, Run
-from basis.statistics import Estimate, Spread, difference_estimate, pooled_spread
-from basis.studies.study import SCALES, Label, Study, Verdict
+from basis.statistics import Estimate, difference_estimate
+from basis.studies.study import SCALES, Label, Study, Verdict, too_few
 from basis.table import SensitivityTable
 from basis.training import Recipe
 
@@ -141,12 +141,6 @@ def accuracies(records: Sequence[Record], name: str) -> list[float]:
     return [r.result["test"]["accuracy"] for r in of_arm(records, name)]
 
 
-def spread(records: Sequence[Record], *, scale: float = 1) -> Spread:
-    """The standard deviation of ``scale`` x test accuracy between equal trainings, pooled over arms and draws."""
-    names = dict.fromkeys(r.config["arm"] for r in records if r.config["arm"] != "table")
-    return pooled_spread([[scale * a for a in accuracies(records, name)] for name in names])
-
-
 def difference(records: Sequence[Record], first: str, second: str) -> Estimate:
     """Test accuracy of ``first`` minus ``second`` (a fraction), with Welch's 95 % interval."""
     return difference_estimate(accuracies(records, first), accuracies(records, second))
@@ -157,7 +151,7 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     chosen, uniform = (arm(rule, JUDGED_UNIT, JUDGED_BUDGET) for rule in ("optimal", "uniform"))
     n = min(len(accuracies(records, name)) for name in ("dense", chosen, uniform))
     if n < 2:
-        finding = f"there are {n} runs per arm, and at least 2 are needed" if n else "no run has been made yet"
+        finding = too_few(n)
         return (Verdict("C4", profile, "not tested", finding),)
     lost, gained = difference(records, "dense", chosen), difference(records, chosen, uniform)
     label: Label = "partly" if gained.low > 0 else "not reproduced"

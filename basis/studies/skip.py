@@ -16,9 +16,9 @@ from basis.bench import TRAINED, BenchReport
 from basis.models import build
 from basis.runs import Record, Run
 from basis.skipping import Skip, predicted_step
-from basis.statistics import Estimate, Spread, pooled_spread
+from basis.statistics import Estimate
 from basis.studies.cost import find_training_bench
-from basis.studies.study import SCALES, Label, Study, Verdict, accuracies, matched
+from basis.studies.study import SCALES, Label, Study, Verdict, accuracies, matched, spread, too_few
 from basis.substitution import substitute
 from basis.training import Recipe
 
@@ -141,11 +141,6 @@ def measured(profile: str, report: BenchReport) -> dict[str, float]:
 # -- accuracy --------------------------------------------------------------------------------------------
 
 
-def spread(records: Sequence[Record]) -> Spread:
-    """The standard deviation of test accuracy between equal trainings, pooled over arms."""
-    return pooled_spread([accuracies(records, name) for name in dict.fromkeys(r.config["arm"] for r in records)])
-
-
 def drop(records: Sequence[Record], name: str, *, comparisons: int = 1) -> Estimate:
     """Training everything minus the arm ``name`` in test accuracy (a fraction), after equally many epochs."""
     return spread(records).difference(*matched(records, (FULL, name)), comparisons=comparisons)
@@ -181,7 +176,7 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     names = [name for name in dict.fromkeys(run.arm for run in plan(profile))]
     n = min((len(accuracies(records, name)) for name in names), default=0)
     if n < 2:
-        return untested(f"there are {n} runs per arm, and at least 2 are needed" if n else "no run has been made yet")
+        return untested(too_few(n))
     report = find_bench(profile)
     if report is None:
         return untested("the time of the steps has not been measured on such a device")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from basis.runs import Record, Run, digest
+from basis.statistics import Spread, pooled_spread
 
 Label = Literal["reproduced", "partly", "not reproduced", "not tested"]
 
@@ -36,8 +37,20 @@ SCALES: Mapping[str, str] = {
 
 
 def accuracies(records: Sequence[Record], arm: str) -> list[float]:
-    """Test accuracies (fractions, no test-time augmentation) of an arm's runs."""
-    return [r.result["test"]["accuracy"] for r in records if r.config["arm"] == arm]
+    """Test accuracies (fractions, no test-time augmentation) of an arm's runs, of those that were tested."""
+    tests = [r.result["test"] for r in records if r.config["arm"] == arm]
+    return [test["accuracy"] for test in tests if test is not None]
+
+
+def too_few(n: int) -> str:
+    """Why a claim is not tested with ``n`` runs per arm, of which two are needed."""
+    return f"there are {n} runs per arm, and at least 2 are needed" if n else "no run has been made yet"
+
+
+def spread(records: Sequence[Record], *, scale: float = 1) -> Spread:
+    """The standard deviation of ``scale`` x test accuracy between equal trainings, pooled over arms."""
+    names = dict.fromkeys(r.config["arm"] for r in records)
+    return pooled_spread([[scale * a for a in accuracies(records, name)] for name in names])
 
 
 def matched(records: Sequence[Record], arms: Sequence[str]) -> list[list[float]]:
@@ -45,8 +58,9 @@ def matched(records: Sequence[Record], arms: Sequence[str]) -> list[list[float]]
 
     While runs are missing, arms have different seeds, and a seed may be lucky in all arms at once.
     """
+    tests = [r for r in records if r.result["test"] is not None]
     by_seed = [
-        {r.config["seed"]: r.result["test"]["accuracy"] for r in records if r.config["arm"] == arm} for arm in arms
+        {r.config["seed"]: r.result["test"]["accuracy"] for r in tests if r.config["arm"] == arm} for arm in arms
     ]
     common = set(by_seed[0]).intersection(*by_seed)
     return [[value for seed, value in values.items() if seed in common or not common] for values in by_seed]

@@ -193,6 +193,7 @@ class BasisConv2d(nn.Module):
         self.padding, self.padding_mode = conv.padding, padding_mode
         self.basis_channels = basis_channels
         self.mode = mode
+        self.mixed_later = False  # the forward pass gives Z alone, for a batch normalisation that mixes; see basis.norm
         # left, right, top, bottom, as F.pad wants them
         self._pads: tuple[int, ...] = tuple(conv._reversed_padding_repeated_twice)
 
@@ -288,7 +289,7 @@ class BasisConv2d(nn.Module):
     def resolved_mode(self) -> Literal["factorized", "composed", "hybrid"]:
         """The mode that a forward pass uses now; differs from :attr:`mode` where that is ``"auto"``."""
         return resolve_mode(
-            self.mode,
+            "factorized" if self.mixed_later else self.mode,
             device=self.basis.device,
             fan_in=self.basis[0].numel(),
             out_channels=self.out_channels,
@@ -297,7 +298,10 @@ class BasisConv2d(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve ``x``, (N, C_in, H, W) or (C_in, H, W), as ``nn.Conv2d`` with W = [B; A B] would."""
+        """Convolve ``x``, (N, C_in, H, W) or (C_in, H, W), as ``nn.Conv2d`` with W = [B; A B] would.
+
+        Where :attr:`mixed_later` is set, the output is Z, the k basis channels without the bias.
+        """
         mode = self.resolved_mode
         x, padding = self._pad(x)
         conv = (self.stride, padding, self.dilation, self.groups)
@@ -309,6 +313,8 @@ class BasisConv2d(nn.Module):
 
     def _factorized(self, x: Tensor, conv: tuple) -> Tensor:
         z = F.conv2d(x, self.basis, None, *conv)
+        if self.mixed_later:
+            return z
         a = self.coefficients
         if a.mixes:
             return F.conv2d(z, self.mixing[:, :, None, None], self.bias, groups=a.groups)

@@ -57,29 +57,51 @@ def check_basis_channels(basis_channels: int, out_channels: int, groups: int = 1
 
 
 def resolve_mode(
-    mode: Mode, *, device: torch.device, fan_in: int, out_channels: int, basis_channels: int, groups: int = 1
+    mode: Mode,
+    *,
+    device: torch.device,
+    fan_in: int,
+    out_channels: int,
+    basis_channels: int,
+    groups: int = 1,
+    apart: bool = False,
+    channels_last: bool = False,
 ) -> Literal["factorized", "composed", "hybrid"]:
     """What ``mode`` stands for on this device and shape; all but ``"auto"`` stand for themselves.
 
-    Factorized mode saves (1 - r) fan_in - k multiplications for each output value and pays with a
-    second pass over the activations, which costs about the same everywhere. So ``"auto"`` is
+    Factorized mode saves multiplications and pays with a second pass over the activations, which costs
+    about the same everywhere. So ``"auto"`` is
 
-    - on a CPU: factorized where it saves at least 128 multiplications per output value, else composed
-      (measured, ``basis bench layer``: float32 and bfloat16, both memory formats);
+    - on a CPU: factorized where it saves at least 100 multiplications per output value, or 135 where the
+      maps are not channels-last, else composed (measured, ``basis bench layer``, float32 and bfloat16);
     - on a GPU: the same, but only with at least 128 output channels and with k, rounded up to a
       multiple of 8, at most half of them (a model of the memory traffic, not yet measured).
 
+    This rule is for layers that nobody has timed; :func:`basis.tuning.tune` does.
+
     Args:
         fan_in: C_in/groups * kh * kw, the multiplications of one output value of the dense layer.
+        apart: whether factorized mode would multiply Z with A alone, see :func:`derives_apart`.
+        channels_last: the memory format of filters and maps.
     """
     if mode != "auto":
         return mode
     # Per group: a grouped convolution is that many narrow ones.
     width, k = out_channels // groups, basis_channels // groups
-    pays = (width - k) * fan_in - width * k >= 128 * width
+    mixed = (width - k if apart else width) * k
+    pays = (width - k) * fan_in - mixed >= (100 if channels_last else 135) * width
     if device.type != "cpu":
         pays = pays and width >= 128 and 2 * 8 * math.ceil(k / 8) <= width
     return "factorized" if pays else "composed"
+
+
+def derives_apart(device: torch.device, *, out_channels: int, basis_channels: int) -> bool:
+    """Whether factorized mode convolves Z with A alone and joins both, rather than with M = [I; A].
+
+    That saves k of C_out rows and costs one more pass over the output. On a CPU it pays from
+    k = C_out / 2 on (measured); on a GPU, where the pass costs more than the rows, it never should.
+    """
+    return device.type == "cpu" and out_channels <= 2 * basis_channels < 2 * out_channels
 
 
 class _HybridConv(torch.autograd.Function):
@@ -295,7 +317,15 @@ class BasisConv2d(nn.Module):
             out_channels=self.out_channels,
             basis_channels=self.basis_channels,
             groups=self.groups,
+            apart=self._derives_apart,
+            channels_last=is_channels_last(self.basis),
         )
+
+    @property
+    def _derives_apart(self) -> bool:
+        in_order = self.coefficients.groups == 1 and not self._permuted
+        shape = {"out_channels": self.out_channels, "basis_channels": self.basis_channels}
+        return in_order and derives_apart(self.basis.device, **shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``x``, (N, C_in, H, W) or (C_in, H, W), as ``nn.Conv2d`` with W = [B; A B] would.
@@ -316,9 +346,9 @@ class BasisConv2d(nn.Module):
         if self.mixed_later:
             return z
         a = self.coefficients
-        if a.mixes:
+        if a.mixes and not self._derives_apart:
             return F.conv2d(z, self.mixing[:, :, None, None], self.bias, groups=a.groups)
-        y = a.derive(z)
+        y = torch.cat([z, F.conv2d(z, a.matrix()[:, :, None, None])], dim=-3) if a.mixes else a.derive(z)
         if self._sources is not None:
             y = _channels(y, self._sources)
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from basis.conv import MODES, BasisConv2d, basis_channels_for, factorize
+from basis.conv import MODES, BasisConv2d, basis_channels_for, derives_apart, factorize, resolve_mode
 
 C_IN, C_OUT, K = 8, 12, 4
 EXPLICIT = ("factorized", "composed", "hybrid")
@@ -478,3 +478,46 @@ def test_resolved_mode_is_one_of_the_three(mode, groups):
     resolved = BasisConv2d(256, 256, 3, groups=groups, ratio=0.25, mode=mode).resolved_mode
     assert resolved in EXPLICIT
     assert mode in ("auto", resolved)
+
+
+@pytest.mark.parametrize(
+    ("fan_in", "width", "ratio", "cpu", "cuda"),
+    [
+        (9 * 64, 64, 1 / 2, "factorized", "composed"),  # 64 channels: a GPU is bound by memory there
+        (9 * 64, 64, 3 / 4, "composed", "composed"),
+        (9 * 128, 128, 1 / 2, "factorized", "factorized"),
+        (9 * 128, 128, 3 / 4, "factorized", "composed"),
+        (9 * 512, 512, 3 / 4, "factorized", "composed"),
+        (9 * 128, 128, 65 / 128, "factorized", "composed"),  # 65 costs a GPU as much as 72
+        (9 * 3, 64, 1 / 4, "composed", "composed"),  # a stem has little to save
+        (256, 1024, 1 / 4, "composed", "composed"),  # a 1x1 convolution neither
+        (9 * 16, 16, 1 / 8, "composed", "composed"),
+        (9 * 32, 32, 1 / 2, "factorized", "composed"),
+        (9 * 512, 512, 1.0, "composed", "composed"),
+    ],
+)
+def test_auto_follows_its_rule(fan_in, width, ratio, cpu, cuda):
+    for device, expected in ((torch.device("cpu"), cpu), (torch.device("cuda"), cuda)):
+        shape = {"out_channels": width, "basis_channels": round(width * ratio)}
+        apart = derives_apart(device, **shape)
+        assert resolve_mode("auto", device=device, fan_in=fan_in, apart=apart, **shape) == expected
+
+
+def test_auto_is_factorized_sooner_where_maps_are_channels_last():
+    layer = BasisConv2d(64, 64, 3, ratio=3 / 4, bias=False)
+    assert layer.resolved_mode == "composed"
+    assert layer.to(memory_format=torch.channels_last).resolved_mode == "factorized"
+
+
+@pytest.mark.parametrize("ratio", [1 / 4, 1 / 2, 3 / 4, 1.0])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_factorized_gives_the_same_whether_it_mixes_or_joins(ratio, bias, permuted):
+    conv = nn.Conv2d(6, 8, 3, padding=1, bias=bias).double()
+    layer = BasisConv2d.from_conv(conv, ratio=ratio, mode="factorized")
+    if not permuted:
+        layer = BasisConv2d.shaped_like(conv, ratio=ratio, mode="factorized")
+    assert layer._derives_apart == (ratio in (1 / 2, 3 / 4) and torch.equal(layer.order, torch.arange(8)))
+    dense = layer.to_conv()
+    for x in (torch.randn(2, 6, 5, 5).double(), torch.randn(6, 5, 5).double()):
+        assert_same(layer(x), dense(x))

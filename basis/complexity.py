@@ -15,7 +15,8 @@ hybrid      as composed            as factorized                             as 
 
 These count the algebra of ``W = [B; A B]``. The 1x1 convolution with M = [I; A] that is executed also
 multiplies by the identity, n k k/g for each of its (up to) three products; that stands apart, as
-``identity_*``, and algebra plus identity is what ``torch.utils.flop_counter`` counts (as 2 per MAC).
+``identity_*``, and algebra plus identity is what ``torch.utils.flop_counter`` counts (as 2 per MAC). A CPU
+does not execute it from k = C / 2 on, where Z is multiplied with A alone (:func:`basis.conv.derives_apart`).
 
 That is for a dense A. Of the other forms is counted what is executed:
 

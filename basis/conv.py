@@ -317,12 +317,13 @@ class BasisConv2d(nn.Module):
             out_channels=self.out_channels,
             basis_channels=self.basis_channels,
             groups=self.groups,
-            apart=self._derives_apart,
+            apart=self.derives_apart,
             channels_last=is_channels_last(self.basis),
         )
 
     @property
-    def _derives_apart(self) -> bool:
+    def derives_apart(self) -> bool:
+        """Whether factorized mode multiplies Z with A alone, here and now; see the function of that name."""
         in_order = self.coefficients.groups == 1 and not self._permuted
         shape = {"out_channels": self.out_channels, "basis_channels": self.basis_channels}
         return in_order and derives_apart(self.basis.device, **shape)
@@ -346,7 +347,7 @@ class BasisConv2d(nn.Module):
         if self.mixed_later:
             return z
         a = self.coefficients
-        if a.mixes and not self._derives_apart:
+        if a.mixes and not self.derives_apart:
             return F.conv2d(z, self.mixing[:, :, None, None], self.bias, groups=a.groups)
         y = torch.cat([z, F.conv2d(z, a.matrix()[:, :, None, None])], dim=-3) if a.mixes else a.derive(z)
         if self._sources is not None:

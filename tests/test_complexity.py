@@ -203,7 +203,7 @@ def test_every_form_costs_what_the_flop_counter_sees(form, mode, trained):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_grouped_layers_forward(groups, mode, form):
     # Forward only: the flop counter does not divide the weight gradient of a convolution by its groups.
-    layer = BasisConv2d(8, 16, 3, groups=groups, basis_channels=8, mode=mode, coefficients=form)
+    layer = BasisConv2d(8, 16, 3, groups=groups, basis_channels=4, mode=mode, coefficients=form)
     total = cost(layer, (8, 9, 7), batch_size=2).total
     forward, _ = executed_macs(layer, torch.randn(2, 8, 9, 7))
     assert total.forward_macs + total.identity_forward_macs == forward
@@ -275,6 +275,19 @@ def test_activation_bytes_of_every_form(form, mode, trained, dtype):
     freeze(model, trained)
     counted = cost(model, (8, 9, 7), batch_size=2).layers[-1].cost.activation_bytes
     assert counted == kept_bytes(model, torch.randn(2, 8, 9, 7, dtype=dtype))
+
+
+@pytest.mark.parametrize("trained", TRAINED)
+@pytest.mark.parametrize("form", ["dense", *FORMS])
+def test_a_layer_that_multiplies_with_coefficients_alone(form, trained):
+    layer = BasisConv2d(8, 12, 3, basis_channels=8, mode="factorized", coefficients=form.split(",")[0])
+    if "settled" in form:
+        layer.coefficients.settle()
+    model = nn.Sequential(nn.BatchNorm2d(8), layer)
+    assert layer.derives_apart
+    freeze(model, trained)
+    total = cost(model, (8, 9, 7), batch_size=2).total
+    assert (total.forward_macs, total.backward_macs) == executed_macs(model, torch.randn(2, 8, 9, 7))
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.Linear(7, 5)])

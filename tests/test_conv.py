@@ -517,7 +517,7 @@ def test_factorized_gives_the_same_whether_it_mixes_or_joins(ratio, bias, permut
     layer = BasisConv2d.from_conv(conv, ratio=ratio, mode="factorized")
     if not permuted:
         layer = BasisConv2d.shaped_like(conv, ratio=ratio, mode="factorized")
-    assert layer._derives_apart == (ratio in (1 / 2, 3 / 4) and torch.equal(layer.order, torch.arange(8)))
+    assert layer.derives_apart == (ratio in (1 / 2, 3 / 4) and torch.equal(layer.order, torch.arange(8)))
     dense = layer.to_conv()
     for x in (torch.randn(2, 6, 5, 5).double(), torch.randn(6, 5, 5).double()):
         assert_same(layer(x), dense(x))

@@ -104,6 +104,17 @@ def derives_apart(device: torch.device, *, out_channels: int, basis_channels: in
     return device.type == "cpu" and out_channels <= 2 * basis_channels < 2 * out_channels
 
 
+def padded_channels(device: torch.device, dtype: torch.dtype, basis_channels: int) -> int:
+    """How many basis channels factorized mode computes with; zero filters and coefficients fill up.
+
+    On a GPU in half precision, rows of maps that are no multiple of 16 bytes keep a convolution from the
+    tensor cores or are copied (cuDNN developer guide, "tensor core operations"), so k is rounded up to a
+    multiple of 8 there; elsewhere it is k. Not yet measured.
+    """
+    half = device.type == "cuda" and dtype.itemsize == 2
+    return 8 * math.ceil(basis_channels / 8) if half else basis_channels
+
+
 class _HybridConv(torch.autograd.Function):
     """Dense forward with W = M B, factorized backward: dZ = M^T dY, then k-channel gradients."""
 
@@ -343,16 +354,25 @@ class BasisConv2d(nn.Module):
         return F.conv2d(x, self.weight, self.bias, *conv)
 
     def _factorized(self, x: Tensor, conv: tuple) -> Tensor:
-        z = F.conv2d(x, self.basis, None, *conv)
+        a, k = self.coefficients, self.basis_channels
+        mixes_all = a.mixes and a.groups == 1 and not self.mixed_later
+        extra = padded_channels(x.device, self._computed_in(x), k) - k if mixes_all else 0
+        basis = F.pad(self.basis, (0, 0, 0, 0, 0, 0, 0, extra)) if extra else self.basis
+        z = F.conv2d(x, basis, None, *conv)
         if self.mixed_later:
             return z
-        a = self.coefficients
         if a.mixes and not self.derives_apart:
-            return F.conv2d(z, self.mixing[:, :, None, None], self.bias, groups=a.groups)
+            mixing = F.pad(self.mixing, (0, extra)) if extra else self.mixing
+            return F.conv2d(z, mixing[:, :, None, None], self.bias, groups=a.groups)
         y = torch.cat([z, F.conv2d(z, a.matrix()[:, :, None, None])], dim=-3) if a.mixes else a.derive(z)
         if self._sources is not None:
             y = _channels(y, self._sources)
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+
+    @staticmethod
+    def _computed_in(x: Tensor) -> torch.dtype:
+        device = _autocast_device(x)
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
     def _hybrid(self, x: Tensor, conv: tuple) -> Tensor:
         if x.dim() == 3:
@@ -362,7 +382,7 @@ class BasisConv2d(nn.Module):
         mixing = self.mixing[:, :, None, None]
         basis: Tensor = self.basis
         if torch.is_autocast_enabled(_autocast_device(x)):
-            dtype = torch.get_autocast_dtype(_autocast_device(x))
+            dtype = self._computed_in(x)
             x, weight, basis, mixing = x.to(dtype), weight.to(dtype), basis.to(dtype), mixing.to(dtype)
         groups = self.coefficients.groups
         rows = self._basis_rows() if self._permuted or groups > 1 else None  # None: the first k

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from basis.conv import MODES, BasisConv2d, basis_channels_for, derives_apart, factorize, resolve_mode
+from basis.conv import MODES, BasisConv2d, basis_channels_for, derives_apart, factorize, padded_channels, resolve_mode
 
 C_IN, C_OUT, K = 8, 12, 4
 EXPLICIT = ("factorized", "composed", "hybrid")
@@ -521,3 +521,40 @@ def test_factorized_gives_the_same_whether_it_mixes_or_joins(ratio, bias, permut
     dense = layer.to_conv()
     for x in (torch.randn(2, 6, 5, 5).double(), torch.randn(6, 5, 5).double()):
         assert_same(layer(x), dense(x))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "k", "expected"),
+    [
+        ("cuda", torch.float16, 20, 24),
+        ("cuda", torch.bfloat16, 24, 24),
+        ("cuda", torch.float32, 20, 20),
+        ("cpu", torch.bfloat16, 20, 20),
+    ],
+)
+def test_basis_channels_are_filled_up_where_tensor_cores_want_it(device, dtype, k, expected):
+    assert padded_channels(torch.device(device), dtype, k) == expected
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_filling_up_changes_no_number(last, permuted, monkeypatch):
+    conv = nn.Conv2d(6, 20, 3, padding=1).double()
+    conv = conv.to(memory_format=torch.channels_last) if last else conv
+    make = BasisConv2d.from_conv if permuted else BasisConv2d.shaped_like
+    layer = make(conv, basis_channels=5, mode="factorized")
+    x = torch.randn(2, 6, 5, 5).double().requires_grad_()
+    seen = []
+
+    def gradients():
+        y = layer(x)
+        return y, torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+
+    def filled(device, dtype, k):
+        seen.append((device.type, dtype, k))
+        return 8
+
+    plain = gradients()
+    monkeypatch.setattr("basis.conv.padded_channels", filled)
+    assert_same(gradients(), plain)
+    assert seen == [("cpu", torch.float64, 5)]

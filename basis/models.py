@@ -17,9 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from basis.norm import activate
 
 
 class PaddedShortcut(nn.Module):
@@ -61,9 +62,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, width, ceil(H / stride), ceil(W / stride))."""
-        out = torch.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return torch.relu(out + self.shortcut(x))
+        out = activate(self.bn1, self.conv1(x))
+        return activate(self.bn2, self.conv2(out), self.shortcut(x))
 
 
 class Bottleneck(nn.Module):
@@ -84,10 +84,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, 4 width, ceil(H / stride), ceil(W / stride))."""
-        out = torch.relu(self.bn1(self.conv1(x)))
-        out = torch.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        return torch.relu(out + self.shortcut(x))
+        out = activate(self.bn1, self.conv1(x))
+        out = activate(self.bn2, self.conv2(out))
+        return activate(self.bn3, self.conv3(out), self.shortcut(x))
 
 
 class ResNet(nn.Module):
@@ -130,7 +129,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, 3, H, W) to logits (N, num_classes)."""
-        x = torch.relu(self.bn1(self.conv1(x)))
+        x = activate(self.bn1, self.conv1(x))
         for stage in self.stages:
             x = getattr(self, stage)(x)
         return self.fc(x.mean(dim=(2, 3)))

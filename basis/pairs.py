@@ -29,6 +29,8 @@ class Pairs:
 
 
 class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # so that running statistics that are read show in the graph
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         leaf = isinstance(m, (BasisConv2d, nn.Conv2d, nn.BatchNorm2d))
         return leaf or super().is_leaf_module(m, module_qualified_name)
@@ -54,6 +56,7 @@ def norm_pairs(model: nn.Module) -> Pairs:
     name_of = {module: name for name, module in model.named_modules()}
     modules = {node: model.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
     calls = Counter(modules.values())
+    read = {model.get_submodule(str(node.target).rpartition(".")[0]) for node in graph.nodes if node.op == "get_attr"}
     norms: dict[str, str] = {}
     alone: dict[str, str] = {}
     for node, module in modules.items():
@@ -62,6 +65,8 @@ def norm_pairs(model: nn.Module) -> Pairs:
             norm = users[0] if len(users) == 1 else None
             if not isinstance(norm, nn.BatchNorm2d) or type(norm).forward is not nn.BatchNorm2d.forward:
                 alone[name_of[module]] = "its output does not go into one nn.BatchNorm2d and nowhere else"
+            elif module in read or norm in read:
+                alone[name_of[module]] = "its parameters, or those of its batch normalisation, are used elsewhere too"
             elif calls[module] > 1 or calls[norm] > 1:
                 alone[name_of[module]] = "it or its batch normalisation is called more than once"
             else:

@@ -7,7 +7,6 @@ and everything but the layers themselves (device, dtype, memory format, flags, h
 
 from __future__ import annotations
 
-import copy
 import difflib
 import json
 import math
@@ -20,13 +19,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from basis.coefficients import Coefficients, Form
 from basis.conv import MODES, BasisConv2d, Mode, basis_channels_for, check_basis_channels
 from basis.files import replacing
+from basis.norm import copy_of, couple_in_place, couplings, uncouple_in_place
 
 PLAN_VERSION = 1
 
@@ -161,6 +161,7 @@ def substitute(
     mode: Mode = "auto",
     init: Literal["svd", "random"] = "svd",
     coefficients: str | Form = "dense",
+    batch_norm: Literal["ordinary", "through_basis"] = "ordinary",
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
 ) -> nn.Module:
@@ -180,10 +181,13 @@ def substitute(
         coefficients: the form of A in every new layer, see :class:`Form`. With ``"shared"``, layers of
             equal C_out, k and groups hold one A (those of one dtype and device that all train or all do
             not); it is fitted to all of them at once.
+        batch_norm: ``"through_basis"`` couples each new layer to the batch normalisation that directly follows
+            it (:func:`basis.norm.couple`): the same function, trained faster. Where none does, or it cannot
+            be, the layer stays an ordinary one; :func:`basis.norm.couplings` has the reasons.
 
     Raises:
         ValueError: for a plan that names a layer that is not there, that cannot be substituted (with
-            the reason), or with a k or a form of A that makes no sense; for a bad ratio, mode or init.
+            the reason), or with a k or a form of A that makes no sense; for a bad ratio, mode, init or batch_norm.
     """
     if (plan is None) == (ratio is None):
         raise ValueError("give one of plan and ratio")
@@ -191,6 +195,8 @@ def substitute(
         raise ValueError(f"mode is {mode!r}, but it must be one of {', '.join(MODES)}")
     if init not in ("svd", "random"):
         raise ValueError(f"init is {init!r}, but it must be 'svd' or 'random'")
+    if batch_norm not in ("ordinary", "through_basis"):
+        raise ValueError(f"batch_norm is {batch_norm!r}, but it must be 'ordinary' or 'through_basis'")
     if plan is None:
         plan = Plan.uniform(model, ratio=ratio or 0.0, include=include, exclude=exclude)
     elif _patterns(include) or _patterns(exclude):
@@ -199,7 +205,7 @@ def substitute(
     if isinstance(coefficients, Coefficients):
         raise ValueError("coefficients are a module, which the new layers would share with its owner; give a form")
     form = Form.parse(coefficients)
-    copied = _copy(model)
+    copied = copy_of(model)
     new: dict[nn.Module, nn.Module] = {}
     for names in _tied(copied, chosen, form):
         convs = [copied.get_submodule(name) for name in names]
@@ -211,7 +217,11 @@ def substitute(
         except ValueError as error:
             raise ValueError(f"{_shown(names[0])}: {error}") from error
         new.update((conv, _hand_over(conv, layer)) for conv, layer in zip(convs, layers, strict=True))
-    return _replace(copied, new)
+    copied = _replace(copied, new)
+    if batch_norm == "through_basis":
+        made = {name for name, module in copied.named_modules() if module in new.values()}
+        couple_in_place(copied, made & couplings(copied).norms.keys())
+    return copied
 
 
 def _tied(model: nn.Module, chosen: Mapping[str, int], form: Form) -> list[list[str]]:
@@ -239,9 +249,9 @@ def _make(convs: list, init: str, *, coefficients: Form, **options: Any) -> list
 def merge(model: nn.Module) -> nn.Module:
     """A copy of ``model`` with a plain ``nn.Conv2d`` of the weight [B; A B] for each basis convolution.
 
-    Keeps what :func:`substitute` keeps.
+    Keeps what :func:`substitute` keeps. Batch normalisation through the basis is ordinary again.
     """
-    copied = _copy(model)
+    copied = uncouple_in_place(copy_of(model))
     layers = [module for module in copied.modules() if isinstance(module, BasisConv2d)]
     return _replace(copied, {layer: _hand_over(layer, layer.to_conv()) for layer in layers})
 
@@ -335,12 +345,6 @@ def _no_such_layer(name: str, modules: Mapping[str, nn.Module], convolutions: li
 
 
 # -- the exchange -------------------------------------------------------------------------------
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy, also of modules that keep computed tensors (pruning, the older weight_norm)."""
-    computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
 
 
 def _hand_over(old: Any, new: Any) -> nn.Module:

@@ -8,6 +8,7 @@ from torch import nn
 
 from basis import models
 from basis.models import MODELS, PaddedShortcut, build
+from basis.pairs import norm_pairs
 
 PARAMETERS = {
     "resnet18": 11_173_962,
@@ -110,6 +111,15 @@ def test_every_parameter_gets_a_gradient(name):
     model = build(name, width=4)
     model(torch.randn(4, 3, 16, 16)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", THIN)
+def test_every_convolution_is_followed_by_its_batch_normalisation(name):
+    model = build(name, width=4)
+    pairs = norm_pairs(model)
+    assert not pairs.alone
+    assert len(pairs.norms) == sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert pairs.norms["layer2.0.conv2"] == "layer2.0.bn2"
 
 
 def test_initialisation_is_that_of_pytorch():

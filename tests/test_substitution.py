@@ -14,6 +14,7 @@ from basis.coefficients import Form
 from basis.complexity import count_parameters
 from basis.conv import MODES, BasisConv2d
 from basis.models import build
+from basis.norm import BasisBatchNorm2d, couplings
 from basis.storage import load, save
 from basis.substitution import Plan, merge, plan_of, substitute
 
@@ -289,6 +290,35 @@ def test_merge_makes_plain_convolutions_of_the_same_function():
 def test_the_mode_reaches_every_layer(mode):
     small = substitute(Net(), ratio=0.5, mode=mode)
     assert {m.mode for m in small.modules() if isinstance(m, BasisConv2d)} == {mode}
+
+
+def test_batch_normalisation_through_the_basis():
+    model = build("resnet18", width=8).double()
+    ordinary = substitute(model, ratio=0.5)
+    coupled = substitute(model, ratio=0.5, batch_norm="through_basis")
+    assert len(couplings(coupled).norms) == sum(isinstance(m, BasisBatchNorm2d) for m in coupled.modules()) == 20
+    assert coupled.state_dict().keys() == ordinary.state_dict().keys()
+    x = torch.randn(2, 3, 16, 16).double()
+    assert torch.allclose(coupled(x), ordinary(x))
+    assert torch.allclose(merge(coupled)(x), merge(ordinary)(x))
+    assert plan_of(coupled) == plan_of(ordinary)
+
+
+def test_a_coupled_model_can_be_substituted_further():
+    first = substitute(build("resnet18", width=8).double(), {"layer1.0.conv1": 4}, batch_norm="through_basis")
+    for batch_norm, coupled in (("ordinary", 1), ("through_basis", 2)):
+        second = substitute(first, {"layer4.1.conv2": 8}, batch_norm=batch_norm)
+        assert sum(isinstance(m, BasisBatchNorm2d) for m in second.modules()) == coupled
+        assert plan_of(second).layers == {"layer1.0.conv1": 4, "layer4.1.conv2": 8}
+        x = torch.randn(2, 3, 16, 16).double()
+        assert torch.allclose(second.eval()(x), merge(second)(x))
+
+
+def test_what_cannot_be_coupled_is_substituted_all_the_same():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8))
+    made = substitute(model, ratio=0.5, batch_norm="through_basis")
+    assert isinstance(made[0], BasisConv2d)
+    assert not made[0].mixed_later
 
 
 def test_layers_of_a_plan_at_c_out_stay_dense():
@@ -591,6 +621,7 @@ def test_a_plan_must_respect_groups():
         ({"ratio": 0.5, "mode": "fast"}, "mode is 'fast'"),
         ({"ratio": 1.0, "mode": "fast"}, "mode is 'fast'"),
         ({"ratio": 0.5, "init": "zeros"}, "init is 'zeros'"),
+        ({"ratio": 0.5, "batch_norm": "fast"}, "batch_norm is 'fast'"),
         ({"ratio": 0.5, "include": "cov*"}, r"include has 'cov\*', but no convolution"),
         ({"plan": {"conv1": 4}, "exclude": "conv1"}, "include and exclude go with a ratio"),
     ],

@@ -1,0 +1,71 @@
+"""Which batch normalisation directly follows which convolution."""
+
+import pytest
+import torch
+from torch import nn
+
+from basis import substitute
+from basis.models import build
+from basis.pairs import norm_pairs
+
+
+@pytest.mark.parametrize(("name", "count"), [("resnet18", 20), ("resnet20", 19), ("resnet50", 53)])
+@pytest.mark.parametrize("basis", [False, True])
+def test_every_convolution_of_a_resnet_has_its_own(name, count, basis):
+    model = build(name, width=4)
+    model = substitute(model, ratio=0.5, init="random") if basis else model
+    pairs = norm_pairs(model)
+    assert len(pairs.norms) == count
+    assert pairs.norms["layer1.0.conv1"] == "layer1.0.bn1"
+    assert not pairs.alone
+
+
+class Network(nn.Module):
+    def __init__(self, way):
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.bn = nn.SyncBatchNorm(3) if way == "sync" else nn.BatchNorm2d(3)
+        self.way = way
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.way == "relu between":
+            return self.bn(torch.relu(y))
+        if self.way == "used twice":
+            return self.bn(y) + y
+        if self.way == "called twice":
+            return self.bn(self.conv(self.bn(y)))
+        if self.way == "weight elsewhere":
+            return self.bn(y) + self.conv.weight.sum()
+        if self.way == "statistics elsewhere":
+            return self.bn(y) + self.bn.running_mean.sum()
+        if self.way == "branches":
+            return self.bn(y) if y.sum() > 0 else y
+        return self.bn(y)
+
+
+@pytest.mark.parametrize(
+    ("way", "reason"),
+    [
+        ("relu between", "does not go into one nn.BatchNorm2d and nowhere else"),
+        ("used twice", "does not go into one nn.BatchNorm2d and nowhere else"),
+        ("sync", "does not go into one nn.BatchNorm2d and nowhere else"),
+        ("called twice", "called more than once"),
+        ("weight elsewhere", "are used elsewhere too"),
+        ("statistics elsewhere", "are used elsewhere too"),
+    ],
+)
+def test_what_is_no_pair_has_its_reason(way, reason):
+    pairs = norm_pairs(Network(way))
+    assert not pairs.norms
+    assert reason in pairs.alone["conv"]
+    assert pairs.alone["other"] == "it is never called"
+
+
+def test_a_plain_pair_is_one():
+    assert norm_pairs(Network("plain")).norms == {"conv": "bn"}
+
+
+def test_a_model_that_cannot_be_traced_is_refused():
+    with pytest.raises(ValueError, match=r"Network cannot be traced by torch\.fx"):
+        norm_pairs(Network("branches"))

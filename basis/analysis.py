@@ -40,10 +40,12 @@ from basis.conv import BasisConv2d
 from basis.data import Data, Images
 from basis.journal import Journal, digest, name_of, samples, structure, weights
 from basis.replay import Batch, Loss, cross_entropy, sample_losses
+from basis.static import StaticTraining
 from basis.statistics import Estimate
+from basis.stepping import means_for
 from basis.substitution import Plan, few, merge, substitute
 from basis.table import MEASURES, Layer, SensitivityTable, Trial
-from basis.training import Recipe, TrainingError, train
+from basis.training import Recipe, Result, TrainingError, train
 
 # Each with the epochs and peak learning rate of its default recipe; the last two begin from scratch.
 TRAINING: Mapping[str, Recipe] = {
@@ -416,9 +418,10 @@ def _trainings(
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
         data = data.to(device)
-    fingerprint |= {"recipe": repr(recipe)} if trainer is None else {"trainer": name_of(trainer)}
+    said = repr(recipe).replace(", step=None", "")  # as in tables from before there was a step
+    fingerprint |= {"recipe": said} if trainer is None else {"trainer": name_of(trainer)}
 
-    def trial(layer: str | None, k: int, seed: int) -> Trial:
+    def trial(train: Callable[..., Result], layer: str | None, k: int, seed: int) -> Trial:
         began = time.perf_counter()
         plan = {} if layer is None else {layer: k}
         network = substitute(model, plan, init="random" if scratch else "svd").train()
@@ -452,7 +455,10 @@ def _trainings(
         return [(name, k, seed) for name, k in pairs for seed in seeds if (name, k, seed) not in known]
 
     def start(items: list[_Item], macs: Mapping[str, int]) -> tuple[dict[str, float], Iterator[Trial]]:
-        return {}, (trial(*item) for item in items)
+        once: Callable[..., Result] = train
+        if trainer is None and means_for(recipe.step, device).prepares:  # compiled or captured once for all networks
+            once = StaticTraining(model, {name for name, _, _ in items if name is not None}, recipe, device=device)
+        return {}, (trial(once, *item) for item in items)
 
     return _Work(fingerprint, size, pending, start)
 

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,8 @@ from basis.conv import BasisConv2d
 from basis.data import Data, Images, augment, normalise
 from basis.files import replacing
 from basis.penalties import compression, decorrelation, parameter_groups, product_norm
-from basis.skipping import Parts, Skip, check_skip
+from basis.skipping import Parts, Skip, Trained, check_skip
+from basis.stepping import Capture, Step, TrainingStep, means_for
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MemoryFormat = Literal["auto", "channels_last", "contiguous"]
@@ -67,6 +69,10 @@ class Recipe:
             to the loss at every tenth step that updates B, as LinearConv does (with 0.01); None: not at all.
         settle: the fraction of the training after which the masks of sparse coefficients stay as they
             are; None: half of it.
+        step: how a step is run. "eager" (None): operation by operation; "compiled": by torch.compile;
+            "graphed": as a CUDA graph; "fast": by what is best on the device, see
+            :func:`basis.stepping.means_for`. All give equal results, up to rounding. What is not
+            supported is left out; :attr:`Result.step` says what was done, and why not more.
     """
 
     epochs: int = 26
@@ -86,6 +92,7 @@ class Recipe:
     decay: Decay | None = None
     decorrelation: float | None = None
     settle: float | None = None
+    step: Step | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "lr"):
@@ -121,6 +128,8 @@ class Recipe:
             raise ValueError("decorrelation acts on the basis filters, but skip never trains them (basis_until is 0)")
         if self.settle is not None and not 0 <= self.settle < 1:
             raise ValueError(f"settle is {self.settle}, but it is a fraction of the training and must lie in [0, 1)")
+        if self.step not in (None, *get_args(Step)):
+            raise ValueError(f"step is {self.step!r}, but must be one of {', '.join(get_args(Step))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +139,8 @@ class Result:
     ``curves`` has one row per epoch: epoch (from 1), train_loss, train_accuracy (on augmented images,
     while training), seconds of that epoch, and validation_loss, validation_accuracy where images were
     held out. ``test`` holds loss and accuracy without test-time augmentation, and accuracy_flip with
-    flip; None where no test was asked for. Accuracies are fractions. ``train_seconds`` leaves out all evaluation.
+    flip; None where no test was asked for. Accuracies are fractions. ``train_seconds`` leaves out all evaluation,
+    and ``setup_seconds``, in which steps were compiled and captured. ``step`` says how they were run.
     """
 
     curves: Sequence[Mapping[str, float]]
@@ -141,6 +151,8 @@ class Result:
     images_per_second: float
     precision: str
     memory_format: str
+    step: str = "eager"
+    setup_seconds: float = 0.0
 
 
 def choose_device(name: str | torch.device | None = None) -> torch.device:
@@ -196,6 +208,68 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> to
     return optimizer
 
 
+class Kind(NamedTuple):
+    """What tells one step of a training from another: what is trained, the objective, and whether masks are fixed."""
+
+    trained: Trained = Trained(basis=True, coefficients=True)
+    decorrelates: bool = False
+    settled: bool = False
+
+
+def make_step(
+    model: nn.Module,
+    recipe: Recipe | None = None,
+    *,
+    device: str | torch.device | None = None,
+    capture: Capture | None = None,
+) -> TrainingStep:
+    """Put ``model`` on the device, and make the step that trains it as ``recipe`` says.
+
+    To be called with what the network takes, (N, C, H, W) in the recipe's memory format, labels (N,) and a
+    :class:`Kind`. Skipped parts are for the caller to freeze, as are learning rates to set.
+
+    Args:
+        model, recipe, device: as in :func:`train`.
+        capture: see :class:`basis.stepping.TrainingStep`.
+    """
+    place = choose_device(device)
+    recipe = _decided(recipe or Recipe(), model, place)
+    last = recipe.memory_format == "channels_last"
+    layout = torch.channels_last if last else torch.contiguous_format
+    model.to(device=place, memory_format=layout)  # type: ignore[call-overload]
+    return TrainingStep(
+        model,
+        make_optimizer(model, recipe, place),
+        torch.amp.GradScaler(place.type, enabled=recipe.precision == "fp16"),
+        partial(_objective, recipe, [module for module in model.modules() if isinstance(module, BasisConv2d)]),
+        means=means_for(recipe.step, place),
+        autocast=partial(_autocast, place, recipe.precision),
+        label_smoothing=recipe.label_smoothing,
+        channels_last=last,
+        capture=capture,
+    )
+
+
+def _decided(recipe: Recipe, model: nn.Module, device: torch.device) -> Recipe:
+    """The recipe with what "auto" stands for."""
+    if recipe.precision == "auto":
+        recipe = replace(recipe, precision=choose_precision(device))
+    if recipe.memory_format == "auto":
+        recipe = replace(recipe, memory_format=choose_memory_format(model, device, recipe.precision))  # type: ignore[arg-type]
+    return recipe
+
+
+def _objective(recipe: Recipe, layers: Sequence[BasisConv2d], loss: Tensor, kind: Kind | None) -> Tensor:
+    """``loss`` and what the recipe adds to it for the basis layers, in fp32 and before loss scaling."""
+    if recipe.decay == "product":
+        norms = [product_norm(a.basis, a.coefficients.matrix(), a.coefficients.groups) for a in layers]
+        loss = loss + recipe.weight_decay / 2 * torch.stack(norms).sum()
+    if recipe.decorrelation is not None and kind and kind.decorrelates:
+        correlations = [decorrelation(layer.basis, layer.groups) for layer in layers]
+        loss = loss + recipe.decorrelation * torch.stack(correlations).sum()
+    return loss
+
+
 def train(
     model: nn.Module,
     data: Data,
@@ -207,6 +281,7 @@ def train(
     should_stop: Callable[[], bool] | None = None,
     progress: bool | str = False,
     test: bool = True,
+    step: TrainingStep | None = None,
 ) -> Result:
     """Train ``model`` in place and test it once, at the end.
 
@@ -221,26 +296,24 @@ def train(
         should_stop: asked after every epoch; True ends the training by :class:`TrainingPaused`.
         progress: whether to draw a bar, or what to write beside it.
         test: whether to look at the test images at all; trainings that only inform a choice do not.
+        step: made by :func:`make_step` for this very model and recipe, and used before, so that nothing
+            has to be compiled or captured again.
 
     Raises:
         TrainingError: for too few images, a recipe with terms that this model gives no meaning to, a
-            checkpoint of another training, or a loss that is no longer finite.
+            step of another model, a checkpoint of another training, or a loss that is no longer finite.
         TrainingPaused: see ``should_stop``.
     """
-    recipe = recipe or Recipe()
     place = choose_device(device)
-    if recipe.precision == "auto":
-        recipe = replace(recipe, precision=choose_precision(place))
-    if recipe.memory_format == "auto":
-        recipe = replace(recipe, memory_format=choose_memory_format(model, place, recipe.precision))  # type: ignore[arg-type]
+    recipe = _decided(recipe or Recipe(), model, place)
     steps_per_epoch = len(data.train) // recipe.batch_size
     if steps_per_epoch == 0:
         raise TrainingError(f"batch_size is {recipe.batch_size}, but there are only {len(data.train)} training images")
     _check(model, recipe, steps_per_epoch)
-    layout = torch.channels_last if recipe.memory_format == "channels_last" else torch.contiguous_format
-    model.to(device=place, memory_format=layout)  # type: ignore[call-overload]
+    if step is not None and step.model is not model:
+        raise TrainingError("the step was made for another model; make one for this model by make_step")
     data = data.to(place)
-    state = _State(model, recipe, seed, place, total_steps=recipe.epochs * steps_per_epoch)
+    state = _State(model, recipe, seed, place, total_steps=recipe.epochs * steps_per_epoch, step=step)
     path = Path(checkpoint) if checkpoint else None
     if path and path.exists():
         state.restore(path)
@@ -270,6 +343,8 @@ def train(
         images_per_second=total * recipe.batch_size / seconds,
         precision=recipe.precision,
         memory_format=recipe.memory_format,
+        step=str(state.step.means),
+        setup_seconds=state.step.setup_seconds,
     )
 
 
@@ -292,48 +367,57 @@ def _check(model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> None:
 class _State:
     """All that a training changes, so that a checkpoint can hold all of it."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, seed: int, device: torch.device, *, total_steps: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        seed: int,
+        device: torch.device,
+        *,
+        total_steps: int,
+        step: TrainingStep | None = None,
+    ) -> None:
         self.model, self.recipe, self.device, self.total_steps = model, recipe, device, total_steps
+        self.step = step or make_step(model, recipe, device=device)
+        self.step.restart()
+        self.optimizer, self.scaler = self.step.optimizer, self.step.scaler
         self.steps_per_epoch = total_steps // recipe.epochs
         self.layers = [module for module in model.modules() if isinstance(module, BasisConv2d)]
         self.parts = Parts(model)
+        self.sparse = [a for a in (layer.coefficients for layer in self.layers) if isinstance(a, Sparse)]
         self.settles_at = min(round((0.5 if recipe.settle is None else recipe.settle) * total_steps), total_steps - 1)
         self.epoch = 0
         self.curves: list[dict[str, float]] = []
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.optimizer = make_optimizer(model, recipe, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
         shapes = [tuple(p.shape) for p in model.parameters()]
         said = {name: value for name, value in asdict(recipe).items() if value is not None}
         forms = [str(layer.coefficients.form) for layer in self.layers]
         self.identity = repr((said, seed, total_steps, shapes, *(forms if set(forms) - {"dense"} else ())))
 
-    def prepare(self, step: int) -> None:
-        """Before a step: its learning rate, the parts that it trains, and the end of learned masks."""
-        recipe = self.recipe
-        for group in self.optimizer.param_groups:
-            factor = recipe.skip.rate(group["part"]) if recipe.skip else 1
-            group["lr"] = factor * learning_rate(recipe, step / self.total_steps)
-        if recipe.skip:
-            self.parts.train(
-                recipe.skip.trains(step, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
-            )
-        if step == self.settles_at:
-            for layer in self.layers:
-                if isinstance(layer.coefficients, Sparse):
-                    layer.coefficients.settle()
+    def kind(self, step: int) -> Kind:
+        """Which kind of step this is."""
+        skip, trained = self.recipe.skip, Kind().trained
+        if skip:
+            trained = skip.trains(step, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
+        every = 10 * (skip.basis_every if skip else 1)
+        return Kind(
+            trained,
+            decorrelates=self.recipe.decorrelation is not None and step % every == 0,
+            settled=bool(self.sparse) and step >= self.settles_at,
+        )
 
-    def objective(self, loss: Tensor, step: int) -> Tensor:
-        """``loss`` and what the recipe adds to it for the basis layers, in fp32 and before loss scaling."""
-        recipe = self.recipe
-        if recipe.decay == "product":
-            norms = [product_norm(a.basis, a.coefficients.matrix(), a.coefficients.groups) for a in self.layers]
-            loss = loss + recipe.weight_decay / 2 * torch.stack(norms).sum()
-        every = 10 * (recipe.skip.basis_every if recipe.skip else 1)
-        if recipe.decorrelation is not None and step % every == 0:
-            correlations = [decorrelation(layer.basis, layer.groups) for layer in self.layers]
-            loss = loss + recipe.decorrelation * torch.stack(correlations).sum()
-        return loss
+    def prepare(self, step: int) -> Kind:
+        """Before a step: its learning rate, the parts that it trains, and the end of learned masks."""
+        skip, kind = self.recipe.skip, self.kind(step)
+        rate = learning_rate(self.recipe, step / self.total_steps)
+        groups = self.optimizer.param_groups
+        self.step.set_rates([(skip.rate(group["part"]) if skip else 1) * rate for group in groups])
+        if skip:
+            self.parts.train(kind.trained)
+        if step == self.settles_at:
+            for coefficients in self.sparse:
+                coefficients.settle()
+        return kind
 
     def save(self, path: Path) -> None:
         content = {
@@ -365,6 +449,7 @@ class _State:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])
+        self.step.forget()
         self.generator.set_state(content["generator"])
         torch.set_rng_state(content["random"])
         self.epoch, self.curves = content["epoch"], content["curves"]
@@ -372,16 +457,15 @@ class _State:
 
 def _epoch(state: _State, images: Images, bar: Any) -> dict[str, float]:
     """One pass over the images. The device is read once, at the end."""
-    recipe, model, device = state.recipe, state.model, state.device
+    recipe, run = state.recipe, state.step
     steps = len(images) // recipe.batch_size
-    loss_sum = torch.zeros((), device=device)
-    correct = torch.zeros((), device=device)
-    model.train()
-    began = time.perf_counter()
-    order = torch.randperm(len(images), generator=state.generator, device=device)
+    state.model.train()
+    run.start_epoch()
+    began, setup = time.perf_counter(), run.setup_seconds
+    order = torch.randperm(len(images), generator=state.generator, device=state.device)
     for step in range(steps):
         index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-        state.prepare(state.epoch * steps + step)
+        kind = state.prepare(state.epoch * steps + step)
         batch = augment(
             images.x,
             index,
@@ -390,22 +474,10 @@ def _epoch(state: _State, images: Images, bar: Any) -> dict[str, float]:
             translate=recipe.translate,
             cutout=recipe.cutout,
         )
-        labels = images.y[index]
-        x = _input(batch, recipe.memory_format)
-        with _autocast(device, recipe.precision):
-            logits = model(x)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
-        objective = state.objective(loss, state.epoch * steps + step)
-        state.optimizer.zero_grad(set_to_none=True)
-        if objective.requires_grad:  # a step may train nothing, where all but a skipped part is frozen
-            state.scaler.scale(objective).backward()
-            state.scaler.step(state.optimizer)
-            state.scaler.update()
-        loss_sum += loss.detach()
-        correct += (logits.detach().argmax(1) == labels).sum()
+        run(_input(batch, recipe.memory_format), images.y[index], kind)
         bar.update()
-    train_loss = loss_sum.item() / steps
-    seconds = time.perf_counter() - began
+    train_loss = run.loss.item() / steps
+    seconds = time.perf_counter() - began - (run.setup_seconds - setup)
     state.epoch += 1
     if not math.isfinite(train_loss):
         raise TrainingError(
@@ -415,7 +487,7 @@ def _epoch(state: _State, images: Images, bar: Any) -> dict[str, float]:
     return {
         "epoch": state.epoch,
         "train_loss": train_loss,
-        "train_accuracy": correct.item() / (steps * recipe.batch_size),
+        "train_accuracy": run.correct.item() / (steps * recipe.batch_size),
         "seconds": seconds,
     }
 

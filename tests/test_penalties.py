@@ -12,7 +12,7 @@ from basis.data import synthetic
 from basis.models import build
 from basis.penalties import compression, decorrelation, parameter_groups, product_norm
 from basis.skipping import Parts, Skip, Trained
-from basis.training import Recipe, TrainingError, _State, make_optimizer, train
+from basis.training import Kind, Recipe, TrainingError, _objective, _State, make_optimizer, train
 from tests.test_skipping import resumed
 
 RECIPE = Recipe(epochs=3, batch_size=40, translate=2, cutout=8, precision="fp32")  # 4 steps an epoch
@@ -154,17 +154,17 @@ def test_fused_sgd_lets_b_and_a_begin_at_different_steps():
 def test_the_decay_of_the_product_is_half_of_its_norm(form):
     model = network(coefficients=form)
     loss = torch.tensor(1.0)
-    term = state(model, Recipe(decay="product", weight_decay=0.01)).objective(loss, 3) - loss
+    term = _objective(Recipe(decay="product", weight_decay=0.01), layers(model), loss, Kind()) - loss
     expected = 0.005 * sum(layer.weight.square().sum() for layer in layers(model))
     torch.testing.assert_close(term, expected)
-    assert state(model, Recipe()).objective(loss, 3) is loss
+    assert _objective(Recipe(), layers(model), loss, Kind()) is loss
 
 
 def test_decorrelation_is_added_at_every_tenth_step():
     model = network()
     loss, recipe = torch.tensor(1.0), Recipe(decorrelation=0.01)
     expected = 1 + 0.01 * sum(decorrelation(layer.basis) for layer in layers(model))
-    terms = [state(model, recipe).objective(loss, step) for step in range(21)]
+    terms = [_objective(recipe, layers(model), loss, state(model, recipe).kind(step)) for step in range(21)]
     assert [step for step in range(21) if terms[step] is not loss] == [0, 10, 20]
     torch.testing.assert_close(terms[10], expected)
 
@@ -173,7 +173,8 @@ def test_frozen_parts_get_no_gradient_from_the_terms():
     model = network()
     Parts(model).train(Trained(basis=False, coefficients=True))
     loss = torch.zeros((), requires_grad=True)
-    state(model, Recipe(decay="product", decorrelation=0.01)).objective(loss, 0).backward()
+    recipe = Recipe(decay="product", decorrelation=0.01)
+    _objective(recipe, layers(model), loss, Kind(decorrelates=True)).backward()
     assert all(layer.basis.grad is None for layer in layers(model))
     assert all(p.grad is not None for layer in layers(model) for p in layer.coefficients.parameters())
 
@@ -222,9 +223,9 @@ def test_a_resumed_training_is_bit_identical(data, tmp_path, terms):
 @pytest.mark.parametrize(("settle", "step"), [(None, 6), (0.0, 0), (0.3, 4), (0.99, 11)])
 def test_masks_are_settled_once(data, settle, step, monkeypatch):
     calls, steps = [], []
-    settle_, objective = Sparse.settle, _State.objective
+    settle_, prepare = Sparse.settle, _State.prepare
     monkeypatch.setattr(Sparse, "settle", lambda self: (calls.append(len(steps)), settle_(self)))
-    monkeypatch.setattr(_State, "objective", lambda self, *args: (steps.append(1), objective(self, *args))[1])
+    monkeypatch.setattr(_State, "prepare", lambda self, step: (prepare(self, step), steps.append(1))[0])
     model = network(coefficients="sparse:1/2")
     train(model, data, dataclasses.replace(RECIPE, settle=settle), device="cpu")
     assert calls == [step] * len(layers(model))

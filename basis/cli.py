@@ -6,23 +6,32 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from basis.bench import (
+    NORMS,
     PASSES,
     RATIOS,
     RESNET18_SHAPES,
+    STEPS,
     TRAINED,
+    BenchReport,
     Setting,
+    bench_blocks,
     bench_latency,
     bench_layers,
     bench_training,
 )
 from basis.conv import MODES
 from basis.data import DataError
+from basis.inference import bench_inference
 from basis.models import build
+from basis.rivals import CANDIDATES, USUAL, bench_rivals
+from basis.roofline import measure_machine, with_machine
 from basis.runs import (
     PROFILES,
     RecordError,
@@ -33,7 +42,10 @@ from basis.runs import (
     work,
 )
 from basis.studies import STUDIES, find_study, status, valid_records
+from basis.substitution import substitute
+from basis.sweep import bench_gpu, file_name
 from basis.training import DTYPES, TrainingError
+from basis.tuning import tune
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,22 +86,45 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure speed against dense layers and networks")
     kinds = bench.add_subparsers(required=True, metavar="KIND")
     layer = kinds.add_parser("layer", help="single layers of ResNet-18", description=bench_layers.__doc__)
-    layer.add_argument("--shapes", nargs="+", default=RESNET18_SHAPES, metavar="SHAPE", help="such as 64-128@32/2")
-    layer.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
-    layer.add_argument("--passes", nargs="+", default=PASSES, choices=PASSES)
+    block = kinds.add_parser("block", help="layers with batch normalisation and ReLU", description=bench_blocks.__doc__)
+    rivals = kinds.add_parser("rivals", help="what one would take instead", description=bench_rivals.__doc__)
+    for kind in (layer, block, rivals):
+        kind.add_argument("--shapes", nargs="+", default=RESNET18_SHAPES, metavar="SHAPE", help="such as 64-128@32/2")
+    for kind in (layer, block):
+        kind.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
+    for kind in (layer, rivals):
+        kind.add_argument("--passes", nargs="+", default=PASSES, choices=PASSES)
+    block.add_argument("--residual", action="store_true", help="a shortcut is added before the ReLU")
+    names = ", ".join(CANDIDATES)
+    rivals.add_argument("--candidates", nargs="+", default=USUAL, choices=CANDIDATES, metavar="NAME", help=names)
     latency = kinds.add_parser("latency", help="every layer of a network", description=bench_latency.__doc__)
     latency.add_argument("--input-size", nargs=3, type=int, default=(3, 32, 32), metavar=("C", "H", "W"))
     latency.add_argument("--multiple", type=int, default=8, metavar="N", help="what every k is a multiple of")
     latency.add_argument("--passes", nargs="+", default=PASSES, choices=PASSES)
     training = kinds.add_parser("train", help="whole training steps", description=bench_training.__doc__)
-    for kind in (latency, training):
+    modes = kinds.add_parser("modes", help="every basis layer of a network, in every mode", description=tune.__doc__)
+    modes.add_argument("--ratio", type=float, default=0.5, metavar="R", help="of all its layers (default: 0.5)")
+    inference = kinds.add_parser("inference", help="whole networks, folded", description=bench_inference.__doc__)
+    for kind in (latency, training, modes, inference):
         kind.add_argument("--model", default="resnet18", help="a network of basis.models")
         kind.add_argument("--width", type=int, help="its width (default: the published one)")
     training.add_argument("--modes", nargs="+", default=["auto"], choices=MODES)
     training.add_argument("--coefficients", nargs="+", default=["dense"], metavar="FORM", help="such as low_rank:1/8")
     training.add_argument("--trained", nargs="+", default=["both"], choices=TRAINED, help="parts of the basis layers")
-    for name, kind in (("layer", layer), ("latency", latency), ("train", training)):
+    training.add_argument("--steps", nargs="+", default=["eager"], choices=STEPS, help="how a step is run")
+    for kind, usual in ((block, NORMS), (training, ["ordinary"])):
+        kind.add_argument("--norms", nargs="+", default=usual, choices=NORMS, help="batch normalisation")
+    gpu = kinds.add_parser("gpu", help="all of it on a GPU, in one go", description=bench_gpu.__doc__)
+    gpu.add_argument("--time-limit", type=_duration, default=480, metavar="TIME", help="default: 8m")
+    gpu.add_argument("--tiny", action="store_true", help="tiny shapes, to see that it runs (also on a CPU)")
+    gpu.add_argument("--folder", type=Path, metavar="DIR", help="default: results/bench, with --tiny in it tiny")
+    gpu.add_argument("--device", type=_device, metavar="DEVICE", help="default: the GPU if there is one")
+    gpu.set_defaults(command=_bench_gpu)
+    named = {"layer": layer, "block": block, "rivals": rivals, "latency": latency, "train": training}
+    for kind in (*named.values(), inference):
         kind.add_argument("--ratios", nargs="+", type=float, default=RATIOS, metavar="R")
+    named |= {"modes": modes, "inference": inference}
+    for name, kind in named.items():
         kind.add_argument("--device", type=_device, metavar="DEVICE", help="default: the GPU if there is one")
         kind.add_argument("--precision", default="auto", choices=("auto", *DTYPES))
         kind.add_argument("--memory-format", default="auto", choices=("auto", "channels_last", "contiguous"))
@@ -182,30 +217,54 @@ def _bench(options: argparse.Namespace) -> int:
         device=options.device, precision=options.precision, memory_format=options.memory_format,
         batch_size=options.batch_size, rounds=options.rounds, seconds=options.seconds,
     )  # fmt: skip
-    shared = {"ratios": options.ratios, "setting": setting, "progress": print}
-    what = [options.kind]
-    if options.kind == "layer":
-        report = bench_layers(shapes=options.shapes, passes=options.passes, modes=options.modes, **shared)
-    elif options.kind == "latency":
-        model = f"{options.model}-w{options.width}" if options.width else options.model
-        size = "x".join(map(str, options.input_size))
-        what += [model] if size == "3x32x32" else [model, size]
-        report = bench_latency(
-            build(options.model, width=options.width), input_size=options.input_size, multiple=options.multiple,
-            passes=options.passes, name=model, **shared,
-        )  # fmt: skip
-    else:
-        candidates = {key: getattr(options, key) for key in ("modes", "coefficients", "trained")}
-        what += [] if options.coefficients == ["dense"] else ["forms"]
-        what += [] if options.trained == ["both"] else ["parts"]
-        what += [f"{options.model}-w{options.width}" if options.width else options.model] if what[1:] else []
-        report = bench_training(model=options.model, width=options.width, **candidates, **shared)
-    config = report.config
-    name = "-".join([*what, config["device"].split(":")[0], config["precision"], config["memory_format"]])
-    path = options.out or results_folder() / "bench" / f"{name}.json"
+    report, name = _measure(options, {"setting": setting, "progress": print})
+    if options.kind not in ("latency", "modes"):
+        settled = replace(setting, precision=report.config["precision"])
+        report = with_machine(report, measure_machine(settled))
+    path = options.out or results_folder() / "bench" / f"{file_name(name, report)}.json"
     report.save(path)
     print(report)
     print(f"saved in {path}")
+    return 0
+
+
+def _measure(options: argparse.Namespace, shared: dict[str, Any]) -> tuple[BenchReport, str]:
+    """The report of one kind, and what the name of its file begins with."""
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: getattr(options, name) for name in names} | shared
+
+    model = f"{options.model}-w{options.width}" if getattr(options, "width", None) else getattr(options, "model", "")
+    if options.kind == "modes":
+        network = substitute(build(options.model, width=options.width), ratio=options.ratio, init="random")
+        return tune(network, name=model, **shared), f"modes-{model}-r{options.ratio:g}"
+    shared = shared | {"ratios": options.ratios}
+    if options.kind == "layer":
+        return bench_layers(**given("shapes", "passes", "modes")), "layer"
+    if options.kind == "block":
+        report = bench_blocks(**given("shapes", "modes", "norms", "residual"))
+        return report, "block-residual" if options.residual else "block"
+    if options.kind == "rivals":
+        return bench_rivals(**given("shapes", "passes", "candidates")), "rivals"
+    if options.kind == "inference":
+        return bench_inference(**given("model", "width")), f"inference-{model}"
+    if options.kind == "latency":
+        size = "x".join(map(str, options.input_size))
+        report = bench_latency(
+            build(options.model, width=options.width), name=model, **given("input_size", "multiple", "passes")
+        )
+        return report, "-".join(["latency", model] if size == "3x32x32" else ["latency", model, size])
+    report = bench_training(**given("model", "width", "modes", "coefficients", "trained", "norms", "steps"))
+    usual = {"forms": ("coefficients", ["dense"]), "parts": ("trained", ["both"]), "norms": ("norms", ["ordinary"])}
+    usual |= {"steps": ("steps", ["eager"])}
+    marks = [mark for mark, (name, value) in usual.items() if getattr(options, name) != value]
+    return report, "-".join(["train", *marks, *([model] if marks else [])])
+
+
+def _bench_gpu(options: argparse.Namespace) -> int:
+    folder = options.folder or results_folder() / "bench" / ("tiny" if options.tiny else "")
+    setting = Setting(device=options.device, batch_size=4 if options.tiny else 1024, memory_format="channels_last")
+    bench_gpu(folder, setting=setting, time_limit=options.time_limit, tiny=options.tiny, progress=print)
     return 0
 
 

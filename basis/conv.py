@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from basis.coefficients import Coefficients, Form
 
 Mode = Literal["auto", "factorized", "composed", "hybrid"]
+ExplicitMode = Literal["factorized", "composed", "hybrid"]
 MODES: tuple[str, ...] = get_args(Mode)
 
 
@@ -66,7 +67,7 @@ def resolve_mode(
     groups: int = 1,
     apart: bool = False,
     channels_last: bool = False,
-) -> Literal["factorized", "composed", "hybrid"]:
+) -> ExplicitMode:
     """What ``mode`` stands for on this device and shape; all but ``"auto"`` stand for themselves.
 
     Factorized mode saves multiplications and pays with a second pass over the activations, which costs
@@ -173,7 +174,7 @@ class BasisConv2d(nn.Module):
             ``"factorized"`` convolves with B and mixes with M = [I; A] as a 1x1 convolution;
             ``"composed"`` builds W = [B; A B] and convolves once; ``"hybrid"`` does the forward pass
             composed and the backward pass factorized (first derivatives only); ``"auto"`` picks by
-            device and shape (see :func:`resolve_mode`). Low-rank A is applied as two 1x1 convolutions
+            device and shape (see :attr:`resolved_mode`). Low-rank A is applied as two 1x1 convolutions
             in factorized mode, and repeated filters by copying maps.
         coefficients: the form of A as text or as a :class:`Form`, e.g. ``"low_rank:10"``; or the
             :class:`Coefficients` of another layer of the same shape, which both layers then share.
@@ -226,6 +227,7 @@ class BasisConv2d(nn.Module):
         self.padding, self.padding_mode = conv.padding, padding_mode
         self.basis_channels = basis_channels
         self.mode = mode
+        self.measured_mode: tuple[str, ExplicitMode] | None = None  # (type of device, mode); see basis.tuning
         self.mixed_later = False  # the forward pass gives Z alone, for a batch normalisation that mixes; see basis.norm
         # left, right, top, bottom, as F.pad wants them
         self._pads: tuple[int, ...] = tuple(conv._reversed_padding_repeated_twice)
@@ -319,10 +321,17 @@ class BasisConv2d(nn.Module):
     # -- forward --------------------------------------------------------------------------------
 
     @property
-    def resolved_mode(self) -> Literal["factorized", "composed", "hybrid"]:
-        """The mode that a forward pass uses now; differs from :attr:`mode` where that is ``"auto"``."""
+    def resolved_mode(self) -> ExplicitMode:
+        """The mode that a forward pass uses now; differs from :attr:`mode` where that is ``"auto"``.
+
+        That one is the fastest by measurement, where :func:`basis.tuning.use_modes` has set it for this type
+        of device, else what the rule says.
+        """
+        mode: Mode = "factorized" if self.mixed_later else self.mode
+        if mode == "auto" and self.measured_mode and self.measured_mode[0] == self.basis.device.type:
+            return self.measured_mode[1]
         return resolve_mode(
-            "factorized" if self.mixed_later else self.mode,
+            mode,
             device=self.basis.device,
             fan_in=self.basis[0].numel(),
             out_channels=self.out_channels,
@@ -529,6 +538,8 @@ class BasisConv2d(nn.Module):
         if self.bias is None:
             parts.append("bias=False")
         parts.append(f"basis_channels={self.basis_channels} (r={self.ratio:.4g}), mode={self.mode}")
+        if self.mode == "auto" and self.measured_mode:
+            parts[-1] += " (measured on {}: {})".format(*self.measured_mode)
         if self.coefficients.form.kind != "dense":
             parts.append(f"coefficients={self.coefficients.form}")
         return ", ".join(parts)

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,11 +7,17 @@ from torch import nn
 
 from basis import substitute
 from basis.bench import (
+    RESNET18_SHAPES,
     TRAINED,
     BenchReport,
+    Block,
     Setting,
     Shape,
+    _references,
+    _trainer,
+    _training_candidates,
     _training_step,
+    bench_blocks,
     bench_latency,
     bench_layers,
     bench_training,
@@ -18,11 +25,16 @@ from basis.bench import (
     interleave,
 )
 from basis.cli import main
-from basis.conv import BasisConv2d, resolve_mode
+from basis.conv import BasisConv2d
 from basis.models import build
+from basis.roofline import machine_of
 from basis.runs import RecordError
 from basis.skipping import Parts
 from basis.studies.cost import load_benches
+from basis.sweep import Measurement, bench_gpu, measurements
+from basis.timing import peak_bytes
+
+ROOT = Path(__file__).parents[1]
 
 # Nothing here looks at real times, which would make the tests fail on a busy machine.
 
@@ -87,6 +99,63 @@ def test_speedup_is_the_median_of_ratios_within_rounds():
     assert (row["ms"], row["dense_ms"], row["n"]) == pytest.approx((1, 20, 5))
 
 
+def test_versus_basis_is_the_median_of_ratios_within_rounds():
+    row = compare([0.004, 0.004, 0.04], [0.002, 0.002, 0.02], [0.001, 0.002, 0.02])
+    assert row["versus_basis"] == pytest.approx(0.5)
+    assert (row["versus_basis_q1"], row["versus_basis_q3"]) == pytest.approx((0.375, 0.5))
+    assert "versus_basis" not in compare([1], [1])
+
+
+def test_peak_memory_counts_what_is_alive_at_once_and_nothing_else():
+    mib, kept = 2**20, []
+
+    def step():
+        first = torch.empty(3 * mib, dtype=torch.uint8)
+        second = torch.empty(2 * mib, dtype=torch.uint8)
+        del first
+        third = torch.empty(4 * mib, dtype=torch.uint8)  # 6 MiB with the second
+        del second, third
+        torch.empty(5 * mib, dtype=torch.uint8)
+
+    resident = torch.empty(64 * mib, dtype=torch.uint8)
+    assert [peak_bytes(step, torch.device("cpu")) for _ in range(3)] == [6 * mib] * 3
+    assert peak_bytes(lambda: None, torch.device("cpu")) == 0
+    assert peak_bytes(lambda: kept.append(resident.clone()), torch.device("cpu")) == 64 * mib
+
+
+def test_peak_memory_of_a_backward_pass_holds_what_it_saves_and_the_gradients():
+    n = 2**18  # floats: 1 MiB
+    weight, x = torch.ones(n, requires_grad=True), torch.ones(n)
+
+    def step():
+        (x * weight).exp().sum().backward()  # alive together: exp's output, its gradient, that of x * weight
+        weight.grad = None
+
+    assert 2 * 4 * n <= peak_bytes(step, torch.device("cpu")) <= 4 * 4 * n + 1024
+
+
+def test_the_profiler_is_off_again_after_a_step_that_fails():
+    def fails():
+        raise RuntimeError("no")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no"):
+            peak_bytes(fails, torch.device("cpu"))
+
+
+def test_a_step_that_may_fail_becomes_an_error(setting):
+    def fails():
+        raise RuntimeError("no such kernel\nand a long story")
+
+    steps = {"dense": lambda: None, "a": lambda: None, "b": fails, "c": lambda: None}
+    found = setting.measure(steps, may_fail=["b"], reference={"c": "b"}, versus={"a": "dense"})
+    assert found["b"] == {"error": "RuntimeError: no such kernel"}
+    assert found["c"] == {"error": "b, which it is compared with, failed"}
+    assert found["a"]["speedup"] == found["a"]["versus_basis"] == 1
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        setting.measure(steps)
+
+
 def test_rows_cover_all_cells_and_each_has_a_control(report):
     frame = report.to_frame()
     assert len(frame) == 2 * 2 * 2 * 5
@@ -96,7 +165,7 @@ def test_rows_cover_all_cells_and_each_has_a_control(report):
     assert set(frame["shape"]) == {"8@4", "4-8@5/2"}
     assert (frame["speedup"] == 1).all()
     assert (frame["n"] == 3).all()
-    assert frame["peak_mib"].isna().all()
+    assert (frame["peak_mib"] > 0).all()
     assert report.failed_controls() == []
     assert set(frame[frame["mode"] == "auto"]["resolved"]) <= {"factorized", "composed"}
 
@@ -110,17 +179,22 @@ def test_a_control_that_is_off_is_reported(setting):
 
 
 def test_passes_run_what_they_say(monkeypatch, setting):
-    seen = []
+    seen, gradients = [], []
     forward = BasisConv2d.forward
-    monkeypatch.setattr(
-        BasisConv2d, "forward", lambda self, x: seen.append((torch.is_grad_enabled(), x)) or forward(self, x)
-    )
-    for one, gradients in (("forward", False), ("forward+backward", True)):
+
+    def spy(self, x):
+        seen.append((torch.is_grad_enabled(), tuple(x.shape), self.basis.grad, x.grad))
+        if x.requires_grad:
+            x.register_hook(lambda gradient: gradients.append(tuple(gradient.shape)))
+        return forward(self, x)
+
+    monkeypatch.setattr(BasisConv2d, "forward", spy)
+    for one, backward in (("forward", False), ("forward+backward", True)):
         seen.clear()
+        gradients.clear()
         bench_layers(shapes=["4-8@6/2"], ratios=[0.5], modes=["composed"], passes=[one], setting=setting)
-        assert {enabled for enabled, _ in seen} == {gradients}
-        assert all((x.grad is not None) == gradients for _, x in seen)
-        assert {tuple(x.shape) for _, x in seen} == {(2, 4, 6, 6)}
+        assert set(seen) == {(backward, (2, 4, 6, 6), None, None)}  # no step leaves gradients to the next
+        assert set(gradients) == ({(2, 4, 6, 6)} if backward else set())
 
 
 @pytest.mark.parametrize(("memory_format", "last"), [("contiguous", False), ("channels_last", True)])
@@ -153,6 +227,7 @@ def test_mac_ratios_are_those_of_the_formulas():
     assert shape.macs(k, "factorized", 4, "forward") == pixels * k * (f + c)
     assert shape.macs(k, "composed", 4, "forward") == pixels * c * f + (c - k) * k * f
     assert shape.macs(k, "factorized", 4, "forward+backward") == 3 * pixels * k * (f + c)
+    assert shape.macs(k, "cat", 4, "forward+backward") == 3 * pixels * k * (f + c - k)
     hybrid = pixels * c * f + (c - k) * k * f + 2 * pixels * k * (f + c)
     assert shape.macs(k, "hybrid", 4, "forward+backward") == hybrid
 
@@ -195,7 +270,9 @@ def test_what_a_step_does_not_train_stays_as_it_is():
     Parts(network).train(TRAINED["coefficients"])
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     setting = Setting(device="cpu", precision="fp32").settled(network)
-    _training_step(network, torch.randn(4, 3, 32, 32), torch.randint(10, (4,)), setting)()
+    trainer = _trainer(network, setting)
+    _training_step(trainer, torch.randn(4, 3, 32, 32), torch.randint(10, (4,)))()
+    assert all(p.grad is None for p in network.parameters())
     moved = {name for name, p in network.named_parameters() if not torch.equal(p, before[name])}
     assert not any(name.endswith(".basis") for name in moved)
     assert sum(".coefficients." in name for name in moved) == sum(".coefficients." in name for name in before)
@@ -216,6 +293,171 @@ def test_an_unknown_part_or_form_is_refused(setting):
         bench_training(model="resnet20", width=4, trained=["all"], setting=setting)
     with pytest.raises(ValueError, match="'thin'"):
         bench_training(model="resnet20", width=4, ratios=[0.5], coefficients=["thin"], setting=setting)
+
+
+def test_training_measures_norms_and_steps_against_the_dense_network_by_the_same_step(setting):
+    report = bench_training(
+        model="resnet20", width=8, ratios=[0.5], norms=["ordinary", "through_basis"], steps=["eager", "graphed"],
+        setting=setting,
+    )  # fmt: skip
+    kinds = [(row["mode"], row["norms"], row["step"]) for row in report.rows]
+    assert kinds == [
+        ("control", "ordinary", "eager"), ("dense", "ordinary", "graphed"),
+        ("auto", "ordinary", "eager"), ("auto", "ordinary", "graphed"),
+        ("auto", "through_basis", "eager"), ("auto", "through_basis", "graphed"),
+    ]  # fmt: skip
+    assert {row["means"] for row in report.rows if row["step"] == "graphed"} == {
+        "eager (CUDA graphs need a GPU, not cpu)"
+    }
+    assert str(report).count("graphed was eager (CUDA graphs need a GPU, not cpu)") == 1
+    ordinary, through = report.rows[2], report.rows[4]
+    assert ordinary["parameters"] == through["parameters"]
+    assert through["peak_mib"] < ordinary["peak_mib"]  # the normalised maps are not kept
+    assert (ordinary["coupled"], through["coupled"]) == (0, 19)
+    assert report.config["norms"] == ["ordinary", "through_basis"]
+    assert len(report.controls()) == 1
+
+
+def test_each_kind_of_step_has_a_dense_network_of_its_own():
+    kinds = _training_candidates(["auto"], ["dense"], ["both"], ["ordinary"], ["eager", "fast"])
+    references = _references(kinds)
+    named = {name: references.get(name, "dense") for name in kinds}
+    assert named == {
+        "dense": "dense", "control": "dense", "dense fast": "dense",
+        "auto dense both ordinary eager": "dense", "auto dense both ordinary fast": "dense fast",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"norms": ["none"]}, "norms is 'none', but must be one of ordinary, through_basis"),
+        ({"steps": ["slow"]}, "step is 'slow', but must be one of eager, compiled, graphed, fast"),
+        ({"steps": []}, "steps is empty"),
+    ],
+)
+def test_an_unknown_norm_or_step_is_refused(options, says, setting):
+    with pytest.raises(ValueError, match=says):
+        bench_training(model="resnet20", width=4, **options, setting=setting)
+    assert setting.timer.calls == 0
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_blocks_are_measured_with_and_through_batch_normalisation(monkeypatch, residual, setting):
+    seen, gradients = set(), []
+    forward = Block.forward
+
+    def spy(self, x, shortcut=None):
+        seen.add((self.training, type(self.bn).__name__, shortcut is not None))
+        for tensor in (x, shortcut):
+            if type(tensor) is torch.Tensor and tensor.requires_grad:  # not while the block is traced
+                tensor.register_hook(lambda gradient: gradients.append(tuple(gradient.shape)))
+        return forward(self, x, shortcut)
+
+    monkeypatch.setattr(Block, "forward", spy)
+    report = bench_blocks(shapes=["8-16@6/2"], ratios=[0.5], modes=["auto"], residual=residual, setting=setting)
+    assert [row["mode"] for row in report.rows] == ["control", "auto", "through_basis"]
+    assert {(True, "BatchNorm2d", residual), (True, "BasisBatchNorm2d", residual)} <= seen
+    assert set(gradients) == {(2, 8, 6, 6)} | ({(2, 16, 3, 3)} if residual else set())
+    assert report.rows[-1]["versus_basis"] == 1
+    assert report.rows[-1]["peak_mib"] < report.rows[-1]["dense_peak_mib"]
+    assert report.config["residual"] == residual
+
+
+def test_the_kinds_of_normalisation_can_be_measured_alone(setting):
+    for norms, modes in ((["ordinary"], ["control", "hybrid"]), (["through_basis"], ["control", "through_basis"])):
+        report = bench_blocks(shapes=["8@4"], ratios=[0.5], modes=["hybrid"], norms=norms, setting=setting)
+        assert [row["mode"] for row in report.rows] == modes
+    with pytest.raises(ValueError, match="norms is 'batch'"):
+        bench_blocks(norms=["batch"], setting=setting)
+
+
+def test_reports_made_before_peaks_norms_and_steps_are_read(tmp_path):
+    stored = [BenchReport.load(path) for path in sorted((ROOT / "results" / "bench").glob("*.json"))]
+    old = [report for report in stored if report.kind == "bench-train" and "steps" not in report.config]
+    if not old:
+        pytest.skip("no such report is stored any more")
+    for report in old:
+        assert report.faster_than_basis() == []
+        assert "dense against itself" in str(report)
+
+
+def test_the_sweep_measures_everything_and_saves_each_report(tmp_path):
+    told = []
+    setting = Setting(device="cpu", precision="fp32", batch_size=2, rounds=3, timer=Clock(lambda _: 0.002))
+    paths = bench_gpu(tmp_path, setting=setting, tiny=True, progress=told.append)
+    reports = [BenchReport.load(path) for path in paths]
+    assert [report.kind for report in reports] == [
+        "bench-train", "bench-layer", "bench-block", "bench-rivals", "bench-block",
+    ]  # fmt: skip
+    assert len(set(paths)) == 5
+    assert all(machine_of(report).macs_per_second == pytest.approx(256**3 / 0.002) for report in reports)
+    layers = reports[1]
+    assert layers.config["shapes"] == ["16@6", "16-32@6/2"] == list(dict.fromkeys(r["shape"] for r in layers.rows))
+    assert [line for line in told if "2 of 2 parts" in line and line.startswith("layer")]
+
+
+def test_the_sweep_begins_nothing_when_the_time_is_up(tmp_path, monkeypatch):
+    clock = iter(range(0, 100_000, 30))  # half a minute passes between two looks
+    monkeypatch.setattr("basis.sweep.time.monotonic", lambda: next(clock))
+    made = []
+
+    def part(name):
+        def measure(*, setting, progress):
+            made.append((name, setting.seconds))
+            return BenchReport(
+                kind="bench-layer",
+                config={"shapes": [name], "device": "cpu", "precision": "fp32", "memory_format": "contiguous"},
+                environment={}, rows=[{"shape": name}],
+            )  # fmt: skip
+
+        return measure
+
+    plan = (
+        Measurement(name="first", share=0.5, parts=[part("a"), part("b"), part("c")], cells=2),
+        Measurement(name="second", share=0.5, parts=[part("d")]),
+        Measurement(name="third", share=0.1, parts=[part("e")]),
+    )
+    monkeypatch.setattr("basis.sweep.measurements", lambda tiny: plan)
+    told = []
+    paths = bench_gpu(tmp_path, setting=Setting(device="cpu", timer=Clock(lambda _: 1)), time_limit=200, tiny=True,
+                      progress=told.append)  # fmt: skip
+    assert [name for name, _ in made] == ["a", "b"]
+    assert all(seconds < 200 / 2 / 2 for _, seconds in made)
+    assert [path.name for path in paths] == ["first-cpu-fp32-contiguous.json"]
+    assert [row["shape"] for row in BenchReport.load(paths[0]).rows] == ["a", "b"]
+    assert [line.split(" after")[0] for line in told[1:]] == [
+        "first: 2 of 3 parts", "second: 0 of 1 parts", "third: 0 of 1 parts",
+    ]  # fmt: skip
+
+
+def test_the_full_sweep_is_within_its_means():
+    plan = measurements()
+    assert sum(one.share for one in plan) == pytest.approx(1)
+    assert len({one.name for one in plan}) == len(plan)
+    assert [len(one.parts) for one in plan[:3]] == [2, len(RESNET18_SHAPES), len(RESNET18_SHAPES)]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({}, "the device is cpu, but this measures a GPU"), ({"tiny": True, "time_limit": 0}, "time_limit is 0")],
+)
+def test_the_sweep_refuses_what_makes_no_sense(options, says, setting, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        bench_gpu(tmp_path, setting=setting, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_commands_for_blocks_and_rivals_store_the_machine_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("basis.cli.results_folder", lambda: tmp_path)
+    where = "--device cpu --precision fp32 --memory-format contiguous --rounds 3 --batch-size 2 --ratios 0.5"
+    assert main(["bench", "block", "--shapes", "8@4", "--modes", "auto", "--residual", *where.split()]) == 0
+    command = ["bench", "rivals", "--shapes", "16@4", "--passes", "forward", "--candidates", "basis", "svd"]
+    assert main([*command, *where.split()]) == 0
+    for name in ("block-residual", "rivals"):
+        report = BenchReport.load(tmp_path / "bench" / f"{name}-cpu-fp32-contiguous.json")
+        assert machine_of(report).bytes_per_second > 0
+    assert "versus_basis" in capsys.readouterr().out
 
 
 class Odd(nn.Module):
@@ -414,25 +656,3 @@ def test_bad_options_are_refused_before_anything_is_measured(options, says, sett
 def test_an_unknown_model_is_refused(setting):
     with pytest.raises(ValueError, match="model is 'resnet19'"):
         bench_training(model="resnet19", setting=setting)
-
-
-@pytest.mark.parametrize(
-    ("fan_in", "width", "ratio", "cpu", "cuda"),
-    [
-        (9 * 64, 64, 1 / 2, "factorized", "composed"),  # 64 channels: a GPU is bound by memory there
-        (9 * 64, 64, 3 / 4, "composed", "composed"),
-        (9 * 128, 128, 1 / 2, "factorized", "factorized"),
-        (9 * 128, 128, 3 / 4, "factorized", "composed"),
-        (9 * 512, 512, 3 / 4, "factorized", "composed"),
-        (9 * 128, 128, 65 / 128, "factorized", "composed"),  # 65 costs a GPU as much as 72
-        (9 * 3, 64, 1 / 4, "composed", "composed"),  # a stem has little to save
-        (256, 1024, 1 / 4, "composed", "composed"),  # a 1x1 convolution neither
-        (9 * 16, 16, 1 / 8, "composed", "composed"),
-        (9 * 32, 32, 1 / 2, "factorized", "composed"),
-        (9 * 512, 512, 1.0, "composed", "composed"),
-    ],
-)
-def test_auto_follows_its_rule(fan_in, width, ratio, cpu, cuda):
-    for device, expected in (("cpu", cpu), ("cuda", cuda)):
-        shape = {"fan_in": fan_in, "out_channels": width, "basis_channels": round(width * ratio)}
-        assert resolve_mode("auto", device=torch.device(device), **shape) == expected

@@ -44,8 +44,11 @@ def find_training_bench(
     listed = {"modes": ("factorized",), "trained": trained, "coefficients": coefficients}
     for report in load_benches(profile, kind="bench-train"):
         has = report.config
-        if all(has[key] == value for key, value in wanted.items()) and all(
-            set(has.get(key, ())) >= set(values) for key, values in listed.items()
+        plain = all(has.get(key, [usual]) == [usual] for key, usual in (("norms", "ordinary"), ("steps", "eager")))
+        if (
+            plain
+            and all(has[key] == value for key, value in wanted.items())
+            and all(set(has.get(key, ())) >= set(values) for key, values in listed.items())
         ):
             return report
     return None

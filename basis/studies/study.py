@@ -22,6 +22,10 @@ CLAIMS: Mapping[str, str] = {
     "C7": "This holds across the ResNet family.",
     "H1": "A sensitivity that costs under a twentieth of one training ranks the layers as full training does "
     "(our own hypothesis).",
+    "H2": "A basis layer in mode auto is no slower than the dense layer, nor than other layers with as many "
+    "parameters (our own hypothesis).",
+    "H3": "With batch normalisation taken through the basis, a training step of ResNet-18 is 1.3 times as fast as "
+    "the dense one at r = 1/2, and 1.6 times at r = 1/4, with less memory (our own hypothesis).",
     "S1": "Structured substitutes of separable layers are Pareto-optimal in accuracy against parameters and mult-adds.",
     "S2": "They train well only with weight decay scaled by the compression ratio.",
 }

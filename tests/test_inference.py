@@ -1,0 +1,547 @@
+"""Folding, the choice of the form, and export: always against the model itself."""
+
+import copy
+import shutil
+import sys
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+import torch._inductor.config
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import prune
+
+from basis import BasisConv2d, substitute
+from basis.conv import MODES, is_channels_last
+from basis.inference import FoldReport, export_onnx, export_program, fold, measure_fold, norms_left
+from basis.models import BasicBlock, ResNet, build
+from basis.norm import couple
+from basis.runs import RecordError
+from basis.substitution import plan_of
+from basis.timing import Setting
+
+FORMS = ("dense", "low_rank:2", "grouped:2", "sparse:2", "frozen", "repeat")
+
+
+class Mobile(nn.Module):
+    """The layers of torchvision's MobileNet, ResNeXt and of older networks: depthwise, grouped, with biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU6())
+        self.depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, padding="same", groups=8, bias=False), nn.BatchNorm2d(8))
+        self.grouped = nn.Conv2d(8, 16, 3, padding=2, dilation=2, groups=2, padding_mode="reflect")
+        self.norm = nn.BatchNorm2d(16, affine=False, eps=1e-3)
+        self.head = nn.Sequential(nn.Conv2d(16, 12, 1), nn.Hardswish(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.classify = nn.Sequential(nn.Dropout(0.2), nn.Linear(12, 5))
+
+    def forward(self, x):
+        x = F.relu(self.depthwise(self.stem(x)))
+        return self.classify(self.head(F.relu(self.norm(self.grouped(x)))))
+
+
+def trained(model):
+    """``model`` with batch normalisations as after some training, in evaluation mode."""
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+            module.running_mean.normal_(std=0.3)
+            module.running_var.uniform_(0.3, 3)
+            if module.affine:
+                nn.init.uniform_(module.weight, -1.5, 1.5)
+                nn.init.normal_(module.bias)
+    return model.eval()
+
+
+def network(name):
+    """A substituted network in evaluation mode."""
+    torch.manual_seed(0)
+    widths = {"resnet18": 8, "resnet20": 4, "resnet50": 4}
+    dense = build(name, width=widths[name]) if name in widths else Mobile()
+    return substitute(trained(dense), ratio=0.5)
+
+
+def shape(model, form):
+    """``model`` itself, or as it is folded."""
+    if form == "unfolded":
+        return model
+    return fold(model, factorized=plan_of(model).layers if form == "pairs" else (), strict=True)
+
+
+def difference(got, expected):
+    """The largest difference relative to the largest magnitude."""
+    got, expected = got.detach(), expected.detach()
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+def both(model, factorized, x):
+    """The largest relative difference that folding makes."""
+    with torch.no_grad():
+        return difference(fold(model, factorized=factorized, strict=True)(x), model(x))
+
+
+def layer_and_norm(*args, norm=True, affine=True, ratio=0.5, coefficients="dense", **options):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(*args, dtype=torch.float64, **options)
+    layer = BasisConv2d.from_conv(conv, ratio=ratio, coefficients=coefficients)
+    parts = [layer] + [nn.BatchNorm2d(conv.out_channels, affine=affine, dtype=torch.float64)] * norm
+    return trained(nn.Sequential(*parts))
+
+
+# -- folding ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factorized", [(), ("0",)], ids=["dense", "pair"])
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [
+        ((6, 8, 3), {}),
+        ((6, 8, 3), {"norm": False}),
+        ((6, 8, 3), {"norm": False, "bias": False}),
+        ((6, 8, 3), {"bias": False}),
+        ((6, 8, 3), {"affine": False}),
+        ((6, 8, 1), {}),
+        ((6, 8, (3, 5)), {"stride": (2, 1), "padding": (0, 2)}),
+        ((6, 8, 3), {"dilation": 2, "padding": "same"}),
+        ((6, 8, (2, 3)), {"padding": "same"}),
+        ((6, 8, 3), {"padding": 1, "padding_mode": "reflect"}),
+        ((6, 8, 3), {"padding": 1, "padding_mode": "replicate"}),
+        ((6, 8, 3), {"padding": (1, 2), "padding_mode": "circular"}),
+        ((6, 8, 3), {"groups": 2, "padding": 1}),
+        ((8, 16, 3), {"groups": 2, "coefficients": "grouped:2"}),
+        ((6, 8, 3), {"ratio": 1.0}),
+        *(((6, 8, 3), {"coefficients": form}) for form in FORMS[1:]),
+        ((6, 16, 3), {"groups": 2, "coefficients": "low_rank:1"}),
+    ],
+)
+def test_a_folded_layer_computes_the_same(args, options, factorized):
+    model = layer_and_norm(*args, **options)
+    torch.manual_seed(2)
+    assert both(model, factorized, torch.randn(2, args[0], 9, 8, dtype=torch.float64)) < 1e-12
+    first = fold(model, factorized=factorized)[0]
+    convs = list(first) if factorized else [first]
+    assert [type(conv) for conv in convs] == [nn.Conv2d] * (1 + len(factorized))
+    assert (convs[-1].bias is not None) == (options.get("norm", True) or options.get("bias", True))
+
+
+@pytest.mark.parametrize("form", ["dense", "pairs"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet20", "resnet50", "mobile"])
+def test_a_folded_network_is_plain_and_computes_the_same(name, form):
+    model = network(name).double()
+    folded = shape(model, form)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        assert difference(folded(x), model(x)) < 1e-12
+    kinds = {type(module) for module in folded.modules()}
+    assert not kinds & {BasisConv2d, nn.BatchNorm2d}
+    assert not any(kind.__module__.startswith("basis.co") for kind in kinds)  # no layer, no coefficients
+    assert not folded.training
+    assert not any(parameter.requires_grad for parameter in folded.parameters())
+
+
+def test_normalisation_through_the_basis_is_folded_as_any_other():
+    ordinary = network("resnet20").double()
+    coupled = couple(ordinary)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    assert norms_left(coupled) == {}
+    for form in ("dense", "pairs"):
+        assert difference(shape(coupled, form)(x), ordinary(x)) < 1e-12
+
+
+@pytest.mark.parametrize("make", [lambda: network("resnet20"), lambda: couple(network("resnet20"))])
+def test_the_model_given_is_left_alone(make):
+    model = make().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modules = list(model.modules())
+    fold(model)
+    assert model.training
+    assert list(model.modules()) == modules
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("factorized", [(), ("0",)], ids=["dense", "pair"])
+def test_dtype_and_memory_format_are_kept(factorized):
+    model = layer_and_norm(6, 8, 3).bfloat16().to(memory_format=torch.channels_last)
+    first = fold(model, factorized=factorized)[0]
+    conv = first[0] if factorized else first
+    assert {p.dtype for p in first.parameters()} == {torch.bfloat16}
+    assert is_channels_last(conv.weight)
+
+
+def test_rounding_happens_once():
+    """In bfloat16 the weight is the rounded one of float64, not a product of rounded numbers."""
+    model = layer_and_norm(6, 8, 3).bfloat16()
+    exact = fold(model.double())[0].weight
+    assert torch.equal(fold(model.bfloat16())[0].weight, exact.bfloat16())
+
+
+def test_hooks_are_kept():
+    model = layer_and_norm(6, 8, 3, norm=False)
+    calls = []
+    model[0].register_forward_hook(lambda module, args, output: calls.append(type(module)))
+    x = torch.randn(1, 6, 5, 5, dtype=torch.float64)
+    fold(model)(x)
+    fold(model, factorized="0")(x)
+    assert calls == [nn.Conv2d, nn.Sequential]
+
+
+def test_a_shared_layer_stays_one_and_keeps_its_norm():
+    conv = BasisConv2d.from_conv(nn.Conv2d(4, 4, 3, padding=1), ratio=0.5)
+    model = trained(nn.Sequential(conv, nn.BatchNorm2d(4), conv, nn.BatchNorm2d(4))).double()
+    folded = fold(model)
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    assert folded[0] is folded[2]
+    assert isinstance(folded[1], nn.BatchNorm2d)
+    assert difference(folded(x), model(x).detach()) < 1e-12
+
+
+def test_a_tied_bias_is_not_changed_by_its_neighbour():
+    model = layer_and_norm(4, 4, 3, padding=1)
+    other = nn.Conv2d(4, 4, 3, padding=1, dtype=torch.float64)
+    other.bias = model[0].bias
+    model.append(other)
+    assert both(model, (), torch.randn(2, 4, 6, 6, dtype=torch.float64)) < 1e-12
+
+
+def test_one_layer_alone():
+    layer = BasisConv2d(4, 6, 3, ratio=0.5, dtype=torch.float64)
+    for factorized in ((), [""]):
+        folded = fold(layer, factorized=factorized)
+        x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+        assert type(folded) is (nn.Sequential if factorized else nn.Conv2d)
+        torch.testing.assert_close(folded(x), layer(x).detach(), rtol=1e-12, atol=1e-12)
+
+
+def batch_statistics():
+    return nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
+
+
+def before_the_convolution():
+    return nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
+
+
+def hooked():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    model[0].register_forward_hook(lambda module, args, output: output.clamp(min=0))
+    return model
+
+
+def parametrized():
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), nn.BatchNorm2d(4))
+
+
+def pruned():
+    conv = nn.Conv2d(4, 4, 3)
+    prune.l1_unstructured(conv, "weight", 0.5)
+    return nn.Sequential(conv, nn.BatchNorm2d(4))
+
+
+def of_its_own():
+    class Scaled(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    return nn.Sequential(Scaled(4, 4, 3), nn.BatchNorm2d(4))
+
+
+def untraceable():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(self.conv(x)) if x.sum() > -1e9 else x
+
+    return nn.Sequential(Branch())
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (batch_statistics, "statistics of each batch"),
+        (before_the_convolution, "does not directly follow"),
+        (hooked, "forward hooks"),
+        (parametrized, "ParametrizedConv2d"),
+        (pruned, "parametrized"),
+        (of_its_own, "Scaled"),
+        (untraceable, "cannot be traced"),
+    ],
+)
+def test_what_cannot_be_folded_stays_and_says_why(make, why):
+    torch.manual_seed(0)
+    model = trained(nn.Sequential(*make(), nn.Conv2d(4, 6, 3))).double()
+    model[-1] = BasisConv2d.from_conv(model[-1], ratio=0.5)
+    left = norms_left(model)
+    assert len(left) == 1
+    assert why in next(iter(left.values()))
+    folded = fold(model)
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    assert difference(folded(x), model(x)) < 1e-12
+    assert type(folded[-1]) is nn.Conv2d
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) == 1
+    with pytest.raises(ValueError, match=why):
+        fold(model, strict=True)
+
+
+def test_names_that_are_no_basis_convolutions_are_refused():
+    model = network("resnet20")
+    with pytest.raises(ValueError, match=r"'layer9', which the model does not have.*conv1, "):
+        fold(model, factorized=["layer9"])
+    with pytest.raises(ValueError, match=r"'bn1', which is of the kind BatchNorm2d"):
+        fold(model, factorized="bn1")
+    with pytest.raises(ValueError, match="meta device"):
+        fold(model.to("meta"))
+
+
+# -- which form is faster ---------------------------------------------------------------------------
+
+
+def test_the_faster_form_is_measured_once_for_each_shape():
+    model = network("resnet20")
+
+    def timer(step):  # pairs are twice as fast at 16 channels, and half as fast elsewhere
+        module = step.args[0]
+        if isinstance(module, nn.Conv2d):
+            return 1.0
+        return 0.5 if module[1].out_channels == 16 else 2.0
+
+    told = []
+    setting = Setting(device="cpu", precision="fp32", batch_size=2, rounds=3, timer=timer)
+    report = measure_fold(model, input_size=(3, 16, 16), setting=setting, progress=told.append)
+    names = list(plan_of(model).layers)
+    assert [row["layer"] for row in report.rows if row["mode"] == "pair"] == names
+    assert set(report.faster()) == {name for name in names if model.get_submodule(name).out_channels == 16}
+    assert {row["speedup"] for row in report.controls()} == {1.0}
+    shapes = {row["shape"] for row in report.rows}
+    assert len(told) == 2 * len(shapes) == 2 * 6
+    folded = fold(model, factorized=report.faster())
+    assert isinstance(folded.layer3[1].conv1, nn.Sequential)
+    assert isinstance(folded.layer1[0].conv1, nn.Conv2d)
+
+
+def test_the_report_of_real_times_is_kept(tmp_path):
+    model = network("mobile").bfloat16()
+    setting = Setting(device="cpu", precision="fp32", memory_format="channels_last", batch_size=2, rounds=3)
+    report = measure_fold(model, input_size=(3, 16, 16), setting=setting, name="mobile")
+    assert report.config["model"] == "mobile"
+    assert all(row["ms"] > 0 for row in report.rows)
+    report.save(tmp_path / "fold.json")
+    again = FoldReport.load(tmp_path / "fold.json")
+    assert again == report
+    assert again.faster() == report.faster()
+    assert "pair" in str(again)
+    with pytest.raises(ValueError, match="'bench-layer'"):
+        replace(again, kind="bench-layer").faster()
+    with pytest.raises(RecordError, match="not a JSON"):
+        FoldReport.load(tmp_path / "none.json")
+
+
+def test_nothing_to_measure():
+    with pytest.raises(ValueError, match="no basis convolution"):
+        measure_fold(build("resnet20", width=4))
+    with pytest.raises(ValueError, match="cannot be run"):
+        measure_fold(network("resnet20"), input_size=(5, 8, 8))
+
+
+# -- export -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def onnx():
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    return pytest.importorskip("onnx")
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("resnet18", "unfolded"), ("resnet18", "dense"), ("resnet18", "pairs"), ("resnet20", "pairs"),
+        ("resnet50", "pairs"), ("mobile", "unfolded"), ("mobile", "dense"), ("mobile", "pairs"),
+    ],
+)  # fmt: skip
+def test_networks_as_onnx(name, form, onnx, tmp_path):
+    done = export_onnx(shape(network(name), form), tmp_path / "net.onnx", (3, 16, 16))
+    assert done.batches == (1, 3)
+    assert done.error < 1e-4
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    assert [value.name for value in (*graph.input, *graph.output)] == ["images", "logits"]
+    assert [dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim] == [0, 3, 16, 16]
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("resnet18", "dense"), ("resnet20", "unfolded"), ("resnet50", "dense"),
+        ("mobile", "unfolded"), ("mobile", "dense"), ("mobile", "pairs"),
+    ],
+)  # fmt: skip
+def test_networks_as_programs(name, form, tmp_path):
+    model = shape(network(name), form)
+    assert export_program(model, tmp_path / "net.pt2", (3, 16, 16)).error < 1e-5
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    x = torch.randn(5, 3, 16, 16)
+    with torch.no_grad():
+        assert difference(program(x), model(x)) < 1e-5
+
+
+def stack():
+    """A basis convolution in every mode and form, one after the other."""
+    torch.manual_seed(0)
+    layers = [
+        BasisConv2d.from_conv(nn.Conv2d(8, 8, 3, padding=1, groups=groups), ratio=0.5, mode=mode, coefficients=form)
+        for mode in MODES
+        for form in FORMS
+        for groups in ((1, 2) if mode == "factorized" else (1,))
+    ]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
+
+
+def test_every_mode_and_form_as_onnx(onnx, tmp_path):
+    assert export_onnx(stack(), tmp_path / "stack.onnx", (8, 6, 6)).error < 1e-4
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_every_mode_and_form_as_a_program(grad):
+    model, x = stack(), torch.randn(2, 8, 6, 6)
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+        for n in (1, 4):
+            x = torch.randn(n, 8, 6, 6)
+            assert difference(program(x), model(x)) < 1e-5
+
+
+def test_a_fixed_batch(onnx, tmp_path):
+    model = network("mobile")
+    done = export_onnx(model, tmp_path / "fixed.onnx", (3, 8, 8), batch=2)
+    assert done.batches == (2,)
+    dims = onnx.load(done.path).graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_value for dim in dims] == [2, 3, 8, 8]
+    assert export_program(model, tmp_path / "fixed.pt2", (3, 8, 8), batch=1).batches == (1,)
+
+
+def test_export_is_quiet_and_leaves_model_and_loggers_alone(onnx, tmp_path, capfd):
+    model = network("mobile").train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export_onnx(model, tmp_path / "net.onnx", (3, 8, 8))
+        export_program(model, tmp_path / "net.pt2", (3, 8, 8))
+    assert capfd.readouterr() == ("", "")
+    assert model.training
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.onnx", "net.pt2"]
+
+
+@pytest.mark.parametrize("export", [export_onnx, export_program])
+class TestRefusals:
+    def test_what_is_there_is_not_overwritten_unless_asked(self, export, onnx, tmp_path):
+        path, model = tmp_path / "net", nn.Conv2d(3, 2, 3)
+        path.write_text("mine")
+        with pytest.raises(FileExistsError, match="overwrite=True"):
+            export(model, path, (3, 8, 8))
+        with pytest.raises(FileExistsError, match="is a folder"):
+            export(model, tmp_path, (3, 8, 8), overwrite=True)
+        assert path.read_text() == "mine"
+        export(model, path, (3, 8, 8), overwrite=True)
+        assert path.read_bytes() != b"mine"
+
+    def test_what_makes_no_sense(self, export, onnx, tmp_path):
+        model, path = nn.Conv2d(3, 2, 3), tmp_path / "net"
+        for batch in (0, -1, "many", 2.0, True):
+            with pytest.raises(ValueError, match="batch is"):
+                export(model, path, (3, 8, 8), batch=batch)
+        for size in ((), (3, 0, 8), (3, 8.0, 8)):
+            with pytest.raises(ValueError, match="input_size is"):
+                export(model, path, size)
+        with pytest.raises(ValueError, match="cannot be run on images"):
+            export(model, path, (4, 8, 8))
+        with pytest.raises(ValueError, match="returns a tuple"):
+            export(nn.LSTM(8, 2), path, (3, 8))
+        assert not path.exists()
+
+    def test_outputs_that_differ(self, export, onnx, tmp_path):
+        class Noisy(nn.Module):
+            def forward(self, x):
+                return x + torch.rand_like(x)
+
+        with pytest.raises(RuntimeError, match="differs from the model"):
+            export(Noisy(), tmp_path / "net", (3, 8, 8))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_models_that_cannot_be_exported(self, export, onnx, tmp_path):
+        class Branch(nn.Module):
+            def forward(self, x):
+                return x if x.sum() > 0 else -x
+
+        with pytest.raises(RuntimeError, match="Branch cannot be exported to"):
+            export(Branch(), tmp_path / "net", (3, 8, 8))
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_packages(onnx, tmp_path, monkeypatch):
+    model, path = nn.Conv2d(3, 2, 3), tmp_path / "net.onnx"
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    done = export_onnx(model, path, (3, 8, 8))
+    assert (done.error, done.batches) == (None, ())
+    assert path.exists()
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ModuleNotFoundError, match="needs onnxscript: pip install onnx onnxscript onnxruntime"):
+        export_onnx(model, path, (3, 8, 8), overwrite=True)
+
+
+# -- torch.compile ----------------------------------------------------------------------------------
+
+
+def compiled_equals_eager(model, x, backend):
+    """Outputs and all gradients in training mode, outputs in evaluation mode."""
+    torch._dynamo.reset()
+    results = []
+    for one in (model, copy.deepcopy(model)):
+        call = torch.compile(one, fullgraph=True, backend=backend) if one is model else one
+        one.train()
+        y = call(x)
+        grads = torch.autograd.grad(y.square().mean(), [p for p in one.parameters() if p.requires_grad])
+        one.eval()
+        with torch.no_grad():
+            results.append([y, call(x), *grads, *one.buffers()])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_and_form_compiles_whole(mode):
+    torch.manual_seed(0)
+    forms = FORMS[:1] if mode == "auto" else FORMS  # auto is one of the other modes
+    layers = [
+        BasisConv2d.from_conv(nn.Conv2d(8, 8, 3, padding=1), ratio=0.5, mode=mode, coefficients=form) for form in forms
+    ]
+    compiled_equals_eager(nn.Sequential(*layers).double(), torch.randn(2, 8, 6, 6, dtype=torch.float64), "aot_eager")
+
+
+@pytest.mark.parametrize("name", ["resnet8", "mobile"])
+def test_networks_compile_whole(name):
+    model = ResNet(BasicBlock, (1, 1, 1), width=4, num_classes=10) if name == "resnet8" else Mobile()
+    model.classify = None if name == "resnet8" else model.classify[1]  # without the dropout
+    model = substitute(model, ratio=0.5).double()
+    compiled_equals_eager(model, torch.randn(2, 3, 8, 8, dtype=torch.float64), "aot_eager")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor():
+    torch.manual_seed(0)
+    factorized = BasisConv2d(3, 8, 3, bias=False, ratio=0.5, mode="factorized")
+    composed = BasisConv2d(8, 4, 3, ratio=0.5, mode="composed")
+    model = nn.Sequential(factorized, nn.BatchNorm2d(8), nn.ReLU(), composed).double()
+    with torch._inductor.config.patch("cpp.simdlen", 1):  # code without vectors compiles in half the time
+        compiled_equals_eager(model, torch.randn(2, 3, 8, 8, dtype=torch.float64), "inductor")
+
+
+@pytest.mark.parametrize("form", ["dense", "pairs"])
+def test_folded_networks_compile_whole(form):
+    folded = shape(network("mobile"), form)
+    compiled = torch.compile(folded, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(compiled(x), folded(x))

@@ -4,11 +4,14 @@ from basis.analysis import sensitivity
 from basis.coefficients import Coefficients, Form
 from basis.complexity import CostReport, cost, count_parameters
 from basis.conv import BasisConv2d
+from basis.inference import fold
+from basis.norm import couple, uncouple
 from basis.selection import InfeasibleBudget, select
 from basis.storage import load, save
 from basis.substitution import Plan, merge, plan_of, substitute
 from basis.table import SensitivityTable
 from basis.training import Recipe, Result, evaluate, train
+from basis.tuning import tune, use_modes
 
 __all__ = [
     "BasisConv2d",
@@ -22,7 +25,9 @@ __all__ = [
     "SensitivityTable",
     "cost",
     "count_parameters",
+    "couple",
     "evaluate",
+    "fold",
     "load",
     "merge",
     "plan_of",
@@ -31,4 +36,7 @@ __all__ = [
     "sensitivity",
     "substitute",
     "train",
+    "tune",
+    "uncouple",
+    "use_modes",
 ]

@@ -108,9 +108,9 @@ def bench_layers(
 class Block(nn.Module):
     """Convolution, batch normalisation, sum with a shortcut where one is given, ReLU; as in the ResNets."""
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(self, conv: nn.Module, bn: nn.Module) -> None:
         super().__init__()
-        self.conv, self.bn = conv, nn.BatchNorm2d(conv.out_channels)
+        self.conv, self.bn = conv, bn
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """From (N, C_in, H, W), and a shortcut of the output's shape, to (N, C_out, H', W')."""
@@ -149,7 +149,7 @@ def bench_blocks(
     rows = []
     for shape, ratio in itertools.product(parsed, ratios):
         with setting.globals():
-            dense = Block(shape.conv())
+            dense = Block(shape.conv(), nn.BatchNorm2d(shape.out_channels))
             blocks: dict[str, nn.Module] = {"dense": dense, "control": copy.deepcopy(dense)}
             for mode in modes if "ordinary" in norms else ():
                 blocks[mode] = substitute(dense, ratio=ratio, mode=mode, init="random")

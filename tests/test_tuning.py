@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from basis import BasisConv2d, substitute
+from basis.bench import Block
 from basis.models import build
-from basis.norm import couple
-from basis.timing import BenchReport, Setting
-from basis.tuning import EXPLICIT, fastest_modes, tune, use_modes
+from basis.norm import BasisBatchNorm2d, couple
+from basis.timing import BenchReport, Setting, time_on_cpu
+from basis.tuning import EXPLICIT, fastest, tune, use_modes
 
 
 def clock(seconds):
@@ -19,6 +20,10 @@ def clock(seconds):
     def timer(step):
         step()
         layer = step.args[0]
+        if isinstance(layer, Block):
+            layer = layer.conv
+        if getattr(layer, "mixed_later", False):
+            return seconds.get("through_basis", 1.0)
         return seconds.get(getattr(layer, "mode", "dense"), 1.0)
 
     return timer
@@ -33,19 +38,19 @@ def network(**options):
     return substitute(build("resnet20", width=4), ratio=0.5, init="random", **options)
 
 
-@pytest.mark.parametrize("fastest", EXPLICIT)
-def test_auto_becomes_what_was_fastest(fastest):
+@pytest.mark.parametrize("best", EXPLICIT)
+def test_auto_becomes_what_was_fastest(best):
     model = network()
-    table = tune(model, setting=setting(**{fastest: 0.5}))
+    table = tune(model, setting=setting(**{best: 0.5}))
     names = [name for name, module in model.named_modules() if isinstance(module, BasisConv2d)]
-    assert fastest_modes(table) == dict.fromkeys(names, fastest)
+    assert fastest(table) == dict.fromkeys(names, best)
     x = torch.randn(2, 3, 32, 32)
     before = model.eval()(x)
     assert all(layer.measured_mode is None for layer in map(model.get_submodule, names))
     use_modes(model, table)
     for layer in map(model.get_submodule, names):
-        assert (layer.mode, layer.resolved_mode) == ("auto", fastest)
-        assert f"mode=auto (measured on cpu: {fastest})" in repr(layer)
+        assert (layer.mode, layer.resolved_mode) == ("auto", best)
+        assert f"mode=auto (measured on cpu: {best})" in repr(layer)
     torch.testing.assert_close(model(x), before)
 
 
@@ -56,7 +61,7 @@ def test_equal_layers_are_measured_once():
     measured = [row for row in rows if row["same_as"] is None]
     assert len(rows) == 19
     assert len(measured) == 1 + 3 + 2  # the stem; one of each stage; two that change the shape
-    assert len(told) == 4 * len(measured)
+    assert len(told) == 5 * len(measured)
     frozen = network()
     frozen.layer1[0].conv1.basis.requires_grad_(False)
     again = tune(frozen, setting=setting())
@@ -67,7 +72,7 @@ def test_a_table_survives_its_file(tmp_path):
     table = tune(network(), setting=setting(hybrid=0.5), name="thin")
     table.save(tmp_path / "modes.json")
     loaded = BenchReport.load(tmp_path / "modes.json")
-    assert fastest_modes(loaded) == fastest_modes(table)
+    assert fastest(loaded) == fastest(table)
     assert loaded.config["model"] == "thin"
     assert "hybrid" in str(loaded)
 
@@ -83,13 +88,41 @@ def test_other_modes_and_other_devices_keep_theirs():
     assert layer.to("meta").resolved_mode == "composed"
 
 
-def test_layers_that_a_normalisation_mixes_have_no_choice():
-    model = couple(network())
-    with pytest.raises(ValueError, match="no basis convolution that is called"):
-        tune(model, setting=setting())
-    table = tune(network(), setting=setting(composed=0.5))
+@pytest.mark.parametrize("coupled", [False, True])
+def test_normalisation_through_the_basis_is_one_of_the_ways(coupled):
+    ordinary = network().double()
+    model = couple(ordinary) if coupled else network().double()
+    table = tune(model, setting=setting(through_basis=0.5))
+    assert set(fastest(table).values()) == {"through_basis"}
     use_modes(model, table)
-    assert model.layer1[0].conv1.resolved_mode == "factorized"
+    x = torch.randn(4, 3, 32, 32).double()
+    assert all(isinstance(m, BasisBatchNorm2d) for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    torch.testing.assert_close(model(x), ordinary(x))
+    use_modes(model, tune(model, setting=setting(hybrid=0.5)))
+    assert not any(isinstance(m, BasisBatchNorm2d) for m in model.modules())
+    assert model.layer1[0].conv1.resolved_mode == "hybrid"
+    torch.testing.assert_close(model(x), ordinary(x))
+
+
+def test_what_the_table_does_not_name_stays_coupled():
+    model = couple(network())
+    table = tune(model, setting=setting(composed=0.5))
+    rows = [row for row in table.rows if row["layer"] == "conv1"]
+    use_modes(model, BenchReport(kind=table.kind, config=table.config, environment=table.environment, rows=rows))
+    assert model.conv1.resolved_mode == "composed"
+    assert not model.conv1.mixed_later
+    assert model.layer1[0].conv1.mixed_later
+
+
+def test_a_forward_pass_is_timed_in_evaluation_mode():
+    modes = set()
+
+    def timer(step):
+        modes.add(step.args[0].training)
+        return time_on_cpu(step)
+
+    tune(network(), one="forward", setting=Setting(device="cpu", batch_size=2, rounds=3, timer=timer))
+    assert modes == {False}
 
 
 def test_wrong_tables_are_refused():
@@ -100,7 +133,7 @@ def test_wrong_tables_are_refused():
         use_modes(other, table)
     assert all(m.measured_mode is None for m in other.modules() if isinstance(m, BasisConv2d))
     with pytest.raises(ValueError, match="kind 'bench-layer'"):
-        fastest_modes(BenchReport(kind="bench-layer", config={}, environment={}, rows=[]))
+        fastest(BenchReport(kind="bench-layer", config={}, environment={}, rows=[]))
     with pytest.raises(ValueError, match="no basis convolution"):
         tune(nn.Conv2d(3, 4, 3), setting=setting())
 

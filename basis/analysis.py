@@ -45,7 +45,7 @@ from basis.statistics import Estimate
 from basis.stepping import means_for
 from basis.substitution import Plan, few, merge, substitute
 from basis.table import MEASURES, Layer, SensitivityTable, Trial
-from basis.training import Recipe, Result, TrainingError, train
+from basis.training import Recipe, Result, TrainingError, check_recipe, train
 
 # Each with the epochs and peak learning rate of its default recipe; the last two begin from scratch.
 TRAINING: Mapping[str, Recipe] = {
@@ -403,6 +403,10 @@ def _trainings(
             raise ValueError(
                 f"the recipe's batch_size is {recipe.batch_size}, but there are only {len(data.train)} training images"
             )
+        try:
+            check_recipe(model, recipe, len(data.train) // recipe.batch_size)
+        except TrainingError as error:
+            raise ValueError(f"{error}, and {measure} trains the dense network too") from error
         fixed = [name for name, m in model.named_modules() if list(m.parameters(False)) and _reset_of(m) is None]
         if fixed and scratch:
             raise ValueError(

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from basis.complexity import _trace, cost, count_parameters
 from basis.conv import BasisConv2d, Mode, basis_channels_for
+from basis.data import Data, load_cifar10
 from basis.models import build
 from basis.norm import activate
 from basis.skipping import Parts, Trained
+from basis.stepping import CudaCapture, TrainingStep, means_for
 from basis.stepping import Step as Stepping
-from basis.stepping import TrainingStep, means_for
 from basis.substitution import plan_of, substitute
 from basis.timing import (
     PASSES,
@@ -39,9 +40,10 @@ from basis.timing import (
     forget_compiled,
     interleave,
     layer_steps,
+    peak_bytes,
     tell,
 )
-from basis.training import Recipe, make_optimizer
+from basis.training import Recipe, make_optimizer, train
 
 __all__ = [
     "NORMS", "PASSES", "RATIOS", "RESNET18_SHAPES", "STEPS", "TRAINED", "BenchReport", "Setting", "Shape",
@@ -311,8 +313,8 @@ def bench_training(
     layers with batch normalisation through the basis.
 
     Each candidate is compared with the dense network by the same kind of step. The rows of mode "dense" are
-    that network by the other kinds, compared with itself by the first of ``steps``. What a CUDA graph takes
-    of the memory is fixed when it is captured, so such rows have no ``peak_mib``.
+    that network by the other kinds, compared with itself by the first of ``steps``. The peaks
+    of a CUDA graph are those of its capture, which fixes what it takes of the memory.
 
     Args:
         coefficients: forms of the coefficient matrix, see :class:`basis.coefficients.Form`.
@@ -340,6 +342,7 @@ def bench_training(
     rows = []
     for ratio in ratios:
         kinds = _training_candidates(modes, coefficients, trained, norms, steps)
+        references = _references(kinds)
         with setting.globals():
             networks = {name: _candidate(dense, ratio, kind) for name, kind in kinds.items()}
             sizes = {name: count_parameters(network) for name, network in networks.items()}
@@ -347,10 +350,15 @@ def bench_training(
                 Parts(network).train(TRAINED[kinds[name]["trained"]])
             x = setting.place(torch.randn(setting.batch_size, 3, 32, 32))
             labels = torch.randint(10, (setting.batch_size,), device=x.device)
-            trainers = {n: _trainer(setting.place(net), setting, kinds[n]["step"]) for n, net in networks.items()}
+            graphed = [step for step in steps if means_for(step, setting.where).graphed]
+            captures = {name: _Capture(setting.where) for name, kind in kinds.items() if kind["step"] in graphed}
+            trainers = {
+                name: _trainer(setting.place(network), setting, kinds[name]["step"], captures.get(name))
+                for name, network in networks.items()
+            }
             measured = setting.measure(
                 {name: _training_step(trainer, x, labels) for name, trainer in trainers.items()},
-                reference=_references(kinds),
+                reference=references,
                 may_fail=[name for name in kinds if name != "dense"],
             )
         for name, values in measured.items():
@@ -359,8 +367,9 @@ def bench_training(
             row["coupled"] = sum(getattr(module, "mixed_later", False) for module in networks[name].modules())
             if "ms" in row:
                 row["images_per_second"] = setting.batch_size / row["ms"] * 1000
-            if trainers[name].means.graphed:
-                row["peak_mib"] = None
+            for key, side in (("peak_mib", name), ("dense_peak_mib", references.get(name, "dense"))):
+                if key in row and trainers[side].means.graphed:
+                    row[key] = captures[side].peak / 2**20
             rows.append(row)
             tell(progress, row, model)
         if {"compiled", "fast"} & set(steps):
@@ -374,6 +383,50 @@ def bench_training(
     listed |= {"norms": norms, "steps": steps}
     options = {name: list(values) for name, values in listed.items()}
     return setting.report("bench-train", rows, model=model, width=width, **options)
+
+
+def bench_baseline(
+    *,
+    model: str = "resnet18",
+    width: int | None = None,
+    steps: Sequence[Stepping] = ("fast",),
+    recipe: Recipe | None = None,
+    data: Data | None = None,
+    setting: Setting | None = None,
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Train the dense network whole, once by each kind of step: ``seconds``, and what it learns in them.
+
+    Rows have ``step``, ``means`` (what it came to), ``seconds`` of training, ``setup_seconds`` (compiling and
+    capturing, which are not in them), ``images_per_second``, and the test ``accuracy`` and ``accuracy_flip``.
+
+    Args:
+        recipe: its batch size counts, not that of the setting; the default one unless given.
+        data: CIFAR-10 as it lies on this machine unless given.
+
+    Raises:
+        DataError: where no data is given and CIFAR-10 is not on this machine.
+        ValueError: for an unknown model or step, or a setting that makes no sense.
+    """
+    _check_known("step", steps, STEPS)
+    data = data or load_cifar10(download=False)
+    setting = setting or Setting()
+    with setting.globals():
+        networks = [build(model, width=width) for _ in steps]
+    setting = setting.settled(networks[0])
+    recipe = replace(recipe or Recipe(), precision=setting.precision, memory_format=setting.memory_format)
+    rows = []
+    for step, network in zip(steps, networks, strict=True):
+        result = train(network, data, replace(recipe, step=step), device=setting.where, seed=setting.seed)
+        tests = {key: value for key, value in (result.test or {}).items() if key != "loss"}
+        row: dict[str, Any] = {"model": model, "mode": "dense", "step": step, "means": result.step, "n": 1, **tests}
+        row |= {"seconds": result.train_seconds, "setup_seconds": result.setup_seconds}
+        rows.append(row | {"images_per_second": result.images_per_second, "epochs": recipe.epochs})
+        if progress:
+            learned = f"{tests['accuracy_flip']:.2%} with flip" if tests else ""
+            progress(f"{model} {step}: {recipe.epochs} epochs in {result.train_seconds:.1f} s, {learned}")
+    options = {"recipe": asdict(recipe), "steps": list(steps), "data": data.name}
+    return setting.report("bench-baseline", rows, model=model, width=width, **options)
 
 
 def _training_candidates(
@@ -406,7 +459,21 @@ def _references(kinds: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     return {name: dense for name, dense in named.items() if dense in kinds}
 
 
-def _trainer(network: nn.Module, setting: Setting, step: Any = "eager") -> TrainingStep:
+class _Capture:
+    """CUDA graphs; ``peak`` is what the last one took of the memory, in bytes, see :func:`peak_bytes`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._capture, self.peak = device, CudaCapture(device), 0
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        replays: list[Callable[[], None]] = []
+        self.peak = peak_bytes(lambda: replays.append(self._capture(function)), self._device)
+        return replays[0]
+
+
+def _trainer(
+    network: nn.Module, setting: Setting, step: Any = "eager", capture: _Capture | None = None
+) -> TrainingStep:
     # A learning rate at which no network diverges: infinities and denormals have other speeds.
     device = setting.where
     return TrainingStep(
@@ -417,6 +484,7 @@ def _trainer(network: nn.Module, setting: Setting, step: Any = "eager") -> Train
         means=means_for(step, device),
         autocast=setting.autocast,
         channels_last=setting.memory_format == "channels_last",
+        capture=capture,
     )
 
 

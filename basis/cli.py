@@ -44,6 +44,7 @@ from basis.runs import (
 from basis.studies import STUDIES, find_study, status, valid_records
 from basis.substitution import substitute
 from basis.sweep import bench_gpu, file_name
+from basis.timing import check_options, check_place
 from basis.training import DTYPES, TrainingError
 from basis.tuning import tune
 
@@ -217,13 +218,14 @@ def _bench(options: argparse.Namespace) -> int:
         device=options.device, precision=options.precision, memory_format=options.memory_format,
         batch_size=options.batch_size, rounds=options.rounds, seconds=options.seconds,
     )  # fmt: skip
+    check_place(options.out or results_folder() / "bench" / "report.json")
     report, name = _measure(options, {"setting": setting, "progress": print})
-    if options.kind not in ("latency", "modes"):
-        settled = replace(setting, precision=report.config["precision"])
-        report = with_machine(report, measure_machine(settled))
+    print(report)  # first, and saved without the machine too: minutes of measurement are not lost by what follows
     path = options.out or results_folder() / "bench" / f"{file_name(name, report)}.json"
     report.save(path)
-    print(report)
+    if options.kind not in ("latency", "modes"):
+        settled = replace(setting, precision=report.config["precision"])
+        with_machine(report, measure_machine(settled)).save(path)
     print(f"saved in {path}")
     return 0
 
@@ -238,6 +240,7 @@ def _measure(options: argparse.Namespace, shared: dict[str, Any]) -> tuple[Bench
     if options.kind == "modes":
         network = substitute(build(options.model, width=options.width), ratio=options.ratio, init="random")
         return tune(network, name=model, **shared), f"modes-{model}-r{options.ratio:g}"
+    check_options(options.ratios, (), ())
     shared = shared | {"ratios": options.ratios}
     if options.kind == "layer":
         return bench_layers(**given("shapes", "passes", "modes")), "layer"
@@ -258,14 +261,14 @@ def _measure(options: argparse.Namespace, shared: dict[str, Any]) -> tuple[Bench
     usual = {"forms": ("coefficients", ["dense"]), "parts": ("trained", ["both"]), "norms": ("norms", ["ordinary"])}
     usual |= {"steps": ("steps", ["eager"])}
     marks = [mark for mark, (name, value) in usual.items() if getattr(options, name) != value]
-    return report, "-".join(["train", *marks, *([model] if marks else [])])
+    return report, "-".join(["train", *marks, model])
 
 
 def _bench_gpu(options: argparse.Namespace) -> int:
     folder = options.folder or results_folder() / "bench" / ("tiny" if options.tiny else "")
     setting = Setting(device=options.device, batch_size=4 if options.tiny else 1024, memory_format="channels_last")
-    bench_gpu(folder, setting=setting, time_limit=options.time_limit, tiny=options.tiny, progress=print)
-    return 0
+    paths = bench_gpu(folder, setting=setting, time_limit=options.time_limit, tiny=options.tiny, progress=print)
+    return 0 if paths else 1
 
 
 def _book(options: argparse.Namespace) -> int:

@@ -264,7 +264,7 @@ def records_provenance(study: Study, profile: str) -> dict[str, str]:
         environments = [record.environment for record in records]
         facts = {"records": f"{len(records)} of study {study.name}, profile {profile}"}
     else:
-        reports = load_benches(profile)
+        reports = [one for kind in study.benches for one in load_benches(profile, kind=kind)]
         environments = [report.environment for report in reports]
         facts = {"records": f"{len(reports)} benchmarks of profile {profile}"}
     for key, label in (("device", "measured on"), ("torch", "with torch")):

@@ -7,7 +7,7 @@ convolution whose output goes into one ``nn.BatchNorm2d`` and nowhere else, both
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -36,42 +36,68 @@ class _Tracer(fx.Tracer):
         return leaf or super().is_leaf_module(m, module_qualified_name)
 
 
-def norm_pairs(model: nn.Module) -> Pairs:
+def norm_pairs(model: nn.Module, *, both_modes: bool = False) -> Pairs:
     """The pairs of a convolution (dense or basis) and the ``nn.BatchNorm2d`` that directly follows it.
 
     Both are named as in ``model.named_modules()``. A subclass of ``nn.BatchNorm2d`` with a forward pass of
     its own makes no pair.
 
+    Args:
+        both_modes: name those that are pairs in training and in evaluation, or in one of the two where the
+            other calls neither; else the mode in which ``model`` is decides.
+
     Raises:
         ValueError: where the model cannot be traced, because what it computes depends on values.
     """
+    follows: dict[nn.Module, set[nn.Module | None]] = {}
+    precedes: dict[nn.Module, set[nn.Module | None]] = {}
+    calls: Counter[nn.Module] = Counter()
+    read: set[nn.Module] = set()
+    for graph in _graphs(model, (True, False) if both_modes else (None,)):
+        modules = {node: model.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
+        calls |= Counter(modules.values())  # in the graph that calls it most
+        read |= {model.get_submodule(str(n.target).rpartition(".")[0]) for n in graph.nodes if n.op == "get_attr"}
+        for node, module in modules.items():
+            users, inputs = ([modules.get(other) for other in nodes] for nodes in (node.users, node.all_input_nodes))
+            follows.setdefault(module, set()).add(users[0] if len(users) == 1 else None)
+            precedes.setdefault(module, set()).add(inputs[0] if len(inputs) == 1 else None)
+    norms: dict[str, str] = {}
+    alone: dict[str, str] = {}
+    name_of = {module: name for name, module in model.named_modules()}
+    for module, name in name_of.items():
+        if not isinstance(module, (BasisConv2d, nn.Conv2d)):
+            continue
+        after = follows.get(module, set())
+        norm = next(iter(after)) if len(after) == 1 else None
+        if not after:
+            alone[name] = "it is never called"
+        elif not isinstance(norm, nn.BatchNorm2d) or type(norm).forward is not nn.BatchNorm2d.forward:
+            alone[name] = "its output does not go into one nn.BatchNorm2d and nowhere else"
+        elif module in read or norm in read:
+            alone[name] = "its parameters, or those of its batch normalisation, are used elsewhere too"
+        elif calls[module] > 1 or calls[norm] > 1 or precedes[norm] != {module}:
+            alone[name] = "it or its batch normalisation is called more than once"
+        else:
+            norms[name] = name_of[norm]
+    return Pairs(norms, alone)
+
+
+def _graphs(model: nn.Module, modes: Iterable[bool | None]) -> list[fx.Graph]:
+    """What ``model`` computes in training (True), in evaluation (False) or as it is (None)."""
+    flags = {module: module.training for module in model.modules()}
     try:
-        graph = _Tracer().trace(model)
+        graphs = []
+        for mode in modes:
+            for module, flag in flags.items():
+                module.training = flag if mode is None else mode
+            graphs.append(_Tracer().trace(model))
+        return graphs
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{type(model).__name__} cannot be traced by torch.fx ({first}), "
             "so what follows its convolutions is unknown"
         ) from error
-    name_of = {module: name for name, module in model.named_modules()}
-    modules = {node: model.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
-    calls = Counter(modules.values())
-    read = {model.get_submodule(str(node.target).rpartition(".")[0]) for node in graph.nodes if node.op == "get_attr"}
-    norms: dict[str, str] = {}
-    alone: dict[str, str] = {}
-    for node, module in modules.items():
-        if isinstance(module, (BasisConv2d, nn.Conv2d)):
-            users = [modules.get(user) for user in node.users]
-            norm = users[0] if len(users) == 1 else None
-            if not isinstance(norm, nn.BatchNorm2d) or type(norm).forward is not nn.BatchNorm2d.forward:
-                alone[name_of[module]] = "its output does not go into one nn.BatchNorm2d and nowhere else"
-            elif module in read or norm in read:
-                alone[name_of[module]] = "its parameters, or those of its batch normalisation, are used elsewhere too"
-            elif calls[module] > 1 or calls[norm] > 1:
-                alone[name_of[module]] = "it or its batch normalisation is called more than once"
-            else:
-                norms[name_of[module]] = name_of[norm]
-    for name, module in model.named_modules():
-        if isinstance(module, (BasisConv2d, nn.Conv2d)) and name not in norms:
-            alone.setdefault(name, "it is never called")
-    return Pairs(norms, alone)
+    finally:
+        for module, flag in flags.items():
+            module.training = flag

@@ -106,7 +106,7 @@ class TrainingStep:
         self._device = next(model.parameters()).device
         self.loss, self.correct = (torch.zeros((), device=self._device) for _ in range(2))
         self._network: Callable[[Tensor], Tensor] = compiled(model, channels_last) if means.compiled else model
-        self._capture = capture or (CudaCapture() if means.graphed else None)
+        self._capture = capture or (CudaCapture(self._device) if means.graphed else None)
         self._rates = [torch.tensor(group["lr"], device=self._device) for group in optimizer.param_groups]
         self._fresh_scaler = scaler.state_dict()
         self._prepared: dict[Hashable, Callable[[Tensor, Tensor], None]] = {}
@@ -224,10 +224,11 @@ class TrainingStep:
 
 
 class CudaCapture:
-    """CUDA graphs that share their memory, since only one of them runs at a time."""
+    """CUDA graphs of one GPU that share their memory, since only one of them runs at a time."""
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+    def __init__(self, device: torch.device) -> None:
+        # A stream of its own: torch's usual one is on the GPU of the process's first capture, whatever GPU this is.
+        self._device, self._pool, self._stream = device, torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
         """Capture what ``function`` does on the GPU and return what repeats it.
@@ -235,8 +236,15 @@ class CudaCapture:
         Raises ``RuntimeError`` where it waits for the GPU.
         """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            function()
+        try:
+            # The outer context goes back to the present stream, which a capture that fails does not.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(self._device)),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream),
+            ):
+                function()
+        except RuntimeError as error:  # that of the end of the capture hides what ended it
+            raise RuntimeError(str(error.__context__ or error)) from error
         return graph.replay
 
 

@@ -13,6 +13,7 @@ import itertools
 import json
 import random
 import re
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -118,8 +119,9 @@ class BenchReport:
         return pd.DataFrame(list(self.rows))
 
     def controls(self) -> list[Mapping[str, Any]]:
-        """The rows of the second dense one, each measurement once."""
-        return [row for row in self.rows if row["mode"] == "control" and not row.get("same_as")]
+        """The rows of the second dense one that was timed, each measurement once."""
+        rows = [row for row in self.rows if row["mode"] == "control" and not row.get("same_as")]
+        return [row for row in rows if not row.get("error")]
 
     def failed_controls(self) -> list[Mapping[str, Any]]:
         """The control rows whose quartiles do not enclose 1; chance alone does it to 6 in 100 at 15 rounds."""
@@ -179,6 +181,18 @@ class BenchReport:
         failed = [f"{row['mode']} failed: {row['error']}" for row in self.rows if row.get("error")]
         others = [f"{row['step']} was {row['means']}" for row in self.rows if "(" in row.get("means", "")]
         return "\n".join([head, table, *dict.fromkeys(failed + others), verdict])
+
+
+def check_place(path: Path) -> None:
+    """Make the folder of ``path``, and raise ``ValueError`` where no file could be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise ValueError(f"nothing can be written to the folder {path.parent} ({error.strerror})") from error
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, but must be the name of a file")
 
 
 # -- timing --
@@ -298,6 +312,8 @@ class Setting:
         for name, least in (("batch_size", 1), ("rounds", 3)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {least}")
+        if self.seconds is not None and not self.seconds >= 0:
+            raise ValueError(f"seconds is {self.seconds}, but must be at least 0")
 
     @property
     def where(self) -> torch.device:

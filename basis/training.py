@@ -309,7 +309,7 @@ def train(
     steps_per_epoch = len(data.train) // recipe.batch_size
     if steps_per_epoch == 0:
         raise TrainingError(f"batch_size is {recipe.batch_size}, but there are only {len(data.train)} training images")
-    _check(model, recipe, steps_per_epoch)
+    check_recipe(model, recipe, steps_per_epoch)
     if step is not None and step.model is not model:
         raise TrainingError("the step was made for another model; make one for this model by make_step")
     data = data.to(place)
@@ -348,8 +348,8 @@ def train(
     )
 
 
-def _check(model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> None:
-    """Refuse terms of the recipe that would have no effect on this model."""
+def check_recipe(model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> None:
+    """Raise :class:`TrainingError` for terms of the recipe that would have no effect on this model."""
     decay = recipe.decay if recipe.decay != "factors" else None
     terms = {"skip": recipe.skip, "decay": decay, "decorrelation": recipe.decorrelation}
     named = [name for name, value in terms.items() if value is not None]

@@ -45,8 +45,9 @@ def tune(
 
     Each layer, with the batch normalisation that directly follows it, is timed alone, as a copy with its own
     values, on the inputs that it gets in one forward pass on images of ``input_size``, (C, H, W); in evaluation
-    mode where ``one`` is "forward". Layers that time cannot tell apart are measured once; the rows of the others
-    name the first in ``same_as``. ``model`` itself is not changed: that is :func:`use_modes`.
+    mode where ``one`` is "forward", and in the number format of the setting. Layers that time cannot tell apart
+    are measured once; the rows of the others name the first in ``same_as``. ``model`` itself is not changed:
+    that is :func:`use_modes`.
 
     Raises:
         ValueError: for a model without such a layer, or that cannot be run on such images; for a setting
@@ -96,8 +97,8 @@ def use_modes(model: nn.Module, table: BenchReport) -> None:
     coupled to their batch normalisation; all others are not. Layers whose mode is not "auto" keep theirs.
 
     Raises:
-        ValueError: where the table is of another kind, or names a layer that is not there or that has
-            another number of basis channels; nothing is changed then.
+        ValueError: where the table is of another kind, or names a layer that is not there, that has another
+            number of basis channels, or that cannot be coupled but should be; nothing is changed then.
     """
     chosen, device = fastest(table), table.environment["device_type"]
     modules: dict[str, Any] = dict(model.named_modules())
@@ -109,7 +110,9 @@ def use_modes(model: nn.Module, table: BenchReport) -> None:
         )
     free = {layer: way for layer, way in chosen.items() if modules[layer].mode == "auto"}
     before = [n for n, m in modules.items() if isinstance(m, BasisConv2d) and m.mixed_later and n not in free]
-    couple_in_place(uncouple_in_place(model), [*before, *(n for n, way in free.items() if way == "through_basis")])
+    wanted = [*before, *(n for n, way in free.items() if way == "through_basis")]
+    couple_in_place(model, wanted)  # refuses what cannot be coupled before it changes anything
+    couple_in_place(uncouple_in_place(model), wanted)
     for layer, way in free.items():
         modules[layer].measured_mode = None if way == "through_basis" else (device, way)
 
@@ -138,7 +141,7 @@ def _measure(
         if bn is not None:
             found = {key: Block(conv, copy.deepcopy(bn)) for key, conv in found.items()}
             found["through_basis"] = couple(found["factorized"], ["conv"])
-        placed = {key: setting.place(module.train(one != "forward")) for key, module in found.items()}
+        placed = {key: setting.place(module.float().train(one != "forward")) for key, module in found.items()}
         measured = setting.measure(layer_steps(placed, inputs, one, setting, input_gradient=needs_dx))
     sizes = "+".join("x".join(map(str, size[1:])) for size in inputs)
     kernel, stride = ("x".join(map(str, pair)) for pair in (layer.kernel_size, layer.stride))

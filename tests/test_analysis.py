@@ -14,6 +14,7 @@ from basis.analysis import TRAINING, joint
 from basis.data import Data, Images, first_images, hold_out, normalise, synthetic
 from basis.journal import name_of
 from basis.models import build
+from basis.skipping import Skip
 from basis.statistics import difference_estimate
 from basis.table import MEASURES
 
@@ -461,6 +462,10 @@ def test_wrong_trainings():
     wrong("short_training needs basis.data.Data with validation images", measure="short_training")
     wrong("full_training needs basis.data.Data with", data=replace(data, validation=None), measure="full_training")
     wrong("batch_size is 500, but there are only 40 training images", data=data, measure="short_training")
+    for terms in ({"decorrelation": 0.01}, {"skip": Skip(basis_every=2)}, {"decay": "product"}):
+        recipe = Recipe(epochs=1, batch_size=20, **terms)
+        says = f"sets {next(iter(terms))}, but the model has no basis convolutions, and short_training trains the dense"
+        wrong(says, data=data, measure="short_training", recipe=recipe)
     small = {"measure": "short_training", "recipe": Recipe(epochs=1, batch_size=20)}
     wrong("the model itself has parameters but no reset_parameters.*give a trainer", Own(), data=data, **small)
     table = sensitivity(Own(), measure="short_training", trainer=lambda model, seed: model.scale.item(), seeds=1)

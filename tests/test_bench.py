@@ -17,6 +17,7 @@ from basis.bench import (
     _trainer,
     _training_candidates,
     _training_step,
+    bench_baseline,
     bench_blocks,
     bench_latency,
     bench_layers,
@@ -26,13 +27,16 @@ from basis.bench import (
 )
 from basis.cli import main
 from basis.conv import BasisConv2d
+from basis.data import DataError, synthetic
 from basis.models import build
 from basis.roofline import machine_of
 from basis.runs import RecordError
 from basis.skipping import Parts
+from basis.stepping import Means
 from basis.studies.cost import load_benches
 from basis.sweep import Measurement, bench_gpu, measurements
 from basis.timing import peak_bytes
+from basis.training import Recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -342,6 +346,23 @@ def test_an_unknown_norm_or_step_is_refused(options, says, setting):
     assert setting.timer.calls == 0
 
 
+def test_a_control_that_failed_is_not_counted(report):
+    rows = [{"mode": "control", "ratio": 0.5, "error": "RuntimeError: out of memory"}, report.rows[0]]
+    broken = BenchReport(**{**vars(report), "rows": rows})
+    assert broken.controls() == [report.rows[0]]
+    assert "control failed: RuntimeError: out of memory" in str(broken)
+
+
+def test_the_peak_of_a_graph_is_that_of_its_capture(monkeypatch, setting):
+    """Repeating it allocates nothing."""
+    monkeypatch.setattr("basis.bench.means_for", lambda step, device: Means(graphed=step == "graphed"))
+    monkeypatch.setattr("basis.bench.CudaCapture", lambda device: lambda function: function() or (lambda: None))
+    report = bench_training(model="resnet20", width=4, ratios=[0.5], steps=["eager", "graphed"], setting=setting)
+    peaks = {(row["mode"], row["step"]): (row["peak_mib"], row["dense_peak_mib"]) for row in report.rows}
+    assert peaks["auto", "graphed"] == pytest.approx(peaks["auto", "eager"], rel=0.1)
+    assert peaks["dense", "graphed"] == pytest.approx([peaks["auto", "eager"][1]] * 2, rel=0.1)
+
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_blocks_are_measured_with_and_through_batch_normalisation(monkeypatch, residual, setting):
     seen, gradients = set(), []
@@ -388,13 +409,40 @@ def test_the_sweep_measures_everything_and_saves_each_report(tmp_path):
     paths = bench_gpu(tmp_path, setting=setting, tiny=True, progress=told.append)
     reports = [BenchReport.load(path) for path in paths]
     assert [report.kind for report in reports] == [
-        "bench-train", "bench-layer", "bench-block", "bench-rivals", "bench-block",
+        "bench-train", "bench-baseline", "bench-layer", "bench-block", "bench-rivals", "bench-block",
     ]  # fmt: skip
-    assert len(set(paths)) == 5
-    assert all(machine_of(report).macs_per_second == pytest.approx(256**3 / 0.002) for report in reports)
-    layers = reports[1]
+    assert len(set(paths)) == 6
+    assert all(machine_of(report).macs_per_second == pytest.approx(2 * 16**2 * 64 * 9 * 64 / 0.002) for report in reports)
+    layers = reports[2]
     assert layers.config["shapes"] == ["16@6", "16-32@6/2"] == list(dict.fromkeys(r["shape"] for r in layers.rows))
     assert [line for line in told if "2 of 2 parts" in line and line.startswith("layer")]
+
+
+def test_the_baseline_is_trained_whole(tmp_path, monkeypatch):
+    data = synthetic(train=100, test=50)
+    short = Recipe(epochs=2, batch_size=50, lr=0.05)
+    setting = Setting(device="cpu", precision="fp32", memory_format="channels_last")
+    told = []
+    report = bench_baseline(
+        model="resnet20", width=4, steps=("eager", "graphed"), recipe=short, data=data, setting=setting,
+        progress=told.append,
+    )  # fmt: skip
+    eager, graphed = report.rows
+    assert eager["means"] == "eager"
+    assert graphed["means"] == "eager (CUDA graphs need a GPU, not cpu)"
+    assert (eager["accuracy"], eager["accuracy_flip"]) == (graphed["accuracy"], graphed["accuracy_flip"])
+    assert eager["epochs"] == 2
+    assert eager["seconds"] > 0
+    assert told[1].startswith("resnet20 graphed: 2 epochs in ")
+    assert report.config["recipe"]["precision"] == "fp32"
+    assert "images_per_second" in report.to_frame()
+    report.save(tmp_path / "baseline.json")
+    assert BenchReport.load(tmp_path / "baseline.json").rows == report.rows
+    monkeypatch.setenv("BASIS_DATA", str(tmp_path))
+    with pytest.raises(DataError, match="is not there"):
+        bench_baseline(setting=setting)
+    with pytest.raises(ValueError, match="step is 'quick'"):
+        bench_baseline(steps=("quick",), setting=setting)
 
 
 def test_the_sweep_begins_nothing_when_the_time_is_up(tmp_path, monkeypatch):
@@ -435,7 +483,40 @@ def test_the_full_sweep_is_within_its_means():
     plan = measurements()
     assert sum(one.share for one in plan) == pytest.approx(1)
     assert len({one.name for one in plan}) == len(plan)
-    assert [len(one.parts) for one in plan[:3]] == [2, len(RESNET18_SHAPES), len(RESNET18_SHAPES)]
+    assert [len(one.parts) for one in plan[:4]] == [4, 1, len(RESNET18_SHAPES), len(RESNET18_SHAPES)]
+    steps = [(part.keywords["ratios"], part.keywords["steps"]) for part in plan[0].parts]
+    assert steps[:2] == [((0.25,), ("eager", "graphed")), ((0.5,), ("eager", "graphed"))]  # nothing that compiles
+    assert steps[2:] == [((0.25,), ("fast",)), ((0.5,), ("fast",))]
+
+
+def test_the_sweep_goes_on_without_a_part_that_fails_and_shows_what_cannot_be_saved(tmp_path, monkeypatch):
+    def part(name):
+        def measure(*, setting, progress):
+            if name == "b":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            config = {"shapes": [name], "device": "cpu", "precision": "fp32", "memory_format": "contiguous"}
+            row = {"shape": name, "mode": "auto", "ms": 1.0}
+            environment = {"device": "a processor"}
+            return BenchReport(
+                kind="bench-layer", config={**config, "batch_size": 2}, environment=environment, rows=[row]
+            )
+
+        return measure
+
+    plan = (
+        Measurement(name="first", share=0.5, parts=[part("a"), part("b"), part("c")]),
+        Measurement(name="second", share=0.5, parts=[part("d")]),
+    )
+    monkeypatch.setattr("basis.sweep.measurements", lambda tiny: plan)
+    (tmp_path / "second-cpu-fp32-contiguous.json").mkdir()  # stands for a full disk
+    told = []
+    paths = bench_gpu(
+        tmp_path, setting=Setting(device="cpu", timer=Clock(lambda _: 1)), tiny=True, progress=told.append
+    )
+    assert [path.name for path in paths] == ["first-cpu-fp32-contiguous.json"]
+    assert [row["shape"] for row in BenchReport.load(paths[0]).rows] == ["a", "c"]
+    assert "first: part 2 failed, OutOfMemoryError: CUDA out of memory" in told
+    assert any("could not be written" in line and "auto" in line for line in told)
 
 
 @pytest.mark.parametrize(
@@ -446,6 +527,57 @@ def test_the_sweep_refuses_what_makes_no_sense(options, says, setting, tmp_path)
     with pytest.raises(ValueError, match=says):
         bench_gpu(tmp_path, setting=setting, **options)
     assert not list(tmp_path.iterdir())
+    assert setting.timer.calls == 0
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, monkeypatch, capsys, setting):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"nothing can be written to the folder .*file"):
+        bench_gpu(tmp_path / "file", setting=setting, tiny=True)
+    assert setting.timer.calls == 0
+    monkeypatch.setattr("basis.cli._measure", None)
+    for out, says in ((tmp_path / "file" / "a.json", "nothing can be written"), (tmp_path, "is a folder, but must be")):
+        assert main(["bench", "layer", "--device", "cpu", "--out", str(out)]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_a_machine_that_cannot_be_measured_loses_nothing(tmp_path, monkeypatch, capsys):
+    def fails(setting):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("basis.cli.measure_machine", fails)
+    options = "--shapes 8@4 --ratios 0.5 --passes forward --modes auto --device cpu --rounds 3 --batch-size 2"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        main(["bench", "layer", *options.split(), "--out", str(tmp_path / "a.json")])
+    assert len(BenchReport.load(tmp_path / "a.json").rows) == 2
+    assert "dense against itself" in capsys.readouterr().out
+
+
+def test_a_report_that_cannot_be_saved_is_shown(tmp_path, monkeypatch, capsys, report):
+    monkeypatch.setattr("basis.cli._measure", lambda options, shared: (report, "layer"))
+    monkeypatch.setattr(
+        "basis.timing.write_json", lambda path, content: (_ for _ in ()).throw(RecordError("disk full"))
+    )
+    assert main(["bench", "layer", "--device", "cpu", "--out", str(tmp_path / "a.json")]) == 2
+    shown = capsys.readouterr()
+    assert "dense against itself" in shown.out
+    assert "disk full" in shown.err
+
+
+def test_ratios_are_checked_before_the_first_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("basis.cli.bench_inference", None)
+    command = ["bench", "inference", "--ratios", "0.5", "2", "--device", "cpu", "--out", str(tmp_path / "a.json")]
+    assert main(command) == 2
+    assert "ratio is 2.0" in capsys.readouterr().err
+
+
+def test_reports_of_other_networks_have_other_names(tmp_path, monkeypatch):
+    monkeypatch.setattr("basis.cli.results_folder", lambda: tmp_path)
+    options = (
+        "--width 4 --ratios 0.5 --device cpu --precision fp32 --memory-format contiguous --rounds 3 --batch-size 2"
+    )
+    assert main(["bench", "train", "--model", "resnet20", *options.split()]) == 0
+    assert [path.name for path in (tmp_path / "bench").iterdir()] == ["train-resnet20-w4-cpu-fp32-contiguous.json"]
 
 
 def test_the_commands_for_blocks_and_rivals_store_the_machine_too(tmp_path, monkeypatch, capsys):
@@ -629,6 +761,8 @@ def test_the_global_random_state_is_left_alone(setting):
         ({"memory_format": "nhwc"}, "memory_format is 'nhwc'"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"rounds": 2}, "rounds is 2"),
+        ({"seconds": -1.0}, "seconds is -1.0"),
+        ({"seconds": float("nan")}, "seconds is nan"),
     ],
 )
 def test_bad_settings_are_refused(options, says):

@@ -48,7 +48,7 @@ class Block(nn.Module):
 
 def block(relu=True, norm=None, dtype=torch.float64, form="dense", channels=C, **options):
     options = {"padding": 1, "bias": False, "basis_channels": K, "mode": "factorized"} | options
-    conv = BasisConv2d(C_IN, channels, 3, coefficients=form, **options)
+    conv = BasisConv2d(C_IN, channels, coefficients=form, **{"kernel_size": 3} | options)
     norm = norm or nn.BatchNorm2d(channels)
     if norm.affine:
         nn.init.normal_(norm.weight)
@@ -315,6 +315,39 @@ def test_a_training_resnet_has_the_same_losses():
     assert torch.allclose(merge(coupled)(x), coupled(x), atol=1e-10)
 
 
+class InPlace(Block):
+    """As torchvision writes it: the sum and the ReLU overwrite what the batch normalisation gave."""
+
+    def forward(self, x, residual=None):
+        y = self.norm(self.conv(x))
+        if residual is not None:
+            y += residual
+        return torch.relu_(y)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("size", [3, 10])
+def test_its_output_may_be_overwritten(monkeypatch, memory_format, size, kernels):
+    if kernels:
+        for function in (moments, apply, gradient_sums, input_gradient):
+            monkeypatch.setattr(f"basis.kernels.{function.__name__}", function)
+        monkeypatch.setattr("basis.kernels.usable", lambda z: True)
+    plain = block()
+    pair = InPlace(plain.conv, plain.norm).to(memory_format=FORMATS[memory_format])
+    x = images(size, memory_format=FORMATS[memory_format])
+    residual = torch.randn(4, C, size, size).double()
+    assert_same(outcome(couple(pair), x, residual), outcome(pair, x, residual))
+
+
+def test_a_batch_without_images(x):
+    pair = block(bias=True)
+    ours = couple(pair)
+    residual = torch.randn(0, C, 6, 6).double()
+    assert_same(outcome(ours, x[:0], residual), outcome(pair, x[:0], residual))
+    assert_same(outcome(ours, x), outcome(pair, x))
+
+
 # -- low precision ----------------------------------------------------------------------------------
 
 
@@ -350,6 +383,19 @@ def test_errors_are_those_of_the_pair(dtype, autocast, relu, mean, memory_format
     assert all(ratio <= 1.5 for ratio in ratios.values()), ratios
 
 
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_float16_does_not_overflow_in_sums_over_pixels(memory_format):
+    pair = block(relu=False, dtype=torch.float32).to(memory_format=FORMATS[memory_format])
+    x = images(16, torch.float32, memory_format=FORMATS[memory_format]) * 30
+    norms = []
+    for model in (pair, couple(pair)):
+        with torch.autocast("cpu", torch.float16):
+            y = model(x)
+        (y.float().square().sum() * 1024).backward()
+        norms.append(model.norm.weight.grad.norm())
+    assert torch.isclose(*norms, rtol=1e-2)
+
+
 def test_autocast_gives_its_dtype_and_keeps_statistics_in_float32():
     pair = block(dtype=torch.float32)
     ours = couple(pair)
@@ -363,6 +409,21 @@ def test_autocast_gives_its_dtype_and_keeps_statistics_in_float32():
     ours.eval()
     with torch.autocast("cpu", torch.bfloat16):
         assert ours(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.01, 0.003])
+def test_a_channel_that_nearly_cancels_is_off_by_what_the_text_says(fraction):
+    pair = block(relu=False, basis_channels=2, kernel_size=1, padding=0)
+    pair.norm.reset_parameters()
+    pair.norm.eps = 1e-12
+    with torch.no_grad():
+        pair.conv.basis.copy_(torch.eye(2, C_IN).view(2, C_IN, 1, 1))
+        pair.conv.coefficients.values.fill_(1)[:, 1] = -1
+    x = images(16, n=64).float().double()
+    x[:, 1] = x[:, 0] + (fraction * x[:, 1]).float()
+    x = x.float().double()
+    got, expected = couple(pair).float()(x.float())[:, 2:], pair.double()(x)[:, 2:]
+    assert (got - expected).norm() / expected.norm() < 1e-7 / fraction**2
 
 
 # -- memory -----------------------------------------------------------------------------------------
@@ -479,6 +540,39 @@ def test_flags_hooks_and_shared_parameters_are_kept(x):
     assert seen[2] == C
     assert torch.allclose(seen[1], seen[3])
     assert (seen[1] < 0).any()  # before the ReLU, as ever
+
+
+def test_hooks_on_the_input_and_on_its_gradient_see_what_they_saw(x):
+    pair = block()
+    seen = []
+    pair.norm.register_forward_pre_hook(lambda m, args: (2 * args[0],))
+    pair.norm.register_full_backward_pre_hook(lambda m, gradient: seen.append(gradient[0]))
+    ours = couple(pair)
+    residual = torch.randn(4, C, 6, 6).double()
+    assert_same(outcome(ours, x, residual), outcome(pair, x, residual))
+    assert torch.allclose(*seen)
+
+
+def test_a_convolution_whose_normalisation_was_replaced_is_uncoupled_too(x):
+    ours = couple(block())
+    ours.norm = nn.GroupNorm(1, C).double()
+    assert uncouple(ours)(x).shape == merge(ours)(x).shape == (4, C, 6, 6)
+
+
+class InTraining(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = BasisConv2d(3, 8, 3, basis_channels=2), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.norm(y) + y.mean() if self.training else self.norm(y)
+
+
+def test_what_follows_in_the_other_mode_counts_too():
+    model = InTraining().eval()
+    assert "nowhere else" in couplings(model).alone["conv"]
+    assert not model.training
 
 
 class Twice(nn.Module):

@@ -62,6 +62,50 @@ def test_what_is_no_pair_has_its_reason(way, reason):
     assert pairs.alone["other"] == "it is never called"
 
 
+class Modes(nn.Module):
+    """A batch normalisation of its own for training, one that both share, or an output of its own in training."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.bn, self.own = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.way = way
+
+    def forward(self, x):
+        if self.way == "other convolution":
+            return self.bn(self.conv(x) if self.training else self.other(x))
+        if self.way == "other normalisation":
+            return self.own(self.conv(x)) if self.training else self.bn(self.conv(x))
+        if self.way == "branch in training":
+            x = self.bn(self.conv(x))
+            return self.own(self.other(x)) if self.training else x
+        y = self.conv(x)
+        return self.bn(y) + y.mean() if self.training else self.bn(y)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("way", "norms"),
+    [
+        ("output in training", {}),
+        ("other convolution", {}),
+        ("other normalisation", {}),
+        ("branch in training", {"conv": "bn", "other": "own"}),
+    ],
+)
+def test_pairs_of_both_modes(way, norms, training):
+    model = Modes(way).train(training)
+    model.own.eval()
+    assert norm_pairs(model, both_modes=True).norms == norms
+    assert (model.training, model.bn.training, model.own.training) == (training, training, False)
+
+
+def test_pairs_are_those_of_the_mode_of_the_model():
+    model = Modes("output in training")
+    assert not norm_pairs(model).norms
+    assert norm_pairs(model.eval()).norms == {"conv": "bn"}
+
+
 def test_a_plain_pair_is_one():
     assert norm_pairs(Network("plain")).norms == {"conv": "bn"}
 

@@ -101,20 +101,21 @@ def test_what_makes_no_sense_is_refused(options, says):
         kernels(Shape.parse("4@4"), **{"k": 2, "mode": "dense", "batch_size": 1, "passes": "forward", **options})
 
 
-def test_a_machine_is_measured_by_medians():
-    seconds = iter([5.0, 1.0, 2.0, 9.0, 4.0, 3.0])
+@pytest.mark.parametrize(("convolving", "macs"), [(1000.0, 8**3 / 1.0), (1e-3, 3 * 2 * 16 * 16 * 9 * 2 / 1e-3)])
+def test_a_machine_is_measured_by_its_quickest(convolving, macs):
+    seconds = iter([5.0, 1.0, 2.0, convolving, convolving, 2 * convolving, 9.0, 4.0, 3.0])
     ran = []
 
     def timer(step):
         ran.append(step())
         return next(seconds)
 
-    setting = Setting(device="cpu", precision="bf16", timer=timer)
+    setting = Setting(device="cpu", precision="bf16", batch_size=3, timer=timer)
     machine = measure_machine(setting, side=8, copied=100, rounds=3)
-    assert machine.macs_per_second == 8**3 / 2
-    assert machine.bytes_per_second == 2 * 100 / 4
+    assert machine.macs_per_second == pytest.approx(macs)
+    assert machine.bytes_per_second == 2 * 100 / 3
     assert machine.precision == "bf16"
-    assert [tuple(result.shape) for result in ran] == [(8, 8)] * 3 + [(100,)] * 3
+    assert [tuple(result.shape) for result in ran] == [(8, 8)] * 3 + [(3, 2, 16, 16)] * 3 + [(100,)] * 3
     assert ran[0].dtype == torch.bfloat16
 
 

@@ -2,12 +2,13 @@
 
 import pytest
 
-from basis.studies import speed
+from basis.studies import cost, speed
 from basis.timing import BenchReport
 
 
 def report(kind, rows, **config):
     config = {"precision": "fp32", "memory_format": "channels_last", "model": "resnet18", "width": None, **config}
+    config = {"batch_size": 64, **config}
     return BenchReport(kind=kind, config=config, environment={"device_type": "cpu"}, rows=rows)
 
 
@@ -71,11 +72,14 @@ def test_layers_are_judged_by_the_part_that_is_slower(judged, slower, label):
         (layer(1 / 1.03, speedup_q3=1.01), False),  # the quartiles enclose 1
         (layer(1 / 1.03, **{"pass": "forward"}), None),
         (layer(1 / 1.03, mode="factorized"), None),
+        (layer(1 / 1.03, shape="32@32"), None),  # no layer of ResNet-18
+        (layer(1 / 1.03, ratio=0.9), None),
+        (rival(1.03, shape="32@32"), None),
         (rival(1.03), True),
         (rival(1.015), False),
         (rival(1.03, versus_basis_q1=0.99), False),
         (rival(1.03, mode="dense compiled"), None),
-        ({"mode": "tucker", "pass": "forward+backward", "error": "failed"}, None),
+        ({**layer(1.0), "mode": "tucker", "error": "failed"}, None),
     ],
 )
 def test_what_counts_as_slower(row, slower):
@@ -117,6 +121,18 @@ def test_the_step_judged_is_the_one_in_which_dense_is_fastest(judged):
     assert "compiled" in verdict.finding
 
 
+def test_steps_of_another_batch_are_compared_by_the_image():
+    small = report("bench-train", [step(3.0, 0.5, dense_ms=60.0)], batch_size=32)
+    large = report("bench-train", [step(1.1, 0.5, dense_ms=100.0)], batch_size=64)
+    assert speed.step_rows([small, large])[0.5] is large.rows[0]
+
+
+@pytest.mark.parametrize("other", [{"mode": "hybrid"}, {"coefficients": "frozen"}, {"trained": "neither"}], ids=str)
+def test_a_step_of_another_kind_is_not_judged(other):
+    whole, part = step(1.1, 0.5), step(3.0, 0.5, dense_ms=50.0, **other)
+    assert speed.step_rows([report("bench-train", [part, whole])]) == {0.5: whole}
+
+
 def test_the_row_without_it_is_found_beside_it():
     rows = [step(2.0, 0.5), step(1.5, 0.5, norms="ordinary"), step(1.7, 0.25, norms="ordinary")]
     reports = [report("bench-train", rows)]
@@ -138,3 +154,8 @@ def test_the_row_without_it_is_found_beside_it():
 def test_rows_say_what_was_executed(mode, resolved, k, device, expected):
     row = {"mode": mode, "resolved": resolved, "shape": "64@32", "basis_channels": k}
     assert speed.executed_mode(row, device) == expected
+
+
+def test_the_layers_of_the_cost_chapter_are_those_of_resnet18():
+    rows = [layer(2.0, shape=shape) for shape in ("128@16", "64@32", "160@16")]
+    assert cost.judged_cells([report("bench-layer", rows)]) == rows[:1]

@@ -1,6 +1,7 @@
 """Steps made fast train the same: kinds of steps, learning rates, checkpoints, and what is not supported."""
 
 import dataclasses
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import basis.training
 from basis.data import synthetic
 from basis.models import build
 from basis.skipping import Skip
-from basis.stepping import Means, means_for
+from basis.stepping import CudaCapture, Means, means_for
 from basis.substitution import substitute
 from basis.training import Kind, Recipe, TrainingError, TrainingPaused, make_step, train
 
@@ -203,6 +204,45 @@ def test_a_capture_that_fails_ends_all_graphs(tapes, monkeypatch):
     step.set_rates([0.1])
     step(x, y, Kind())
     assert not torch.equal(model.fc.weight, before)
+
+
+def test_a_capture_that_fails_names_its_cause_and_goes_back_to_the_stream(monkeypatch):
+    """The contexts of torch: that of a graph stays on its stream where the end of the capture raises."""
+    current, asked = ["main"], []
+
+    @contextmanager
+    def stream(to):
+        before, current[0] = current[0], to
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    class Graph:
+        def __init__(self, graph, pool, stream):
+            asked.append((pool, stream))
+
+        def __enter__(self):
+            current[0] = asked[-1][1]
+
+        def __exit__(self, *args):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    fakes = {
+        "graph_pool_handle": lambda: "pool", "Stream": lambda device: f"of {device}", "CUDAGraph": object,
+        "current_stream": lambda device: current[0], "stream": stream, "graph": Graph,
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def waits():
+        assert current == ["of cuda:1"]
+        raise ValueError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        CudaCapture(torch.device("cuda:1"))(waits)
+    assert asked == [("pool", "of cuda:1")]
+    assert current == ["main"]
 
 
 @pytest.mark.parametrize(

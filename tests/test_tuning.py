@@ -145,3 +145,14 @@ def test_real_times_are_those_of_the_layer():
     assert all(row["ms"] > 0 and row["n"] == 3 for row in table.rows)
     assert {row["basis_channels"] for row in table.rows} == {16}
     assert len(list(itertools.groupby(row["shape"] for row in table.rows))) == 1
+
+
+def test_a_table_that_asks_for_what_cannot_be_coupled_changes_nothing():
+    table = tune(network(), setting=setting(through_basis=0.5))
+    other = network()
+    other.layer1[0].bn1 = nn.GroupNorm(1, 4)
+    other = couple(other, ["layer1.1.conv1"])
+    with pytest.raises(ValueError, match=r"'layer1\.0\.conv1' cannot be coupled"):
+        use_modes(other, table)
+    assert [n for n, m in other.named_modules() if isinstance(m, BasisBatchNorm2d)] == ["layer1.1.bn1"]
+    assert not any(m.measured_mode for m in other.modules() if isinstance(m, BasisConv2d))

@@ -13,6 +13,7 @@ from typing import Any
 from basis.bench import BenchReport, Shape
 from basis.runs import Record, Run, results_folder
 from basis.studies.study import Label, Study, Verdict
+from basis.timing import RESNET18_SHAPES
 
 RATIO, NARROWEST = 0.5, 128
 
@@ -60,7 +61,8 @@ def judged_cells(reports: Sequence[BenchReport]) -> list[Mapping[str, Any]]:
         row
         for report in reports
         for row in report.rows
-        if row["mode"] == "auto" and row["ratio"] == RATIO and Shape.parse(row["shape"]).out_channels >= NARROWEST
+        if row["mode"] == "auto" and row["ratio"] == RATIO and row["shape"] in RESNET18_SHAPES
+        if Shape.parse(row["shape"]).out_channels >= NARROWEST
     ]
 
 
@@ -96,4 +98,5 @@ STUDY = Study(
     published="cpu",
     plan=plan,
     judge=judge,
+    benches=("bench-layer", "bench-train"),
 )

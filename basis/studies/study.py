@@ -97,6 +97,7 @@ class Study:
         published: the profile whose records the book shows.
         plan: from a profile to its runs, the most valuable first.
         judge: from the records of one profile to the verdicts.
+        benches: the kinds of benchmark that the chapter shows, such as "bench-layer".
     """
 
     name: str
@@ -107,6 +108,7 @@ class Study:
     published: str
     plan: Callable[[str], tuple[Run, ...]]
     judge: Callable[[Sequence[Record], str], tuple[Verdict, ...]]
+    benches: tuple[str, ...] = ()
 
     @property
     def definition(self) -> str:

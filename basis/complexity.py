@@ -25,6 +25,9 @@ That is for a dense A. Of the other forms is counted what is executed:
   no identity; hybrid builds M for q (C-k) k/g more, and twice that for the gradients of U and V;
 - repeat: nothing is multiplied but B (in hybrid, M is multiplied like a dense one);
 - sparse: as dense, since the zeros are multiplied too; frozen: as dense, without dA.
+
+A batch normalisation that is taken through the basis (:mod:`basis.norm`) counts n k^2 forward, for the
+covariance of Z, and n k^2 with the input gradients; it keeps none of the C channels.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from torch.nn.parameter import is_lazy
 
 from basis.coefficients import Coefficients, LowRank, Sparse
 from basis.conv import BasisConv2d
+from basis.norm import BasisBatchNorm2d, uncouple
 
 Counted = Literal["factorized", "composed", "hybrid"]
 
@@ -191,16 +195,18 @@ def cost(
     if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("model has lazy layers, whose shapes are not known yet; run it once first")
 
+    through = {name: module.conv for name, module in model.named_modules() if isinstance(module, BasisBatchNorm2d)}
+    mixed = {name for name, module in model.named_modules() if isinstance(module, BasisConv2d) and module.mixed_later}
     seen: set[int] = set()
     layers = []
-    for name, module, calls in _trace(model, (batch_size, *size)):
+    for name, module, calls in _trace(uncouple(model) if through else model, (batch_size, *size)):
         own = list(module.parameters(recurse=False))
         weight_is_new = isinstance(module, BasisConv2d) and id(module.basis) not in seen
         parameters = _count_new(module, seen)
         as_is, dense, counted = Cost(parameters), Cost(parameters), ""
         if isinstance(module, BasisConv2d):
             parameters += _count_new(module.coefficients, seen)
-            counted = mode or ("factorized" if module.mode == "auto" else module.mode)
+            counted = mode or ("factorized" if module.mode == "auto" or name in mixed else module.mode)
             saved = module.out_channels * module.basis[0].numel() - module.basis.numel()
             as_is, dense = Cost(parameters), dense + Cost(saved * weight_is_new)
             for call in calls:
@@ -208,8 +214,10 @@ def cost(
                 dense += _dense_cost(module, call)
         else:
             for call in calls:
-                as_is += _dense_cost(module, call)
-            dense = as_is
+                dense += _dense_cost(module, call)
+            as_is = dense
+            if name in through:
+                as_is = sum((_through_basis_cost(through[name], call) for call in calls), Cost(parameters))
         known = bool(calls) if _is_matmul(module) else all(p.dim() < 2 for p in own)
         layers.append(LayerCost(name, type(module).__name__, counted, as_is, dense, known))
     return CostReport(tuple(layers), size, batch_size)
@@ -354,6 +362,14 @@ def _basis_cost(layer: BasisConv2d, call: _Call, mode: str) -> Cost:
         convolve + mix + Cost(0, 0, 0, 2 * da * assembly, 0, backward, (x + m) * (dz or da) + z * da),
         forward_macs=n * c * f + build.forward_macs + assembly,
     )
+
+
+def _through_basis_cost(conv: BasisConv2d, call: _Call) -> Cost:
+    """A batch normalisation that is taken through the basis, beside the mixing, which counts as its convolution's."""
+    images, c, *spatial = call.y
+    k = conv.basis_channels
+    macs = images * math.prod(spatial) * k * k  # the covariance, and its part in the gradient of Z
+    return Cost(0, macs, call.needs_dx * macs, activation_bytes=4 * (c * k + c + k))
 
 
 def _products(products: Sequence[int], times: int, *, dz: bool, da: bool) -> Cost:

@@ -306,6 +306,11 @@ class BasisBatchNorm2d(nn.BatchNorm2d):
 
     _conv: BasisConv2d  # whose basis channels come in; not a submodule: it stands elsewhere in the model
 
+    @property
+    def conv(self) -> BasisConv2d:
+        """The convolution whose basis channels come in."""
+        return self._conv
+
     def forward(self, z: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
         """Normalise M z + c of the basis channels z: (N, k, H, W) to (N, C, H, W).
 

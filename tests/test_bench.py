@@ -412,7 +412,9 @@ def test_the_sweep_measures_everything_and_saves_each_report(tmp_path):
         "bench-train", "bench-baseline", "bench-layer", "bench-block", "bench-rivals", "bench-block",
     ]  # fmt: skip
     assert len(set(paths)) == 6
-    assert all(machine_of(report).macs_per_second == pytest.approx(2 * 16**2 * 64 * 9 * 64 / 0.002) for report in reports)
+    assert all(
+        machine_of(report).macs_per_second == pytest.approx(2 * 16**2 * 64 * 9 * 64 / 0.002) for report in reports
+    )
     layers = reports[2]
     assert layers.config["shapes"] == ["16@6", "16-32@6/2"] == list(dict.fromkeys(r["shape"] for r in layers.rows))
     assert [line for line in told if "2 of 2 parts" in line and line.startswith("layer")]

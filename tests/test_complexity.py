@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from basis.complexity import Cost, cost, count_parameters
 from basis.conv import BasisConv2d
 from basis.models import build
+from basis.norm import couple
 from basis.substitution import substitute
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -288,6 +289,27 @@ def test_a_layer_that_multiplies_with_coefficients_alone(form, trained):
     freeze(model, trained)
     total = cost(model, (8, 9, 7), batch_size=2).total
     assert (total.forward_macs, total.backward_macs) == executed_macs(model, torch.randn(2, 8, 9, 7))
+
+
+@pytest.mark.parametrize("mode", ["auto", "composed"])
+def test_batch_normalisation_through_the_basis(mode):
+    conv = BasisConv2d(8, 16, 3, basis_channels=5, mode=mode)
+    ordinary = nn.Sequential(nn.BatchNorm2d(8), conv, nn.BatchNorm2d(16))
+    coupled = couple(ordinary)
+    before, after = (cost(model, (8, 20, 20), batch_size=4) for model in (ordinary, coupled))
+    assert [layer.mode for layer in after.layers if layer.mode] == ["factorized"]
+    assert after.dense == before.dense
+    assert after.total.parameters == before.total.parameters
+    pixels = 4 * 18 * 18
+    norm = after.layers[-1]
+    assert norm.cost.forward_macs == norm.cost.input_gradient_macs == pixels * 5 * 5
+    assert norm.dense.activation_bytes - norm.cost.activation_bytes == 4 * (pixels * 16 + 2 * 16 - 16 * 5 - 16 - 5)
+    small = 10 * 16 * 5 * 5  # products of matrices alone
+    forward, backward = executed_macs(coupled, torch.randn(4, 8, 20, 20))
+    assert 0 <= forward - after.total.forward_macs - after.total.identity_forward_macs < small
+    backward += pixels * 16 * 5  # what is added in place (baddbmm_) the counter does not see
+    assert 0 <= backward - after.total.backward_macs - after.total.identity_backward_macs < small
+    assert coupled[1].mixed_later
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.Linear(7, 5)])

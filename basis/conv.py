@@ -66,15 +66,14 @@ def resolve_mode(
     basis_channels: int,
     groups: int = 1,
     apart: bool = False,
-    channels_last: bool = False,
 ) -> ExplicitMode:
     """What ``mode`` stands for on this device and shape; all but ``"auto"`` stand for themselves.
 
     Factorized mode saves multiplications and pays with a second pass over the activations, which costs
     about the same everywhere. So ``"auto"`` is
 
-    - on a CPU: factorized where it saves at least 100 multiplications per output value, or 135 where the
-      maps are not channels-last, else composed (measured, ``basis bench layer``, float32 and bfloat16);
+    - on a CPU: factorized where it saves at least 110 multiplications per output value, else composed
+      (measured, ``basis bench layer``: float32 and bfloat16, both memory formats);
     - on a GPU: the same, but only with at least 128 output channels and with k, rounded up to a
       multiple of 8, at most half of them (a model of the memory traffic, not yet measured).
 
@@ -83,14 +82,13 @@ def resolve_mode(
     Args:
         fan_in: C_in/groups * kh * kw, the multiplications of one output value of the dense layer.
         apart: whether factorized mode would multiply Z with A alone, see :func:`derives_apart`.
-        channels_last: the memory format of filters and maps.
     """
     if mode != "auto":
         return mode
     # Per group: a grouped convolution is that many narrow ones.
     width, k = out_channels // groups, basis_channels // groups
     mixed = (width - k if apart else width) * k
-    pays = (width - k) * fan_in - mixed >= (100 if channels_last else 135) * width
+    pays = (width - k) * fan_in - mixed >= 110 * width
     if device.type != "cpu":
         pays = pays and width >= 128 and 2 * 8 * math.ceil(k / 8) <= width
     return "factorized" if pays else "composed"
@@ -338,7 +336,6 @@ class BasisConv2d(nn.Module):
             basis_channels=self.basis_channels,
             groups=self.groups,
             apart=self.derives_apart,
-            channels_last=is_channels_last(self.basis),
         )
 
     @property

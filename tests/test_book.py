@@ -524,7 +524,11 @@ def test_only_chosen_notebooks_are_executed(tmp_path):
 
 def test_provenance_names_only_the_benchmarks_that_the_page_shows(tmp_path, monkeypatch):
     monkeypatch.setenv("BASIS_RESULTS", str(tmp_path))
-    for kind, device_type, device in (("layer", "cpu", "a CPU"), ("layer", "cuda", "a GPU"), ("train", "cpu", "third")):
+    for kind, device_type, device in (
+        ("layer", "cpu", "a CPU"),
+        ("layer", "cuda", "a GPU"),
+        ("rivals", "cpu", "third"),
+    ):
         where = {"device": device, "device_type": device_type, "date": "2026-01-02T03:04:05"}
         BenchReport(kind=f"bench-{kind}", config={}, environment=where, rows=[]).save(
             tmp_path / "bench" / f"{kind}-{device_type}.json"

@@ -10,7 +10,7 @@ from basis.bench import RESNET18_SHAPES, Setting, Shape
 from basis.conv import BasisConv2d
 from basis.rivals import CANDIDATES, RIVALS, bench_rivals, svd_pair, tucker_conv, tucker_ranks
 
-needs_tltorch = pytest.mark.skipif(importlib.util.find_spec("tltorch") is None, reason="needs tensorly-torch")
+needs_tltorch = pytest.mark.skipif(importlib.util.find_spec("tensorly") is None, reason="needs tensorly-torch")
 EAGER = [name for name in CANDIDATES if "compiled" not in name]
 
 

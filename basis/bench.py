@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -35,6 +35,7 @@ from basis.timing import (
     Setting,
     Shape,
     Step,
+    check_known,
     check_options,
     compare,
     forget_compiled,
@@ -43,11 +44,11 @@ from basis.timing import (
     peak_bytes,
     tell,
 )
-from basis.training import Recipe, make_optimizer, train
+from basis.training import Recipe, make_step, train
 
 __all__ = [
     "NORMS", "PASSES", "RATIOS", "RESNET18_SHAPES", "STEPS", "TRAINED", "BenchReport", "Setting", "Shape",
-    "bench_blocks", "bench_latency", "bench_layers", "bench_training", "compare", "interleave",
+    "bench_baseline", "bench_blocks", "bench_latency", "bench_layers", "bench_training", "compare", "interleave",
 ]  # fmt: skip
 
 Norms = Literal["ordinary", "through_basis"]
@@ -83,9 +84,7 @@ def bench_layers(
     """
     parsed = [Shape.parse(text) for text in shapes]
     check_options(ratios, modes, passes)
-    with torch.device("meta"):
-        stack = nn.ModuleList([shape.conv() for shape in parsed])
-    setting = (setting or Setting()).settled(stack)
+    setting = (setting or Setting()).settled_for(parsed)
     rows = []
     for shape, one, ratio in itertools.product(parsed, passes, ratios):
         k = basis_channels_for(ratio, shape.out_channels)
@@ -144,10 +143,8 @@ def bench_blocks(
     """
     parsed = [Shape.parse(text) for text in shapes]
     check_options(ratios, modes, ())
-    _check_known("norms", norms, NORMS)
-    with torch.device("meta"):
-        stack = nn.ModuleList([shape.conv() for shape in parsed])
-    setting = (setting or Setting()).settled(stack)
+    check_known("norms", norms, NORMS)
+    setting = (setting or Setting()).settled_for(parsed)
     rows = []
     for shape, ratio in itertools.product(parsed, ratios):
         with setting.globals():
@@ -170,12 +167,6 @@ def bench_blocks(
     return setting.report("bench-block", rows, **options, norms=list(norms), residual=residual)
 
 
-def _check_known(what: str, values: Sequence[str], known: Sequence[str]) -> None:
-    for value in values:
-        if value not in known:
-            raise ValueError(f"{what} is {value!r}, but must be one of {', '.join(known)}")
-
-
 @dataclass(frozen=True)
 class _Timed:
     """A convolution as far as its time depends on it; equal ones are measured once."""
@@ -183,6 +174,16 @@ class _Timed:
     options: tuple[Any, ...]  # the first arguments of nn.Conv2d, up to padding_mode
     inputs: tuple[tuple[int, ...], ...]  # (C, H, W) of each call in one forward pass
     input_gradient: bool
+
+    @classmethod
+    def of(cls, conv: Any, inputs: Iterable[tuple[int, ...]], *, input_gradient: bool) -> _Timed:
+        """``conv`` on these inputs."""
+        padding = conv.padding if isinstance(conv.padding, str) else tuple(conv.padding)
+        options = (
+            conv.in_channels, conv.out_channels, tuple(conv.kernel_size), tuple(conv.stride), padding,
+            tuple(conv.dilation), conv.groups, conv.bias is not None, conv.padding_mode,
+        )  # fmt: skip
+        return cls(options, tuple(inputs), input_gradient)
 
     def __str__(self) -> str:
         c_in, c_out, kernel, stride, _, dilation, groups, *_ = self.options
@@ -203,12 +204,8 @@ def _timed(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, _Timed]:
     found = {}
     for name, conv, calls in _trace(model, (1, *input_size)):
         if name in free and calls and isinstance(conv, nn.Conv2d):
-            padding = conv.padding if isinstance(conv.padding, str) else tuple(conv.padding)
-            options = (
-                conv.in_channels, conv.out_channels, tuple(conv.kernel_size), tuple(conv.stride), padding,
-                tuple(conv.dilation), conv.groups, conv.bias is not None, conv.padding_mode,
-            )  # fmt: skip
-            found[name] = _Timed(options, tuple(call.x[1:] for call in calls), any(call.needs_dx for call in calls))
+            needs_dx = any(call.needs_dx for call in calls)
+            found[name] = _Timed.of(conv, (call.x[1:] for call in calls), input_gradient=needs_dx)
     return found
 
 
@@ -326,9 +323,9 @@ def bench_training(
         ValueError: for an unknown model, or a ratio, mode, form, part, norm, step or setting that makes no sense.
     """
     check_options(ratios, modes, ())
-    _check_known("trained", trained, tuple(TRAINED))
-    _check_known("norms", norms, NORMS)
-    _check_known("step", steps, STEPS)
+    check_known("trained", trained, tuple(TRAINED))
+    check_known("norms", norms, NORMS)
+    check_known("step", steps, STEPS)
     if not steps:
         raise ValueError("steps is empty, but must name at least one kind of step")
     setting = setting or Setting()
@@ -353,7 +350,7 @@ def bench_training(
             graphed = [step for step in steps if means_for(step, setting.where).graphed]
             captures = {name: _Capture(setting.where) for name, kind in kinds.items() if kind["step"] in graphed}
             trainers = {
-                name: _trainer(setting.place(network), setting, kinds[name]["step"], captures.get(name))
+                name: _trainer(network, setting, kinds[name]["step"], captures.get(name))
                 for name, network in networks.items()
             }
             measured = setting.measure(
@@ -408,7 +405,7 @@ def bench_baseline(
         DataError: where no data is given and CIFAR-10 is not on this machine.
         ValueError: for an unknown model or step, or a setting that makes no sense.
     """
-    _check_known("step", steps, STEPS)
+    check_known("step", steps, STEPS)
     data = data or load_cifar10(download=False)
     setting = setting or Setting()
     with setting.globals():
@@ -475,17 +472,8 @@ def _trainer(
     network: nn.Module, setting: Setting, step: Any = "eager", capture: _Capture | None = None
 ) -> TrainingStep:
     # A learning rate at which no network diverges: infinities and denormals have other speeds.
-    device = setting.where
-    return TrainingStep(
-        network,
-        make_optimizer(network, Recipe(lr=1e-3), device),
-        torch.amp.GradScaler(device.type, enabled=setting.precision == "fp16"),
-        lambda loss, _: loss,
-        means=means_for(step, device),
-        autocast=setting.autocast,
-        channels_last=setting.memory_format == "channels_last",
-        capture=capture,
-    )
+    recipe = Recipe(lr=1e-3, step=step, precision=setting.precision, memory_format=setting.memory_format)
+    return make_step(network, recipe, device=setting.where, capture=capture)
 
 
 def _training_step(trainer: TrainingStep, x: Tensor, labels: Tensor) -> Step:

@@ -226,7 +226,7 @@ def measure_fold(
     for layer, module, calls in _trace(source, (1, *input_size)):
         if isinstance(module, BasisConv2d) and calls:
             dense, pair = (form.get_submodule(layer) for form in forms)
-            timed = _shape(dense, [call.x[1:] for call in calls])
+            timed = _Timed.of(dense, (call.x[1:] for call in calls), input_gradient=False)
             key = (timed, module.basis_channels, module.coefficients.groups)
             if key not in measured:
                 measured[key] = _rows(layer, timed, dense, pair, setting, progress)
@@ -280,14 +280,6 @@ def bench_inference(
 
 def _is_basis(module: nn.Module) -> bool:
     return isinstance(module, BasisConv2d)
-
-
-def _shape(conv: Any, inputs: Sequence[tuple[int, ...]]) -> _Timed:
-    options = (
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-        conv.groups, conv.bias is not None, conv.padding_mode,
-    )  # fmt: skip
-    return _Timed(options, tuple(inputs), False)
 
 
 def _rows(

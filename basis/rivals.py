@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata, util
 from typing import Any
 
-import torch
 from torch import nn
 
 from basis.complexity import count_parameters
 from basis.conv import BasisConv2d, basis_channels_for
+from basis.stepping import compiled
 from basis.timing import (
     PASSES,
     RATIOS,
@@ -31,6 +31,7 @@ from basis.timing import (
     Progress,
     Setting,
     Shape,
+    check_known,
     check_options,
     forget_compiled,
     layer_steps,
@@ -144,14 +145,10 @@ def bench_rivals(
     """
     parsed = [Shape.parse(text) for text in shapes]
     check_options(ratios, (), passes)
-    for name in candidates:
-        if name not in CANDIDATES:
-            raise ValueError(f"candidate is {name!r}, but must be one of {', '.join(CANDIDATES)}")
+    check_known("candidate", candidates, CANDIDATES)
     installed = all(map(util.find_spec, ("tltorch", "tensorly")))  # the one does not ask for the other
     left_out = {} if installed else {n: "tensorly-torch is not installed" for n in candidates if "tucker" in n}
-    with torch.device("meta"):
-        stack = nn.ModuleList([shape.conv() for shape in parsed])
-    setting = (setting or Setting()).settled(stack)
+    setting = (setting or Setting()).settled_for(parsed)
     rows = []
     for shape, one, ratio in itertools.product(parsed, passes, ratios):
         k = basis_channels_for(ratio, shape.out_channels)
@@ -161,7 +158,7 @@ def bench_rivals(
             placed: dict[str, nn.Module] = {name: setting.place(layer) for name, layer in layers.items()}
             for name in placed:
                 if name.endswith("compiled"):
-                    placed[name] = _compiled(placed[name], setting)
+                    placed[name] = compiled(placed[name], setting.memory_format == "channels_last", fullgraph=True)
             steps = layer_steps(placed, [(shape.in_channels, shape.size, shape.size)], one, setting)
             optional = [name for name in steps if name not in ("dense", "control")]
             measured = setting.measure(steps, versus=_versus(steps), may_fail=optional)
@@ -193,13 +190,6 @@ def _layers(shape: Shape, k: int, candidates: Sequence[str]) -> tuple[dict[str, 
         except Exception as error:  # another package's layer may raise anything
             errors[name] = f"{type(error).__name__}: {error}"
     return layers, errors
-
-
-def _compiled(layer: nn.Module, setting: Setting) -> nn.Module:
-    # Without this, inductor gives up channels-last where a 3x3 convolution has at most half as many outputs as inputs.
-    options: dict[str, Any] = {"force_layout_optimization": setting.memory_format == "channels_last"}
-    compiled: Any = torch.compile(layer, fullgraph=True, dynamic=False, options=options)
-    return compiled
 
 
 def _versus(names: Mapping[str, object]) -> dict[str, str]:

@@ -327,6 +327,11 @@ class Setting:
         layout = choose_memory_format(model, self.where, precision) if layout == "auto" else layout
         return replace(self, device=str(self.where), precision=precision, memory_format=layout)
 
+    def settled_for(self, shapes: Sequence[Shape]) -> Setting:
+        """:meth:`settled` for the layers of these shapes, together."""
+        with torch.device("meta"):
+            return self.settled(nn.ModuleList([shape.conv() for shape in shapes]))
+
     def place(self, value: Any) -> Any:
         """A tensor of images or a module, on the device and in the memory format."""
         last = self.memory_format == "channels_last"
@@ -441,12 +446,17 @@ def layer_steps(
     return {name: partial(step, layer) for name, layer in layers.items()}
 
 
+def check_known(what: str, values: Sequence[str], known: Sequence[str]) -> None:
+    """Raise ``ValueError`` for a value that is not among the known ones."""
+    for value in values:
+        if value not in known:
+            raise ValueError(f"{what} is {value!r}, but must be one of {', '.join(known)}")
+
+
 def check_options(ratios: Sequence[float], modes: Sequence[str], passes: Sequence[str]) -> None:
     """Raise ``ValueError`` for a ratio, mode or pass that makes no sense."""
-    for what, values, known in (("mode", modes, MODES), ("pass", passes, PASSES)):
-        for value in values:
-            if value not in known:
-                raise ValueError(f"{what} is {value!r}, but must be one of {', '.join(known)}")
+    check_known("mode", modes, MODES)
+    check_known("pass", passes, PASSES)
     for ratio in ratios:
         basis_channels_for(ratio, 1)  # refuses a ratio that makes no sense
 

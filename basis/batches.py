@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from basis.conv import is_channels_last
+from basis.convlike import is_channels_last
 from basis.data import Data, Images, normalise
 from basis.replay import Batch
 from basis.substitution import few

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from basis.coefficients import Coefficients, Form
+from basis.convlike import ConvLike, PaddingMode, arguments_of, autocast_device, is_channels_last
 
 Mode = Literal["auto", "factorized", "composed", "hybrid"]
 ExplicitMode = Literal["factorized", "composed", "hybrid"]
@@ -158,7 +159,7 @@ class _HybridConv(torch.autograd.Function):
         return dx, None, d_basis, d_mixing, None, None, None
 
 
-class BasisConv2d(nn.Module):
+class BasisConv2d(ConvLike):
     """A drop-in for ``nn.Conv2d`` that trains ``basis_channels`` filters and mixes the rest from them.
 
     Takes every argument of ``nn.Conv2d`` in the same order. Input (N, C_in, H, W) or (C_in, H, W),
@@ -200,7 +201,7 @@ class BasisConv2d(nn.Module):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        padding_mode: PaddingMode = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -209,30 +210,20 @@ class BasisConv2d(nn.Module):
         mode: Mode = "auto",
         coefficients: str | Form | Coefficients = "dense",
     ) -> None:
-        super().__init__()
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         if (basis_channels is None) == (ratio is None):
             raise ValueError("give one of basis_channels (k) and ratio (k / out_channels)")
         if basis_channels is None:
             basis_channels = basis_channels_for(ratio or 0.0, out_channels, groups)
-        # nn.Conv2d itself checks and normalises its arguments, so that both accept the same ones.
-        conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode,
-            device="meta",
-        )  # fmt: skip
         check_basis_channels(basis_channels, out_channels, groups)
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
-        self.padding, self.padding_mode = conv.padding, padding_mode
         self.basis_channels = basis_channels
         self.mode = mode
         self.measured_mode: tuple[str, ExplicitMode] | None = None  # (type of device, mode); see basis.tuning
         self.mixed_later = False  # the forward pass gives Z alone, for a batch normalisation that mixes; see basis.norm
-        # left, right, top, bottom, as F.pad wants them
-        self._pads: tuple[int, ...] = tuple(conv._reversed_padding_repeated_twice)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.coefficients = _coefficients_for(coefficients, (out_channels, basis_channels, groups), **factory)
-        self.basis = nn.Parameter(torch.empty((basis_channels, *conv.weight.shape[1:]), **factory))
+        self.basis = nn.Parameter(torch.empty((basis_channels, *self.filter_shape), **factory))
         self.bias = nn.Parameter(torch.empty(out_channels, **factory)) if bias else None
         self.register_buffer("order", torch.arange(out_channels, device=device))
         self.register_buffer("_sources", None, persistent=False)
@@ -289,7 +280,7 @@ class BasisConv2d(nn.Module):
     @property
     def mixing(self) -> Tensor:
         """M = [I; A] per mixing group, rows in the order of the output channels: (C_out, columns of A)."""
-        with torch.autocast(_autocast_device(self.basis), enabled=False):
+        with torch.autocast(autocast_device(self.basis), enabled=False):
             a = self.coefficients.blocks()
         groups, k = self.coefficients.groups, self.coefficients.columns
         eye = torch.eye(k, dtype=a.dtype, device=a.device).expand(groups, k, k)
@@ -303,7 +294,7 @@ class BasisConv2d(nn.Module):
         b = self.basis.permute(0, 2, 3, 1) if last else self.basis
         flat = b.reshape(self.coefficients.groups, self.coefficients.columns, -1)
         # In full precision even under autocast, which rounds the finished weight once.
-        with torch.autocast(_autocast_device(b), enabled=False):
+        with torch.autocast(autocast_device(b), enabled=False):
             rows = torch.cat([flat, self.coefficients.combine(flat)], dim=1).flatten(0, 1)
         weight = self._ordered(rows).view(self.out_channels, *b.shape[1:])
         return weight.permute(0, 3, 1, 2) if last else weight
@@ -377,7 +368,7 @@ class BasisConv2d(nn.Module):
 
     @staticmethod
     def _computed_in(x: Tensor) -> torch.dtype:
-        device = _autocast_device(x)
+        device = autocast_device(x)
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
     def _hybrid(self, x: Tensor, conv: tuple) -> Tensor:
@@ -387,21 +378,13 @@ class BasisConv2d(nn.Module):
             weight = self.weight
         mixing = self.mixing[:, :, None, None]
         basis: Tensor = self.basis
-        if torch.is_autocast_enabled(_autocast_device(x)):
+        if torch.is_autocast_enabled(autocast_device(x)):
             dtype = self._computed_in(x)
             x, weight, basis, mixing = x.to(dtype), weight.to(dtype), basis.to(dtype), mixing.to(dtype)
         groups = self.coefficients.groups
         rows = self._basis_rows() if self._permuted or groups > 1 else None  # None: the first k
         y = _HybridConv.apply(x, weight, basis, mixing, rows, conv, groups)
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
-
-    def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Pad ``x`` where the convolution cannot do it itself; what is left for it to pad."""
-        left, right, top, bottom = self._pads
-        if self.padding_mode == "zeros" and left == right and top == bottom:
-            return x, (top, left)
-        kind = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(x, self._pads, mode=kind), (0, 0)
 
     # -- from and to a dense convolution --------------------------------------------------------
 
@@ -485,12 +468,8 @@ class BasisConv2d(nn.Module):
         Keeps device, dtype, memory format, ``training`` and ``requires_grad``; none of its values.
         Coefficients that are given as a module stay as they are.
         """
-        padding: Any = conv.padding
-        layer = cls(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, padding, conv.dilation,  # type: ignore[arg-type]
-            conv.groups, conv.bias is not None, conv.padding_mode, conv.weight.device, conv.weight.dtype,
-            basis_channels=basis_channels, ratio=ratio, mode=mode, coefficients=coefficients,
-        )  # fmt: skip
+        options: dict[str, Any] = {"basis_channels": basis_channels, "ratio": ratio, "mode": mode}
+        layer = cls(*arguments_of(conv), **options, coefficients=coefficients)
         if is_channels_last(conv.weight):
             layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         layer.training = conv.training
@@ -503,19 +482,10 @@ class BasisConv2d(nn.Module):
 
     def to_conv(self) -> nn.Conv2d:
         """The dense convolution with the weight ``[B; A B]`` and a copy of the bias."""
-        padding: Any = self.padding
-        conv = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, padding, self.dilation,  # type: ignore[arg-type]
-            self.groups, self.bias is not None, self.padding_mode, self.basis.device, self.basis.dtype,
-        )  # fmt: skip
         weight = self.weight.detach()
         if is_channels_last(self.basis):
             weight = weight.contiguous(memory_format=torch.channels_last)
-        trains = self.basis.requires_grad or self.coefficients.trains
-        conv.weight = nn.Parameter(weight.clone(), requires_grad=trains)
-        if self.bias is not None:
-            conv.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
-        return conv.train(self.training)
+        return self._dense(weight, trains=self.basis.requires_grad or self.coefficients.trains)
 
     # -- bookkeeping ----------------------------------------------------------------------------
 
@@ -526,14 +496,7 @@ class BasisConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments that matter, the way ``nn.Conv2d`` prints its own."""
-        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
-        defaults: Sequence[tuple[str, object]] = (
-            ("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1),
-            ("padding_mode", "zeros"),
-        )  # fmt: skip
-        parts += [f"{name}={getattr(self, name)}" for name, usual in defaults if getattr(self, name) != usual]
-        if self.bias is None:
-            parts.append("bias=False")
+        parts = self._shown_arguments()
         parts.append(f"basis_channels={self.basis_channels} (r={self.ratio:.4g}), mode={self.mode}")
         if self.mode == "auto" and self.measured_mode:
             parts[-1] += " (measured on {}: {})".format(*self.measured_mode)
@@ -644,13 +607,3 @@ def _pivots(left: Tensor) -> Tensor:
     """Indices of the rows of ``left`` (C x k, orthonormal columns) that pivoted QR of its transpose picks."""
     _, pivots = scipy.linalg.qr(left.T.cpu().numpy(), mode="r", pivoting=True)
     return torch.from_numpy(pivots[: left.shape[1]].astype("int64")).to(left.device)
-
-
-def _autocast_device(tensor: Tensor) -> str:
-    """The device type to ask autocast about; the meta device has none of its own."""
-    return "cpu" if tensor.is_meta else tensor.device.type
-
-
-def is_channels_last(weight: Tensor) -> bool:
-    """Whether a 4-d weight is stored channels-last and not (also) contiguous in the ordinary sense."""
-    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()

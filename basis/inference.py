@@ -26,7 +26,8 @@ from torch.nn.parameter import is_lazy
 
 from basis.bench import _Timed
 from basis.complexity import _trace
-from basis.conv import BasisConv2d, is_channels_last
+from basis.conv import BasisConv2d
+from basis.convlike import is_channels_last
 from basis.files import replacing
 from basis.models import build
 from basis.norm import copy_of, uncouple_in_place

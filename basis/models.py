@@ -1,6 +1,6 @@
-"""ResNets for small images (CIFAR): 18/34/50 as widely trained there, and 20/32/44/56/110 of the paper.
+"""ResNets for small images (CIFAR): 18/34/50 as widely trained there, 20/32/44/56/110 of the paper, and wide ones.
 
-All are one class, :class:`ResNet`: a 3x3 stem without max-pooling, stages of residual blocks of which
+All are of one plan: a 3x3 stem without max-pooling, stages of residual blocks of which
 each but the first halves the image and doubles the width, global average pooling, one linear layer.
 
 - ``resnet18``, ``resnet34``, ``resnet50``: the four-stage networks of He et al. 2016
@@ -8,6 +8,8 @@ each but the first halves the image and doubles the width, global average poolin
   shortcuts.
 - ``resnet20`` ... ``resnet110``: the three-stage networks of section 4.2 of the same paper, whose
   shortcuts have no parameters (option A).
+- ``wrn-28-10``, ``wrn-16-4``, ... (depth, widening factor): the wide networks of Zagoruyko and Komodakis
+  2016 (arXiv 1605.07146, table 1), of three stages whose blocks normalise and activate first.
 
 Weights are initialised the way PyTorch initialises each layer. Parameter counts below are those at
 10 classes and the default width.
@@ -15,6 +17,7 @@ Weights are initialised the way PyTorch initialises each layer. Parameter counts
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
@@ -135,6 +138,71 @@ class ResNet(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
+class PreactivatedBlock(nn.Module):
+    """Two 3x3 convolutions, each after batch normalisation and ReLU, beside a shortcut.
+
+    Where the shape changes, the shortcut is a 1x1 convolution of the activated input.
+    """
+
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        changes = stride > 1 or in_channels != width
+        self.shortcut = nn.Conv2d(in_channels, width, 1, stride=stride, bias=False) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) to (N, width, ceil(H / stride), ceil(W / stride))."""
+        out = activate(self.bn1, x)
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        return self.conv2(activate(self.bn2, self.conv1(out))) + shortcut
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-widening: (N, 3, H, W) to logits (N, num_classes), without dropout.
+
+    Layers are named ``conv1``, ``layer1.0.conv1`` ..., ``layer2.0.shortcut``, ``bn``, ``fc``.
+
+    Args:
+        depth: 6 n + 4, with n blocks in each of the three stages.
+        widening: how many times as wide as the stem the first stage is; each other stage doubles it.
+        width: channels of the stem.
+        num_classes: number of logits.
+
+    Raises:
+        ValueError: for a depth that is not 6 n + 4, or a widening factor below 1.
+    """
+
+    stages = ("layer1", "layer2", "layer3")
+
+    def __init__(self, depth: int, widening: int, *, width: int = 16, num_classes: int = 10) -> None:
+        super().__init__()
+        if depth < 10 or (depth - 4) % 6 or widening < 1:
+            raise ValueError(
+                f"WRN-{depth}-{widening} is no wide ResNet: the depth must be 6 n + 4 (10, 16, 22, 28, 34, 40, ...) "
+                "and the widening factor at least 1"
+            )
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        channels = width
+        for i, stage in enumerate(self.stages):
+            blocks = []
+            for j in range((depth - 4) // 6):
+                blocks.append(PreactivatedBlock(channels, width * widening * 2**i, 2 if i > 0 and j == 0 else 1))
+                channels = width * widening * 2**i
+            self.add_module(stage, nn.Sequential(*blocks))
+        self.bn = nn.BatchNorm2d(channels)
+        self.fc = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, 3, H, W) to logits (N, num_classes)."""
+        x = self.conv1(x)
+        for stage in self.stages:
+            x = getattr(self, stage)(x)
+        return self.fc(activate(self.bn, x).mean(dim=(2, 3)))
+
+
 def resnet18(num_classes: int = 10, width: int = 64) -> ResNet:
     """ResNet-18 with the CIFAR stem; 11,173,962 parameters."""
     return ResNet(BasicBlock, (2, 2, 2, 2), width=width, num_classes=num_classes)
@@ -184,16 +252,22 @@ _ALL = (resnet18, resnet34, resnet50, resnet20, resnet32, resnet44, resnet56, re
 MODELS: dict[str, Callable[..., ResNet]] = {make.__name__: make for make in _ALL}
 
 
-def build(name: str, *, num_classes: int = 10, width: int | None = None) -> ResNet:
-    """The network called ``name``, one of :data:`MODELS`; ``width`` is that of the paper unless given.
+def build(name: str, *, num_classes: int = 10, width: int | None = None) -> ResNet | WideResNet:
+    """The network called ``name``: one of :data:`MODELS`, or ``wrn-DEPTH-WIDENING`` such as ``wrn-28-10``.
+
+    ``width``, of the stem, is that of the paper unless given.
 
     Raises:
         ValueError: for an unknown name, or a width or number of classes below 1.
     """
-    if name not in MODELS:
-        raise ValueError(f"model is {name!r}, but the known ones are {', '.join(MODELS)}")
+    wide = re.fullmatch(r"wrn-(\d+)-(\d+)", name)
+    if name not in MODELS and not wide:
+        known = f"{', '.join(MODELS)}, wrn-DEPTH-WIDENING (wrn-28-10)"
+        raise ValueError(f"model is {name!r}, but the known ones are {known}")
     for what, value in (("num_classes", num_classes), ("width", width)):
         if value is not None and value < 1:
             raise ValueError(f"{what} is {value}, but it must be at least 1")
     sizes = {"num_classes": num_classes} if width is None else {"num_classes": num_classes, "width": width}
+    if wide:
+        return WideResNet(int(wide[1]), int(wide[2]), **sizes)
     return MODELS[name](**sizes)

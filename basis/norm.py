@@ -43,7 +43,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from basis.conv import BasisConv2d, _autocast_device
+from basis.conv import BasisConv2d
+from basis.convlike import autocast_device
 from basis.pairs import Pairs, norm_pairs
 
 # -- the four passes over whole maps ---------------------------------------------------------------
@@ -252,7 +253,7 @@ class _Normalise(torch.autograd.Function):
                 "batch normalisation through the basis has first derivatives only, but create_graph=True asks for "
                 "a gradient that can be differentiated again; basis.norm.uncouple gives the ordinary layers for that"
             )
-        with torch.autocast(_autocast_device(dout), enabled=False):
+        with torch.autocast(autocast_device(dout), enabled=False):
             return _gradients(ctx, dout)
 
 
@@ -333,7 +334,7 @@ class BasisBatchNorm2d(nn.BatchNorm2d):
         shape = (z.shape[0], self.num_features, *z.shape[2:])
         if residual is not None and (residual.shape != shape or residual.dtype != z.dtype):
             return _added(self.forward(z), residual, relu)  # by PyTorch's rules of broadcasting and of mixed dtypes
-        with torch.autocast(_autocast_device(z), enabled=False):
+        with torch.autocast(autocast_device(z), enabled=False):
             mean, variance = self.running_mean, self.running_var
             if self.training or mean is None or variance is None:
                 return self._by_batch(z, residual, relu)

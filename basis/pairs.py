@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from basis.conv import BasisConv2d
+from basis.convlike import ConvLike
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # so that running statistics that are read show in the graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaf = isinstance(m, (BasisConv2d, nn.Conv2d, nn.BatchNorm2d))
+        leaf = isinstance(m, (ConvLike, nn.Conv2d, nn.BatchNorm2d))
         return leaf or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -65,7 +65,7 @@ def norm_pairs(model: nn.Module, *, both_modes: bool = False) -> Pairs:
     alone: dict[str, str] = {}
     name_of = {module: name for name, module in model.named_modules()}
     for module, name in name_of.items():
-        if not isinstance(module, (BasisConv2d, nn.Conv2d)):
+        if not isinstance(module, (ConvLike, nn.Conv2d)):
             continue
         after = follows.get(module, set())
         norm = next(iter(after)) if len(after) == 1 else None

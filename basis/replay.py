@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from basis.conv import BasisConv2d
+from basis.convlike import ConvLike
 
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[Any, Tensor], Tensor]
@@ -183,7 +183,7 @@ class _Tracer(fx.Tracer):
     """Convolutions and batch normalisation stay whole, also those that are not PyTorch's own."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (nn.Conv2d, BasisConv2d, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (nn.Conv2d, ConvLike, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Walk(fx.Interpreter):

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from basis.conv import BasisConv2d, check_basis_channels, is_channels_last
+from basis.conv import BasisConv2d, check_basis_channels
+from basis.convlike import is_channels_last
 from basis.data import Data
 from basis.substitution import _hand_over, _replace, substitute
 from basis.training import Recipe, Result, make_step, train

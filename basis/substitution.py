@@ -1,8 +1,9 @@
-"""Put basis convolutions into a model by plan, and take them out again.
+"""Put basis convolutions, and other structured layers, into a model by plan, and take them out again.
 
-A :class:`Plan` says which convolution gets how many basis channels, and why each of the others stays
-dense. :func:`substitute` and :func:`merge` return a changed deep copy: the model given is left alone,
-and everything but the layers themselves (device, dtype, memory format, flags, hooks, sharing) is kept.
+A :class:`Plan` says which convolution gets how many basis channels, or which structured layer, and why each
+of the others stays dense. :func:`substitute` and :func:`merge` return a changed deep copy: the model given
+is left alone, and everything but the layers themselves (device, dtype, memory format, flags, hooks,
+sharing) is kept.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import math
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,10 +26,14 @@ from torch.nn.parameter import is_lazy
 
 from basis.coefficients import Coefficients, Form
 from basis.conv import MODES, BasisConv2d, Mode, basis_channels_for, check_basis_channels
+from basis.convlike import ConvLike
 from basis.files import replacing
 from basis.norm import copy_of, couple_in_place, couplings, uncouple_in_place
+from basis.structured import LAYERS, Structure, StructuredConv2d
 
 PLAN_VERSION = 1
+
+Size = int | str  # basis channels k of a basis convolution, or the text of a structured layer, "tucker:0.41"
 
 # Every attribute in which nn.Module keeps hooks, with their kwargs / always-call flags.
 _HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
@@ -36,15 +41,15 @@ _HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 
 @dataclass(frozen=True)
 class Plan:
-    """Which layers of a model become basis convolutions, and why the others do not.
+    """Which layers of a model become basis convolutions or other structured layers, and why the others do not.
 
     Attributes:
-        layers: layer name (as in ``model.named_modules()``) -> basis channels k. k = C_out keeps the
-            layer dense.
+        layers: layer name (as in ``model.named_modules()``) -> basis channels k, where k = C_out keeps the
+            layer dense; or the text of a structured layer, see :class:`basis.structured.Structure`.
         skipped: name of every other convolution -> the reason why it stays dense.
     """
 
-    layers: Mapping[str, int]
+    layers: Mapping[str, Size]
     skipped: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -52,37 +57,49 @@ class Plan:
         cls,
         model: nn.Module,
         *,
-        ratio: float,
+        ratio: float | None = None,
+        layer: str | Structure | None = None,
         include: str | Iterable[str] = (),
         exclude: str | Iterable[str] = (),
         multiple: int = 1,
     ) -> Plan:
-        """Every convolution of ``model`` that can be substituted, all at one ratio.
+        """Every convolution of ``model`` that can be substituted, all at one ratio or by one structured layer.
 
         Args:
             ratio: r in (0, 1]; k is the nearest to r C_out among the multiples of ``groups`` and of
-                ``multiple``.
+                ``multiple``. Give this or ``layer``.
+            layer: the text of a structured layer; a layer that cannot take it is skipped with the reason.
             include: shell patterns (``fnmatch``) of layer names; none means all layers.
             exclude: patterns of layers that stay dense.
             multiple: what every k is a multiple of, e.g. 8 for tensor cores.
 
         Raises:
-            ValueError: for a ratio or multiple that makes no sense, or an ``include`` pattern that no
-                convolution matches.
+            ValueError: for a ratio, layer or multiple that makes no sense, or an ``include`` pattern that
+                no convolution matches.
         """
-        if multiple < 1:
-            raise ValueError(f"multiple is {multiple}, but it must be a whole number of at least 1")
-        basis_channels_for(ratio, 1)  # refuses a ratio that makes no sense, also where no layer is left
+        if (ratio is None) == (layer is None):
+            raise ValueError("give one of ratio and layer")
+        if multiple < 1 or (layer is not None and multiple > 1):
+            raise ValueError(
+                f"multiple is {multiple}, but it must be a whole number of at least 1, and goes with a ratio"
+            )
+        structure = None if layer is None else Structure.parse(layer)
+        basis_channels_for(1.0 if ratio is None else ratio, 1)  # refuses one that makes no sense, whatever the layers
         included, excluded = _patterns(include), _patterns(exclude)
         convolutions = _convolutions(model)
         for pattern in included:
             if not any(fnmatchcase(name, pattern) for names in convolutions.values() for name in names):
                 raise ValueError(f"include has {pattern!r}, but no convolution has such a name")
-        layers: dict[str, int] = {}
+        layers: dict[str, Size] = {}
         skipped: dict[str, str] = {}
         for module, names in convolutions.items():
             reason = _obstacle(model, module) or _left_out(names, included, excluded)
-            if reason is None and isinstance(module, nn.Conv2d):
+            if reason is None and structure is not None and isinstance(module, nn.Conv2d):
+                reason = structure.obstacle(module)
+                if reason is None:
+                    layers[names[0]] = str(structure)
+                    continue
+            elif reason is None and ratio is not None and isinstance(module, nn.Conv2d):
                 k = basis_channels_for(ratio, module.out_channels, math.lcm(module.groups, multiple))
                 if k < module.out_channels:
                     layers[names[0]] = k
@@ -92,7 +109,9 @@ class Plan:
         return cls(layers, skipped)
 
     def __str__(self) -> str:
-        rows = [("layer", "basis channels"), *((_shown(n), str(k)) for n, k in self.layers.items())]
+        others = any(isinstance(size, str) for size in self.layers.values())
+        title = "basis channels, or structured layer" if others else "basis channels"
+        rows = [("layer", title), *((_shown(n), str(size)) for n, size in self.layers.items())]
         if self.skipped:
             rows += [("", ""), ("kept dense", "because"), *((_shown(n), r) for n, r in self.skipped.items())]
         width = max(len(name) for name, _ in rows)
@@ -114,9 +133,13 @@ class Plan:
             raise ValueError("this JSON is not a plan: it has no entry 'basis_plan' with the version")
         if content["basis_plan"] != PLAN_VERSION:
             raise ValueError(f"the plan has version {content['basis_plan']!r}, but {PLAN_VERSION} is read here")
-        for key, kind, what in (("layers", int, "numbers of basis channels"), ("skipped", str, "reasons")):
+        known = {
+            "layers": (_is_size, "numbers of basis channels or structured layers"),
+            "skipped": (_is_text, "reasons"),
+        }
+        for key, (fits, what) in known.items():
             entries = content.get(key)
-            if not isinstance(entries, dict) or any(type(value) is not kind for value in entries.values()):
+            if not isinstance(entries, dict) or not all(map(fits, entries.values())):
                 raise ValueError(f"the plan's {key!r} is {entries!r}, but it must map layer names to {what}")
         return cls(content["layers"], content["skipped"])
 
@@ -136,18 +159,28 @@ class Plan:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int or (isinstance(value, str) and value.partition(":")[0] in LAYERS)
+
+
 def plan_of(model: nn.Module) -> Plan:
     """The plan that ``model`` was made by, read from its layers.
 
-    ``layers`` holds its basis convolutions. ``skipped`` holds its other convolutions, with the reason
-    where they cannot be substituted, else as ``"left dense"``; why a ratio left them dense is what
-    ``Plan.uniform(model, ratio=...)`` on the dense model says.
+    ``layers`` holds its basis convolutions and structured layers. ``skipped`` holds its other convolutions,
+    with the reason where they cannot be substituted, else as ``"left dense"``; why a ratio left them dense
+    is what ``Plan.uniform(model, ratio=...)`` on the dense model says.
     """
-    layers: dict[str, int] = {}
+    layers: dict[str, Size] = {}
     skipped: dict[str, str] = {}
     for module, names in _convolutions(model).items():
         if isinstance(module, BasisConv2d):
             layers[names[0]] = module.basis_channels
+        elif isinstance(module, StructuredConv2d):
+            layers[names[0]] = module.text
         else:
             skipped[names[0]] = _obstacle(model, module) or "left dense"
     return Plan(layers, skipped)
@@ -155,9 +188,10 @@ def plan_of(model: nn.Module) -> Plan:
 
 def substitute(
     model: nn.Module,
-    plan: Plan | Mapping[str, int] | None = None,
+    plan: Plan | Mapping[str, Size | float] | None = None,
     *,
     ratio: float | None = None,
+    layer: str | Structure | None = None,
     mode: Mode = "auto",
     init: Literal["svd", "random"] = "svd",
     coefficients: str | Form = "dense",
@@ -165,20 +199,23 @@ def substitute(
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
 ) -> nn.Module:
-    """A copy of ``model`` in which the convolutions that the plan names are basis convolutions.
+    """A copy of ``model`` in which the convolutions that the plan names are basis convolutions or structured layers.
 
     Keeps device, dtype, memory format, training flag, ``requires_grad``, hooks and shared modules (a
     convolution with several names is replaced once, and any of its names will do). A bare
     ``nn.Conv2d`` comes back as a ``BasisConv2d``. :func:`plan_of` tells what was substituted.
 
     Args:
-        plan: a :class:`Plan`, or a mapping of layer names to basis channels. Give this or ``ratio``.
+        plan: a :class:`Plan`, or a mapping of layer names to basis channels, or to texts of structured
+            layers such as ``"tucker:0.41"``. Give this, ``ratio`` or ``layer``.
         ratio: every convolution that can be substituted, as by :meth:`Plan.uniform`, which takes
             ``include`` and ``exclude`` too.
-        mode: the mode of the new layers, see :class:`BasisConv2d`.
-        init: ``"svd"`` approximates each weight (:meth:`BasisConv2d.from_conv`); ``"random"`` draws
-            new ones for training from scratch (:meth:`BasisConv2d.shaped_like`).
-        coefficients: the form of A in every new layer, see :class:`Form`. With ``"shared"``, layers of
+        layer: the same with a structured layer in place of a ratio. Beside a plan: the kind alone, such as
+            ``"tucker"``, and the plan maps layer names to its sizes (``{"layer1.0.conv1": 0.41}``).
+        mode: the mode of the new basis layers, see :class:`BasisConv2d`.
+        init: ``"svd"`` approximates each weight (:meth:`BasisConv2d.from_conv`, and that of each structured
+            layer); ``"random"`` draws new ones for training from scratch (``shaped_like``).
+        coefficients: the form of A in every new basis layer, see :class:`Form`. With ``"shared"``, layers of
             equal C_out, k and groups hold one A (those of one dtype and device that all train or all do
             not); it is fitted to all of them at once.
         batch_norm: ``"through_basis"`` couples each new layer to the batch normalisation that directly follows
@@ -189,8 +226,8 @@ def substitute(
         ValueError: for a plan that names a layer that is not there, that cannot be substituted (with
             the reason), or with a k or a form of A that makes no sense; for a bad ratio, mode, init or batch_norm.
     """
-    if (plan is None) == (ratio is None):
-        raise ValueError("give one of plan and ratio")
+    if [plan, ratio].count(None) == 0 or [plan, ratio, layer].count(None) == 3 or (layer and ratio is not None):
+        raise ValueError("give one of plan, ratio and layer (or a plan of sizes and the kind of layer)")
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}, but it must be one of {', '.join(MODES)}")
     if init not in ("svd", "random"):
@@ -198,9 +235,11 @@ def substitute(
     if batch_norm not in ("ordinary", "through_basis"):
         raise ValueError(f"batch_norm is {batch_norm!r}, but it must be 'ordinary' or 'through_basis'")
     if plan is None:
-        plan = Plan.uniform(model, ratio=ratio or 0.0, include=include, exclude=exclude)
+        plan = Plan.uniform(model, ratio=ratio, layer=layer, include=include, exclude=exclude)
     elif _patterns(include) or _patterns(exclude):
-        raise ValueError("include and exclude go with a ratio; a plan names its layers itself")
+        raise ValueError("include and exclude go with a ratio or a layer; a plan names its layers itself")
+    elif layer is not None:
+        plan = _of_kind(plan, layer)
     chosen = _resolve(model, plan.layers if isinstance(plan, Plan) else plan)
     if isinstance(coefficients, Coefficients):
         raise ValueError("coefficients are a module, which the new layers would share with its owner; give a form")
@@ -208,12 +247,16 @@ def substitute(
     copied = copy_of(model)
     new: dict[nn.Module, nn.Module] = {}
     for names in _tied(copied, chosen, form):
-        convs = [copied.get_submodule(name) for name in names]
+        convs: list[Any] = [copied.get_submodule(name) for name in names]
         for name, conv in zip(names, convs, strict=True):
             if init == "svd" and conv.weight.is_meta:
                 raise ValueError(f"{_shown(name)} is on the meta device and has no values; use init='random'")
         try:
-            layers = _make(convs, init, basis_channels=chosen[names[0]], mode=mode, coefficients=form)
+            size = chosen[names[0]]
+            if isinstance(size, str):
+                layers: Sequence[ConvLike] = Structure.parse(size).make(convs, fitted=init == "svd")
+            else:
+                layers = _make(convs, init, basis_channels=size, mode=mode, coefficients=form)
         except ValueError as error:
             raise ValueError(f"{_shown(names[0])}: {error}") from error
         new.update((conv, _hand_over(conv, layer)) for conv, layer in zip(convs, layers, strict=True))
@@ -224,16 +267,28 @@ def substitute(
     return copied
 
 
-def _tied(model: nn.Module, chosen: Mapping[str, int], form: Form) -> list[list[str]]:
-    """The layers to make, those that hold one A together."""
-    if form.kind != "shared":
-        return [[name] for name in chosen]
-    together: dict[tuple, list[str]] = {}
-    for name, k in chosen.items():
+def _of_kind(plan: Plan | Mapping[str, Any], layer: str | Structure) -> Plan:
+    """The plan of sizes with the kind of layer that they are sizes of."""
+    structure = Structure.parse(layer)
+    if structure.size:
+        raise ValueError(f"layer is {str(layer)!r} beside a plan, but then it is a kind, whose sizes the plan gives")
+    sizes = plan.layers if isinstance(plan, Plan) else plan
+    return Plan({name: str(Structure(structure.kind, str(size))) for name, size in sizes.items()})
+
+
+def _tied(model: nn.Module, chosen: Mapping[str, Size], form: Form) -> list[list[str]]:
+    """The layers to make, those together that share parameters."""
+    together: dict[Hashable, list[str]] = {}
+    for name, size in chosen.items():
         conv: Any = model.get_submodule(name)
         weight = conv.weight
-        key = (conv.out_channels, k, conv.groups, weight.dtype, weight.device, weight.requires_grad)
-        together.setdefault(key, []).append(name)
+        shared: Hashable = None
+        if isinstance(size, str):
+            shared = Structure.parse(size).key(conv)
+        elif form.kind == "shared":
+            shared = (conv.out_channels, conv.groups)
+        key = (size, shared, weight.dtype, weight.device, weight.requires_grad)
+        together.setdefault(name if shared is None else key, []).append(name)
     return list(together.values())
 
 
@@ -247,12 +302,12 @@ def _make(convs: list, init: str, *, coefficients: Form, **options: Any) -> list
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` with a plain ``nn.Conv2d`` of the weight [B; A B] for each basis convolution.
+    """A copy of ``model`` with a plain ``nn.Conv2d`` for each basis convolution (of [B; A B]) and structured layer.
 
     Keeps what :func:`substitute` keeps. Batch normalisation through the basis is ordinary again.
     """
     copied = uncouple_in_place(copy_of(model))
-    layers = [module for module in copied.modules() if isinstance(module, BasisConv2d)]
+    layers = [module for module in copied.modules() if isinstance(module, (BasisConv2d, StructuredConv2d))]
     return _replace(copied, {layer: _hand_over(layer, layer.to_conv()) for layer in layers})
 
 
@@ -263,7 +318,7 @@ def _convolutions(model: nn.Module) -> dict[nn.Module, list[str]]:
     """Every convolution-like module with all its names, in the order of the model."""
     found: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (_ConvNd, BasisConv2d)):
+        if isinstance(module, (_ConvNd, ConvLike)):
             found.setdefault(module, []).append(name)
     return found
 
@@ -273,6 +328,8 @@ def _obstacle(model: nn.Module, module: nn.Module) -> str | None:
     kind = type(module)
     if isinstance(module, BasisConv2d):
         return f"already a basis convolution, with k = {module.basis_channels}"
+    if isinstance(module, StructuredConv2d):
+        return f"already a structured layer, {module.text}"
     if not isinstance(module, nn.Conv2d):
         return f"{kind.__name__}: only nn.Conv2d can be substituted"
     if any(is_lazy(parameter) for parameter in module.parameters()):
@@ -308,11 +365,11 @@ def _left_out(names: list[str], include: tuple[str, ...], exclude: tuple[str, ..
     return None
 
 
-def _resolve(model: nn.Module, layers: Mapping[str, int]) -> dict[str, int]:
+def _resolve(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, Size]:
     """The layers to substitute, each module once, after checking all that ``layers`` says."""
     convolutions = _convolutions(model)
     module_of = {name: module for module, names in convolutions.items() for name in names}
-    chosen: dict[nn.Module, tuple[str, int]] = {}
+    chosen: dict[nn.Module, tuple[str, Size]] = {}
     for name, k in layers.items():
         module = module_of.get(name)
         if module is None:
@@ -324,13 +381,16 @@ def _resolve(model: nn.Module, layers: Mapping[str, int]) -> dict[str, int]:
             raise ValueError(f"the plan names {_shown(name)}, which cannot be substituted: {reason}")
         conv: Any = module
         try:
-            check_basis_channels(k, conv.out_channels, conv.groups)
+            if isinstance(k, str):
+                Structure.parse(k).check(conv)
+            else:
+                check_basis_channels(k, conv.out_channels, conv.groups)
         except ValueError as error:
             raise ValueError(f"the plan for {_shown(name)}: {error}") from error
         other, other_k = chosen.setdefault(module, (name, k))
         if other_k != k:
             raise ValueError(
-                f"the plan gives {_shown(other)} k = {other_k} and {_shown(name)} k = {k}, "
+                f"the plan gives {_shown(other)} {_said(other_k)} and {_shown(name)} {_said(k)}, "
                 "but they are one shared layer"
             )
     return {name: k for name, k in chosen.values()}
@@ -376,6 +436,10 @@ def few(items: Iterable[str], separator: str = ", ", limit: int = 4) -> str:
     items = list(items)
     more = f"{separator}and {len(items) - limit} more" if len(items) > limit else ""
     return separator.join(items[:limit]) + more
+
+
+def _said(size: Size) -> str:
+    return size if isinstance(size, str) else f"k = {size}"
 
 
 def _shown(name: str) -> str:

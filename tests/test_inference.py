@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from basis import BasisConv2d, substitute
-from basis.conv import MODES, is_channels_last
+from basis.conv import MODES
+from basis.convlike import is_channels_last
 from basis.inference import FoldReport, export_onnx, export_program, fold, measure_fold, norms_left
 from basis.models import BasicBlock, ResNet, build
 from basis.norm import couple

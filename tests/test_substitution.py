@@ -613,8 +613,8 @@ def test_a_plan_must_respect_groups():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({}, "give one of plan and ratio"),
-        ({"plan": {"conv1": 4}, "ratio": 0.5}, "give one of plan and ratio"),
+        ({}, "give one of plan, ratio and layer"),
+        ({"plan": {"conv1": 4}, "ratio": 0.5}, "give one of plan, ratio and layer"),
         ({"ratio": 0.0}, "ratio is 0"),
         ({"ratio": 1.5}, r"ratio is 1\.5"),
         ({"ratio": -1}, "ratio is -1"),

@@ -133,7 +133,7 @@ def matched_plan(model: str, width: int | None, ratio: float, form: str) -> Mapp
     of = Form.parse(form)
     multiple = int(of.size or 1) if of.kind == "grouped" else 1
 
-    def layers(step: int) -> Mapping[str, int]:
+    def layers(step: int) -> Mapping[str, Any]:
         return Plan.uniform(network, ratio=ratio + step / 256, multiple=multiple).layers
 
     def size(layers: Mapping[str, int], form: str) -> int:

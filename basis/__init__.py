@@ -2,7 +2,7 @@
 
 from basis.analysis import sensitivity
 from basis.coefficients import Coefficients, Form
-from basis.complexity import CostReport, cost, count_parameters
+from basis.complexity import CostReport, cost, count_parameters, count_trained
 from basis.conv import BasisConv2d
 from basis.inference import fold
 from basis.norm import couple, uncouple
@@ -25,6 +25,7 @@ __all__ = [
     "SensitivityTable",
     "cost",
     "count_parameters",
+    "count_trained",
     "couple",
     "evaluate",
     "fold",

@@ -1,6 +1,7 @@
-"""Sensitivity: what a network loses when one layer alone is made basis, by measures from cheap to dear.
+"""Sensitivity: what a network loses when one layer alone is substituted, by measures from cheap to dear.
 
-The ladder, with what it takes (L layers, K numbers of basis channels, N images):
+The ladder, with what it takes (L layers, K candidates of each: numbers of basis channels, or structured layers;
+N images):
 
 ================  ====================================  =================================================
 measure           passes                                what it sees
@@ -18,8 +19,10 @@ full_training     (1 + L K) trainings per seed          the truth
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,15 +38,16 @@ from tqdm.auto import tqdm
 
 from basis import measures
 from basis.batches import Batches, even, held_out, outputs_of, read_batches, with_labels
-from basis.complexity import cost
-from basis.conv import BasisConv2d
+from basis.complexity import _Call, _trace, cost, cost_alone
+from basis.convlike import ConvLike
 from basis.data import Data, Images
 from basis.journal import Journal, digest, name_of, samples, structure, weights
 from basis.replay import Batch, Loss, cross_entropy, sample_losses
 from basis.static import StaticTraining
 from basis.statistics import Estimate
 from basis.stepping import means_for
-from basis.substitution import Plan, few, merge, substitute
+from basis.structured import Structure
+from basis.substitution import Plan, Size, few, merge, substitute
 from basis.table import MEASURES, Layer, SensitivityTable, Trial
 from basis.training import Recipe, Result, TrainingError, check_recipe, train
 
@@ -56,7 +60,7 @@ TRAINING: Mapping[str, Recipe] = {
 CALIBRATION_IMAGES = 2000
 
 Trainer = Callable[[nn.Module, int], float]
-_Item = tuple[str | None, int, int]  # layer (None: the dense network), k, seed
+_Item = tuple[str | None, Size, int]  # layer (None: the dense network), k or text, seed
 
 
 def sensitivity(
@@ -65,6 +69,7 @@ def sensitivity(
     *,
     measure: str = "oneshot_bn",
     ratios: Sequence[float] = (0.5, 0.25),
+    layers: Sequence[str] = (),
     multiple: int = 8,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
@@ -78,7 +83,7 @@ def sensitivity(
     resume: str | os.PathLike | None = None,
     progress: bool | str | Callable[[Any], None] | None = None,
 ) -> SensitivityTable:
-    """Measure what ``model`` loses when one convolution alone becomes a basis convolution.
+    """Measure what ``model`` loses when one convolution alone becomes a basis convolution, or a structured layer.
 
     ``model`` is left as it is, and so are torch's random numbers; work is done on its device, on copies.
     What cannot be substituted is listed in ``skipped``, with the reason.
@@ -88,7 +93,10 @@ def sensitivity(
             :class:`basis.data.Images`; or :class:`basis.data.Data`, whose validation images are used.
             "spectrum" needs none. The measures that train need ``Data`` with validation images.
         measure: one of ``basis.table.MEASURES``; see the table above and :mod:`basis.measures`.
-        ratios: of k to C_out; each layer gets the nearest multiple of ``multiple`` and of its groups.
+        ratios: of k to C_out; each layer gets the nearest multiple of ``multiple`` and of its groups. May be
+            empty where ``layers`` are given.
+        layers: texts of structured layers, such as "tucker:0.41", which are candidates beside the ratios, of the
+            convolutions that can become one. Not for "taylor" and "fisher", which are defined by truncation.
         include, exclude: shell patterns of layer names, as in :meth:`basis.Plan.uniform`.
         loss: of (outputs, targets): the loss of each sample (N,), or the mean of the batch, which gives
             no intervals; cross-entropy unless given.
@@ -112,30 +120,30 @@ def sensitivity(
             substituted; data that are empty, that the model cannot run on, or whose labels do not fit;
             a dense network whose loss is not finite; a ``resume`` file of another measurement.
     """
-    _check(measure, ratios, loss, recipe, trainer, seeds, part)
-    layers, skipped = _layers(model, ratios, multiple, include, exclude)
-    copied = substitute(model, {}).eval()
-    device = next(copied.parameters()).device
+    layers = (layers,) if isinstance(layers, str) else tuple(layers)
+    _check(measure, ratios, layers, loss, recipe, trainer, seeds, part)
     trains = measure in TRAINING
+    found, skipped = _layers(model, ratios, layers, multiple, include, exclude)
+    copied = substitute(model, {}).eval()
     numbers = tuple(range(seed, seed + seeds)) if trains else ()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with _own_random_numbers(copied):
         if trains:
             work = _trainings(copied, data, measure, recipe, trainer, numbers)
         else:
             work = _evaluations(copied, data, measure, loss, calibration)
-        counted, total, macs = _costs(copied, layers, work.size)
-        chosen = "; ".join(f"{layer.name}: {layer.candidates}" for layer in layers)
+        counted, total, macs = _costs(copied, found, work.size)
+        chosen = "; ".join(f"{layer.name}: {layer.candidates}" for layer in found)
         fingerprint = {"measure": measure, "model": structure(copied), "layers": digest(chosen), **work.fingerprint}
         table = SensitivityTable(
             measure=measure, layers=counted, cells=(), skipped=skipped, total=total, fingerprint=fingerprint,
             baseline={}, seeds=numbers,
         )  # fmt: skip
         journal = Journal(Path(resume) if resume is not None else None, table)
-        names = [layer.name for layer in layers[part[0] :: part[1]]]
+        names = [layer.name for layer in found[part[0] :: part[1]]]
         pending = work.pending(journal.table, names, part[0] == 0)
         if not pending:
             return journal.table
-        baseline, found = work.start(pending, macs)
+        baseline, measured = work.start(pending, macs)
         if not math.isfinite(baseline.get("loss", 0.0)):
             raise ValueError(
                 f"the dense network's loss is {baseline['loss']} on these data, so nothing can be compared with it; "
@@ -145,7 +153,7 @@ def sensitivity(
         bar = tqdm(total=len(pending), disable=not isinstance(progress, (bool, str)) or not progress,
                    desc=progress if isinstance(progress, str) else measure, dynamic_ncols=True)  # fmt: skip
         with bar:
-            for item in found:
+            for item in measured:
                 journal.append(item)
                 bar.update()
                 if callable(progress):
@@ -155,7 +163,7 @@ def sensitivity(
 
 def joint(
     model: nn.Module,
-    plan: Plan | Mapping[str, int],
+    plan: Plan | Mapping[str, Size],
     data: Batches,
     *,
     measure: str = "oneshot_bn",
@@ -178,9 +186,18 @@ def joint(
     """
     if measure not in ("oneshot", "oneshot_bn"):
         raise ValueError(f"measure is {measure!r}, but what layers lose together is measured by oneshot or oneshot_bn")
-    dense, changed = substitute(model, {}).eval(), merge(substitute(model, plan)).eval()
+    dense = substitute(model, {}).eval()
+    with _own_random_numbers(dense):
+        torch.manual_seed(0)  # fitting a structured layer may begin at random
+        changed = merge(substitute(model, plan)).eval()
     batches, score, inputs, _ = _prepare(dense, data, measure, loss, calibration)
     return measures.growth(dense, changed, batches, score, calibration=inputs)
+
+
+def _own_random_numbers(model: nn.Module) -> Any:
+    """A context that leaves torch's random numbers as they were."""
+    device = next(model.parameters()).device
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 # -- what is asked ------------------------------------------------------------------------------
@@ -189,6 +206,7 @@ def joint(
 def _check(
     measure: str,
     ratios: Sequence[float],
+    layers: Sequence[str],
     loss: Loss | None,
     recipe: Recipe | None,
     trainer: Trainer | None,
@@ -198,8 +216,12 @@ def _check(
     """Refuse arguments that make no sense, before anything is computed."""
     if measure not in MEASURES:
         raise ValueError(f"measure is {measure!r}, but it must be one of {', '.join(MEASURES)}")
-    if isinstance(ratios, (int, float)) or not len(ratios) or not all(0 < ratio < 1 for ratio in ratios):
+    if isinstance(ratios, (int, float)) or not (len(ratios) or layers) or not all(0 < ratio < 1 for ratio in ratios):
         raise ValueError(f"ratios is {ratios!r}, but it must be a list of numbers k / C_out between 0 and 1")
+    if layers and measure in ("taylor", "fisher"):
+        raise ValueError(
+            f"{measure} is defined by truncation to k, which {few(layers)} is not; use activation or oneshot for layers"
+        )
     if measure in TRAINING:
         if loss is not None:
             raise ValueError(f"{measure} takes no loss; a trainer returns the final validation loss by itself")
@@ -216,6 +238,7 @@ def _check(
 def _layers(
     model: nn.Module,
     ratios: Sequence[float],
+    texts: Sequence[str],
     multiple: int,
     include: str | Iterable[str],
     exclude: str | Iterable[str],
@@ -223,9 +246,7 @@ def _layers(
     """Every layer with a candidate, its cost not counted yet, and why each other convolution has none."""
     include, exclude = ((p,) if isinstance(p, str) else tuple(p) for p in (include, exclude))
     names = [
-        name
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, (_ConvNd, BasisConv2d))
+        name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, (_ConvNd, ConvLike))
     ]
     if not names:
         raise ValueError("the model has no convolution, so there is nothing to substitute")
@@ -236,10 +257,12 @@ def _layers(
         Plan.uniform(model, ratio=ratio, include=include, exclude=exclude, multiple=multiple)
         for ratio in sorted(ratios, reverse=True)
     ]
+    others = [_alone(model, Plan.uniform(model, layer=text, include=include, exclude=exclude)) for text in texts]
     layers: list[Layer] = []
     for name, conv in model.named_modules():
-        ks = sorted({plan.layers[name] for plan in plans if name in plan.layers}, reverse=True)
-        if ks and isinstance(conv, nn.Conv2d):
+        # Ratios descend, so their k do, too.
+        sizes = tuple(dict.fromkeys(plan.layers[name] for plan in (*plans, *others) if name in plan.layers))
+        if sizes and isinstance(conv, nn.Conv2d):
             if conv.weight.is_meta:
                 raise ValueError(f"{name or 'the model'} is on the meta device and has no values to measure")
             bias = 0 if conv.bias is None else conv.out_channels
@@ -252,15 +275,34 @@ def _layers(
                     bias=bias,
                     positions=None,
                     input_gradient=bool(layers),
-                    candidates=tuple(ks),
+                    candidates=sizes,
                 )
             )
     there = {layer.name for layer in layers}
-    skipped = {name: reason for name, reason in plans[-1].skipped.items() if name not in there}
+    last = (*plans[-1:], *others)
+    skipped = {
+        name: "; ".join(dict.fromkeys(plan.skipped[name] for plan in last))
+        for name in last[0].skipped
+        if all(name in plan.skipped for plan in last) and name not in there
+    }
     if not layers:
         reasons = few((f"{name or 'the model itself'}: {reason}" for name, reason in skipped.items()), "; ")
-        raise ValueError(f"no convolution of the model has a number of basis channels to try ({reasons})")
+        what = "candidate" if texts else "number of basis channels"
+        raise ValueError(f"no convolution of the model has a {what} to try ({reasons})")
     return layers, skipped
+
+
+def _alone(model: nn.Module, plan: Plan) -> Plan:
+    """The plan without those structured layers that would save nothing by themselves, as shared ones may."""
+    layers, skipped = dict(plan.layers), dict(plan.skipped)
+    for name, text in plan.layers.items():
+        conv: Any = copy.deepcopy(model.get_submodule(name)).to("meta")
+        try:
+            Structure.parse(str(text)).make([conv], fitted=False)
+        except ValueError as error:
+            del layers[name]
+            skipped[name] = str(error)
+    return Plan(layers, skipped)
 
 
 def _costs(
@@ -268,19 +310,23 @@ def _costs(
 ) -> tuple[tuple[Layer, ...], dict[str, int | None], dict[str, int]]:
     """The layers with what they cost, the whole network's total, and the MACs of each module by name.
 
-    As if all parameters were trained. Without images of (C, H, W), or where the network cannot be run on
-    a single one, no MACs are known.
+    As if all parameters were trained, and were a layer's own. Without images of (C, H, W), or where the network
+    cannot be run on a single one, no MACs are known.
     """
     trained = substitute(model, {})
     for parameter in trained.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
+
+    def as_texts(calls: Mapping[str, Sequence[_Call]]) -> list[Layer]:
+        return [replace(layer, costs=_costs_of(trained, layer, calls.get(layer.name))) for layer in layers]
+
     try:
         if size is None:
             raise ValueError("there are no images")
         report = cost(trained, size)
     except ValueError:
         total = {"params": sum(p.numel() for p in model.parameters()), "macs": None, "backward_macs": None}
-        return tuple(layers), total, {}
+        return tuple(as_texts({})), total, {}
     by_name = {row.name: row.cost for row in report.layers}
     counted = tuple(
         replace(
@@ -288,11 +334,23 @@ def _costs(
             positions=by_name[layer.name].forward_macs // (layer.out_channels * layer.fan_in),
             input_gradient=by_name[layer.name].input_gradient_macs > 0,
         )
-        for layer in layers
+        for layer in as_texts({name: calls for name, _, calls in _trace(trained, (1, *size))})
     )
     whole = report.total
     total = {"params": whole.parameters, "macs": whole.forward_macs, "backward_macs": whole.backward_macs}
     return counted, total, {name: row.forward_macs for name, row in by_name.items()}
+
+
+def _costs_of(model: nn.Module, layer: Layer, calls: Sequence[_Call] | None) -> dict[str, dict[str, int | None]]:
+    """What the layer costs as each text among its candidates; no MACs where its calls are not known."""
+    conv: Any = model.get_submodule(layer.name)
+    costs: dict[str, dict[str, int | None]] = {}
+    for text in layer.candidates:
+        if isinstance(text, str):
+            own = cost_alone(Structure.parse(text).check(conv), calls or ())
+            macs = (None, None) if calls is None else (own.forward_macs, own.backward_macs)
+            costs[text] = {"params": own.parameters, "macs": macs[0], "backward_macs": macs[1]}
+    return costs
 
 
 # -- measures that evaluate ---------------------------------------------------------------------
@@ -302,7 +360,7 @@ def _costs(
 class _Work:
     """A measure made ready: on what, how large an image is, what is left to do, and how to do it.
 
-    ``pending`` gives (layer or None, k, seed) for a table, the names of its layers that are this worker's,
+    ``pending`` gives (layer or None, k or text, seed) for a table, the names of its layers that are this worker's,
     and whether the dense trainings are; ``start`` gives the baseline and the measurements.
     """
 
@@ -354,7 +412,7 @@ def _evaluations(
         return [(name, k, 0) for name, k in table.missing if name in names]
 
     def start(items: list[_Item], macs: Mapping[str, int]) -> measures.Measured:
-        wanted: dict[str, list[int]] = {}
+        wanted: dict[str, list[Size]] = {}
         for name, k, _ in items:
             wanted.setdefault(str(name), []).append(k)
         if measure == "spectrum":
@@ -422,12 +480,13 @@ def _trainings(
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
         data = data.to(device)
-    said = repr(recipe).replace(", step=None", "")  # as in tables from before there was a step
+    said = re.sub(", (step|attention|orthogonality)=None", "", repr(recipe))  # as in tables from before these
     fingerprint |= {"recipe": said} if trainer is None else {"trainer": name_of(trainer)}
 
-    def trial(train: Callable[..., Result], layer: str | None, k: int, seed: int) -> Trial:
+    def trial(train: Callable[..., Result], layer: str | None, k: Size, seed: int) -> Trial:
         began = time.perf_counter()
         plan = {} if layer is None else {layer: k}
+        torch.manual_seed(seed)  # fitting a structured layer may begin at random
         network = substitute(model, plan, init="random" if scratch else "svd").train()
         torch.manual_seed(seed)
         if scratch:
@@ -454,15 +513,16 @@ def _trainings(
 
     def pending(table: SensitivityTable, names: Sequence[str], first: bool) -> list[_Item]:
         known = {(t.layer, t.basis_channels, t.seed) for t in table.trials}
-        dense: list[tuple[str | None, int]] = [(None, 0)] if first else []
+        dense: list[tuple[str | None, Size]] = [(None, 0)] if first else []
         pairs = dense + [(name, k) for name, k in table.candidates if name in names]
         return [(name, k, seed) for name, k in pairs for seed in seeds if (name, k, seed) not in known]
 
     def start(items: list[_Item], macs: Mapping[str, int]) -> tuple[dict[str, float], Iterator[Trial]]:
         once: Callable[..., Result] = train
         if trainer is None and means_for(recipe.step, device).prepares:  # compiled or captured once for all networks
-            once = StaticTraining(model, {name for name, _, _ in items if name is not None}, recipe, device=device)
-        return {}, (trial(once, *item) for item in items)
+            names = {name for name, k, _ in items if name is not None and not isinstance(k, str)}
+            once = StaticTraining(model, names, recipe, device=device)
+        return {}, (trial(train if isinstance(k, str) else once, name, k, seed) for name, k, seed in items)
 
     return _Work(fingerprint, size, pending, start)
 

@@ -41,6 +41,7 @@ from basis.runs import (
     start_workers,
     work,
 )
+from basis.structured_bench import SHAPES, bench_structured, bench_structured_training, study_layers
 from basis.studies import STUDIES, find_study, status, valid_records
 from basis.substitution import substitute
 from basis.sweep import bench_gpu, file_name
@@ -89,12 +90,15 @@ def _parser() -> argparse.ArgumentParser:
     layer = kinds.add_parser("layer", help="single layers of ResNet-18", description=bench_layers.__doc__)
     block = kinds.add_parser("block", help="layers with batch normalisation and ReLU", description=bench_blocks.__doc__)
     rivals = kinds.add_parser("rivals", help="what one would take instead", description=bench_rivals.__doc__)
-    for kind in (layer, block, rivals):
-        kind.add_argument("--shapes", nargs="+", default=RESNET18_SHAPES, metavar="SHAPE", help="such as 64-128@32/2")
+    structured = kinds.add_parser("structured", help="other structured layers", description=bench_structured.__doc__)
+    for kind in (layer, block, rivals, structured):
+        shapes = SHAPES if kind is structured else RESNET18_SHAPES
+        kind.add_argument("--shapes", nargs="+", default=shapes, metavar="SHAPE", help="such as 64-128@32/2")
     for kind in (layer, block):
         kind.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
-    for kind in (layer, rivals):
-        kind.add_argument("--passes", nargs="+", default=PASSES, choices=PASSES)
+    for kind in (layer, rivals, structured):
+        usual_passes = PASSES[1:] if kind is structured else PASSES
+        kind.add_argument("--passes", nargs="+", default=usual_passes, choices=PASSES)
     block.add_argument("--residual", action="store_true", help="a shortcut is added before the ReLU")
     names = ", ".join(CANDIDATES)
     rivals.add_argument("--candidates", nargs="+", default=USUAL, choices=CANDIDATES, metavar="NAME", help=names)
@@ -106,8 +110,16 @@ def _parser() -> argparse.ArgumentParser:
     modes = kinds.add_parser("modes", help="every basis layer of a network, in every mode", description=tune.__doc__)
     modes.add_argument("--ratio", type=float, default=0.5, metavar="R", help="of all its layers (default: 0.5)")
     inference = kinds.add_parser("inference", help="whole networks, folded", description=bench_inference.__doc__)
-    for kind in (latency, training, modes, inference):
-        kind.add_argument("--model", default="resnet18", help="a network of basis.models")
+    trainings = kinds.add_parser(
+        "structured-train", help="networks of structured layers", description=bench_structured_training.__doc__
+    )
+    for kind in (structured, trainings):
+        kind.add_argument("--layers", nargs="+", metavar="LAYER", help="such as tucker:0.41 (default: chapter 9's)")
+        kind.add_argument("--profile", default="cpu", choices=PROFILES, help="whose layers (default: cpu)")
+    trainings.epilog = "A layer may have a stem of its own width, such as shuffle:1@8 or dense@8."
+    for kind in (latency, training, modes, inference, trainings):
+        usual_model = "wrn-10-2" if kind is trainings else "resnet18"
+        kind.add_argument("--model", default=usual_model, help="a network of basis.models")
         kind.add_argument("--width", type=int, help="its width (default: the published one)")
     training.add_argument("--modes", nargs="+", default=["auto"], choices=MODES)
     training.add_argument("--coefficients", nargs="+", default=["dense"], metavar="FORM", help="such as low_rank:1/8")
@@ -124,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     named = {"layer": layer, "block": block, "rivals": rivals, "latency": latency, "train": training}
     for kind in (*named.values(), inference):
         kind.add_argument("--ratios", nargs="+", type=float, default=RATIOS, metavar="R")
-    named |= {"modes": modes, "inference": inference}
+    named |= {"modes": modes, "inference": inference, "structured": structured, "structured-train": trainings}
     for name, kind in named.items():
         kind.add_argument("--device", type=_device, metavar="DEVICE", help="default: the GPU if there is one")
         kind.add_argument("--precision", default="auto", choices=("auto", *DTYPES))
@@ -240,6 +252,14 @@ def _measure(options: argparse.Namespace, shared: dict[str, Any]) -> tuple[Bench
     if options.kind == "modes":
         network = substitute(build(options.model, width=options.width), ratio=options.ratio, init="random")
         return tune(network, name=model, **shared), f"modes-{model}-r{options.ratio:g}"
+    if options.kind == "structured":
+        layers = options.layers or [text for text, width in study_layers(options.profile) if width is None]
+        return bench_structured(layers=layers, **given("shapes", "passes")), "structured"
+    if options.kind == "structured-train":
+        arms = [_with_width(text) for text in options.layers or ()] or study_layers(options.profile, options.model)
+        if not arms:
+            raise ValueError(f"chapter 9 has no {options.model} in the profile {options.profile}; give --layers")
+        return bench_structured_training(layers=arms, **given("model", "width")), f"structured-train-{model}"
     check_options(options.ratios, (), ())
     shared = shared | {"ratios": options.ratios}
     if options.kind == "layer":
@@ -262,6 +282,14 @@ def _measure(options: argparse.Namespace, shared: dict[str, Any]) -> tuple[Bench
     usual |= {"steps": ("steps", ["eager"])}
     marks = [mark for mark, (name, value) in usual.items() if getattr(options, name) != value]
     return report, "-".join(["train", *marks, model])
+
+
+def _with_width(text: str) -> tuple[str, int | None]:
+    """``shuffle:1@8`` as the layer and the stem's width."""
+    layer, at, width = text.partition("@")
+    if at and not width.isdecimal():
+        raise ValueError(f"the layer is {text!r}, but after @ stands the width of the stem, as in shuffle:1@8")
+    return layer, int(width) if at else None
 
 
 def _bench_gpu(options: argparse.Namespace) -> int:

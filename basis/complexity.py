@@ -28,6 +28,9 @@ That is for a dense A. Of the other forms is counted what is executed:
 
 A batch normalisation that is taken through the basis (:mod:`basis.norm`) counts n k^2 forward, for the
 covariance of Z, and n k^2 with the input gradients; it keeps none of the C channels.
+
+Other structured layers (:mod:`basis.structured`) count each of their products at its own resolution. What makes
+a weight from factors, once per step however many images there are, stands apart, as ``building_macs``.
 """
 
 from __future__ import annotations
@@ -46,7 +49,9 @@ from torch.nn.parameter import is_lazy
 
 from basis.coefficients import Coefficients, LowRank, Sparse
 from basis.conv import BasisConv2d
+from basis.convlike import ConvLike
 from basis.norm import BasisBatchNorm2d, uncouple
+from basis.structured import StructuredConv2d
 
 Counted = Literal["factorized", "composed", "hybrid"]
 
@@ -58,6 +63,7 @@ class Cost:
     Attributes:
         parameters: trained numbers that are stored; a tied one counts where it appears first. A sparse A
             counts the entries it keeps. A frozen A counts none, though it is stored: a seed could be.
+            Structured layers count their bits, 32 to a number, rounded up in each layer.
         forward_macs: MACs of the forward pass.
         input_gradient_macs: backward MACs of gradients that flow on towards the input (dX, and dZ of
             the basis channels). A layer whose input needs no gradient, as the first one, has no dX.
@@ -68,7 +74,11 @@ class Cost:
             its input as convolved (padded, where the layer pads it itself), the k basis channels
             (factorized and hybrid), and the M or W it builds; parameters are not counted. Batch
             normalisation keeps its input and two statistics per channel. An input that two layers keep
-            counts for both, and layers without parameters (ReLU) are not counted.
+            counts for both, and layers without parameters (ReLU) are not counted. Structured layers keep
+            their input and that of each later product; weights that they build are not counted.
+        building_macs: MACs of the forward pass that make a structured layer's weight from its factors, once
+            per step however many images; they are not in ``forward_macs``. (Of a basis convolution in
+            composed or hybrid mode they are.)
     """
 
     parameters: int = 0
@@ -78,6 +88,7 @@ class Cost:
     identity_forward_macs: int = 0
     identity_backward_macs: int = 0
     activation_bytes: int = 0
+    building_macs: int = 0
 
     @property
     def backward_macs(self) -> int:
@@ -119,7 +130,7 @@ class CostReport:
 
     @property
     def dense(self) -> Cost:
-        """The sum over all layers, were every basis convolution a dense one."""
+        """The sum over all layers, were every basis convolution and structured layer a dense one."""
         return sum((layer.dense for layer in self.layers), Cost())
 
     def to_frame(self) -> pd.DataFrame:
@@ -135,18 +146,19 @@ class CostReport:
     def __str__(self) -> str:
         total, dense = self.total, self.dense
         rows: list[tuple[str, ...]] = [
-            ("", "", "parameters", "forward", "dX, dZ", "weights", "identity", "kept"),
-            ("layer", "kind", "", "MACs", "MACs", "MACs", "MACs", "bytes"),
+            ("", "", "parameters", "forward", "dX, dZ", "weights", "identity", "kept", "building"),
+            ("layer", "kind", "", "MACs", "MACs", "MACs", "MACs", "bytes", "MACs"),
         ]
         rows += [(layer.name, f"{layer.kind} {layer.mode}".strip(), *_cells(layer.cost)) for layer in self.layers]
         rows += [("total", "", *_cells(total)), ("dense", "", *_cells(dense))]
         ratios = (f"{a / b:.3f}" if b else "" for a, b in zip(_shown(total), _shown(dense), strict=True))
         rows.append(("total / dense", "", *ratios))
+        rows = rows if total.building_macs else [row[:-1] for row in rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         images = "image" if self.batch_size == 1 else "images"
         lines = [f"one step of {self.batch_size} {images} of {self.input_size}"]
         for row in rows:
-            cells = zip(row, "<<>>>>>>", widths, strict=True)
+            cells = zip(row, "<<>>>>>>>", widths, strict=False)
             lines.append("  ".join(f"{cell:{align}{width}}" for cell, align, width in cells))
         unknown = [layer.name for layer in self.layers if not layer.counted]
         if unknown:
@@ -197,14 +209,22 @@ def cost(
 
     through = {name: module.conv for name, module in model.named_modules() if isinstance(module, BasisBatchNorm2d)}
     mixed = {name for name, module in model.named_modules() if isinstance(module, BasisConv2d) and module.mixed_later}
+    parts = {p for m in model.modules() if isinstance(m, StructuredConv2d) for p in m.modules() if p is not m}
+    inside = {name for name, module in model.named_modules() if module in parts}
     seen: set[int] = set()
     layers = []
     for name, module, calls in _trace(uncouple(model) if through else model, (batch_size, *size)):
         own = list(module.parameters(recurse=False))
         weight_is_new = isinstance(module, BasisConv2d) and id(module.basis) not in seen
+        bias = sum(p.numel() for n, p in module.named_parameters(recurse=False) if n == "bias" and id(p) not in seen)
         parameters = _count_new(module, seen)
         as_is, dense, counted = Cost(parameters), Cost(parameters), ""
-        if isinstance(module, BasisConv2d):
+        if isinstance(module, StructuredConv2d):
+            dense = Cost(bias + module.out_channels * math.prod(module.filter_shape))
+            for call in calls:
+                as_is += _structured_cost(module, call)
+                dense += _dense_cost(module, call)
+        elif isinstance(module, BasisConv2d):
             parameters += _count_new(module.coefficients, seen)
             counted = mode or ("factorized" if module.mode == "auto" or name in mixed else module.mode)
             saved = module.out_channels * module.basis[0].numel() - module.basis.numel()
@@ -218,9 +238,19 @@ def cost(
             as_is = dense
             if name in through:
                 as_is = sum((_through_basis_cost(through[name], call) for call in calls), Cost(parameters))
+        if name in inside:  # a normalisation within a structured layer, which a dense one has not
+            dense = Cost()
         known = bool(calls) if _is_matmul(module) else all(p.dim() < 2 for p in own)
         layers.append(LayerCost(name, type(module).__name__, counted, as_is, dense, known))
     return CostReport(tuple(layers), size, batch_size)
+
+
+def cost_alone(layer: ConvLike, calls: Sequence[_Call], mode: Counted = "factorized") -> Cost:
+    """What a basis convolution or structured layer costs in such calls (see :func:`_trace`), all its own."""
+    total = Cost(count_parameters(layer))
+    for call in calls:
+        total += _basis_cost(layer, call, mode) if isinstance(layer, BasisConv2d) else _structured_cost(layer, call)
+    return total
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -229,13 +259,26 @@ def count_parameters(model: nn.Module) -> int:
     return sum(_count_new(module, seen) for module in model.modules())
 
 
+def count_trained(model: nn.Module) -> int:
+    """The numbers that training changes: entries of parameters that require a gradient, tied ones once."""
+    found = {
+        id(p): module.trained(name) if isinstance(module, StructuredConv2d) and name in module.parts else p.numel()
+        for module in model.modules()
+        for name, p in module.named_parameters(recurse=False)
+        if p.requires_grad
+    }
+    return sum(found.values())
+
+
 def _count_new(module: nn.Module, seen: set[int]) -> int:
     """The numbers stored in ``module`` itself, without those of parameters already ``seen``."""
-    new = [p for p in module.parameters(recurse=False) if id(p) not in seen]
-    seen.update(map(id, new))
+    new = {name: p for name, p in module.named_parameters(recurse=False) if id(p) not in seen}
+    seen.update(map(id, new.values()))
     if isinstance(module, Coefficients):
         return module.stored if new else 0
-    return sum(p.numel() for p in new)
+    if isinstance(module, StructuredConv2d):
+        return math.ceil(sum(32 * p.numel() if name == "bias" else module.bits(name) for name, p in new.items()) / 32)
+    return sum(p.numel() for p in new.values())
 
 
 # -- shapes -------------------------------------------------------------------------------------
@@ -302,20 +345,20 @@ def _run(model: nn.Module, size: tuple[int, ...]) -> list[tuple[str, nn.Module, 
 
 
 def _is_matmul(module: nn.Module) -> bool:
-    return isinstance(module, (_ConvNd, nn.Linear, BasisConv2d))
+    return isinstance(module, (_ConvNd, nn.Linear, ConvLike))
 
 
 def _dense_cost(module: nn.Module, call: _Call) -> Cost:
-    """Any layer but a basis convolution, and that one as if it were dense; without parameters."""
+    """Any layer of torch, and a basis convolution or structured layer as if it were dense; without parameters."""
     trains = any(p.requires_grad for p in module.parameters())
     kept = _kept_input(module, call) if trains or call.needs_dx else 0
     if not _is_matmul(module):
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and kept:
             kept += 2 * call.x[1] * max(call.itemsize, 4)  # the statistics are never in half precision
         return Cost(activation_bytes=kept)
-    if isinstance(module, BasisConv2d):
-        weight = module.out_channels * module.basis[0].numel()
-        trains_weight = module.basis.requires_grad or module.coefficients.trains
+    if isinstance(module, ConvLike):
+        weight = module.out_channels * math.prod(module.filter_shape)
+        trains_weight = any(p.requires_grad for name, p in module.named_parameters() if name != "bias")
     else:
         parameter: Any = module.weight
         weight, trains_weight = parameter.numel(), parameter.requires_grad
@@ -364,6 +407,22 @@ def _basis_cost(layer: BasisConv2d, call: _Call, mode: str) -> Cost:
     )
 
 
+def _structured_cost(layer: Any, call: _Call) -> Cost:
+    """A structured layer, product after product; without parameters."""
+    *images, _, height, width = call.x
+    pixels = {"output": _positions(layer, call), "input": math.prod(images) * height * width}
+    learns = any(p.requires_grad for p in layer.parts.values())
+    flows = call.needs_dx  # whether what the next product takes in needs a gradient
+    kept = _kept_input(layer, call) * (flows or any(p.requires_grad for p in layer.parameters()))
+    total = Cost(activation_bytes=kept, building_macs=layer.building)
+    for product in layer.products:
+        macs, trained = product.macs * pixels[product.at], product.trained and learns
+        kept = product.reads * pixels[product.reads_at] * call.itemsize * (flows or trained)
+        total += Cost(0, macs, flows * macs, trained * macs, activation_bytes=kept)
+        flows = flows or trained
+    return total
+
+
 def _through_basis_cost(conv: BasisConv2d, call: _Call) -> Cost:
     """A batch normalisation that is taken through the basis, beside the mixing, which counts as its convolution's."""
     images, c, *spatial = call.y
@@ -390,9 +449,9 @@ def _positions(module: nn.Module, call: _Call) -> int:
 def _kept_input(module: nn.Module, call: _Call) -> int:
     """Bytes of the input as it is kept: padded where the convolution itself cannot pad it."""
     plain = math.prod(call.x) * call.itemsize
-    if not isinstance(module, (nn.Conv2d, BasisConv2d)):
+    if not isinstance(module, (nn.Conv2d, ConvLike)):
         return plain
-    pads = module._pads if isinstance(module, BasisConv2d) else module._reversed_padding_repeated_twice
+    pads = module._pads if isinstance(module, ConvLike) else module._reversed_padding_repeated_twice
     left, right, top, bottom = pads
     if module.padding_mode == "zeros" and (left, top) == (right, bottom):
         return plain
@@ -414,7 +473,7 @@ def _columns(cost: Cost) -> dict[str, int]:
 def _shown(cost: Cost) -> tuple[int, ...]:
     identity = cost.identity_forward_macs + cost.identity_backward_macs
     macs = (cost.forward_macs, cost.input_gradient_macs, cost.weight_gradient_macs, identity)
-    return (cost.parameters, *macs, cost.activation_bytes)
+    return (cost.parameters, *macs, cost.activation_bytes, cost.building_macs)
 
 
 def _cells(cost: Cost) -> tuple[str, ...]:

@@ -27,11 +27,12 @@ from torch.nn.parameter import is_lazy
 from basis.bench import _Timed
 from basis.complexity import _trace
 from basis.conv import BasisConv2d
-from basis.convlike import is_channels_last
+from basis.convlike import ConvLike, is_channels_last
 from basis.files import replacing
 from basis.models import build
 from basis.norm import copy_of, uncouple_in_place
 from basis.pairs import norm_pairs
+from basis.structured import StructuredConv2d
 from basis.substitution import _HOOKS, _replace, few, substitute
 from basis.timing import BenchReport, Progress, Setting, layer_steps, tell
 
@@ -41,9 +42,9 @@ from basis.timing import BenchReport, Progress, Setting, layer_steps, tell
 def fold(model: nn.Module, *, factorized: Iterable[str] = (), strict: bool = False) -> nn.Module:
     """A copy of ``model`` for inference, of plain ``torch.nn`` layers, with batch normalisation folded away.
 
-    Every basis convolution becomes one dense ``nn.Conv2d``, or, where ``factorized`` names it, the pair
-    ``nn.Sequential(nn.Conv2d(C_in, k, ...), nn.Conv2d(k, C_out, 1))`` of B and M = [I; A], rows in the order
-    of the output channels. The ``nn.BatchNorm2d`` that directly follows a convolution, basis or dense, goes
+    Every basis convolution or structured layer becomes one dense ``nn.Conv2d``, or, where ``factorized`` names it,
+    the pair ``nn.Sequential(nn.Conv2d(C_in, k, ...), nn.Conv2d(k, C_out, 1))`` of B and M = [I; A], rows in the order
+    of the output channels. The ``nn.BatchNorm2d`` that directly follows a convolution, of any kind, goes
     into the weight and bias of that convolution (of the second one in a pair) and ``nn.Identity`` takes its
     place; :func:`norms_left` says which ones stay, and why. Computed in float64 on the CPU and rounded once.
 
@@ -70,7 +71,7 @@ def fold(model: nn.Module, *, factorized: Iterable[str] = (), strict: bool = Fal
         raise ValueError(f"not every batch normalisation can be folded: {reasons}; strict=False keeps these")
     new: dict[nn.Module, nn.Module] = {}
     for name, layer in folded.named_modules():
-        if isinstance(layer, BasisConv2d) or name in norms:
+        if isinstance(layer, ConvLike) or name in norms:
             norm = source.get_submodule(norms[name]) if name in norms else None
             plain = _plain(layer, source.get_submodule(name), norm, pair=layer in pairs)
             new[layer] = _with_hooks(layer, plain)
@@ -105,7 +106,8 @@ def _named(model: nn.Module, names: Iterable[str]) -> set[nn.Module]:
 
 def _folding(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
     """Convolution -> the batch normalisation to fold into it, and every other batch normalisation -> why not."""
-    names = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    own = {part for layer in model.modules() if isinstance(layer, ConvLike) for part in layer.modules()}
+    names = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module not in own]
     if not names:
         return {}, {}
     try:
@@ -128,7 +130,7 @@ def _obstacle(conv: Any, norm: Any) -> str | None:
         return "it normalises by the statistics of each batch (track_running_stats=False), which no weight can hold"
     if conv._forward_hooks or norm._forward_hooks or norm._forward_pre_hooks:
         return "it or its convolution has forward hooks, which would see other values"
-    if isinstance(conv, BasisConv2d):
+    if isinstance(conv, ConvLike):
         return None
     if type(conv) is not nn.Conv2d or {"forward", "_conv_forward"} & set(vars(conv)):
         return f"its convolution is a {type(conv).__name__}, which may compute something of its own"
@@ -140,9 +142,12 @@ def _obstacle(conv: Any, norm: Any) -> str | None:
 @torch.no_grad()
 def _plain(layer: Any, source: Any, norm: Any, *, pair: bool) -> nn.Module:
     """The plain form of ``layer``; ``source`` is the same layer and ``norm`` what follows it, both to spend."""
+    structured = isinstance(layer, StructuredConv2d)
+    layer = layer.to_conv() if structured else layer
     like: Tensor = layer.basis if isinstance(layer, BasisConv2d) else layer.weight
     wide = torch.promote_types(like.dtype, torch.float64)
     source = source.to("cpu", wide)
+    source = source.to_conv() if structured else source
     weight, bias = source.mixing[:, :, None, None] if pair else source.weight, source.bias
     if norm is not None:
         norm = norm.to("cpu", wide)

@@ -1,10 +1,11 @@
 """The measures of sensitivity that need no training: from the weights alone to one evaluation per candidate.
 
 Each function takes a network in eval mode that nothing else uses (the statistics of its batch normalisation
-may change), the candidates (layer name -> numbers of basis channels) and what else it needs, and returns what
-it found about the dense network (its ``loss``) and the cells, one after the other.
+may change), the candidates (layer name -> numbers of basis channels, or texts of structured layers) and what
+else it needs, and returns what it found about the dense network (its ``loss``) and the cells, one after the other.
 
-With groups, each group is a matrix of its own, and k / groups is its rank.
+With groups, each group is a matrix of its own, and k / groups is its rank. A structured layer stands for the
+weight that its ``from_conv`` finds, the same one every time.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from torch import Tensor, nn
 
 from basis.replay import Batch, Loss, Network, cross_entropy, sample_losses
 from basis.statistics import Estimate, mean_estimate
+from basis.structured import Structure
+from basis.substitution import Size
 from basis.table import Cell
 
-Candidates = Mapping[str, Sequence[int]]
+Candidates = Mapping[str, Sequence[Size]]
 Measured = tuple[dict[str, float], Iterator[Cell]]
 
 CACHE_BYTES = 2 * 2**30
@@ -35,34 +38,66 @@ CACHE_BYTES = 2 * 2**30
 def spectrum(model: nn.Module, candidates: Candidates) -> Measured:
     """Relative Frobenius error ||W - W_k|| / ||W|| of the best approximation of rank k (Eckart and Young).
 
-    In float64, from the singular values. A weight that is all zero has error 0.
+    In float64, from the singular values. A weight that is all zero has error 0. Of a structured layer it is the
+    same error of its weight.
     """
 
     def cells() -> Iterator[Cell]:
-        for name, ks in candidates.items():
+        for name, sizes in candidates.items():
             began = time.perf_counter()
-            blocks = _blocks(model.get_submodule(name))
+            conv: Any = model.get_submodule(name)
+            blocks, ks = _blocks(conv), _ks(sizes)
             finite = bool(blocks.isfinite().all())
-            energies = torch.linalg.svdvals(blocks).square().cpu() if finite else blocks.new_full((1, 1), math.nan)
-            seconds = (time.perf_counter() - began) / len(ks)
+            if ks:
+                energies = torch.linalg.svdvals(blocks).square().cpu() if finite else blocks.new_full((1, 1), math.nan)
+                seconds = (time.perf_counter() - began) / len(ks)
             for k in ks:
                 value = _tail(energies, k // len(blocks)) if finite else math.nan
                 yield Cell(layer=name, basis_channels=k, value=value, seconds=seconds)
+            for text in _texts(sizes):
+                began, value = time.perf_counter(), math.nan
+                if finite:
+                    apart = _as(text, conv).double() - conv.weight.double()
+                    value = _share(apart.square().sum(), blocks.square().sum())
+                yield Cell(layer=name, basis_channels=text, value=value, seconds=time.perf_counter() - began)
 
     return {}, cells()
 
 
-def truncated(conv: nn.Module, ks: Sequence[int]) -> dict[int, Tensor]:
-    """k -> the best approximation of rank k of the weight, in its shape, dtype and memory format."""
-    weight: Any = conv.weight
-    blocks = _blocks(conv)
-    u, s, vh = torch.linalg.svd(blocks, full_matrices=False)
-    result = {}
-    for k in ks:
-        r = k // len(blocks)
-        flat = (u[..., :r] * s[:, None, :r]) @ vh[:, :r]
-        result[k] = torch.empty_like(weight, requires_grad=False).copy_(flat.reshape(weight.shape))
-    return result
+def approximations(conv: Any, sizes: Sequence[Size]) -> Iterator[tuple[Size, Tensor]]:
+    """Each size with its weight, in the shape, dtype and memory format of that of ``conv``.
+
+    Of k it is the best approximation of rank k, of a text that of the structured layer.
+    """
+    if ks := _ks(sizes):
+        blocks = _blocks(conv)
+        u, s, vh = torch.linalg.svd(blocks, full_matrices=False)
+        for k in ks:
+            r = k // len(blocks)
+            flat = (u[..., :r] * s[:, None, :r]) @ vh[:, :r]
+            yield k, torch.empty_like(conv.weight, requires_grad=False).copy_(flat.reshape(conv.weight.shape))
+    for text in _texts(sizes):
+        yield text, torch.empty_like(conv.weight, requires_grad=False).copy_(_as(text, conv))
+
+
+def _as(text: str, conv: Any) -> Tensor:
+    """The weight of the structured layer nearest to ``conv``; NaN where its own is not finite, which nothing fits.
+
+    A normalisation within the layer is the identity that fitting makes it.
+    """
+    if not conv.weight.isfinite().all():
+        return torch.full_like(conv.weight, math.nan)
+    torch.manual_seed(0)  # fitting may begin at random: the same for every order of the candidates
+    layer: Any = Structure.parse(text).make([conv], fitted=True)[0]
+    return layer.weight.detach()
+
+
+def _ks(sizes: Sequence[Size]) -> list[int]:
+    return [size for size in sizes if not isinstance(size, str)]
+
+
+def _texts(sizes: Sequence[Size]) -> list[str]:
+    return [size for size in sizes if isinstance(size, str)]
 
 
 def _blocks(conv: Any) -> Tensor:
@@ -72,8 +107,12 @@ def _blocks(conv: Any) -> Tensor:
 
 def _tail(energies: Tensor, rank: int) -> float:
     """sqrt(what is beyond the ``rank`` largest / all) of (g, m) energies in descending order; 0 for 0 / 0."""
-    total = energies.sum().item()
-    return math.sqrt(energies[:, rank:].sum().item() / total) if total != 0 else 0.0
+    return _share(energies[:, rank:].sum(), energies.sum())
+
+
+def _share(part: Tensor, total: Tensor) -> float:
+    """sqrt(part / total), 0 for 0 / 0."""
+    return math.sqrt(part.item() / total.item()) if total.item() != 0 else 0.0
 
 
 # -- from one pass of the data ------------------------------------------------------------------
@@ -86,12 +125,24 @@ def activation(model: nn.Module, candidates: Candidates, batches: Sequence[Batch
     sqrt(tail / total) of the eigenvalues of the centred covariance of the output channels, over all
     samples and pixels (X. Zhang et al. 2016, arXiv 1411.4229, section 2.1). An output that never varies
     has error 0.
+
+    A structured layer is compared on the same inputs: the square root of the variance of what it does to the
+    output (its own minus the dense one) / the variance of the output, each summed over channels. Its weight is
+    fitted to the weight, not to the outputs, and a constant added to a channel does not count, as above.
     """
     began = time.perf_counter()
     moments: dict[str, _Moments] = {name: _Moments() for name in candidates}
+    pairs = [(name, text) for name, sizes in candidates.items() for text in _texts(sizes)]
+    apart: dict[tuple[str, Size], _Moments] = {pair: _Moments() for pair in pairs}
 
     def watch(name: str) -> Callable:
+        conv: Any = model.get_submodule(name)
+        changes = {text: _as(text, conv) - conv.weight for text in _texts(candidates[name])}
+
         def hook(module: Any, args: tuple, y: Tensor) -> None:
+            for text, change in changes.items():
+                change = module._conv_forward(args[0], change, None).movedim(-3, 0)
+                apart[name, text].add(change.reshape(module.out_channels, 1, -1))
             y = y.movedim(-3, 0)  # channels first
             moments[name].add(y.reshape(module.groups, module.out_channels // module.groups, -1))
 
@@ -100,14 +151,19 @@ def activation(model: nn.Module, candidates: Candidates, batches: Sequence[Batch
     with _hooks(model, {name: watch(name) for name in candidates}):
         for x, _ in batches:
             model(x.clone())
-    values = {}
-    for name, ks in candidates.items():
+    values: dict[tuple[str, Size], float] = {}
+    for name, sizes in candidates.items():
         scatter = moments[name].scatter
         finite = bool(scatter.isfinite().all())
-        energies = torch.linalg.eigvalsh(scatter).clamp_min(0).flip(-1).cpu() if finite and scatter.dim() else None
-        for k in ks:
-            rank = k // (len(scatter) if scatter.dim() else 1)
-            values[name, k] = (0.0 if finite else math.nan) if energies is None else _tail(energies, rank)
+        seen = finite and scatter.dim() > 0  # else the layer has never been called
+        energies = torch.linalg.eigvalsh(scatter).clamp_min(0).flip(-1).cpu() if seen else scatter
+        for k in sizes:
+            if not seen:
+                values[name, k] = 0.0 if finite else math.nan
+            elif isinstance(k, str):
+                values[name, k] = _share(apart[name, k].scatter.sum(), scatter.diagonal(dim1=1, dim2=2).sum())
+            else:
+                values[name, k] = _tail(energies, k // len(scatter))
     share = 1 / len(values)
     images, seconds = sum(len(x) for x, _ in batches), time.perf_counter() - began
     cells = [
@@ -155,7 +211,7 @@ def gradients(
             cannot be differentiated.
     """
     began = time.perf_counter()
-    lowest = {name: min(ks) // model.get_submodule(name).groups for name, ks in candidates.items()}  # type: ignore[operator]
+    lowest = {name: min(_ks(ks)) // model.get_submodule(name).groups for name, ks in candidates.items()}  # type: ignore[operator]
     left = {name: torch.linalg.svd(_blocks(model.get_submodule(name)), full_matrices=False)[0] for name in candidates}
     products: dict[str, list[Tensor]] = {name: [] for name in candidates}  # of each batch: (N, components)
     blind: set[str] = set()
@@ -210,7 +266,7 @@ def gradients(
     scores: dict[tuple[str, int], tuple[float, float, float, int]] = {}
     for name, ks in candidates.items():
         product = torch.cat(products[name])
-        for k in ks:
+        for k in _ks(ks):
             delta = -product[:, k // model.get_submodule(name).groups - lowest[name] :].sum(1)  # type: ignore[operator]
             delta = delta * math.nan if name in blind else delta
             scores[name, k] = _estimate(delta.square() / 2 if squared else delta, apart)
@@ -276,7 +332,7 @@ def oneshot(
     macs: Mapping[str, int] | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> Measured:
-    """Replace the weight of one layer by its approximation of rank k, and evaluate.
+    """Replace the weight of one layer by its approximation of rank k, or by a structured layer's, and evaluate.
 
     The value is the mean loss minus the dense network's, its interval over samples (paired); ``kl`` the
     mean divergence of the predictions, where the loss is cross-entropy of logits (N, classes).
@@ -305,7 +361,7 @@ def oneshot(
             began, network.spent = time.perf_counter(), 0.0
             network.advance(position[name])
             conv = model.get_submodule(name)
-            for k, weight in truncated(conv, candidates[name]).items():
+            for k, weight in approximations(conv, candidates[name]):
                 with _weight(conv, weight), network.recalibrated():
                     new, _, logits = network.evaluate(batches, loss)
                 value, low, high, n = _estimate(new - losses, apart)

@@ -37,7 +37,7 @@ class _Tracer(fx.Tracer):
 
 
 def norm_pairs(model: nn.Module, *, both_modes: bool = False) -> Pairs:
-    """The pairs of a convolution (dense or basis) and the ``nn.BatchNorm2d`` that directly follows it.
+    """The pairs of a convolution (dense, basis or structured) and the ``nn.BatchNorm2d`` that directly follows it.
 
     Both are named as in ``model.named_modules()``. A subclass of ``nn.BatchNorm2d`` with a forward pass of
     its own makes no pair.

@@ -1,7 +1,11 @@
-"""Terms that a recipe adds for basis convolutions: decay of the product, scaled decay, decorrelation."""
+"""Terms that a recipe adds for basis convolutions: decay of the product, scaled decay, decorrelation.
+
+Scaled decay is for the other structured layers, too.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +14,7 @@ from torch import Tensor, nn
 from basis.complexity import count_parameters
 from basis.conv import BasisConv2d
 from basis.skipping import Parts
+from basis.structured import StructuredConv2d
 
 EPSILON = 1e-8  # on squared norms of centred filters: a filter of zero variance correlates with none
 
@@ -59,27 +64,34 @@ def decorrelation(basis: Tensor, groups: int = 1) -> Tensor:
 def compression(model: nn.Module) -> float:
     """Parameters of the network, as a fraction of those of the same network with dense convolutions.
 
-    Of a sparse A the entries count that it keeps, and a frozen one counts nothing.
-    The factor of the "compression ratio scaled" weight decay of Gray, Crowley and Storkey, "Separable
-    Layers Enable Structured Efficient Linear Substitutions" (2019): one number for the whole network.
+    Of a sparse A the entries count that it keeps, and a frozen one counts nothing; of other structured layers
+    what they store. The factor of the "compression ratio scaled" weight decay of Gray, Crowley and Storkey,
+    "Separable Layers Enable Structured Efficient Linear Substitutions" (2019): one number for the whole network.
     """
     layers = {id(m.basis): m for m in model.modules() if isinstance(m, BasisConv2d)}.values()
+    structured = [m for m in model.modules() if isinstance(m, StructuredConv2d)]
     inside = {id(p) for layer in layers for p in (layer.basis, *layer.coefficients.parameters())}
+    inside |= {id(p) for layer in structured for name, p in layer.named_parameters() if name != "bias"}
     others = sum(p.numel() for p in model.parameters() if id(p) not in inside)
-    return count_parameters(model) / (others + sum(layer.out_channels * layer.basis[0].numel() for layer in layers))
+    dense = sum(layer.out_channels * math.prod(layer.filter_shape) for layer in (*layers, *structured))
+    return count_parameters(model) / (others + dense)
 
 
-def parameter_groups(model: nn.Module, *, weight_decay: float, factor: float = 1.0) -> list[dict[str, Any]]:
-    """Groups for an optimizer: all other parameters, B, and A (``part``); the decay of B and A times ``factor``.
+def parameter_groups(
+    model: nn.Module, *, weight_decay: float, factor: float = 1.0, structured: float = 1.0
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer (``part``): all other parameters, B, A, and the ``factors`` of structured layers.
 
-    B and A stand apart also where they decay alike, since :class:`~basis.skipping.Skip` may give each a
-    learning rate of its own.
+    The decay of B and A is multiplied by ``factor``, that of the factors by ``structured``. B and A stand apart
+    also where they decay alike, since :class:`~basis.skipping.Skip` may give each a learning rate of its own.
+    What requires no gradient is in no group.
     """
     parts = Parts(model)
-    decay = factor * weight_decay
+    scaled = {id(p) for m in model.modules() if isinstance(m, StructuredConv2d) for p in m.factors}
     groups = {
-        "others": (parts.others, weight_decay),
-        "basis": (parts.basis, decay),
-        "coefficients": (parts.coefficients, decay),
+        "others": ([p for p in parts.others if id(p) not in scaled], weight_decay),
+        "basis": (parts.basis, factor * weight_decay),
+        "coefficients": (parts.coefficients, factor * weight_decay),
+        "factors": ([p for p in parts.others if id(p) in scaled], structured * weight_decay),
     }
     return [{"params": p, "weight_decay": value, "part": part} for part, (p, value) in groups.items() if p]

@@ -8,7 +8,9 @@ processes may work on one folder: a lock that dies with its process keeps two fr
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -30,7 +32,7 @@ import filelock
 import torch
 
 from basis.analysis import joint, sensitivity
-from basis.complexity import cost, count_parameters
+from basis.complexity import cost, count_parameters, count_trained
 from basis.conv import Mode
 from basis.data import Data, DataError, Images, first_images, hold_out, load_cifar10, synthetic
 from basis.files import replacing
@@ -113,6 +115,12 @@ class Run:
         ladder: which sensitivities are measured afterwards.
         test: False where the test images are not looked at.
         coefficients: how the basis layers hold their coefficients, see :class:`basis.coefficients.Form`.
+        layer: the structured layer that every convolution becomes that can, see
+            :class:`basis.structured.Structure`; instead of ``ratio``, ``plan`` and ``choice``.
+        include: pattern of the convolutions that ``layer`` is for.
+        teacher: how a dense network is trained first, from the same seed, for attention transfer
+            (``recipe.attention``) or as what the layers are fitted to.
+        fitted: whether the run starts at the teacher's weights, those of the layers approximated.
     """
 
     study: str
@@ -132,6 +140,10 @@ class Run:
     ladder: Ladder | None = None
     test: bool | None = None
     coefficients: str | None = None
+    layer: str | None = None
+    include: str | None = None
+    teacher: Recipe | None = None
+    fitted: bool | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -326,18 +338,22 @@ def execute(
     if run.choice is not None:
         plan, foreseen = choose(run.choice, folder or results_folder(), definition, should_stop=should_stop)
         extra |= {"plan": dict(plan.layers), "predicted": foreseen}
-    dense = plan is None and run.ratio is None
+    teacher = None if run.teacher is None else _teacher(model, run, data, device, checkpoint, should_stop, progress)
+    dense = plan is None and run.ratio is None and run.layer is None
     if not dense:
         model = substitute(
-            model, plan, ratio=run.ratio, mode=run.mode, init="random", coefficients=run.coefficients or "dense"
-        )
-    if plan is not None or run.ladder is not None or run.coefficients is not None:
-        size = tuple(data.train.x.shape[1:])
-        report = cost(model, (size[2], *size[:2]), mode="factorized")
-        extra |= {"macs": report.total.forward_macs, "backward_macs": report.total.backward_macs}
+            model if not run.fitted or teacher is None else teacher, plan, ratio=run.ratio, layer=run.layer,
+            include=run.include or (), mode=run.mode, init="svd" if run.fitted else "random",
+            coefficients=run.coefficients or "dense",
+        )  # fmt: skip
+    size = tuple(data.train.x.shape[1:])
+    report = cost(model, (size[2], *size[:2]), mode="factorized")
+    extra |= {"macs": report.total.forward_macs, "backward_macs": report.total.backward_macs}
+    extra |= {"trained": count_trained(model)} if run.layer is not None else {}
     result: Result = train(
         model, data, run.recipe, device=device, seed=run.seed, checkpoint=checkpoint,
         should_stop=should_stop, progress=progress, test=run.test is not False,
+        teacher=teacher if run.recipe.attention else None,
     )  # fmt: skip
     if run.ladder is not None:
         extra |= climb(model, data, run.ladder, beside=checkpoint, should_stop=should_stop)
@@ -347,6 +363,39 @@ def execute(
         "spectrum": spectrum(model) if dense else None,
         **extra,
     }
+
+
+def _teacher(
+    model: torch.nn.Module,
+    run: Run,
+    data: Data,
+    device: torch.device,
+    checkpoint: Path | None,
+    should_stop: Callable[[], bool] | None,
+    progress: bool | str,
+) -> torch.nn.Module:
+    """A trained copy of the dense ``model``; runs with equal teachers train it once, and keep it beside checkpoints."""
+    teacher, recipe = copy.deepcopy(model), run.teacher
+    terms = {name: value for name, value in asdict(recipe or Recipe()).items() if value is not None}
+    said = [run.model, run.width, run.data, run.images, run.validation, run.seed, terms]
+    options: dict[str, Any] = {"device": device, "seed": run.seed, "should_stop": should_stop, "test": False}
+    if checkpoint is None:
+        train(teacher, data, recipe, progress=progress, **options)
+        return teacher
+    kept = checkpoint.with_name(f"teacher-{digest(said)}-{device.type}.pt")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(kept.with_suffix(".lock")):
+        if kept.exists():
+            teacher.load_state_dict(torch.load(kept, weights_only=True))
+        else:
+            title = f"{progress}, teacher" if isinstance(progress, str) else progress
+            train(teacher, data, recipe, checkpoint=kept.with_suffix(".part"), progress=title, **options)
+            packed = io.BytesIO()
+            torch.save(teacher.state_dict(), packed)
+            with replacing(kept) as file:
+                file.write(packed.getbuffer())
+            kept.with_suffix(".part").unlink(missing_ok=True)
+    return teacher
 
 
 def spectrum(model: torch.nn.Module, ratios: Sequence[float] = (0.125, 0.25, 0.5, 0.75)) -> dict[str, dict[str, float]]:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from scipy.optimize import LinearConstraint, milp
 
 from basis.conv import basis_channels_for, check_basis_channels
-from basis.substitution import Plan, _left_out, _patterns, few
+from basis.substitution import Plan, Size, _left_out, _patterns, _said, few
 from basis.table import Layer, SensitivityTable
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ UNITS = ("params", "macs", "backward_macs", "milliseconds")
 DENSE = "kept dense by the selection"
 ROUNDING = 1 + 1e-12  # a budget is met up to the rounding of floating-point numbers
 
-Scores = Mapping[str, Mapping[int, float]]  # layer -> k -> sensitivity
+Choice = dict[str, Size]  # layer -> k, or the text of a structured layer
+Scores = Mapping[str, Mapping[Size, float]]  # layer -> k or text -> sensitivity
 Times = Mapping[str, Mapping[int, float]]  # layer -> k -> milliseconds; its largest k is the dense layer
 
 
@@ -68,19 +70,23 @@ def select(
     multiple: int | None = None,
     seed: int = 0,
 ) -> Plan:
-    """Choose which layers become basis convolutions, and with how many basis channels k, under a budget.
+    """Choose which layers are substituted, with how many basis channels k or as which structured layer, on a budget.
 
     The rules, of which all but "uniform" choose among the candidates in the table that have a finite
     sensitivity, and the dense layer:
 
     - "optimal": the smallest sum of sensitivities, by mixed-integer optimisation (HiGHS), exactly;
     - "threshold": :func:`threshold` at the smallest epsilon that meets the budget;
-    - "uniform": all layers at the largest common ratio that meets it, whatever their sensitivity;
+    - "uniform": all layers at the largest common ratio that meets it, whatever their sensitivity; in a table of
+      structured layers alone, all by the one text that keeps most of the network and meets it;
     - "random", "largest_first" (most of the budget's unit first), "ranking" (least sensitive first),
       "reverse" (most sensitive first), "first" and "last" (from the front or the back of the network): one
       layer after another gets its smallest candidate (the one nearest to ``ratio``, if that is given) until
       the budget is met. The last of them gets the largest k that still meets it, so that rules are compared
       at nearly equal size. Layers whose candidate saves nothing are passed over.
+
+    Where a layer has structured layers among its candidates, the smallest one is that of the least cost in the
+    units of the budget, and larger ones are its other candidates.
 
     Args:
         table: of :func:`basis.sensitivity`.
@@ -88,9 +94,9 @@ def select(
             Units are "params", "macs" and "backward_macs" (factorized mode, as :func:`basis.cost` counts
             them) and "milliseconds" (of all convolutions in ``latency``). Several are all met.
         rule: one of those above.
-        ratio: r in (0, 1]; only the candidate nearest to r C_out is used of each layer.
+        ratio: r in (0, 1]; only the candidate nearest to r C_out is used of each layer. Not with structured layers.
         latency: a report of :func:`basis.bench.bench_latency`, for a budget in milliseconds. Only
-            what it has measured is chosen then.
+            what it has measured is chosen then. Not with structured layers.
         step: the pass in ``latency`` that counts, "forward" or "forward+backward".
         include: shell patterns (``fnmatch``) of layer names; none means all layers.
         exclude: patterns of layers that stay dense.
@@ -116,11 +122,16 @@ def select(
     _check_budget(budget, table, absolute, latency)
     dense = _dense(table, include, exclude)
     scores = _scores(table, dense, ratio)
+    texts = {k: None for own in scores.values() for k in own if isinstance(k, str)}
+    if texts and latency is not None:
+        raise ValueError(f"latency reports know basis channels alone, but the table has {few(texts)} to choose from")
+    if rule == "uniform" and texts and any(not isinstance(k, str) for own in scores.values() for k in own):
+        raise ValueError(f"the rule 'uniform' takes ratios or structured layers, but the table has both ({few(texts)})")
     times = {} if latency is None else _times(latency, step, table, scores)
     totals = {**table.total, "milliseconds": sum(ms[max(ms)] for ms in times.values())}
     total = np.array([totals[unit] for unit in budget], float)
     limit = np.array(list(budget.values()), float) * (1 if absolute else total)
-    common = multiple or math.gcd(*(k for layer in table.layers for k in layer.candidates)) or 1
+    common = multiple or math.gcd(*(k for _, k in table.candidates if not isinstance(k, str))) or 1
     layers = tuple(layer for layer in table.layers if layer.name in scores)
     problem = _Problem(rule, layers, scores, times, tuple(budget), total, limit, common, seed)
     return _plan(table, dense, _SOLVERS[rule](problem))
@@ -137,7 +148,8 @@ def threshold(
     """The largest set of layers of which each alone loses at most ``epsilon``.
 
     So Alekseev et al. 2024 (arXiv 2408.06024) choose. Each such layer gets the smallest of its candidates
-    that loses at most ``epsilon``; with ``ratio``, only the candidate nearest to it is considered.
+    that loses at most ``epsilon``, of structured layers and k the one of the fewest parameters; with ``ratio``,
+    only the candidate nearest to it is considered.
 
     Args:
         epsilon: in the unit of the table's measure.
@@ -149,7 +161,8 @@ def threshold(
     if not isinstance(epsilon, (int, float)) or math.isnan(epsilon):
         raise ValueError(f"epsilon is {epsilon!r}, but it must be a number in the unit of the table's measure")
     dense = _dense(table, include, exclude)
-    return _plan(table, dense, _under(_scores(table, dense, ratio), epsilon))
+    scores = _scores(table, dense, ratio)
+    return _plan(table, dense, _under(table.layers, scores, epsilon, _fewest_parameters))
 
 
 def predicted(
@@ -160,12 +173,14 @@ def predicted(
     Returns:
         "sensitivity", the sum over layers, and the fractions of the dense network's "params", "macs" and
         "backward_macs", and with ``latency`` "milliseconds". The sensitivity of a k between two measured
-        ones is interpolated linearly in k, the dense layer counting as 0. NaN stands for what the table
+        ones is interpolated linearly in k, the dense layer counting as 0; a structured layer must be a
+        candidate. NaN stands for what the table
         does not know: a k below the smallest or beside one that was not finite, MACs without images, and
         a k that was not timed.
 
     Raises:
-        ValueError: for a plan that names a layer that is not in the table, or with a k that makes no sense.
+        ValueError: for a plan that names a layer or a structured layer that is not in the table, or with a k
+            that makes no sense.
     """
     layer_of = {layer.name: layer for layer in table.layers}
     values = _values(table)
@@ -176,14 +191,21 @@ def predicted(
         if name not in layer_of:
             raise ValueError(f"the plan names {name!r}, but the table has no such layer")
         layer = layer_of[name]
-        check_basis_channels(k, layer.out_channels, layer.groups)
-        known = {layer.out_channels: 0.0} | {j: value for (at, j), value in values.items() if at == name}
-        ks = sorted(known)
-        loss += float(np.interp(k, ks, [known[j] for j in ks], left=math.nan))
+        if isinstance(k, str):
+            if k not in layer.candidates:
+                raise ValueError(f"the plan makes {name} {k}, which is not among its candidates in the table")
+            loss += values.get((name, k), math.nan)
+        else:
+            check_basis_channels(k, layer.out_channels, layer.groups)
+            known = {j: value for (at, j), value in values.items() if at == name and not isinstance(j, str)}
+            ks, losses = zip(*sorted((known | {layer.out_channels: 0.0}).items()), strict=True)
+            loss += float(np.interp(k, ks, losses, left=math.nan))
         whole, thin = layer.cost(layer.out_channels), layer.cost(k)
         for unit in UNITS[:3]:
             saved[unit] += math.nan if thin[unit] is None else whole[unit] - thin[unit]  # type: ignore[operator]
         if times is not None:
+            if isinstance(k, str):
+                raise ValueError(f"latency reports know basis channels alone, but the plan makes {name} {k}")
             own = times.get(name, {})
             saved["milliseconds"] += own.get(layer.out_channels, math.nan) - own.get(k, math.nan)
     totals = {unit: math.nan if value is None else value for unit, value in table.total.items()}
@@ -225,7 +247,7 @@ def _dense(table: SensitivityTable, include: str | Iterable[str], exclude: str |
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def _values(table: SensitivityTable) -> dict[tuple[str, int], float]:
+def _values(table: SensitivityTable) -> dict[tuple[str, Size], float]:
     return {(cell.layer, cell.basis_channels): cell.value for cell in table.cells}
 
 
@@ -235,7 +257,7 @@ def _scores(table: SensitivityTable, dense: Mapping[str, str], ratio: float | No
         basis_channels_for(ratio, 1)  # refuses a ratio that makes no sense
     values = _values(table)
     layers = [layer for layer in table.layers if layer.name not in dense]
-    lacking = [f"{at.name} with k = {k}" for at in layers for k in at.candidates if (at.name, k) not in values]
+    lacking = [f"{at.name} with {_said(k)}" for at in layers for k in at.candidates if (at.name, k) not in values]
     if lacking:
         raise ValueError(
             f"the table is not complete: it lacks {len(lacking)} of its candidates ({few(lacking)}); "
@@ -243,9 +265,15 @@ def _scores(table: SensitivityTable, dense: Mapping[str, str], ratio: float | No
         )
     scores = {}
     for at in layers:
-        finite = [k for k in at.candidates if math.isfinite(values[at.name, k])]
+        finite: Sequence[Size] = [k for k in at.candidates if math.isfinite(values[at.name, k])]
         if ratio is not None:
-            finite = sorted(finite, key=lambda k, aim=ratio * at.out_channels: (abs(k - aim), k))[:1]  # type: ignore[misc]
+            ks = [k for k in finite if not isinstance(k, str)]
+            if len(ks) < len(finite):
+                raise ValueError(
+                    f"ratio chooses among basis channels, but {at.name} has structured layers; leave out ratio"
+                )
+            aim = ratio * at.out_channels
+            finite = sorted(ks, key=lambda k: (abs(k - aim), k))[:1]
         scores[at.name] = {k: values[at.name, k] for k in finite}
     return scores
 
@@ -274,12 +302,13 @@ def _times(latency: BenchReport, step: str, table: SensitivityTable, scores: Sco
     return times
 
 
-def _plan(table: SensitivityTable, dense: Mapping[str, str], chosen: Mapping[str, int]) -> Plan:
+def _plan(table: SensitivityTable, dense: Mapping[str, str], chosen: Mapping[str, Size]) -> Plan:
     values = _values(table)
     reasons = {}
     for at in table.layers:
-        bad = [str(k) for k in at.candidates if not math.isfinite(values.get((at.name, k), 0))]
-        note = f"; not finite at k = {few(bad)}" if bad else "" if at.candidates else "; it has no candidate"
+        bad = [k for k in at.candidates if not math.isfinite(values.get((at.name, k), 0))]
+        ks = "k = " if bad and not isinstance(bad[0], str) else ""
+        note = f"; not finite at {ks}{few(map(str, bad))}" if bad else "" if at.candidates else "; it has no candidate"
         reasons[at.name] = dense.get(at.name, DENSE + note)
     layers = {at.name: chosen[at.name] for at in table.layers if at.name in chosen}
     return Plan(layers, {name: why for name, why in reasons.items() if name not in layers} | dict(table.skipped))
@@ -302,16 +331,21 @@ class _Problem:
     multiple: int
     seed: int
 
-    def price(self, layer: Layer, k: int) -> np.ndarray:
-        """What the layer costs with k basis channels."""
-        cost = layer.cost(k)
-        return np.array([self.times[layer.name][k] if u == "milliseconds" else cost[u] for u in self.units], float)
+    def price(self, layer: Layer, k: Size) -> np.ndarray:
+        """What the layer costs with k basis channels, or as the structured layer k."""
+        times: Mapping[Any, float] = self.times.get(layer.name, {})
+        cost = {**layer.cost(k), "milliseconds": times.get(k)}
+        return np.array([cost[unit] for unit in self.units], float)
 
-    def saving(self, layer: Layer, k: int) -> np.ndarray:
-        """What k basis channels save of the dense layer."""
+    def share(self, layer: Layer, k: Size) -> float:
+        """The same as one number: of the dense network's cost, in all units together."""
+        return float((self.price(layer, k) / self.total).sum())
+
+    def saving(self, layer: Layer, k: Size) -> np.ndarray:
+        """What k saves of the dense layer."""
         return self.price(layer, layer.out_channels) - self.price(layer, k)
 
-    def used(self, chosen: Mapping[str, int]) -> np.ndarray:
+    def used(self, chosen: Mapping[str, Size]) -> np.ndarray:
         """What the network costs."""
         savings = [self.saving(at, chosen[at.name]) for at in self.layers if at.name in chosen]
         return self.total - np.sum(savings, axis=0) if savings else self.total
@@ -323,11 +357,22 @@ class _Problem:
         c, step = layer.out_channels, math.lcm(layer.groups, self.multiple)
         return [c, *range((c - 1) // step * step, 0, -step)]
 
+    def smallest(self, layer: Layer, ks: Iterable[Size]) -> Size:
+        """Of these candidates of the layer that of the least cost."""
+        return _smallest(ks, lambda k: self.share(layer, k))
+
+    def larger(self, layer: Layer, k: Size) -> list[Size]:
+        """What the layer may get instead of its candidate k that costs more, the dearest first."""
+        if not any(isinstance(other, str) for other in layer.candidates):
+            return [other for other in self.grid(layer) if other > k]  # type: ignore[operator]
+        price = {other: self.share(layer, other) for other in self.scores[layer.name]}
+        return sorted((other for other in price if price[other] > price[k]), key=price.__getitem__, reverse=True)
+
     def excess(self, used: np.ndarray) -> float:
         """By what factor a cost of the network is above the budget, in the worst unit."""
         return float((used / self.limit).max())
 
-    def first_met(self, choices: Iterable[dict[str, int]]) -> dict[str, int]:
+    def first_met(self, choices: Iterable[Choice]) -> Choice:
         """The first choice within the budget."""
         best = self.total
         for chosen in choices:
@@ -360,7 +405,7 @@ def _up(number: float, digits: int) -> float:
     return math.ceil(number * 10**digits / ROUNDING) / 10**digits
 
 
-def _optimal(problem: _Problem) -> dict[str, int]:
+def _optimal(problem: _Problem) -> Choice:
     options = [(layer, k) for layer in problem.layers for k in problem.scores[layer.name]]
     if not options:
         return problem.first_met([{}])
@@ -398,18 +443,36 @@ def _minimise(
     return None if result.x is None else np.where(whole, np.round(result.x), result.x)
 
 
-def _under(scores: Scores, epsilon: float) -> dict[str, int]:
-    """The smallest k of each layer whose sensitivity is at most epsilon."""
-    ks = {name: [k for k, value in own.items() if value <= epsilon] for name, own in scores.items()}
-    return {name: min(own) for name, own in ks.items() if own}
+def _smallest(candidates: Iterable[Size], price: Callable[[Size], float]) -> Size:
+    """The smallest k; where there are texts, too, what has the lowest price."""
+    candidates = list(candidates)
+    ks = [k for k in candidates if not isinstance(k, str)]
+    return min(ks) if len(ks) == len(candidates) else min(candidates, key=price)
 
 
-def _threshold(problem: _Problem) -> dict[str, int]:
+def _fewest_parameters(layer: Layer, candidates: Iterable[Size]) -> Size:
+    return _smallest(candidates, lambda k: layer.cost(k)["params"] or 0)
+
+
+def _under(
+    layers: Iterable[Layer], scores: Scores, epsilon: float, smallest: Callable[[Layer, list[Size]], Size]
+) -> Choice:
+    """The smallest candidate of each layer whose sensitivity is at most epsilon."""
+    small = ((at, [k for k, value in scores.get(at.name, {}).items() if value <= epsilon]) for at in layers)
+    return {at.name: smallest(at, own) for at, own in small if own}
+
+
+def _threshold(problem: _Problem) -> Choice:
     epsilons = sorted({value for own in problem.scores.values() for value in own.values()})
-    return problem.first_met(_under(problem.scores, epsilon) for epsilon in (-math.inf, *epsilons))
+    of = partial(_under, problem.layers, problem.scores, smallest=problem.smallest)
+    return problem.first_met(of(epsilon) for epsilon in (-math.inf, *epsilons))
 
 
-def _uniform(problem: _Problem) -> dict[str, int]:
+def _uniform(problem: _Problem) -> Choice:
+    texts = dict.fromkeys(k for at in problem.layers for k in problem.scores[at.name] if isinstance(k, str))
+    if texts:
+        alike: list[Choice] = [{at.name: t for at in problem.layers if t in problem.scores[at.name]} for t in texts]
+        return problem.first_met(sorted([{}, *alike], key=lambda one: problem.excess(problem.used(one)), reverse=True))
     # The common ratio falls, and at each of these boundaries the k of some layers falls with it.
     steps = [
         ((high + low) / (2 * at.out_channels), at.name, low)
@@ -417,8 +480,8 @@ def _uniform(problem: _Problem) -> dict[str, int]:
         for high, low in pairwise(problem.grid(at))
     ]
 
-    def choices() -> Iterator[dict[str, int]]:
-        chosen: dict[str, int] = {}
+    def choices() -> Iterator[Choice]:
+        chosen: Choice = {}
         yield chosen
         for _, group in groupby(sorted(steps, reverse=True), key=lambda one: one[0]):
             chosen = chosen | {name: low for _, name, low in group}
@@ -427,37 +490,34 @@ def _uniform(problem: _Problem) -> dict[str, int]:
     return problem.first_met(choices())
 
 
-def _one_by_one(problem: _Problem) -> dict[str, int]:
-    goals = {at.name: min(problem.scores[at.name]) for at in problem.layers if problem.scores[at.name]}
+def _one_by_one(problem: _Problem) -> Choice:
+    scores = problem.scores
+    goals = {at.name: problem.smallest(at, scores[at.name]) for at in problem.layers if scores[at.name]}
     useful = [at for at in problem.layers if at.name in goals and (problem.saving(at, goals[at.name]) > 0).any()]
     order = _ORDERS[problem.rule](problem, useful)
     chosen = problem.first_met({at.name: goals[at.name] for at in order[:n]} for n in range(len(order) + 1))
     if not chosen:
         return chosen
     last = order[len(chosen) - 1]
-    larger = ({**chosen, last.name: k} for k in problem.grid(last) if k > goals[last.name])
+    larger = ({**chosen, last.name: k} for k in problem.larger(last, goals[last.name]))
     return problem.first_met([*larger, chosen])
 
 
 def _sensitivity(problem: _Problem, layer: Layer) -> float:
     """That of the smallest candidate."""
-    return min(problem.scores[layer.name].items())[1]
-
-
-def _size(problem: _Problem, layer: Layer) -> float:
-    """Its share of the dense network, in the units of the budget."""
-    return float((problem.price(layer, layer.out_channels) / problem.total).sum())
+    own = problem.scores[layer.name]
+    return own[problem.smallest(layer, own)]
 
 
 # Ties are in the order of the network.
 _ORDERS: Mapping[str, Callable[[_Problem, list[Layer]], list[Layer]]] = {
     "random": lambda problem, layers: random.Random(problem.seed).sample(layers, len(layers)),
-    "largest_first": lambda problem, layers: sorted(layers, key=lambda at: -_size(problem, at)),
+    "largest_first": lambda problem, layers: sorted(layers, key=lambda at: -problem.share(at, at.out_channels)),
     "ranking": lambda problem, layers: sorted(layers, key=lambda at: _sensitivity(problem, at)),
     "reverse": lambda problem, layers: sorted(layers, key=lambda at: -_sensitivity(problem, at)),
     "first": lambda problem, layers: layers,
     "last": lambda problem, layers: layers[::-1],
 }
-_SOLVERS: Mapping[str, Callable[[_Problem], dict[str, int]]] = {
+_SOLVERS: Mapping[str, Callable[[_Problem], Choice]] = {
     "optimal": _optimal, "threshold": _threshold, "uniform": _uniform, **dict.fromkeys(_ORDERS, _one_by_one)
 }  # fmt: skip

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from basis.attention import Attention
+
 Step = Literal["eager", "compiled", "graphed", "fast"]
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
@@ -79,6 +81,8 @@ class TrainingStep:
         label_smoothing: of the cross-entropy.
         channels_last: the memory format of ``model``, which a compiler has to be made to keep.
         capture: runs a function so that what it returns repeats it; a CUDA graph unless given.
+        attention: runs ``model`` beside a teacher, whose term is added to what is differentiated. It is not
+            compiled: torch compiles modules of one class once, whatever hooks they have.
 
     Attributes:
         loss, correct: sums over the steps since :meth:`start_epoch`, scalars on the device: the mean
@@ -99,8 +103,12 @@ class TrainingStep:
         label_smoothing: float = 0.0,
         channels_last: bool = False,
         capture: Capture | None = None,
+        attention: Attention | None = None,
     ) -> None:
+        if attention and means.compiled:
+            means = means._replace(compiled=False, reason="attention transfer is not compiled")
         self.model, self.optimizer, self.scaler, self.means = model, optimizer, scaler, means
+        self.attention = attention
         self.setup_seconds = 0.0
         self._objective, self._autocast, self._label_smoothing = objective, autocast, label_smoothing
         self._device = next(model.parameters()).device
@@ -156,10 +164,16 @@ class TrainingStep:
         self.start_epoch()
 
     def _run(self, x: Tensor, labels: Tensor, *, kind: Hashable) -> None:
-        with self._autocast():
-            logits = self._network(x)
+        transfer: Tensor | None = None
+        if self.attention:
+            logits, transfer = self.attention(x)
+        else:
+            with self._autocast():
+                logits = self._network(x)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self._label_smoothing)
         objective = self._objective(loss, kind)
+        if transfer is not None:
+            objective = objective + transfer
         self.optimizer.zero_grad(set_to_none=True)
         if objective.requires_grad:  # a step may train nothing, where all but a skipped part is frozen
             self.scaler.scale(objective).backward()

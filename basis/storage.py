@@ -41,7 +41,8 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
             first[id(value)] = name
             tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     folder, plan = Path(folder), plan_of(model)
-    forms = {name: str(_layer(model, name).coefficients.form) for name in plan.layers}
+    ks = [name for name, size in plan.layers.items() if not isinstance(size, str)]
+    forms = {name: str(_layer(model, name).coefficients.form) for name in ks}
     about = {"alias": json.dumps(alias), "coefficients": json.dumps(forms)}
     with replacing(folder / STATE_FILE) as file:
         file.write(safetensors.torch.save(tensors, about))
@@ -52,7 +53,8 @@ def load(model: nn.Module, folder: str | os.PathLike, *, mode: Mode = "auto") ->
     """The model that :func:`save` wrote to ``folder``, on the architecture of the dense ``model``.
 
     The weights of ``model`` are not used and it is left alone; device, dtype, flags, hooks and sharing
-    are its own, but for coefficients, which are held and shared as in the saved model.
+    are its own, but for coefficients, which are held and shared as in the saved model. Structured layers share
+    as :func:`basis.substitute` lets them.
 
     Raises:
         FileNotFoundError: when a file is missing.
@@ -65,9 +67,10 @@ def load(model: nn.Module, folder: str | os.PathLike, *, mode: Mode = "auto") ->
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("model is on the meta device; give it storage first: model.to_empty(device='cpu')")
     with torch.random.fork_rng(devices=[]):  # the random start is overwritten: leave no trace of it
-        loaded = substitute(model, {})
-        for form in dict.fromkeys(forms.get(name, "dense") for name in plan.layers):
-            held = {name: k for name, k in plan.layers.items() if forms.get(name, "dense") == form}
+        loaded = substitute(model, {n: size for n, size in plan.layers.items() if isinstance(size, str)}, init="random")
+        ks = {name: size for name, size in plan.layers.items() if not isinstance(size, str)}
+        for form in dict.fromkeys(forms.get(name, "dense") for name in ks):
+            held = {name: k for name, k in ks.items() if forms.get(name, "dense") == form}
             # Which layers share coefficients is told by the names of the tensors, so here each gets its own.
             for part in ({name: k} for name, k in held.items()) if form == "shared" else (held,):
                 loaded = substitute(loaded, part, mode=mode, init="random", coefficients=form)

@@ -1,4 +1,4 @@
-"""Sensitivity tables: what each layer loses at each number of basis channels, and what it would save."""
+"""Sensitivity tables: what each layer loses with k basis channels, or as a structured layer, and would save."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +14,7 @@ import pandas as pd
 
 from basis.files import replacing
 from basis.statistics import difference_estimate
+from basis.substitution import Size, _said, few
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +51,9 @@ class Layer:
         positions: how often the weight is applied for one image (output pixels, summed over calls);
             None where no image was seen.
         input_gradient: whether training computes the gradient of the layer's input (not for the first).
-        candidates: the numbers of basis channels k below C_out that are measured, descending.
+        candidates: what is measured: numbers of basis channels k below C_out, descending, then texts of
+            structured layers, such as "tucker:0.41".
+        costs: what the layer costs as each of these texts, see :meth:`cost`.
     """
 
     name: str
@@ -60,13 +63,18 @@ class Layer:
     bias: int
     positions: int | None
     input_gradient: bool
-    candidates: tuple[int, ...]
+    candidates: tuple[Size, ...]
+    costs: Mapping[str, Mapping[str, int | None]] = field(default_factory=dict, hash=False)
 
-    def cost(self, k: int) -> dict[str, int | None]:
+    def cost(self, k: Size) -> dict[str, int | None]:
         """``params``, ``macs`` and ``backward_macs`` (per image, factorized mode) with k basis channels.
 
-        Equal to :func:`basis.cost` of the substituted layer; k = C_out is the dense layer.
+        Equal to :func:`basis.cost` of the substituted layer; k = C_out is the dense layer. In place of k also
+        the text of a structured layer among the candidates: parameters that it would share with other layers
+        count as if it were alone, and the MACs that build a weight from factors do not count.
         """
+        if isinstance(k, str):
+            return dict(self.costs[k])
         mix = (self.out_channels - k) * k // self.groups
         thin = k * self.fan_in + mix
         n = self.positions
@@ -80,9 +88,10 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One layer with k basis channels, all others dense.
+    """One layer substituted, all others dense.
 
     Attributes:
+        basis_channels: k, or the text of a structured layer.
         value: the sensitivity, in the unit of the table's measure; NaN where it was not finite.
         low, high: its 95 % interval, NaN where there is none.
         n: the images or seeds that the interval rests on, 0 where there is none.
@@ -94,7 +103,7 @@ class Cell:
     """
 
     layer: str
-    basis_channels: int
+    basis_channels: Size
     value: float
     low: float = float("nan")
     high: float = float("nan")
@@ -110,12 +119,13 @@ class Trial:
     """One training from scratch: of the dense network (``layer`` None), or with one layer substituted.
 
     Attributes:
+        basis_channels: k, or the text of a structured layer; 0 for the dense network.
         loss: the final validation loss, NaN where the training diverged.
         forward, backward, seconds: as in :class:`Cell`.
     """
 
     layer: str | None
-    basis_channels: int
+    basis_channels: Size
     seed: int
     loss: float
     forward: float = 0.0
@@ -151,7 +161,7 @@ class SensitivityTable:
 
     def __post_init__(self) -> None:
         """Put the cells, or those that the trials give, in the order of the layers, each once."""
-        order: dict[tuple[str | None, int], int] = {pair: i for i, pair in enumerate(self.candidates)}
+        order: dict[tuple[str | None, Size], int] = {pair: i for i, pair in enumerate(self.candidates)}
         trials = sorted(self.trials, key=lambda t: (order.get((t.layer, t.basis_channels), -1), t.seed))
         object.__setattr__(self, "trials", tuple(trials))
         cells = cells_of(self.layers, self.seeds, self.trials) if self.seeds else self.cells
@@ -167,18 +177,18 @@ class SensitivityTable:
     # -- what is there --------------------------------------------------------------------------
 
     @property
-    def candidates(self) -> tuple[tuple[str, int], ...]:
-        """Every layer with each k that is to be measured, in order."""
+    def candidates(self) -> tuple[tuple[str, Size], ...]:
+        """Every layer with each k or text that is to be measured, in order."""
         return tuple((layer.name, k) for layer in self.layers for k in layer.candidates)
 
     @property
-    def missing(self) -> tuple[tuple[str, int], ...]:
+    def missing(self) -> tuple[tuple[str, Size], ...]:
         """The candidates (layer, k) that have not been measured yet."""
         there = {(cell.layer, cell.basis_channels) for cell in self.cells}
         return tuple(pair for pair in self.candidates if pair not in there)
 
     @property
-    def not_finite(self) -> tuple[tuple[str, int], ...]:
+    def not_finite(self) -> tuple[tuple[str, Size], ...]:
         """The candidates (layer, k) whose value is not finite; they have no rank."""
         return tuple((cell.layer, cell.basis_channels) for cell in self.cells if not math.isfinite(cell.value))
 
@@ -190,7 +200,18 @@ class SensitivityTable:
     @property
     def ratios(self) -> tuple[float, ...]:
         """Every ratio k / C_out that some layer has, descending, to three digits."""
-        return tuple(sorted({ratio_of(layer, k) for layer in self.layers for k in layer.candidates}, reverse=True))
+        ks = ((layer, k) for layer in self.layers for k in layer.candidates if not isinstance(k, str))
+        return tuple(sorted({ratio_of(layer, k) for layer, k in ks}, reverse=True))
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every structured layer that some layer has as a candidate."""
+        return tuple(dict.fromkeys(k for _, k in self.candidates if isinstance(k, str)))
+
+    @property
+    def columns(self) -> tuple[float | str, ...]:
+        """The ratios, then the texts."""
+        return (*self.ratios, *self.texts)
 
     @property
     def forward(self) -> float:
@@ -207,23 +228,32 @@ class SensitivityTable:
         """Wall-clock time of all cells together."""
         return sum(cell.seconds for cell in self.cells)
 
-    def at(self, ratio: float) -> dict[str, Cell | None]:
-        """Each layer's cell at the candidate nearest to ``ratio`` (the larger of two); None where missing.
+    def at(self, ratio: float | str) -> dict[str, Cell | None]:
+        """Each layer's cell at the k nearest to ``ratio`` (the larger of two); None where missing.
+
+        ``ratio`` may be the text of a structured layer, too; then it is the layer's cell at that text. Layers
+        without such candidates are left out.
 
         Raises:
-            ValueError: for a ratio outside (0, 1).
+            ValueError: for a ratio outside (0, 1), or a text that no layer has as a candidate.
         """
+        cells = {(cell.layer, cell.basis_channels): cell for cell in self.cells}
+        if isinstance(ratio, str):
+            if ratio not in self.texts:
+                raise ValueError(f"no layer of the table has the candidate {ratio!r}; there are {few(self.texts)}")
+            return {layer.name: cells.get((layer.name, ratio)) for layer in self.layers if ratio in layer.candidates}
         if not 0 < ratio < 1:
             raise ValueError(f"ratio is {ratio}, but it is k / C_out and must lie between 0 and 1")
-        cells = {(cell.layer, cell.basis_channels): cell for cell in self.cells}
+        ks = {layer: [k for k in layer.candidates if not isinstance(k, str)] for layer in self.layers}
         nearest = {
-            layer.name: min(layer.candidates, key=lambda k: (abs(k / layer.out_channels - ratio), -k))
-            for layer in self.layers
+            layer.name: min(own, key=lambda k: (abs(k / layer.out_channels - ratio), -k))
+            for layer, own in ks.items()
+            if own
         }
         return {name: cells.get((name, k)) for name, k in nearest.items()}
 
-    def ranking(self, ratio: float) -> tuple[str, ...]:
-        """Layer names from the least to the most sensitive, each at its candidate nearest to ``ratio``.
+    def ranking(self, ratio: float | str) -> tuple[str, ...]:
+        """Layer names from the least to the most sensitive, each at its cell of :meth:`at`.
 
         Layers that have not been measured there, or whose value is not finite, are left out.
         """
@@ -246,7 +276,10 @@ class SensitivityTable:
         return replace(self, measure=measure, cells=tuple(cells), fingerprint={**self.fingerprint, "measure": measure})
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per cell: what it measured, what it cost, and what k would save of the dense layer."""
+        """One row per cell: what it measured, what it cost, and what it would save of the dense layer.
+
+        ``basis_channels`` is k or the text of a structured layer, whose ``ratio`` is NaN.
+        """
         rows = []
         layers = {layer.name: layer for layer in self.layers}
         for cell in self.cells:
@@ -255,7 +288,8 @@ class SensitivityTable:
             saved = {f"saved_{unit}": _less(dense[unit], thin[unit]) for unit in dense}
             own = asdict(cell)
             head = {"layer": own.pop("layer"), "out_channels": layer.out_channels}
-            head |= {"basis_channels": own.pop("basis_channels"), "ratio": k / layer.out_channels}
+            head |= {"basis_channels": own.pop("basis_channels")}
+            head |= {"ratio": math.nan if isinstance(k, str) else k / layer.out_channels}
             rows.append(head | own | saved)
         return pd.DataFrame(rows)
 
@@ -264,44 +298,49 @@ class SensitivityTable:
     def __str__(self) -> str:
         dense = f"; dense loss {self.baseline['loss']:.4g}" if "loss" in self.baseline else ""
         values = {(cell.layer, cell.basis_channels): cell.value for cell in self.cells}
-        columns: dict[float, dict[str, float | None]] = {ratio: {} for ratio in self.ratios}
+        columns: dict[float | str, dict[str, float | None]] = {one: {} for one in self.columns}
         for layer in self.layers:
             for k in layer.candidates:
                 columns[ratio_of(layer, k)][layer.name] = values.get((layer.name, k))
-        least = {ratio: min(filter(_finite, column.values()), default=None) for ratio, column in columns.items()}  # type: ignore[type-var]
-        rows = [("layer", "C_out", *(f"r = {ratio:.3g}" for ratio in columns))]
+        least = {one: min(filter(_finite, column.values()), default=None) for one, column in columns.items()}  # type: ignore[type-var]
+        titles = (one if isinstance(one, str) else f"r = {one:.3g}" for one in columns)
+        rows = [("layer", "C_out", *titles)]
         for layer in self.layers:
-            shown = (_text(column, layer.name, least[ratio]) for ratio, column in columns.items())
+            shown = (_text(column, layer.name, least[one]) for one, column in columns.items())
             rows.append((shown_name(layer.name), str(layer.out_channels), *shown))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [f"{self.measure}: {self.unit}{dense}"]
         for name, *cells in rows:
             right = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
             lines.append("  ".join((f"{name:<{widths[0]}}", *right)).rstrip())
-        lines.append("* least sensitive at this ratio")
+        lines.append(f"* least sensitive {'in this column' if self.texts else 'at this ratio'}")
         lines.append(
             f"cost: {self.forward:,.0f} forward passes, {self.backward:,.0f} backward passes (in images), "
             f"{self.seconds:,.3g} s"
         )
         for what, pairs in (("not measured yet", self.missing), ("not finite, so not ranked", self.not_finite)):
             if pairs:
-                lines.append(f"{what}: " + ", ".join(f"{shown_name(name)} (k = {k})" for name, k in pairs))
+                lines.append(f"{what}: " + ", ".join(f"{shown_name(name)} ({_said(k)})" for name, k in pairs))
         for reason in dict.fromkeys(self.skipped.values()):
             names = [shown_name(name) for name, why in self.skipped.items() if why == reason]
             lines.append(f"kept dense ({reason}): {', '.join(names)}")
         return "\n".join(lines)
 
     def plot(
-        self, kind: Literal["heatmap", "bars"] = "heatmap", *, ratio: float | None = None, theme: Theme | None = None
+        self,
+        kind: Literal["heatmap", "bars"] = "heatmap",
+        *,
+        ratio: float | str | None = None,
+        theme: Theme | None = None,
     ) -> Figure:
-        """A heat map of layers and ratios, or the values at one ratio as bars with their intervals.
+        """A heat map of layers and ratios (then texts), or the values at one of these as bars with their intervals.
 
         Args:
-            ratio: of the bars; the one that most layers have, unless given.
+            ratio: of the bars, or the text of a structured layer; the one that most layers have, unless given.
             theme: one of ``basis.figures``; the light one unless given.
 
         Raises:
-            ValueError: for another kind, a ratio that makes no sense, or a table without cells.
+            ValueError: for another kind, a ratio or text that makes no sense, or a table without cells.
         """
         from basis.figures import LIGHT
         from basis.table_figures import bars, heatmap
@@ -318,7 +357,8 @@ class SensitivityTable:
         """Plain values: all but the measurements, then one entry for each measurement. NaN becomes None."""
         held = self.trials if self.seeds else self.cells
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("cells", "trials")}
-        content |= {"layers": [asdict(layer) for layer in self.layers]}
+        rows = [asdict(layer) for layer in self.layers]
+        content["layers"] = [{key: value for key, value in row.items() if key != "costs" or value} for row in rows]
         return [{"basis_sensitivity": TABLE_VERSION} | _plain(content), *map(line_of, held)]
 
     @classmethod
@@ -418,7 +458,7 @@ def cells_of(layers: Iterable[Layer], seeds: Sequence[int], trials: Iterable[Tri
     Only where every seed has been trained, of the candidate and of the dense network, whose cost all
     candidates share.
     """
-    runs: dict[tuple[str | None, int], dict[int, Trial]] = {}
+    runs: dict[tuple[str | None, Size], dict[int, Trial]] = {}
     for trial in trials:
         runs.setdefault((trial.layer, trial.basis_channels), {})[trial.seed] = trial
     pairs = [(layer.name, k) for layer in layers for k in layer.candidates]
@@ -464,9 +504,9 @@ def _measurement(line: Mapping[str, Any], kind: type) -> Any:
     return kind(**{key: value if key == "layer" else _number(value) for key, value in line.items()})
 
 
-def ratio_of(layer: Layer, k: int) -> float:
-    """k / C_out to three digits."""
-    return round(k / layer.out_channels, 3)
+def ratio_of(layer: Layer, k: Size) -> Any:
+    """k / C_out to three digits; the text of a structured layer as it is."""
+    return k if isinstance(k, str) else round(k / layer.out_channels, 3)
 
 
 def _less(dense: int | None, thin: int | None) -> int | None:

@@ -14,13 +14,13 @@ from basis.table import MEASURES, SensitivityTable, ratio_of, shown_name
 
 
 def heatmap(table: SensitivityTable, theme: Theme) -> Figure:
-    """Layers against ratios; what is not finite is hatched."""
-    ratios, rows = table.ratios, {layer.name: i for i, layer in enumerate(table.layers)}
+    """Layers against ratios, then texts of structured layers; what is not finite is hatched."""
+    columns, rows = table.columns, {layer.name: i for i, layer in enumerate(table.layers)}
     of = {layer.name: layer for layer in table.layers}
-    grid = [[math.nan] * len(ratios) for _ in rows]
+    grid = [[math.nan] * len(columns) for _ in rows]
     strange = []
     for cell in table.cells:
-        i, j = rows[cell.layer], ratios.index(ratio_of(of[cell.layer], cell.basis_channels))
+        i, j = rows[cell.layer], columns.index(ratio_of(of[cell.layer], cell.basis_channels))
         grid[i][j] = cell.value
         if not math.isfinite(cell.value):
             strange.append((i, j))
@@ -43,20 +43,26 @@ def heatmap(table: SensitivityTable, theme: Theme) -> Figure:
                 Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="////", edgecolor=theme.muted, linewidth=0)
             )
         axes.grid(False)
-        axes.set_xticks(range(len(ratios)), [f"{ratio:.3g}" for ratio in ratios])
+        axes.set_xticks(range(len(columns)), list(map(_said, columns)), rotation=30 if table.texts else 0)
         axes.set_yticks(range(len(rows)), list(map(shown_name, rows)), fontsize=8)
-        axes.set_xlabel("ratio r = k / C_out" + ("; hatched: not finite" if strange else ""))
+        what = ["ratio r = k / C_out"] * bool(table.ratios) + ["structured layer"] * bool(table.texts)
+        axes.set_xlabel(", or ".join(what) + ("; hatched: not finite" if strange else ""))
         figure.colorbar(picture, ax=axes, label=table.unit)
         if table.missing:
             mark_incomplete(axes, f"{len(table.cells)} of {len(table.candidates)} cells", theme)
     return figure
 
 
-def bars(table: SensitivityTable, ratio: float | None, theme: Theme) -> Figure:
-    """The values at one ratio, with their intervals; the ratio that most layers have where it is None."""
+def _said(column: float | str) -> str:
+    return column if isinstance(column, str) else f"{column:.3g}"
+
+
+def bars(table: SensitivityTable, ratio: float | str | None, theme: Theme) -> Figure:
+    """The values at one ratio or text, with their intervals; at that which most layers have where it is None."""
     if ratio is None:
         every = [ratio_of(layer, k) for layer in table.layers for k in layer.candidates]
-        ratio = min(max(table.ratios, key=every.count), 0.999)  # a k just below C_out rounds to 1
+        most = max(table.columns, key=every.count)
+        ratio = most if isinstance(most, str) else min(most, 0.999)  # a k just below C_out rounds to 1
     cells = table.at(ratio)
     with matplotlib.rc_context(theme.rc()):
         figure = canvas(height=1.6 + 0.2 * len(cells))
@@ -80,7 +86,8 @@ def bars(table: SensitivityTable, ratio: float | None, theme: Theme) -> Figure:
         axes.set_yticks(range(len(cells)), list(map(shown_name, cells)), fontsize=8)
         axes.set_ylim(len(cells) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel(f"{MEASURES.get(table.measure, 'sensitivity')}, r = {ratio:.3g} or nearest")
+        where = ratio if isinstance(ratio, str) else f"r = {ratio:.3g} or nearest"
+        axes.set_xlabel(f"{MEASURES.get(table.measure, 'sensitivity')}, {where}")
         n = {cell.n for cell in cells.values() if cell and cell.n}
         if n:
             note_n(axes, min(n), theme)

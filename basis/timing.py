@@ -99,14 +99,15 @@ class Shape(NamedTuple):
 class BenchReport:
     """What a benchmark found: ``kind`` ("bench-layer", "bench-train", ...), options, machine, rows.
 
-    Every row has ``ratio`` and ``mode`` ("control" is the second dense one), ``n`` rounds, ``ms`` and
-    ``dense_ms`` (medians) with quartiles, and ``speedup``, the median over rounds of dense / candidate, with
-    quartiles ``speedup_q1`` and ``speedup_q3``. ``peak_mib`` is the memory that one step takes beyond what
-    was resident (:func:`peak_bytes`); older records have it on GPUs only. A candidate that
-    failed has ``error``, its message, and no times.
+    Every row has ``ratio`` (or ``layer``, the text of a structured layer) and ``mode`` ("control" is the second
+    dense one), ``n`` rounds, ``ms`` and ``dense_ms`` (medians) with quartiles, and ``speedup``, the median over
+    rounds of dense / candidate, with quartiles ``speedup_q1`` and ``speedup_q3``. ``peak_mib`` is the memory that
+    one step takes beyond what was resident (:func:`peak_bytes`); older records have it on GPUs only. A candidate
+    that failed has ``error``, its message, and no times.
 
     Rivals and blocks also have ``versus_basis``: basis / candidate within a round, above 1 where the
-    candidate is faster than the basis layer that it is compared with, with quartiles.
+    candidate is faster than the basis layer that it is compared with, with quartiles. Structured layers have
+    ``versus_composition``, see :func:`basis.structured_bench.bench_structured`.
     """
 
     kind: str
@@ -170,15 +171,17 @@ class BenchReport:
     def __str__(self) -> str:
         c, e = self.config, self.environment
         head = f"{e['device']}, {c['precision']}, {c['memory_format']}, batch {c['batch_size']}"
-        candidate = ("ratio", "mode", "coefficients", "trained", "norms", "step", "resolved", "parameters")
+        candidate = ("width", "ratio", "mode", "coefficients", "trained", "norms", "step", "resolved", "parameters")
         named = ("layer", "shape", "model", "pass", *candidate, "n", "ms", "dense_ms", "speedup")
-        quartiles = ("speedup_q1", "speedup_q3", "versus_basis", "mac_ratio", "peak_mib", "dense_peak_mib")
+        quartiles = ("speedup_q1", "speedup_q3", "versus_basis", "versus_composition")
+        shown = (*named, *quartiles, "mac_ratio", "peak_mib", "dense_peak_mib")
         frame = self.to_frame()
-        frame = frame[[name for name in (*named, *quartiles) if name in frame and frame[name].notna().any()]]
+        frame = frame[[name for name in shown if name in frame and frame[name].notna().any()]]
         table = frame.to_string(index=False, na_rep="-", float_format=lambda value: f"{value:.4g}")
         bad, controls = len(self.failed_controls()), len(self.controls())
         verdict = f"dense against itself: 1 is within the quartiles in {controls - bad} of {controls} cells"
-        failed = [f"{row['mode']} failed: {row['error']}" for row in self.rows if row.get("error")]
+        wrong = [row for row in self.rows if row.get("error")]
+        failed = [f"{row.get('layer', '')} {row['mode']} failed: {row['error']}".lstrip() for row in wrong]
         others = [f"{row['step']} was {row['means']}" for row in self.rows if "(" in row.get("means", "")]
         return "\n".join([head, table, *dict.fromkeys(failed + others), verdict])
 

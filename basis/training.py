@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from basis.attention import Attention
 from basis.coefficients import Sparse
 from basis.conv import BasisConv2d
 from basis.data import Data, Images, augment, normalise
@@ -28,6 +29,7 @@ from basis.files import replacing
 from basis.penalties import compression, decorrelation, parameter_groups, product_norm
 from basis.skipping import Parts, Skip, Trained, check_skip
 from basis.stepping import Capture, Step, TrainingStep, means_for
+from basis.structured import StructuredConv2d
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MemoryFormat = Literal["auto", "channels_last", "contiguous"]
@@ -64,7 +66,8 @@ class Recipe:
         decay: what ``weight_decay`` means for B and A. "factors" (None): what it means for all others;
             "product": it penalises the weight [B; A B] that they make, and B and A not by themselves
             (:func:`basis.penalties.product_norm`); "scaled": it is multiplied by the fraction of its
-            parameters that the network keeps (:func:`basis.penalties.compression`).
+            parameters that the network keeps (:func:`basis.penalties.compression`), and so it is for the
+            ``factors`` of the other structured layers.
         decorrelation: weight of :func:`basis.penalties.decorrelation`, summed over the layers and added
             to the loss at every tenth step that updates B, as LinearConv does (with 0.01); None: not at all.
         settle: the fraction of the training after which the masks of sparse coefficients stay as they
@@ -73,6 +76,10 @@ class Recipe:
             "graphed": as a CUDA graph; "fast": by what is best on the device, see
             :func:`basis.stepping.means_for`. All give equal results, up to rounding. What is not
             supported is left out; :attr:`Result.step` says what was done, and why not more.
+        attention: weight of attention transfer from a teacher (:class:`basis.attention.Attention`), summed
+            over the taps; 1000 in Gray et al. 2019. None: no teacher.
+        orthogonality: weight of the sum of ``layer.penalty()`` over the layers that have one, added to the
+            loss; None: not at all.
     """
 
     epochs: int = 26
@@ -93,6 +100,8 @@ class Recipe:
     decorrelation: float | None = None
     settle: float | None = None
     step: Step | None = None
+    attention: float | None = None
+    orthogonality: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "lr"):
@@ -120,10 +129,10 @@ class Recipe:
             raise ValueError(f"decay is {self.decay!r}, but must be one of {', '.join(get_args(Decay))}")
         if self.decay in ("product", "scaled") and self.weight_decay == 0:
             raise ValueError(f"decay is {self.decay!r}, which has no effect where weight_decay is 0")
-        if self.decorrelation is not None and not 0 < self.decorrelation < math.inf:
-            raise ValueError(
-                f"decorrelation is {self.decorrelation}, but it is a weight and must be positive (or None)"
-            )
+        for name in ("decorrelation", "attention", "orthogonality"):
+            weight = getattr(self, name)
+            if weight is not None and not 0 < weight < math.inf:
+                raise ValueError(f"{name} is {weight}, but it is a weight and must be positive and finite (or None)")
         if self.decorrelation is not None and self.skip and self.skip.basis_until == 0:
             raise ValueError("decorrelation acts on the basis filters, but skip never trains them (basis_until is 0)")
         if self.settle is not None and not 0 <= self.settle < 1:
@@ -190,8 +199,9 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> to
     """SGD with Nesterov momentum over the parameters that require a gradient."""
     parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
     if recipe.skip or recipe.decay in ("product", "scaled"):
-        factor = {"product": 0.0, "scaled": compression(model)}.get(recipe.decay or "factors", 1.0)
-        parameters = parameter_groups(model, weight_decay=recipe.weight_decay, factor=factor)
+        scale = compression(model) if recipe.decay == "scaled" else 1.0
+        factor = 0.0 if recipe.decay == "product" else scale
+        parameters = parameter_groups(model, weight_decay=recipe.weight_decay, factor=factor, structured=scale)
     fused = device.type == "cuda"  # one kernel, and the loss scale is handled without a sync
     optimizer = torch.optim.SGD(
         parameters,
@@ -222,6 +232,8 @@ def make_step(
     *,
     device: str | torch.device | None = None,
     capture: Capture | None = None,
+    teacher: nn.Module | None = None,
+    taps: Sequence[str] | None = None,
 ) -> TrainingStep:
     """Put ``model`` on the device, and make the step that trains it as ``recipe`` says.
 
@@ -229,24 +241,37 @@ def make_step(
     :class:`Kind`. Skipped parts are for the caller to freeze, as are learning rates to set.
 
     Args:
-        model, recipe, device: as in :func:`train`.
+        model, recipe, device, teacher, taps: as in :func:`train`.
         capture: see :class:`basis.stepping.TrainingStep`.
+
+    Raises:
+        TrainingError: for a teacher that the recipe does not ask for, or that cannot teach this model.
     """
     place = choose_device(device)
     recipe = _decided(recipe or Recipe(), model, place)
+    autocast = partial(_autocast, place, recipe.precision)
+    _check_teacher(recipe, teacher, taps)
+    attention = None
+    if teacher is not None and recipe.attention is not None:
+        with _as_training_error():
+            attention = Attention(model, teacher, taps, weight=recipe.attention, autocast=autocast)
     last = recipe.memory_format == "channels_last"
     layout = torch.channels_last if last else torch.contiguous_format
-    model.to(device=place, memory_format=layout)  # type: ignore[call-overload]
+    for network in (model, teacher):
+        if network is not None:
+            network.to(device=place, memory_format=layout)  # type: ignore[call-overload]
+    layers = [module for module in model.modules() if isinstance(module, BasisConv2d)]
     return TrainingStep(
         model,
         make_optimizer(model, recipe, place),
         torch.amp.GradScaler(place.type, enabled=recipe.precision == "fp16"),
-        partial(_objective, recipe, [module for module in model.modules() if isinstance(module, BasisConv2d)]),
+        partial(_objective, recipe, layers, penalised=_penalised(model)),
         means=means_for(recipe.step, place),
-        autocast=partial(_autocast, place, recipe.precision),
+        autocast=autocast,
         label_smoothing=recipe.label_smoothing,
         channels_last=last,
         capture=capture,
+        attention=attention,
     )
 
 
@@ -259,14 +284,23 @@ def _decided(recipe: Recipe, model: nn.Module, device: torch.device) -> Recipe:
     return recipe
 
 
-def _objective(recipe: Recipe, layers: Sequence[BasisConv2d], loss: Tensor, kind: Kind | None) -> Tensor:
-    """``loss`` and what the recipe adds to it for the basis layers, in fp32 and before loss scaling."""
+def _penalised(model: nn.Module) -> list[Any]:
+    """The layers with a ``penalty`` of their own: a function without arguments, to a scalar."""
+    return [module for module in model.modules() if callable(getattr(module, "penalty", None))]
+
+
+def _objective(
+    recipe: Recipe, layers: Sequence[BasisConv2d], loss: Tensor, kind: Kind | None, penalised: Sequence[Any] = ()
+) -> Tensor:
+    """``loss`` and what the recipe adds to it for single layers, in fp32 and before loss scaling."""
     if recipe.decay == "product":
         norms = [product_norm(a.basis, a.coefficients.matrix(), a.coefficients.groups) for a in layers]
         loss = loss + recipe.weight_decay / 2 * torch.stack(norms).sum()
     if recipe.decorrelation is not None and kind and kind.decorrelates:
         correlations = [decorrelation(layer.basis, layer.groups) for layer in layers]
         loss = loss + recipe.decorrelation * torch.stack(correlations).sum()
+    if recipe.orthogonality is not None:
+        loss = loss + recipe.orthogonality * torch.stack([layer.penalty() for layer in penalised]).sum()
     return loss
 
 
@@ -282,6 +316,8 @@ def train(
     progress: bool | str = False,
     test: bool = True,
     step: TrainingStep | None = None,
+    teacher: nn.Module | None = None,
+    taps: Sequence[str] | None = None,
 ) -> Result:
     """Train ``model`` in place and test it once, at the end.
 
@@ -298,10 +334,13 @@ def train(
         test: whether to look at the test images at all; trainings that only inform a choice do not.
         step: made by :func:`make_step` for this very model and recipe, and used before, so that nothing
             has to be compiled or captured again.
+        teacher: a network for ``recipe.attention``; moved to ``device``, and otherwise left as it is.
+        taps: names of the modules whose attention maps are compared; None: ``model.stages``.
 
     Raises:
         TrainingError: for too few images, a recipe with terms that this model gives no meaning to, a
-            step of another model, a checkpoint of another training, or a loss that is no longer finite.
+            step of another model, a teacher whose maps cannot be compared, a checkpoint of another
+            training, or a loss that is no longer finite.
         TrainingPaused: see ``should_stop``.
     """
     place = choose_device(device)
@@ -309,10 +348,16 @@ def train(
     steps_per_epoch = len(data.train) // recipe.batch_size
     if steps_per_epoch == 0:
         raise TrainingError(f"batch_size is {recipe.batch_size}, but there are only {len(data.train)} training images")
-    check_recipe(model, recipe, steps_per_epoch)
-    if step is not None and step.model is not model:
-        raise TrainingError("the step was made for another model; make one for this model by make_step")
+    if step is None:
+        check_recipe(model, recipe, steps_per_epoch, teacher)
+        step = make_step(model, recipe, device=place, teacher=teacher, taps=taps)
+    else:
+        _check_step(step, model, recipe, taught=teacher is not None or taps is not None)
+        check_recipe(model, recipe, steps_per_epoch, step.attention.teacher if step.attention else None)
     data = data.to(place)
+    if step.attention:
+        with _as_training_error(), on_device(place):
+            step.attention.check(_input(data.train.x[:1], recipe.memory_format))
     state = _State(model, recipe, seed, place, total_steps=recipe.epochs * steps_per_epoch, step=step)
     path = Path(checkpoint) if checkpoint else None
     if path and path.exists():
@@ -348,20 +393,51 @@ def train(
     )
 
 
-def check_recipe(model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> None:
+def check_recipe(model: nn.Module, recipe: Recipe, steps_per_epoch: int, teacher: nn.Module | None = None) -> None:
     """Raise :class:`TrainingError` for terms of the recipe that would have no effect on this model."""
-    decay = recipe.decay if recipe.decay != "factors" else None
-    terms = {"skip": recipe.skip, "decay": decay, "decorrelation": recipe.decorrelation}
+    has_basis = any(isinstance(module, BasisConv2d) for module in model.modules())
+    product = recipe.decay if recipe.decay == "product" else None
+    terms = {"skip": recipe.skip, "decay": product, "decorrelation": recipe.decorrelation}
     named = [name for name, value in terms.items() if value is not None]
-    if named and not any(isinstance(module, BasisConv2d) for module in model.modules()):
+    if named and not has_basis:
         raise TrainingError(f"the recipe sets {', '.join(named)}, but the model has no basis convolutions")
+    has_factors = any(isinstance(module, StructuredConv2d) and module.factors for module in model.modules())
+    if recipe.decay == "scaled" and not (has_basis or has_factors):
+        raise TrainingError("the recipe sets decay, but the model has no basis convolutions or structured layers")
+    if recipe.orthogonality is not None and not _penalised(model):
+        raise TrainingError("the recipe sets orthogonality, but the model has no layers with a penalty")
+    _check_teacher(recipe, teacher)
     if recipe.settle is not None and not any(isinstance(module, Sparse) for module in model.modules()):
         raise TrainingError("the recipe sets settle, but the model has no sparse coefficients")
     if recipe.skip:
-        try:
+        with _as_training_error():
             check_skip(model, recipe.skip, steps_per_epoch=steps_per_epoch, total_steps=recipe.epochs * steps_per_epoch)
-        except ValueError as error:
-            raise TrainingError(str(error)) from error
+
+
+def _check_teacher(recipe: Recipe, teacher: nn.Module | None, taps: Sequence[str] | None = None) -> None:
+    if recipe.attention is not None and teacher is None:
+        raise TrainingError("the recipe sets attention, but there is no teacher; give one by teacher=network")
+    if recipe.attention is None and not (teacher is taps is None):
+        raise TrainingError("a teacher or taps are given, but the recipe does not set attention (attention=1000)")
+
+
+def _check_step(step: TrainingStep, model: nn.Module, recipe: Recipe, *, taught: bool) -> None:
+    if step.model is not model:
+        raise TrainingError("the step was made for another model; make one for this model by make_step")
+    if taught:
+        raise TrainingError("a step has a teacher of its own; give teacher and taps to make_step instead")
+    weight = step.attention.weight if step.attention else None
+    if weight != recipe.attention:
+        raise TrainingError(f"the step was made with attention = {weight}, but the recipe has {recipe.attention}")
+
+
+@contextmanager
+def _as_training_error() -> Iterator[None]:
+    """What is wrong with a value is wrong with the training."""
+    try:
+        yield
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
 
 
 class _State:
@@ -392,7 +468,11 @@ class _State:
         shapes = [tuple(p.shape) for p in model.parameters()]
         said = {name: value for name, value in asdict(recipe).items() if value is not None}
         forms = [str(layer.coefficients.form) for layer in self.layers]
-        self.identity = repr((said, seed, total_steps, shapes, *(forms if set(forms) - {"dense"} else ())))
+        more: list[Any] = forms if set(forms) - {"dense"} else []
+        more += [module.text for module in model.modules() if isinstance(module, StructuredConv2d)]
+        if self.step.attention:
+            more += [self.step.attention.taps, [tuple(p.shape) for p in self.step.attention.teacher.parameters()]]
+        self.identity = repr((said, seed, total_steps, shapes, *more))
 
     def kind(self, step: int) -> Kind:
         """Which kind of step this is."""

@@ -19,6 +19,7 @@ FIRST_EXERCISE = {
     "06_smaller_coefficients": {"spoken": 0.25},
     "07_skip_training": {"schedule": "B frozen at half"},
     "08_resnet_family": {"network": "resnet56"},
+    "09_other_structured_layers": {"layer": "shuffle:2"},
     "10_making_it_fast": {"ratio": 0.5},
 }
 

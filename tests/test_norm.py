@@ -621,6 +621,17 @@ def test_what_cannot_be_coupled_stays_ordinary_and_says_why(model, reason):
         couple(model, ["conv"])
 
 
+def test_structured_layers_are_left_alone():
+    model = substitute(build("resnet20", width=8), ratio=0.5, include="layer1*conv?", init="random")
+    model = substitute(model, layer="generic:0.5", include="layer2*conv?", init="random")
+    found = couplings(model)
+    assert len(found.norms) == 6
+    assert all(name.startswith("layer1") for name in found.norms)
+    assert not found.alone
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(couple(model)(x), model(x))
+
+
 def test_some_layers_may_be_coupled():
     model = substitute(build("resnet20", width=8), ratio=0.5)
     ours = couple(model, ["layer1.0.conv2"])

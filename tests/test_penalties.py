@@ -12,7 +12,18 @@ from basis.data import synthetic
 from basis.models import build
 from basis.penalties import compression, decorrelation, parameter_groups, product_norm
 from basis.skipping import Parts, Skip, Trained
-from basis.training import Kind, Recipe, TrainingError, _objective, _State, make_optimizer, train
+from basis.structured.separable import GenericConv2d
+from basis.training import (
+    Kind,
+    Recipe,
+    TrainingError,
+    TrainingPaused,
+    _objective,
+    _State,
+    make_optimizer,
+    make_step,
+    train,
+)
 from tests.test_skipping import resumed
 
 RECIPE = Recipe(epochs=3, batch_size=40, translate=2, cutout=8, precision="fp32")  # 4 steps an epoch
@@ -147,6 +158,141 @@ def test_fused_sgd_lets_b_and_a_begin_at_different_steps():
     torch.testing.assert_close(*found)
 
 
+# -- structured layers --------------------------------------------------------------------------------
+
+
+def structured(layer="generic:0.5", *, include="layer1*conv?"):
+    torch.manual_seed(0)
+    return basis.substitute(build("resnet20", width=4), layer=layer, include=include, init="random")
+
+
+def mixed():
+    """Basis convolutions in one stage, structured layers in another, a dense one in the third."""
+    return basis.substitute(structured(), ratio=0.5, include="layer2*conv?", init="random")
+
+
+def test_compression_of_the_network_of_gray_et_al():
+    with torch.device("meta"):
+        dense = build("wrn-28-10")
+        model = basis.substitute(dense, layer="generic:0.03", include="layer?.*.conv?", init="random")
+    assert sum(p.numel() for p in dense.parameters()) == 36_479_194
+    assert compression(model) == 601_162 / 36_479_194  # in their log: 0.0165
+
+
+def test_compression_of_mixed_networks():
+    model = mixed()
+    assert {type(m) for m in model.modules()} > {GenericConv2d, basis.BasisConv2d, torch.nn.Conv2d}
+    dense = sum(p.numel() for p in build("resnet20", width=4).parameters())
+    assert compression(model) == sum(p.numel() for p in model.parameters()) / dense
+
+
+def test_compression_leaves_the_bias_apart_and_counts_shared_factors_once():
+    layer = GenericConv2d(8, 16, 3, size=0.25)  # rank 4: 72 depthwise, 32 and 64 pointwise, and the bias
+    assert compression(layer) == (72 + 32 + 64 + 16) / (8 * 16 * 9 + 16)
+    other = GenericConv2d(8, 16, 3, size=0.25, bias=False)
+    other.down = layer.down
+    assert compression(torch.nn.Sequential(layer, other)) == (2 * (72 + 64) + 32 + 16) / (2 * 8 * 16 * 9 + 16)
+
+
+def shrunk(model, recipe):
+    """By what each parameter, by name, is multiplied in a step of learning rate 1 in which all gradients are 0."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1)
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+        make_optimizer(model, recipe, torch.device("cpu")).step()
+        found = {name: p.unique() for name, p in model.named_parameters()}
+    assert all(len(values) == 1 for values in found.values())
+    return {name: values.item() for name, values in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("decay", "skip", "on_basis", "on_factors"),
+    [("scaled", None, "scaled", "scaled"), ("product", None, 0, 1), ("factors", Skip(), 1, 1)],
+)
+def test_one_step_without_gradients_shrinks_the_right_tensors(decay, skip, on_basis, on_factors):
+    model = mixed()
+    model.layer1[0].conv1.up.requires_grad_(False)
+    recipe = Recipe(lr=1.0, momentum=0.0, weight_decay=0.1, decay=decay, skip=skip)
+    assert 0.1 < compression(model) < 0.9
+    on_basis, on_factors = (compression(model) if each == "scaled" else each for each in (on_basis, on_factors))
+    expected = {}
+    for name, _ in model.named_parameters():
+        factor, inner = name.endswith((".up", ".down")), name.endswith(".basis") or ".coefficients." in name
+        expected[name] = 1 - 0.1 * (on_factors if factor else on_basis if inner else 1)
+    assert {expected[name] for name in expected if "depthwise" in name} == {0.9}
+    expected["layer1.0.conv1.up"] = 1.0  # frozen
+    assert shrunk(model, recipe) == pytest.approx(expected, rel=1e-6)
+
+
+class Masked(GenericConv2d):
+    """With a frozen mask among the factors."""
+
+    def _build(self, factory):
+        super()._build(factory)
+        self.mask = torch.nn.Parameter(torch.ones(5, dtype=torch.uint8), requires_grad=False)
+
+
+def test_masks_are_not_decayed():
+    layer = Masked(8, 16, 3, size=0.25)
+    assert any(p is layer.mask for p in layer.factors)
+    recipe = Recipe(lr=1.0, momentum=0.0, weight_decay=0.1, decay="scaled")
+    groups = make_optimizer(layer, recipe, torch.device("cpu")).param_groups
+    assert {group["part"]: len(group["params"]) for group in groups} == {"others": 2, "factors": 2}
+    assert shrunk(layer, recipe)["mask"] == 1
+
+
+def test_scaled_decay_trains_structured_layers(data, tmp_path):
+    recipe, models = dataclasses.replace(RECIPE, decay="scaled", weight_decay=0.1), [structured() for _ in range(3)]
+    path = tmp_path / "c.pt"
+    train(models[0], data, dataclasses.replace(recipe, decay=None), device="cpu")
+    train(models[1], data, recipe, device="cpu")
+    with pytest.raises(TrainingPaused):
+        train(models[2], data, recipe, device="cpu", checkpoint=path, should_stop=lambda: True)
+    with pytest.raises(TrainingError, match="belongs to a training with another model"):
+        train(structured("generic:0.6"), data, recipe, device="cpu", checkpoint=path)
+    again = structured()
+    train(again, data, recipe, device="cpu", checkpoint=path)
+    assert torch.equal(weights(again), weights(models[1]))
+    norms = [sum(p.square().sum().item() for m in model.modules() if isinstance(m, GenericConv2d) for p in m.factors)
+             for model in models[:2]]  # fmt: skip
+    assert norms[0] < norms[1]
+
+
+def test_scaled_decay_needs_layers_to_scale(data):
+    message = "sets decay, but the model has no basis convolutions or structured layers"
+    with pytest.raises(TrainingError, match=message):
+        train(build("resnet20", width=4), data, dataclasses.replace(RECIPE, decay="scaled"), device="cpu")
+    for terms in ({"decay": "product"}, {"decorrelation": 0.01}, {"skip": Skip()}):
+        with pytest.raises(TrainingError, match=f"sets {next(iter(terms))}, but the model has no basis convolutions"):
+            train(structured(), data, dataclasses.replace(RECIPE, **terms), device="cpu")
+
+
+class Penalised(GenericConv2d):
+    """With the penalty sum(up^2) / 2, whose gradient is ``up``."""
+
+    def penalty(self):
+        return self.up.square().sum() / 2
+
+
+def test_layers_may_have_a_penalty():
+    model = torch.nn.Sequential(*(Penalised(8, 16, 3, size=0.25) for _ in range(2)), GenericConv2d(8, 16, 3, size=0.25))
+    step = make_step(model, Recipe(orthogonality=0.5, precision="fp32"), device="cpu")
+    loss = torch.tensor(1.0)
+    objective = step._objective(loss, Kind())
+    torch.testing.assert_close(objective, 1 + 0.25 * sum(model[i].up.square().sum() for i in (0, 1)))
+    objective.backward()
+    for i in (0, 1):
+        torch.testing.assert_close(model[i].up.grad, model[i].up.detach() / 2)
+    assert all(p.grad is None for name, p in model.named_parameters() if name not in ("0.up", "1.up"))
+    assert make_step(model, Recipe(precision="fp32"), device="cpu")._objective(loss, Kind()) is loss
+
+
+def test_a_penalty_needs_a_layer_that_has_one(data):
+    with pytest.raises(TrainingError, match="sets orthogonality, but the model has no layers with a penalty"):
+        train(structured(), data, dataclasses.replace(RECIPE, orthogonality=1.0), device="cpu")
+
+
 # -- in the loss ----------------------------------------------------------------------------------------
 
 
@@ -235,7 +381,7 @@ def test_masks_are_settled_once(data, settle, step, monkeypatch):
 # -- what is refused --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("terms", [{"decay": "product"}, {"decay": "scaled"}, {"decorrelation": 0.01}])
+@pytest.mark.parametrize("terms", [{"decay": "product"}, {"skip": Skip()}, {"decorrelation": 0.01}])
 def test_terms_of_basis_layers_need_some(data, terms):
     with pytest.raises(TrainingError, match=f"sets {next(iter(terms))}, but the model has no basis convolutions"):
         train(build("resnet20", width=4), data, dataclasses.replace(RECIPE, **terms), device="cpu")
@@ -260,6 +406,9 @@ def test_ordinary_decay_said_aloud_changes_nothing_in_a_dense_network(data):
         ({"decorrelation": -1.0}, "decorrelation is -1.0, but"),
         ({"decorrelation": float("nan")}, "decorrelation is nan, but"),
         ({"decorrelation": 0.1, "skip": Skip(basis_until=0)}, "skip never trains them"),
+        ({"attention": 0.0}, "attention is 0.0, but"),
+        ({"attention": float("inf")}, "attention is inf, but it is a weight and must be positive and finite"),
+        ({"orthogonality": -1.0}, "orthogonality is -1.0, but"),
         ({"settle": -0.1}, "settle is -0.1, but"),
         ({"settle": 1.0}, "settle is 1.0, but"),
     ],

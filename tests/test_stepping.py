@@ -112,6 +112,18 @@ def test_graphs_train_the_same_bit_for_bit(data, tapes, form, terms, graphs):
     assert result.setup_seconds > 0 == expected.setup_seconds
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_attention_transfer_in_graphs_is_the_same_bit_for_bit(data, tapes, precision):
+    models, recipe = (network(), network()), dataclasses.replace(RECIPE, attention=1000.0, precision=precision)
+    expected = train(models[0], data, recipe, device="cpu", teacher=network(seed=1))
+    assert not tapes
+    recipe = dataclasses.replace(recipe, step="graphed")
+    result = train(models[1], data, recipe, device="cpu", teacher=network(seed=1))
+    assert (len(tapes), tapes[0].repeated, result.step) == (1, 18, "graphed")
+    assert same(*models)
+    assert result.test == expected.test
+
+
 def test_an_overflow_is_handled_within_the_graph(data, tapes):
     """Steps whose scaled gradients overflow are left out, and the scale is halved; nobody asks the device."""
     scales = []
@@ -344,6 +356,19 @@ def test_on_a_gpu(data, step, precision, form, terms):
     losses = [[row["train_loss"] for row in each.curves] for each in (expected, result)]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     assert losses[0][-1] < losses[0][0]
+
+
+@needs_gpu
+@pytest.mark.parametrize("step", ["graphed", "fast"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_attention_transfer_on_a_gpu(data, step, precision):
+    recipe, results = dataclasses.replace(RECIPE, lr=0.02, precision=precision, attention=1000.0), []
+    for how in (None, step):
+        options = {"device": "cuda", "teacher": network(seed=1)}
+        results.append(train(network(), data, dataclasses.replace(recipe, step=how), **options))
+    assert results[1].step.startswith("graphed")
+    losses = [[row["train_loss"] for row in each.curves] for each in results]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 @needs_gpu

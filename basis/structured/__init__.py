@@ -10,13 +10,46 @@ from typing import Any
 from torch import nn
 
 from basis.convlike import ConvLike
+from basis.structured.acdc import ACDCConv2d
+from basis.structured.butterfly import DebutConv2d
+from basis.structured.double_sparse import DsfConv2d
+from basis.structured.filters import BasisLayer, DCFConv2d, FixedBasisConv2d, LinearConvLayer
+from basis.structured.hashed import HashedConv2d, SepHashedConv2d
 from basis.structured.layer import Product, StructuredConv2d
-from basis.structured.separable import GenericConv2d, SepConv2d
+from basis.structured.masks import PemnConv2d
+from basis.structured.separable import GenericConv2d, SepConv2d, TiedConv2d
+from basis.structured.shared import DSFBConv2d, LFBConv2d
+from basis.structured.shuffle import ShuffleConv2d
+from basis.structured.tensors import TensorTrainConv2d, TuckerConv2d
+from basis.structured.tridiagonal import TridiagonalConv2d
 
 __all__ = ["LAYERS", "Product", "Structure", "StructuredConv2d"]
 
 # Each layer by the text that names it; all are made by `shaped_like`, `from_conv` and `together`.
-LAYERS: Mapping[str, Any] = {one.kind: one for one in (SepConv2d, GenericConv2d)}
+LAYERS: Mapping[str, Any] = {
+    one.kind: one
+    for one in (
+        BasisLayer,
+        LinearConvLayer,
+        SepConv2d,
+        GenericConv2d,
+        TiedConv2d,
+        SepHashedConv2d,
+        HashedConv2d,
+        TensorTrainConv2d,
+        TuckerConv2d,
+        ShuffleConv2d,
+        ACDCConv2d,
+        TridiagonalConv2d,
+        LFBConv2d,
+        DSFBConv2d,
+        FixedBasisConv2d,
+        DCFConv2d,
+        DebutConv2d,
+        PemnConv2d,
+        DsfConv2d,
+    )
+}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -60,6 +60,7 @@ class StructuredConv2d(ConvLike):
     kind: ClassVar[str]  # as in "tucker:0.41"
     sizes: ClassVar[str] = ""  # how the text goes on, in words; "" where there is no size
     source: ClassVar[str]  # where the method comes from
+    shared: ClassVar[tuple[str, ...]] = ()  # parameters that layers of equal `key` hold together
 
     def __init__(
         self,
@@ -87,13 +88,8 @@ class StructuredConv2d(ConvLike):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.bias = nn.Parameter(torch.empty(out_channels, **factory)) if bias else None
         self._build(factory)
-        stored, dense = self.stored, out_channels * math.prod(self.filter_shape)
-        if not 0 < stored < dense:
-            raise ValueError(
-                f"{self.text} would store {stored:,} numbers, and the dense weight has {dense:,}: nothing to save"
-                if stored
-                else f"{self.text} would have no numbers to train"
-            )
+        shared = sum(map(self.bits, self.shared)) // 32
+        check_saves(self.text, self.stored - shared, out_channels * math.prod(self.filter_shape))
         self.reset_parameters()
 
     # -- for subclasses -------------------------------------------------------------------------
@@ -125,6 +121,10 @@ class StructuredConv2d(ConvLike):
         """Bits to be stored of the parameter of that name; 32 for each number, none for what a seed gives."""
         return 32 * getattr(self, name).numel()
 
+    def trained(self, name: str) -> int:
+        """How many entries of the parameter of that name training changes: all, where no fixed mask hides some."""
+        return getattr(self, name).numel()
+
     @property
     def parts(self) -> dict[str, nn.Parameter]:
         """All parameters but the bias, by name."""
@@ -140,28 +140,7 @@ class StructuredConv2d(ConvLike):
 
         By L-BFGS from the present parameters, in float64; a subclass with a closed solution uses that.
         """
-        parameters = [p for p in self.parts.values() if p.is_floating_point()]
-        kept = [p.dtype for p in parameters]
-        target = weight.detach().double()
-        with torch.enable_grad():
-            for p in parameters:
-                p.data = p.data.double()
-            options: dict[str, Any] = {
-                "max_iter": FIT_STEPS,
-                "line_search_fn": "strong_wolfe",
-                "tolerance_change": 1e-12,
-            }
-            optimizer = torch.optim.LBFGS(parameters, **options)
-
-            def closure() -> Tensor:
-                optimizer.zero_grad()
-                loss = (self.weight - target).square().sum() / target.square().sum().clamp_min(1e-30)
-                loss.backward()
-                return loss
-
-            optimizer.step(closure)
-        for p, dtype in zip(parameters, kept, strict=True):
-            p.data, p.grad = p.data.to(dtype), None
+        descend([p for p in self.parts.values() if p.is_floating_point()], lambda: self.weight, weight)
 
     @classmethod
     def key(cls, conv: nn.Conv2d, size: str) -> Hashable | None:
@@ -199,7 +178,7 @@ class StructuredConv2d(ConvLike):
         layer = cls(*arguments_of(conv), size=size)
         if is_channels_last(conv.weight):
             layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        layer.training = conv.training
+        layer.train(conv.training)
         if not conv.weight.requires_grad:
             layer.requires_grad_(False)
         if layer.bias is not None and conv.bias is not None:
@@ -234,6 +213,14 @@ class StructuredConv2d(ConvLike):
         return ", ".join([*self._shown_arguments(), f"stored={self.stored}", f"layer={self.text}"])
 
 
+def check_saves(what: str, stored: int, dense: int) -> None:
+    """Raise ``ValueError`` where ``what`` would store no numbers, or as many as the dense weights or more."""
+    if not stored:
+        raise ValueError(f"{what} would have no numbers to train")
+    if stored >= dense:
+        raise ValueError(f"{what} would store {stored:,} numbers, and the dense weight has {dense:,}: nothing to save")
+
+
 # -- reading sizes ----------------------------------------------------------------------------------
 
 
@@ -261,6 +248,36 @@ def whole(text: str, what: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"{what} is {text!r}, but it must be a whole number of at least 1")
     return int(text)
+
+
+# -- fitting ----------------------------------------------------------------------------------------
+
+
+def descend(parameters: Sequence[nn.Parameter], value: Callable[[], Tensor], target: Tensor) -> None:
+    """Bring ``value()``, made from the parameters, near ``target`` by L-BFGS in float64, from where they are."""
+    kept = [(p.dtype, p.requires_grad) for p in parameters]
+    goal = target.detach().double()
+    with torch.enable_grad():
+        for p in parameters:
+            p.data = p.data.double()
+            p.requires_grad_(True)
+        options: dict[str, Any] = {
+            "max_iter": FIT_STEPS,
+            "line_search_fn": "strong_wolfe",
+            "tolerance_change": 1e-12,
+        }
+        optimizer = torch.optim.LBFGS(parameters, **options)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = (value() - goal).square().sum() / goal.square().sum().clamp_min(1e-30)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    for p, (dtype, trains) in zip(parameters, kept, strict=True):
+        p.data, p.grad = p.data.to(dtype), None
+        p.requires_grad_(trains)
 
 
 # -- drawing ----------------------------------------------------------------------------------------

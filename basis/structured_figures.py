@@ -1,0 +1,114 @@
+"""Pictures of structured layers: what each stores and the weight that it makes, and accuracy against cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from basis.conv import BasisConv2d
+from basis.figures import Theme, canvas
+from basis.statistics import Estimate
+from basis.structured import Structure, StructuredConv2d
+
+CHANNELS = 16
+GAP = 4  # cells between two tensors
+MARKERS = "osD^vP<>X*hpd"
+
+
+def stored_tensors(layer: nn.Module) -> list[Tensor]:
+    """The tensors that a layer stores (one entry a number), as matrices of about as many rows as filters."""
+    if isinstance(layer, BasisConv2d):
+        parts: Sequence[Tensor] = [layer.basis, layer.coefficients.matrix()]
+    elif isinstance(layer, StructuredConv2d):
+        parts = [p for name, p in layer.parts.items() if layer.bits(name)]
+    else:
+        raise ValueError(f"{type(layer).__name__} is no basis convolution and no structured layer")
+    return [_matrix(part.detach()) for part in parts]
+
+
+def _matrix(part: Tensor, rows: int = CHANNELS) -> Tensor:
+    """Two dimensions, and no more rows than a weight has."""
+    flat = part.reshape(len(part), -1) if part.dim() > 1 else part[None]
+    if len(flat) <= rows and flat.shape[1] <= 10 * rows:
+        return flat
+    values = flat.flatten()
+    columns = math.ceil(len(values) / rows)
+    filled = torch.full((rows * columns,), math.nan)
+    filled[: len(values)] = values
+    return filled.reshape(columns, rows).T
+
+
+def draw_layers(theme: Theme, layers: Sequence[tuple[str, str, str]]) -> Figure:
+    """One row for each layer: its stored tensors at the left, the weight that they make at the right.
+
+    Args:
+        layers: (text of a structured layer, title, formula), drawn for a 3x3 convolution of 16 to 16 channels.
+    """
+    figure = canvas(0.3 + 0.66 * len(layers))
+    rows: Any = figure.subplots(len(layers), 1, squeeze=False)
+    colours = LinearSegmentedColormap.from_list("signed", [theme.cycle[1], theme.background, theme.cycle[0]])
+    for axes, (text, title, formula) in zip(rows[:, 0], layers, strict=True):
+        torch.manual_seed(0)
+        layer: Any = Structure.parse(text).make([nn.Conv2d(CHANNELS, CHANNELS, 3, bias=False)], fitted=False)[0]
+        weight = layer.weight.detach().reshape(CHANNELS, -1)
+        place = 0
+        for part in stored_tensors(layer):
+            _draw_matrix(axes, part, place, colours, theme)
+            place += part.shape[1] + GAP
+        left = max(place + 3 * GAP, 9 * CHANNELS + 5 * GAP)
+        axes.annotate(
+            "", (left - GAP, CHANNELS / 2), (place, CHANNELS / 2),
+            arrowprops={"arrowstyle": "->", "color": theme.muted},
+        )  # fmt: skip
+        _draw_matrix(axes, weight, left, colours, theme)
+        axes.set(xlim=(-1, 18 * CHANNELS + 7 * GAP), ylim=(CHANNELS + 0.5, -0.5), aspect="equal")
+        axes.set_title(f"{title}   {formula}", fontsize=10.5, fontweight="normal", pad=3)
+        axes.axis("off")
+    return figure
+
+
+def _draw_matrix(axes: Axes, matrix: Tensor, left: float, colours: LinearSegmentedColormap, theme: Theme) -> None:
+    rows, columns = matrix.shape
+    scale = matrix.nan_to_num().abs().quantile(0.98).item() or matrix.nan_to_num().abs().max().item() or 1.0
+    extent = (left, left + columns, rows, 0)
+    axes.imshow(matrix, cmap=colours, vmin=-scale, vmax=scale, extent=extent, interpolation="nearest", aspect="equal")
+    frame = {"facecolor": "none", "edgecolor": theme.muted, "linewidth": 0.6}
+    axes.add_patch(_rectangle((left, 0), columns, rows, **frame))
+
+
+def _rectangle(corner: tuple[float, float], width: float, height: float, **style: Any) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(corner, width, height, **style)
+
+
+class Point(NamedTuple):
+    """One arm in a picture of accuracy against cost."""
+
+    cost: float
+    accuracy: Estimate
+
+
+def draw_tradeoff(axes: Axes, theme: Theme, curves: Mapping[str, Sequence[Point]], *, bold: Sequence[str] = ()) -> None:
+    """Curves of accuracy (in percent) against cost on a logarithmic axis, one one a name; ``bold`` ones in front."""
+    for i, (name, points) in enumerate(curves.items()):
+        points = sorted(points, key=lambda point: point.cost)
+        color = theme.colour("dense") if name.startswith("dense") else theme.cycle[i % len(theme.cycle)]
+        strong = name in bold
+        x, y = [p.cost for p in points], [p.accuracy.value for p in points]
+        errors = [
+            [p.accuracy.value - p.accuracy.low for p in points],
+            [p.accuracy.high - p.accuracy.value for p in points],
+        ]
+        known = not any(map(math.isnan, errors[0]))
+        style: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "markersize": 7 if strong else 5}
+        style |= {"linewidth": 2.2 if strong else 0.9, "color": color, "label": name, "zorder": 3 if strong else 2}
+        axes.errorbar(x, y, yerr=errors if known else None, elinewidth=0.5, alpha=1 if strong else 0.85, **style)
+    axes.set_xscale("log")

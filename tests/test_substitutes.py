@@ -1,0 +1,121 @@
+"""The study of chapter 9: its runs, how arms are compared, and the verdicts on S1 and S2."""
+
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+
+from basis import substitute
+from basis.models import build
+from basis.runs import load_records, work
+from basis.studies import STUDIES
+from basis.studies import substitutes as study_of
+from basis.studies.substitutes import Arm
+from tests.test_search_studies import record
+
+STUDY = STUDIES["substitutes"]
+NOISE = (-0.001, 0.001, 0.0005)  # what the seeds 0, 1, 2 add to an accuracy
+
+
+def outcomes(accuracy, *, size=lambda arm: 1000.0):
+    """Records of the CPU profile; accuracy and size (both axes) are functions of an arm."""
+    records = []
+    for run in STUDY.runs("cpu"):
+        arm = Arm.parse(run.arm)
+        about = {"parameters": size(arm), "macs": size(arm)}
+        records.append(record(run, accuracy=accuracy(arm) + NOISE[run.seed], **about))
+    return records
+
+
+@pytest.mark.parametrize("profile", ["smoke", "cpu", "colab", "paper"])
+def test_no_run_is_listed_twice_and_an_arms_name_says_what_it_is(profile):
+    runs = STUDY.runs(profile)
+    assert len({run.id for run in runs}) == len(runs) == len({(run.arm, run.seed) for run in runs})
+    for run in runs:
+        arm = Arm.parse(run.arm)
+        assert str(arm) == run.arm
+        assert (arm.network, arm.width) == (run.model, run.width)
+        assert arm.text == (run.layer or "dense")
+        assert (run.recipe.decay == "scaled") == (arm.text != "dense" and arm.how != "plain decay")
+
+
+@pytest.mark.parametrize("profile", ["smoke", "cpu", "colab", "paper"])
+def test_every_listed_layer_fits_every_convolution_of_its_networks_blocks(profile):
+    for name, width, text in dict.fromkeys((r.model, r.width, r.layer) for r in STUDY.runs(profile) if r.layer):
+        with torch.device("meta"):
+            model = build(name, width=width)
+        convs = [n for n, m in model.named_modules() if n.rpartition(".")[2].startswith("conv") and "." in n]
+        changed = substitute(model, dict.fromkeys(convs, text), init="random")  # raises where one does not fit
+        assert sum(p.numel() for p in changed.parameters()) > 0
+
+
+def test_every_kind_has_three_sizes_or_three_widths():
+    arms = [Arm.parse(run.arm) for run in STUDY.runs("cpu") if run.seed == 0]
+    sizes = Counter(arm.kind for arm in arms if not arm.how)
+    assert sizes == dict.fromkeys(study_of.KINDS, 3) | {"dense": 4}
+
+
+def ladder(arm):
+    """Size by the place among a kind's arms: 300, 200, 100."""
+    if arm.text == "dense":
+        return {None: 9000.0, 8: 320.0, 6: 220.0, 4: 120.0}[arm.width]
+    if arm.width:
+        return 200.0 if arm.width == 12 else 100.0
+    sizes = study_of.KINDS[arm.kind][1] if arm.kind in study_of.KINDS else (arm.text.partition(":")[2],)
+    return 300.0 - 100 * sizes.index(arm.text.partition(":")[2])
+
+
+def test_s1_is_reproduced_when_a_structured_layer_beats_thin_networks_and_nobody_beats_it():
+    records = outcomes(lambda arm: 0.7 if arm.kind == "generic" else 0.6, size=ladder)
+    verdict = STUDY.verdicts(records, "cpu")[0]
+    assert (verdict.claim, verdict.label) == ("S1", "reproduced")
+    assert "low rank surely beat a narrower dense network" in verdict.finding
+
+
+def test_s1_is_not_reproduced_when_all_of_them_are_beaten_at_their_size():
+    records = outcomes(lambda arm: 0.7 if arm.kind == "basis" else 0.6, size=ladder)
+    assert STUDY.verdicts(records, "cpu")[0].label == "not reproduced"
+
+
+def test_s1_is_partly_reproduced_when_nothing_can_be_told_apart():
+    records = outcomes(lambda arm: 0.6, size=ladder)
+    assert STUDY.verdicts(records, "cpu")[0].label == "partly"
+
+
+def test_an_arm_that_costs_more_beats_nobody():
+    records = outcomes(
+        lambda arm: 0.7 if arm.kind == "basis" else 0.6, size=lambda arm: 1e6 if arm.kind == "basis" else ladder(arm)
+    )
+    assert study_of.standing(records, "macs").beaten == {}
+
+
+@pytest.mark.parametrize(("gain", "label"), [(0.02, "reproduced"), (-0.02, "not reproduced"), (0.002, "partly")])
+def test_s2_is_judged_by_the_mean_gain(gain, label):
+    records = outcomes(lambda arm: 0.6 - gain * (arm.how == "plain decay"), size=ladder)
+    verdict = STUDY.verdicts(records, "cpu")[1]
+    assert (verdict.claim, verdict.label) == ("S2", label)
+    assert verdict.difference == f"{100 * gain:+.2f} points"
+
+
+def test_without_two_runs_per_arm_nothing_is_judged():
+    records = [r for r in outcomes(lambda arm: 0.6, size=ladder) if r.config["seed"] == 0]
+    assert [v.label for v in STUDY.verdicts(records, "cpu")] == ["not tested"] * 2
+    assert [v.label for v in STUDY.verdicts([], "cpu")] == ["not tested"] * 2
+
+
+@pytest.mark.slow
+def test_runs_with_a_teacher_train_it_once_and_can_be_done_again(tmp_path):
+    runs = [r for r in STUDY.runs("smoke") if r.teacher is not None and r.seed == 0]
+    assert {Arm.parse(run.arm).how for run in runs} == {"fitted", "attention"}
+    first = next(run for run in runs if run.fitted)
+    second = next(run for run in runs if run.recipe.attention)
+    done = list(work([first, second], STUDY.definition, folder=tmp_path, device="cpu"))
+    assert [step.outcome for step in done] == ["done", "done"]
+    assert len(list(tmp_path.glob("**/teacher-*.pt"))) == 1
+    records = {r.config["arm"]: r.result for r in load_records(tmp_path)}
+    again = list(work([dataclasses.replace(first, arm="again")], STUDY.definition, folder=tmp_path, device="cpu"))
+    assert again[0].outcome == "done"
+    repeated = {r.config["arm"]: r.result for r in load_records(tmp_path)}["again"]
+    assert repeated["test"] == records[first.arm]["test"]
+    assert repeated["trained"] > 0

@@ -120,7 +120,7 @@ def _text(kind: str, size: str) -> str:
 
 
 def plan(profile: str) -> tuple[Run, ...]:
-    """The runs of a profile: all arms of a seed, of the next one, with a teacher, and of other networks."""
+    """The runs of a profile: all arms of a seed, with a teacher at last, those of the next one, and other networks."""
     if profile == "paper":
         base = _run(profile, model="wrn-16-4", recipe=Recipe(decay="scaled"))
         more = [replace(base, model=name) for name in ("resnet18", "wrn-28-10")]
@@ -164,8 +164,10 @@ def _runs(
 
     def of_seed(seed: int) -> list[Run]:
         runs = [one(base, seed, DENSE), *(one(base, seed, DENSE, width=round(f * widths)) for f in THIN_DENSE)]
-        runs += [run for kind in kinds for run in from_scratch(base, seed, kind)]
-        return runs + [one(base, seed, judged(k), "plain decay", recipe=plain) for k in UNSCALED if k in kinds]
+        judged_first = [kind for kind in ("basis", *SEPARABLE) if kind in kinds]
+        runs += [run for kind in judged_first for run in from_scratch(base, seed, kind)]
+        runs += [one(base, seed, judged(kind), "plain decay", recipe=plain) for kind in UNSCALED if kind in kinds]
+        return runs + [run for kind in kinds if kind not in judged_first for run in from_scratch(base, seed, kind)]
 
     def taught(seed: int) -> list[Run]:
         attention = replace(base.recipe, attention=1000.0)
@@ -176,8 +178,7 @@ def _runs(
     def few(like: Run, seed: int) -> list[Run]:
         return [one(like, seed, DENSE), *(one(like, seed, judged(kind)) for kind in ("basis", *SEPARABLE, "sep"))]
 
-    listed = [run for seed in range(seeds) for run in of_seed(seed)]
-    listed += [run for seed in range(seeds) for run in taught(seed)]
+    listed = [run for seed in range(seeds) for run in (*of_seed(seed), *taught(seed))]
     return tuple(listed + [run for seed in range(seeds) for like in others for run in few(like, seed)])
 
 

@@ -10,6 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from basis.conv import BasisConv2d
@@ -19,6 +20,7 @@ from basis.structured import Structure, StructuredConv2d
 
 CHANNELS = 16
 GAP = 4  # cells between two tensors
+START = 188  # where the weight begins
 MARKERS = "osD^vP<>X*hpd"
 
 
@@ -27,10 +29,16 @@ def stored_tensors(layer: nn.Module) -> list[Tensor]:
     if isinstance(layer, BasisConv2d):
         parts: Sequence[Tensor] = [layer.basis, layer.coefficients.matrix()]
     elif isinstance(layer, StructuredConv2d):
-        parts = [p for name, p in layer.parts.items() if layer.bits(name)]
+        parts = [_as_stored(layer, name) for name in layer.parts if layer.bits(name)]
     else:
         raise ValueError(f"{type(layer).__name__} is no basis convolution and no structured layer")
     return [_matrix(part.detach()) for part in parts]
+
+
+def _as_stored(layer: StructuredConv2d, name: str) -> Tensor:
+    """The parameter of that name; its mask, where only the mask is stored."""
+    part = layer.parts[name].detach()
+    return (part.abs() > part.abs().median()).float() if layer.bits(name) == part.numel() else part
 
 
 def _matrix(part: Tensor, rows: int = CHANNELS) -> Tensor:
@@ -55,38 +63,41 @@ def draw_layers(theme: Theme, layers: Sequence[tuple[str, str, str]]) -> Figure:
     rows: Any = figure.subplots(len(layers), 1, squeeze=False)
     colours = LinearSegmentedColormap.from_list("signed", [theme.cycle[1], theme.background, theme.cycle[0]])
     for axes, (text, title, formula) in zip(rows[:, 0], layers, strict=True):
-        torch.manual_seed(0)
-        layer: Any = Structure.parse(text).make([nn.Conv2d(CHANNELS, CHANNELS, 3, bias=False)], fitted=False)[0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            conv = nn.Conv2d(CHANNELS, CHANNELS, 3, bias=False)
+            layer: Any = Structure.parse(text).make([conv], fitted=False)[0]
         weight = layer.weight.detach().reshape(CHANNELS, -1)
-        place = 0
-        for part in stored_tensors(layer):
-            _draw_matrix(axes, part, place, colours, theme)
-            place += part.shape[1] + GAP
-        left = max(place + 3 * GAP, 9 * CHANNELS + 5 * GAP)
+        place = top = 0
+        parts = stored_tensors(layer)
+        for i, part in enumerate(parts):
+            _draw_matrix(axes, part, (place, top), colours, theme)
+            under = i + 1 < len(parts) and parts[i + 1].shape[1] == part.shape[1]
+            if under and top + len(part) + 1 + len(parts[i + 1]) <= CHANNELS:
+                top += len(part) + 1
+            else:
+                place, top = place + part.shape[1] + GAP, 0
         axes.annotate(
-            "", (left - GAP, CHANNELS / 2), (place, CHANNELS / 2),
+            "", (START - GAP, CHANNELS / 2), (place, CHANNELS / 2),
             arrowprops={"arrowstyle": "->", "color": theme.muted},
         )  # fmt: skip
-        _draw_matrix(axes, weight, left, colours, theme)
-        axes.set(xlim=(-1, 18 * CHANNELS + 7 * GAP), ylim=(CHANNELS + 0.5, -0.5), aspect="equal")
+        _draw_matrix(axes, weight, (START, 0), colours, theme)
+        axes.set(xlim=(-1, START + weight.shape[1] + 1), ylim=(CHANNELS + 0.5, -0.5), aspect="equal")
         axes.set_title(f"{title}   {formula}", fontsize=10.5, fontweight="normal", pad=3)
         axes.axis("off")
     return figure
 
 
-def _draw_matrix(axes: Axes, matrix: Tensor, left: float, colours: LinearSegmentedColormap, theme: Theme) -> None:
-    rows, columns = matrix.shape
+def _draw_matrix(
+    axes: Axes, matrix: Tensor, corner: tuple[float, float], colours: LinearSegmentedColormap, theme: Theme
+) -> None:
+    (left, top), (rows, columns) = corner, matrix.shape
     scale = matrix.nan_to_num().abs().quantile(0.98).item() or matrix.nan_to_num().abs().max().item() or 1.0
-    extent = (left, left + columns, rows, 0)
-    axes.imshow(matrix, cmap=colours, vmin=-scale, vmax=scale, extent=extent, interpolation="nearest", aspect="equal")
-    frame = {"facecolor": "none", "edgecolor": theme.muted, "linewidth": 0.6}
-    axes.add_patch(_rectangle((left, 0), columns, rows, **frame))
-
-
-def _rectangle(corner: tuple[float, float], width: float, height: float, **style: Any) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle(corner, width, height, **style)
+    extent = (left, left + columns, top + rows, top)
+    axes.imshow(
+        matrix.numpy(), cmap=colours, vmin=-scale, vmax=scale, extent=extent, interpolation="nearest", aspect="equal"
+    )
+    axes.add_patch(Rectangle(corner, columns, rows, facecolor="none", edgecolor=theme.muted, linewidth=0.6))
 
 
 class Point(NamedTuple):

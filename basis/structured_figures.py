@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -21,7 +22,7 @@ from basis.structured import Structure, StructuredConv2d
 CHANNELS = 16
 GAP = 4  # cells between two tensors
 START = 188  # where the weight begins
-MARKERS = "osD^vP<>X*hpd"
+MARKERS = "sD^vP<>X*hpd"
 
 
 def stored_tensors(layer: nn.Module) -> list[Tensor]:
@@ -107,19 +108,38 @@ class Point(NamedTuple):
     accuracy: Estimate
 
 
-def draw_tradeoff(axes: Axes, theme: Theme, curves: Mapping[str, Sequence[Point]], *, bold: Sequence[str] = ()) -> None:
-    """Curves of accuracy (in percent) against cost on a logarithmic axis, one one a name; ``bold`` ones in front."""
-    for i, (name, points) in enumerate(curves.items()):
+def draw_tradeoff(
+    axes: Axes, theme: Theme, curves: Mapping[str, Sequence[Point]], *, bold: Mapping[str, str], unit: float = 1.0
+) -> None:
+    """Curves of accuracy against cost on a logarithmic axis, one a name.
+
+    Args:
+        curves: name -> its points, in any order.
+        bold: names that stand out, with their colours; the others go through the theme's from the second on.
+        unit: what the ticks of the cost count.
+    """
+    others = [name for name in curves if name not in bold]
+    for name, points in curves.items():
         points = sorted(points, key=lambda point: point.cost)
-        color = theme.colour("dense") if name.startswith("dense") else theme.cycle[i % len(theme.cycle)]
-        strong = name in bold
-        x, y = [p.cost for p in points], [p.accuracy.value for p in points]
-        errors = [
-            [p.accuracy.value - p.accuracy.low for p in points],
-            [p.accuracy.high - p.accuracy.value for p in points],
-        ]
-        known = not any(map(math.isnan, errors[0]))
-        style: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "markersize": 7 if strong else 5}
-        style |= {"linewidth": 2.2 if strong else 0.9, "color": color, "label": name, "zorder": 3 if strong else 2}
-        axes.errorbar(x, y, yerr=errors if known else None, elinewidth=0.5, alpha=1 if strong else 0.85, **style)
+        i = others.index(name) if name in others else -1
+        style: dict[str, Any] = {"marker": "o", "markersize": 7, "linewidth": 2.2, "zorder": 3}
+        if i >= 0:
+            style = {"marker": MARKERS[i % len(MARKERS)], "markersize": 5, "linewidth": 0.9, "zorder": 2, "alpha": 0.85}
+        style["color"] = bold.get(name) or theme.cycle[1:][i % (len(theme.cycle) - 1)]
+        low = [p.accuracy.value - p.accuracy.low for p in points]
+        high = [p.accuracy.high - p.accuracy.value for p in points]
+        errors = None if any(map(math.isnan, low)) else (low, high)
+        axes.errorbar(
+            [p.cost / unit for p in points], [p.accuracy.value for p in points], yerr=errors, elinewidth=0.5,
+            label=name, **style,
+        )  # fmt: skip
     axes.set_xscale("log")
+    plain_ticks(axes)
+    axes.margins(y=0.12)
+
+
+def plain_ticks(axes: Axes) -> None:
+    """Label a logarithmic axis at 1, 2, 5, 10, ... in plain numbers."""
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())

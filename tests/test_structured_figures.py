@@ -62,6 +62,7 @@ def test_points_are_joined_in_the_order_of_their_cost():
     axes = figure.subplots()
     nan = math.nan
     points = [Point(10, Estimate(2, nan, nan, 1)), Point(1, Estimate(1, nan, nan, 1))]
-    draw_tradeoff(axes, LIGHT, {"a": points, "dense": [Point(5, Estimate(3, 2, 4, 2))]}, bold=("a",))
-    assert axes.lines[0].get_xydata().tolist() == [[1, 1], [10, 2]]
+    curves = {"a": points, "dense": [Point(5, Estimate(3, 2, 4, 2))]}
+    draw_tradeoff(axes, LIGHT, curves, bold={"dense": "black"}, unit=10)
+    assert axes.lines[0].get_xydata().tolist() == [[0.1, 1], [1, 2]]
     assert axes.get_xscale() == "log"

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
@@ -40,7 +40,7 @@ from basis.models import build
 from basis.selection import predicted, select
 from basis.substitution import Plan, substitute
 from basis.table import SensitivityTable
-from basis.training import Recipe, Result, TrainingPaused, choose_device, choose_precision, train
+from basis.training import Recipe, Result, TrainingError, TrainingPaused, choose_device, choose_precision, train
 
 VERSION = 1
 PROFILES = ("smoke", "cpu", "colab", "paper")
@@ -330,6 +330,7 @@ def execute(
     the records are that a :class:`Choice` refers to, made under that ``definition`` of the study. A ladder is
     measured beside the checkpoint, cell by cell, and is resumed there.
     """
+    _check_teacher(run)
     data = prepare_data(run)
     torch.manual_seed(run.seed)
     model: torch.nn.Module = build(run.model, num_classes=data.classes, width=run.width)
@@ -374,28 +375,68 @@ def _teacher(
     should_stop: Callable[[], bool] | None,
     progress: bool | str,
 ) -> torch.nn.Module:
-    """A trained copy of the dense ``model``; runs with equal teachers train it once, and keep it beside checkpoints."""
-    teacher, recipe = copy.deepcopy(model), run.teacher
+    """A trained copy of the dense ``model``; runs with equal teachers train it once, and keep it beside checkpoints.
+
+    It is the same to the bit, in place and layout too, whether it has been trained just now or was kept.
+    """
+    recipe, trained = run.teacher, copy.deepcopy(model)
     terms = {name: value for name, value in asdict(recipe or Recipe()).items() if value is not None}
     said = [run.model, run.width, run.data, run.images, run.validation, run.seed, terms]
     options: dict[str, Any] = {"device": device, "seed": run.seed, "should_stop": should_stop, "test": False}
+    teacher = copy.deepcopy(model)
     if checkpoint is None:
-        train(teacher, data, recipe, progress=progress, **options)
+        train(trained, data, recipe, progress=progress, **options)
+        teacher.load_state_dict(trained.state_dict())
         return teacher
-    kept = checkpoint.with_name(f"teacher-{digest(said)}-{device.type}.pt")
+    kept = checkpoint.with_name(f"teacher-{digest(said)}-{device.type}-{choose_precision(device)}.pt")
+    part = kept.with_suffix(".part")
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(kept.with_suffix(".lock")):
-        if kept.exists():
-            teacher.load_state_dict(torch.load(kept, weights_only=True))
-        else:
+    with _held(kept.with_suffix(".lock"), should_stop, "the teacher"):
+        if not kept.exists():
+            _remove_leftovers(kept, part)
             title = f"{progress}, teacher" if isinstance(progress, str) else progress
-            train(teacher, data, recipe, checkpoint=kept.with_suffix(".part"), progress=title, **options)
+            with torch.random.fork_rng(devices=[]):  # what is drawn after it must not depend on whether it was kept
+                train(trained, data, recipe, checkpoint=part, progress=title, **options)
             packed = io.BytesIO()
-            torch.save(teacher.state_dict(), packed)
+            torch.save(trained.state_dict(), packed)
             with replacing(kept) as file:
                 file.write(packed.getbuffer())
-            kept.with_suffix(".part").unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
+        try:
+            teacher.load_state_dict(torch.load(kept, map_location="cpu", weights_only=True))
+        except Exception as error:  # torch.load raises many kinds for a damaged file
+            raise TrainingError(f"teacher {kept} cannot be read ({error}); delete it to train it again") from error
     return teacher
+
+
+def _check_teacher(run: Run) -> None:
+    """Refuse a run that would train a teacher for nothing, or lacks the one that it needs."""
+    taught = [name for name, uses in (("fitted", run.fitted), ("recipe.attention", run.recipe.attention)) if uses]
+    if (run.teacher is not None) != bool(taught):
+        what = f"{taught[0]} is set without a teacher" if taught else "a teacher is set that nothing uses"
+        raise ValueError(f"{what}; teacher goes with fitted or recipe.attention")
+    if run.fitted and run.ratio is run.plan is run.choice is run.layer is None:
+        raise ValueError("fitted is set for the dense network, but only substituted layers can be fitted; set layer")
+
+
+@contextmanager
+def _held(path: Path, should_stop: Callable[[], bool] | None, what: str) -> Iterator[None]:
+    """Hold the lock of what another run may be making right now.
+
+    Raises:
+        TrainingPaused: when ``should_stop`` says so while waiting.
+    """
+    lock = filelock.FileLock(path)
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=2)
+        except filelock.Timeout:
+            if should_stop and should_stop():
+                raise TrainingPaused(f"stopped while waiting for {what} of another run") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def spectrum(model: torch.nn.Module, ratios: Sequence[float] = (0.125, 0.25, 0.5, 0.75)) -> dict[str, dict[str, float]]:
@@ -427,15 +468,8 @@ def choose(
 
     made = record()
     for path in folder.glob(f"*/*/{choice.table}.lock") if made is None else ():
-        lock = filelock.FileLock(path)
-        while not lock.is_locked:
-            try:
-                lock.acquire(timeout=2)
-            except filelock.Timeout:
-                if should_stop and should_stop():
-                    raise TrainingPaused("stopped while waiting for the sensitivities of another run") from None
-        lock.release()
-        made = record()
+        with _held(path, should_stop, "the sensitivities"):
+            made = record()
     if made is None:
         raise TableMissing(f"run {choice.table} has to measure the sensitivities first, and has no record yet")
     table = SensitivityTable.from_lines(made.result["tables"][choice.measure])

@@ -106,6 +106,12 @@ class Plan:
                     continue
                 reason = f"k = {k} is not below C_out = {module.out_channels}: nothing to derive"
             skipped[names[0]] = str(reason)
+        if structure is not None:
+            for group in _tied(model, layers, Form("dense")):  # whether layers save that share is a matter of all
+                reason = structure.obstacle_together([model.get_submodule(name) for name in group])  # type: ignore[misc]
+                if reason is not None:
+                    layers = {name: size for name, size in layers.items() if name not in group}
+                    skipped |= dict.fromkeys(group, reason)
         return cls(layers, skipped)
 
     def __str__(self) -> str:
@@ -244,6 +250,9 @@ def substitute(
     if isinstance(coefficients, Coefficients):
         raise ValueError("coefficients are a module, which the new layers would share with its owner; give a form")
     form = Form.parse(coefficients)
+    texts = [size for size in chosen.values() if isinstance(size, str)]
+    if texts and len(texts) == len(chosen) and (mode != "auto" or form.kind != "dense"):
+        raise ValueError(f"mode and coefficients are for basis channels k, but every layer of the plan is a {texts[0]}")
     copied = copy_of(model)
     new: dict[nn.Module, nn.Module] = {}
     for names in _tied(copied, chosen, form):
@@ -382,7 +391,9 @@ def _resolve(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, Size]:
         conv: Any = module
         try:
             if isinstance(k, str):
-                Structure.parse(k).check(conv)
+                structure = Structure.parse(k)
+                structure.check(conv)
+                k = str(structure)  # without spaces
             else:
                 check_basis_channels(k, conv.out_channels, conv.groups)
         except ValueError as error:
@@ -408,13 +419,16 @@ def _no_such_layer(name: str, modules: Mapping[str, nn.Module], convolutions: li
 
 
 def _hand_over(old: Any, new: Any) -> nn.Module:
-    """Give ``new`` the hooks of ``old``, and its very bias parameter, which may be tied elsewhere."""
+    """Give ``new`` the hooks of ``old``, and its very bias parameter, which may be tied elsewhere.
+
+    But for the bias of a layer that ``shifts``: in a convolution it has another value.
+    """
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))
     for hook in new._load_state_dict_pre_hooks.values():
         if getattr(hook, "with_module", False):
             hook.module = weakref.ref(new)
-    if old.bias is not None:
+    if old.bias is not None and not getattr(old, "shifts", False):
         with torch.no_grad():
             old.bias.copy_(new.bias)
         new.bias = old.bias

@@ -243,7 +243,7 @@ def test_groups_of_the_convolution_are_refused_but_by_basis_convolutions():
 def test_a_basis_is_worth_it_only_where_it_is_shared():
     conv = nn.Conv2d(16, 16, 3)
     with pytest.raises(ValueError, match=r"whose basis 1 layer would share, would store 3,840 .* 2,304: nothing"):
-        substitute(conv, layer="lfb:1.5", init="random")
+        substitute(conv, {"": "lfb:1.5"}, init="random")
     three = nn.Sequential(*(nn.Conv2d(16, 16, 3) for _ in range(3)))
     assert count_parameters(substitute(three, layer="lfb:1.5", init="random")) == 3456 + 3 * (24 * 16 + 16)
 

@@ -1,17 +1,20 @@
 """The study of chapter 9: its runs, how arms are compared, and the verdicts on S1 and S2."""
 
 import dataclasses
+import json
 from collections import Counter
 
+import filelock
 import pytest
 import torch
 
-from basis import substitute
+from basis import runs, substitute
 from basis.models import build
-from basis.runs import load_records, work
+from basis.runs import Run, load_records, work
 from basis.studies import STUDIES
 from basis.studies import substitutes as study_of
 from basis.studies.substitutes import Arm
+from basis.training import Recipe, TrainingPaused, learning_rate
 from tests.test_search_studies import record
 
 STUDY = STUDIES["substitutes"]
@@ -102,6 +105,131 @@ def test_without_two_runs_per_arm_nothing_is_judged():
     records = [r for r in outcomes(lambda arm: 0.6, size=ladder) if r.config["seed"] == 0]
     assert [v.label for v in STUDY.verdicts(records, "cpu")] == ["not tested"] * 2
     assert [v.label for v in STUDY.verdicts([], "cpu")] == ["not tested"] * 2
+
+
+def test_s1_is_not_tested_while_a_rival_it_has_to_beat_has_one_run():
+    records = outcomes(lambda arm: 0.7 if arm.kind == "generic" else 0.6, size=ladder)
+    rest = [r for r in records if not (r.config["arm"].endswith("hashed:0.06") and r.config["seed"] == 1)]
+    verdict = STUDY.verdicts(rest, "cpu")[0]
+    assert verdict.label == "not tested"
+    assert "wrn-10-2 hashed:0.06" in verdict.finding
+
+
+def test_the_network_with_the_most_arms_is_judged_even_if_another_has_more_runs():
+    runs = [r for r in STUDY.runs("paper") if (r.model == "wrn-16-4" and r.seed == 0) or r.model == "resnet18"]
+    records = [record(run) for run in runs[:12]] + [record(run) for run in runs if run.model == "resnet18"]
+    assert study_of.main_network(records) == "wrn-16-4"
+
+
+def test_a_record_without_macs_is_not_taken_for_one_with_as_many_as_parameters():
+    run = STUDY.runs("cpu")[0]
+    with pytest.raises(KeyError, match="macs"):
+        study_of.cost_of([record(run)], Arm.parse(run.arm), "macs")
+    assert study_of.cost_of([record(run)], Arm.parse(run.arm), "trained") == 10
+
+
+@pytest.mark.parametrize("profile", ["cpu", "paper"])
+def test_the_weight_of_the_orthogonality_lets_bases_converge(profile):
+    for run in [r for r in STUDY.runs(profile) if r.seed == 0 and (r.layer or "").startswith("dsfb")]:
+        torch.manual_seed(0)
+        model = substitute(build(run.model), layer=run.layer, include=run.include, init="random")
+        layers = [m for m in model.modules() if hasattr(m, "penalty")]
+        optimizer = torch.optim.SGD(model.parameters(), lr=run.recipe.lr, momentum=0.9, nesterov=True)
+        penalties = []
+        for step in range(30):
+            optimizer.param_groups[0]["lr"] = learning_rate(run.recipe, step / 60)
+            optimizer.zero_grad()
+            penalty = torch.stack([layer.penalty() for layer in layers]).sum()
+            (run.recipe.orthogonality * penalty).backward()
+            optimizer.step()
+            penalties.append(penalty.item())
+        assert penalties[-1] < penalties[0] / 2
+
+
+def tiny(tmp_path, **changes):
+    """A run with a teacher, where its checkpoint would be, and how it is done."""
+    recipe = Recipe(epochs=1, batch_size=50, translate=0, cutout=0)
+    run = Run(
+        study="substitutes", profile="smoke", arm="tiny", seed=0, model="wrn-10-1", data="synthetic", images=100,
+        recipe=recipe, layer="dsf:0.25", include=study_of.BLOCKS, teacher=dataclasses.replace(recipe, epochs=2),
+        fitted=True,
+    )  # fmt: skip
+    run = dataclasses.replace(run, **changes)
+    return run, {"device": torch.device("cpu"), "checkpoint": runs.checkpoint_path(tmp_path, run, torch.device("cpu"))}
+
+
+def without_times(result):
+    """A result without what differs between equal runs."""
+    kept = {key: value for key, value in result.items() if "second" not in key}
+    return kept | {"curves": [{k: v for k, v in row.items() if k != "seconds"} for row in result["curves"]]}
+
+
+def test_a_run_is_the_same_with_a_teacher_trained_at_once_kept_or_interrupted(tmp_path):
+    run, options = tiny(tmp_path)
+    teacher = runs._teacher
+    states = []
+
+    def watched(*args):
+        states.append((teacher(*args), torch.get_rng_state()))
+        return states[-1][0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "_teacher", watched)
+        first = runs.execute(run, **options)
+        options["checkpoint"].unlink()
+        again = runs.execute(run, **options)
+        options["checkpoint"].unlink()
+        for file in tmp_path.glob("**/teacher-*"):
+            file.unlink()
+        with pytest.raises(TrainingPaused):
+            runs.execute(run, **options, should_stop=lambda: True)
+        assert not options["checkpoint"].exists()
+        resumed = runs.execute(run, **options)
+        nowhere = runs.execute(run, device=options["device"])
+    assert without_times(first) == without_times(again) == without_times(resumed) == without_times(nowhere)
+    assert json.loads(json.dumps(first)) == first | {"curves": list(first["curves"])}
+    for network, state in states[1:]:
+        assert torch.equal(state, states[0][1])
+        for one, other in zip(network.parameters(), states[0][0].parameters(), strict=True):
+            assert one.stride() == other.stride()
+            assert torch.equal(one, other)
+
+
+def test_a_damaged_teacher_is_named_and_the_next_run_begun(tmp_path):
+    run, options = tiny(tmp_path)
+    runs.execute(run, **options)
+    options["checkpoint"].unlink()
+    (kept,) = tmp_path.glob("**/teacher-*.pt")
+    for damaged in (b"", b"no teacher at all", kept.read_bytes()[:2000]):
+        kept.write_bytes(damaged)
+        (step,) = work([run], "", folder=tmp_path, device="cpu")
+        assert step.outcome == "failed"
+        assert f"{kept} cannot be read" in step.message
+        assert "delete it" in step.message
+
+
+def test_a_run_waits_for_anothers_teacher_but_not_beyond_the_deadline(tmp_path):
+    run, options = tiny(tmp_path)
+    runs.execute(run, **options)
+    options["checkpoint"].unlink()
+    (lock,) = tmp_path.glob("**/teacher-*.lock")
+    with filelock.FileLock(lock, thread_local=False), pytest.raises(TrainingPaused, match="waiting for the teacher"):
+        runs.execute(run, **options, should_stop=lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": None}, "fitted is set without a teacher"),
+        ({"fitted": None}, "nothing uses"),
+        ({"layer": None, "include": None}, "dense network"),
+        ({"fitted": None, "teacher": None, "recipe": Recipe(attention=1.0)}, "recipe.attention is set without"),
+    ],
+)
+def test_a_teacher_goes_with_what_uses_it(tmp_path, changes, message):
+    run, options = tiny(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        runs.execute(run, **options)
 
 
 @pytest.mark.slow

@@ -82,15 +82,22 @@ class Structure:
 
     def check(self, conv: nn.Conv2d) -> ConvLike:
         """The layer on the meta device; ``ValueError`` says why ``conv`` cannot become one."""
-        weight = conv.weight
-        like = copy.copy(conv)
-        like._parameters = dict(conv._parameters, weight=nn.Parameter(weight.to("meta"), weight.requires_grad))
-        return LAYERS[self.kind].shaped_like(like, size=self.size)
+        return LAYERS[self.kind].shaped_like(_on_meta(conv), size=self.size)
 
     def obstacle(self, conv: nn.Conv2d) -> str | None:
         """Why ``conv`` cannot become this layer; None where it can."""
         try:
             self.check(conv)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def obstacle_together(self, convs: Sequence[nn.Conv2d]) -> str | None:
+        """Why convolutions of equal :meth:`key` cannot share parameters; None where they can, or share nothing."""
+        try:
+            if self.key(convs[0]) is None:
+                return None
+            LAYERS[self.kind].together([_on_meta(conv) for conv in convs], size=self.size, fitted=False)
         except ValueError as error:
             return str(error)
         return None
@@ -102,3 +109,10 @@ class Structure:
     def make(self, convs: Sequence[nn.Conv2d], *, fitted: bool) -> list[ConvLike]:
         """The layers for convolutions of equal :meth:`key`: near their weights (``fitted``) or newly drawn."""
         return LAYERS[self.kind].together(convs, size=self.size, fitted=fitted)
+
+
+def _on_meta(conv: nn.Conv2d) -> nn.Conv2d:
+    """``conv`` with a weight that is a shape only."""
+    weight, like = conv.weight, copy.copy(conv)
+    like._parameters = dict(conv._parameters, weight=nn.Parameter(weight.to("meta"), weight.requires_grad))
+    return like

@@ -127,7 +127,7 @@ def _split(matrix: Tensor, chain: Chain) -> list[Tensor]:
             rest.view(-1, r, blocks, s, t).permute(2, 1, 4, 0, 3), full_matrices=False
         )  # (blocks, r, t) matrices of s columns
         root = sizes[..., :1].sqrt()
-        factors.append((right[..., 0, :] * root).transpose(2, 3))
+        factors.append((right[..., 0, :] * root.where(root > 0, 1)).transpose(2, 3))  # zero weights can still learn
         rest = (left[..., 0] * root).permute(3, 0, 1, 2).reshape(-1, blocks, r * t)
     return [*factors, rest.unsqueeze(0)]
 
@@ -138,7 +138,9 @@ def _solve(target: Tensor, factors: Sequence[Tensor], i: int) -> Tensor:
     others = _multiply([torch.ones_like(f) if j == i else f for j, f in enumerate(factors)])
     others, target = (m.view(-1, r, t, blocks, s, m.shape[1] // (blocks * s)) for m in (others, target))
     inner = (others * target).sum((0, 5))
-    return (inner / others.square().sum((0, 5)).clamp_min(1e-30)).permute(2, 0, 3, 1)
+    squares = others.square().sum((0, 5))
+    solved = (inner / squares.clamp_min(1e-30)).permute(2, 0, 3, 1)
+    return solved.where(squares.permute(2, 0, 3, 1) > 0, factors[i])
 
 
 # -- chains -----------------------------------------------------------------------------------------

@@ -103,6 +103,9 @@ class DsfConv2d(StructuredConv2d):
     def fit(self, weight: Tensor) -> None:
         """Alternate between the factors: ADMM steps for one of a fixed number of entries, with the other fixed."""
         matrix = weight.detach().flatten(1).float()
+        if not matrix.any():  # of zeros nothing is found, but the drawn factor can still learn
+            self.outer.data.zero_()
+            return
         if len(self.outer) <= matrix.shape[1]:
             outer, inner = factorize(matrix, self.kept["outer"], self.kept["inner"])
         else:

@@ -51,6 +51,12 @@ class Indexed(StructuredConv2d):
             self.indices = self._indices(self.indices.device)
         return self
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        device = next(self.parameters()).device
+        if self.indices.is_meta and device.type != "meta":  # by load_state_dict(..., assign=True)
+            self.indices = self._indices(device)
+
 
 class _Hashed(Indexed):
     """What both hashed layers have in common.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,6 +18,7 @@ from basis.convlike import ConvLike, PaddingMode, arguments_of, is_channels_last
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+LARGEST = 1_000_000  # number in a size
 FIT_STEPS = 200  # of L-BFGS, where a structure has no closed solution
 
 
@@ -61,6 +63,7 @@ class StructuredConv2d(ConvLike):
     sizes: ClassVar[str] = ""  # how the text goes on, in words; "" where there is no size
     source: ClassVar[str]  # where the method comes from
     shared: ClassVar[tuple[str, ...]] = ()  # parameters that layers of equal `key` hold together
+    shifts: ClassVar[bool] = False  # whether the bias of `to_conv` is not the layer's own
 
     def __init__(
         self,
@@ -203,14 +206,20 @@ class StructuredConv2d(ConvLike):
 
     def to_conv(self) -> nn.Conv2d:
         """The dense convolution with the weight :attr:`weight` and a copy of the bias."""
-        weight = self.weight.detach()
-        if any(is_channels_last(p) for p in self.parts.values() if p.dim() == 4):
-            weight = weight.contiguous(memory_format=torch.channels_last)
+        last = any(_stored_channels_last(p) for p in self.parts.values() if p.dim() == 4)
+        memory_format = torch.channels_last if last else torch.contiguous_format
+        weight = self.weight.detach().contiguous(memory_format=memory_format)
         return self._dense(weight, trains=any(p.requires_grad for p in self.parts.values()))
 
     def extra_repr(self) -> str:
         """The arguments that matter, the way ``nn.Conv2d`` prints its own."""
         return ", ".join([*self._shown_arguments(), f"stored={self.stored}", f"layer={self.text}"])
+
+
+def _stored_channels_last(weight: Tensor) -> bool:
+    """Whether the strides of a 4-d weight are those of channels-last alone, also where its depth or kernel is 1."""
+    _, c, h, w = weight.shape
+    return weight.stride() == (c * h * w, 1, w * c, c) != (c * h * w, h * w, w, 1)
 
 
 def check_saves(what: str, stored: int, dense: int) -> None:
@@ -227,11 +236,13 @@ def check_saves(what: str, stored: int, dense: int) -> None:
 def number(text: str, what: str) -> Fraction:
     """A positive number such as ``0.41``, ``1/8`` or ``3``; ``ValueError`` names ``what`` should be one."""
     try:
+        if re.search(r"e[+-]?\d{4}", text.lower()):  # would take for ever
+            raise ValueError
         value = Fraction(text)
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"{what} is {text!r}, but it must be a number such as 0.25 or 1/4") from None
-    if value <= 0:
-        raise ValueError(f"{what} is {text}, but it must be above 0")
+    if not 0 < value <= LARGEST:
+        raise ValueError(f"{what} is {text}, but it must be above 0" + f" and at most {LARGEST:,}" * (value > 0))
     return value
 
 
@@ -245,9 +256,11 @@ def fraction(text: str, what: str) -> Fraction:
 
 def whole(text: str, what: str) -> int:
     """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{what} is {text!r}, but it must be a whole number of at least 1")
-    return int(text)
+    value = int(text) if text.isdecimal() and len(text) < 20 else 0
+    if not 1 <= value <= LARGEST:
+        most = f" and at most {LARGEST:,}" * text.isdecimal()
+        raise ValueError(f"{what} is {text!r}, but it must be a whole number of at least 1{most}")
+    return value
 
 
 # -- fitting ----------------------------------------------------------------------------------------

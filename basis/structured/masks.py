@@ -66,6 +66,8 @@ class PemnConv2d(StructuredConv2d):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any) -> None:
         super()._load_from_state_dict(state_dict, *args)
+        if self.values.is_meta:  # and the scores no more, by load_state_dict(..., assign=True)
+            self.values = torch.empty_like(self.scores.detach())
         self._draw_values()
 
     @property

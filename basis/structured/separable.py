@@ -11,6 +11,7 @@ W. :meth:`Separable.fit` starts with filters of norm 1 and of a sum that is not 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -80,8 +81,9 @@ class Separable(StructuredConv2d):
     @property
     def products(self) -> tuple[Product, ...]:
         """The depthwise filters and the products of the map."""
-        if self.depthwise is None:
-            return self._map_products
+        if self.depthwise is None:  # the map takes the layer's own input
+            first, *others = self._map_products
+            return (replace(first, reads=0), *others)
         return (Product(self.depthwise.numel()), *self._map_products)
 
     @property
@@ -109,7 +111,9 @@ class Separable(StructuredConv2d):
                 projected = (slices @ filters[:, :, None])[:, :, 0] / squares.clamp_min(TINY)[:, None]
                 self._fit_map(projected.T, squares.sqrt())
                 columns = self.matrix.detach().double().T  # (C_in, C_out)
-                filters = (columns[:, None] @ slices)[:, 0] / columns.square().sum(1, keepdim=True).clamp_min(TINY)
+                squares = columns.square().sum(1, keepdim=True)
+                fitted = (columns[:, None] @ slices)[:, 0] / squares.clamp_min(TINY)
+                filters = torch.where(squares > TINY, fitted, filters)  # where the map is zero, it can still learn
             self.depthwise.copy_(filters.view_as(self.depthwise))
 
     def _apply_to(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
@@ -189,6 +193,7 @@ class GenericConv2d(Separable):
         for factor in (self.up, self.down):
             factor.zero_()
         self.up[:, :rank, 0, 0].copy_(u[:, :rank] * root)
+        root = torch.where(root > TINY, root, 1)  # a zero map can still learn
         self.down[:rank, :, 0, 0].copy_(root[:, None] * vh[:rank] / scale.clamp_min(TINY))
 
     def _map(self, x: Tensor) -> Tensor:

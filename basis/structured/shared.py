@@ -156,6 +156,7 @@ class DSFBConv2d(SharedBasis):
 
     kind = "dsfb"
     sizes = "s,u: shared filters over C_out, and own filters over C_out"
+    shifts = True
     source = "Kang and Kim, NeurIPS 2021 (arXiv 2006.05066)"
 
     @classmethod
@@ -166,7 +167,7 @@ class DSFBConv2d(SharedBasis):
     def _build(self, factory: dict[str, Any]) -> None:
         sizes = self.size.split(",")
         if len(sizes) != 2:
-            raise ValueError(f"{self.text} has {len(sizes)} size, but {self.kind} takes two, as in dsfb:1/2,1/16")
+            raise ValueError(f"{self.text} has not two numbers, but {self.kind} takes two, as in dsfb:1/2,1/16")
         shared, own = (
             max(1, round(number(size.strip(), f"{name} in {self.text}") * self.out_channels))
             for name, size in zip("su", sizes, strict=True)

@@ -20,8 +20,9 @@ import numpy as np
 from scipy.optimize import LinearConstraint, milp
 
 from basis.conv import basis_channels_for, check_basis_channels
-from basis.substitution import Plan, Size, _left_out, _patterns, _said, few
+from basis.substitution import Plan, Size, _left_out, _patterns, _said
 from basis.table import Layer, SensitivityTable
+from basis.text import few
 
 if TYPE_CHECKING:
     from basis.bench import BenchReport

@@ -14,7 +14,8 @@ import pandas as pd
 
 from basis.files import replacing
 from basis.statistics import difference_estimate
-from basis.substitution import Size, _said, few
+from basis.substitution import Size, _said
+from basis.text import few, shown_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -523,8 +524,3 @@ def _text(column: Mapping[str, float | None], name: str, least: float | None) ->
         return ""
     value = column[name]
     return "..." if value is None else f"{'*' if value == least else ''}{value:.3g}"
-
-
-def shown_name(name: str) -> str:
-    """The name as it is printed; the model itself has none."""
-    return name or "(the model itself)"

@@ -48,6 +48,14 @@ def read_batches(data: Iterable[Any] | Images, model: nn.Module, what: str, *, b
     return list(stream_batches(data, model, what, bare=bare))
 
 
+def length_of(data: Any) -> int | None:
+    """How many batches one pass gives; None where they do not tell."""
+    try:
+        return len(data)
+    except TypeError:  # no length, or one of an IterableDataset, which has none either
+        return None
+
+
 def first_weight(model: nn.Module) -> Tensor:
     """The first filters of the model, whose device, dtype and memory format inputs are brought to."""
     parameters = [p for p in model.parameters() if p.is_floating_point()]
@@ -65,7 +73,7 @@ def _images(images: Images, weight: Tensor) -> Iterator[Batch]:
 
 def _pairs(data: Iterable[Any], weight: Tensor, what: str, bare: bool) -> Iterator[Batch]:
     if not isinstance(data, Iterable):
-        raise ValueError(f"{what} is {_described(data)}, but it must be an iterable of batches, or basis.data.Images")
+        raise ValueError(f"{what} is {described(data)}, but it must be an iterable of batches, or basis.data.Images")
     for i, batch in enumerate(data):
         pair = (batch, batch) if bare and isinstance(batch, Tensor) else batch
         if bare and isinstance(pair, (tuple, list)) and pair and isinstance(pair[0], Tensor):
@@ -73,7 +81,7 @@ def _pairs(data: Iterable[Any], weight: Tensor, what: str, bare: bool) -> Iterat
         good = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)
         if not good or not all(t.dim() for t in pair) or len(pair[0]) != len(pair[1]):
             raise ValueError(
-                f"batch {i} of {what} is {_described(batch)}, but it must be a pair (inputs, targets) of tensors "
+                f"batch {i} of {what} is {described(batch)}, but it must be a pair (inputs, targets) of tensors "
                 "of equal length"
             )
         yield (pair[0].to(weight.device), pair[1].to(weight.device))
@@ -89,11 +97,12 @@ def calibration_inputs(data: Batches, model: nn.Module) -> Iterator[Tensor]:
     return (x for x, _ in stream_batches(given, model, "calibration", bare=True))
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
+    """What kind of value this is, in words."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {few(map(_described, value)) or 'nothing'}"
+        return f"a {type(value).__name__} of {few(map(described, value)) or 'nothing'}"
     return f"a {type(value).__name__}"
 
 
@@ -111,7 +120,7 @@ def outputs_of(model: nn.Module, x: Tensor) -> Any:
 def with_labels(batches: list[Batch], outputs: Any) -> list[Batch]:
     """The batches with targets as cross-entropy takes them, or a ``ValueError`` that says what does not fit."""
     if not isinstance(outputs, Tensor) or outputs.dim() < 2 or not outputs.is_floating_point():
-        raise ValueError(f"the model returns {_described(outputs)}, not logits (N, classes); give a loss of your own")
+        raise ValueError(f"the model returns {described(outputs)}, not logits (N, classes); give a loss of your own")
     classes, rest = outputs.shape[1], tuple(outputs.shape[2:])
     result = []
     for x, y in batches:

@@ -58,6 +58,7 @@ TRAINING: Mapping[str, Recipe] = {
     "full_training": Recipe(),
 }
 CALIBRATION_IMAGES = 2000
+FITTING = ("taylor", "fisher", "oneshot", "oneshot_bn")  # the measures that take a fit
 
 Trainer = Callable[[nn.Module, int], float]
 Fit = Literal["weight", "activation"]
@@ -105,8 +106,8 @@ def sensitivity(
         calibration: for "oneshot_bn": batches like ``data`` (targets may be absent) on which the
             statistics of batch normalisation are measured; ``data``, unless given, or the first 2,000
             training images of ``Data``. Other measures ignore it, but for ``fit``.
-        fit: of "oneshot" and "oneshot_bn": what the basis layers are fitted to. "weight", by SVD; or
-            "activation", as ``substitute(model, plan, calibration=...)`` builds them, to the outputs on the
+        fit: of "taylor", "fisher", "oneshot" and "oneshot_bn": what the basis layers are fitted to. "weight", by
+            SVD; or "activation", as ``substitute(model, plan, calibration=...)`` builds them, to the outputs on the
             calibration data, in one forward pass more. Structured layers are fitted to weights.
         recipe: of the measures that train; of "fine_tuning", which starts at the weights of ``model``,
             ``Recipe(epochs=1, lr=0.02)`` unless given; of "short_training" and "full_training", which
@@ -246,8 +247,8 @@ def _check(
 def _check_fit(measure: str, fit: str) -> None:
     if fit not in get_args(Fit):
         raise ValueError(f"fit is {fit!r}, but it must be one of {', '.join(get_args(Fit))}")
-    if fit != "weight" and measure not in ("oneshot", "oneshot_bn"):
-        raise ValueError(f"fit is {fit!r}, which goes with oneshot and oneshot_bn, not with {measure}")
+    if fit != "weight" and measure not in FITTING:
+        raise ValueError(f"fit is {fit!r}, which goes with {few(FITTING)}, not with {measure}")
 
 
 def _layers(
@@ -428,6 +429,7 @@ def _evaluations(
         return [(name, k, 0) for name, k in table.missing if name in names]
 
     def start(items: list[_Item], macs: Mapping[str, int]) -> measures.Measured:
+        fitted = inputs if fit == "activation" else None
         wanted: dict[str, list[Size]] = {}
         for name, k, _ in items:
             wanted.setdefault(str(name), []).append(k)
@@ -436,11 +438,9 @@ def _evaluations(
         if measure == "activation":
             return measures.activation(model, wanted, batches)
         if measure in ("taylor", "fisher"):
-            return measures.gradients(model, wanted, batches, score, squared=measure == "fisher")
+            return measures.gradients(model, wanted, batches, score, squared=measure == "fisher", fit=fitted)
         again = inputs if measure == "oneshot_bn" else []
-        return measures.oneshot(
-            model, wanted, batches, score, calibration=again, macs=macs, fit=inputs if fit == "activation" else None
-        )
+        return measures.oneshot(model, wanted, batches, score, calibration=again, macs=macs, fit=fitted)
 
     size = tuple(batches[0][0].shape[1:]) if batches and batches[0][0].dim() == 4 else None
     return _Work(fingerprint, size, pending, start)

@@ -31,6 +31,7 @@ Candidates = Mapping[str, Sequence[Size]]
 Measured = tuple[dict[str, float], Iterator[Cell]]
 
 CACHE_BYTES = 2 * 2**30
+PART = 2**21  # numbers of an input that a backward pass takes at once: 13 images of 224 x 224
 
 
 # -- from the weights alone ---------------------------------------------------------------------
@@ -184,7 +185,13 @@ def activation(model: nn.Module, candidates: Candidates, batches: Sequence[Batch
 
 
 def gradients(
-    model: nn.Module, candidates: Candidates, batches: Sequence[Batch], loss: Loss, *, squared: bool
+    model: nn.Module,
+    candidates: Candidates,
+    batches: Sequence[Batch],
+    loss: Loss,
+    *,
+    squared: bool,
+    fit: Sequence[Tensor] | None = None,
 ) -> Measured:
     """Taylor and Fisher scores of every k of every layer, from one forward and one backward pass.
 
@@ -195,6 +202,10 @@ def gradients(
     mean of delta_n^2 (the quadratic form of the empirical Fisher matrix; Theis et al. 2018,
     arXiv 1801.05787). Intervals are over samples.
 
+    With ``fit``, inputs, the components are those of the outputs on them instead (U of :mod:`basis.activations`),
+    and p is what varies: its mean is not lost where the layer has a place for it.
+
+    A batch is taken in parts of at most ``PART`` input numbers, for the memory that the backward pass needs.
     A layer that runs where the model itself switches gradients off scores NaN.
 
     Raises:
@@ -202,21 +213,24 @@ def gradients(
             cannot be differentiated.
     """
     began = time.perf_counter()
-    lowest = {name: min(_ks(ks)) // model.get_submodule(name).groups for name, ks in candidates.items()}  # type: ignore[operator]
-    left = {name: torch.linalg.svd(_blocks(model.get_submodule(name)), full_matrices=False)[0] for name in candidates}
+    lowest: dict[str, int] = {
+        name: min(_ks(ks)) // model.get_submodule(name).groups  # type: ignore[operator, misc]
+        for name, ks in candidates.items()
+    }
+    left, kept = _components(model, list(candidates), fit)
     products: dict[str, list[Tensor]] = {name: [] for name in candidates}  # of each batch: (N, components)
     blind: set[str] = set()
     samples = 0
 
     def watch(name: str) -> Callable:
         tails = left[name][..., lowest[name] :]  # (g, width, t)
-        groups, _, t = tails.shape
+        groups, width, t = tails.shape
 
         def project(y: Tensor) -> Tensor:
             y = y if y.dtype == torch.float64 else y.float()
             return F.conv2d(y, filters.to(y.dtype), groups=groups)
 
-        filters = tails.mT.reshape(groups * t, -1, 1, 1)
+        filters = tails.mT.reshape(groups * t, width, 1, 1)
 
         def hook(module: Any, args: tuple, y: Tensor) -> Tensor | None:
             if y.dim() != 4 or len(y) != samples:
@@ -230,7 +244,7 @@ def gradients(
             # Where nothing before needs a gradient, it starts here (a clone, which may be changed in place).
             fresh = None if y.requires_grad else y.detach().requires_grad_().clone()
             y = y if fresh is None else fresh
-            plain = y.detach() if module.bias is None else y.detach() - module.bias.detach()[:, None, None]
+            plain = y.detach() if kept[name] is None else y.detach() - kept[name][:, None, None].to(y.dtype)
             p = project(plain) if t else None
 
             def receive(grad: Tensor) -> None:
@@ -245,7 +259,7 @@ def gradients(
 
     losses, apart = [], True
     with hooked(model, {name: watch(name) for name in candidates}), _frozen(model), torch.enable_grad():
-        for x, y in batches:
+        for x, y in _parts(batches, loss):
             samples = len(y)
             for name, basis in left.items():
                 width = max(0, basis.shape[2] - lowest[name])
@@ -262,12 +276,44 @@ def gradients(
             delta = delta * math.nan if name in blind else delta
             scores[name, k] = _estimate(delta.square() / 2 if squared else delta, apart)
     share, images, seconds = 1 / len(scores), sum(len(y) for _, y in batches), time.perf_counter() - began
-    passes = {"forward": images * share, "backward": images * share, "seconds": seconds * share}
+    before = sum(map(len, fit or ()))
+    passes = {"forward": (before + images) * share, "backward": images * share, "seconds": seconds * share}
     cells = [
         Cell(layer=name, basis_channels=k, value=value, low=low, high=high, n=n, **passes)
         for (name, k), (value, low, high, n) in scores.items()
     ]
     return {"loss": torch.cat(losses).mean().item()}, iter(cells)
+
+
+def _components(
+    model: nn.Module, names: Sequence[str], fit: Sequence[Tensor] | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The components of each layer's outputs (g, width, n), and what is taken from the outputs before, or None."""
+    moments = {} if fit is None else output_moments(model, untied(model, names), iter(fit))
+    norms = {} if fit is None else taking_means(model)
+    left: dict[str, Tensor] = {}
+    kept: dict[str, Tensor | None] = {}
+    for name in names:
+        conv: Any = model.get_submodule(name)
+        own = moments.get(name)
+        kept[name] = None if conv.bias is None else conv.bias.detach()
+        if own is None or not own.n:
+            left[name] = torch.linalg.svd(_blocks(conv), full_matrices=False)[0]
+            continue
+        holds = conv.bias is not None or name in norms
+        if own.finite:
+            left[name] = directions(own.second(about_mean=holds), _blocks(conv))
+        else:
+            left[name] = torch.full_like(own.scatter, math.nan)
+        kept[name] = own.mean.flatten() if holds else kept[name]
+    return left, kept
+
+
+def _parts(batches: Sequence[Batch], loss: Loss) -> Iterator[Batch]:
+    """The batches in parts of at most ``PART`` numbers, where the loss is cross-entropy, which takes samples alone."""
+    for x, y in batches:
+        size = max(1, PART // max(1, x[:1].numel())) if loss is cross_entropy else len(x)
+        yield from zip(x.split(size), y.split(size), strict=True)
 
 
 def _backward(loss: Tensor) -> None:

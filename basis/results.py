@@ -69,12 +69,10 @@ def _made(kind: Any, content: Mapping[str, Any]) -> Any:
     types = {field.name: str(field.type) for field in fields(kind)}
 
     def value(name: str, given: Any) -> Any:
+        if name in parts and isinstance(given, list):
+            return tuple(_made(parts[name], one) for one in given)
         if name in parts and given is not None:
-            return (
-                tuple(_made(parts[name], one) for one in given)
-                if isinstance(given, list)
-                else _made(parts[name], given)
-            )
+            return _made(parts[name], given)
         if isinstance(given, list):
             return tuple(given)
         return number(given) if types.get(name) == "float" else given

@@ -18,7 +18,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,11 @@ from basis.files import replacing
 from basis.norm import copy_of, couple_in_place, couplings, uncouple_in_place
 from basis.structured import LAYERS, Structure, StructuredConv2d
 from basis.text import few, shown_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from basis.figures import Theme
 
 PLAN_VERSION = 1
 
@@ -51,10 +56,13 @@ class Plan:
         layers: layer name (as in ``model.named_modules()``) -> basis channels k, where k = C_out keeps the
             layer dense; or the text of a structured layer, see :class:`basis.structured.Structure`.
         skipped: name of every other convolution -> the reason why it stays dense.
+        out_channels: C_out of the convolutions, in the order of the model, for :meth:`plot`; a plan that was written
+            by hand need not know it.
     """
 
     layers: Mapping[str, Size]
     skipped: Mapping[str, str] = field(default_factory=dict)
+    out_channels: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     @classmethod
     def uniform(
@@ -116,7 +124,7 @@ class Plan:
                 if reason is not None:
                     layers = {name: size for name, size in layers.items() if name not in group}
                     skipped |= dict.fromkeys(group, reason)
-        return cls(layers, skipped)
+        return cls(layers, skipped, _widths(convolutions))
 
     def __str__(self) -> str:
         others = any(isinstance(size, str) for size in self.layers.values())
@@ -130,6 +138,7 @@ class Plan:
     def to_json(self) -> str:
         """The plan as JSON text, for :meth:`from_json`."""
         content = {"basis_plan": PLAN_VERSION, "layers": dict(self.layers), "skipped": dict(self.skipped)}
+        content |= {"out_channels": dict(self.out_channels)} if self.out_channels else {}
         return json.dumps(content, indent=2) + "\n"
 
     @classmethod
@@ -146,12 +155,32 @@ class Plan:
         known = {
             "layers": (_is_size, "numbers of basis channels or structured layers"),
             "skipped": (_is_text, "reasons"),
+            "out_channels": (_is_count, "numbers of channels"),
         }
+        content = {"out_channels": {}, **content}
         for key, (fits, what) in known.items():
             entries = content.get(key)
             if not isinstance(entries, dict) or not all(map(fits, entries.values())):
                 raise ValueError(f"the plan's {key!r} is {entries!r}, but it must map layer names to {what}")
-        return cls(content["layers"], content["skipped"])
+        return cls(content["layers"], content["skipped"], content["out_channels"])
+
+    def plot(self, *, theme: Theme | None = None) -> Figure:
+        """Each convolution's k / C_out as a bar, in the order of the model; what stays dense is grey.
+
+        Raises:
+            ValueError: for a plan that knows no C_out of its layers, or has no layer at all.
+        """
+        from basis.figures import LIGHT
+        from basis.result_figures import plan
+
+        numbers = [name for name, size in self.layers.items() if not isinstance(size, str)]
+        lacking = [name for name in numbers if name not in self.out_channels]
+        if lacking or not (self.layers or self.skipped):
+            raise ValueError(
+                f"the plan does not know C_out of {few(map(shown_name, lacking)) or 'any layer'}; those of select, "
+                "Plan.uniform and plan_of do"
+            )
+        return plan(self, theme or LIGHT)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan as JSON to ``path``, whole or not at all."""
@@ -167,6 +196,10 @@ class Plan:
             raise FileNotFoundError(f"there is no plan at {os.fspath(path)}") from error
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
 
 
 def _is_text(value: object) -> bool:
@@ -193,7 +226,7 @@ def plan_of(model: nn.Module) -> Plan:
             layers[names[0]] = module.text
         else:
             skipped[names[0]] = _obstacle(model, module) or "left dense"
-    return Plan(layers, skipped)
+    return Plan(layers, skipped, _widths(_convolutions(model)))
 
 
 def substitute(
@@ -304,7 +337,8 @@ def _of_kind(plan: Plan | Mapping[str, Any], layer: str | Structure) -> Plan:
     if structure.size:
         raise ValueError(f"layer is {str(layer)!r} beside a plan, but then it is a kind, whose sizes the plan gives")
     sizes = plan.layers if isinstance(plan, Plan) else plan
-    return Plan({name: str(Structure(structure.kind, str(size))) for name, size in sizes.items()})
+    widths = plan.out_channels if isinstance(plan, Plan) else {}
+    return Plan({name: str(Structure(structure.kind, str(size))) for name, size in sizes.items()}, {}, widths)
 
 
 def _tied(model: nn.Module, chosen: Mapping[str, Size], form: Form) -> list[list[str]]:
@@ -380,6 +414,10 @@ def _convolutions(model: nn.Module) -> dict[nn.Module, list[str]]:
         if isinstance(module, (_ConvNd, ConvLike)):
             found.setdefault(module, []).append(name)
     return found
+
+
+def _widths(convolutions: Mapping[nn.Module, list[str]]) -> dict[str, int]:
+    return {names[0]: conv.out_channels for conv, names in convolutions.items()}  # type: ignore[misc]
 
 
 def _obstacle(model: nn.Module, module: nn.Module) -> str | None:

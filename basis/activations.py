@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from basis.batches import outputs_of
 from basis.pairs import norm_pairs
 
 CHUNK = 2**23  # numbers of a layer's output that are looked at together
@@ -127,7 +128,7 @@ def output_moments(model: nn.Module, layers: Sequence[str], inputs: Iterator[Ten
 
     with hooked(model, {name: watch(name) for name in layers}), evaluating(model):
         for x in inputs:
-            model(x.clone())
+            outputs_of(model, x)
     return moments
 
 
@@ -146,6 +147,7 @@ def untied(model: nn.Module, layers: Iterable[str]) -> list[str]:
     return [name for name in layers if owners[id(model.get_submodule(name).bias)] < 2]
 
 
+@torch.no_grad()
 def directions(second: Tensor, weight: Tensor) -> Tensor:
     """Orthonormal directions of the outputs, from most to least of the second moment ``second``.
 
@@ -162,12 +164,14 @@ def directions(second: Tensor, weight: Tensor) -> Tensor:
     energies, vectors = energies.flip(-1), vectors.flip(-1)
     bound = energies[:, :1].clamp_min(0) * second.shape[1] * torch.finfo(torch.float32).eps
     ranks = (energies > bound).sum(1).tolist()  # of what is more than rounding in the products of float32
+    turned = []
     for own, rank, block in zip(vectors, ranks, weight, strict=True):
         rest = own[:, rank:]
+        seen = rest.mT @ block
         if rest.shape[1] > 1:
-            seen = rest.mT @ block
-            own[:, rank:] = rest @ torch.linalg.eigh(seen @ seen.mT)[1].flip(-1)
-    return vectors
+            rest = rest @ torch.linalg.eigh(seen @ seen.mT)[1].flip(-1)
+        turned.append(torch.cat([own[:, :rank], rest], dim=1))
+    return torch.stack(turned)
 
 
 def lost_mean(mixing: Tensor, mean: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         kind.add_argument("--profile", default="cpu", choices=PROFILES, help="whose layers (default: cpu)")
     trainings.epilog = "A layer may have a stem of its own width, such as shuffle:1@8 or dense@8."
     for kind in (latency, training, modes, inference, trainings):
-        usual_model = "wrn-10-2" if kind is trainings else "resnet18"
+        usual_model = "wrn-10-1" if kind is trainings else "resnet18"
         kind.add_argument("--model", default=usual_model, help="a network of basis.models")
         kind.add_argument("--width", type=int, help="its width (default: the published one)")
     training.add_argument("--modes", nargs="+", default=["auto"], choices=MODES)

@@ -313,11 +313,12 @@ def _book(options: argparse.Namespace) -> int:
 
 def _sync(options: argparse.Namespace) -> int:
     from basis.derived import sync
+    from basis.pages import readme_claims, verdicts
 
     root = repository_root()
     if root is None:
         raise ValueError("there is no checkout here whose files could be renewed")
-    for changed in sync(root):
+    for changed in sync(root, claims=readme_claims(verdicts())):
         print(changed)
     return 0
 

@@ -101,7 +101,7 @@ def example_output(readme: str, root: Path) -> str:
 
 
 def readme(text: str, address: Address, *, output: str | None = None, claims: str | None = None) -> str:
-    """README.md as it should be; `output` is what its example prints; it and `claims` are left as they are when None."""
+    """README.md as it should be; what is None is left as it is. `output` is what its example prints."""
     text = _replace_block(text, "links", readme_links(address))
     if claims is not None:
         text = _replace_block(text, "claims", claims)

@@ -114,9 +114,9 @@ def caption(headline: Headline) -> str:
     if headline.steps:
         measured = next(iter(headline.steps.values()))
         text += (
-            f"Right: measured speed of a whole training step of ResNet-18 with every layer replaced ({headline.device}; "
-            f"medians and quartiles of {measured['n']} interleaved rounds, against the dense step by the same means: "
-            f"{measured['step']}), and its peak memory against the dense one's."
+            f"Right: measured speed of a whole training step of ResNet-18 with every layer replaced "
+            f"({headline.device}; medians and quartiles of {measured['n']} interleaved rounds, against the dense step "
+            f"by the same means: {measured['step']}), and its peak memory against the dense one's."
         )
     return text
 
@@ -149,12 +149,12 @@ def in_a_minute(headline: Headline | None) -> str:
     lines = {
         "What it gives": f"{gives} ({headline.device}). Trained networks become ordinary convolutions again, or stay "
         "small. {doc}`More </notebooks/10_making_it_fast>`.",
-        "What it costs": f"At half of the parameters {SCALES[headline.profile]} loses {chosen} points of accuracy where "
-        f"the layers are chosen by their sensitivity, and {alike} where every layer is replaced alike (95 % intervals, "
-        f"n = {n} or more). {{doc}}`More </notebooks/05_choosing_layers>`.",
+        "What it costs": f"At half of the parameters {SCALES[headline.profile]} loses {chosen} points of accuracy "
+        f"where the layers are chosen by their sensitivity, and {alike} where every layer is replaced alike "
+        f"(95 % intervals, n = {n} or more). {{doc}}`More </notebooks/05_choosing_layers>`.",
         "When to use it": "Where layers are wide, where training time or memory is what you lack, and where you can "
-        "afford to measure which layers take it. Not in narrow layers, which gain no time; not where the last tenth of a "
-        "point counts, which runs of this scale cannot see.",
+        "afford to measure which layers take it. Not in narrow layers, which gain no time; not where the last tenth of "
+        "a point counts, which runs of this scale cannot see.",
     }
     return "\n\n".join(f"**{title}.** {text}" for title, text in lines.items())
 

@@ -28,11 +28,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from tqdm.auto import tqdm
 
@@ -42,13 +41,14 @@ from basis.complexity import _Call, _trace, cost, cost_alone
 from basis.convlike import ConvLike
 from basis.data import Data, Images
 from basis.journal import Journal, digest, name_of, samples, structure, weights
-from basis.replay import Batch, Loss, cross_entropy, sample_losses
+from basis.replay import Batch, Loss, cross_entropy, sample_losses, tracking_norms
 from basis.static import StaticTraining
 from basis.statistics import Estimate
 from basis.stepping import means_for
 from basis.structured import Structure
-from basis.substitution import Plan, Size, few, merge, substitute
+from basis.substitution import Plan, Size, merge, substitute
 from basis.table import MEASURES, Layer, SensitivityTable, Trial
+from basis.text import few
 from basis.training import Recipe, Result, TrainingError, check_recipe, train
 
 # Each with the epochs and peak learning rate of its default recipe; the last two begin from scratch.
@@ -58,8 +58,10 @@ TRAINING: Mapping[str, Recipe] = {
     "full_training": Recipe(),
 }
 CALIBRATION_IMAGES = 2000
+FITTING = ("taylor", "fisher", "oneshot", "oneshot_bn")  # the measures that take a fit
 
 Trainer = Callable[[nn.Module, int], float]
+Fit = Literal["weight", "activation"]
 _Item = tuple[str | None, Size, int]  # layer (None: the dense network), k or text, seed
 
 
@@ -75,6 +77,7 @@ def sensitivity(
     exclude: str | Iterable[str] = (),
     loss: Loss | None = None,
     calibration: Batches | None = None,
+    fit: Fit = "weight",
     recipe: Recipe | None = None,
     trainer: Trainer | None = None,
     seeds: int = 3,
@@ -102,7 +105,10 @@ def sensitivity(
             no intervals; cross-entropy unless given.
         calibration: for "oneshot_bn": batches like ``data`` (targets may be absent) on which the
             statistics of batch normalisation are measured; ``data``, unless given, or the first 2,000
-            training images of ``Data``. Other measures ignore it.
+            training images of ``Data``. Other measures ignore it, but for ``fit``.
+        fit: of "taylor", "fisher", "oneshot" and "oneshot_bn": what the basis layers are fitted to. "weight", by
+            SVD; or "activation", as ``substitute(model, plan, calibration=...)`` builds them, to the outputs on the
+            calibration data, in one forward pass more. Structured layers are fitted to weights.
         recipe: of the measures that train; of "fine_tuning", which starts at the weights of ``model``,
             ``Recipe(epochs=1, lr=0.02)`` unless given; of "short_training" and "full_training", which
             start from scratch, ``Recipe(epochs=2)`` and ``Recipe()``.
@@ -122,6 +128,7 @@ def sensitivity(
     """
     layers = (layers,) if isinstance(layers, str) else tuple(layers)
     _check(measure, ratios, layers, loss, recipe, trainer, seeds, part)
+    _check_fit(measure, fit)
     trains = measure in TRAINING
     found, skipped = _layers(model, ratios, layers, multiple, include, exclude)
     copied = substitute(model, {}).eval()
@@ -130,7 +137,7 @@ def sensitivity(
         if trains:
             work = _trainings(copied, data, measure, recipe, trainer, numbers)
         else:
-            work = _evaluations(copied, data, measure, loss, calibration)
+            work = _evaluations(copied, data, measure, loss, calibration, fit)
         counted, total, macs = _costs(copied, found, work.size)
         chosen = "; ".join(f"{layer.name}: {layer.candidates}" for layer in found)
         fingerprint = {"measure": measure, "model": structure(copied), "layers": digest(chosen), **work.fingerprint}
@@ -169,6 +176,7 @@ def joint(
     measure: str = "oneshot_bn",
     loss: Loss | None = None,
     calibration: Batches | None = None,
+    fit: Fit = "weight",
 ) -> Estimate:
     """What ``model`` loses with all layers of ``plan`` replaced at once, measured as each was alone.
 
@@ -176,7 +184,7 @@ def joint(
 
     Args:
         measure: "oneshot" or "oneshot_bn".
-        plan, data, loss, calibration: as in :func:`basis.substitute` and :func:`sensitivity`.
+        plan, data, loss, calibration, fit: as in :func:`basis.substitute` and :func:`sensitivity`.
 
     Returns:
         The growth of the mean loss, with its 95 % interval over samples (paired).
@@ -186,12 +194,13 @@ def joint(
     """
     if measure not in ("oneshot", "oneshot_bn"):
         raise ValueError(f"measure is {measure!r}, but what layers lose together is measured by oneshot or oneshot_bn")
+    _check_fit(measure, fit)
     dense = substitute(model, {}).eval()
+    batches, score, inputs, _ = _prepare(dense, data, measure, loss, calibration, fit)
     with _own_random_numbers(dense):
         torch.manual_seed(0)  # fitting a structured layer may begin at random
-        changed = merge(substitute(model, plan)).eval()
-    batches, score, inputs, _ = _prepare(dense, data, measure, loss, calibration)
-    return measures.growth(dense, changed, batches, score, calibration=inputs)
+        changed = merge(substitute(model, plan, calibration=inputs if fit == "activation" else None)).eval()
+    return measures.growth(dense, changed, batches, score, calibration=inputs if measure == "oneshot_bn" else ())
 
 
 def _own_random_numbers(model: nn.Module) -> Any:
@@ -233,6 +242,13 @@ def _check(
         raise ValueError(f"{measure} trains nothing; recipe and trainer go with {', '.join(TRAINING)}")
     if len(part) != 2 or not 0 <= part[0] < part[1]:
         raise ValueError(f"part is {part!r}, but it must be (i, n) with 0 <= i < n: the i-th of n workers")
+
+
+def _check_fit(measure: str, fit: str) -> None:
+    if fit not in get_args(Fit):
+        raise ValueError(f"fit is {fit!r}, but it must be one of {', '.join(get_args(Fit))}")
+    if fit != "weight" and measure not in FITTING:
+        raise ValueError(f"fit is {fit!r}, which goes with {few(FITTING)}, not with {measure}")
 
 
 def _layers(
@@ -371,13 +387,12 @@ class _Work:
 
 
 def _prepare(
-    model: nn.Module, data: Batches | None, measure: str, loss: Loss | None, calibration: Batches | None
+    model: nn.Module, data: Batches | None, measure: str, loss: Loss | None, calibration: Batches | None, fit: Fit
 ) -> tuple[list[Batch], Loss, list[Tensor], dict[str, str]]:
     """The batches, the loss, the inputs for calibration, and the fingerprint of all of them, checked."""
     if data is None and measure != "spectrum":
         raise ValueError(f"{measure} needs data: batches (inputs, targets), or basis.data.Images")
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if measure == "oneshot_bn" and not norms:
+    if measure == "oneshot_bn" and not tracking_norms(model):
         raise ValueError("the model has no batch normalisation to recalibrate; use measure='oneshot'")
     scored = held_out(data) if isinstance(data, Data) else data
     batches = [] if scored is None else read_batches(scored, model, "data")
@@ -391,7 +406,7 @@ def _prepare(
             sample_losses(score, outputs, batches[0][1])
             fingerprint["loss"] = name_of(score)
     inputs: list[Tensor] = []
-    if measure == "oneshot_bn":
+    if measure == "oneshot_bn" or fit == "activation":
         if calibration is None and isinstance(data, Data):
             calibration = Images(data.train.x[:CALIBRATION_IMAGES], data.train.y[:CALIBRATION_IMAGES])
         elif isinstance(calibration, Data):
@@ -400,18 +415,21 @@ def _prepare(
         inputs = even([x for x, _ in given])
         outputs_of(model, inputs[0])
         fingerprint["calibration"] = samples([(x, None) for x in inputs])
+    if fit != "weight":
+        fingerprint["fit"] = fit
     return batches, score, inputs, fingerprint
 
 
 def _evaluations(
-    model: nn.Module, data: Batches | None, measure: str, loss: Loss | None, calibration: Batches | None
+    model: nn.Module, data: Batches | None, measure: str, loss: Loss | None, calibration: Batches | None, fit: Fit
 ) -> _Work:
-    batches, score, inputs, fingerprint = _prepare(model, data, measure, loss, calibration)
+    batches, score, inputs, fingerprint = _prepare(model, data, measure, loss, calibration, fit)
 
     def pending(table: SensitivityTable, names: Sequence[str], first: bool) -> list[_Item]:
         return [(name, k, 0) for name, k in table.missing if name in names]
 
     def start(items: list[_Item], macs: Mapping[str, int]) -> measures.Measured:
+        fitted = inputs if fit == "activation" else None
         wanted: dict[str, list[Size]] = {}
         for name, k, _ in items:
             wanted.setdefault(str(name), []).append(k)
@@ -420,8 +438,9 @@ def _evaluations(
         if measure == "activation":
             return measures.activation(model, wanted, batches)
         if measure in ("taylor", "fisher"):
-            return measures.gradients(model, wanted, batches, score, squared=measure == "fisher")
-        return measures.oneshot(model, wanted, batches, score, calibration=inputs, macs=macs)
+            return measures.gradients(model, wanted, batches, score, squared=measure == "fisher", fit=fitted)
+        again = inputs if measure == "oneshot_bn" else []
+        return measures.oneshot(model, wanted, batches, score, calibration=again, macs=macs, fit=fitted)
 
     size = tuple(batches[0][0].shape[1:]) if batches and batches[0][0].dim() == 4 else None
     return _Work(fingerprint, size, pending, start)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from basis.convlike import is_channels_last
 from basis.data import Data, Images, normalise
 from basis.replay import Batch
-from basis.substitution import few
+from basis.text import few
 
 Batches = Iterable[Any] | Images | Data
 BATCH = 250  # images in a batch, where the data come as one piece
@@ -24,40 +24,85 @@ def held_out(data: Data) -> Images:
     return data.validation
 
 
-def read_batches(data: Iterable[Any] | Images, model: nn.Module, what: str, *, bare: bool = False) -> list[Batch]:
-    """All batches, on the model's device. With ``bare``, targets may be absent; the inputs stand for them.
+def stream_batches(data: Iterable[Any] | Images, model: nn.Module, what: str, *, bare: bool = False) -> Iterator[Batch]:
+    """The batches one after the other, on the model's device, each read when it is its turn; empty ones are left out.
 
-    Images are normalised, in the model's dtype and memory format.
+    With ``bare``, targets may be absent; the inputs stand for them. Images are normalised, in the model's dtype and
+    memory format.
+
+    Raises:
+        ValueError: for a batch of another kind, and at the end where there was no sample.
     """
-    weight: Any = next(m.weight for m in model.modules() if isinstance(m, nn.Conv2d))
-    batches: list[Batch] = []
-    if isinstance(data, Images):
-        for x, y in zip(data.x.to(weight.device).split(BATCH), data.y.to(weight.device).split(BATCH), strict=True):
-            image = normalise(x).to(weight.dtype) if len(x) else x
-            batches.append((image if is_channels_last(weight) else image.contiguous(), y))
-    else:
-        for i, batch in enumerate(data):
-            pair = (batch, batch) if bare and isinstance(batch, Tensor) else batch
-            if bare and isinstance(pair, (tuple, list)) and pair and isinstance(pair[0], Tensor):
-                pair = (pair[0], pair[0])
-            good = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)
-            if not good or not all(t.dim() for t in pair) or len(pair[0]) != len(pair[1]):
-                raise ValueError(
-                    f"batch {i} of {what} is {_described(batch)}, but it must be a pair (inputs, targets) of tensors "
-                    "of equal length"
-                )
-            batches.append((pair[0].to(weight.device), pair[1].to(weight.device)))
-    batches = [(x, y) for x, y in batches if len(x)]
-    if not batches:
+    weight = first_weight(model)
+    found = False
+    for pair in _images(data, weight) if isinstance(data, Images) else _pairs(data, weight, what, bare):
+        if len(pair[0]):
+            found = True
+            yield pair
+    if not found:
         raise ValueError(f"{what} holds no samples, so there is nothing to measure on")
-    return batches
 
 
-def _described(value: Any) -> str:
+def read_batches(data: Iterable[Any] | Images, model: nn.Module, what: str, *, bare: bool = False) -> list[Batch]:
+    """All of :func:`stream_batches`."""
+    return list(stream_batches(data, model, what, bare=bare))
+
+
+def length_of(data: Any) -> int | None:
+    """How many batches one pass gives; None where they do not tell."""
+    try:
+        return len(data)
+    except TypeError:  # no length, or one of an IterableDataset, which has none either
+        return None
+
+
+def first_weight(model: nn.Module) -> Tensor:
+    """The first filters of the model, whose device, dtype and memory format inputs are brought to."""
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    if not parameters:
+        raise ValueError("the model has no parameters, so there is nothing to work on")
+    return next((p for p in parameters if p.dim() == 4), parameters[0])
+
+
+def _images(images: Images, weight: Tensor) -> Iterator[Batch]:
+    last = weight.dim() == 4 and is_channels_last(weight)
+    for x, y in zip(images.x.to(weight.device).split(BATCH), images.y.to(weight.device).split(BATCH), strict=True):
+        image = normalise(x).to(weight.dtype) if len(x) else x
+        yield (image if last else image.contiguous(), y)
+
+
+def _pairs(data: Iterable[Any], weight: Tensor, what: str, bare: bool) -> Iterator[Batch]:
+    if not isinstance(data, Iterable):
+        raise ValueError(f"{what} is {described(data)}, but it must be an iterable of batches, or basis.data.Images")
+    for i, batch in enumerate(data):
+        pair = (batch, batch) if bare and isinstance(batch, Tensor) else batch
+        if bare and isinstance(pair, (tuple, list)) and pair and isinstance(pair[0], Tensor):
+            pair = (pair[0], pair[0])
+        good = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)
+        if not good or not all(t.dim() for t in pair) or len(pair[0]) != len(pair[1]):
+            raise ValueError(
+                f"batch {i} of {what} is {described(batch)}, but it must be a pair (inputs, targets) of tensors "
+                "of equal length"
+            )
+        yield (pair[0].to(weight.device), pair[1].to(weight.device))
+
+
+def calibration_inputs(data: Batches, model: nn.Module) -> Iterator[Tensor]:
+    """The inputs of calibration data one batch after the other; of :class:`basis.data.Data` the training images.
+
+    Raises:
+        ValueError: as :func:`stream_batches` does.
+    """
+    given = data.train if isinstance(data, Data) else data
+    return (x for x, _ in stream_batches(given, model, "calibration", bare=True))
+
+
+def described(value: Any) -> str:
+    """What kind of value this is, in words."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {few(map(_described, value)) or 'nothing'}"
+        return f"a {type(value).__name__} of {few(map(described, value)) or 'nothing'}"
     return f"a {type(value).__name__}"
 
 
@@ -75,7 +120,7 @@ def outputs_of(model: nn.Module, x: Tensor) -> Any:
 def with_labels(batches: list[Batch], outputs: Any) -> list[Batch]:
     """The batches with targets as cross-entropy takes them, or a ``ValueError`` that says what does not fit."""
     if not isinstance(outputs, Tensor) or outputs.dim() < 2 or not outputs.is_floating_point():
-        raise ValueError(f"the model returns {_described(outputs)}, not logits (N, classes); give a loss of your own")
+        raise ValueError(f"the model returns {described(outputs)}, not logits (N, classes); give a loss of your own")
     classes, rest = outputs.shape[1], tuple(outputs.shape[2:])
     result = []
     for x, y in batches:

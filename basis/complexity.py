@@ -37,9 +37,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pandas as pd
 import torch
@@ -51,7 +51,13 @@ from basis.coefficients import Coefficients, LowRank, Sparse
 from basis.conv import BasisConv2d
 from basis.convlike import ConvLike
 from basis.norm import BasisBatchNorm2d, uncouple
+from basis.results import Saved
 from basis.structured import StructuredConv2d
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from basis.figures import Theme
 
 Counted = Literal["factorized", "composed", "hybrid"]
 
@@ -107,6 +113,8 @@ class LayerCost:
     the layer holds weights but is never called, or is of a kind not known here: its MACs are missing.
     """
 
+    parts: ClassVar[Mapping[str, type]] = {"cost": Cost, "dense": Cost}
+
     name: str
     kind: str
     mode: str
@@ -116,8 +124,11 @@ class LayerCost:
 
 
 @dataclass(frozen=True)
-class CostReport:
+class CostReport(Saved):
     """What :func:`cost` returns. Prints as a table; :meth:`to_frame` gives all numbers."""
+
+    kind: ClassVar[str] = "cost_report"
+    parts: ClassVar[Mapping[str, type]] = {"layers": LayerCost}
 
     layers: tuple[LayerCost, ...]
     input_size: tuple[int, int, int]
@@ -142,6 +153,19 @@ class CostReport:
             for layer in self.layers
         ]
         return pd.DataFrame(rows).set_index("layer")
+
+    def plot(self, *, theme: Theme | None = None) -> Figure:
+        """Parameters and forward MACs, layer by layer: as it is, and of the dense layer where that is another.
+
+        Raises:
+            ValueError: where no layer has MACs.
+        """
+        from basis.figures import LIGHT
+        from basis.result_figures import costs
+
+        if not any(layer.dense.forward_macs for layer in self.layers):
+            raise ValueError("no layer of the report has MACs, so there is nothing to draw")
+        return costs(self, theme or LIGHT)
 
     def __str__(self) -> str:
         total, dense = self.total, self.dense

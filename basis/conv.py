@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from basis.activations import Moments, directions, lost_mean
 from basis.coefficients import Coefficients, Form
 from basis.convlike import ConvLike, PaddingMode, arguments_of, autocast_device, is_channels_last
 
@@ -397,10 +398,14 @@ class BasisConv2d(ConvLike):
         ratio: float | None = None,
         mode: Mode = "auto",
         coefficients: str | Form | Coefficients = "dense",
+        moments: Moments | None = None,
     ) -> BasisConv2d:
         """The basis convolution nearest to ``conv``: the best approximation of rank k, exact at k = C_out.
 
-        The weight is truncated by SVD, group by group. Pivoted QR on the left singular vectors then
+        The weight is truncated by SVD, group by group; or, with ``moments``, its outputs are projected on their
+        k principal components (see :mod:`basis.activations`), and a bias takes the mean of what that loses.
+        Without a bias the components are those about zero: the layer never gets a parameter that ``conv``
+        has not. Pivoted QR on the left singular vectors, or the components, then
         picks k rows whose truncated filters become B, and all other rows are combinations of them:
         ``[I; T] B`` equals the truncated matrix, so this gauge costs no accuracy (and the pivoting
         keeps it well conditioned). Keeps device, dtype, memory format, ``training`` and
@@ -411,12 +416,16 @@ class BasisConv2d(ConvLike):
         B is then the least-squares solution for this A. Where A is not for the layer to choose (frozen,
         repeat, or a module that is given), B is the least-squares solution for the rows in their order.
 
+        Args:
+            moments: of the outputs of ``conv`` on data, as :func:`basis.activations.output_moments` takes them.
+
         Raises:
             TypeError: when ``conv`` is not an ``nn.Conv2d``.
-            ValueError: for a ratio, basis_channels or form of A that make no sense.
+            ValueError: for a ratio, basis_channels or form of A that make no sense; for moments of another
+                layer, or of outputs that were not finite.
         """
         options: dict[str, Any] = {"basis_channels": basis_channels, "ratio": ratio, "mode": mode}
-        return cls.from_convs([conv], coefficients=coefficients, **options)[0]
+        return cls.from_convs([conv], coefficients=coefficients, moments=[moments], **options)[0]
 
     @classmethod
     def from_convs(
@@ -427,10 +436,13 @@ class BasisConv2d(ConvLike):
         ratio: float | None = None,
         mode: Mode = "auto",
         coefficients: str | Form | Coefficients = "shared",
+        moments: Sequence[Moments | None] = (),
     ) -> list[BasisConv2d]:
         """The basis convolutions nearest to ``convs`` that hold one A: :meth:`from_conv` of all at once.
 
-        The convolutions have equal C_out and groups; their filters are laid end to end.
+        The convolutions have equal C_out and groups; their filters are laid end to end. With ``moments``, one
+        for each, what is least is the sum of their relative errors; where one is None or was never called, its
+        inputs count as white.
         """
         for conv in convs:
             if not isinstance(conv, nn.Conv2d):
@@ -442,7 +454,9 @@ class BasisConv2d(ConvLike):
         a = layers[0].coefficients
         weights = [conv.weight.detach().reshape(a.groups, -1, conv.weight[0].numel()) for conv in convs]
         given = isinstance(coefficients, Coefficients)
-        basis, order = _fit(torch.cat(weights, dim=2), a, given=given)
+        seen = [m if m is not None and m.n else None for m in moments]
+        left = _principal(convs, weights, seen) if any(seen) else None
+        basis, order = _fit(torch.cat(weights, dim=2), a, given=given, left=left)
         parts = basis.split([weight.shape[2] for weight in weights], dim=2)
         with torch.no_grad():
             for layer, conv, part in zip(layers, convs, parts, strict=True):
@@ -451,6 +465,9 @@ class BasisConv2d(ConvLike):
                 layer._order_changed(permuted=a.fits and not given)
                 if conv.bias is not None and layer.bias is not None:
                     layer.bias.copy_(conv.bias)
+            for layer, own in zip(layers, seen, strict=False):
+                if own is not None and layer.bias is not None:
+                    layer.bias.copy_(layer.bias.double() + layer.lost_mean(own))
         return layers
 
     @classmethod
@@ -479,6 +496,21 @@ class BasisConv2d(ConvLike):
         if layer.bias is not None and conv.bias is not None:
             layer.bias.requires_grad_(conv.bias.requires_grad)
         return layer
+
+    @torch.no_grad()
+    def lost_mean(self, moments: Moments) -> Tensor:
+        """What the mean of a dense layer's outputs (of these ``moments``) loses in this one, (C_out,), float64.
+
+        For a layer with B nearest to the dense weight for its A, as :meth:`from_conv` makes it.
+        """
+        mean = moments.mean.flatten()
+        mean = mean if self.bias is None else mean - self.bias.double()
+        a = self.coefficients
+        position = torch.argsort(self.order).view(a.groups, -1)  # of each row of [I; A], its channel
+        rows = self.mixing.double()[position]
+        lost = torch.zeros_like(mean)
+        lost[position.flatten()] = lost_mean(rows, mean[position][..., None]).flatten()
+        return lost
 
     def to_conv(self) -> nn.Conv2d:
         """The dense convolution with the weight ``[B; A B]`` and a copy of the bias."""
@@ -531,8 +563,34 @@ def _channels(maps: Tensor, index: Tensor) -> Tensor:
     return maps.index_select(-3, index)
 
 
-def _fit(weight: Tensor, a: Coefficients, *, given: bool) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def _principal(convs: Sequence[nn.Conv2d], weights: Sequence[Tensor], moments: Sequence[Moments | None]) -> Tensor:
+    """The directions that keep most of the outputs of these layers: (mixing groups, width, width)."""
+    if len(moments) != len(convs):
+        raise ValueError(f"there are moments of {len(moments)} layers for {len(convs)} convolutions; give one for each")
+    total = torch.zeros((), dtype=torch.float64)
+    for conv, weight, own in zip(convs, weights, moments, strict=True):
+        shape = (conv.groups, conv.out_channels // conv.groups, 1)
+        if own is None:
+            second = weight.double() @ weight.double().mT
+        elif tuple(own.mean.shape) != shape:
+            raise ValueError(
+                f"the moments are those of outputs (groups, channels of a group) = {tuple(own.mean.shape[:2])}, but "
+                f"the convolution's are {shape[:2]}"
+            )
+        elif not own.finite:
+            raise ValueError("the outputs on the calibration data are not finite, so they have no principal components")
+        else:
+            second = own.second(about_mean=conv.bias is not None, groups=len(weight)).to(weight.device)
+        trace = second.diagonal(dim1=1, dim2=2).sum()
+        total = total.to(second.device) + second / (trace if trace > 0 else 1)
+    return directions(total, torch.cat(list(weights), dim=2))
+
+
+def _fit(weight: Tensor, a: Coefficients, *, given: bool, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Fit ``a``, unless it is given, to a weight (mixing groups, C_out / groups, F).
+
+    ``left`` are the directions to keep, from most to least; those of the SVD unless given.
 
     Returns B (mixing groups, columns, F) and ``order`` (C_out,).
     """
@@ -541,22 +599,25 @@ def _fit(weight: Tensor, a: Coefficients, *, given: bool) -> tuple[Tensor, Tenso
         order = torch.arange(groups * width, device=weight.device)
         return _least_squares_basis(weight, a, order[:width].expand(groups, width)), order
     if a.free:
-        return _fit_from(weight, a, pivot=True)
+        return _fit_from(weight, a, pivot=True, left=left)
 
     @torch.no_grad()
     def error(pivot: bool) -> Tensor:
-        basis, order = _fit_from(weight, a, pivot=pivot)
+        basis, order = _fit_from(weight, a, pivot=pivot, left=left)
         rows = torch.cat([basis, a.blocks().double() @ basis], dim=1).flatten(0, 1)
         return (rows[order] - weight.double().flatten(0, 1)).square().sum()
 
     rounding = 1e-12 * weight.double().square().sum()
-    return _fit_from(weight, a, pivot=bool(error(True) <= 2 * error(False) + rounding))
+    return _fit_from(weight, a, pivot=bool(error(True) <= 2 * error(False) + rounding), left=left)
 
 
 @torch.no_grad()
-def _fit_from(weight: Tensor, a: Coefficients, *, pivot: bool) -> tuple[Tensor, Tensor]:
+def _fit_from(weight: Tensor, a: Coefficients, *, pivot: bool, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """:func:`_fit` for A that is learned, from one dense factorization."""
-    factors = [factorize(block.double(), a.columns, pivot=pivot) for block in weight]
+    parts: Sequence[Tensor | None] = [None] * len(weight) if left is None else list(left)
+    factors = [
+        factorize(block.double(), a.columns, pivot=pivot, left=own) for block, own in zip(weight, parts, strict=True)
+    ]
     basis, dense, order = (torch.stack(parts) for parts in zip(*factors, strict=True))
     a.fit(dense, basis)
     if not a.free:
@@ -574,7 +635,9 @@ def _least_squares_basis(weight: Tensor, a: Coefficients, order: Tensor) -> Tens
     return torch.linalg.lstsq(torch.cat([eye, blocks], dim=1), rows).solution
 
 
-def factorize(matrix: Tensor, k: int, *, pivot: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def factorize(
+    matrix: Tensor, k: int, *, pivot: bool = True, left: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Split the best rank-k approximation of ``matrix`` (C_out x F) as ``[I; A] B`` in a row order.
 
     Returns B (k x F), A ((C_out - k) x k) and ``p`` (C_out,), such that row ``p[i]`` of the
@@ -582,22 +645,27 @@ def factorize(matrix: Tensor, k: int, *, pivot: bool = True) -> tuple[Tensor, Te
     the order is that of ``matrix``. At k = C_out the rows are returned as they are. Computed
     in float64 and returned in the dtype of ``matrix``. Where the rank of ``matrix`` is below k, the
     rows that are left over get coefficients of the pseudo-inverse.
+
+    With ``left`` (C_out x C_out, orthonormal columns) the approximation is the projection on its first k columns.
     """
     rows, dtype = matrix.shape[0], matrix.dtype
     identity = torch.arange(rows, device=matrix.device)
     if k >= rows:
         return matrix, matrix.new_empty((0, k)), identity
-    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    rank = min(k, s.shape[0])
-    left = u[:, :rank]
+    if left is None:
+        u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+        rank = min(k, s.shape[0])
+        left, right = u[:, :rank], s[:rank, None] * vh[:rank]
+    else:
+        rank, left = k, left[:, :k].double()
+        right = left.mT @ matrix.double()
     order = _pivots(left) if pivot else identity[:k]
     if len(order) < k:  # fewer singular vectors than basis filters: F < k, the matrix is already exact
         order = torch.cat([order, identity[~torch.isin(identity, order)][: k - rank]])
     rest = identity[~torch.isin(identity, order)]
-    approximation = (left * s[:rank]) @ vh[:rank]
     coefficients = left[rest] @ torch.linalg.pinv(left[order])
     return (
-        approximation[order].to(dtype),
+        (left @ right)[order].to(dtype),
         coefficients.to(dtype),
         torch.cat([order, rest]),
     )

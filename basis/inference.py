@@ -33,7 +33,8 @@ from basis.models import build
 from basis.norm import copy_of, uncouple_in_place
 from basis.pairs import norm_pairs
 from basis.structured import StructuredConv2d
-from basis.substitution import _HOOKS, _replace, few, substitute
+from basis.substitution import _HOOKS, _replace, substitute
+from basis.text import few
 from basis.timing import BenchReport, Progress, Setting, layer_steps, tell
 
 # -- folding ----------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from basis.activations import Moments, directions, hooked, lost_mean, output_moments, taking_means, untied
 from basis.replay import Batch, Loss, Network, cross_entropy, sample_losses
 from basis.statistics import Estimate, mean_estimate
 from basis.structured import Structure
@@ -30,6 +31,7 @@ Candidates = Mapping[str, Sequence[Size]]
 Measured = tuple[dict[str, float], Iterator[Cell]]
 
 CACHE_BYTES = 2 * 2**30
+PART = 2**21  # numbers of an input that a backward pass takes at once: 13 images of 224 x 224
 
 
 # -- from the weights alone ---------------------------------------------------------------------
@@ -64,20 +66,32 @@ def spectrum(model: nn.Module, candidates: Candidates) -> Measured:
     return {}, cells()
 
 
-def approximations(conv: Any, sizes: Sequence[Size]) -> Iterator[tuple[Size, Tensor]]:
-    """Each size with its weight, in the shape, dtype and memory format of that of ``conv``.
+def approximations(
+    conv: Any, sizes: Sequence[Size], moments: Moments | None = None, *, holds_mean: bool = False
+) -> Iterator[tuple[Size, Tensor, Tensor | None]]:
+    """Each size with its weight, in the shape, dtype and memory format of that of ``conv``, and the mean it loses.
 
-    Of k it is the best approximation of rank k, of a text that of the structured layer.
+    Of k it is the best approximation of rank k, of a text that of the structured layer. With ``moments`` that of
+    k is the one :meth:`basis.BasisConv2d.from_conv` makes of them, and the mean of the outputs that it loses is
+    (C_out,), where there is a place that ``holds_mean``; else None.
     """
     if ks := _ks(sizes):
         blocks = _blocks(conv)
-        u, s, vh = torch.linalg.svd(blocks, full_matrices=False)
+        if moments is None or not moments.n:
+            u, s, vh = torch.linalg.svd(blocks, full_matrices=False)
+        else:
+            u = directions(moments.second(about_mean=holds_mean), blocks)
+            mean = moments.mean.flatten() - (0 if conv.bias is None else conv.bias.detach().double())
         for k in ks:
-            r = k // len(blocks)
-            flat = (u[..., :r] * s[:, None, :r]) @ vh[:, :r]
-            yield k, torch.empty_like(conv.weight, requires_grad=False).copy_(flat.reshape(conv.weight.shape))
+            r, lost = k // len(blocks), None
+            if moments is None or not moments.n:
+                flat = (u[..., :r] * s[:, None, :r]) @ vh[:, :r]
+            else:
+                flat = u[..., :r] @ (u[..., :r].mT @ blocks)
+                lost = lost_mean(u[..., :r], mean.view(len(blocks), -1, 1)).flatten() if holds_mean else None
+            yield k, torch.empty_like(conv.weight, requires_grad=False).copy_(flat.reshape(conv.weight.shape)), lost
     for text in _texts(sizes):
-        yield text, torch.empty_like(conv.weight, requires_grad=False).copy_(_as(text, conv))
+        yield text, torch.empty_like(conv.weight, requires_grad=False).copy_(_as(text, conv)), None
 
 
 def _as(text: str, conv: Any) -> Tensor:
@@ -131,9 +145,9 @@ def activation(model: nn.Module, candidates: Candidates, batches: Sequence[Batch
     fitted to the weight, not to the outputs, and a constant added to a channel does not count, as above.
     """
     began = time.perf_counter()
-    moments: dict[str, _Moments] = {name: _Moments() for name in candidates}
+    moments: dict[str, Moments] = {name: Moments() for name in candidates}
     pairs = [(name, text) for name, sizes in candidates.items() for text in _texts(sizes)]
-    apart: dict[tuple[str, Size], _Moments] = {pair: _Moments() for pair in pairs}
+    apart: dict[tuple[str, Size], Moments] = {pair: Moments() for pair in pairs}
 
     def watch(name: str) -> Callable:
         conv: Any = model.get_submodule(name)
@@ -141,21 +155,18 @@ def activation(model: nn.Module, candidates: Candidates, batches: Sequence[Batch
 
         def hook(module: Any, args: tuple, y: Tensor) -> None:
             for text, change in changes.items():
-                change = module._conv_forward(args[0], change, None).movedim(-3, 0)
-                apart[name, text].add(change.reshape(module.out_channels, 1, -1))
-            y = y.movedim(-3, 0)  # channels first
-            moments[name].add(y.reshape(module.groups, module.out_channels // module.groups, -1))
+                apart[name, text].add_maps(module._conv_forward(args[0], change, None), module.out_channels)
+            moments[name].add_maps(y, module.groups)
 
         return hook
 
-    with _hooks(model, {name: watch(name) for name in candidates}):
+    with hooked(model, {name: watch(name) for name in candidates}):
         for x, _ in batches:
             model(x.clone())
     values: dict[tuple[str, Size], float] = {}
     for name, sizes in candidates.items():
-        scatter = moments[name].scatter
-        finite = bool(scatter.isfinite().all())
-        seen = finite and scatter.dim() > 0  # else the layer has never been called
+        scatter, finite = moments[name].scatter, moments[name].finite
+        seen = finite and moments[name].n > 0  # else the layer has never been called
         energies = torch.linalg.eigvalsh(scatter).clamp_min(0).flip(-1).cpu() if seen else scatter
         for k in sizes:
             if not seen:
@@ -173,27 +184,14 @@ def activation(model: nn.Module, candidates: Candidates, batches: Sequence[Batch
     return {}, iter(cells)
 
 
-class _Moments:
-    """Mean and scatter matrix of rows that come in pieces, merged as Chan, Golub and LeVeque (1979) do."""
-
-    def __init__(self) -> None:
-        self.n, self.mean, self.scatter = 0, torch.zeros(()), torch.zeros(())
-
-    def add(self, rows: Tensor) -> None:
-        """``rows``: (g, width, n), a column for each observation."""
-        rows = rows if rows.dtype == torch.float64 else rows.float()
-        n, mean = rows.shape[-1], rows.mean(-1, keepdim=True)
-        centred = rows - mean
-        scatter, mean = (centred @ centred.mT).double(), mean.double()
-        if self.n:
-            apart = mean - self.mean
-            scatter = self.scatter + scatter + apart @ apart.mT * (self.n * n / (self.n + n))
-            mean = self.mean + apart * (n / (self.n + n))
-        self.n, self.mean, self.scatter = self.n + n, mean, scatter
-
-
 def gradients(
-    model: nn.Module, candidates: Candidates, batches: Sequence[Batch], loss: Loss, *, squared: bool
+    model: nn.Module,
+    candidates: Candidates,
+    batches: Sequence[Batch],
+    loss: Loss,
+    *,
+    squared: bool,
+    fit: Sequence[Tensor] | None = None,
 ) -> Measured:
     """Taylor and Fisher scores of every k of every layer, from one forward and one backward pass.
 
@@ -204,6 +202,10 @@ def gradients(
     mean of delta_n^2 (the quadratic form of the empirical Fisher matrix; Theis et al. 2018,
     arXiv 1801.05787). Intervals are over samples.
 
+    With ``fit``, inputs, the components are those of the outputs on them instead (U of :mod:`basis.activations`),
+    and p is what varies: its mean is not lost where the layer has a place for it.
+
+    A batch is taken in parts of at most ``PART`` input numbers, for the memory that the backward pass needs.
     A layer that runs where the model itself switches gradients off scores NaN.
 
     Raises:
@@ -211,21 +213,24 @@ def gradients(
             cannot be differentiated.
     """
     began = time.perf_counter()
-    lowest = {name: min(_ks(ks)) // model.get_submodule(name).groups for name, ks in candidates.items()}  # type: ignore[operator]
-    left = {name: torch.linalg.svd(_blocks(model.get_submodule(name)), full_matrices=False)[0] for name in candidates}
+    lowest: dict[str, int] = {
+        name: min(_ks(ks)) // model.get_submodule(name).groups  # type: ignore[operator, misc]
+        for name, ks in candidates.items()
+    }
+    left, kept = _components(model, list(candidates), fit)
     products: dict[str, list[Tensor]] = {name: [] for name in candidates}  # of each batch: (N, components)
     blind: set[str] = set()
     samples = 0
 
     def watch(name: str) -> Callable:
         tails = left[name][..., lowest[name] :]  # (g, width, t)
-        groups, _, t = tails.shape
+        groups, width, t = tails.shape
 
         def project(y: Tensor) -> Tensor:
             y = y if y.dtype == torch.float64 else y.float()
             return F.conv2d(y, filters.to(y.dtype), groups=groups)
 
-        filters = tails.mT.reshape(groups * t, -1, 1, 1)
+        filters = tails.mT.reshape(groups * t, width, 1, 1)
 
         def hook(module: Any, args: tuple, y: Tensor) -> Tensor | None:
             if y.dim() != 4 or len(y) != samples:
@@ -239,7 +244,7 @@ def gradients(
             # Where nothing before needs a gradient, it starts here (a clone, which may be changed in place).
             fresh = None if y.requires_grad else y.detach().requires_grad_().clone()
             y = y if fresh is None else fresh
-            plain = y.detach() if module.bias is None else y.detach() - module.bias.detach()[:, None, None]
+            plain = y.detach() if kept[name] is None else y.detach() - kept[name][:, None, None].to(y.dtype)
             p = project(plain) if t else None
 
             def receive(grad: Tensor) -> None:
@@ -253,8 +258,8 @@ def gradients(
         return hook
 
     losses, apart = [], True
-    with _hooks(model, {name: watch(name) for name in candidates}), _frozen(model), torch.enable_grad():
-        for x, y in batches:
+    with hooked(model, {name: watch(name) for name in candidates}), _frozen(model), torch.enable_grad():
+        for x, y in _parts(batches, loss):
             samples = len(y)
             for name, basis in left.items():
                 width = max(0, basis.shape[2] - lowest[name])
@@ -271,12 +276,44 @@ def gradients(
             delta = delta * math.nan if name in blind else delta
             scores[name, k] = _estimate(delta.square() / 2 if squared else delta, apart)
     share, images, seconds = 1 / len(scores), sum(len(y) for _, y in batches), time.perf_counter() - began
-    passes = {"forward": images * share, "backward": images * share, "seconds": seconds * share}
+    before = sum(map(len, fit or ()))
+    passes = {"forward": (before + images) * share, "backward": images * share, "seconds": seconds * share}
     cells = [
         Cell(layer=name, basis_channels=k, value=value, low=low, high=high, n=n, **passes)
         for (name, k), (value, low, high, n) in scores.items()
     ]
     return {"loss": torch.cat(losses).mean().item()}, iter(cells)
+
+
+def _components(
+    model: nn.Module, names: Sequence[str], fit: Sequence[Tensor] | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The components of each layer's outputs (g, width, n), and what is taken from the outputs before, or None."""
+    moments = {} if fit is None else output_moments(model, untied(model, names), iter(fit))
+    norms = {} if fit is None else taking_means(model)
+    left: dict[str, Tensor] = {}
+    kept: dict[str, Tensor | None] = {}
+    for name in names:
+        conv: Any = model.get_submodule(name)
+        own = moments.get(name)
+        kept[name] = None if conv.bias is None else conv.bias.detach()
+        if own is None or not own.n:
+            left[name] = torch.linalg.svd(_blocks(conv), full_matrices=False)[0]
+            continue
+        holds = conv.bias is not None or name in norms
+        if own.finite:
+            left[name] = directions(own.second(about_mean=holds), _blocks(conv))
+        else:
+            left[name] = torch.full_like(own.scatter, math.nan)
+        kept[name] = own.mean.flatten() if holds else kept[name]
+    return left, kept
+
+
+def _parts(batches: Sequence[Batch], loss: Loss) -> Iterator[Batch]:
+    """The batches in parts of at most ``PART`` numbers, where the loss is cross-entropy, which takes samples alone."""
+    for x, y in batches:
+        size = max(1, PART // max(1, x[:1].numel())) if loss is cross_entropy else len(x)
+        yield from zip(x.split(size), y.split(size), strict=True)
 
 
 def _backward(loss: Tensor) -> None:
@@ -309,16 +346,6 @@ def _estimate(values: Tensor, apart: bool) -> tuple[float, float, float, int]:
     return (mean.value, mean.low, mean.high, mean.n) if apart else (mean.value, math.nan, math.nan, 0)
 
 
-@contextmanager
-def _hooks(model: nn.Module, hooks: Mapping[str, Callable]) -> Iterator[None]:
-    handles = [model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 # -- from one evaluation per candidate ----------------------------------------------------------
 
 
@@ -331,6 +358,7 @@ def oneshot(
     calibration: Sequence[Tensor] = (),
     macs: Mapping[str, int] | None = None,
     cache_bytes: int = CACHE_BYTES,
+    fit: Sequence[Tensor] | None = None,
 ) -> Measured:
     """Replace the weight of one layer by its approximation of rank k, or by a structured layer's, and evaluate.
 
@@ -346,13 +374,19 @@ def oneshot(
 
     Args:
         macs: of each module, by name; what a part of the network counts as in ``forward``.
+        fit: inputs on whose outputs the approximations of rank k are fitted, see :func:`approximations`.
     """
     began = time.perf_counter()
+    moments: dict[str, Moments] = {}
+    if fit is not None:
+        moments = output_moments(model, untied(model, candidates), iter(fit))
+    norms = taking_means(model) if fit is not None else {}
     network = Network(model, [x for x, _ in batches], calibration, macs or {})
     losses, apart, dense = network.evaluate(batches, loss)
     if cache_bytes:
         network.plan_cuts([model.get_submodule(name) for name in candidates], cache_bytes)
     share = 1 / sum(map(len, candidates.values()))
+    network.spent += sum(map(len, fit or ()))
     common, common_seconds = network.spent * share, (time.perf_counter() - began) * share
 
     def cells() -> Iterator[Cell]:
@@ -360,9 +394,11 @@ def oneshot(
         for name in sorted(candidates, key=lambda name: position[name]):
             began, network.spent = time.perf_counter(), 0.0
             network.advance(position[name])
-            conv = model.get_submodule(name)
-            for k, weight in approximations(conv, candidates[name]):
-                with _weight(conv, weight), network.recalibrated():
+            conv: Any = model.get_submodule(name)
+            norm = model.get_submodule(norms[name]) if name in norms else None
+            holds = conv.bias is not None or norm is not None
+            for k, weight, lost in _finite(conv, candidates[name], moments.get(name), holds):
+                with _replaced(conv, norm, weight, lost), network.recalibrated():
                     new, _, logits = network.evaluate(batches, loss)
                 value, low, high, n = _estimate(new - losses, apart)
                 kl = _divergence(dense, logits) if loss is cross_entropy else math.nan
@@ -386,13 +422,30 @@ def growth(
     return Estimate(*_estimate(after - before, apart))
 
 
+def _finite(
+    conv: Any, sizes: Sequence[Size], moments: Moments | None, holds_mean: bool
+) -> Iterator[tuple[Size, Tensor, Tensor | None]]:
+    """:func:`approximations`; those of outputs that are not finite are NaN."""
+    if moments is None or moments.finite:
+        yield from approximations(conv, sizes, moments, holds_mean=holds_mean)
+    else:
+        yield from ((k, torch.full_like(conv.weight, math.nan, requires_grad=False), None) for k in sizes)
+
+
 @contextmanager
-def _weight(conv: Any, weight: Tensor) -> Iterator[None]:
+def _replaced(conv: Any, norm: Any, weight: Tensor, lost: Tensor | None) -> Iterator[None]:
+    """With another weight; the mean that is ``lost`` goes where substitution puts it."""
+    place, sign = (norm.running_mean, -1) if conv.bias is None and norm is not None else (conv.bias, 1)
+    held = None if place is None or lost is None else place.detach().clone()
     dense, conv.weight.data = conv.weight.data, weight
     try:
+        if held is not None and lost is not None:
+            place.data.copy_(held.double() + sign * lost)
         yield
     finally:
         conv.weight.data = dense
+        if held is not None:
+            place.data.copy_(held)
 
 
 def _divergence(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:

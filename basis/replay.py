@@ -54,10 +54,7 @@ class Network:
     ) -> None:
         self.model, self.spent = model, 0.0
         self.scored, self.calibrated = _Kept(inputs), _Kept(calibration)
-        self.norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-        self.norms = self.norms if calibration else []
-        for norm in self.norms:
-            norm.momentum = None  # the plain average over batches
+        self.norms = tracking_norms(model) if calibration else []
         self.at, self.cuts = 0, {0: False}  # node of the graph -> whether what follows changes its values
         self.walk: _Walk | None = None
         self.macs = {m: macs.get(name, 0) for name, m in model.named_modules()}
@@ -88,7 +85,7 @@ class Network:
     def _recalibrate(self) -> None:
         """Measure the statistics of all that follows the cut anew; what precedes it keeps its own."""
         norms = [norm for norm in self.norms if not self.at or self.first_use(norm) >= self.at]
-        with torch.no_grad(), _training(norms, afresh=True):
+        with torch.no_grad(), training_norms(norms, afresh=True):
             for i in range(len(self.calibrated.inputs) if norms else 0):
                 self._run(self.calibrated, i)
 
@@ -146,7 +143,7 @@ class Network:
 
         try:
             agrees = all(both(self.scored.inputs[i][:TRIED]) for i in (0, -1))
-            with _training(self.norms):
+            with training_norms(self.norms):
                 return agrees and all(both(self.calibrated.inputs[i][:TRIED]) for i in (0, -1) if self.norms)
         except Exception:  # whatever a graph cannot do, the model itself does
             return False
@@ -164,7 +161,7 @@ class Network:
             return
         share = self.walk.share[self.at] - self.walk.share[cut]
         for kept, norms in ((self.scored, []), (self.calibrated, self.norms)):
-            with torch.no_grad(), _training(norms):
+            with torch.no_grad(), training_norms(norms):
                 for i, x in enumerate(kept.inputs):
                     kept.values[i] = self.walk.piece(x.clone(), kept.values[i], self.at, cut)
                     self.spent += len(x) * share
@@ -236,18 +233,29 @@ class _Walk(fx.Interpreter):
         return {node: value for node, value in env.items() if node is self.nodes[-1] or later & set(node.users)}
 
 
+def tracking_norms(model: nn.Module) -> list[_BatchNorm]:
+    """The batch normalisations with running statistics, each once."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
 @contextmanager
-def _training(norms: Sequence[_BatchNorm], *, afresh: bool = False) -> Iterator[None]:
-    """These modules in training mode, with their statistics at zero where ``afresh``."""
+def training_norms(norms: Sequence[_BatchNorm], *, afresh: bool = False) -> Iterator[None]:
+    """These modules in training mode; afterwards they have the flag and the momentum that they had.
+
+    With ``afresh`` their statistics start at zero and become the plain average over the batches to come, whatever
+    their momentum (EagleEye: Li et al. 2020, arXiv 2007.02491, section 3.2).
+    """
+    kept = [(norm.training, norm.momentum) for norm in norms]
     for norm in norms:
         norm.train()
         if afresh:
+            norm.momentum = None
             norm.reset_running_stats()
     try:
         yield
     finally:
-        for norm in norms:
-            norm.eval()
+        for norm, (flag, momentum) in zip(norms, kept, strict=True):
+            norm.training, norm.momentum = flag, momentum
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -20,8 +20,9 @@ import numpy as np
 from scipy.optimize import LinearConstraint, milp
 
 from basis.conv import basis_channels_for, check_basis_channels
-from basis.substitution import Plan, Size, _left_out, _patterns, _said, few
+from basis.substitution import Plan, Size, _left_out, _patterns, _said
 from basis.table import Layer, SensitivityTable
+from basis.text import few
 
 if TYPE_CHECKING:
     from basis.bench import BenchReport
@@ -311,7 +312,8 @@ def _plan(table: SensitivityTable, dense: Mapping[str, str], chosen: Mapping[str
         note = f"; not finite at {ks}{few(map(str, bad))}" if bad else "" if at.candidates else "; it has no candidate"
         reasons[at.name] = dense.get(at.name, DENSE + note)
     layers = {at.name: chosen[at.name] for at in table.layers if at.name in chosen}
-    return Plan(layers, {name: why for name, why in reasons.items() if name not in layers} | dict(table.skipped))
+    skipped = {name: why for name, why in reasons.items() if name not in layers} | dict(table.skipped)
+    return Plan(layers, skipped, {at.name: at.out_channels for at in table.layers})
 
 
 # -- the rules ------------------------------------------------------------------------------------

@@ -42,6 +42,21 @@ def mean_estimate(values: Sequence[float]) -> Estimate:
     return Estimate(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half, len(x))
 
 
+def proportion_estimate(successes: float, n: int) -> Estimate:
+    """The share ``successes / n`` of independent trials, with Wilson's score interval (1927), which holds near 0 and 1.
+
+    Raises:
+        ValueError: for no trials, or successes outside 0 to n.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes in {n} trials make no proportion")
+    z2 = float(stats.norm.ppf(0.975)) ** 2
+    p = successes / n
+    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n**2))) / (1 + z2 / n)
+    return Estimate(p, min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half)), n)
+
+
 def difference_estimate(first: Sequence[float], second: Sequence[float], *, comparisons: int = 1) -> Estimate:
     """mean(first) - mean(second) with Welch's interval; n is the smaller of the two numbers of runs.
 

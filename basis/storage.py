@@ -15,7 +15,8 @@ from torch.nn.parameter import is_lazy
 
 from basis.conv import BasisConv2d, Mode
 from basis.files import replacing
-from basis.substitution import Plan, few, plan_of, substitute
+from basis.substitution import Plan, plan_of, substitute
+from basis.text import few
 
 PLAN_FILE, STATE_FILE = "plan.json", "model.safetensors"
 

@@ -12,24 +12,33 @@ import difflib
 import json
 import math
 import os
+import warnings
 import weakref
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+from basis.activations import Moments, output_moments, taking_means, untied
+from basis.batches import Batches, calibration_inputs
 from basis.coefficients import Coefficients, Form
 from basis.conv import MODES, BasisConv2d, Mode, basis_channels_for, check_basis_channels
 from basis.convlike import ConvLike
 from basis.files import replacing
 from basis.norm import copy_of, couple_in_place, couplings, uncouple_in_place
 from basis.structured import LAYERS, Structure, StructuredConv2d
+from basis.text import few, shown_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from basis.figures import Theme
 
 PLAN_VERSION = 1
 
@@ -47,10 +56,13 @@ class Plan:
         layers: layer name (as in ``model.named_modules()``) -> basis channels k, where k = C_out keeps the
             layer dense; or the text of a structured layer, see :class:`basis.structured.Structure`.
         skipped: name of every other convolution -> the reason why it stays dense.
+        out_channels: C_out of the convolutions, in the order of the model, for :meth:`plot`; a plan that was written
+            by hand need not know it.
     """
 
     layers: Mapping[str, Size]
     skipped: Mapping[str, str] = field(default_factory=dict)
+    out_channels: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     @classmethod
     def uniform(
@@ -112,20 +124,21 @@ class Plan:
                 if reason is not None:
                     layers = {name: size for name, size in layers.items() if name not in group}
                     skipped |= dict.fromkeys(group, reason)
-        return cls(layers, skipped)
+        return cls(layers, skipped, _widths(convolutions))
 
     def __str__(self) -> str:
         others = any(isinstance(size, str) for size in self.layers.values())
         title = "basis channels, or structured layer" if others else "basis channels"
-        rows = [("layer", title), *((_shown(n), str(size)) for n, size in self.layers.items())]
+        rows = [("layer", title), *((shown_name(n), str(size)) for n, size in self.layers.items())]
         if self.skipped:
-            rows += [("", ""), ("kept dense", "because"), *((_shown(n), r) for n, r in self.skipped.items())]
+            rows += [("", ""), ("kept dense", "because"), *((shown_name(n), r) for n, r in self.skipped.items())]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
 
     def to_json(self) -> str:
         """The plan as JSON text, for :meth:`from_json`."""
         content = {"basis_plan": PLAN_VERSION, "layers": dict(self.layers), "skipped": dict(self.skipped)}
+        content |= {"out_channels": dict(self.out_channels)} if self.out_channels else {}
         return json.dumps(content, indent=2) + "\n"
 
     @classmethod
@@ -142,12 +155,32 @@ class Plan:
         known = {
             "layers": (_is_size, "numbers of basis channels or structured layers"),
             "skipped": (_is_text, "reasons"),
+            "out_channels": (_is_count, "numbers of channels"),
         }
+        content = {"out_channels": {}, **content}
         for key, (fits, what) in known.items():
             entries = content.get(key)
             if not isinstance(entries, dict) or not all(map(fits, entries.values())):
                 raise ValueError(f"the plan's {key!r} is {entries!r}, but it must map layer names to {what}")
-        return cls(content["layers"], content["skipped"])
+        return cls(content["layers"], content["skipped"], content["out_channels"])
+
+    def plot(self, *, theme: Theme | None = None) -> Figure:
+        """Each convolution's k / C_out as a bar, in the order of the model; what stays dense is grey.
+
+        Raises:
+            ValueError: for a plan that knows no C_out of its layers, or has no layer at all.
+        """
+        from basis.figures import LIGHT
+        from basis.result_figures import plan
+
+        numbers = [name for name, size in self.layers.items() if not isinstance(size, str)]
+        lacking = [name for name in numbers if name not in self.out_channels]
+        if lacking or not (self.layers or self.skipped):
+            raise ValueError(
+                f"the plan does not know C_out of {few(map(shown_name, lacking)) or 'any layer'}; those of select, "
+                "Plan.uniform and plan_of do"
+            )
+        return plan(self, theme or LIGHT)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan as JSON to ``path``, whole or not at all."""
@@ -163,6 +196,10 @@ class Plan:
             raise FileNotFoundError(f"there is no plan at {os.fspath(path)}") from error
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
 
 
 def _is_text(value: object) -> bool:
@@ -189,7 +226,7 @@ def plan_of(model: nn.Module) -> Plan:
             layers[names[0]] = module.text
         else:
             skipped[names[0]] = _obstacle(model, module) or "left dense"
-    return Plan(layers, skipped)
+    return Plan(layers, skipped, _widths(_convolutions(model)))
 
 
 def substitute(
@@ -200,6 +237,7 @@ def substitute(
     layer: str | Structure | None = None,
     mode: Mode = "auto",
     init: Literal["svd", "random"] = "svd",
+    calibration: Batches | None = None,
     coefficients: str | Form = "dense",
     batch_norm: Literal["ordinary", "through_basis"] = "ordinary",
     include: str | Iterable[str] = (),
@@ -221,6 +259,14 @@ def substitute(
         mode: the mode of the new basis layers, see :class:`BasisConv2d`.
         init: ``"svd"`` approximates each weight (:meth:`BasisConv2d.from_conv`, and that of each structured
             layer); ``"random"`` draws new ones for training from scratch (``shaped_like``).
+        calibration: batches on which the basis layers are fitted to the outputs of the dense ones, instead of to their
+            weights: what a layer can still say, it says of what occurs (:mod:`basis.activations`). Inputs alone, or
+            (inputs, targets); :class:`basis.data.Images`, or :class:`basis.data.Data`, whose training images are
+            used. They are read once, one batch after the other, and run through ``model`` in evaluation mode. The
+            mean of what a layer loses goes into its bias, or else into the running mean of the batch
+            normalisation that directly follows; no parameter is added, and a layer with neither keeps the
+            components about zero. A layer that the data never reach is fitted to its weight, with a warning that
+            names it, and so is one whose bias is tied to another. Structured layers are always fitted to weights.
         coefficients: the form of A in every new basis layer, see :class:`Form`. With ``"shared"``, layers of
             equal C_out, k and groups hold one A (those of one dtype and device that all train or all do
             not); it is fitted to all of them at once.
@@ -230,7 +276,8 @@ def substitute(
 
     Raises:
         ValueError: for a plan that names a layer that is not there, that cannot be substituted (with
-            the reason), or with a k or a form of A that makes no sense; for a bad ratio, mode, init or batch_norm.
+            the reason), or with a k or a form of A that makes no sense; for a bad ratio, mode, init or batch_norm;
+            for calibration data that are empty, that the model cannot run on, or on which outputs are not finite.
     """
     if [plan, ratio].count(None) == 0 or [plan, ratio, layer].count(None) == 3 or (layer and ratio is not None):
         raise ValueError("give one of plan, ratio and layer (or a plan of sizes and the kind of layer)")
@@ -238,6 +285,8 @@ def substitute(
         raise ValueError(f"mode is {mode!r}, but it must be one of {', '.join(MODES)}")
     if init not in ("svd", "random"):
         raise ValueError(f"init is {init!r}, but it must be 'svd' or 'random'")
+    if calibration is not None and init == "random":
+        raise ValueError("calibration data fit layers to outputs, but init='random' fits nothing; leave one out")
     if batch_norm not in ("ordinary", "through_basis"):
         raise ValueError(f"batch_norm is {batch_norm!r}, but it must be 'ordinary' or 'through_basis'")
     if plan is None:
@@ -254,25 +303,31 @@ def substitute(
     if texts and len(texts) == len(chosen) and (mode != "auto" or form.kind != "dense"):
         raise ValueError(f"mode and coefficients are for basis channels k, but every layer of the plan is a {texts[0]}")
     copied = copy_of(model)
+    for name in chosen:
+        if init == "svd" and copied.get_submodule(name).weight.is_meta:
+            raise ValueError(f"{shown_name(name)} is on the meta device and has no values; use init='random'")
+    moments, norms = ({}, {}) if calibration is None else _calibrated(copied, chosen, calibration)
     new: dict[nn.Module, nn.Module] = {}
     for names in _tied(copied, chosen, form):
         convs: list[Any] = [copied.get_submodule(name) for name in names]
-        for name, conv in zip(names, convs, strict=True):
-            if init == "svd" and conv.weight.is_meta:
-                raise ValueError(f"{_shown(name)} is on the meta device and has no values; use init='random'")
         try:
             size = chosen[names[0]]
             if isinstance(size, str):
                 layers: Sequence[ConvLike] = Structure.parse(size).make(convs, fitted=init == "svd")
             else:
-                layers = _make(convs, init, basis_channels=size, mode=mode, coefficients=form)
+                seen = [moments[name].centred() if name in norms else moments.get(name) for name in names]
+                made = _make(convs, init, basis_channels=size, mode=mode, coefficients=form, moments=seen)
+                for name, own in zip(names, made, strict=True):
+                    if name in norms:
+                        _take(copied.get_submodule(norms[name]), own.lost_mean(moments[name]))
+                layers = made
         except ValueError as error:
-            raise ValueError(f"{_shown(names[0])}: {error}") from error
+            raise ValueError(f"{shown_name(names[0])}: {error}") from error
         new.update((conv, _hand_over(conv, layer)) for conv, layer in zip(convs, layers, strict=True))
     copied = _replace(copied, new)
     if batch_norm == "through_basis":
-        made = {name for name, module in copied.named_modules() if module in new.values()}
-        couple_in_place(copied, made & couplings(copied).norms.keys())
+        names_made = {name for name, module in copied.named_modules() if module in new.values()}
+        couple_in_place(copied, names_made & couplings(copied).norms.keys())
     return copied
 
 
@@ -282,7 +337,8 @@ def _of_kind(plan: Plan | Mapping[str, Any], layer: str | Structure) -> Plan:
     if structure.size:
         raise ValueError(f"layer is {str(layer)!r} beside a plan, but then it is a kind, whose sizes the plan gives")
     sizes = plan.layers if isinstance(plan, Plan) else plan
-    return Plan({name: str(Structure(structure.kind, str(size))) for name, size in sizes.items()})
+    widths = plan.out_channels if isinstance(plan, Plan) else {}
+    return Plan({name: str(Structure(structure.kind, str(size))) for name, size in sizes.items()}, {}, widths)
 
 
 def _tied(model: nn.Module, chosen: Mapping[str, Size], form: Form) -> list[list[str]]:
@@ -301,10 +357,38 @@ def _tied(model: nn.Module, chosen: Mapping[str, Size], form: Form) -> list[list
     return list(together.values())
 
 
-def _make(convs: list, init: str, *, coefficients: Form, **options: Any) -> list[BasisConv2d]:
+def _calibrated(
+    model: nn.Module, chosen: Mapping[str, Size], calibration: Batches
+) -> tuple[dict[str, Moments], dict[str, str]]:
+    """The moments of the basis layers to be, and which of them have a batch normalisation that takes means."""
+    names = [name for name, size in chosen.items() if not isinstance(size, str)]
+    if chosen and not names:
+        raise ValueError("calibration data fit basis convolutions, but the plan has structured layers alone")
+    inputs = calibration_inputs(calibration, model)
+    moments = output_moments(model, untied(model, names), inputs) if names else {}
+    moments = {name: own for name, own in moments.items() if own.n}
+    if unseen := [shown_name(name) for name in names if name not in moments]:
+        warnings.warn(
+            f"the calibration data never reach {few(unseen)} (or a tied bias keeps it from being fitted to outputs), "
+            "so it was fitted to its weight",
+            stacklevel=3,
+        )
+    return moments, {conv: norm for conv, norm in taking_means(model).items() if conv in moments}
+
+
+@torch.no_grad()
+def _take(norm: Any, lost: Tensor) -> None:
+    """Take ``lost`` from the running mean, if there is one; else the mean of each batch leaves it out anyway."""
+    if norm.running_mean is not None:
+        norm.running_mean.copy_(norm.running_mean.double() - lost)
+
+
+def _make(
+    convs: list, init: str, *, coefficients: Form, moments: Sequence[Moments | None], **options: Any
+) -> list[BasisConv2d]:
     """The layers for these convolutions, which hold one A."""
     if init == "svd":
-        return BasisConv2d.from_convs(convs, coefficients=coefficients, **options)
+        return BasisConv2d.from_convs(convs, coefficients=coefficients, moments=moments, **options)
     first = BasisConv2d.shaped_like(convs[0], coefficients=coefficients, **options)
     others = [BasisConv2d.shaped_like(conv, coefficients=first.coefficients, **options) for conv in convs[1:]]
     return [first, *others]
@@ -330,6 +414,10 @@ def _convolutions(model: nn.Module) -> dict[nn.Module, list[str]]:
         if isinstance(module, (_ConvNd, ConvLike)):
             found.setdefault(module, []).append(name)
     return found
+
+
+def _widths(convolutions: Mapping[nn.Module, list[str]]) -> dict[str, int]:
+    return {names[0]: conv.out_channels for conv, names in convolutions.items()}  # type: ignore[misc]
 
 
 def _obstacle(model: nn.Module, module: nn.Module) -> str | None:
@@ -387,7 +475,7 @@ def _resolve(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, Size]:
             continue
         reason = _obstacle(model, module)
         if reason is not None:
-            raise ValueError(f"the plan names {_shown(name)}, which cannot be substituted: {reason}")
+            raise ValueError(f"the plan names {shown_name(name)}, which cannot be substituted: {reason}")
         conv: Any = module
         try:
             if isinstance(k, str):
@@ -397,11 +485,11 @@ def _resolve(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, Size]:
             else:
                 check_basis_channels(k, conv.out_channels, conv.groups)
         except ValueError as error:
-            raise ValueError(f"the plan for {_shown(name)}: {error}") from error
+            raise ValueError(f"the plan for {shown_name(name)}: {error}") from error
         other, other_k = chosen.setdefault(module, (name, k))
         if other_k != k:
             raise ValueError(
-                f"the plan gives {_shown(other)} {_said(other_k)} and {_shown(name)} {_said(k)}, "
+                f"the plan gives {shown_name(other)} {_said(other_k)} and {shown_name(name)} {_said(k)}, "
                 "but they are one shared layer"
             )
     return {name: k for name, k in chosen.values()}
@@ -409,10 +497,10 @@ def _resolve(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, Size]:
 
 def _no_such_layer(name: str, modules: Mapping[str, nn.Module], convolutions: list[str]) -> str:
     if name in modules:
-        return f"the plan names {_shown(name)}, which is a {type(modules[name]).__name__}, not a convolution"
+        return f"the plan names {shown_name(name)}, which is a {type(modules[name]).__name__}, not a convolution"
     near = difflib.get_close_matches(name, convolutions, n=3) or convolutions
     hint = f"near it are {few(near)}" if near else "it has no convolution at all"
-    return f"the plan names {_shown(name)}, but the model has no such layer; {hint}"
+    return f"the plan names {shown_name(name)}, but the model has no such layer; {hint}"
 
 
 # -- the exchange -------------------------------------------------------------------------------
@@ -445,16 +533,5 @@ def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
     return model
 
 
-def few(items: Iterable[str], separator: str = ", ", limit: int = 4) -> str:
-    """The first items of a list, and how many more there are."""
-    items = list(items)
-    more = f"{separator}and {len(items) - limit} more" if len(items) > limit else ""
-    return separator.join(items[:limit]) + more
-
-
 def _said(size: Size) -> str:
     return size if isinstance(size, str) else f"k = {size}"
-
-
-def _shown(name: str) -> str:
-    return name or "(the model itself)"

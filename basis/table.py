@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 
 from basis.files import replacing
+from basis.results import number, plain
 from basis.statistics import difference_estimate
-from basis.substitution import Size, _said, few
+from basis.substitution import Size, _said
+from basis.text import few, shown_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -359,7 +361,7 @@ class SensitivityTable:
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("cells", "trials")}
         rows = [asdict(layer) for layer in self.layers]
         content["layers"] = [{key: value for key, value in row.items() if key != "costs" or value} for row in rows]
-        return [{"basis_sensitivity": TABLE_VERSION} | _plain(content), *map(line_of, held)]
+        return [{"basis_sensitivity": TABLE_VERSION} | plain(content), *map(line_of, held)]
 
     @classmethod
     def from_lines(cls, lines: Sequence[Mapping[str, Any]]) -> SensitivityTable:
@@ -373,7 +375,7 @@ class SensitivityTable:
         try:
             layers = tuple(Layer(**{**entry, "candidates": tuple(entry["candidates"])}) for entry in head["layers"])
             head |= {"layers": layers, "seeds": tuple(head["seeds"])}
-            head["baseline"] = {key: _number(value) for key, value in head["baseline"].items()}
+            head["baseline"] = {key: number(value) for key, value in head["baseline"].items()}
             head["trials" if head["seeds"] else "cells"] = tuple(
                 _measurement(line, Trial if head["seeds"] else Cell) for line in lines[1:]
             )
@@ -485,23 +487,11 @@ def cells_of(layers: Iterable[Layer], seeds: Sequence[int], trials: Iterable[Tri
 
 def line_of(item: Cell | Trial) -> dict[str, Any]:
     """One measurement as plain values; NaN and infinity become None."""
-    return _plain(asdict(item))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+    return plain(asdict(item))
 
 
 def _measurement(line: Mapping[str, Any], kind: type) -> Any:
-    return kind(**{key: value if key == "layer" else _number(value) for key, value in line.items()})
+    return kind(**{key: value if key == "layer" else number(value) for key, value in line.items()})
 
 
 def ratio_of(layer: Layer, k: Size) -> Any:
@@ -523,8 +513,3 @@ def _text(column: Mapping[str, float | None], name: str, least: float | None) ->
         return ""
     value = column[name]
     return "..." if value is None else f"{'*' if value == least else ''}{value:.3g}"
-
-
-def shown_name(name: str) -> str:
-    """The name as it is printed; the model itself has none."""
-    return name or "(the model itself)"

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from basis.figures import Theme, canvas, mark_incomplete, note_n
-from basis.table import MEASURES, SensitivityTable, ratio_of, shown_name
+from basis.table import MEASURES, SensitivityTable, ratio_of
+from basis.text import shown_name
 
 
 def heatmap(table: SensitivityTable, theme: Theme) -> Figure:

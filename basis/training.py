@@ -9,22 +9,25 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from basis.activations import evaluating
 from basis.attention import Attention
+from basis.batches import first_weight
 from basis.coefficients import Sparse
 from basis.conv import BasisConv2d
 from basis.data import Data, Images, augment, normalise
+from basis.evaluation import Evaluation, evaluate_batches
 from basis.files import replacing
 from basis.penalties import compression, decorrelation, parameter_groups, product_norm
 from basis.skipping import Parts, Skip, Trained, check_skip
@@ -249,11 +252,11 @@ def make_step(
     """
     place = choose_device(device)
     recipe = _decided(recipe or Recipe(), model, place)
-    autocast = partial(_autocast, place, recipe.precision)
+    autocast = partial(autocast_in, place, recipe.precision)
     _check_teacher(recipe, teacher, taps)
     attention = None
     if teacher is not None and recipe.attention is not None:
-        with _as_training_error():
+        with as_training_error():
             attention = Attention(model, teacher, taps, weight=recipe.attention, autocast=autocast)
     last = recipe.memory_format == "channels_last"
     layout = torch.channels_last if last else torch.contiguous_format
@@ -356,7 +359,7 @@ def train(
         check_recipe(model, recipe, steps_per_epoch, step.attention.teacher if step.attention else None)
     data = data.to(place)
     if step.attention:
-        with _as_training_error(), on_device(place):
+        with as_training_error(), on_device(place):
             step.attention.check(_input(data.train.x[:1], recipe.memory_format))
     state = _State(model, recipe, seed, place, total_steps=recipe.epochs * steps_per_epoch, step=step)
     path = Path(checkpoint) if checkpoint else None
@@ -410,7 +413,7 @@ def check_recipe(model: nn.Module, recipe: Recipe, steps_per_epoch: int, teacher
     if recipe.settle is not None and not any(isinstance(module, Sparse) for module in model.modules()):
         raise TrainingError("the recipe sets settle, but the model has no sparse coefficients")
     if recipe.skip:
-        with _as_training_error():
+        with as_training_error():
             check_skip(model, recipe.skip, steps_per_epoch=steps_per_epoch, total_steps=recipe.epochs * steps_per_epoch)
 
 
@@ -432,7 +435,7 @@ def _check_step(step: TrainingStep, model: nn.Module, recipe: Recipe, *, taught:
 
 
 @contextmanager
-def _as_training_error() -> Iterator[None]:
+def as_training_error() -> Iterator[None]:
     """What is wrong with a value is wrong with the training."""
     try:
         yield
@@ -510,22 +513,10 @@ class _State:
             "generator": self.generator.get_state(),
             "random": torch.get_rng_state(),
         }
-        packed = io.BytesIO()  # torch reports a full disk in words of its own, a plain write as what it is
-        torch.save(content, packed)
-        with replacing(path) as file:
-            file.write(packed.getbuffer())
+        write_checkpoint(path, content)
 
     def restore(self, path: Path) -> None:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            identity = content["identity"]
-        except Exception as error:  # torch.load raises many kinds for a damaged file
-            raise TrainingError(f"checkpoint {path} cannot be read ({error}); delete it to start again") from error
-        if identity != self.identity:
-            raise TrainingError(
-                f"checkpoint {path} belongs to a training with another model, recipe, seed or data; "
-                "delete it to start again, or name another file"
-            )
+        content = read_checkpoint(path, self.identity)
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])
@@ -533,6 +524,29 @@ class _State:
         self.generator.set_state(content["generator"])
         torch.set_rng_state(content["random"])
         self.epoch, self.curves = content["epoch"], content["curves"]
+
+
+def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint, whole or not at all; ``content`` has an ``identity``."""
+    packed = io.BytesIO()  # torch reports a full disk in words of its own, a plain write as what it is
+    torch.save(dict(content), packed)
+    with replacing(path) as file:
+        file.write(packed.getbuffer())
+
+
+def read_checkpoint(path: Path, identity: str) -> dict[str, Any]:
+    """The content of a checkpoint of the training of this identity; else a :class:`TrainingError`."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        found = content["identity"]
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise TrainingError(f"checkpoint {path} cannot be read ({error}); delete it to start again") from error
+    if found != identity:
+        raise TrainingError(
+            f"checkpoint {path} belongs to a training with another model, recipe, seed or data; "
+            "delete it to start again, or name another file"
+        )
+    return content
 
 
 def _epoch(state: _State, images: Images, bar: Any) -> dict[str, float]:
@@ -572,36 +586,68 @@ def _epoch(state: _State, images: Images, bar: Any) -> dict[str, float]:
     }
 
 
-@torch.no_grad()
+@overload
+def evaluate(
+    model: nn.Module, data: Images, *, precision: Precision = ..., batch_size: int = ..., flip: bool = ...
+) -> dict[str, float]: ...
+@overload
+def evaluate(
+    model: nn.Module, data: Iterable[Any], *, precision: Precision = ..., progress: bool | str = ...
+) -> Evaluation: ...
 def evaluate(
     model: nn.Module,
-    images: Images,
+    data: Images | Iterable[Any],
     *,
     precision: Precision = "fp32",
     batch_size: int = 1000,
     flip: bool = False,
-) -> dict[str, float]:
-    """Mean loss and accuracy (a fraction) of ``model`` in eval mode on images of its own device.
+    progress: bool | str = False,
+) -> dict[str, float] | Evaluation:
+    """Mean loss and accuracy (a fraction) of ``model`` in evaluation mode; every module's flag is put back.
 
-    With ``flip`` also ``accuracy_flip``: the logits averaged over each image and its mirror image.
-    The model's training flag is put back afterwards.
+    Args:
+        data: :class:`basis.data.Images` on the model's device; or any iterable of batches (inputs, labels) of
+            tensors, such as a ``DataLoader``, which are brought to the model's device one after the other.
+        precision: of activations, see :class:`Recipe`.
+        batch_size: for ``Images``.
+        flip: for ``Images``: also ``accuracy_flip``, the logits averaged over each image and its mirror image.
+        progress: for batches: whether to draw a bar, or what to write beside it.
+
+    Returns:
+        For ``Images`` a dictionary; for batches an :class:`Evaluation`, which has the same keys, and intervals.
+
+    Raises:
+        ValueError: for batches that are empty, that the model cannot run on, or whose labels do not fit.
     """
+    if isinstance(data, Images):
+        return _evaluate_images(model, data, precision=precision, batch_size=batch_size, flip=flip)
+    if isinstance(data, Data):
+        raise ValueError("data are training, validation and test images; give one of them, such as data.test")
+    if flip:
+        raise ValueError("flip goes with basis.data.Images; give batches of mirrored images yourself")
+    device = first_weight(model).device
+    autocast = autocast_in(device, choose_precision(device) if precision == "auto" else precision)
+    return evaluate_batches(model, data, autocast=autocast, progress=progress)
+
+
+@torch.no_grad()
+def _evaluate_images(
+    model: nn.Module, images: Images, *, precision: Precision, batch_size: int, flip: bool
+) -> dict[str, float]:
     device = images.x.device
     precision = choose_precision(device) if precision == "auto" else precision
     weight = next((p for p in model.parameters() if p.dim() == 4), None)
     last = weight is not None and weight.is_contiguous(memory_format=torch.channels_last)
     loss, right, right_flip = (torch.zeros((), device=device) for _ in range(3))
-    was_training = model.training
-    model.eval()
-    for x, y in zip(images.x.split(batch_size), images.y.split(batch_size), strict=True):
-        batch = _input(x, "channels_last" if last else "contiguous")
-        with _autocast(device, precision):
-            logits = model(batch).float()
-            mirrored = model(batch.flip(3)).float() if flip else logits
-        loss += F.cross_entropy(logits, y, reduction="sum")
-        right += (logits.argmax(1) == y).sum()
-        right_flip += ((logits + mirrored).argmax(1) == y).sum()
-    model.train(was_training)
+    with evaluating(model):
+        for x, y in zip(images.x.split(batch_size), images.y.split(batch_size), strict=True):
+            batch = _input(x, "channels_last" if last else "contiguous")
+            with autocast_in(device, precision):
+                logits = model(batch).float()
+                mirrored = model(batch.flip(3)).float() if flip else logits
+            loss += F.cross_entropy(logits, y, reduction="sum")
+            right += (logits.argmax(1) == y).sum()
+            right_flip += ((logits + mirrored).argmax(1) == y).sum()
     metrics = {"loss": loss.item() / len(images), "accuracy": right.item() / len(images)}
     return metrics | {"accuracy_flip": right_flip.item() / len(images)} if flip else metrics
 
@@ -621,6 +667,7 @@ def on_device(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _autocast(device: torch.device, precision: str) -> torch.autocast:
+def autocast_in(device: torch.device, precision: str) -> torch.autocast:
+    """A context in which activations have this precision."""
     dtype = None if precision == "fp32" else DTYPES[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

@@ -23,7 +23,7 @@ from basis.bench import Block
 from basis.complexity import _trace
 from basis.conv import BasisConv2d, ExplicitMode
 from basis.norm import couple, couple_in_place, couplings, uncouple, uncouple_in_place
-from basis.substitution import few
+from basis.text import few
 from basis.timing import BenchReport, Pass, Progress, Setting, layer_steps, tell
 
 KIND = "bench-modes"

@@ -16,7 +16,7 @@ from basis.runs import Record, Run
 from basis.statistics import Estimate
 from basis.studies.cost import load_benches
 from basis.studies.study import Label, Study, Verdict, accuracies, matched, spread, too_few
-from basis.substitution import few
+from basis.text import few
 from basis.training import Recipe
 
 BLOCKS = "layer?.*.conv?"  # the convolutions of the residual blocks: not the stem, nor the shortcuts

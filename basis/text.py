@@ -1,0 +1,17 @@
+"""How things are said in messages and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def few(items: Iterable[str], separator: str = ", ", limit: int = 4) -> str:
+    """The first items of a list, and how many more there are."""
+    items = list(items)
+    more = f"{separator}and {len(items) - limit} more" if len(items) > limit else ""
+    return separator.join(items[:limit]) + more
+
+
+def shown_name(name: str) -> str:
+    """The name of a layer as it is printed; the model itself has none."""
+    return name or "(the model itself)"

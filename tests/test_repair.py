@@ -1,0 +1,147 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from basis import Recalibration, recalibrate, substitute
+from basis.data import Images, synthetic
+from basis.figures import DARK
+
+
+class Net(nn.Module):
+    """Normalisation that is frozen, without affine, without momentum, without statistics, and never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.bare = nn.BatchNorm2d(8, affine=False, momentum=None)
+        self.drop = nn.Dropout(0.5)
+        self.flat = nn.BatchNorm1d(8)
+        self.batchwise = nn.BatchNorm1d(8, track_running_stats=False)
+        self.idle = nn.BatchNorm1d(4)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.conv(x)))
+        x = torch.relu(self.bare(self.second(x))).mean((2, 3))
+        return self.fc(self.batchwise(self.flat(self.drop(x))))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    model = Net()
+    model(torch.randn(32, 3, 6, 6))
+    model.norm.requires_grad_(False).eval()
+    model.idle.running_mean.fill_(3)
+    return model
+
+
+def test_statistics_become_the_plain_average_over_batches_and_nothing_else_changes(net):
+    batches = [torch.randn(10, 3, 6, 6) + i for i in range(3)]
+    before, flags = copy.deepcopy(net.state_dict()), [module.training for module in net.modules()]
+    with torch.no_grad():
+        maps = [net.conv(x) for x in batches]
+        means = [y.mean((0, 2, 3)) for y in maps]
+        variances = [y.var((0, 2, 3)) for y in maps]
+    result = recalibrate(net, iter(batches))
+    assert torch.allclose(net.norm.running_mean, torch.stack(means).mean(0), atol=1e-6)
+    assert torch.allclose(net.norm.running_var, torch.stack(variances).mean(0), atol=1e-6)
+    assert [module.training for module in net.modules()] == flags
+    assert (net.norm.momentum, net.bare.momentum) == (0.1, None)
+    after = net.state_dict()
+    kept = [name for name in after if torch.equal(after[name], before[name])]
+    statistics = {
+        f"{n}.{b}" for n in ("norm", "bare", "flat") for b in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    assert set(after) - set(kept) <= statistics
+    assert "norm.running_mean" not in kept
+    assert [norm.name for norm in result.norms] == ["norm", "bare", "flat"]
+    assert (result.batches, result.images) == (3, 30)
+    assert result.skipped == {"batchwise": "it has no running statistics", "idle": "it was never called"}
+    first = result.norms[0]
+    old = (before["norm.running_var"] + 1e-5).sqrt()
+    moved = (net.norm.running_mean - before["norm.running_mean"]) / old
+    assert first.mean == pytest.approx(moved.square().mean().sqrt().item(), rel=1e-4)
+    assert first.deviation == pytest.approx(
+        ((net.norm.running_var + 1e-5).sqrt() / old).log().mean().exp().item(), rel=1e-4
+    )
+    again = recalibrate(net, batches)
+    assert again.norms[0].mean == 0
+    assert again.norms[0].deviation == 1
+
+
+def test_a_small_last_batch_counts_for_no_more_than_its_images():
+    torch.manual_seed(0)
+    x = torch.randn(41, 2, 4, 4)
+    x[-1] += 100
+    model = nn.Sequential(nn.BatchNorm2d(2))
+    result = recalibrate(model, x.split(20))  # 20, 20, 1: the last is joined with the second
+    assert (result.batches, result.images) == (3, 41)
+    expected = torch.stack([part.mean((0, 2, 3)) for part in (x[:20], x[20:31], x[31:])]).mean(0)
+    assert torch.allclose(model[0].running_mean, expected, atol=1e-5)
+    assert recalibrate(model, [(x[:16], x[:16]), (x[16:24], x[16:24]), (x[24:], x[24:])]).batches == 3
+    recalibrate(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(32)), x.split(20))  # a single sample has no variance
+
+
+def test_through_the_basis_it_gives_the_same_statistics(net):
+    x = [torch.randn(16, 3, 6, 6) for _ in range(2)]
+    ordinary, through = (substitute(net, ratio=0.5, batch_norm=how) for how in ("ordinary", "through_basis"))
+    assert recalibrate(ordinary, x).norms[0].mean == pytest.approx(recalibrate(through, x).norms[0].mean, abs=1e-5)
+    for name, value in ordinary.state_dict().items():
+        assert torch.allclose(value, through.state_dict()[name], atol=1e-5)
+
+
+def test_images_and_data_are_taken():
+    data = synthetic(train=40, test=10, size=8)
+    models = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    recalibrate(models[0], data)
+    recalibrate(models[1], Images(data.train.x, data.train.y))
+    assert torch.equal(models[0][1].running_mean, models[1][1].running_mean)
+
+
+def test_without_batch_normalisation_the_result_says_so():
+    result = recalibrate(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)), [torch.randn(2, 3, 5, 5)])
+    assert result.norms == ()
+    assert "no batch normalisation with running statistics: nothing was changed" in str(result)
+    with pytest.raises(ValueError, match="nothing to draw"):
+        result.plot()
+
+
+def test_where_it_fails_the_old_statistics_are_back(net):
+    before = copy.deepcopy(net.state_dict())
+    good = torch.randn(4, 3, 6, 6)
+    for batches, words in (
+        ([], "calibration holds no samples"),
+        ([good, good * math.nan], "the statistics of norm, bare, flat are not finite"),
+        ([good, good[:, :2]], "cannot run on inputs of shape"),
+        ([good, "x"], "batch 1 of calibration is a str"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            recalibrate(net, batches)
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+        assert net.norm.momentum == 0.1
+        assert not net.norm.training
+
+
+def test_it_prints_draws_and_is_kept(net, tmp_path):
+    result = recalibrate(net, [torch.randn(8, 3, 6, 6)])
+    text = str(result)
+    assert text.startswith("statistics of 3 batch normalisations from 8 images in 1 batches")
+    assert "left alone (it was never called): idle" in text
+    result.save(tmp_path / "r.json")
+    assert Recalibration.load(tmp_path / "r.json") == result
+    assert len(result.plot(theme=DARK).axes) == 2
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"bad.json: this JSON is no recalibration of version 1"):
+        Recalibration.load(tmp_path / "bad.json")
+    (tmp_path / "part.json").write_text('{"basis_recalibration": 1, "norms": [{"name": "a"}]}')
+    with pytest.raises(ValueError, match="the recalibration is damaged"):
+        Recalibration.load(tmp_path / "part.json")
+    with pytest.raises(FileNotFoundError, match="there is no recalibration at"):
+        Recalibration.load(tmp_path / "none.json")

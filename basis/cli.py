@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 import time
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ from basis.runs import (
 )
 from basis.structured_bench import SHAPES, bench_structured, bench_structured_training, study_layers
 from basis.studies import STUDIES, find_study, status, valid_records
-from basis.substitution import substitute
+from basis.substitution import few, substitute
 from basis.sweep import bench_gpu, file_name
 from basis.timing import check_options, check_place
 from basis.training import DTYPES, TrainingError
@@ -146,6 +147,11 @@ def _parser() -> argparse.ArgumentParser:
         kind.add_argument("--seconds", type=float, metavar="S", help="no new round of a cell after this time")
         kind.add_argument("--out", type=Path, metavar="FILE", help="default: results/bench/KIND-DEVICE-....json")
         kind.set_defaults(command=_bench, kind=name)
+
+    zoo = commands.add_parser("zoo", help="try networks of torchvision and timm", description=_zoo.__doc__)
+    zoo.add_argument("--only", nargs="+", metavar="NAME", help="networks, such as timm/resnet10t (default: all)")
+    zoo.add_argument("--out", type=Path, metavar="FILE", help="default: results/zoo/networks.json")
+    zoo.set_defaults(command=_zoo)
 
     book = commands.add_parser("book", help="execute the notebooks and build the HTML book")
     book.add_argument("--profile", choices=PROFILES, help="records to show (default: each study's published one)")
@@ -297,6 +303,31 @@ def _bench_gpu(options: argparse.Namespace) -> int:
     setting = Setting(device=options.device, batch_size=4 if options.tiny else 1024, memory_format="channels_last")
     paths = bench_gpu(folder, setting=setting, time_limit=options.time_limit, tiny=options.tiny, progress=print)
     return 0 if paths else 1
+
+
+def _zoo(options: argparse.Namespace) -> int:
+    """Substitute, train a step, merge, fold, save and export networks that nobody here wrote, and compare.
+
+    May be stopped and repeated at will: networks that are in the file, with the same versions, are not done again.
+    """
+    from basis.vision import import_timm
+    from basis.zoo import NETWORKS, check_networks
+
+    try:
+        import_timm()
+    except ModuleNotFoundError as error:
+        raise ValueError(str(error)) from error
+    known = {str(network): network for network in NETWORKS}
+    for name in options.only or ():
+        if name not in known:
+            near = few(difflib.get_close_matches(name, known, n=3) or known)
+            raise ValueError(f"--only has {name!r}, but the networks are {near}")
+    path = options.out or results_folder() / "zoo" / "networks.json"
+    check_place(path)
+    report = check_networks([known[name] for name in options.only or known], path=path, progress=print)
+    print(report)
+    print(f"saved in {path}")
+    return 1 if report.failures() else 0
 
 
 def _book(options: argparse.Namespace) -> int:

@@ -33,6 +33,7 @@ __all__ = [
     "check_records",
     "find_study",
     "gather",
+    "is_done",
     "status",
     "valid_records",
 ]
@@ -75,6 +76,14 @@ def check_records(folder: Path | None = None) -> list[str]:
         elif record.id not in {run.id for run in STUDIES[study].runs(profile)} or path.stem != record.id:
             problems.append(f"{path} holds a run that the study {study!r} does not list (any more) for {profile!r}")
     return problems
+
+
+def is_done(path: Path, definition: str) -> bool:
+    """Whether there is a sound record that was made under that definition of its study."""
+    try:
+        return path.exists() and read_record(path).definition == definition
+    except RecordError:
+        return False
 
 
 def valid_records(study: Study, profile: str, folder: Path | None = None) -> list[Record]:

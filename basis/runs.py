@@ -235,8 +235,17 @@ def _unwritable(path: Path, error: OSError) -> Unwritable:
 def read_record(path: Path) -> Record:
     """One record; :class:`RecordError` says in one sentence what is wrong with a bad one."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read ({error.strerror})") from error
+    return parse_record(content, path)
+
+
+def parse_record(text: bytes, path: Path) -> Record:
+    """The record that a file holds; ``path`` is how a :class:`RecordError` calls it."""
+    try:
+        content = json.loads(text)
+    except ValueError as error:
         raise RecordError(f"{path} is not a JSON record ({error}); delete it to have its run done again") from error
     version = content.get("version") if isinstance(content, dict) else None
     if version != VERSION:
@@ -249,6 +258,9 @@ def read_record(path: Path) -> Record:
         raise RecordError(
             f"{path} holds {', '.join(strange)}, which no record has; delete it to have its run done again"
         )
+    wrong = [name for name in ("config", "result", "environment") if not isinstance(content[name], dict)]
+    if wrong:
+        raise RecordError(f"{path} holds no entries in {', '.join(wrong)}; delete it to have its run done again")
     if content["id"] != identity(content["config"]):
         raise RecordError(f"{path} was changed after it was written: its id does not fit its configuration")
     del content["version"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,17 +63,20 @@ def in_order(profile: str, studies: Sequence[str] = ()) -> list[Task]:
         ValueError: for an unknown study, or where there is nothing to do.
     """
     chosen = [find_study(name).name for name in studies] or list(STUDIES)
-    left = {name: _counted(STUDIES[name].runs(profile)) for name in chosen}
-    tails = [Leg(name) for name in (*LAST, *(name for name in STUDIES if name not in LAST))]
-    tasks = []
-    for leg in (*LEGS, *tails):
-        runs = left.get(leg.study, [])
-        taken = [(run, n) for run, n in runs if _belongs(run, n, leg)]
-        left[leg.study] = [pair for pair in runs if pair not in taken]
-        tasks += [Task(run, STUDIES[leg.study].definition) for run, _ in taken]
+    tasks = [task for _, found in by_leg(profile, chosen) for task in found]
     if not tasks:
         raise ValueError(f"no study of {', '.join(chosen)} has runs in the profile {profile!r}")
     return tasks
+
+
+def by_leg(profile: str, studies: Sequence[str]) -> Iterator[tuple[Leg, list[Task]]]:
+    """The legs with their runs, each run in the first leg that it belongs to."""
+    left = {name: _counted(STUDIES[name].runs(profile)) for name in studies}
+    tails = [Leg(name) for name in (*LAST, *(name for name in STUDIES if name not in LAST))]
+    for leg in (*LEGS, *tails):
+        runs = left.get(leg.study, [])
+        left[leg.study] = [(run, place) for run, place in runs if not _belongs(run, place, leg)]
+        yield leg, [Task(run, STUDIES[leg.study].definition) for run, place in runs if _belongs(run, place, leg)]
 
 
 def _counted(runs: Sequence[Run]) -> list[tuple[Run, int]]:

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import pytest
 
 from basis.campaign import in_order, missing
 from basis.executors import Order, Processes, Task
-from basis.runs import Choice, Ladder, Run, Unwritable, load_records
+from basis.runs import Choice, Ladder, Run
 from basis.studies import STUDIES
 from basis.training import Recipe
 

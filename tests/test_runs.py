@@ -285,6 +285,7 @@ def test_a_corrupted_record_and_a_foreign_file_stop_no_other_run(tmp_path, insta
     assert foreign.exists()
     assert sorted(problem.split()[0] for problem in check_records(tmp_path)) == sorted([str(path), str(foreign)])
 
+
 @pytest.mark.parametrize(
     ("command", "says"),
     [

@@ -34,6 +34,7 @@ from basis.address import DISTRIBUTION, Address, address
 from basis.figures import CAPTION_KEY, FIGURE_KEY, HEADLINE, table
 from basis.studies import CLAIMS, STUDIES, Study, Verdict, status, valid_records
 from basis.studies.cost import load_benches
+from basis.studies.hours import KINDS
 
 SCALES = {"smoke": "on synthetic images", "cpu": "at CPU scale", "colab": "at Colab scale"}  # said with a verdict
 COMMANDS = """\
@@ -207,6 +208,12 @@ def human_time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+def human_times(seconds: Mapping[str, float]) -> str:
+    """Durations by kind of device, which are told apart where there are two, and never added up."""
+    both = len(seconds) > 1
+    return ", ".join(human_time(value) + f" {KINDS.get(kind, kind)}" * both for kind, value in sorted(seconds.items()))
+
+
 def duration_class(seconds: float) -> str:
     """A duration so coarse that building twice gives the same page."""
     limits = {60: "under 1 min", 180: "1 to 3 min", 600: "3 to 10 min"}
@@ -230,7 +237,7 @@ def status_rows(study: str | None = None) -> list[tuple[str, str, str, str, str]
                     str(row["study"]),
                     str(row["profile"]),
                     f"{done} of {total}",
-                    human_time(float(row["seconds"])) if done else "not measured yet",
+                    human_times(row["seconds"]) if done else "not measured yet",
                     str(row["device"] or "") if done else "–",
                 )
             )

@@ -23,8 +23,8 @@ import nbformat
 
 from basis import gates, runs
 from basis.address import address
-from basis.derived import sync
-from basis.pages import Notebook, assemble_page, fragments, page_facts, study_of
+from basis.derived import block, sync
+from basis.pages import Notebook, assemble_page, fragments, page_facts, readme_claims, study_of, verdicts
 from basis.studies import STUDIES, check_records
 
 
@@ -138,6 +138,11 @@ def build(
     generated.mkdir(exist_ok=True)
     for name, text in fragments(pages, profile).items():
         (generated / name).write_text(text + "\n", encoding="utf-8")
+
+    if profile is None:
+        shown = block((root / "README.md").read_text(encoding="utf-8"), "claims") or ""
+        if shown.strip() != readme_claims(verdicts()).strip():
+            problems.append("README.md's claims are not what the records say; `basis sync` rewrites them")
 
     say("rendering the pages")
     html = root / "book" / "_build" / "html"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from basis.bench import (
     NORMS,
@@ -26,24 +24,16 @@ from basis.bench import (
     bench_layers,
     bench_training,
 )
+from basis.cli_campaign import add_commands, device, duration
 from basis.conv import MODES
 from basis.data import DataError
 from basis.inference import bench_inference
 from basis.models import build
 from basis.rivals import CANDIDATES, USUAL, bench_rivals
 from basis.roofline import measure_machine, with_machine
-from basis.runs import (
-    PROFILES,
-    RecordError,
-    parse_duration,
-    repository_root,
-    results_folder,
-    start_workers,
-    work,
-)
+from basis.runs import PROFILES, RecordError, repository_root, results_folder
 from basis.structured_bench import SHAPES, bench_structured, bench_structured_training, study_layers
-from basis.studies import STUDIES, find_study, status, valid_records
-from basis.substitution import substitute
+from basis.substitution import few, substitute
 from basis.sweep import bench_gpu, file_name
 from basis.timing import check_options, check_place
 from basis.training import DTYPES, TrainingError
@@ -59,8 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, DataError, RecordError, TrainingError) as error:
         print(f"basis: {error}", file=sys.stderr)
         return 2
-    except ModuleNotFoundError as error:  # the book's tools are an extra
-        print(f"basis: {error.name} is not installed; `pip install -e '.[book]'` adds it", file=sys.stderr)
+    except ModuleNotFoundError as error:  # the book's tools and Ray are extras
+        extra = "ray" if error.name == "ray" else "book"
+        print(f"basis: {error.name} is not installed; `pip install -e '.[{extra}]'` adds it", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("basis: interrupted; finished runs are kept", file=sys.stderr)
@@ -71,19 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="basis", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="do the missing runs of a study", description=_run.__doc__)
-    run.add_argument("study", help=f"one of: {', '.join(STUDIES)}")
-    run.add_argument("--profile", default="smoke", choices=PROFILES, help="how large (default: smoke)")
-    run.add_argument("--time-limit", type=_duration, metavar="TIME", help="stop cleanly after 90s, 9m, 1h30m")
-    run.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time (default: 1)")
-    run.add_argument("--results", type=Path, metavar="DIR", help="where records go (default: results)")
-    run.add_argument("--device", type=_device, metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: the GPU if any)")
-    run.add_argument("--quiet", action="store_true", help="no progress bars")
-    run.set_defaults(command=_run)
-
-    state = commands.add_parser("status", help="which runs are done and which are missing")
-    state.add_argument("--results", type=Path, metavar="DIR")
-    state.set_defaults(command=_status)
+    add_commands(commands)
 
     bench = commands.add_parser("bench", help="measure speed against dense layers and networks")
     kinds = bench.add_subparsers(required=True, metavar="KIND")
@@ -118,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         kind.add_argument("--profile", default="cpu", choices=PROFILES, help="whose layers (default: cpu)")
     trainings.epilog = "A layer may have a stem of its own width, such as shuffle:1@8 or dense@8."
     for kind in (latency, training, modes, inference, trainings):
-        usual_model = "wrn-10-2" if kind is trainings else "resnet18"
+        usual_model = "wrn-10-1" if kind is trainings else "resnet18"
         kind.add_argument("--model", default=usual_model, help="a network of basis.models")
         kind.add_argument("--width", type=int, help="its width (default: the published one)")
     training.add_argument("--modes", nargs="+", default=["auto"], choices=MODES)
@@ -128,17 +107,17 @@ def _parser() -> argparse.ArgumentParser:
     for kind, usual in ((block, NORMS), (training, ["ordinary"])):
         kind.add_argument("--norms", nargs="+", default=usual, choices=NORMS, help="batch normalisation")
     gpu = kinds.add_parser("gpu", help="all of it on a GPU, in one go", description=bench_gpu.__doc__)
-    gpu.add_argument("--time-limit", type=_duration, default=480, metavar="TIME", help="default: 8m")
+    gpu.add_argument("--time-limit", type=duration, default=480, metavar="TIME", help="default: 8m")
     gpu.add_argument("--tiny", action="store_true", help="tiny shapes, to see that it runs (also on a CPU)")
     gpu.add_argument("--folder", type=Path, metavar="DIR", help="default: results/bench, with --tiny in it tiny")
-    gpu.add_argument("--device", type=_device, metavar="DEVICE", help="default: the GPU if there is one")
+    gpu.add_argument("--device", type=device, metavar="DEVICE", help="default: the GPU if there is one")
     gpu.set_defaults(command=_bench_gpu)
     named = {"layer": layer, "block": block, "rivals": rivals, "latency": latency, "train": training}
     for kind in (*named.values(), inference):
         kind.add_argument("--ratios", nargs="+", type=float, default=RATIOS, metavar="R")
     named |= {"modes": modes, "inference": inference, "structured": structured, "structured-train": trainings}
     for name, kind in named.items():
-        kind.add_argument("--device", type=_device, metavar="DEVICE", help="default: the GPU if there is one")
+        kind.add_argument("--device", type=device, metavar="DEVICE", help="default: the GPU if there is one")
         kind.add_argument("--precision", default="auto", choices=("auto", *DTYPES))
         kind.add_argument("--memory-format", default="auto", choices=("auto", "channels_last", "contiguous"))
         kind.add_argument("--batch-size", type=int, default=64, metavar="N")
@@ -146,6 +125,11 @@ def _parser() -> argparse.ArgumentParser:
         kind.add_argument("--seconds", type=float, metavar="S", help="no new round of a cell after this time")
         kind.add_argument("--out", type=Path, metavar="FILE", help="default: results/bench/KIND-DEVICE-....json")
         kind.set_defaults(command=_bench, kind=name)
+
+    zoo = commands.add_parser("zoo", help="try networks of torchvision and timm", description=_zoo.__doc__)
+    zoo.add_argument("--only", nargs="+", metavar="NAME", help="networks, such as timm/resnet10t (default: all)")
+    zoo.add_argument("--out", type=Path, metavar="FILE", help="default: results/zoo/networks.json")
+    zoo.set_defaults(command=_zoo)
 
     book = commands.add_parser("book", help="execute the notebooks and build the HTML book")
     book.add_argument("--profile", choices=PROFILES, help="records to show (default: each study's published one)")
@@ -155,74 +139,6 @@ def _parser() -> argparse.ArgumentParser:
     derived = commands.add_parser("sync", help="renew the README, citation and notebook cells made from elsewhere")
     derived.set_defaults(command=_sync)
     return parser
-
-
-def _duration(text: str) -> float:
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _device(text: str) -> str:
-    gpus = torch.cuda.device_count()
-    try:
-        device = torch.device(text)
-        here = device.type != "cuda" or (device.index or 0) < gpus
-    except RuntimeError:
-        here = False
-    if not here:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no device of this machine, which has a CPU (cpu) and {gpus} GPUs"
-        )
-    return text
-
-
-def _run(options: argparse.Namespace) -> int:
-    """Do the missing runs of a study, the most valuable first. May be stopped and repeated at will."""
-    study = find_study(options.study)
-    runs = study.runs(options.profile)
-    if not runs:
-        raise ValueError(f"the study {study.name!r} has no runs in the profile {options.profile!r}")
-    if options.jobs < 1:
-        raise ValueError(f"--jobs is {options.jobs}, but it must be at least 1")
-    folder = options.results or results_folder()
-    began = time.monotonic()
-    failed = 0
-    if options.jobs > 1:
-        workers = start_workers(_worker_arguments(options), options.jobs)
-        failed = sum(worker.wait() != 0 for worker in workers)
-    else:
-        deadline = None if options.time_limit is None else began + options.time_limit
-        for step in work(
-            runs, study.definition, folder=folder, device=options.device, deadline=deadline,
-            progress=not options.quiet,
-        ):  # fmt: skip
-            failed += step.outcome == "failed"
-            print(f"{step.run.arm} seed {step.run.seed}: {step.outcome} in {step.seconds:.0f} s, {step.message}")
-    done = {record.id for record in valid_records(study, options.profile, folder)}
-    missing = sum(run.id not in done for run in runs)
-    if not options.quiet:
-        again = f"; `basis run {study.name} --profile {options.profile}` goes on" if missing else ""
-        print(f"{len(runs) - missing} of {len(runs)} runs done{again}")
-    return 1 if failed else 0
-
-
-def _worker_arguments(options: argparse.Namespace) -> list[str]:
-    arguments = [options.study, "--profile", options.profile]
-    if options.time_limit is not None:
-        arguments += ["--time-limit", f"{options.time_limit:.0f}s"]
-    if options.results:
-        arguments += ["--results", str(options.results)]
-    if options.device:
-        arguments += ["--device", options.device]
-    return arguments
-
-
-def _status(options: argparse.Namespace) -> int:
-    table = status(options.results)
-    print(table.to_string(index=False, formatters={"seconds": "{:.0f}".format}))
-    return 0
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -299,6 +215,31 @@ def _bench_gpu(options: argparse.Namespace) -> int:
     return 0 if paths else 1
 
 
+def _zoo(options: argparse.Namespace) -> int:
+    """Substitute, train a step, merge, fold, save and export networks that nobody here wrote, and compare.
+
+    May be stopped and repeated at will: networks that are in the file, with the same versions, are not done again.
+    """
+    from basis.vision import import_timm
+    from basis.zoo import NETWORKS, check_networks
+
+    try:
+        import_timm()
+    except ModuleNotFoundError as error:
+        raise ValueError(str(error)) from error
+    known = {str(network): network for network in NETWORKS}
+    for name in options.only or ():
+        if name not in known:
+            near = few(difflib.get_close_matches(name, known, n=3) or known)
+            raise ValueError(f"--only has {name!r}, but the networks are {near}")
+    path = options.out or results_folder() / "zoo" / "networks.json"
+    check_place(path)
+    report = check_networks([known[name] for name in options.only or known], path=path, progress=print)
+    print(report)
+    print(f"saved in {path}")
+    return 1 if report.failures() else 0
+
+
 def _book(options: argparse.Namespace) -> int:
     from basis.book import BookError, build  # needs the extra "book"
 
@@ -313,11 +254,12 @@ def _book(options: argparse.Namespace) -> int:
 
 def _sync(options: argparse.Namespace) -> int:
     from basis.derived import sync
+    from basis.pages import readme_claims, verdicts
 
     root = repository_root()
     if root is None:
         raise ValueError("there is no checkout here whose files could be renewed")
-    for changed in sync(root):
+    for changed in sync(root, claims=readme_claims(verdicts())):
         print(changed)
     return 0
 

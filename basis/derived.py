@@ -1,7 +1,7 @@
 """Files that repeat the repository's address or the output of code, and how they are kept true.
 
-`sync` writes the setup cell of every notebook, the links, the example and the headline figure of
-README.md, and the lines of CITATION.cff. With `check=True` it changes nothing and says what is out of date.
+`sync` writes the setup cell of every notebook, the links, the example, the claims and the headline figure
+of README.md, and the lines of CITATION.cff. With `check=True` it changes nothing and says what is out of date.
 """
 
 from __future__ import annotations
@@ -100,9 +100,11 @@ def example_output(readme: str, root: Path) -> str:
     return done.stdout.rstrip()
 
 
-def readme(text: str, address: Address, *, output: str | None = None) -> str:
-    """README.md as it should be; `output` is what its example prints, left as it is when None."""
+def readme(text: str, address: Address, *, output: str | None = None, claims: str | None = None) -> str:
+    """README.md as it should be; what is None is left as it is. `output` is what its example prints."""
     text = _replace_block(text, "links", readme_links(address))
+    if claims is not None:
+        text = _replace_block(text, "claims", claims)
     if output is not None:
         code = (block(text, "example") or "").split("```text")[0].rstrip()
         text = _replace_block(text, "example", f"{code}\n\n```text\n{output}\n```")
@@ -124,10 +126,11 @@ def notebook_text(text: str, address: Address) -> str:
     return str(nbformat.writes(notebook)) + "\n"
 
 
-def sync(root: Path, *, check: bool = False, example: bool = True) -> list[str]:
+def sync(root: Path, *, check: bool = False, example: bool = True, claims: str | None = None) -> list[str]:
     """Bring every derived file up to date and say which were not; with `check` change nothing.
 
-    `example=False` leaves out the README's example, which has to be run to be compared.
+    `example=False` leaves out the README's example, which has to be run to be compared; its claims are left out
+    unless given (:func:`basis.pages.readme_claims`).
     """
     pyproject = (root / "pyproject.toml").read_text(encoding="utf-8")
     address = parse_source(source_url(pyproject))
@@ -138,7 +141,7 @@ def sync(root: Path, *, check: bool = False, example: bool = True) -> list[str]:
     problems = []
     for path, text in before.items():
         if path.name == "README.md":
-            wanted = readme(text, address, output=example_output(text, root) if example else None)
+            wanted = readme(text, address, output=example_output(text, root) if example else None, claims=claims)
         elif path.name == "CITATION.cff":
             wanted = citation(text, address, version)
         else:

@@ -31,7 +31,7 @@ from basis.convlike import ConvLike, is_channels_last
 from basis.files import replacing
 from basis.models import build
 from basis.norm import copy_of, uncouple_in_place
-from basis.pairs import norm_pairs
+from basis.pairs import afterwards, norm_pairs
 from basis.structured import StructuredConv2d
 from basis.substitution import _HOOKS, _replace, substitute
 from basis.text import few
@@ -47,7 +47,8 @@ def fold(model: nn.Module, *, factorized: Iterable[str] = (), strict: bool = Fal
     the pair ``nn.Sequential(nn.Conv2d(C_in, k, ...), nn.Conv2d(k, C_out, 1))`` of B and M = [I; A], rows in the order
     of the output channels. The ``nn.BatchNorm2d`` that directly follows a convolution, of any kind, goes
     into the weight and bias of that convolution (of the second one in a pair) and ``nn.Identity`` takes its
-    place; :func:`norms_left` says which ones stay, and why. Computed in float64 on the CPU and rounded once.
+    place, or, of timm's ``BatchNormAct2d``, its activation; :func:`norms_left` says which ones stay, and why.
+    Computed in float64 on the CPU and rounded once.
 
     The copy is in evaluation mode and no parameter of it takes gradients. Device, dtype, memory format and
     hooks are kept. The new convolutions have parameters of their own, also where those of the model were
@@ -77,7 +78,9 @@ def fold(model: nn.Module, *, factorized: Iterable[str] = (), strict: bool = Fal
             plain = _plain(layer, source.get_submodule(name), norm, pair=layer in pairs)
             new[layer] = _with_hooks(layer, plain)
     for name in norms.values():
-        new[folded.get_submodule(name)] = nn.Identity()
+        norm = folded.get_submodule(name)
+        parts = [part for part in afterwards(norm) or () if type(part) is not nn.Identity]
+        new[norm] = parts[0] if len(parts) == 1 else nn.Sequential(*parts) if parts else nn.Identity()
     return _replace(folded, new).eval().requires_grad_(False)
 
 

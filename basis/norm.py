@@ -45,7 +45,7 @@ from torch import Tensor, nn
 
 from basis.conv import BasisConv2d
 from basis.convlike import autocast_device
-from basis.pairs import Pairs, norm_pairs
+from basis.pairs import Pairs, afterwards, norm_pairs
 
 # -- the four passes over whole maps ---------------------------------------------------------------
 #
@@ -305,6 +305,7 @@ class BasisBatchNorm2d(nn.BatchNorm2d):
     Z alone it gives what the batch normalisation gave; :func:`activate` has it take residual and ReLU as well.
     """
 
+    _kind: type[nn.BatchNorm2d]  # what it was before
     _conv: BasisConv2d  # whose basis channels come in; not a submodule: it stands elsewhere in the model
 
     @property
@@ -394,6 +395,14 @@ class BasisBatchNorm2d(nn.BatchNorm2d):
         return _added(out, residual, relu)
 
 
+class BasisBatchNormAct2d(BasisBatchNorm2d):
+    """A :class:`BasisBatchNorm2d` that goes on with the dropout and activation of timm's ``BatchNormAct2d``."""
+
+    def forward(self, z: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
+        """:meth:`BasisBatchNorm2d.forward`; residual and ReLU come after its own activation."""
+        return _added(self.act(self.drop(super().forward(z))), residual, relu)
+
+
 def _added(out: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     out = out if residual is None else out + residual
     return torch.relu(out) if relu else out
@@ -415,7 +424,18 @@ def activate(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tens
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy, also of modules that keep computed tensors (pruning, the older weight_norm)."""
+    """A deep copy, also of modules that keep computed tensors (pruning, the older weight_norm).
+
+    Raises ``ValueError`` for a model that is, or has within it, a ``DistributedDataParallel``: that would go on
+    sending the gradients of the parameters that it was given, and no others, between the processes.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            what = f"its layer {name}" if name else "the model"
+            raise ValueError(
+                f"{what} is wrapped in DistributedDataParallel, which knows only the parameters that it was given; "
+                "change what it wraps, its .module, and wrap the result"
+            )
     computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
     return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
 
@@ -454,7 +474,7 @@ def _obstacle(layer: BasisConv2d, norm: nn.Module) -> str | None:
         return f"its channels are mixed in {layer.coefficients.groups} groups, not all with all"
     if "forward" in vars(layer) or type(layer).forward is not BasisConv2d.forward:
         return f"it is a {type(layer).__name__} with a forward of its own"
-    if "forward" in vars(norm) or type(norm) is not nn.BatchNorm2d:
+    if "forward" in vars(norm) or not (type(norm) is nn.BatchNorm2d or afterwards(norm)):
         return f"its batch normalisation is a {type(norm).__name__} of its own kind"
     return None
 
@@ -489,7 +509,8 @@ def couple_in_place(model: nn.Module, layers: Iterable[str] | None = None) -> nn
         norm = model.get_submodule(found.norms[name])
         conv.mixed_later = True
         # The very module, with its parameters, buffers, hooks and flags; only its forward pass is another.
-        object.__setattr__(norm, "__class__", BasisBatchNorm2d)
+        object.__setattr__(norm, "_kind", type(norm))
+        object.__setattr__(norm, "__class__", BasisBatchNormAct2d if afterwards(norm) else BasisBatchNorm2d)
         object.__setattr__(norm, "_conv", conv)
     return model
 
@@ -504,8 +525,9 @@ def uncouple_in_place(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, BasisBatchNorm2d):
             module._conv.mixed_later = False
+            object.__setattr__(module, "__class__", module._kind)
             object.__delattr__(module, "_conv")
-            object.__setattr__(module, "__class__", nn.BatchNorm2d)
+            object.__delattr__(module, "_kind")
         elif isinstance(module, BasisConv2d):  # also where something else has taken the place of its normalisation
             module.mixed_later = False
     return model

@@ -29,11 +29,12 @@ from typing import Any
 import nbformat
 from nbformat.v4 import new_markdown_cell
 
-from basis import gates, runs
+from basis import gates, headline, runs
 from basis.address import DISTRIBUTION, Address, address
 from basis.figures import CAPTION_KEY, FIGURE_KEY, HEADLINE, table
 from basis.studies import CLAIMS, STUDIES, Study, Verdict, status, valid_records
 from basis.studies.cost import load_benches
+from basis.studies.hours import KINDS
 
 SCALES = {"smoke": "on synthetic images", "cpu": "at CPU scale", "colab": "at Colab scale"}  # said with a verdict
 COMMANDS = """\
@@ -207,6 +208,12 @@ def human_time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+def human_times(seconds: Mapping[str, float]) -> str:
+    """Durations by kind of device, which are told apart where there are two, and never added up."""
+    both = len(seconds) > 1
+    return ", ".join(human_time(value) + f" {KINDS.get(kind, kind)}" * both for kind, value in sorted(seconds.items()))
+
+
 def duration_class(seconds: float) -> str:
     """A duration so coarse that building twice gives the same page."""
     limits = {60: "under 1 min", 180: "1 to 3 min", 600: "3 to 10 min"}
@@ -230,7 +237,7 @@ def status_rows(study: str | None = None) -> list[tuple[str, str, str, str, str]
                     str(row["study"]),
                     str(row["profile"]),
                     f"{done} of {total}",
-                    human_time(float(row["seconds"])) if done else "not measured yet",
+                    human_times(row["seconds"]) if done else "not measured yet",
                     str(row["device"] or "") if done else "–",
                 )
             )
@@ -307,6 +314,17 @@ def claims_table(found: Mapping[str, Sequence[tuple[Study, Verdict]]], chapters:
     return ":::{div} basis-claims\n" + table(("", "Claim", "What we found", "Verdict"), rows) + "\n:::\n"
 
 
+def readme_claims(found: Mapping[str, Sequence[tuple[Study, Verdict]]]) -> str:
+    """The claims table of README.md: what was claimed, what we found, the verdict, and where it is shown."""
+    rows = []
+    for claim, sentence in CLAIMS.items():
+        for study, verdict in found.get(claim, ()):
+            where = f"[{verdict.label}]({address().pages.rstrip('/')}/notebooks/{study.chapter}.html)"
+            scale = SCALES.get(verdict.profile, "") if verdict.label != "not tested" else ""
+            rows.append((claim, sentence, _sentence(verdict.finding), f"**{where}** {scale}".strip()))
+    return table(("", "Claim", "What we found", "Verdict"), rows)
+
+
 def _sentence(text: str) -> str:
     """A finding as a sentence of its own."""
     return text[:1].upper() + text[1:].rstrip(".") + "."
@@ -325,7 +343,10 @@ def fragments(pages: Mapping[str, Notebook], profile: str | None = None) -> dict
     """Everything that the Markdown pages include: file name -> text."""
     found, here, states = verdicts(profile), address(), status_rows()
     about = {stem: page.metadata.basis for stem, page in sorted(pages.items())}
-    headline = next((f for page in about.values() for f in page.figures if f.name == HEADLINE), None)
+    drawn = next((f for page in about.values() for f in page.figures if f.name == HEADLINE), None)
+    source = STUDIES["selection"]
+    shown = profile or source.published
+    brief = headline.collect(valid_records(source, shown), shown)
     times = [(f"{{doc}}`/notebooks/{stem}`", page.time, machine()) for stem, page in about.items()]
     rules = [f"{study.title} ({', '.join(study.claims)})\n: {study.rule}\n" for study in STUDIES.values()]
     tested = [claim for claim, items in found.items() if any(v.label != "not tested" for _, v in items)]
@@ -345,7 +366,8 @@ def fragments(pages: Mapping[str, Notebook], profile: str | None = None) -> dict
         "chapters.md": chapters_list(pages),
         "bibtex.md": BIBTEX.format(version=numbers["version"], url=here.pages, commit=numbers["commit"]),
         "clone.md": f"```bash\ngit clone {here.repository}\ncd {here.name}\n{COMMANDS}\n```\n",
-        "headline.md": figure_directive(headline, folder="figures", label="fig-front") if headline else undrawn,
+        "headline.md": figure_directive(drawn, folder="figures", label="fig-front") if drawn else undrawn,
+        "minute.md": headline.in_a_minute(brief),
         "rules.md": "\n".join(rules),
         "status.md": table(("Study", "Profile", "Runs", "Time", "Hardware"), states),
         "times.md": table(("Chapter", "Time to execute", "Machine"), times),

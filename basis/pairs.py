@@ -40,7 +40,7 @@ def norm_pairs(model: nn.Module, *, both_modes: bool = False) -> Pairs:
     """The pairs of a convolution (dense, basis or structured) and the ``nn.BatchNorm2d`` that directly follows it.
 
     Both are named as in ``model.named_modules()``. A subclass of ``nn.BatchNorm2d`` with a forward pass of
-    its own makes no pair.
+    its own makes no pair, but for the one that :func:`afterwards` knows.
 
     Args:
         both_modes: name those that are pairs in training and in evaluation, or in one of the two where the
@@ -71,7 +71,7 @@ def norm_pairs(model: nn.Module, *, both_modes: bool = False) -> Pairs:
         norm = next(iter(after)) if len(after) == 1 else None
         if not after:
             alone[name] = "it is never called"
-        elif not isinstance(norm, nn.BatchNorm2d) or type(norm).forward is not nn.BatchNorm2d.forward:
+        elif norm is None or afterwards(norm) is None:
             alone[name] = "its output does not go into one nn.BatchNorm2d and nowhere else"
         elif module in read or norm in read:
             alone[name] = "its parameters, or those of its batch normalisation, are used elsewhere too"
@@ -80,6 +80,21 @@ def norm_pairs(model: nn.Module, *, both_modes: bool = False) -> Pairs:
         else:
             norms[name] = name_of[norm]
     return Pairs(norms, alone)
+
+
+def afterwards(norm: nn.Module) -> tuple[nn.Module, ...] | None:
+    """What a batch normalisation does with its result: nothing, or, as timm's ``BatchNormAct2d``, drop and act.
+
+    None where it is none, or has a forward pass that is not known here.
+    """
+    kind = type(norm)
+    if not isinstance(norm, nn.BatchNorm2d):
+        return None
+    if kind.forward is nn.BatchNorm2d.forward:
+        return ()
+    if kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm."):
+        return (norm.drop, norm.act)  # type: ignore[return-value]
+    return None
 
 
 def _graphs(model: nn.Module, modes: Iterable[bool | None]) -> list[fx.Graph]:

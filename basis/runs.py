@@ -18,7 +18,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -44,6 +43,8 @@ from basis.training import Recipe, Result, TrainingError, TrainingPaused, choose
 
 VERSION = 1
 PROFILES = ("smoke", "cpu", "colab", "paper")
+# The kind of device that a profile's records come from, so that CPUs and GPUs are never mixed; "smoke" takes any.
+DEVICES: Mapping[str, str] = {"cpu": "cpu", "colab": "cuda", "paper": "cuda"}
 
 
 class TableMissing(RuntimeError):
@@ -52,6 +53,10 @@ class TableMissing(RuntimeError):
 
 class RecordError(RuntimeError):
     """A record that cannot be read, written or trusted; the message says why and what would be right."""
+
+
+class Unwritable(RecordError):
+    """The folder of the records cannot be written, as on a full disk, so that no run could be kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,8 +225,8 @@ def write_json(path: Path, value: object) -> None:
         raise _unwritable(path, error) from error
 
 
-def _unwritable(path: Path, error: OSError) -> RecordError:
-    return RecordError(
+def _unwritable(path: Path, error: OSError) -> Unwritable:
+    return Unwritable(
         f"{path} could not be written ({error.strerror}); make room there and run the command again: "
         "finished runs are kept and the rest goes on from its checkpoints"
     )
@@ -230,8 +235,17 @@ def _unwritable(path: Path, error: OSError) -> RecordError:
 def read_record(path: Path) -> Record:
     """One record; :class:`RecordError` says in one sentence what is wrong with a bad one."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read ({error.strerror})") from error
+    return parse_record(content, path)
+
+
+def parse_record(text: bytes, path: Path) -> Record:
+    """The record that a file holds; ``path`` is how a :class:`RecordError` calls it."""
+    try:
+        content = json.loads(text)
+    except ValueError as error:
         raise RecordError(f"{path} is not a JSON record ({error}); delete it to have its run done again") from error
     version = content.get("version") if isinstance(content, dict) else None
     if version != VERSION:
@@ -244,6 +258,9 @@ def read_record(path: Path) -> Record:
         raise RecordError(
             f"{path} holds {', '.join(strange)}, which no record has; delete it to have its run done again"
         )
+    wrong = [name for name in ("config", "result", "environment") if not isinstance(content[name], dict)]
+    if wrong:
+        raise RecordError(f"{path} holds no entries in {', '.join(wrong)}; delete it to have its run done again")
     if content["id"] != identity(content["config"]):
         raise RecordError(f"{path} was changed after it was written: its id does not fit its configuration")
     del content["version"]
@@ -526,7 +543,7 @@ def climb(
 
 @dataclass(frozen=True)
 class Progress:
-    """What :func:`work` yields after each run it has dealt with."""
+    """What became of a run that was begun."""
 
     run: Run
     outcome: str  # "done", "paused" or "failed"
@@ -543,18 +560,14 @@ def work(
     deadline: float | None = None,
     progress: bool = False,
 ) -> Iterator[Progress]:
-    """Do the missing runs in the order given, until all are done or ``deadline`` has come.
+    """Do the missing runs of one study in the order given, until all are done or ``deadline`` has come.
 
-    The deadline is a ``time.monotonic()``. No run is begun after it; one under way stops at the end
-    of its epoch, leaving a checkpoint. A run that another process holds is left to it. A run that fails is
-    reported and the next one is begun. A run whose record was made under another ``definition`` of its
-    study is done again.
+    The deadline is a ``time.monotonic()``. No run is begun after it; see :func:`attempt` for the rest.
 
     Raises:
-        RecordError: where nothing can be written, or a record cannot be read.
+        Unwritable: where nothing can be written.
         DataError: where the data cannot be had.
     """
-    folder, place = folder or results_folder(), choose_device(device)
 
     def late() -> bool:
         return deadline is not None and time.monotonic() >= deadline
@@ -562,42 +575,86 @@ def work(
     for run in runs:
         if late():
             return
-        path = record_path(folder, run)
-        lock = filelock.FileLock(path.with_suffix(".lock"))
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire(blocking=False)
-        except filelock.Timeout:
-            continue
-        except OSError as error:
-            raise _unwritable(path.parent, error) from error
-        checkpoint = checkpoint_path(folder, run, place)
-        began = time.monotonic()
-        try:
-            if path.exists() and read_record(path).definition == definition:
-                continue
-            _remove_leftovers(path, checkpoint)
-            bar = f"{run.arm}, seed {run.seed}" if progress else False
-            result = execute(run, device=place, folder=folder, checkpoint=checkpoint, should_stop=late, progress=bar)
-            record = Record(run.id, run.config, result, environment(place), definition)
-            write_json(path, {"version": VERSION, **asdict(record)})
-            for file in checkpoint.parent.glob(f"{checkpoint.stem}*"):
-                file.unlink(missing_ok=True)
-            held = "validation" if result["test"] is None else "test"
-            outcome, message = "done", f"{held} accuracy {result[held]['accuracy']:.2%}"
-        except (TrainingPaused, TableMissing) as pause:
-            outcome, message = "paused", str(pause)
-        except (DataError, RecordError):
-            raise  # the other runs would fail in the same way
-        except OSError as error:
-            raise _unwritable(path.parent, error) from error
-        except (RuntimeError, ValueError) as error:
-            outcome, message = "failed", f"{type(error).__name__}: {error}"
-        finally:
-            lock.release()
-            if path.exists():
-                path.with_suffix(".lock").unlink(missing_ok=True)
-        yield Progress(run, outcome, message, time.monotonic() - began)
+        step = attempt(run, definition, folder=folder, device=device, should_stop=late, progress=progress)
+        if step is not None:
+            yield step
+
+
+def attempt(
+    run: Run,
+    definition: str,
+    *,
+    folder: Path | None = None,
+    device: str | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    progress: bool = False,
+    jobs: int = 1,
+) -> Progress | None:
+    """Do ``run``, unless it has its record or another process holds it: then None.
+
+    A run under way stops at the end of its epoch when ``should_stop`` says so, leaving a checkpoint. One that
+    fails is reported, as is one whose record is there and cannot be read. A record made under another
+    ``definition`` of its study is replaced. ``jobs``, how many processes share the device, is noted in the record.
+
+    Raises:
+        Unwritable: where nothing can be written.
+        DataError: where the data cannot be had.
+    """
+    folder, place = folder or results_folder(), device_for(run.profile, device)
+    path = record_path(folder, run)
+    lock = filelock.FileLock(path.with_suffix(".lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        return None
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
+    checkpoint = checkpoint_path(folder, run, place)
+    began = time.monotonic()
+    try:
+        if path.exists() and read_record(path).definition == definition:
+            return None
+        _remove_leftovers(path, checkpoint)
+        bar = f"{run.arm}, seed {run.seed}" if progress else False
+        result = execute(run, device=place, folder=folder, checkpoint=checkpoint, should_stop=should_stop, progress=bar)
+        record = Record(run.id, run.config, result, environment(place) | {"jobs": jobs}, definition)
+        write_json(path, {"version": VERSION, **asdict(record)})
+        for file in checkpoint.parent.glob(f"{checkpoint.stem}*"):
+            file.unlink(missing_ok=True)
+        held = "validation" if result["test"] is None else "test"
+        outcome, message = "done", f"{held} accuracy {result[held]['accuracy']:.2%}"
+    except (TrainingPaused, TableMissing) as pause:
+        outcome, message = "paused", str(pause)
+    except (DataError, Unwritable):
+        raise  # the other runs would fail in the same way
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
+    except RecordError as error:
+        outcome, message = "failed", str(error)
+    except (RuntimeError, ValueError) as error:
+        outcome, message = "failed", f"{type(error).__name__}: {error}"
+    finally:
+        if path.exists():
+            path.with_suffix(".lock").unlink(missing_ok=True)  # while it is held: nobody else can hold it then
+        lock.release()
+    return Progress(run, outcome, message, time.monotonic() - began)
+
+
+def device_for(profile: str, name: str | None = None) -> torch.device:
+    """The named device, or the one that records of ``profile`` are made on.
+
+    Raises:
+        ValueError: for a device of another kind; comparing its times would compare machines.
+    """
+    kind = DEVICES.get(profile)
+    device = torch.device("cpu") if name is None and kind == "cpu" else choose_device(name)
+    if kind not in (None, device.type):
+        fit = [one for one in PROFILES if DEVICES.get(one, device.type) == device.type]
+        raise ValueError(
+            f"the profile {profile!r} is for {kind} devices, but the device is {device}; it may do {', '.join(fit)}"
+        )
+    return device
 
 
 def checkpoint_path(folder: Path, run: Run, device: torch.device) -> Path:
@@ -611,14 +668,6 @@ def _remove_leftovers(*paths: Path) -> None:
     for path in paths:
         for leftover in path.parent.glob(f"{path.name}.*.tmp"):
             leftover.unlink(missing_ok=True)
-
-
-def start_workers(arguments: Sequence[str], jobs: int) -> list[subprocess.Popen]:
-    """Start ``jobs`` processes of ``basis run`` with these arguments, sharing the processor's cores."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "basis.cli", "run", *arguments, "--jobs", "1", "--quiet"]
-    return [subprocess.Popen(command, env=env) for _ in range(jobs)]
 
 
 def parse_duration(text: str) -> float:

@@ -99,7 +99,7 @@ def bench_structured(
 def bench_structured_training(
     *,
     layers: Sequence[Layer],
-    model: str = "wrn-10-2",
+    model: str = "wrn-10-1",
     width: int | None = None,
     include: str = BLOCKS,
     setting: Setting | None = None,

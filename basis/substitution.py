@@ -74,6 +74,7 @@ class Plan:
         include: str | Iterable[str] = (),
         exclude: str | Iterable[str] = (),
         multiple: int = 1,
+        only_smaller: bool = False,
     ) -> Plan:
         """Every convolution of ``model`` that can be substituted, all at one ratio or by one structured layer.
 
@@ -84,6 +85,8 @@ class Plan:
             include: shell patterns (``fnmatch``) of layer names; none means all layers.
             exclude: patterns of layers that stay dense.
             multiple: what every k is a multiple of, e.g. 8 for tensor cores.
+            only_smaller: leave a layer dense where this k would save no parameters, which is where k per group is not
+                below the C_in/groups x kh x kw numbers of a filter, as in 1x1 convolutions that widen a network.
 
         Raises:
             ValueError: for a ratio, layer or multiple that makes no sense, or an ``include`` pattern that
@@ -113,10 +116,14 @@ class Plan:
                     continue
             elif reason is None and ratio is not None and isinstance(module, nn.Conv2d):
                 k = basis_channels_for(ratio, module.out_channels, math.lcm(module.groups, multiple))
-                if k < module.out_channels:
+                fan_in = module.weight[0].numel()
+                if k >= module.out_channels:
+                    reason = f"k = {k} is not below C_out = {module.out_channels}: nothing to derive"
+                elif only_smaller and k >= module.groups * fan_in:
+                    reason = f"k = {k} saves nothing: its filters have only {fan_in} numbers"
+                else:
                     layers[names[0]] = k
                     continue
-                reason = f"k = {k} is not below C_out = {module.out_channels}: nothing to derive"
             skipped[names[0]] = str(reason)
         if structure is not None:
             for group in _tied(model, layers, Form("dense")):  # whether layers save that share is a matter of all

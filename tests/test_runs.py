@@ -12,7 +12,7 @@ import time
 import filelock
 import pytest
 
-from basis import runs
+from basis import pages, runs
 from basis.cli import main
 from basis.data import DataError
 from basis.runs import RecordError, Run, load_records, parse_duration, read_record, record_path, work, write_json
@@ -22,8 +22,20 @@ from basis.training import Recipe, TrainingPaused
 STUDY = STUDIES["naive"]
 
 
-def fake_result(accuracy=0.9):
-    return {"test": {"accuracy": accuracy}, "train_seconds": 2.0, "parameters": 10}
+def fake_result(run, accuracy=0.9):
+    """What ``run`` might have left, but for the size of its network."""
+    epochs, held = run.recipe.epochs, {"loss": 0.5, "accuracy": accuracy, "accuracy_flip": accuracy}
+    images = min({"cifar10": 50000, "synthetic": 2000}[run.data] - run.validation, run.images or 50000)
+    row = {"train_loss": 0.5, "train_accuracy": accuracy, "seconds": 2.0 / epochs}
+    return {
+        "curves": [{"epoch": n, **row} for n in range(1, epochs + 1)],
+        "test": None if run.test is False else held,
+        "validation": held if run.validation else None,
+        "train_seconds": 2.0,
+        "steps": epochs * (images // run.recipe.batch_size),
+        "images_per_second": 100.0,
+        "parameters": 10,
+    }
 
 
 def put_record(folder, run, *, definition=STUDY.definition, **changes):
@@ -31,8 +43,8 @@ def put_record(folder, run, *, definition=STUDY.definition, **changes):
         "version": runs.VERSION,
         "id": run.id,
         "config": run.config,
-        "result": fake_result(),
-        "environment": {"device": "test"},
+        "result": fake_result(run),
+        "environment": {"device": "test", "device_type": runs.DEVICES.get(run.profile, "cpu")},
         "definition": definition,
     }
     path = record_path(folder, run)
@@ -47,7 +59,7 @@ def instant(monkeypatch):
 
     def execute(run, **options):
         done.append(run)
-        return fake_result()
+        return fake_result(run)
 
     monkeypatch.setattr(runs, "execute", execute)
     return done
@@ -237,7 +249,41 @@ def test_wrong_durations_show_a_right_one(text):
 def test_status_counts(tmp_path):
     put_record(tmp_path, STUDY.runs("smoke")[0])
     row = status(tmp_path).set_index(["study", "profile"]).loc[("naive", "smoke")]
-    assert (row["done"], row["missing"], row["seconds"]) == (1, len(STUDY.runs("smoke")) - 1, 2.0)
+    assert (row["done"], row["missing"], row["seconds"]) == (1, len(STUDY.runs("smoke")) - 1, {"cpu": 2.0})
+    # Every arm is of the network that the one record tells the time of.
+    assert row["expected"] == {"cpu": pytest.approx(2.0 * row["missing"])}
+    assert row["unknown"] == 0
+
+
+def test_times_of_cpus_and_gpus_are_never_added_up(tmp_path):
+    first, second, third = STUDY.runs("smoke")[:3]
+    put_record(tmp_path, first)
+    fast = fake_result(second) | {"train_seconds": 0.5, "setup_seconds": 0.25}
+    put_record(tmp_path, second, result=fast, environment={"device": "x", "device_type": "cuda", "jobs": 3})
+    row = status(tmp_path).set_index(["study", "profile"]).loc[("naive", "smoke")]
+    assert row["seconds"] == {"cpu": 2.0, "cuda": 0.25}
+    assert row["expected"] == {"cpu": pytest.approx(2.0 * row["missing"])}
+    assert pages.human_times(row["seconds"]) == "2 s CPU, under 1 s GPU"
+    paper = STUDY.runs("paper")[0]
+    put_record(tmp_path, paper, environment={"device": "x", "device_type": "cpu"})
+    assert "it was made on a cpu device, but the profile paper is for cuda devices" in check_records(tmp_path)[0]
+    with pytest.raises(ValueError, match="'paper' is for cuda devices, but the device is cpu; it may do smoke, cpu"):
+        list(work([paper], STUDY.definition, folder=tmp_path, device="cpu"))
+    assert record_path(tmp_path, third).parent == tmp_path / "naive" / "smoke"
+
+
+def test_a_corrupted_record_and_a_foreign_file_stop_no_other_run(tmp_path, instant):
+    plan = STUDY.runs("smoke")[:2]
+    path = put_record(tmp_path, plan[0])
+    path.write_bytes(path.read_bytes()[:100])
+    foreign = path.with_name("notes.json")
+    foreign.write_text('["mine"]')
+    steps = list(work(plan, STUDY.definition, folder=tmp_path, device="cpu"))
+    assert [step.outcome for step in steps] == ["failed", "done"]
+    assert f"{path} is not a JSON record" in steps[0].message
+    assert len(path.read_bytes()) == 100
+    assert foreign.exists()
+    assert sorted(problem.split()[0] for problem in check_records(tmp_path)) == sorted([str(path), str(foreign)])
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_bad_options_are_refused(bench, options, says, setting):
 
 
 def test_the_layers_of_the_study_are_those_trained_from_scratch():
-    found = study_layers("cpu", "wrn-10-2")
+    found = study_layers("cpu", "wrn-10-1")
     assert ("dense", None) not in found
     assert {text.partition(":")[0] for text, _ in found} == {*KINDS, "dense"}
     assert {text for text, width in found if width} >= {"dense", "sep"}

@@ -112,7 +112,7 @@ def test_s1_is_not_tested_while_a_rival_it_has_to_beat_has_one_run():
     rest = [r for r in records if not (r.config["arm"].endswith("hashed:0.06") and r.config["seed"] == 1)]
     verdict = STUDY.verdicts(rest, "cpu")[0]
     assert verdict.label == "not tested"
-    assert "wrn-10-2 hashed:0.06" in verdict.finding
+    assert "wrn-10-1 hashed:0.06" in verdict.finding
 
 
 def test_the_network_with_the_most_arms_is_judged_even_if_another_has_more_runs():

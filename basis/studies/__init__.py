@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +14,7 @@ from basis.runs import (
     PROFILES,
     Record,
     RecordError,
+    Run,
     load_records,
     parse_duration,
     read_record,
@@ -21,6 +23,8 @@ from basis.runs import (
     work,
 )
 from basis.studies import coefficients, cost, family, naive, selection, sensitivity, skip, speed, substitutes
+from basis.studies.hours import expected, spent
+from basis.studies.plausible import doubts
 from basis.studies.study import CLAIMS, Study, Verdict
 from basis.training import choose_device
 
@@ -33,6 +37,9 @@ __all__ = [
     "check_records",
     "find_study",
     "gather",
+    "is_done",
+    "listed",
+    "misplaced",
     "status",
     "valid_records",
 ]
@@ -50,11 +57,21 @@ def find_study(name: str) -> Study:
     return STUDIES[name]
 
 
+def listed(study: Study, profile: str) -> Mapping[str, Run]:
+    """The runs of a profile by their identities, in the study's order."""
+    return _by_id(study.plan, profile)
+
+
+@lru_cache(maxsize=64)
+def _by_id(plan: Callable[[str], tuple[Run, ...]], profile: str) -> Mapping[str, Run]:
+    return {run.id: run for run in plan(profile)}
+
+
 def check_records(folder: Path | None = None) -> list[str]:
     """One sentence for every record that no book may show.
 
-    Refused are records that cannot be read, that no study lists, or whose study has changed its
-    claims or its rule since they were made.
+    Refused are records that cannot be read, that no study lists, whose study has changed its claims or its rule since
+    they were made, or that cannot be what their run left (:func:`basis.studies.plausible.doubts`).
     """
     problems = []
     for path in sorted((folder or results_folder()).glob("*/*/*.json")):
@@ -66,35 +83,58 @@ def check_records(folder: Path | None = None) -> list[str]:
         except RecordError as error:
             problems.append(str(error))
             continue
-        if study not in STUDIES:
-            problems.append(f"{path} belongs to no study; there are: {', '.join(STUDIES)}")
-        elif record.definition != STUDIES[study].definition:
-            problems.append(
-                f"{path} was made before the study {study!r} changed its claims or rule; `basis run` does its run again"
-            )
-        elif record.id not in {run.id for run in STUDIES[study].runs(profile)} or path.stem != record.id:
-            problems.append(f"{path} holds a run that the study {study!r} does not list (any more) for {profile!r}")
+        reason = misplaced(record, study, profile, path.stem)
+        if reason:
+            problems.append(f"{path} {reason}")
+        else:
+            run = listed(STUDIES[study], profile)[record.id]
+            problems += [f"{path} cannot be what its run left: {doubt}" for doubt in doubts(run, record)]
     return problems
+
+
+def misplaced(record: Record, study: str, profile: str, stem: str) -> str:
+    """Why a record must not stand in ``STUDY/PROFILE/STEM.json``; empty where it may."""
+    if study not in STUDIES:
+        return f"belongs to no study; there are: {', '.join(STUDIES)}"
+    if record.definition != STUDIES[study].definition:
+        return f"was made before the study {study!r} changed its claims or rule; `basis run` does its run again"
+    if record.id not in listed(STUDIES[study], profile) or stem != record.id:
+        return f"holds a run that the study {study!r} does not list (any more) for {profile!r}"
+    return ""
+
+
+def is_done(path: Path, definition: str) -> bool:
+    """Whether there is a sound record that was made under that definition of its study."""
+    try:
+        return path.exists() and read_record(path).definition == definition
+    except RecordError:
+        return False
 
 
 def valid_records(study: Study, profile: str, folder: Path | None = None) -> list[Record]:
     """The records of the runs that ``study`` lists for ``profile``, made under its present definition."""
-    wanted = {run.id for run in study.runs(profile)}
+    wanted = listed(study, profile)
     records = load_records(folder, study=study.name, profile=profile)
     return [r for r in records if r.id in wanted and r.definition == study.definition]
 
 
 def status(folder: Path | None = None) -> pd.DataFrame:
-    """One row per study and profile: runs, done, missing, started, seconds of training, devices."""
+    """One row per study and profile: how many runs are planned, done, missing and started, and device hours.
+
+    ``seconds`` were spent and ``expected`` are what the missing ones will take, both by kind of device ("cpu",
+    "cuda"); ``unknown`` counts the missing runs of which that cannot be told. ``device`` names the devices.
+    """
     folder = folder or results_folder()
     rows = []
     for study in STUDIES.values():
         for profile in PROFILES:
-            runs = study.runs(profile)
+            runs = listed(study, profile)
             if not runs:
                 continue
             records = valid_records(study, profile, folder)
-            checkpoints = (record_path(folder, run).parent.glob(f"checkpoints/{run.id}-*.pt") for run in runs)
+            done = {record.id for record in records}
+            left, unknown = expected([run for run in runs.values() if run.id not in done], records)
+            checkpoints = (record_path(folder, run).parent.glob(f"checkpoints/{run.id}-*.pt") for run in runs.values())
             rows.append(
                 {
                     "study": study.name,
@@ -103,7 +143,9 @@ def status(folder: Path | None = None) -> pd.DataFrame:
                     "done": len(records),
                     "missing": len(runs) - len(records),
                     "started": sum(any(found) for found in checkpoints),
-                    "seconds": sum(r.result["train_seconds"] for r in records),
+                    "seconds": spent(records),
+                    "expected": left,
+                    "unknown": unknown,
                     "device": ", ".join(sorted({r.environment["device"] for r in records})),
                 }
             )

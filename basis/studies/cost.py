@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from basis.bench import BenchReport, Shape
-from basis.runs import Record, Run, results_folder
+from basis.runs import DEVICES, Record, Run, results_folder
 from basis.studies.study import Label, Study, Verdict
 from basis.timing import RESNET18_SHAPES
 
@@ -27,7 +27,7 @@ RULE = (
 
 def load_benches(profile: str, *, kind: str = "bench-layer", folder: Path | None = None) -> list[BenchReport]:
     """The stored benchmarks of a kind, of CPUs for the profile ``cpu`` and of GPUs for ``colab`` and ``paper``."""
-    wanted = {"cpu": "cpu", "colab": "cuda", "paper": "cuda"}.get(profile)
+    wanted = DEVICES.get(profile)
     files = sorted(((folder or results_folder()) / "bench").glob("*.json"))
     reports = [BenchReport.load(path) for path in files]
     return [r for r in reports if r.kind == kind and r.environment["device_type"] == wanted]

@@ -300,6 +300,18 @@ def training_cost(config: Mapping[str, Any]) -> float:
     return 3.0 * images * config["recipe"]["epochs"]
 
 
+def measured(records: Sequence[Record], truth: Truth) -> list[Record]:
+    """The runs whose networks were measured and are compared with a truth: all, or those fine-tuned."""
+    return [r for r in records if r.config["arm"] in (("tuned",) if truth == "tuned" else ("ladder", "tuned"))]
+
+
+def truths_of(records: Sequence[Record], truth: Truth) -> list[Losses]:
+    """What every layer loses, by ratio: trained from scratch, or fine-tuned (then of one network after another)."""
+    if truth == "tuned":
+        return [tuned_losses(r, ratio) for r in measured(records, truth) for ratio in RATIOS]
+    return [losses(records, ratio) for ratio in RATIOS]
+
+
 def agreements(
     records: Sequence[Record], measures: Sequence[str] = (*MEASURES, *TRAINED), *, truth: Truth = "scratch"
 ) -> list[Agreement]:
@@ -308,11 +320,7 @@ def agreements(
     The truth is what a layer costs after training from scratch (measures are then means over the measured
     networks), or after fine-tuning of the very network that was measured (correlations are then means over those).
     """
-    climbs = [r for r in records if r.config["arm"] in (("tuned",) if truth == "tuned" else ("ladder", "tuned"))]
-    if truth == "tuned":
-        truths = [tuned_losses(r, ratio) for r in climbs for ratio in RATIOS]
-    else:
-        truths = [losses(records, ratio) for ratio in RATIOS]
+    climbs, truths = measured(records, truth), truths_of(records, truth)
 
     def agreement(name: str, predictions: Sequence[Mapping[str, float]], cost: float, seconds: float) -> Agreement:
         rho, tau = (bootstrap(truths, predictions, kind=kind) for kind in get_args(Kind))

@@ -34,9 +34,9 @@ SEPARABLE: Mapping[str, tuple[str, tuple[str, ...]]] = {
 OTHERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "basis": ("basis convolution", ("1/8", "1/16", "1/32")),
     "sep": ("separable", ("",)),
-    "tridiagonal": ("tridiagonal mask", ("1,3,256", "1,3,64", "1,3")),
+    "tridiagonal": ("tridiagonal mask", ("1,3,128", "1,3,32", "1,3")),
     "hashed": ("hashed", ("0.12", "0.06", "0.03")),
-    "debut": ("deformable butterfly", ("0.2", "0.12", "0.06")),
+    "debut": ("deformable butterfly", ("0.2", "0.12", "0.08")),
     "pemn": ("random masked", ("1",)),
     "linearconv": ("LinearConv", ("",)),
     "lfb": ("learned filter basis", ("1,4", "0.5,4", "0.25,4")),
@@ -78,7 +78,7 @@ RULE = (
 
 @dataclass(frozen=True)
 class Arm:
-    """What an arm's name says: ``wrn-10-2 tucker:0.41, plain decay``.
+    """What an arm's name says: ``wrn-16-4 tucker:0.41, plain decay``.
 
     Attributes:
         network: a name of :func:`basis.models.build`.
@@ -121,7 +121,7 @@ def _text(kind: str, size: str) -> str:
 
 
 def plan(profile: str) -> tuple[Run, ...]:
-    """The runs of a profile: all arms of a seed, with a teacher at last, those of the next one, and other networks."""
+    """The runs of a profile: all arms from scratch, seed by seed; then those with a teacher; then other networks."""
     if profile == "paper":
         base = _run(profile, model="wrn-16-4", recipe=Recipe(decay="scaled"))
         more = [replace(base, model=name) for name in ("resnet18", "wrn-28-10")]
@@ -130,7 +130,7 @@ def plan(profile: str) -> tuple[Run, ...]:
         return _runs(_run(profile, model="wrn-16-2", recipe=Recipe(epochs=4, decay="scaled")), widths=16, seeds=2)
     if profile == "cpu":
         recipe = Recipe(epochs=4, batch_size=100, lr=0.1, precision="fp32", decay="scaled")
-        return _runs(_run(profile, model="wrn-10-2", images=5000, recipe=recipe), widths=16, seeds=2)
+        return _runs(_run(profile, model="wrn-10-1", images=5000, recipe=recipe), widths=16, seeds=2)
     if profile == "smoke":
         recipe = Recipe(epochs=2, batch_size=100, translate=2, cutout=8, decay="scaled")
         base = _run(profile, model="wrn-10-1", data="synthetic", recipe=recipe)
@@ -179,7 +179,7 @@ def _runs(
     def few(like: Run, seed: int) -> list[Run]:
         return [one(like, seed, DENSE), *(one(like, seed, judged(kind)) for kind in ("basis", *SEPARABLE, "sep"))]
 
-    listed = [run for seed in range(seeds) for run in (*of_seed(seed), *taught(seed))]
+    listed = [run for part in (of_seed, taught) for seed in range(seeds) for run in part(seed)]
     return tuple(listed + [run for seed in range(seeds) for like in others for run in few(like, seed)])
 
 

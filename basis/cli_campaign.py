@@ -1,0 +1,192 @@
+"""The commands of ``basis`` that do runs and carry their records: run, campaign, import, status."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from basis.archives import pack, take_in
+from basis.campaign import in_order, missing
+from basis.cluster import RayCluster
+from basis.executors import Executor, Order, Processes, Task
+from basis.runs import PROFILES, device_for, parse_duration, record_path, results_folder
+from basis.sharing import choose_jobs
+from basis.studies import STUDIES, find_study, status, valid_records
+from basis.studies.hours import in_hours
+
+
+def add_commands(commands: Any) -> None:
+    """Add these commands to the parser of ``basis``."""
+    run = commands.add_parser("run", help="do the missing runs of a study", description=do_study.__doc__)
+    run.add_argument("study", help=f"one of: {', '.join(STUDIES)}")
+    run.set_defaults(command=do_study)
+    all_of_them = commands.add_parser("campaign", help="do all studies by value", description=do_campaign.__doc__)
+    all_of_them.add_argument("--studies", nargs="+", default=(), metavar="STUDY", help="only these")
+    all_of_them.add_argument("--archive", type=Path, metavar="FILE", help="default: basis-PROFILE-TIME.tar.gz, here")
+    all_of_them.set_defaults(command=do_campaign)
+    for kind, jobs in ((run, "1"), (all_of_them, "auto")):
+        kind.add_argument("--profile", default="smoke", choices=PROFILES, help="how large (default: smoke)")
+        kind.add_argument("--time-limit", type=duration, metavar="TIME", help="stop cleanly after 90s, 9m, 1h30m")
+        kind.add_argument("--jobs", default=jobs, metavar="N", help=f"processes, or auto: measure (default: {jobs})")
+        kind.add_argument(
+            "--executor", default="local", choices=("local", "ray"), help="ray: on $RAY_ADDRESS's cluster"
+        )
+        kind.add_argument("--results", type=Path, metavar="DIR", help="where records go (default: results)")
+        kind.add_argument("--device", type=device, metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: profile's)")
+        kind.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    taking = commands.add_parser("import", help="check and file records of others", description=import_archives.__doc__)
+    taking.add_argument("archives", nargs="+", type=Path, metavar="ARCHIVE", help="of basis campaign")
+    taking.add_argument("--results", type=Path, metavar="DIR")
+    taking.set_defaults(command=import_archives)
+
+    state = commands.add_parser("status", help="which runs are done and which are missing")
+    state.add_argument("--results", type=Path, metavar="DIR")
+    state.set_defaults(command=show_status)
+
+
+def duration(text: str) -> float:
+    """Seconds of an argument such as 9m."""
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def device(text: str) -> str:
+    """An argument that names a device of this machine."""
+    gpus = torch.cuda.device_count()
+    try:
+        place = torch.device(text)
+        here = place.type != "cuda" or (place.index or 0) < gpus
+    except RuntimeError:
+        here = False
+    if not here:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no device of this machine, which has a CPU (cpu) and {gpus} GPUs"
+        )
+    return text
+
+
+# -- doing runs -------------------------------------------------------------------------------------
+
+
+def do_study(options: argparse.Namespace) -> int:
+    """Do the missing runs of a study, the most valuable first. May be stopped and repeated at will."""
+    began, study = time.monotonic(), find_study(options.study)
+    tasks = [Task(run, study.definition) for run in study.runs(options.profile)]
+    if not tasks:
+        raise ValueError(f"the study {study.name!r} has no runs in the profile {options.profile!r}")
+    folder = options.results or results_folder()
+    failed = _do(missing(tasks, folder), options, folder, began)
+    done = len(valid_records(study, options.profile, folder))
+    again = f"; `basis run {study.name} --profile {options.profile}` goes on" if done < len(tasks) else ""
+    print(f"{done} of {len(tasks)} runs done{again}")
+    return 1 if failed else 0
+
+
+def do_campaign(options: argparse.Namespace) -> int:
+    """Do the missing runs of all studies, the most valuable first, and pack the new records into one archive.
+
+    May be stopped and repeated at will. `basis import` files the records of an archive elsewhere.
+    """
+    began, folder = time.monotonic(), options.results or results_folder()
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
+    archive = options.archive or Path(f"basis-{options.profile}-{stamp}.tar.gz")
+    tasks = in_order(options.profile, options.studies)
+    todo, failed = missing(tasks, folder), 0
+    print(f"{len(todo)} of {len(tasks)} runs are missing")
+    former = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        failed = _do(todo, options, folder, began)
+    finally:
+        signal.signal(signal.SIGTERM, former)
+        still = {task.run.id for task in missing(todo, folder)}
+        new = [record_path(folder, task.run) for task in todo if task.run.id not in still]
+        packed = f", packed into {archive}" if new and pack(new, folder, archive) else ""
+        again = f"; {len(still)} are missing, and the same command goes on" if still else ""
+        print(f"{len(new)} new records{packed}{again}")
+    return 1 if failed else 0
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _do(todo: Sequence[Task], options: argparse.Namespace, folder: Path, began: float) -> int:
+    """Do the tasks where and with as many processes as the options say; how many failed."""
+    executor = _executor(todo, options)
+    order = Order(
+        tasks=todo, folder=folder, device=options.device, progress=not options.quiet,
+        deadline=None if options.time_limit is None else began + options.time_limit,
+    )  # fmt: skip
+    outcomes: Counter[str] = Counter()
+    steps = executor(order)
+    try:
+        for step in steps:
+            outcomes[step.outcome] += 1
+            what = f"{step.run.study}, {step.run.arm}, seed {step.run.seed}"
+            print(f"{what}: {step.outcome} in {step.seconds:.0f} s, {step.message}", flush=True)
+    finally:
+        with suppress(AttributeError):
+            steps.close()  # type: ignore[attr-defined]  # a generator: its workers end now
+    return outcomes["failed"]
+
+
+def _executor(todo: Sequence[Task], options: argparse.Namespace) -> Executor:
+    if options.jobs != "auto" and not (options.jobs.isdecimal() and int(options.jobs) > 0):
+        raise ValueError(f"--jobs is {options.jobs}, but it must be at least 1, or auto")
+    if options.executor == "ray":
+        return RayCluster(None if options.jobs == "auto" else int(options.jobs))
+    device_for(options.profile, options.device)
+    if options.jobs == "auto":
+        jobs, why = choose_jobs(todo, options.device)
+        print(f"{jobs} processes at a time ({why})")
+        return Processes(jobs)
+    return Processes(int(options.jobs))
+
+
+# -- records ----------------------------------------------------------------------------------------
+
+
+def import_archives(options: argparse.Namespace) -> int:
+    """Check every record of the archives and file the sound ones; records that are there already stay."""
+    folder, refused = options.results or results_folder(), 0
+    titles = {
+        "taken": "taken", "renewed": "taken instead of an outdated one", "known": "there already, the same",
+        "other": "left out, since the run is there already", "refused": "refused",
+    }  # fmt: skip
+    for archive in options.archives:
+        found = list(take_in(archive, folder))
+        counts: Counter[str] = Counter(one.outcome for one in found)
+        refused += counts["refused"]
+        said = ", ".join(f"{counts[outcome]} {title}" for outcome, title in titles.items() if counts[outcome])
+        print(f"{archive}: {said or 'holds nothing'}")
+        for one in found:
+            if one.reason:
+                print(f"  {one.name}: {titles[one.outcome]}: {one.reason}")
+    return 1 if refused else 0
+
+
+def show_status(options: argparse.Namespace) -> int:
+    """Per study and profile: runs planned, done, missing and started, device hours spent and expected."""
+    table = status(options.results)
+    table["spent"] = table["seconds"].map(in_hours)
+    foreseen = zip(table["expected"], table["unknown"], strict=True)
+    table["expected"] = [
+        ", ".join(filter(None, (in_hours(known), f"unknown for {unknown}" if unknown else "")))
+        for known, unknown in foreseen
+    ]
+    shown = table.rename(columns={"runs": "planned"})
+    columns = ["study", "profile", "planned", "done", "missing", "started", "spent", "expected", "device"]
+    print(shown[columns].to_string(index=False))
+    return 0

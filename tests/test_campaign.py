@@ -1,0 +1,355 @@
+"""A campaign: the order of value, how many processes, the command, and records on their way between machines."""
+
+import dataclasses
+import gzip
+import io
+import json
+import signal
+import tarfile
+
+import filelock
+import pytest
+
+from basis import archives, runs, sharing
+from basis.archives import pack, take_in
+from basis.campaign import LEGS, by_leg, in_order
+from basis.cli import main
+from basis.complexity import count_parameters
+from basis.models import build
+from basis.runs import PROFILES, RecordError, load_records, record_path
+from basis.studies import STUDIES, check_records
+from basis.studies.plausible import doubts, wrong_size
+from basis.substitution import substitute
+from tests.test_runs import STUDY, fake_result, instant, put_record  # noqa: F401
+
+RUN = STUDY.runs("smoke")[0]
+
+
+# -- order and processes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_campaign_does_every_run_once_and_measures_before_it_selects(profile):
+    tasks = in_order(profile)
+    listed = {run.id for study in STUDIES.values() for run in study.runs(profile)}
+    assert len(tasks) == len(listed)
+    place = {task.run.id: i for i, task in enumerate(tasks)}
+    assert set(place) == listed
+    assert all(place[task.run.choice.table] < place[task.run.id] for task in tasks if task.run.choice)
+
+
+def test_every_leg_of_the_paper_campaign_has_runs_and_all_studies_begin_before_any_long_tail():
+    legs = list(by_leg("paper", list(STUDIES)))
+    assert all(tasks for _, tasks in legs[: len(LEGS)])
+    assert {task.run.arm for task in legs[0][1]} == {"dense"}
+    first_round = [tasks for leg, tasks in legs[:11] for tasks in tasks]
+    assert {task.run.study for task in first_round} == {n for n, study in STUDIES.items() if study.runs("paper")}
+    assert len(first_round) < len(in_order("paper")) / 3
+
+
+def test_a_campaign_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="no study of cost has runs in the profile 'paper'"):
+        in_order("paper", ["cost"])
+    with pytest.raises(ValueError, match="there is no study 'x'"):
+        in_order("paper", ["x"])
+
+
+@pytest.mark.parametrize(
+    ("rates", "jobs"),
+    [({1: 100.0}, 1), ({1: 100.0, 2: 103.0}, 1), ({1: 100.0, 2: 180.0, 4: 185.0}, 2), ({1: 9.0, 2: 8.0}, 1)],
+)  # fmt: skip
+def test_more_processes_must_bring_something(rates, jobs):
+    assert sharing.best(rates) == jobs
+
+
+def test_on_a_cpu_there_are_as_many_processes_as_cores_and_runs(monkeypatch):
+    monkeypatch.setattr(sharing, "cores", lambda: 4)
+    tasks = in_order("smoke")
+    assert sharing.choose_jobs(tasks, "cpu") == (4, f"4 cores, {len(tasks)} runs")
+    assert sharing.choose_jobs(tasks[:2], "cpu")[0] == 2
+    assert sharing.choose_jobs([], "cpu")[0] == 1
+
+
+@pytest.mark.slow
+def test_a_trial_measures_processes_side_by_side():
+    recipe = dataclasses.replace(RUN.recipe, batch_size=10)
+    rates = sharing.measure(dataclasses.replace(RUN, recipe=recipe, width=2), "cpu", sizes=[1, 2], seconds=0.5)
+    assert rates[1] > 0
+    assert set(rates) <= {1, 2}
+
+
+def test_a_trial_that_fails_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(sharing.sys, "executable", "false")
+    with pytest.raises(RuntimeError, match="give --jobs a number"):
+        sharing.measure(RUN, "cpu", sizes=[1], seconds=1)
+
+
+# -- the command --------------------------------------------------------------------------------------
+
+
+def campaign(tmp_path, *more):
+    command = ["campaign", "--studies", "naive", "--device", "cpu", "--jobs", "1", "--quiet"]
+    return main([*command, "--results", str(tmp_path / "here"), "--archive", str(tmp_path / "new.tar.gz"), *more])
+
+
+def test_a_campaign_skips_what_is_recorded_and_packs_what_is_new(tmp_path, instant, capsys):  # noqa: F811
+    for run in STUDY.runs("smoke")[:3]:
+        put_record(tmp_path / "here", run)
+    assert campaign(tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "7 of 10 runs are missing" in said
+    assert f"7 new records, packed into {tmp_path / 'new.tar.gz'}" in said
+    assert len(instant) == 7
+    with tarfile.open(tmp_path / "new.tar.gz") as tar:
+        assert set(tar.getnames()) == {f"naive/smoke/{run.id}.json" for run in instant}
+    (tmp_path / "new.tar.gz").unlink()
+    assert campaign(tmp_path) == 0
+    assert "0 new records" in capsys.readouterr().out
+    assert not (tmp_path / "new.tar.gz").exists()
+
+
+def test_an_interrupted_campaign_packs_what_it_has(tmp_path, monkeypatch, capsys):
+    done = []
+
+    def execute(run, **options):
+        if done:
+            signal.raise_signal(signal.SIGTERM)
+        done.append(run)
+        return fake_result(run)
+
+    monkeypatch.setattr(runs, "execute", execute)
+    assert campaign(tmp_path) == 130
+    said = capsys.readouterr()
+    assert "1 new records, packed into" in said.out
+    assert "9 are missing, and the same command goes on" in said.out
+    assert "interrupted; finished runs are kept" in said.err
+
+
+def test_a_failed_run_is_no_record_and_the_status_says_so(tmp_path, monkeypatch, capsys):
+    def execute(run, **options):
+        raise ValueError("no such network")
+
+    monkeypatch.setattr(runs, "execute", execute)
+    assert campaign(tmp_path) == 1
+    assert "failed in 0 s, ValueError: no such network" in capsys.readouterr().out
+
+
+def test_the_paper_profile_is_refused_without_a_gpu_before_anything_is_begun(tmp_path, capsys):
+    assert campaign(tmp_path, "--profile", "paper") == 2
+    assert "the profile 'paper' is for cuda devices, but the device is cpu" in capsys.readouterr().err
+
+
+def test_status_shows_hours_spent_and_expected(tmp_path, capsys):
+    put_record(tmp_path, STUDY.runs("cpu")[0], result=fake_result(STUDY.runs("cpu")[0]) | {"train_seconds": 3600.0})
+    assert main(["status", "--results", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == [
+        "study",
+        "profile",
+        "planned",
+        "done",
+        "missing",
+        "started",
+        "spent",
+        "expected",
+        "device",
+    ]
+    row = next(line for line in lines if line.split()[:2] == ["naive", "cpu"])
+    assert "1.00 h CPU" in row
+    assert "14.00 h CPU" in row
+    assert any("unknown for 40" in line for line in lines)
+
+
+# -- records from elsewhere ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def there(tmp_path):
+    """The results of another machine: two sound records."""
+    for run in STUDY.runs("smoke")[:2]:
+        put_record(tmp_path / "there", run, result=sound_result(run), environment=machine("theirs"))
+    return tmp_path / "there"
+
+
+def machine(name):
+    return {"device": name, "device_type": "cpu", "date": "2026-01-02"}
+
+
+def sound_result(run, **changes):
+    network = build(run.model, width=run.width)
+    size = count_parameters(network if run.ratio is None else substitute(network, ratio=run.ratio, init="random"))
+    return fake_result(run) | {"parameters": size} | changes
+
+
+def archive_of(folder, name="records.tar.gz"):
+    pack(folder.glob("*/*/*.json"), folder, folder.parent / name)
+    return folder.parent / name
+
+
+def outcomes(archive, folder):
+    return [(one.outcome, one.reason) for one in take_in(archive, folder)]
+
+
+def test_an_archive_is_filed_once_and_equal_records_make_equal_bytes(tmp_path, there):
+    archive, here = archive_of(there), tmp_path / "here"
+    assert archive.read_bytes() == archive_of(there, "again.tar.gz").read_bytes()
+    assert outcomes(archive, here) == [("taken", ""), ("taken", "")]
+    assert load_records(here) == load_records(there)
+    assert check_records(here) == []
+    assert outcomes(archive, here) == [("known", ""), ("known", "")]
+    assert not [path for path in here.rglob("*") if path.suffix not in ("", ".json")]
+
+
+def test_of_two_machines_with_the_same_run_the_first_stays(tmp_path, there, capsys):
+    here = tmp_path / "here"
+    mine = put_record(here, RUN, result=sound_result(RUN), environment=machine("mine"))
+    before = mine.read_bytes()
+    assert main(["import", str(archive_of(there)), "--results", str(here)]) == 0
+    assert mine.read_bytes() == before
+    said = capsys.readouterr().out
+    assert "1 taken, 1 left out, since the run is there already" in said
+    assert "the run has a record here (mine, 2026-01-02), which stays" in said
+
+
+def test_an_outdated_record_is_renewed_and_a_broken_one_is_named(tmp_path, there):
+    here = tmp_path / "here"
+    put_record(here, RUN, definition="0" * 16)
+    broken = record_path(here, STUDY.runs("smoke")[1])
+    broken.write_text("{")
+    found = dict(outcomes(archive_of(there), here))
+    assert set(found) == {"renewed", "refused"}
+    assert f"{broken} is not a JSON record" in found["refused"]
+    assert broken.read_text() == "{"
+    assert [record.environment["device"] for record in [runs.read_record(record_path(here, RUN))]] == ["theirs"]
+
+
+def test_a_run_that_is_being_done_is_left_alone(tmp_path, there):
+    path = record_path(tmp_path / "here", RUN)
+    path.parent.mkdir(parents=True)
+    with filelock.FileLock(path.with_suffix(".lock")):
+        found = outcomes(archive_of(there), tmp_path / "here")
+    assert ("other", "another process is doing this run right now") in found
+    assert not path.exists()
+
+
+def test_the_size_of_the_network_is_checked(tmp_path):
+    put_record(tmp_path / "there", RUN)
+    ((outcome, reason),) = outcomes(archive_of(tmp_path / "there"), tmp_path / "here")
+    assert outcome == "refused"
+    assert reason.startswith("it has 10 parameters, but its network has")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"test": {"loss": 0.1, "accuracy": 1.2}}, "accuracy of test is 1.2, but it is a fraction"),
+        ({"test": {"loss": float("nan"), "accuracy": 0.9}}, "loss of test is nan"),
+        ({"test": {"loss": 0.1}}, "incomplete or malformed"),
+        ({"test": None}, "lacks an accuracy on test images"),
+        ({"validation": {"loss": 0.1, "accuracy": 0.2}}, "has an accuracy on validation images"),
+        ({"curves": []}, "its curves hold 0 epochs, but the recipe has 3"),
+        ({"train_seconds": 0.0}, "train_seconds is 0.0"),
+        ({"train_seconds": 5.0}, "do not add up to train_seconds"),
+        ({"steps": 1}, "it took 1 steps, but the recipe takes 60"),
+        ({"images_per_second": float("inf")}, "images_per_second is inf"),
+        ({"parameters": -3}, "parameters is -3"),
+    ],
+)
+def test_what_a_run_cannot_have_left_is_refused_everywhere(tmp_path, changes, says):
+    path = put_record(tmp_path / "there", RUN, result=sound_result(RUN, **changes))
+    ((outcome, reason),) = outcomes(archive_of(tmp_path / "there"), tmp_path / "here")
+    assert outcome == "refused"
+    assert says in reason
+    assert not (tmp_path / "here").exists() or not load_records(tmp_path / "here")
+    problems = check_records(tmp_path / "there")
+    assert problems
+    assert all(problem.startswith(f"{path} cannot be what its run left: ") for problem in problems)
+
+
+def test_every_committed_record_has_the_size_of_its_network():
+    """One record of every study, model and kind of plan."""
+    seen = {}
+    for record in load_records():
+        seen.setdefault((record.config["study"], record.config["model"], record.config["arm"].split()[0]), record)
+    by_id = {run.id: run for study in STUDIES.values() for profile in PROFILES for run in study.runs(profile)}
+    for record in seen.values():
+        assert wrong_size(by_id[record.id], record) is None, record.config["arm"]
+        assert doubts(by_id[record.id], record) == []
+
+
+def test_records_of_no_study_of_another_rule_or_place_are_refused(tmp_path, there):
+    one, other = STUDY.runs("smoke")[2:4]
+    put_record(there, one, definition="0" * 16)
+    put_record(there, dataclasses.replace(other, seed=99))
+    moved = record_path(there, RUN)
+    moved.rename(moved.with_name("0" * 16 + ".json"))
+    refused = [reason for outcome, reason in outcomes(archive_of(there), tmp_path / "here") if outcome == "refused"]
+    assert sorted(reason.split(" 'naive'")[0] for reason in refused) == [
+        "holds a run that the study", "holds a run that the study", "was made before the study",
+    ]  # fmt: skip
+
+
+def hostile(members, path):
+    with tarfile.open(path, "w:gz") as tar:
+        for member, content in members:
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def member(name, kind=tarfile.REGTYPE, target=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        member("../../outside.json"),
+        member("/outside.json"),
+        member("naive/smoke/../../../outside.json"),
+        member(f"naive/smoke/{RUN.id}.json", tarfile.SYMTYPE, "/etc/hostname"),
+        member(f"naive/smoke/{RUN.id}.json", tarfile.LNKTYPE, "elsewhere"),
+        member(f"naive/smoke/{RUN.id}.json", tarfile.FIFOTYPE),
+        member("naive/smoke", tarfile.DIRTYPE),
+        member(f"bench/smoke/{RUN.id}.JSON"),
+    ],
+    ids=lambda entry: f"{entry.name} {entry.type!r}",
+)
+def test_an_archive_writes_nothing_but_records(tmp_path, there, entry):
+    sound = record_path(there, STUDY.runs("smoke")[1])
+    name = sound.relative_to(there).as_posix()
+    archive = hostile([(entry, b""), (member(name), sound.read_bytes())], tmp_path / "bad.tar.gz")
+    found = list(take_in(archive, tmp_path / "a" / "b" / "here"))
+    assert [one.outcome for one in found] == ["refused", "taken"]
+    assert [path.name for path in (tmp_path / "a").rglob("*.json")] == [sound.name]
+    assert not list(tmp_path.rglob("outside*"))
+
+
+def test_an_archive_with_a_huge_member_is_not_read_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "LARGEST", 1000)
+    archive = hostile([(member(f"naive/smoke/{RUN.id}.json"), b" " * 1001)], tmp_path / "bad.tar.gz")
+    with pytest.raises(RecordError, match="of 1001 bytes, after 0 others; no campaign packs so much"):
+        list(take_in(archive, tmp_path / "here"))
+
+
+def test_a_cut_archive_is_refused_and_what_came_before_is_whole(tmp_path, there, capsys):
+    archive = archive_of(there)
+    archive.write_bytes(archive.read_bytes()[:-100])
+    assert main(["import", str(archive), str(tmp_path / "absent.tar.gz"), "--results", str(tmp_path / "here")]) == 2
+    assert "is no whole archive of records" in capsys.readouterr().err
+    assert check_records(tmp_path / "here") == []
+    archive.write_bytes(gzip.compress(b"not a tar"))
+    with pytest.raises(RecordError, match="is no whole archive"):
+        list(take_in(archive, tmp_path / "here"))
+
+
+def test_a_record_that_is_no_json_is_refused(tmp_path):
+    contents = [b"{", b"[]", b"\xff\xfe", json.dumps({"version": 1}).encode()]
+    contents.append(
+        json.dumps({"version": 1, "id": "x", "config": 1, "result": 1, "environment": 1, "definition": 1}).encode()
+    )
+    names = [member(f"naive/smoke/{n:016x}.json") for n in range(len(contents))]
+    found = outcomes(hostile(zip(names, contents, strict=True), tmp_path / "bad.tar.gz"), tmp_path / "here")
+    assert [outcome for outcome, _ in found] == ["refused"] * len(contents)

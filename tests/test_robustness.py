@@ -1,0 +1,144 @@
+"""The runner, tried for real: processes killed at random moments, a full disk, and workers that die."""
+
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from basis.campaign import in_order, missing
+from basis.executors import Order, Processes, Task
+from basis.runs import Choice, Ladder, Run
+from basis.studies import STUDIES
+from basis.training import Recipe
+
+DEFINITION = STUDIES["selection"].definition
+DRIVER = """
+import pickle, sys
+from basis.executors import Processes
+for step in Processes(2)(pickle.load(open(sys.argv[1], "rb"))):
+    print(step.run.id, step.outcome, step.message, flush=True)
+"""
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found in /proc")
+
+
+def tiny_runs(count=5):
+    """Runs of a second each: one that measures sensitivities, some that select from them, some dense."""
+    recipe = Recipe(epochs=3, batch_size=25, translate=1, cutout=0, precision="fp32")
+    base = Run(study="selection", profile="smoke", arm="dense", seed=0, model="resnet20", width=2, data="synthetic",
+               images=100, validation=50, recipe=recipe)  # fmt: skip
+    ladder = Ladder(measures={"oneshot_bn": (0.5,)}, multiple=1, images=50, calibration=50)
+    table = Run(**{**vars(base), "arm": "table", "test": False, "ladder": ladder})
+    choice = Choice(rule="optimal", unit="params", budget=0.75, table=table.id, measure="oneshot_bn")
+    chosen = Run(**{**vars(base), "arm": "selected", "choice": choice})
+    return [Task(run, DEFINITION) for run in (table, chosen, *(Run(**{**vars(base), "seed": n}) for n in range(count)))]
+
+
+def timeless(value):
+    """A record's content without its seconds, its machine and its date."""
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if "second" not in k and k != "environment"}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+def contents(folder):
+    return {path.stem: path.read_bytes() for path in Path(folder).glob("*/*/*.json")}
+
+
+def descendants(pid):
+    """The processes that ``pid`` has started, and theirs."""
+    try:
+        children = [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return children + [one for child in children for one in descendants(child)]
+
+
+def kill_at_random(command, folder, *, kills, pause, seed, limit):
+    """Run ``command`` again and again, killing it, or a process of it, after random times; then let it finish.
+
+    Returns the numbers of parents and of children that were killed. A record that was there once never changes.
+    """
+    rng, known, counts = random.Random(seed), {}, {"parent": 0, "child": 0}
+    until = time.monotonic() + limit
+    orphans: set[int] = set()
+    process = None
+    while time.monotonic() < until:
+        if process is None:
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        left = kills - sum(counts.values())
+        try:
+            code = process.wait(timeout=rng.uniform(*pause) if left else max(1, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            code = None
+        now = contents(folder)
+        assert {name: now.get(name) for name in known} == known, "a finished record was lost or made again"
+        known = now
+        for content in now.values():
+            json.loads(content)
+        if code is not None:
+            process = None
+            if not left:
+                assert code == 0
+                return counts
+            continue
+        if left:
+            children = descendants(process.pid)
+            orphans |= set(children)
+            victim = rng.choice([process.pid, *children])
+            counts["parent" if victim == process.pid else "child"] += 1
+            os.kill(victim, signal.SIGKILL)
+            if victim == process.pid:
+                process.wait()
+                process = None
+    if process is not None:
+        process.kill()
+    pytest.fail(f"not finished within {limit} s, after {counts}")
+
+
+def check_equal(disturbed, undisturbed):
+    """The same runs with the same results, and nothing left over."""
+    one, other = contents(disturbed), contents(undisturbed)
+    assert set(one) == set(other)
+    for name in other:
+        assert timeless(json.loads(one[name])) == timeless(json.loads(other[name]))
+    for pattern in ("*.tmp", "*.pt", "*.jsonl"):
+        assert not list(Path(disturbed).rglob(pattern))
+
+
+@needs_proc
+@pytest.mark.slow
+def test_killed_at_random_moments_nothing_is_lost_or_done_twice(tmp_path):
+    tasks = tiny_runs()
+    undisturbed = Order(tasks=tasks, folder=tmp_path / "undisturbed")
+    steps = list(Processes(2)(undisturbed))
+    assert {step.outcome for step in steps} == {"done"}
+    assert steps[0].run.arm != "selected"
+    order = tmp_path / "order"
+    order.write_bytes(pickle.dumps(Order(tasks=tasks, folder=tmp_path / "disturbed")))
+    command = [sys.executable, "-c", DRIVER, str(order)]
+    counts = kill_at_random(command, tmp_path / "disturbed", kills=5, pause=(1, 6), seed=0, limit=300)
+    assert sum(counts.values()) == 5
+    check_equal(tmp_path / "disturbed", tmp_path / "undisturbed")
+
+
+@needs_proc
+@pytest.mark.trial
+def test_a_smoke_campaign_survives_fifty_kills(tmp_path):
+    """Half an hour. With what is printed (pytest -s), the report of the trial."""
+    studies = ["naive", "selection"]
+    command = [sys.executable, "-m", "basis.cli", "campaign", "--studies", *studies, "--device", "cpu", "--jobs", "2"]
+    command += ["--quiet", "--archive", str(tmp_path / "records.tar.gz"), "--results"]
+    subprocess.run([*command, str(tmp_path / "undisturbed")], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    disturbed = tmp_path / "disturbed"
+    counts = kill_at_random([*command, str(disturbed)], disturbed, kills=50, pause=(2, 30), seed=7, limit=3600)
+    assert sum(counts.values()) == 50
+    assert missing(in_order("smoke", studies), disturbed) == []
+    check_equal(disturbed, tmp_path / "undisturbed")
+    sys.stdout.write(f"\n{counts}, {len(contents(disturbed))} records, all as undisturbed\n")

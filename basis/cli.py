@@ -1,4 +1,4 @@
-"""The ``basis`` command: run studies, see their state, measure speed, build the book."""
+"""The ``basis`` command: compress a network, run studies, see their state, measure speed, build the book."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from basis.bench import (
     bench_training,
 )
 from basis.cli_campaign import add_commands, device, duration
+from basis.cli_compress import add_command
 from basis.conv import MODES
 from basis.data import DataError
 from basis.inference import bench_inference
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and do what it says; the exit status is 0, 1 (failed) or 2 (misused)."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    options.typed = list(sys.argv[1:] if arguments is None else arguments)  # for reports
     try:
         return options.command(options)
     except (ValueError, DataError, RecordError, TrainingError) as error:
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"basis: {error.name} is not installed; `pip install -e '.[{extra}]'` adds it", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("basis: interrupted; finished runs are kept", file=sys.stderr)
+        print("basis: interrupted; what is finished is kept, and the same command goes on", file=sys.stderr)
         return 130
 
 
@@ -62,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="basis", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    add_command(commands)
     add_commands(commands)
 
     bench = commands.add_parser("bench", help="measure speed against dense layers and networks")

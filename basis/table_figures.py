@@ -28,7 +28,7 @@ def heatmap(table: SensitivityTable, theme: Theme) -> Figure:
     finite = [value for row in grid for value in row if math.isfinite(value)] or [0.0]
     largest = max(map(abs, finite)) or 1.0
     with matplotlib.rc_context(theme.rc()):
-        figure = canvas(height=1.6 + 0.2 * len(rows))
+        figure = canvas(height=max(3.0, 1.6 + 0.2 * len(rows)))  # the label of the colours needs as much
         axes = figure.subplots()
         colours = (
             [theme.cycle[1], theme.background, theme.cycle[0]]

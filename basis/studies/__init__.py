@@ -20,7 +20,7 @@ from basis.runs import (
     results_folder,
     work,
 )
-from basis.studies import coefficients, cost, family, naive, selection, sensitivity, skip, speed, substitutes
+from basis.studies import coefficients, cost, family, naive, own, selection, sensitivity, skip, speed, substitutes
 from basis.studies.study import CLAIMS, Study, Verdict
 from basis.training import choose_device
 
@@ -39,7 +39,7 @@ __all__ = [
 
 STUDIES: Mapping[str, Study] = {
     one.STUDY.name: one.STUDY
-    for one in (cost, naive, sensitivity, selection, coefficients, skip, family, substitutes, speed)
+    for one in (cost, naive, sensitivity, selection, coefficients, skip, family, substitutes, speed, own)
 }
 
 

@@ -158,8 +158,9 @@ def compare(model: nn.Module, task: Compression, data: Data, *, seed: int = 0, p
     """Compress the trained ``model``, repair it, and test it at every stage.
 
     Returns:
-        Plain values. ``stages`` holds loss and accuracy on the test images of the dense network, of the smaller one
-        ("made"), after recalibration and after fine-tuning ("tuned"); ``test`` is the last of them. ``parameters``,
+        Plain values. ``stages`` holds loss and accuracy on the test images of the smaller network as it is ("made"; of
+        the method "dense" that is the network given), after recalibration and after fine-tuning ("tuned"); ``test``
+        is the last of them. ``parameters``,
         ``macs`` (counted by torch, multiply-accumulates of one image), ``dense_parameters`` and ``dense_macs``;
         ``curves`` of the fine-tuning; what :func:`compress` tells.
     """
@@ -176,7 +177,7 @@ def compare(model: nn.Module, task: Compression, data: Data, *, seed: int = 0, p
     smaller, about = compress(model, task, data)
     smaller.to(memory_format=layout)  # type: ignore[call-overload]
     size = data.train.x[:1]
-    stages = {"dense": tested(model), "made": tested(smaller)}
+    stages = {"made": tested(smaller)}
     macs = [_macs(network, size) for network in (smaller, model)]
     recalibrate(smaller, _first(data.train, task.calibration))
     stages["recalibrated"] = tested(smaller)

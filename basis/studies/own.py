@@ -19,16 +19,17 @@ from basis.training import Recipe
 
 # Method of basis.comparison -> what figures call it, the most telling first.
 METHODS: Mapping[str, str] = {
+    "dense": "dense",
     "selected": "basis, selected plan",
     "svd": "SVD pairs, uniform",
-    "dense": "dense, one more epoch",
     "uniform": "basis, uniform",
     "tensorly": "Tucker (tltorch)",
     "fasterai tucker": "Tucker (fasterai)",
     "uniform, fitted to weights": "basis, uniform, fitted to weights",
     "fasterai svd": "SVD (fasterai)",
 }
-FIRST = 3  # of them are judged, or tell what the epoch of fine-tuning does by itself
+FIRST = 3  # of them are needed for the verdict
+DENSE = "dense"
 OURS = ("selected", "uniform", "uniform, fitted to weights")
 STAGES: Mapping[str, str] = {
     "made": "before repair",
@@ -64,7 +65,7 @@ def plan(profile: str) -> tuple[Run, ...]:
     if profile == "cpu":
         recipe = Recipe(epochs=6, batch_size=125, lr=0.1)
         base = _run(profile, width=16, images=6000, validation=2000, recipe=recipe)
-        return _runs(base, Compression(method="dense", budget=1), seeds=3, methods=tuple(METHODS)[:-1])
+        return _runs(base, Compression(method="dense", budget=1), seeds=3, judged=5, methods=tuple(METHODS)[:-1])
     if profile == "smoke":
         recipe = Recipe(epochs=2, batch_size=100, translate=2, cutout=8)
         base = _run(profile, model="resnet20", width=8, data="synthetic", validation=200, recipe=recipe)
@@ -78,18 +79,24 @@ def _run(profile: str, **settings: Any) -> Run:
 
 
 def _runs(
-    base: Run, task: Compression, *, seeds: int, methods: Sequence[str] = tuple(METHODS),
+    base: Run, task: Compression, *, seeds: int, judged: int | None = None, methods: Sequence[str] = tuple(METHODS),
     budgets: Sequence[float] = (JUDGED,),
 ) -> tuple[Run, ...]:  # fmt: skip
+    """``judged`` seeds of what the verdict needs (as many as of the others, unless given)."""
+
     def one(method: str, seed: int, budget: float) -> Run:
-        asked = replace(task, method=method, budget=1.0 if method == "dense" else budget)
-        return replace(base, arm="dense" if method == "dense" else arm(method, budget), seed=seed, compression=asked)
+        asked = replace(task, method=method, budget=1.0 if method == DENSE else budget)
+        return replace(base, arm=DENSE if method == DENSE else arm(method, budget), seed=seed, compression=asked)
 
     first, others = methods[:FIRST], methods[FIRST:]
     pairs = [(method, budget) for budget in budgets for method in others]
-    pairs += [(method, budget) for budget in budgets[1:] for method in first if method != "dense"]
-    judged = [one(method, seed, budgets[0]) for seed in range(seeds) for method in first]
-    return tuple(judged + [one(method, seed, budget) for seed in range(seeds) for method, budget in pairs])
+    pairs += [(method, budget) for budget in budgets[1:] for method in first if method != DENSE]
+
+    def needed(those: range) -> list[Run]:
+        return [one(method, seed, budgets[0]) for seed in those for method in first]
+
+    compared = [one(method, seed, budget) for seed in range(seeds) for method, budget in pairs]
+    return (*needed(range(seeds)), *compared, *needed(range(seeds, judged or seeds)))
 
 
 # -- from records to a comparison -----------------------------------------------------------------------
@@ -102,52 +109,50 @@ def of_arm(records: Sequence[Record], name: str) -> dict[int, Record]:
 
 def arms(records: Sequence[Record], budget: float = JUDGED) -> dict[str, str]:
     """Name of an arm with records -> what figures call it: ours first, the dense network last."""
-    names = {"dense" if m == "dense" else arm(m, budget): title for m, title in METHODS.items()}
+    names = {DENSE if m == DENSE else arm(m, budget): title for m, title in METHODS.items()}
     mine = {arm(m, budget) for m in OURS}
     there = {name: title for name, title in names.items() if of_arm(records, name)}
-    return dict(sorted(there.items(), key=lambda one: (one[0] == "dense", one[0] not in mine)))
+    return dict(sorted(there.items(), key=lambda one: (one[0] == DENSE, one[0] not in mine)))
 
 
-def change(record: Record, stage: str, key: str) -> float:
-    """Loss or accuracy at a stage, less that of the dense network that was given."""
-    stages = record.result["stages"]
-    return float(stages[stage][key] - stages["dense"][key])
+def changes(records: Sequence[Record], name: str, stage: str, key: str) -> dict[int, float]:
+    """Seed -> loss or accuracy of an arm at a stage, less that of the dense network that was given.
 
-
-def changes(records: Sequence[Record], name: str, stage: str, key: str) -> list[float]:
-    """:func:`change` of every seed of an arm."""
-    return [change(r, stage, key) for _, r in sorted(of_arm(records, name).items())]
+    Of the seeds whose dense network was tested.
+    """
+    given = {seed: r.result["stages"]["made"][key] for seed, r in of_arm(records, DENSE).items()}
+    there = {seed: r.result["stages"][stage][key] for seed, r in of_arm(records, name).items()}
+    return {seed: there[seed] - given[seed] for seed in sorted(set(there) & set(given))}
 
 
 def mean_change(records: Sequence[Record], name: str, stage: str, key: str) -> Estimate:
     """The mean of :func:`changes`, with its interval over seeds."""
-    return mean_estimate(changes(records, name, stage, key))
+    return mean_estimate(list(changes(records, name, stage, key).values()))
 
 
 def excess(records: Sequence[Record], name: str, other: str, part: float = PART) -> Estimate:
     """Growth of the loss of ``name`` before repair, less ``part`` of that of ``other``, over the seeds of both."""
-    mine, theirs = of_arm(records, name), of_arm(records, other)
-    common = sorted(set(mine) & set(theirs))
-    return mean_estimate([change(mine[s], "made", "loss") - part * change(theirs[s], "made", "loss") for s in common])
+    mine, theirs = (changes(records, one, "made", "loss") for one in (name, other))
+    return mean_estimate([mine[seed] - part * theirs[seed] for seed in sorted(set(mine) & set(theirs))])
 
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     """The verdict on H4 by :data:`RULE`."""
     mine, svd = arm("selected"), arm("svd")
-    n = len(set(of_arm(records, mine)) & set(of_arm(records, svd)))
+    n = len(set(changes(records, mine, "tuned", "loss")) & set(changes(records, svd, "tuned", "loss")))
     if n < SEEDS:
-        reason = f"there are {n} seeds with both networks, and {SEEDS} are needed" if n else too_few(0)
+        reason = f"there are {n} seeds with all three networks, and {SEEDS} are needed" if n else too_few(0)
         return (Verdict("H4", profile, "not tested", reason),)
     grown = [mean_change(records, name, "made", "loss") for name in (mine, svd)]
     tuned = mean_change(records, mine, "tuned", "accuracy")
     held = (excess(records, mine, svd).high < 0, -100 * tuned.low < POINTS)
     label: Label = "reproduced" if all(held) else "partly" if any(held) else "not reproduced"
-    more = changes(records, "dense", "tuned", "accuracy")
-    control = f"; the dense network itself gains {100 * mean_estimate(more).value:.2f} by that epoch" if more else ""
+    more = mean_change(records, DENSE, "tuned", "accuracy")
     finding = (
         f"at {JUDGED:.0%} of the parameters {SCALES[profile]} loses {grown[0].text()} in loss before any repair by the "
         f"selected plan, and {grown[1].text()} by uniform truncated SVD; after one epoch of fine-tuning its accuracy "
-        f"is {tuned.text(scale=100, signed=True)} points from the given network's ({tuned.support}){control}"
+        f"is {tuned.text(scale=100, signed=True)} points from the given network's ({tuned.support}), which itself "
+        f"changes by {100 * more.value:+.2f} points in that epoch"
     )
     return (Verdict("H4", profile, label, finding, f"{100 * tuned.value:+.2f} points"),)
 

@@ -1,6 +1,6 @@
 """Ways to make a trained network smaller, on one footing: one budget of parameters, one calibration set, one repair.
 
-:func:`compress` makes the smaller network by a method of :data:`METHODS`; :func:`compare` follows it through its
+:func:`shrink` makes the smaller network by a method of :data:`METHODS`; :func:`compare` follows it through its
 repair: as it is, with the statistics of batch normalisation measured anew, and after a short fine-tuning.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -98,14 +98,14 @@ class _Made:
     searching: float = 0.0
 
 
-def _selected(asked: _Asked) -> _Made:
+def _selected(asked: _Asked, units: Sequence[str] = ("params",)) -> _Made:
     task, began = asked.task, time.perf_counter()
     how: dict[str, Any] = {"fit": "activation"} if task.measure.startswith("oneshot") else {}
     table = sensitivity(
         asked.model, asked.held, measure=task.measure, ratios=task.ratios, multiple=task.multiple,
         calibration=asked.calibration, **how,
     )  # fmt: skip
-    plan = select(table, budget={"params": task.budget})
+    plan = select(table, budget=dict.fromkeys(units, task.budget))
     searching = time.perf_counter() - began
     return _Made(substitute(asked.model, plan, calibration=asked.calibration), plan, searching)
 
@@ -116,9 +116,11 @@ def _uniform(asked: _Asked, *, fitted: bool) -> _Made:
     return _Made(substitute(asked.model, plan, calibration=asked.calibration if fitted else None), plan)
 
 
-# Name -> what makes the smaller network. The first three are this package's.
+# Name -> what makes the smaller network. The first four are this package's; "both" halves multiplications, too, where
+# the budget is a half.
 METHODS: Mapping[str, Callable[[_Asked], _Made]] = {
     "selected": _selected,
+    "selected by both": lambda asked: _selected(asked, ("params", "macs")),
     "uniform": lambda asked: _uniform(asked, fitted=True),
     "uniform, fitted to weights": lambda asked: _uniform(asked, fitted=False),
     "svd": lambda asked: _Made(svd_pairs(asked.model, asked.parameters, [asked.first])),
@@ -129,7 +131,7 @@ METHODS: Mapping[str, Callable[[_Asked], _Made]] = {
 }
 
 
-def compress(model: nn.Module, task: Compression, data: Data) -> tuple[nn.Module, dict[str, Any]]:
+def shrink(model: nn.Module, task: Compression, data: Data) -> tuple[nn.Module, dict[str, Any]]:
     """The network that the method of ``task`` makes of the trained ``model``, which is left alone, and facts about it.
 
     The facts are ``plan`` (layer -> basis channels, or None), ``seconds`` that making it took and ``searching``, the
@@ -162,7 +164,7 @@ def compare(model: nn.Module, task: Compression, data: Data, *, seed: int = 0, p
         the method "dense" that is the network given), after recalibration and after fine-tuning ("tuned"); ``test``
         is the last of them. ``parameters``,
         ``macs`` (counted by torch, multiply-accumulates of one image), ``dense_parameters`` and ``dense_macs``;
-        ``curves`` of the fine-tuning; what :func:`compress` tells.
+        ``curves`` of the fine-tuning; what :func:`shrink` tells.
     """
     place = next(model.parameters()).device
     data = data.to(place)
@@ -174,7 +176,7 @@ def compare(model: nn.Module, task: Compression, data: Data, *, seed: int = 0, p
     last = choose_memory_format(model, place, precision) == "channels_last"
     layout = torch.channels_last if last else torch.contiguous_format
     model = model.eval().to(memory_format=layout)  # type: ignore[call-overload]
-    smaller, about = compress(model, task, data)
+    smaller, about = shrink(model, task, data)
     smaller.to(memory_format=layout)  # type: ignore[call-overload]
     size = data.train.x[:1]
     stages = {"made": tested(smaller)}

@@ -22,6 +22,7 @@ METHODS: Mapping[str, str] = {
     "dense": "dense",
     "selected": "basis, selected plan",
     "svd": "SVD pairs, uniform",
+    "selected by both": "basis, selected, MACs too",
     "uniform": "basis, uniform",
     "tensorly": "Tucker (tltorch)",
     "fasterai tucker": "Tucker (fasterai)",
@@ -30,7 +31,7 @@ METHODS: Mapping[str, str] = {
 }
 FIRST = 3  # of them are needed for the verdict
 DENSE = "dense"
-OURS = ("selected", "uniform", "uniform, fitted to weights")
+OURS = ("selected", "selected by both", "uniform", "uniform, fitted to weights")
 STAGES: Mapping[str, str] = {
     "made": "before repair",
     "recalibrated": "batch normalisation recalibrated",

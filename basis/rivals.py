@@ -7,12 +7,7 @@ tensorly-torch, the other package with factorized convolutions, where it is inst
 
 from __future__ import annotations
 
-import bisect
-import contextlib
-import importlib
-import io
 import itertools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata, util
 from typing import Any
@@ -21,6 +16,7 @@ from torch import nn
 
 from basis.complexity import count_parameters
 from basis.conv import BasisConv2d, basis_channels_for
+from basis.decompositions import tensorly_conv
 from basis.stepping import compiled
 from basis.timing import (
     PASSES,
@@ -58,53 +54,15 @@ def svd_pair(conv: nn.Conv2d, parameters: int) -> nn.Sequential:
     return nn.Sequential(first, nn.Conv2d(q, conv.out_channels, 1, bias=False))
 
 
-def tucker_ranks(conv: nn.Conv2d, parameters: int) -> tuple[int, int]:
-    """Ranks (of the output channels, of the input channels) of the largest Tucker convolution of that size.
-
-    They are in the proportion of the channels, and have at most 1 % more than ``parameters`` weights; the
-    spatial modes are left whole.
+def tucker_conv(conv: nn.Conv2d, parameters: int, *, implementation: str = "factorized") -> nn.Module:
+    """:func:`basis.decompositions.tensorly_conv` with new weights, at most 1 % more than ``parameters``.
 
     Raises:
+        NotInstalled: where tensorly-torch is not installed.
         ValueError: where not even ranks 1 and 1 have so few.
     """
-    c_out, c_in, *kernel = conv.weight.shape
-    total = c_out + c_in
-
-    def ranks(both: int) -> tuple[int, int]:
-        out = min(max(1, round(both * c_out / total)), both - 1)
-        return out, both - out
-
-    def size(both: int) -> int:
-        out, into = ranks(both)
-        core = out * into * kernel[0] * kernel[1]
-        return core + c_out * out + c_in * into + sum(side * side for side in kernel)
-
-    found = bisect.bisect_right(range(2, total + 1), (1 + ABOVE) * parameters, key=size)
-    if not found:
-        raise ValueError(f"a Tucker convolution has at least {size(2)} parameters, which is above {parameters}")
-    return ranks(found + 1)
-
-
-def tucker_conv(conv: nn.Conv2d, parameters: int, *, implementation: str = "factorized") -> nn.Module:
-    """The Tucker ``FactorizedConv`` of tensorly-torch, with new weights and the ranks of :func:`tucker_ranks`.
-
-    It applies the padding and the stride of ``conv``, of which it takes the first entry.
-
-    Args:
-        implementation: "factorized" convolves three times, "reconstructed" builds the dense weight first.
-
-    Raises:
-        ModuleNotFoundError: where tensorly-torch is not installed.
-        ValueError: as :func:`tucker_ranks`.
-    """
-    rank = (*tucker_ranks(conv, parameters), *conv.kernel_size)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints and warns on import
-        warnings.simplefilter("ignore")
-        layer = importlib.import_module("tltorch").FactorizedConv.from_conv(
-            conv, rank=rank, factorization="tucker", implementation=implementation, decompose_weights=False,
-            fixed_rank_modes="spatial",
-        )  # fmt: skip
-        layer.reset_parameters(std=(3 * conv.weight[0].numel()) ** -0.5)  # the spread of nn.Conv2d's own weights
+    layer: Any = tensorly_conv(conv, (1 + ABOVE) * parameters, implementation=implementation, fitted=False)
+    layer.reset_parameters(std=(3 * conv.weight[0].numel()) ** -0.5)  # the spread of nn.Conv2d's own weights
     return layer
 
 

@@ -21,7 +21,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -31,9 +31,11 @@ import filelock
 import torch
 
 from basis.analysis import joint, sensitivity
+from basis.comparison import Compression, compare
 from basis.complexity import cost, count_parameters, count_trained
 from basis.conv import Mode
 from basis.data import Data, DataError, Images, first_images, hold_out, load_cifar10, synthetic
+from basis.decompositions import NotInstalled
 from basis.files import replacing
 from basis.models import build
 from basis.selection import predicted, select
@@ -126,6 +128,8 @@ class Run:
         teacher: how a dense network is trained first, from the same seed, for attention transfer
             (``recipe.attention``) or as what the layers are fitted to.
         fitted: whether the run starts at the teacher's weights, those of the layers approximated.
+        compression: how the network is made smaller and repaired after it has been trained, dense, by ``recipe``.
+            Runs with equal networks train theirs once.
     """
 
     study: str
@@ -149,6 +153,7 @@ class Run:
     include: str | None = None
     teacher: Recipe | None = None
     fitted: bool | None = None
+    compression: Compression | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -351,6 +356,9 @@ def execute(
     data = prepare_data(run)
     torch.manual_seed(run.seed)
     model: torch.nn.Module = build(run.model, num_classes=data.classes, width=run.width)
+    if run.compression is not None:
+        trained = _teacher(model, replace(run, teacher=run.recipe), data, device, checkpoint, should_stop, progress)
+        return compare(trained.to(device), run.compression, data, seed=run.seed, progress=progress)
     plan = None if run.plan is None else Plan(run.plan)
     extra: dict[str, Any] = {}
     if run.choice is not None:
@@ -428,6 +436,8 @@ def _teacher(
 
 def _check_teacher(run: Run) -> None:
     """Refuse a run that would train a teacher for nothing, or lacks the one that it needs."""
+    if run.compression is not None and (run.ladder, run.layer, run.ratio, run.plan, run.choice) != (None,) * 5:
+        raise ValueError("compression makes the layers itself; it goes with no ladder, layer, ratio, plan or choice")
     taught = [name for name, uses in (("fitted", run.fitted), ("recipe.attention", run.recipe.attention)) if uses]
     if (run.teacher is not None) != bool(taught):
         what = f"{taught[0]} is set without a teacher" if taught else "a teacher is set that nothing uses"
@@ -624,7 +634,7 @@ def attempt(
             file.unlink(missing_ok=True)
         held = "validation" if result["test"] is None else "test"
         outcome, message = "done", f"{held} accuracy {result[held]['accuracy']:.2%}"
-    except (TrainingPaused, TableMissing) as pause:
+    except (TrainingPaused, TableMissing, NotInstalled) as pause:
         outcome, message = "paused", str(pause)
     except (DataError, Unwritable):
         raise  # the other runs would fail in the same way

@@ -21,6 +21,7 @@ FIRST_EXERCISE = {
     "08_resnet_family": {"network": "resnet56"},
     "09_other_structured_layers": {"layer": "shuffle:2"},
     "10_making_it_fast": {"ratio": 0.5},
+    "11_your_own_network": {"budget": 0.25},
 }
 
 

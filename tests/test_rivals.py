@@ -8,7 +8,8 @@ from torch import nn
 import basis.rivals as rivals
 from basis.bench import RESNET18_SHAPES, Setting, Shape
 from basis.conv import BasisConv2d
-from basis.rivals import CANDIDATES, RIVALS, bench_rivals, svd_pair, tucker_conv, tucker_ranks
+from basis.decompositions import tucker_ranks
+from basis.rivals import CANDIDATES, RIVALS, bench_rivals, svd_pair, tucker_conv
 
 needs_tltorch = pytest.mark.skipif(importlib.util.find_spec("tensorly") is None, reason="needs tensorly-torch")
 EAGER = [name for name in CANDIDATES if "compiled" not in name]

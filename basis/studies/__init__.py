@@ -22,7 +22,7 @@ from basis.runs import (
     results_folder,
     work,
 )
-from basis.studies import coefficients, cost, family, naive, selection, sensitivity, skip, speed, substitutes
+from basis.studies import coefficients, cost, family, naive, own, selection, sensitivity, skip, speed, substitutes
 from basis.studies.hours import expected, spent
 from basis.studies.plausible import doubts
 from basis.studies.study import CLAIMS, Study, Verdict
@@ -46,7 +46,7 @@ __all__ = [
 
 STUDIES: Mapping[str, Study] = {
     one.STUDY.name: one.STUDY
-    for one in (cost, naive, sensitivity, selection, coefficients, skip, family, substitutes, speed)
+    for one in (cost, naive, sensitivity, selection, coefficients, skip, family, substitutes, speed, own)
 }
 
 

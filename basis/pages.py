@@ -244,6 +244,16 @@ def status_rows(study: str | None = None) -> list[tuple[str, str, str, str, str]
     return rows
 
 
+def device_hours() -> str:
+    """What all recorded trainings together took, by kind of device, such as ``3.10 h of CPU and no hour of GPU``."""
+    seconds = {"cpu": 0.0, "cuda": 0.0}
+    for row in status(runs.results_folder()).to_dict("records"):
+        for kind, value in dict(row["seconds"]).items():
+            seconds[kind] += value
+    said = {kind: f"{value / 3600:.2f} h" if value else "no hour" for kind, value in seconds.items()}
+    return f"{said['cpu']} of CPU and {said['cuda']} of GPU"
+
+
 def page_facts(stem: str, seconds: float, root: Path, profile: str | None = None) -> PageFacts:
     """Collect what the page of one chapter says about itself; `profile` is the one it was executed with."""
     study = study_of(stem)
@@ -359,6 +369,7 @@ def fragments(pages: Mapping[str, Notebook], profile: str | None = None) -> dict
         "runs_listed": str(sum(int(row[2].split()[-1]) for row in states)),
         "claims": str(len(CLAIMS)),
         "claims_tested": str(len(tested)),
+        "device_hours": device_hours(),
     }
     undrawn = "*The headline figure is not drawn yet.*"
     return {

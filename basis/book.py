@@ -26,6 +26,7 @@ from basis.address import address
 from basis.derived import block, sync
 from basis.pages import Notebook, assemble_page, fragments, page_facts, readme_claims, study_of, verdicts
 from basis.studies import STUDIES, check_records
+from basis.tidy import sound_records, write_tables
 
 
 class BookError(RuntimeError):
@@ -138,6 +139,7 @@ def build(
     generated.mkdir(exist_ok=True)
     for name, text in fragments(pages, profile).items():
         (generated / name).write_text(text + "\n", encoding="utf-8")
+    write_tables(generated, sound_records())
 
     if profile is None:
         shown = block((root / "README.md").read_text(encoding="utf-8"), "claims") or ""

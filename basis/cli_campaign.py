@@ -1,4 +1,4 @@
-"""The commands of ``basis`` that do runs and carry their records: run, campaign, import, status."""
+"""The commands of ``basis`` that do runs and carry their records: run, campaign, import, table, status."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from basis.runs import PROFILES, device_for, parse_duration, record_path, result
 from basis.sharing import choose_jobs
 from basis.studies import STUDIES, find_study, status, valid_records
 from basis.studies.hours import in_hours
+from basis.tidy import sound_records, write_tables
 
 
 def add_commands(commands: Any) -> None:
@@ -48,6 +49,11 @@ def add_commands(commands: Any) -> None:
     taking.add_argument("archives", nargs="+", type=Path, metavar="ARCHIVE", help="of basis campaign")
     taking.add_argument("--results", type=Path, metavar="DIR")
     taking.set_defaults(command=import_archives)
+
+    tidy = commands.add_parser("table", help="all records as two tidy tables", description=write_table.__doc__)
+    tidy.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="default: the working directory")
+    tidy.add_argument("--results", type=Path, metavar="DIR")
+    tidy.set_defaults(command=write_table)
 
     state = commands.add_parser("status", help="which runs are done and which are missing")
     state.add_argument("--results", type=Path, metavar="DIR")
@@ -175,6 +181,13 @@ def import_archives(options: argparse.Namespace) -> int:
             if one.reason:
                 print(f"  {one.name}: {titles[one.outcome]}: {one.reason}")
     return 1 if refused else 0
+
+
+def write_table(options: argparse.Namespace) -> int:
+    """Write every run, and every measured sensitivity, as one tidy table each (CSV; Parquet where pyarrow is)."""
+    for path in write_tables(options.out, sound_records(options.results)):
+        print(f"saved {path}")
+    return 0
 
 
 def show_status(options: argparse.Namespace) -> int:

@@ -31,10 +31,12 @@ from nbformat.v4 import new_markdown_cell
 
 from basis import gates, headline, runs
 from basis.address import DISTRIBUTION, Address, address
+from basis.card import card_fragments, card_numbers
 from basis.figures import CAPTION_KEY, FIGURE_KEY, HEADLINE, table
 from basis.studies import CLAIMS, STUDIES, Study, Verdict, status, valid_records
 from basis.studies.cost import load_benches
 from basis.studies.hours import KINDS
+from basis.tidy import sound_records
 
 SCALES = {"smoke": "on synthetic images", "cpu": "at CPU scale", "colab": "at Colab scale"}  # said with a verdict
 COMMANDS = """\
@@ -372,7 +374,10 @@ def fragments(pages: Mapping[str, Notebook], profile: str | None = None) -> dict
         "device_hours": device_hours(),
     }
     undrawn = "*The headline figure is not drawn yet.*"
+    records = sound_records()
+    numbers |= card_numbers(records)
     return {
+        **card_fragments(records),
         "claims.md": claims_table(found, pages),
         "chapters.md": chapters_list(pages),
         "bibtex.md": BIBTEX.format(version=numbers["version"], url=here.pages, commit=numbers["commit"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -137,7 +138,7 @@ def sound_records(folder: Path | None = None) -> list[Record]:
         record
         for study in STUDIES.values()
         for profile in PROFILES
-        if profile != "smoke" and study.runs(profile)
+        if profile != "smoke"
         for record in valid_records(study, profile, folder)
     ]
 
@@ -166,8 +167,8 @@ def write_tables(folder: Path, records: Sequence[Record]) -> list[Path]:
     paths = []
     for name, frame in (("runs", runs_frame(records)), ("sensitivities", sensitivities_frame(records))):
         paths.append(folder / f"{name}.csv.gz")
-        with replacing(paths[-1]) as file:
-            frame.to_csv(file, index=False, compression={"method": "gzip", "mtime": 0})
+        with replacing(paths[-1]) as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+            packed.write(frame.to_csv(index=False).encode())
         if importlib.util.find_spec("pyarrow") is not None:
             paths.append(folder / f"{name}.parquet")
             with replacing(paths[-1]) as file:

@@ -113,8 +113,8 @@ def is_done(path: Path, definition: str) -> bool:
 
 def valid_records(study: Study, profile: str, folder: Path | None = None) -> list[Record]:
     """The records of the runs that ``study`` lists for ``profile``, made under its present definition."""
-    wanted = listed(study, profile)
     records = load_records(folder, study=study.name, profile=profile)
+    wanted = listed(study, profile) if records else {}
     return [r for r in records if r.id in wanted and r.definition == study.definition]
 
 

@@ -206,7 +206,7 @@ def compare(model: nn.Module, task: Compression, data: Data, *, seed: int = 0, p
 
 @torch.no_grad()
 def _macs(model: nn.Module, image: torch.Tensor) -> int:
-    """Multiply-accumulates of one image (1, H, W, C), as torch counts them, basis layers in factorized mode."""
+    """Multiply-accumulates of one image (1, H, W, C), as torch counts them: basis layers factorized, M whole."""
     copied, counter = copy.deepcopy(model), FlopCounterMode(display=False)
     for module in copied.modules():
         if isinstance(module, BasisConv2d):

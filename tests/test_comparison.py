@@ -33,16 +33,11 @@ def test_every_method_meets_the_budget_and_leaves_the_model_alone(method, model,
     before = copy.deepcopy(model.state_dict())
     small, about = shrink(model, Compression(method=method, budget=0.5, **SMALL), data)
     kept = count_parameters(small) / count_parameters(model)
-    assert (0.3 if "both" in method else 0.45) < kept <= 0.5
+    assert (0.3 if "both" in method else 0.43) < kept <= 0.5
+    assert method.startswith("selected") or isinstance(small.conv1, torch.nn.Conv2d)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert (about["plan"] is None) == (method in ("svd", "tensorly"))
     assert about["seconds"] >= about["searching"]
-
-
-def test_methods_of_one_setting_leave_the_first_convolution_alone(model, data):
-    for method in HERE:
-        small, _ = shrink(model, Compression(method=method, budget=0.5, **SMALL), data)
-        assert method.startswith("selected") or isinstance(small.conv1, torch.nn.Conv2d)
 
 
 def test_a_fit_to_outputs_is_nearer_on_the_calibration_images(model, data):
@@ -81,13 +76,14 @@ def test_a_plan_by_both_halves_multiplications_too(model, data):
 def test_multiplications_are_those_of_factorized_mode(model, data):
     result = compare(copy.deepcopy(model), Compression(method="uniform", budget=0.5, **SMALL), data)
     small, _ = shrink(model, Compression(method="uniform", budget=0.5, **SMALL), data)
-    assert result["macs"] == cost(small, (3, 12, 12), mode="factorized").total.forward_macs
+    counted = cost(small, (3, 12, 12), mode="factorized").total
+    assert result["macs"] == counted.forward_macs + counted.identity_forward_macs
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"method": "magic", "budget": 0.5}, "method is 'magic', but it must be one of selected, uniform"),
+        ({"method": "magic", "budget": 0.5}, "method is 'magic', but it must be one of selected, "),
         ({"method": "svd", "budget": 0}, "budget is 0, but it is a fraction"),
         ({"method": "svd", "budget": 0.5, "calibration": 10**6}, "calibration is 1000000, but there are only 60"),
         ({"method": "svd", "budget": 0.5, "calibration": 10, "held": 100}, "held is 100, but there are only 40"),

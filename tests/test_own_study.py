@@ -105,9 +105,9 @@ def test_networks_of_one_seed_are_made_of_one_trained_network(tmp_path, monkeypa
 
     monkeypatch.setattr(runs, "compare", compare)
     base = STUDY.runs("smoke")[0]
-    recipe = dataclasses.replace(base.recipe, epochs=1, batch_size=1000)
+    recipe = dataclasses.replace(base.recipe, epochs=1, batch_size=200)
     for i, run in enumerate(STUDY.runs("smoke")[:2]):
-        short = dataclasses.replace(run, recipe=recipe, width=4)
+        short = dataclasses.replace(run, recipe=recipe, width=2, images=200)
         checkpoint = tmp_path / f"{i}.pt"
         execute(short, device=choose_device("cpu"), checkpoint=checkpoint)
     assert len(list(tmp_path.glob("teacher-*.pt"))) == 1

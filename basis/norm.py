@@ -398,6 +398,9 @@ class BasisBatchNorm2d(nn.BatchNorm2d):
 class BasisBatchNormAct2d(BasisBatchNorm2d):
     """A :class:`BasisBatchNorm2d` that goes on with the dropout and activation of timm's ``BatchNormAct2d``."""
 
+    drop: nn.Module
+    act: nn.Module
+
     def forward(self, z: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
         """:meth:`BasisBatchNorm2d.forward`; residual and ReLU come after its own activation."""
         return _added(self.act(self.drop(super().forward(z))), residual, relu)

@@ -7,8 +7,9 @@ convolution whose output goes into one ``nn.BatchNorm2d`` and nowhere else, both
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx, nn
 
@@ -29,11 +30,25 @@ class Pairs:
 
 
 class _Tracer(fx.Tracer):
+    """Takes the ``opaque`` modules as they are, and tells the innermost ``culprit`` in which tracing failed."""
+
     proxy_buffer_attributes = True  # so that running statistics that are read show in the graph
 
+    def __init__(self, opaque: set[nn.Module]) -> None:
+        super().__init__()
+        self.opaque = opaque
+        self.culprit: nn.Module | None = None
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaf = isinstance(m, (ConvLike, nn.Conv2d, nn.BatchNorm2d))
+        leaf = isinstance(m, (ConvLike, nn.Conv2d, nn.BatchNorm2d)) or m in self.opaque
         return leaf or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.culprit = self.culprit or m
+            raise
 
 
 def norm_pairs(model: nn.Module, *, both_modes: bool = False) -> Pairs:
@@ -46,14 +61,18 @@ def norm_pairs(model: nn.Module, *, both_modes: bool = False) -> Pairs:
         both_modes: name those that are pairs in training and in evaluation, or in one of the two where the
             other calls neither; else the mode in which ``model`` is decides.
 
+    What is within a layer that cannot be traced, because what it computes depends on values, is in no pair.
+
     Raises:
-        ValueError: where the model cannot be traced, because what it computes depends on values.
+        ValueError: where that is the model itself.
     """
     follows: dict[nn.Module, set[nn.Module | None]] = {}
     precedes: dict[nn.Module, set[nn.Module | None]] = {}
     calls: Counter[nn.Module] = Counter()
     read: set[nn.Module] = set()
-    for graph in _graphs(model, (True, False) if both_modes else (None,)):
+    graphs, opaque = _graphs(model, (True, False) if both_modes else (None,))
+    hidden = {inner: outer for outer in opaque for inner in outer.modules()}
+    for graph in graphs:
         modules = {node: model.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
         calls |= Counter(modules.values())  # in the graph that calls it most
         read |= {model.get_submodule(str(n.target).rpartition(".")[0]) for n in graph.nodes if n.op == "get_attr"}
@@ -69,11 +88,13 @@ def norm_pairs(model: nn.Module, *, both_modes: bool = False) -> Pairs:
             continue
         after = follows.get(module, set())
         norm = next(iter(after)) if len(after) == 1 else None
-        if not after:
+        if module in hidden:
+            alone[name] = f"it is within {name_of[hidden[module]]}, which torch.fx cannot trace"
+        elif not after:
             alone[name] = "it is never called"
         elif norm is None or afterwards(norm) is None:
             alone[name] = "its output does not go into one nn.BatchNorm2d and nowhere else"
-        elif module in read or norm in read:
+        elif module in read or norm in read or norm in hidden:
             alone[name] = "its parameters, or those of its batch normalisation, are used elsewhere too"
         elif calls[module] > 1 or calls[norm] > 1 or precedes[norm] != {module}:
             alone[name] = "it or its batch normalisation is called more than once"
@@ -97,16 +118,20 @@ def afterwards(norm: nn.Module) -> tuple[nn.Module, ...] | None:
     return None
 
 
-def _graphs(model: nn.Module, modes: Iterable[bool | None]) -> list[fx.Graph]:
-    """What ``model`` computes in training (True), in evaluation (False) or as it is (None)."""
+def _graphs(model: nn.Module, modes: Iterable[bool | None]) -> tuple[list[fx.Graph], set[nn.Module]]:
+    """What ``model`` computes in training (True), in evaluation (False) or as it is (None).
+
+    And the layers that could not be traced, which the graphs call as a whole.
+    """
     flags = {module: module.training for module in model.modules()}
+    opaque: set[nn.Module] = set()
     try:
         graphs = []
         for mode in modes:
             for module, flag in flags.items():
                 module.training = flag if mode is None else mode
-            graphs.append(_Tracer().trace(model))
-        return graphs
+            graphs.append(_traced(model, opaque))
+        return graphs, opaque
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
@@ -116,3 +141,15 @@ def _graphs(model: nn.Module, modes: Iterable[bool | None]) -> list[fx.Graph]:
     finally:
         for module, flag in flags.items():
             module.training = flag
+
+
+def _traced(model: nn.Module, opaque: set[nn.Module]) -> fx.Graph:
+    """The graph of ``model``; what cannot be traced within it is added to ``opaque``."""
+    while True:
+        tracer = _Tracer(opaque)
+        try:
+            return tracer.trace(model)
+        except Exception:
+            if tracer.culprit is None or tracer.culprit in opaque:
+                raise
+            opaque.add(tracer.culprit)

@@ -95,7 +95,7 @@ TORCHVISION = _in(
     "torchvision",
     "squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v3_small", "mnasnet0_5", "mobilenet_v2", "regnet_x_400mf",
     "regnet_y_400mf", "resnet18", "efficientnet_b0", "googlenet", "alexnet", "densenet121", "resnext50_32x4d",
-    "efficientnet_v2_s", "inception_v3@96", "wide_resnet50_2", "convnext_tiny", "swin_t", "swin_v2_t", "vit_b_32",
+    "efficientnet_v2_s", "inception_v3@299", "wide_resnet50_2", "convnext_tiny", "swin_t", "swin_v2_t", "vit_b_32",
     "vgg11_bn", "maxvit_t@224",
 )  # fmt: skip
 TIMM = _in(

@@ -113,3 +113,35 @@ def test_a_plain_pair_is_one():
 def test_a_model_that_cannot_be_traced_is_refused():
     with pytest.raises(ValueError, match=r"Network cannot be traced by torch\.fx"):
         norm_pairs(Network("branches"))
+
+
+class Parts(nn.Module):
+    """A traceable pair, and a part whose forward pass depends on values (in one mode, or in both)."""
+
+    def __init__(self, depends, leak=False):
+        super().__init__()
+        self.part = Network("plain")
+        self.part.forward = lambda x: self._part(x)
+        self.depends, self.leak = depends, leak
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def _part(self, x):
+        if self.depends in ("both", "training" if self.part.training else "evaluation") and x.sum() > 0:
+            return x
+        return self.part.bn(self.part.conv(x))
+
+    def forward(self, x):
+        x = self.part(self.bn(self.conv(x)))
+        return self.part.bn(self.part.conv(x)) if self.leak else x
+
+
+@pytest.mark.parametrize("depends", ["both", "training", "evaluation"])
+def test_what_cannot_be_traced_hides_no_other_pairs(depends):
+    pairs = norm_pairs(Parts(depends), both_modes=True)
+    assert pairs.norms == {"conv": "bn"}
+    assert pairs.alone["part.conv"] == "it is within part, which torch.fx cannot trace"
+
+
+def test_what_is_hidden_and_called_elsewhere_too_is_no_pair():
+    assert norm_pairs(Parts("none")).norms == {"conv": "bn", "part.conv": "part.bn"}
+    assert norm_pairs(Parts("both", leak=True)).norms == {"conv": "bn"}

@@ -4,10 +4,13 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,19 +63,23 @@ def descendants(pid):
     return children + [one for child in children for one in descendants(child)]
 
 
-def kill_at_random(command, folder, *, kills, pause, seed, limit):
-    """Run ``command`` again and again, killing it, or a process of it, after random times; then let it finish.
+def kill_at_random(command, folder, finished, *, kills, pause, seed, limit):
+    """Run ``command`` again and again, killing it, or a worker of it, after random times; then let it finish.
 
-    Returns the numbers of parents and of children that were killed. A record that was there once never changes.
+    Times count from when there are workers, so that there is work to disturb. The workers of a parent that was killed
+    go on for a while beside those of the next one. A record that was there once never changes. When all is done,
+    ``finished(folder)`` looks at it, and while kills are left it is all begun anew. Returns the numbers of parents and
+    of workers that were killed.
     """
-    rng, known, counts = random.Random(seed), {}, {"parent": 0, "child": 0}
+    rng, known, counts = random.Random(seed), {}, {"parent": 0, "worker": 0}
     until = time.monotonic() + limit
-    orphans: set[int] = set()
     process = None
     while time.monotonic() < until:
         if process is None:
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
         left = kills - sum(counts.values())
+        while left and process.poll() is None and not descendants(process.pid) and time.monotonic() < until:
+            time.sleep(0.1)
         try:
             code = process.wait(timeout=rng.uniform(*pause) if left else max(1, until - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -84,16 +91,17 @@ def kill_at_random(command, folder, *, kills, pause, seed, limit):
             json.loads(content)
         if code is not None:
             process = None
+            assert code == 0
+            finished(folder)
             if not left:
-                assert code == 0
                 return counts
-            continue
-        if left:
-            children = descendants(process.pid)
-            orphans |= set(children)
-            victim = rng.choice([process.pid, *children])
-            counts["parent" if victim == process.pid else "child"] += 1
-            os.kill(victim, signal.SIGKILL)
+            shutil.rmtree(folder)
+            known = {}
+        elif left:
+            victim = rng.choice([process.pid, *descendants(process.pid)])
+            counts["parent" if victim == process.pid else "worker"] += 1
+            with suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
             if victim == process.pid:
                 process.wait()
                 process = None
@@ -123,9 +131,9 @@ def test_killed_at_random_moments_nothing_is_lost_or_done_twice(tmp_path):
     order = tmp_path / "order"
     order.write_bytes(pickle.dumps(Order(tasks=tasks, folder=tmp_path / "disturbed")))
     command = [sys.executable, "-c", DRIVER, str(order)]
-    counts = kill_at_random(command, tmp_path / "disturbed", kills=5, pause=(1, 6), seed=0, limit=300)
-    assert sum(counts.values()) == 5
-    check_equal(tmp_path / "disturbed", tmp_path / "undisturbed")
+    finished = partial(check_equal, undisturbed=tmp_path / "undisturbed")
+    counts = kill_at_random(command, tmp_path / "disturbed", finished, kills=5, pause=(0, 5), seed=0, limit=300)
+    assert counts["parent"] + counts["worker"] == 5
 
 
 @needs_proc
@@ -137,8 +145,11 @@ def test_a_smoke_campaign_survives_fifty_kills(tmp_path):
     command += ["--quiet", "--archive", str(tmp_path / "records.tar.gz"), "--results"]
     subprocess.run([*command, str(tmp_path / "undisturbed")], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     disturbed = tmp_path / "disturbed"
-    counts = kill_at_random([*command, str(disturbed)], disturbed, kills=50, pause=(2, 30), seed=7, limit=3600)
-    assert sum(counts.values()) == 50
+    finished = partial(check_equal, undisturbed=tmp_path / "undisturbed")
+    counts = kill_at_random(
+        [*command, str(disturbed)], disturbed, finished, kills=50, pause=(0, 20), seed=7, limit=3600
+    )
+    assert counts["parent"] + counts["worker"] == 50
+    assert min(counts.values()) > 5
     assert missing(in_order("smoke", studies), disturbed) == []
-    check_equal(disturbed, tmp_path / "undisturbed")
     sys.stdout.write(f"\n{counts}, {len(contents(disturbed))} records, all as undisturbed\n")

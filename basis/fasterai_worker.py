@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from fasterai.misc.conv_decomposer import Conv_Decomposer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -29,6 +28,8 @@ def decompose(
     weights: Mapping[str, Tensor], layers: Mapping[str, Any], method: str, removed: float, *, iterations: int
 ) -> nn.ModuleList:
     """The convolutions in a list, as fasterai leaves them with that part of the ranks removed."""
+    from fasterai.misc.conv_decomposer import Conv_Decomposer  # here, so that the package's tools can read this file
+
     model = nn.ModuleList()
     for name, weight in weights.items():
         geometry: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in layers[name].items()}

@@ -19,14 +19,14 @@ from basis.training import Recipe
 
 # Method of basis.comparison -> what figures call it, the most telling first.
 METHODS: Mapping[str, str] = {
-    "dense": "dense",
-    "selected": "basis, selected plan",
-    "svd": "SVD pairs, uniform",
+    "dense": "dense, itself",
+    "selected": "basis, selected",
+    "svd": "SVD pairs",
     "selected by both": "basis, selected, MACs too",
     "uniform": "basis, uniform",
     "tensorly": "Tucker (tltorch)",
     "fasterai tucker": "Tucker (fasterai)",
-    "uniform, fitted to weights": "basis, uniform, fitted to weights",
+    "uniform, fitted to weights": "basis, uniform, by weights",
     "fasterai svd": "SVD (fasterai)",
 }
 FIRST = 3  # of them are needed for the verdict

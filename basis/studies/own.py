@@ -150,8 +150,8 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     label: Label = "reproduced" if all(held) else "partly" if any(held) else "not reproduced"
     more = mean_change(records, DENSE, "tuned", "accuracy")
     finding = (
-        f"at {JUDGED:.0%} of the parameters {SCALES[profile]} loses {grown[0].text()} in loss before any repair by the "
-        f"selected plan, and {grown[1].text()} by uniform truncated SVD; after one epoch of fine-tuning its accuracy "
+        f"at {JUDGED:.0%} of the parameters {SCALES[profile]} loses {grown[0].text(digits=3)} in loss before repair by the "
+        f"selected plan, and {grown[1].text(digits=3)} by uniform truncated SVD; after one epoch of fine-tuning its accuracy "
         f"is {tuned.text(scale=100, signed=True)} points from the given network's ({tuned.support}), which itself "
         f"changes by {100 * more.value:+.2f} points in that epoch"
     )

@@ -151,8 +151,8 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     more = mean_change(records, DENSE, "tuned", "accuracy")
     mine_lost, svd_lost = (one.text(digits=3) for one in grown)
     finding = (
-        f"at {JUDGED:.0%} of the parameters {SCALES[profile]} loses {mine_lost} in loss before any repair by the selected "
-        f"plan, and {svd_lost} by uniform truncated SVD; after one epoch of fine-tuning its accuracy is "
+        f"at {JUDGED:.0%} of the parameters {SCALES[profile]} loses {mine_lost} in loss before any repair by the "
+        f"selected plan, and {svd_lost} by uniform truncated SVD; after one epoch of fine-tuning its accuracy is "
         f"{tuned.text(scale=100, signed=True)} points from the given network's ({tuned.support}), which itself changes "
         f"by {100 * more.value:+.2f} points in that epoch"
     )

@@ -149,11 +149,12 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     held = (excess(records, mine, svd).high < 0, -100 * tuned.low < POINTS)
     label: Label = "reproduced" if all(held) else "partly" if any(held) else "not reproduced"
     more = mean_change(records, DENSE, "tuned", "accuracy")
+    mine_lost, svd_lost = (one.text(digits=3) for one in grown)
     finding = (
-        f"at {JUDGED:.0%} of the parameters {SCALES[profile]} loses {grown[0].text()} in loss before any repair by the "
-        f"selected plan, and {grown[1].text()} by uniform truncated SVD; after one epoch of fine-tuning its accuracy "
-        f"is {tuned.text(scale=100, signed=True)} points from the given network's ({tuned.support}), which itself "
-        f"changes by {100 * more.value:+.2f} points in that epoch"
+        f"at {JUDGED:.0%} of the parameters {SCALES[profile]} loses {mine_lost} in loss before any repair by the "
+        f"selected plan, and {svd_lost} by uniform truncated SVD; after one epoch of fine-tuning its accuracy is "
+        f"{tuned.text(scale=100, signed=True)} points from the given network's ({tuned.support}), which itself changes "
+        f"by {100 * more.value:+.2f} points in that epoch"
     )
     return (Verdict("H4", profile, label, finding, f"{100 * tuned.value:+.2f} points"),)
 

@@ -84,7 +84,7 @@ def test_gradients_are_the_averages_of_all_processes(tmp_path):
     ]
     try:
         for worker in workers:
-            out, err = worker.communicate(timeout=200)
+            out, err = worker.communicate(timeout=400)
             assert worker.returncode == 0, err
             assert out.split() == list(networks())
     finally:

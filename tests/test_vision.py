@@ -9,7 +9,7 @@ from basis import vision
 
 
 def python(code):
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines()
 

@@ -366,10 +366,14 @@ LOW = [(torch.bfloat16, True), (torch.float16, True), (torch.bfloat16, False), (
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize(("dtype", "autocast"), LOW, ids=str)
 def test_errors_are_those_of_the_pair(dtype, autocast, relu, mean, memory_format):
-    """The geometric mean over seeds: a pixel that falls on the other side of the ReLU is a chance event."""
+    """The geometric mean over seeds: a pixel that falls on the other side of the ReLU is a chance event.
+
+    Up to 4 roundings of float32 are nobody's fault: how the pair's own sums are ordered depends on the processor.
+    """
     seeds = 12 if relu else 4
     low = torch.float32 if autocast else dtype
-    ratios = {}
+    rounding = 4 * torch.finfo(torch.float32).eps
+    ratios, sizes = {}, {}
     for seed in range(seeds):
         torch.manual_seed(seed)
         pair = block(relu=relu, dtype=low).to(memory_format=FORMATS[memory_format])
@@ -380,7 +384,8 @@ def test_errors_are_those_of_the_pair(dtype, autocast, relu, mean, memory_format
         for name, error in ours.items():
             floor = torch.finfo(low).eps / 2
             ratios[name] = ratios.get(name, 1.0) * ((error + floor) / (theirs[name] + floor)) ** (1 / seeds)
-    assert all(ratio <= 1.5 for ratio in ratios.values()), ratios
+            sizes[name] = sizes.get(name, 0.0) + error / seeds
+    assert not {name: ratio for name, ratio in ratios.items() if ratio > 1.5 and sizes[name] > rounding}
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

@@ -35,14 +35,17 @@ def _doubts(run: Run, result: Mapping[str, Any], environment: Mapping[str, Any])
     kind, kinds = environment["device_type"], [DEVICES[run.profile]] if run.profile in DEVICES else ["cpu", "cuda"]
     if kind not in kinds:
         yield f"it was made on a {kind} device, but the profile {run.profile} is for {' and '.join(kinds)} devices"
+    wanted = run.recipe.epochs if run.compression is None else run.compression.epochs
     epochs = [row["epoch"] for row in result["curves"]]
-    if epochs != list(range(1, run.recipe.epochs + 1)):
-        yield f"its curves hold {len(epochs)} epochs, but the recipe has {run.recipe.epochs}"
+    if epochs != list(range(1, wanted + 1)):
+        yield f"its curves hold {len(epochs)} epochs, but the recipe has {wanted}"
     left = IMAGES[run.data] - run.validation
     steps = run.recipe.epochs * (min(left, run.images or left) // run.recipe.batch_size)
-    if result["steps"] != steps:
+    if run.compression is None and result["steps"] != steps:
         yield f"it took {result['steps']} steps, but the recipe takes {steps}"
-    looked = {"test": run.test is not False, "validation": run.validation > 0}
+    if run.compression is not None and result["parameters"] > run.compression.budget * result["dense_parameters"]:
+        yield f"it has {result['parameters']} parameters, more than its budget"
+    looked = {"test": run.test is not False, "validation": run.validation > 0 and run.compression is None}
     for images, expected in looked.items():
         if (result[images] is not None) != expected:
             yield f"it {'lacks' if expected else 'has'} an accuracy on {images} images"
@@ -64,6 +67,7 @@ def _doubts(run: Run, result: Mapping[str, Any], environment: Mapping[str, Any])
 
 
 def _metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    yield from result.get("stages", {}).items()
     for images in ("test", "validation"):
         if result[images] is not None:
             yield images, {name: result[images][name] for name in METRICS} | dict(result[images])
@@ -72,14 +76,17 @@ def _metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]
 
 
 def wrong_size(run: Run, record: Record) -> str | None:
-    """Why the record's number of parameters cannot be that of the run's network; None where it can."""
+    """Why the record's number of parameters cannot be that of the run's network; None where it can.
+
+    Of a network that was made smaller after training only the dense one's is known beforehand.
+    """
     plan = run.plan if run.choice is None else record.result.get("plan")
     said = json.dumps([run.model, run.width, plan, run.ratio, run.layer, run.include, run.coefficients])
     try:
         expected = _parameters(said)
     except (ValueError, TypeError) as error:
         return f"its network cannot be built ({error})"
-    found = record.result["parameters"]
+    found = record.result["parameters" if run.compression is None else "dense_parameters"]
     return None if found == expected else f"it has {found} parameters, but its network has {expected}"
 
 

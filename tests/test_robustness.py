@@ -25,8 +25,8 @@ DEFINITION = STUDIES["selection"].definition
 DRIVER = """
 import pickle, sys
 from basis.executors import Processes
-for step in Processes(2)(pickle.load(open(sys.argv[1], "rb"))):
-    print(step.run.id, step.outcome, step.message, flush=True)
+steps = list(Processes(2)(pickle.load(open(sys.argv[1], "rb"))))
+sys.exit(any(step.outcome == "failed" for step in steps))
 """
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found in /proc")
 
@@ -76,7 +76,8 @@ def kill_at_random(command, folder, finished, *, kills, pause, seed, limit):
     process = None
     while time.monotonic() < until:
         if process is None:
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            with open(f"{folder}.log", "ab") as log:
+                process = subprocess.Popen(command, stdout=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
         left = kills - sum(counts.values())
         while left and process.poll() is None and not descendants(process.pid) and time.monotonic() < until:
             time.sleep(0.1)
@@ -91,6 +92,8 @@ def kill_at_random(command, folder, finished, *, kills, pause, seed, limit):
             json.loads(content)
         if code is not None:
             process = None
+            if code == 1:  # a run was given up whose workers died too often; it is begun again
+                continue
             assert code == 0
             finished(folder)
             if not left:

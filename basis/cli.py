@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
 
     zoo = commands.add_parser("zoo", help="try networks of torchvision and timm", description=_zoo.__doc__)
     zoo.add_argument("--only", nargs="+", metavar="NAME", help="networks, such as timm/resnet10t (default: all)")
-    zoo.add_argument("--out", type=Path, metavar="FILE", help="default: results/zoo/networks.json")
+    zoo.add_argument("--out", type=Path, metavar="FILE", help="default: results/bench/zoo.json")
     zoo.set_defaults(command=_zoo)
 
     book = commands.add_parser("book", help="execute the notebooks and build the HTML book")
@@ -235,7 +235,7 @@ def _zoo(options: argparse.Namespace) -> int:
         if name not in known:
             near = few(difflib.get_close_matches(name, known, n=3) or known)
             raise ValueError(f"--only has {name!r}, but the networks are {near}")
-    path = options.out or results_folder() / "zoo" / "networks.json"
+    path = options.out or results_folder() / "bench" / "zoo.json"
     check_place(path)
     report = check_networks([known[name] for name in options.only or known], path=path, progress=print)
     print(report)

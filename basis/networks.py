@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from basis.storage import _misfits
+from basis.storage import _misfits, put_state
 from basis.text import few
 
 LIBRARIES = ("torchvision", "timm")
@@ -343,7 +343,7 @@ def fit_weights(model: nn.Module, weights: Weights, path: str | os.PathLike, *, 
         raise ValueError(f"the weights in {path} do not fit the network: {few(problems, '; ')}")
     kinds = sorted({f"{state[n].dtype} as {t.dtype}" for n, t in expected.items() if state[n].dtype != t.dtype})
     notes += [f"read {few(kinds)}".replace("torch.", "")] if kinds else []
-    model.load_state_dict(state)
+    put_state(model, state)
     return tuple(notes)
 
 

@@ -84,8 +84,18 @@ def load(model: nn.Module, folder: str | os.PathLike, *, mode: Mode = "auto") ->
             f"{folder / STATE_FILE} does not fit this {type(model).__name__}: {few(problems, '; ')}. "
             "load takes the architecture that the saved model was made from"
         )
-    loaded.load_state_dict(state)
+    put_state(loaded, state)
     return loaded
+
+
+def put_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """``load_state_dict`` of tensors without the versions of their modules, which are taken to be those of ``model``.
+
+    Files of safetensors hold no versions, and some modules (torchvision's MNASNet) refuse a state without.
+    """
+    versioned = model.state_dict()
+    versioned.update(state)
+    model.load_state_dict(versioned)
 
 
 def _layer(model: nn.Module, name: str) -> BasisConv2d:

@@ -16,7 +16,7 @@ from basis.runs import RecordError
 from basis.vision import import_timm, import_torchvision
 from basis.zoo import CHECKS, NETWORKS, TIMM, TORCHVISION, Network, ZooReport, check_network, check_networks
 
-RECORD = Path(__file__).resolve().parent.parent / "results" / "zoo" / "networks.json"
+RECORD = Path(__file__).resolve().parent.parent / "results" / "bench" / "zoo.json"
 EXPORTS = ("onnx", "program")
 WITHOUT_EXPORTS = [name for name in CHECKS if name not in EXPORTS]
 
@@ -229,3 +229,8 @@ def test_the_command_makes_the_record(capsys, tmp_path, monkeypatch):
         assert main(["zoo", "--only", "timm/test_resnet", "--out", str(path)]) == status
         assert ZooReport.load(path).failures() == ({"timm/test_resnet": failed} if failed else {})
         assert f"{1 - status} of 1 networks pass" in capsys.readouterr().out
+
+
+def test_a_network_that_asks_for_the_version_of_its_state_is_saved():
+    row = check_network(Network("torchvision", "mnasnet0_5"), checks=["saved"])
+    assert row["failed"] == {}

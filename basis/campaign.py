@@ -48,12 +48,13 @@ LEGS = (
     Leg("skip", seeds=2),
     Leg("family", "(resnet18|resnet20|resnet56), (table|dense|all layers|selected)", seeds=2),
     Leg("substitutes", JUDGED_LAYERS, seeds=2),
+    Leg("own", "dense|(selected|svd) at 50 %", seeds=3),
     Leg("selection", JUDGED_PLANS),
     Leg("naive"),
     Leg("coefficients", JUDGED_FORMS),
     Leg("skip"),
 )
-LAST = ("sensitivity", "selection", "coefficients", "family", "substitutes")
+LAST = ("sensitivity", "selection", "coefficients", "family", "substitutes", "own")
 
 
 def in_order(profile: str, studies: Sequence[str] = ()) -> list[Task]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, suppress, suppress
 from dataclasses import replace
 
 import torch
@@ -57,7 +57,8 @@ def measure(run: Run, device: str | None, *, sizes: Sequence[int], seconds: floa
         for _ in range(max(sizes)):
             child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             stack.callback(_end, child)
-            send(child.stdin, (run, device))
+            with suppress(BrokenPipeError):  # of one that has ended already, which is not ready then
+                send(child.stdin, (run, device))
             children.append(child)
         ready = [child for child in children if child.stdout is not None and child.stdout.readline()]
         for size in sizes:

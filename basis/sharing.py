@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 
 import torch

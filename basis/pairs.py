@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
@@ -23,10 +23,12 @@ class Pairs:
     Attributes:
         norms: name of a convolution -> name of the batch normalisation that directly follows it.
         alone: name of every other convolution -> why it is in no pair.
+        hidden: name of every layer within one that cannot be traced -> the same, in words.
     """
 
     norms: Mapping[str, str]
     alone: Mapping[str, str]
+    hidden: Mapping[str, str] = field(default_factory=dict)
 
 
 class _Tracer(fx.Tracer):
@@ -71,7 +73,12 @@ def norm_pairs(model: nn.Module, *, both_modes: bool = False) -> Pairs:
     calls: Counter[nn.Module] = Counter()
     read: set[nn.Module] = set()
     graphs, opaque = _graphs(model, (True, False) if both_modes else (None,))
-    hidden = {inner: outer for outer in opaque for inner in outer.modules()}
+    name_of = {module: name for name, module in model.named_modules()}
+    hidden = {
+        inner: f"it is within {name_of[outer]}, which cannot be traced by torch.fx"
+        for outer in opaque
+        for inner in outer.modules()
+    }
     for graph in graphs:
         modules = {node: model.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
         calls |= Counter(modules.values())  # in the graph that calls it most
@@ -82,14 +89,13 @@ def norm_pairs(model: nn.Module, *, both_modes: bool = False) -> Pairs:
             precedes.setdefault(module, set()).add(inputs[0] if len(inputs) == 1 else None)
     norms: dict[str, str] = {}
     alone: dict[str, str] = {}
-    name_of = {module: name for name, module in model.named_modules()}
     for module, name in name_of.items():
         if not isinstance(module, (ConvLike, nn.Conv2d)):
             continue
         after = follows.get(module, set())
         norm = next(iter(after)) if len(after) == 1 else None
         if module in hidden:
-            alone[name] = f"it is within {name_of[hidden[module]]}, which torch.fx cannot trace"
+            alone[name] = hidden[module]
         elif not after:
             alone[name] = "it is never called"
         elif norm is None or afterwards(norm) is None:
@@ -100,7 +106,7 @@ def norm_pairs(model: nn.Module, *, both_modes: bool = False) -> Pairs:
             alone[name] = "it or its batch normalisation is called more than once"
         else:
             norms[name] = name_of[norm]
-    return Pairs(norms, alone)
+    return Pairs(norms, alone, {name_of[module]: why for module, why in hidden.items()})
 
 
 def afterwards(norm: nn.Module) -> tuple[nn.Module, ...] | None:

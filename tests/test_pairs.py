@@ -139,7 +139,7 @@ class Parts(nn.Module):
 def test_what_cannot_be_traced_hides_no_other_pairs(depends):
     pairs = norm_pairs(Parts(depends), both_modes=True)
     assert pairs.norms == {"conv": "bn"}
-    assert pairs.alone["part.conv"] == "it is within part, which torch.fx cannot trace"
+    assert pairs.alone["part.conv"] == "it is within part, which cannot be traced by torch.fx"
 
 
 def test_what_is_hidden_and_called_elsewhere_too_is_no_pair():

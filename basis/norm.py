@@ -29,7 +29,7 @@ Rounding: normalisation does not see a constant added to z, so where the four ar
 z is first centred on its mean, rounded to the precision of z. b is then small, and W is rounded before
 b is made of it, so that low precision shifts no channel. A channel in which M cancels large basis channels
 down to a fraction f of their spread loses digits of its variance in float32, where the ordinary pair loses
-none: it is off by up to about 1e-7 / f^2 of itself, 1e-5 at f = 0.1, 1e-3 at 0.01 and all of it at 3e-4.
+none: it is off by 1e-7 / f^2 to twice that, 1e-5 at f = 0.1, 1e-3 at 0.01 and all of it at 3e-4.
 """
 
 from __future__ import annotations

@@ -428,7 +428,7 @@ def test_a_channel_that_nearly_cancels_is_off_by_what_the_text_says(fraction):
     x[:, 1] = x[:, 0] + (fraction * x[:, 1]).float()
     x = x.float().double()
     got, expected = couple(pair).float()(x.float())[:, 2:], pair.double()(x)[:, 2:]
-    assert (got - expected).norm() / expected.norm() < 1e-7 / fraction**2
+    assert (got - expected).norm() / expected.norm() < 2e-7 / fraction**2  # "about 1e-7": 1.3e-7 on some processors
 
 
 # -- memory -----------------------------------------------------------------------------------------

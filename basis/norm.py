@@ -510,6 +510,8 @@ def couple_in_place(model: nn.Module, layers: Iterable[str] | None = None) -> nn
     for name in chosen:
         conv: Any = model.get_submodule(name)
         norm = model.get_submodule(found.norms[name])
+        if isinstance(norm, BasisBatchNorm2d):
+            continue  # they are coupled already
         conv.mixed_later = True
         # The very module, with its parameters, buffers, hooks and flags; only its forward pass is another.
         object.__setattr__(norm, "_kind", type(norm))

@@ -120,8 +120,8 @@ def _folding(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
         return {}, dict.fromkeys(names, str(error))
     pairs = found.norms
     reasons = {norm: _obstacle(model.get_submodule(conv), model.get_submodule(norm)) for conv, norm in pairs.items()}
-    others = dict.fromkeys(names, "it does not directly follow a convolution, or not that alone") | found.hidden
-    left = {name: reasons.get(name, others[name]) for name in names}
+    usual = "it does not directly follow a convolution, or not that alone"
+    left = {name: reasons.get(name, found.hidden.get(name, usual)) for name in names}
     return (
         {conv: norm for conv, norm in pairs.items() if reasons[norm] is None},
         {name: why for name, why in left.items() if why is not None},

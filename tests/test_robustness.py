@@ -73,6 +73,7 @@ def kill_at_random(command, folder, finished, *, kills, pause, seed, limit):
     """
     rng, known, counts = random.Random(seed), {}, {"parent": 0, "worker": 0}
     until = time.monotonic() + limit
+    orphans: set[int] = set()
     process = None
     while time.monotonic() < until:
         if process is None:
@@ -95,19 +96,24 @@ def kill_at_random(command, folder, finished, *, kills, pause, seed, limit):
             if code == 1:  # a run was given up whose workers died too often; it is begun again
                 continue
             assert code == 0
+            if any(Path(f"/proc/{pid}").exists() for pid in orphans):  # one may be at a run that was left to it
+                time.sleep(1)
+                continue
             finished(folder)
             if not left:
                 return counts
             shutil.rmtree(folder)
             known = {}
         elif left:
-            victim = rng.choice([process.pid, *descendants(process.pid)])
+            workers = descendants(process.pid)
+            victim = rng.choice([process.pid, *workers])
             counts["parent" if victim == process.pid else "worker"] += 1
             with suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
             if victim == process.pid:
                 process.wait()
                 process = None
+                orphans |= set(workers)
     if process is not None:
         process.kill()
     pytest.fail(f"not finished within {limit} s, after {counts}")

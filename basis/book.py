@@ -24,7 +24,7 @@ import nbformat
 from basis import gates, runs
 from basis.address import address
 from basis.derived import block, sync
-from basis.pages import Notebook, assemble_page, fragments, page_facts, readme_claims, study_of, verdicts
+from basis.pages import Notebook, assemble_page, fragments, page_facts, study_of
 from basis.studies import STUDIES, check_records
 from basis.tidy import sound_records, write_tables
 
@@ -137,13 +137,14 @@ def build(
     pages = {stem: nbformat.read(target / f"{stem}.ipynb", as_version=4) for stem in sources}
     generated = root / "book" / "generated"
     generated.mkdir(exist_ok=True)
-    for name, text in fragments(pages, profile).items():
+    texts = fragments(pages, profile)
+    for name, text in texts.items():
         (generated / name).write_text(text + "\n", encoding="utf-8")
     write_tables(generated, sound_records())
 
     if profile is None:
         shown = block((root / "README.md").read_text(encoding="utf-8"), "claims") or ""
-        if shown.strip() != readme_claims(verdicts()).strip():
+        if shown.strip() != texts["readme-claims.md"].strip():
             problems.append("README.md's claims are not what the records say; `basis sync` rewrites them")
 
     say("rendering the pages")

@@ -10,6 +10,7 @@ from typing import Any
 
 from basis.complexity import Cost
 from basis.jobs import Job
+from basis.results import plain
 from basis.selection import predicted
 from basis.storage import STATE_FILE
 from basis.substitution import Plan
@@ -74,21 +75,12 @@ def facts_of(
             "seconds": {name: stage["seconds"] for name, stage in stages.items() if stage},
         },
     }  # fmt: skip
-    return _finite(report)
+    return plain(report)
 
 
 def as_json(report: Mapping[str, Any]) -> bytes:
     """The report as JSON text."""
     return json.dumps(report, indent=1).encode() + b"\n"
-
-
-def _finite(value: Any) -> Any:
-    """As JSON has it: no tuples, and None for what is not finite."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

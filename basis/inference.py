@@ -34,7 +34,7 @@ from basis.norm import copy_of, uncouple_in_place
 from basis.pairs import afterwards, norm_pairs
 from basis.structured import StructuredConv2d
 from basis.substitution import _HOOKS, _replace, substitute
-from basis.text import few
+from basis.text import few, first_line
 from basis.timing import BenchReport, Progress, Setting, layer_steps, tell
 
 # -- folding ----------------------------------------------------------------------------------------
@@ -461,7 +461,7 @@ def _examples(model: nn.Module, input_size: Sequence[int], batch: object) -> tup
         with torch.no_grad():
             outputs = [model(x) for x in images]
     except Exception as error:  # the model's own code, which may raise anything
-        raise ValueError(f"the model cannot be run on images of {size}: {_first_line(error)}") from error
+        raise ValueError(f"the model cannot be run on images of {size}: {first_line(error)}") from error
     if not all(isinstance(y, Tensor) for y in outputs):
         raise ValueError(f"the model returns a {type(outputs[0]).__name__}, but one tensor can be exported and checked")
     return images, outputs
@@ -481,7 +481,7 @@ def _attempt(export: Callable[[], bytes], model: nn.Module, what: str, batch: ob
             return export()
     except Exception as error:  # exporters run the model's code and raise errors of many kinds
         hint = "; a fixed batch may work" if batch == "dynamic" else ""
-        reason = f"{_first_line(error)}{hint}"
+        reason = f"{first_line(error)}{hint}"
         raise RuntimeError(f"{type(model).__name__} cannot be exported to {what}: {reason}") from error
 
 
@@ -492,7 +492,7 @@ def _run_onnx(content: bytes, images: Sequence[Tensor]) -> list[Tensor]:
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
         return [torch.from_numpy(session.run(None, {"images": x.numpy()})[0]) for x in images]
     except Exception as error:  # those of onnxruntime have no common base
-        raise RuntimeError(f"onnxruntime cannot run the exported model: {_first_line(error)}") from error
+        raise RuntimeError(f"onnxruntime cannot run the exported model: {first_line(error)}") from error
 
 
 def _compared(outputs: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float, what: str) -> float:
@@ -509,10 +509,6 @@ def _compared(outputs: Sequence[Tensor], expected: Sequence[Tensor], tolerance: 
             )
         error = max(error, float(difference))
     return error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager

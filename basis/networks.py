@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from basis.storage import _misfits, put_state
+from basis.storage import misfits, put_state
 from basis.text import few
 
 LIBRARIES = ("torchvision", "timm")
@@ -335,7 +335,7 @@ def fit_weights(model: nn.Module, weights: Weights, path: str | os.PathLike, *, 
         notes.append(f"took {prefix!r} from the beginning of every name")
     counters = {name: value for name, value in expected.items() if name.endswith("num_batches_tracked")}
     state = {**{name: value.detach() for name, value in counters.items() if name not in state}, **state}
-    problems = _misfits(expected, state)
+    problems = misfits(expected, state)
     if problems:
         other = _other_classes(expected, state, problems)
         if other is not None:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 from nbformat.v4 import new_markdown_cell
 
 from basis import gates, headline, runs
@@ -227,29 +228,27 @@ def machine() -> str:
     return f"{os.cpu_count()} CPU cores ({platform.machine()})"
 
 
-def status_rows(study: str | None = None) -> list[tuple[str, str, str, str, str]]:
-    """Study, profile, runs, time and hardware of what the records hold."""
-    frame = status(runs.results_folder())
+def status_rows(frame: pd.DataFrame) -> list[tuple[str, str, str, str, str]]:
+    """Study, profile, runs, time and hardware of what :func:`basis.studies.status` found."""
     rows = []
     for row in frame.to_dict("records"):
-        if study in (None, row["study"]):
-            done, total = int(row["done"]), int(row["runs"])
-            rows.append(
-                (
-                    str(row["study"]),
-                    str(row["profile"]),
-                    f"{done} of {total}",
-                    human_times(row["seconds"]) if done else "not measured yet",
-                    str(row["device"] or "") if done else "–",
-                )
+        done, total = int(row["done"]), int(row["runs"])
+        rows.append(
+            (
+                str(row["study"]),
+                str(row["profile"]),
+                f"{done} of {total}",
+                human_times(row["seconds"]) if done else "not measured yet",
+                str(row["device"] or "") if done else "–",
             )
+        )
     return rows
 
 
-def device_hours() -> str:
-    """What all recorded trainings together took, by kind of device, such as ``3.10 h of CPU and no hour of GPU``."""
+def device_hours(frame: pd.DataFrame) -> str:
+    """What all trainings took together, by kind of device, such as ``3.10 h of CPU and no hour of GPU``."""
     seconds = {"cpu": 0.0, "cuda": 0.0}
-    for row in status(runs.results_folder()).to_dict("records"):
+    for row in frame.to_dict("records"):
         for kind, value in dict(row["seconds"]).items():
             seconds[kind] += value
     said = {kind: f"{value / 3600:.2f} h" if value else "no hour" for kind, value in seconds.items()}
@@ -259,7 +258,7 @@ def device_hours() -> str:
 def page_facts(stem: str, seconds: float, root: Path, profile: str | None = None) -> PageFacts:
     """Collect what the page of one chapter says about itself; `profile` is the one it was executed with."""
     study = study_of(stem)
-    times = [row[1:] for row in status_rows(study.name)] if study else []
+    times = [row[1:] for row in status_rows(status(study=study.name))] if study else []
     times.append(("this page", "reads records" if study else "no training", duration_class(seconds), machine()))
     provenance = {
         "package": f"basis {metadata.version(DISTRIBUTION)}",
@@ -352,8 +351,9 @@ def chapters_list(pages: Mapping[str, Notebook]) -> str:
 
 
 def fragments(pages: Mapping[str, Notebook], profile: str | None = None) -> dict[str, str]:
-    """Everything that the Markdown pages include: file name -> text."""
-    found, here, states = verdicts(profile), address(), status_rows()
+    """Everything that the Markdown pages and README.md include: file name -> text."""
+    found, here, state = verdicts(profile), address(), status()
+    states = status_rows(state)
     about = {stem: page.metadata.basis for stem, page in sorted(pages.items())}
     drawn = next((f for page in about.values() for f in page.figures if f.name == HEADLINE), None)
     source = STUDIES["selection"]
@@ -371,7 +371,7 @@ def fragments(pages: Mapping[str, Notebook], profile: str | None = None) -> dict
         "runs_listed": str(sum(int(row[2].split()[-1]) for row in states)),
         "claims": str(len(CLAIMS)),
         "claims_tested": str(len(tested)),
-        "device_hours": device_hours(),
+        "device_hours": device_hours(state),
     }
     undrawn = "*The headline figure is not drawn yet.*"
     records = sound_records()
@@ -384,6 +384,7 @@ def fragments(pages: Mapping[str, Notebook], profile: str | None = None) -> dict
         "clone.md": f"```bash\ngit clone {here.repository}\ncd {here.name}\n{COMMANDS}\n```\n",
         "headline.md": figure_directive(drawn, folder="figures", label="fig-front") if drawn else undrawn,
         "minute.md": headline.in_a_minute(brief),
+        "readme-claims.md": readme_claims(found),
         "rules.md": "\n".join(rules),
         "status.md": table(("Study", "Profile", "Runs", "Time", "Hardware"), states),
         "times.md": table(("Chapter", "Time to execute", "Machine"), times),

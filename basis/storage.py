@@ -78,7 +78,7 @@ def load(model: nn.Module, folder: str | os.PathLike, *, mode: Mode = "auto") ->
     for name, other in alias.items():
         if ".coefficients." in name:
             _layer(loaded, _owner(name)).coefficients = _layer(loaded, _owner(other)).coefficients
-    problems = _misfits(loaded.state_dict(keep_vars=True), state)
+    problems = misfits(loaded.state_dict(keep_vars=True), state)
     if problems:
         raise ValueError(
             f"{folder / STATE_FILE} does not fit this {type(model).__name__}: {few(problems, '; ')}. "
@@ -124,7 +124,7 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str
         raise ValueError(f"{path} is damaged or no state that save() wrote: {error}") from error
 
 
-def _misfits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+def misfits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
     """What differs between the entries of a model and of a file, in words."""
     problems = [f"{name} is missing from the file" for name in expected if name not in state]
     problems += [f"{name} is in the file but not in the model" for name in state if name not in expected]

@@ -11,14 +11,12 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
 import warnings
 import weakref
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +28,8 @@ from basis.batches import Batches, calibration_inputs
 from basis.coefficients import Coefficients, Form
 from basis.conv import MODES, BasisConv2d, Mode, basis_channels_for, check_basis_channels
 from basis.convlike import ConvLike
-from basis.files import replacing
 from basis.norm import copy_of, couple_in_place, couplings, uncouple_in_place
+from basis.results import Saved
 from basis.structured import LAYERS, Structure, StructuredConv2d
 from basis.text import few, shown_name
 
@@ -49,7 +47,7 @@ _HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Saved):
     """Which layers of a model become basis convolutions or other structured layers, and why the others do not.
 
     Attributes:
@@ -59,6 +57,8 @@ class Plan:
         out_channels: C_out of the convolutions, in the order of the model, for :meth:`plot`; a plan that was written
             by hand need not know it.
     """
+
+    kind: ClassVar[str] = "plan"
 
     layers: Mapping[str, Size]
     skipped: Mapping[str, str] = field(default_factory=dict)
@@ -188,21 +188,6 @@ class Plan:
                 "Plan.uniform and plan_of do"
             )
         return plan(self, theme or LIGHT)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the plan as JSON to ``path``, whole or not at all."""
-        with replacing(Path(path)) as file:
-            file.write(self.to_json().encode())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> Plan:
-        """Read a plan. Raises ``FileNotFoundError``, or ``ValueError`` for what is not a plan."""
-        try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"there is no plan at {os.fspath(path)}") from error
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from error
 
 
 def _is_count(value: object) -> bool:

@@ -12,6 +12,11 @@ def few(items: Iterable[str], separator: str = ", ", limit: int = 4) -> str:
     return separator.join(items[:limit]) + more
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says that is not empty, or its kind."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def shown_name(name: str) -> str:
     """The name of a layer as it is printed; the model itself has none."""
     return name or "(the model itself)"

@@ -29,7 +29,8 @@ from basis.inference import Exported, export_onnx, export_program, fold, norms_l
 from basis.norm import couple, couplings
 from basis.runs import environment
 from basis.storage import load, save
-from basis.substitution import Plan, few, merge, plan_of, substitute
+from basis.substitution import Plan, merge, plan_of, substitute
+from basis.text import few, first_line
 from basis.timing import BenchReport
 from basis.vision import import_timm, import_torchvision
 
@@ -160,7 +161,7 @@ class _Case:
                 return function(folded, f"{folder}/{name}", self.size).error
             except RuntimeError as error:
                 fixed = function(folded, f"{folder}/{name}", self.size, batch=2).error
-                self.notes.append(f"{name} has a fixed batch size: {_line(error)}")
+                self.notes.append(f"{name} has a fixed batch size: {first_line(error)}")
                 return fixed
 
 
@@ -334,7 +335,7 @@ def check_network(network: Network, *, ratio: float = 0.5, checks: Collection[st
     try:
         case = _Case.of(network, ratio)
     except Exception as error:  # other people's code is run, which may raise anything; the report tells
-        return {**row, "notes": [], "failed": {"substituted": _line(error)}, "seconds": 0.0}
+        return {**row, "notes": [], "failed": {"substituted": first_line(error)}, "seconds": 0.0}
     row |= {"convolutions": len(case.plan.layers) + len(case.plan.skipped), "substituted": len(case.plan.layers)}
     row |= {"left": _counted(case.plan.skipped), "couplings": len(couplings(case.small).norms)}
     row |= {"norms_left": _counted(norms_left(case.small))}
@@ -342,7 +343,7 @@ def check_network(network: Network, *, ratio: float = 0.5, checks: Collection[st
         try:
             row[name] = CHECKS[name](case)
         except Exception as error:
-            row[name], failed[name] = None, _line(error)
+            row[name], failed[name] = None, first_line(error)
     return {**row, "notes": case.notes, "failed": failed, "seconds": round(perf_counter() - began, 1)}
 
 
@@ -369,10 +370,6 @@ def _counted(reasons: Mapping[str, str]) -> dict[str, int]:
         re.sub(r"\bk = \d+", "k", re.sub(r"only \d+ numbers", "no more numbers", why)) for why in reasons.values()
     )
     return dict(Counter(general).most_common())
-
-
-def _line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _said(row: Mapping[str, Any]) -> str:

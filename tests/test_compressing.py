@@ -42,6 +42,11 @@ def settings(place, out, **changes):
     return Settings(**(usual | changes))
 
 
+def command_line(place):
+    """The same as a command line, without its options."""
+    return ["compress", "tests.tiny:network", "--weights", str(place / "weights.pt"), "--data", str(place / "data")]
+
+
 @pytest.fixture(scope="module")
 def made(place):
     """A finished run, and what it said."""
@@ -144,14 +149,7 @@ def test_a_finished_run_is_not_done_again(made, place, monkeypatch):
 def test_a_run_that_was_killed_goes_on(place, tmp_path, monkeypatch):
     """Killed within fine-tuning; what came before is not done again, and the epochs that were done are kept."""
     out = tmp_path / "out"
-    arguments = [
-        "compress",
-        "tests.tiny:network",
-        "--weights",
-        str(place / "weights.pt"),
-        "--data",
-        str(place / "data"),
-    ]
+    arguments = command_line(place)
     arguments += ["--budget", "params=0.7", "--out", str(out), "--image-size", "16", "--batch-size", "16"]
     arguments += ["--seed", "1", "--epochs", "500", "--device", "cpu"]
     command = [sys.executable, "-m", "basis.cli", *arguments]
@@ -407,14 +405,7 @@ def test_places_that_cannot_be_filled(place, tmp_path, monkeypatch):
 
 
 def test_the_command_says_one_sentence(place, tmp_path, capsys):
-    arguments = [
-        "compress",
-        "tests.tiny:network",
-        "--weights",
-        str(place / "weights.pt"),
-        "--data",
-        str(place / "data"),
-    ]
+    arguments = command_line(place)
     assert main([*arguments, "--budget", "params=0.01", "--out", str(tmp_path / "out"), "--quiet"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -118,26 +118,27 @@ def valid_records(study: Study, profile: str, folder: Path | None = None) -> lis
     return [r for r in records if r.id in wanted and r.definition == study.definition]
 
 
-def status(folder: Path | None = None) -> pd.DataFrame:
+def status(folder: Path | None = None, *, study: str | None = None) -> pd.DataFrame:
     """One row per study and profile: how many runs are planned, done, missing and started, and device hours.
 
-    ``seconds`` were spent and ``expected`` are what the missing ones will take, both by kind of device ("cpu",
-    "cuda"); ``unknown`` counts the missing runs of which that cannot be told. ``device`` names the devices.
+    Of all studies, unless one is named. ``seconds`` were spent and ``expected`` are what the missing ones will take,
+    both by kind of device ("cpu", "cuda"); ``unknown`` counts the missing runs of which that cannot be told. ``device``
+    names the devices.
     """
     folder = folder or results_folder()
     rows = []
-    for study in STUDIES.values():
+    for one in STUDIES.values() if study is None else [STUDIES[study]]:
         for profile in PROFILES:
-            runs = listed(study, profile)
+            runs = listed(one, profile)
             if not runs:
                 continue
-            records = valid_records(study, profile, folder)
+            records = valid_records(one, profile, folder)
             done = {record.id for record in records}
             left, unknown = expected([run for run in runs.values() if run.id not in done], records)
             checkpoints = (record_path(folder, run).parent.glob(f"checkpoints/{run.id}-*.pt") for run in runs.values())
             rows.append(
                 {
-                    "study": study.name,
+                    "study": one.name,
                     "profile": profile,
                     "runs": len(runs),
                     "done": len(records),

@@ -173,12 +173,12 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
 
 
 def choose_precision(device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
-    """bf16 where the hardware multiplies it (GPUs from sm_80, CPUs with AMX), else fp16 (GPU) or fp32."""
+    """bf16 where the hardware multiplies it (GPUs from sm_80, CPUs with AMX or AVX-512 BF16), else fp16 or fp32."""
     if device.type == "cuda":
         # A T4 emulates bf16, slowly; hence the question without emulation.
         with torch.cuda.device(device):
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+    if device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
         return "bf16"
     return "fp32"
 

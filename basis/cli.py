@@ -24,6 +24,7 @@ from basis.bench import (
     bench_layers,
     bench_training,
 )
+from basis.budget_bench import CANDIDATE_RATIOS, SHARES, bench_budget
 from basis.cli_campaign import add_commands, device, duration
 from basis.cli_compress import add_command
 from basis.conv import MODES
@@ -92,6 +93,10 @@ def _parser() -> argparse.ArgumentParser:
     modes = kinds.add_parser("modes", help="every basis layer of a network, in every mode", description=tune.__doc__)
     modes.add_argument("--ratio", type=float, default=0.5, metavar="R", help="of all its layers (default: 0.5)")
     inference = kinds.add_parser("inference", help="whole networks, folded", description=bench_inference.__doc__)
+    budget = kinds.add_parser("budget", help="networks chosen for milliseconds", description=bench_budget.__doc__)
+    budget.add_argument(
+        "--shares", nargs="+", type=float, default=SHARES, metavar="X", help="of the dense layers' time"
+    )
     trainings = kinds.add_parser(
         "structured-train", help="networks of structured layers", description=bench_structured_training.__doc__
     )
@@ -99,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         kind.add_argument("--layers", nargs="+", metavar="LAYER", help="such as tucker:0.41 (default: chapter 9's)")
         kind.add_argument("--profile", default="cpu", choices=PROFILES, help="whose layers (default: cpu)")
     trainings.epilog = "A layer may have a stem of its own width, such as shuffle:1@8 or dense@8."
-    for kind in (latency, training, modes, inference, trainings):
+    for kind in (latency, training, modes, inference, budget, trainings):
         usual_model = "wrn-10-1" if kind is trainings else "resnet18"
         kind.add_argument("--model", default=usual_model, help="a network of basis.models")
         kind.add_argument("--width", type=int, help="its width (default: the published one)")
@@ -116,9 +121,16 @@ def _parser() -> argparse.ArgumentParser:
     gpu.add_argument("--device", type=device, metavar="DEVICE", help="default: the GPU if there is one")
     gpu.set_defaults(command=_bench_gpu)
     named = {"layer": layer, "block": block, "rivals": rivals, "latency": latency, "train": training}
-    for kind in (*named.values(), inference):
-        kind.add_argument("--ratios", nargs="+", type=float, default=RATIOS, metavar="R")
-    named |= {"modes": modes, "inference": inference, "structured": structured, "structured-train": trainings}
+    for kind in (*named.values(), inference, budget):
+        usual_ratios = CANDIDATE_RATIOS if kind is budget else RATIOS
+        kind.add_argument("--ratios", nargs="+", type=float, default=usual_ratios, metavar="R")
+    named |= {
+        "modes": modes,
+        "inference": inference,
+        "budget": budget,
+        "structured": structured,
+        "structured-train": trainings,
+    }
     for name, kind in named.items():
         kind.add_argument("--device", type=device, metavar="DEVICE", help="default: the GPU if there is one")
         kind.add_argument("--precision", default="auto", choices=("auto", *DTYPES))
@@ -190,6 +202,8 @@ def _measure(options: argparse.Namespace, shared: dict[str, Any]) -> tuple[Bench
         return bench_rivals(**given("shapes", "passes", "candidates")), "rivals"
     if options.kind == "inference":
         return bench_inference(**given("model", "width")), f"inference-{model}"
+    if options.kind == "budget":
+        return bench_budget(**given("model", "width", "shares")), f"budget-{model}"
     if options.kind == "latency":
         size = "x".join(map(str, options.input_size))
         report = bench_latency(

@@ -99,11 +99,11 @@ class Shape(NamedTuple):
 class BenchReport:
     """What a benchmark found: ``kind`` ("bench-layer", "bench-train", ...), options, machine, rows.
 
-    Every row has ``ratio`` (or ``layer``, the text of a structured layer) and ``mode`` ("control" is the second
-    dense one), ``n`` rounds, ``ms`` and ``dense_ms`` (medians) with quartiles, and ``speedup``, the median over
-    rounds of dense / candidate, with quartiles ``speedup_q1`` and ``speedup_q3``. ``peak_mib`` is the memory that
-    one step takes beyond what was resident (:func:`peak_bytes`); older records have it on GPUs only. A candidate
-    that failed has ``error``, its message, and no times.
+    Every row has ``ratio`` (or ``layer``, the text of a structured layer, or ``share``, a budget) and ``mode``
+    ("control" is the second dense one), ``n`` rounds, ``ms`` and ``dense_ms`` (medians) with quartiles, and
+    ``speedup``, the median over rounds of dense / candidate, with quartiles ``speedup_q1`` and ``speedup_q3``.
+    ``peak_mib`` is the memory that one step takes beyond what was resident (:func:`peak_bytes`); older records have
+    it on GPUs only. A candidate that failed has ``error``, its message, and no times.
 
     Rivals and blocks also have ``versus_basis``: basis / candidate within a round, above 1 where the
     candidate is faster than the basis layer that it is compared with, with quartiles. Structured layers have
@@ -171,7 +171,19 @@ class BenchReport:
     def __str__(self) -> str:
         c, e = self.config, self.environment
         head = f"{e['device']}, {c['precision']}, {c['memory_format']}, batch {c['batch_size']}"
-        candidate = ("width", "ratio", "mode", "coefficients", "trained", "norms", "step", "resolved", "parameters")
+        candidate = (
+            "width",
+            "ratio",
+            "share",
+            "mode",
+            "coefficients",
+            "trained",
+            "norms",
+            "step",
+            "resolved",
+            "parameters",
+            "predicted",
+        )
         named = ("layer", "shape", "model", "pass", *candidate, "n", "ms", "dense_ms", "speedup")
         quartiles = ("speedup_q1", "speedup_q3", "versus_basis", "versus_composition")
         shown = (*named, *quartiles, "mac_ratio", "peak_mib", "dense_peak_mib")
@@ -469,7 +481,8 @@ def tell(progress: Progress | None, row: Mapping[str, Any], what: str) -> None:
     if not progress:
         return
     parts = (row["mode"], *(row.get(key) for key in ("coefficients", "trained", "norms", "step")))
-    place = f"{what} {row.get('pass', 'training step')} r={row['ratio']:g} {' '.join(filter(None, parts))}"
+    cell = f"r={row['ratio']:g}" if "ratio" in row else f"in {row['share']:.0%} of the time"
+    place = f"{what} {row.get('pass', 'training step')} {cell} {' '.join(filter(None, parts))}"
     if "error" in row:
         progress(f"{place}: failed, {row['error']}")
         return

@@ -1,0 +1,78 @@
+"""Plans that were chosen for milliseconds, measured: is the network as fast as the budget asked for?"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from basis.analysis import sensitivity
+from basis.bench import bench_latency
+from basis.complexity import count_parameters
+from basis.inference import fold, measure_fold
+from basis.models import build
+from basis.selection import predicted, select
+from basis.substitution import substitute
+from basis.timing import BenchReport, Progress, Setting, layer_steps, tell
+
+CANDIDATE_RATIOS = (3 / 4, 1 / 2, 1 / 4, 1 / 8)
+SHARES = (0.8, 0.6, 0.4)
+
+
+def bench_budget(
+    *,
+    model: str = "resnet18",
+    width: int | None = None,
+    shares: Sequence[float] = SHARES,
+    ratios: Sequence[float] = CANDIDATE_RATIOS,
+    setting: Setting | None = None,
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Measure the forward pass, in evaluation mode, of networks that were selected to take so many milliseconds.
+
+    Every layer of a network of :func:`basis.models.build` is timed alone (:func:`basis.bench.bench_latency`); for
+    each share of the convolutions' time, :func:`basis.select` finds the plan, by the spectrum of the weights, and the
+    network is folded, with pairs where :func:`measure_fold` finds them faster. A cell is a share. Modes: "dense
+    folded", the dense network without its batch normalisations; and "selected". Weights and images are random, since
+    times do not depend on them; images are 3x32x32.
+
+    Rows also have ``share``, the budget; of "selected" ``predicted``, the share of the convolutions' time that the
+    layers alone add up to, ``parameters``, as a share of the dense network's, and ``layers`` and ``pairs``, of
+    how many layers are substituted and how many of those are pairs.
+
+    Args:
+        shares: what the convolutions may take, as a share of their time in the dense network.
+        ratios: of the candidates.
+
+    Raises:
+        InfeasibleBudget: for a share that no candidates reach, before any network is measured.
+        ValueError: for an unknown model, or a share, ratio or setting that makes no sense.
+    """
+    setting = setting or Setting()
+    with setting.globals():
+        dense = build(model, width=width).eval()
+    setting = setting.settled(dense)
+    for share in shares:
+        if not 0 < share <= 1:
+            raise ValueError(f"a share is {share}, but must be in (0, 1]")
+    table = sensitivity(dense, measure="spectrum", ratios=ratios)
+    times = bench_latency(dense, ratios=ratios, passes=("forward",), setting=setting, progress=progress)
+    plans = {share: select(table, budget={"milliseconds": share}, latency=times, step="forward") for share in shares}
+    rows: list[dict[str, Any]] = []
+    for share, plan in plans.items():
+        with setting.globals():
+            small = substitute(dense, plan, init="random").eval()
+            pairs = measure_fold(setting.place(small), setting=setting).faster() if plan.layers else ()
+            networks = {"dense": dense, "control": copy.deepcopy(dense), "dense folded": fold(dense)}
+            networks |= {"selected": fold(small, factorized=pairs)}
+            placed = {name: setting.place(network) for name, network in networks.items()}
+            measured = setting.measure(layer_steps(placed, [(3, 32, 32)], "forward", setting))
+        expected = predicted(table, plan, times, step="forward")["milliseconds"]
+        about = {"predicted": expected, "parameters": count_parameters(small) / count_parameters(dense)}
+        about |= {"layers": len(plan.layers), "pairs": len(pairs)}
+        for name, values in measured.items():
+            row = {"model": model, "pass": "forward", "share": share, "mode": name, **values}
+            rows.append(row | (about if name == "selected" else {}))
+            tell(progress, rows[-1], model)
+    options = {"model": model, "width": width, "shares": list(shares), "ratios": list(ratios)}
+    return setting.report("bench-budget", rows, **options)

@@ -76,7 +76,8 @@ def select(
     The rules, of which all but "uniform" choose among the candidates in the table that have a finite
     sensitivity, and the dense layer:
 
-    - "optimal": the smallest sum of sensitivities, by mixed-integer optimisation (HiGHS), exactly;
+    - "optimal": the smallest sum of sensitivities, by mixed-integer optimisation (HiGHS), exactly. What saves nothing
+      in any unit of the budget is not chosen, however good it looks: that would be chance;
     - "threshold": :func:`threshold` at the smallest epsilon that meets the budget;
     - "uniform": all layers at the largest common ratio that meets it, whatever their sensitivity; in a table of
       structured layers alone, all by the one text that keeps most of the network and meets it;
@@ -408,7 +409,7 @@ def _up(number: float, digits: int) -> float:
 
 
 def _optimal(problem: _Problem) -> Choice:
-    options = [(layer, k) for layer in problem.layers for k in problem.scores[layer.name]]
+    options = [(at, k) for at in problem.layers for k in problem.scores[at.name] if (problem.saving(at, k) > 0).any()]
     if not options:
         return problem.first_met([{}])
     values = np.array([problem.scores[layer.name][k] for layer, k in options])

@@ -350,9 +350,24 @@ def test_what_saves_nothing_is_passed_over():
     more = {unit: table.total[unit] + wide.cost(64)[unit] for unit in table.total}
     cells = (Cell(layer="wide", basis_channels=32, value=-9.0), *table.cells)
     table = SensitivityTable(**{**vars(table), "layers": (wide, *table.layers), "cells": cells, "total": more})
-    for rule in ORDERED:
+    for rule in ("optimal", *ORDERED):
         assert "wide" not in select(table, budget={"params": 0.9}, rule=rule).layers
-    assert "wide" in select(table, budget={"params": 1.0}).layers  # it is said to gain
+    assert "wide" not in select(table, budget={"params": 1.0}).layers  # though it is said to gain
+
+
+def test_what_saves_in_one_unit_of_several_may_be_chosen():
+    """A pair with k above the fan-in is larger, and yet it may be faster."""
+    layer = Layer(
+        name="wide", out_channels=64, groups=1, fan_in=27, bias=0, positions=4, input_gradient=False, candidates=(32,)
+    )
+    cells = (Cell(layer="wide", basis_channels=32, value=-9.0),)
+    table = SensitivityTable(
+        measure="taylor", layers=(layer,), cells=cells, skipped={}, total=layer.cost(64), fingerprint={}, baseline={}
+    )
+    times = latency_of(table, lambda at, k: k / 64)
+    both = {"params": 2 * table.total["params"], "milliseconds": 1.0}
+    plan = select(table, budget=both, absolute=True, latency=times)
+    assert plan.layers == {"wide": 32}
 
 
 def test_the_threshold_takes_all_that_lose_less(table):

@@ -11,8 +11,8 @@ from basis.bench import bench_latency
 from basis.complexity import count_parameters
 from basis.inference import fold, measure_fold
 from basis.models import build
-from basis.selection import predicted, select
-from basis.substitution import substitute
+from basis.selection import InfeasibleBudget, predicted, select
+from basis.substitution import Plan, substitute
 from basis.timing import BenchReport, Progress, Setting, layer_steps, tell
 
 CANDIDATE_RATIOS = (3 / 4, 1 / 2, 1 / 4, 1 / 8)
@@ -45,7 +45,8 @@ def bench_budget(
         ratios: of the candidates.
 
     Raises:
-        InfeasibleBudget: for a share that no candidates reach, before any network is measured.
+        InfeasibleBudget: where the candidates reach none of the shares. Of several the others are measured;
+            those out of reach stand in ``config["beyond"]``.
         ValueError: for an unknown model, or a share, ratio or setting that makes no sense.
     """
     setting = setting or Setting()
@@ -57,7 +58,17 @@ def bench_budget(
             raise ValueError(f"a share is {share}, but must be in (0, 1]")
     table = sensitivity(dense, measure="spectrum", ratios=ratios)
     times = bench_latency(dense, ratios=ratios, passes=("forward",), setting=setting, progress=progress)
-    plans = {share: select(table, budget={"milliseconds": share}, latency=times, step="forward") for share in shares}
+    plans: dict[float, Plan] = {}
+    beyond: dict[float, InfeasibleBudget] = {}
+    for share in shares:
+        try:
+            plans[share] = select(table, budget={"milliseconds": share}, latency=times, step="forward")
+        except InfeasibleBudget as error:
+            beyond[share] = error
+            if progress:
+                progress(f"{model}: {error}")
+    if beyond and not plans:
+        raise beyond[max(beyond)]
     rows: list[dict[str, Any]] = []
     for share, plan in plans.items():
         with setting.globals():
@@ -74,5 +85,5 @@ def bench_budget(
             row = {"model": model, "pass": "forward", "share": share, "mode": name, **values}
             rows.append(row | (about if name == "selected" else {}))
             tell(progress, rows[-1], model)
-    options = {"model": model, "width": width, "shares": list(shares), "ratios": list(ratios)}
+    options = {"model": model, "width": width, "shares": list(plans), "beyond": list(beyond), "ratios": list(ratios)}
     return setting.report("bench-budget", rows, **options)

@@ -53,6 +53,16 @@ def test_what_no_layer_reaches_is_said_before_networks_are_measured(layers_take,
         bench_budget(**TINY, shares=(0.5,), setting=SETTING)
 
 
+def test_a_share_out_of_reach_loses_none_of_the_others(layers_take):
+    layers_take(0.9)
+    told = []
+    report = bench_budget(**TINY, shares=(0.95, 0.5), setting=SETTING, progress=told.append)
+    assert report.config["shares"] == [0.95]
+    assert report.config["beyond"] == [0.5]
+    assert {row["share"] for row in report.rows} == {0.95}
+    assert any("no plan" in line for line in told)
+
+
 @pytest.mark.parametrize("share", [0, -1, 1.5, float("nan")])
 def test_a_share_that_makes_no_sense_is_refused(share, monkeypatch):
     monkeypatch.setattr("basis.budget_bench.bench_latency", None)

@@ -139,14 +139,14 @@ def sensitivity(
         else:
             work = _evaluations(copied, data, measure, loss, calibration, fit)
         counted, total, macs = _costs(copied, found, work.size)
-        chosen = "; ".join(f"{layer.name}: {layer.candidates}" for layer in found)
-        fingerprint = {"measure": measure, "model": structure(copied), "layers": digest(chosen), **work.fingerprint}
+        counted, idle = _called(counted)
+        fingerprint = {**_question(copied, measure, counted), **work.fingerprint}
         table = SensitivityTable(
-            measure=measure, layers=counted, cells=(), skipped=skipped, total=total, fingerprint=fingerprint,
+            measure=measure, layers=counted, cells=(), skipped=skipped | idle, total=total, fingerprint=fingerprint,
             baseline={}, seeds=numbers,
         )  # fmt: skip
         journal = Journal(Path(resume) if resume is not None else None, table)
-        names = [layer.name for layer in found[part[0] :: part[1]]]
+        names = [layer.name for layer in counted[part[0] :: part[1]]]
         pending = work.pending(journal.table, names, part[0] == 0)
         if not pending:
             return journal.table
@@ -355,6 +355,28 @@ def _costs(
     whole = report.total
     total = {"params": whole.parameters, "macs": whole.forward_macs, "backward_macs": whole.backward_macs}
     return counted, total, {name: row.forward_macs for name, row in by_name.items()}
+
+
+def fingerprint_of(model: nn.Module, measure: str, layers: Sequence[Layer]) -> dict[str, str]:
+    """What a table of ``model`` has in its fingerprint whatever the data are, of a measure that trains nothing."""
+    copied = substitute(model, {}).eval()
+    return {**_question(copied, measure, layers), "weights": weights(copied)}
+
+
+def _question(model: nn.Module, measure: str, layers: Sequence[Layer]) -> dict[str, str]:
+    chosen = "; ".join(f"{layer.name}: {layer.candidates}" for layer in layers)
+    return {"measure": measure, "model": structure(model), "layers": digest(chosen)}
+
+
+def _called(layers: Sequence[Layer]) -> tuple[tuple[Layer, ...], dict[str, str]]:
+    """The layers that a forward pass in evaluation mode calls, and why each other one is no candidate.
+
+    A layer that is never called loses nothing, so that every search would begin with it.
+    """
+    idle = {layer.name: "never called by the forward pass" for layer in layers if layer.positions == 0}
+    if layers and len(idle) == len(layers):
+        raise ValueError(f"the forward pass calls none of the {len(layers)} convolutions that can be substituted")
+    return tuple(layer for layer in layers if layer.name not in idle), idle
 
 
 def _costs_of(model: nn.Module, layer: Layer, calls: Sequence[_Call] | None) -> dict[str, dict[str, int | None]]:

@@ -160,7 +160,8 @@ def analyse(job: Job, dense: Stage) -> tuple[SensitivityTable, Stage]:
 
     def measure() -> SensitivityTable:
         if given:
-            shutil.copyfile(str(s.table), path)
+            with replacing(path) as file:
+                file.write(Path(str(s.table)).read_bytes())
         return sensitivity(
             job.model, list(job.loader(job.scored)), measure=job.measure, ratios=tuple(s.ratios), multiple=s.multiple,
             include=tuple(s.include), exclude=tuple(s.exclude), resume=path,
@@ -171,9 +172,11 @@ def analyse(job: Job, dense: Stage) -> tuple[SensitivityTable, Stage]:
 
     try:
         found = job.place.stage("sensitivity", lambda: {"cells": len(measure().cells)})
-    except ValueError:
-        if given:  # it was measured on something else
-            path.unlink()
+    except ValueError as error:
+        if given:  # it was measured on other images
+            path.unlink(missing_ok=True)
+            why = str(error).partition(";")[0].replace(str(path), "it")
+            raise ValueError(f"the table {s.table} cannot be gone on from: {why}") from error
         raise
     table = SensitivityTable.load(path)
     job.say(f"sensitivity: {len(table.cells)} candidates of {len(table.layers)} layers by {table.measure}")
@@ -416,8 +419,8 @@ def _accuracies(job: Job, split: Split, **networks: nn.Module) -> tuple[list[dic
 
 
 def _held(job: Job, folder: Path) -> nn.Module:
-    """The network that a stage kept; the last one, where it is done."""
-    return load(job.model, job.out if job.place.done("export") else folder).eval()
+    """The network that a stage kept; the last one, where that is done or the stage's is gone."""
+    return load(job.model, job.out if job.place.done("export") or not folder.exists() else folder).eval()
 
 
 def _bar(job: Job, items: Iterable, *, what: str, total: int | None = None) -> Iterable:

@@ -159,7 +159,10 @@ def loading(job: Job, stage: Mapping[str, Any]) -> str:
     else:
         image = 'np.load(source)["x_test"][0]  # any image, uint8 (H, W, C)'
         first = [f"source = {str(job.pictures.source.absolute())!r}"]
-    names = {file["what"] for file in stage["files"]}
+    taken = {file["what"]: file["batch"] for file in stage["files"]}
+    many, one = {}, {}  # a file for a fixed batch gets the image so many times, and its first answer counts
+    for what, batch in taken.items():
+        many[what], one[what] = ("", "") if batch == "dynamic" else (f".repeat({batch}, 1, 1, 1)", "[:1]")
     lines = [
         *(["import numpy as np"] if first else []),
         "import torch", "", "from basis import load", "from basis.folders import prepared",
@@ -175,11 +178,11 @@ def loading(job: Job, stage: Mapping[str, Any]) -> str:
         "model = load(network, folder).eval()  # of basis convolutions, to train on or to look into",
         "with torch.no_grad():", "    logits = model(x)",
     ]  # fmt: skip
-    if "torch.export" in names:
+    if "torch.export" in taken:
         lines += ["", 'program = torch.export.load(f"{folder}/model.pt2").module()  # plain convolutions, faster',
-                  "logits = program(x)"]  # fmt: skip
-    if "ONNX" in names:
+                  f"logits = program(x{many['torch.export']}){one['torch.export']}"]  # fmt: skip
+    if "ONNX" in taken:
         lines += ["", "import onnxruntime", "",
                   'session = onnxruntime.InferenceSession(f"{folder}/model.onnx")',
-                  '(logits,) = session.run(None, {"images": x.numpy()})']  # fmt: skip
+                  f'logits = session.run(None, {{"images": x{many["ONNX"]}.numpy()}})[0]{one["ONNX"]}']  # fmt: skip
     return "\n".join(lines)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from basis.analysis import _costs, _layers
+from basis.analysis import _called, _costs, _layers, fingerprint_of
 from basis.batches import outputs_of
 from basis.folders import Loader, Pictures, Split, hold_out, open_pictures, preparation_for, some
 from basis.inference import _installed
-from basis.journal import structure
+from basis.journal import different, structure
 from basis.networks import Network, Preparation, Weights, build_network, fit_weights, read_weights
 from basis.norm import copy_of
 from basis.runs import environment
@@ -99,13 +99,17 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}, but it must be at least {least}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr is {self.lr}, but it must be positive and finite")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}, but it must be at least 0 and below 2^63")
 
 
 _BUDGET = (
     f"a budget is UNIT=X, with a unit of {', '.join(UNITS)} and a fraction X such as 0.5 or 50%, or a number above 1 "
     "such as 5M"
 )
-_SCALE = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "%": 0.01}
+_SCALE = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
 
 
 def parse_budget(texts: Sequence[str]) -> dict[str, float]:
@@ -117,7 +121,10 @@ def parse_budget(texts: Sequence[str]) -> dict[str, float]:
             raise ValueError(f"the budget is {text!r}, but {_BUDGET}")
         if found[1] in budget:
             raise ValueError(f"the budget names {found[1]} twice")
-        budget[found[1]] = float(found[2]) * _SCALE[found[3]]
+        percent = found[3] == "%"
+        if percent and float(found[2]) > 100:
+            raise ValueError(f"the budget is {text!r}, but no more than 100% of the dense network's can be kept")
+        budget[found[1]] = float(found[2]) / 100 if percent else float(found[2]) * _SCALE[found[3]]
     return budget
 
 
@@ -187,8 +194,7 @@ def prepare(settings: Settings, *, say: Say | None = None) -> Job:
         InfeasibleBudget: for a budget in parameters or MACs that the candidates cannot meet.
     """
     device = _device(settings.device)
-    if settings.table is not None:
-        SensitivityTable.load(settings.table)
+    table = None if settings.table is None else SensitivityTable.load(settings.table)
     pictures = open_pictures(settings.data)
     total = len(pictures.train)
     pictures = hold_out(pictures, settings.validation_images or min(2000, max(1, total // 10)), seed=settings.seed)
@@ -203,8 +209,7 @@ def prepare(settings: Settings, *, say: Say | None = None) -> Job:
     )
     input_size = (pictures.channels, preparation.size, preparation.size)
     _check_outputs(model, pictures, input_size, device)
-    if settings.epochs:
-        _check_training(model, input_size, device)
+    _check_training(model, input_size, device, settings)
     few_images = settings.calibration_images or (2000 if preparation.size <= SMALL else 256)
     held = pictures.validation or pictures.train
     norms = any(isinstance(module, _BatchNorm) and module.track_running_stats for module in model.modules())
@@ -224,6 +229,8 @@ def prepare(settings: Settings, *, say: Say | None = None) -> Job:
         left_out=_left_out(), candidates=_candidates(model, settings, measure, input_size),
     )  # fmt: skip
     check_budget(job)
+    if table is not None:
+        _check_table(job, table)
     place.check(resume=settings.resume)
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     place.check_room(4 * size + 3 * size * (settings.epochs > 0) + 10_000_000)
@@ -246,11 +253,17 @@ def _device(name: str | None) -> torch.device:
 def _check_outputs(
     model: nn.Module, pictures: Pictures, input_size: tuple[int, int, int], device: torch.device
 ) -> None:
-    """Run the network on two empty images: refuse what it cannot run on, or another number of classes."""
-    y = outputs_of(model, torch.zeros(2, *input_size, device=device))
-    if not isinstance(y, Tensor) or y.dim() != 2 or len(y) != 2:
-        what = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
-        raise ValueError(f"the network returns {what} for two images, but logits (N, classes) can be compressed")
+    """Run the network on two images and on one: refuse what it cannot run on, or another number of classes."""
+    for count, said in ((1, "one image"), (2, "two images")):
+        x = torch.ones(count, *input_size, device=device)
+        y = outputs_of(model, x)
+        if not isinstance(y, Tensor) or y.dim() != 2 or len(y) != count:
+            what = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+            raise ValueError(f"the network returns {what} for {said}, but logits (N, classes) can be compressed")
+    with torch.no_grad():
+        model(x)
+    if not (x == 1).all():
+        raise ValueError("the network changes its input in place; let its forward pass begin with x = x.clone()")
     if y.shape[1] != len(pictures.classes):
         raise ValueError(
             f"the network has {y.shape[1]} outputs, but the data have {len(pictures.classes)} classes "
@@ -258,16 +271,40 @@ def _check_outputs(
         )
 
 
-def _check_training(model: nn.Module, input_size: tuple[int, int, int], device: torch.device) -> None:
-    """Refuse to fine-tune what gives something else in training mode, as networks with auxiliary outputs do."""
-    if not any(p.requires_grad for p in model.parameters()):
+def _check_training(
+    model: nn.Module, input_size: tuple[int, int, int], device: torch.device, settings: Settings
+) -> None:
+    """Refuse what cannot be run in training mode, as recalibrating and fine-tuning do; and to fine-tune what gives
+    something else there, as networks with auxiliary outputs do.
+    """
+    if settings.epochs and not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the network requires a gradient, so it cannot be fine-tuned; give 0 epochs")
-    trained = copy_of(model).train()
+    try:
+        trained = copy_of(model)
+    except TypeError as error:
+        raise ValueError(f"the network cannot be copied, as replacing its layers needs: {error}") from error
+    for module in trained.modules():
+        module.training = bool(settings.epochs) or isinstance(module, _BatchNorm)
     y = outputs_of(trained, torch.zeros(2, *input_size, device=device))
-    if not isinstance(y, Tensor):
+    if settings.batch_size == 1:
+        try:
+            outputs_of(trained, torch.zeros(1, *input_size, device=device))
+        except ValueError as error:
+            raise ValueError("in training mode the network needs batches of 2 images or more, but batch_size is 1"
+                             ) from error  # fmt: skip
+    if settings.epochs and not isinstance(y, Tensor):
         raise ValueError(
             f"in training mode the network returns a {type(y).__name__}, so it cannot be fine-tuned; give 0 epochs"
         )
+
+
+def _check_table(job: Job, table: SensitivityTable) -> None:
+    """Refuse a table of other layers, weights or another measure; whether its images are ours is seen later."""
+    ours = fingerprint_of(job.model, job.measure, job.candidates.layers)
+    differing = different({key: table.fingerprint.get(key, "") for key in ours}, ours)
+    if differing:
+        what = f"{'another' if len(differing) == 1 else 'other'} {', '.join(differing)}"
+        raise ValueError(f"the table {job.settings.table} was measured with {what}, so it cannot be gone on from")
 
 
 def _identity(
@@ -310,9 +347,10 @@ def _candidates(
     s = settings
     found, skipped = _layers(model, s.ratios, (), s.multiple, tuple(s.include), tuple(s.exclude))
     layers, total, _ = _costs(substitute(model, {}), found, input_size)
+    layers, idle = _called(layers)
     cells = tuple(Cell(layer=layer.name, basis_channels=k, value=0.0) for layer in layers for k in layer.candidates)
     return SensitivityTable(
-        measure=measure, layers=layers, cells=cells, skipped=skipped, total=total, fingerprint={}, baseline={}
+        measure=measure, layers=layers, cells=cells, skipped=skipped | idle, total=total, fingerprint={}, baseline={}
     )
 
 

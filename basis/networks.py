@@ -24,6 +24,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from basis.storage import misfits, put_state
 from basis.text import few
@@ -104,7 +105,7 @@ def _from_factory(text: str, classes: int) -> Network:
     with _current_folder_importable():
         try:
             factory: Any = importlib.import_module(module_name)
-        except Exception as error:  # the module's own code, which may raise anything
+        except (Exception, SystemExit) as error:  # the module's own code, which may raise anything
             raise ValueError(f"the module {module_name!r} cannot be imported: {_said(error)}") from error
         for part in path.split("."):
             if not hasattr(factory, part):
@@ -116,7 +117,7 @@ def _from_factory(text: str, classes: int) -> Network:
             raise ValueError(f"{text} is a {type(factory).__name__}, but it must be a function that returns a network")
         try:
             model = factory(**({"num_classes": classes} if _takes(factory, "num_classes") else {}))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(f"{text} cannot be called: {_said(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{text} returns a {type(model).__name__}, but it must return a torch.nn.Module")
@@ -265,10 +266,24 @@ def read_weights(path: str | os.PathLike) -> Weights:
             digest.update(block)
     content = _read_safetensors(path) if head[8:] == b"{" else _read_torch(path)
     state, notes = _unwrapped(path, content)
+    odd = {name: kind for name, value in state.items() if (kind := _odd_kind(value))}
+    if odd:
+        raise ValueError(f"the weights in {path} hold {few(f'{n} ({kind})' for n, kind in odd.items())}, but dense "
+                         "tensors of 16 bits or more are read")  # fmt: skip
     strange = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if strange:
         raise ValueError(f"the weights in {path} hold values that are not finite: {few(strange)}")
     return Weights(state, digest.hexdigest(), notes)
+
+
+def _odd_kind(value: Tensor) -> str | None:
+    """What keeps a tensor from being copied into a parameter; None for an ordinary one."""
+    if value.layout is not torch.strided:
+        return str(value.layout).removeprefix("torch.")
+    if value.is_meta:
+        return "on the meta device"
+    small = value.is_quantized or (value.is_floating_point() and value.element_size() < 2)
+    return str(value.dtype).removeprefix("torch.") if small else None
 
 
 def _read_safetensors(path: Path) -> Any:
@@ -335,7 +350,13 @@ def fit_weights(model: nn.Module, weights: Weights, path: str | os.PathLike, *, 
         notes.append(f"took {prefix!r} from the beginning of every name")
     counters = {name: value for name, value in expected.items() if name.endswith("num_batches_tracked")}
     state = {**{name: value.detach() for name, value in counters.items() if name not in state}, **state}
+    lazy = [name for name, value in expected.items() if is_lazy(value)]
+    if lazy:
+        raise ValueError(f"the network has parameters without a shape yet ({few(lazy)}); run it on an image first")
     problems = misfits(expected, state)
+    for name in expected.keys() & state.keys():
+        if expected[name].is_floating_point() and not state[name].is_floating_point():
+            problems.append(f"{name} is {state[name].dtype} in the file, which is no weight without its scale")
     if problems:
         other = _other_classes(expected, state, problems)
         if other is not None:
@@ -363,7 +384,7 @@ def _other_classes(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], 
     return next(iter(firsts))[1] if alike else None
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """An error in one line."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -47,7 +47,9 @@ class Workplace:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file, but must be a folder to write to")
         if not run.exists():
-            there = sorted(p.name for p in self.folder.iterdir() if p.name != LOCK) if self.folder.is_dir() else []
+            there = (
+                sorted(p.name for p in self.folder.iterdir() if not _is_ours(p.name)) if self.folder.is_dir() else []
+            )
             if there:
                 raise ValueError(
                     f"{self.folder} holds other things ({few(there)}) and nothing is overwritten; name another folder"
@@ -120,6 +122,11 @@ class Workplace:
             _write(self.folder / STAGES / f"{name}.json", found)
             known = self.done(name)
         return known or {}
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file may be left by a run that was killed before it had begun."""
+    return name == LOCK or (name.startswith(f"{RUN_FILE}.") and name.endswith(".tmp"))
 
 
 def _difference(key: str, there: object, here: object) -> str | None:

@@ -109,6 +109,20 @@ def test_a_single_convolution_is_a_model_too():
     assert 0 < table.cells[0].value < 1
 
 
+def test_what_is_never_called_is_no_candidate():
+    """It would lose nothing, and every search would begin with it."""
+    model = net()
+    model.spare = nn.Conv2d(8, 16, 3)
+    table = sensitivity(model, batches(), measure="oneshot", ratios=(0.5,), multiple=1)
+    assert table.skipped["spare"] == "never called by the forward pass"
+    assert [layer.name for layer in table.layers] == [
+        layer.name for layer in sensitivity(net(), batches(), measure="oneshot", ratios=(0.5,), multiple=1).layers
+    ]
+    assert len(table.cells) == len(table.layers)
+    with pytest.raises(ValueError, match="calls none of the 1 convolutions that can be substituted"):
+        sensitivity(model, batches(), measure="oneshot", ratios=(0.5,), multiple=1, include="spare")
+
+
 def test_a_shared_layer_is_measured_once():
     model = net()
     model.again = model.middle

@@ -266,9 +266,14 @@ def test_one_analysis_serves_several_budgets(made, place, tmp_path, monkeypatch)
     with pytest.raises(TypeError):  # of repair: the analysis is done
         compress(settings(place, tmp_path / "out", budget={"params": 0.9}, table=known))
     torch.save({name: value + 1 for name, value in tiny.network().state_dict().items()}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="was measured with another weights"):
+    with pytest.raises(ValueError, match=rf"the table {re.escape(known)} was measured with another weights"):
         compress(settings(place, tmp_path / "new", weights=str(tmp_path / "other.pt"), table=known))
-    assert not (tmp_path / "new" / "sensitivity.jsonl").exists()
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(
+        ValueError, match=rf"the table {re.escape(known)} cannot be gone on from: it was measured with other data"
+    ):
+        compress(settings(place, tmp_path / "seed", seed=2, table=known))
+    assert not (tmp_path / "seed" / "sensitivity.jsonl").exists()
     with pytest.raises(FileNotFoundError, match="there is no sensitivity table at nowhere"):
         compress(settings(place, tmp_path / "other", table="nowhere"))
 
@@ -286,6 +291,26 @@ def test_what_cannot_be_exported_is_said_and_the_rest_is_kept(place, tmp_path, m
     assert "onnxruntime" not in result.report["loading"]
 
 
+def test_files_for_a_fixed_batch_are_loaded_as_the_report_says(place, tmp_path, monkeypatch):
+    def fixed(export):
+        def write(model, path, size, *, batch, **options):
+            if batch == "dynamic":
+                raise RuntimeError("this network has a fixed batch")
+            return export(model, path, size, batch=batch, **options)
+
+        return write
+
+    for name in ("export_onnx", "export_program"):
+        monkeypatch.setattr(compressing, name, fixed(getattr(compressing, name)))
+    result = compress(settings(place, tmp_path / "out", epochs=0))
+    assert result.report["loading"].count(".repeat(16, 1, 1, 1)") == 2
+    monkeypatch.chdir(ROOT)
+    values = {}
+    exec(result.report["loading"], values)
+    assert values["logits"].shape == (1, 3)
+    np.testing.assert_allclose(values["logits"], values["model"](values["x"]).detach().numpy(), atol=1e-4)
+
+
 def test_without_onnx_it_is_said_at_the_start(place, tmp_path, monkeypatch):
     monkeypatch.setattr("basis.jobs._installed", lambda name: name != "onnxscript")
     said = []
@@ -298,6 +323,13 @@ def test_budgets_are_read():
     assert parse_budget(["params=0.5", "macs=1.5G", "milliseconds=80%"]) == {
         "params": 0.5, "macs": 1.5e9, "milliseconds": 0.8,
     }  # fmt: skip
+
+
+def test_a_percentage_is_the_same_number_as_its_fraction():
+    for percent in range(1, 101):
+        assert parse_budget([f"params={percent}%"]) == parse_budget([f"params={percent / 100}"])
+    with pytest.raises(ValueError, match=r"'milliseconds=150%', but no more than 100%"):
+        parse_budget(["milliseconds=150%"])
 
 
 # -- bad input --------------------------------------------------------------------------------------
@@ -320,6 +352,15 @@ def test_what_is_no_budget(text):
         ({"budget": {"params": -1}}, "the budget has params=-1"),
         ({"budget": {"weight": 0.5}}, "the budget has weight=0.5"),
         ({"epochs": -1}, "epochs is -1, but it must be at least 0"),
+        ({"lr": 0.0}, "lr is 0.0, but it must be positive and finite"),
+        ({"lr": float("nan")}, "lr is nan, but"),
+        ({"seed": -1}, "seed is -1, but it must be at least 0"),
+        ({"seed": 2**64}, "below 2^63"),
+        ({"model": "tests.tiny:changes_its_input"}, "the network changes its input in place"),
+        ({"model": "tests.tiny:squeezed"}, "returns a tensor of shape (3,) for one image"),
+        ({"model": "tests.tiny:locked"}, "the network cannot be copied, as replacing its layers needs"),
+        ({"model": "tests.tiny:lazy"}, "the network has parameters without a shape yet"),
+        ({"model": "tests.tiny:exits"}, "cannot be called: SystemExit: usage: train.py"),
         ({"batch_size": 0}, "batch_size is 0, but it must be at least 1"),
         ({"validation_images": 1000}, "1000 of the 72 training images are to be held out"),
         ({"measure": "guess"}, "the measure is 'guess', but it must be one of spectrum"),
@@ -335,6 +376,23 @@ def test_bad_input_is_refused_before_anything_is_written(place, tmp_path, change
     with pytest.raises(ValueError, match=re.escape(message)):
         compress(settings(place, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_batches_of_one_image_are_refused_where_normalisation_needs_more(place, tmp_path, epochs):
+    torch.save(tiny.on_one_pixel().state_dict(), tmp_path / "w.pt")
+    changes = {"model": "tests.tiny:on_one_pixel", "weights": str(tmp_path / "w.pt"), "epochs": epochs}
+    changes["budget"] = {"params": 0.99}
+    with pytest.raises(ValueError, match="needs batches of 2 images or more, but batch_size is 1"):
+        prepare(settings(place, tmp_path / "out", batch_size=1, **changes))
+    prepare(settings(place, tmp_path / "out", batch_size=2, **changes))
+    prepare(settings(place, tmp_path / "out", batch_size=1, epochs=epochs))
+
+
+def test_a_convolution_that_is_never_called_is_no_candidate(place, tmp_path):
+    job = prepare(settings(place, tmp_path / "out", model="tests.tiny:not_called", budget={"params": 1.0}))
+    assert [layer.name for layer in job.candidates.layers] == ["0"]
+    assert job.candidates.skipped["5"] == "never called by the forward pass"
 
 
 def test_a_budget_that_cannot_be_met_is_refused_at_once(place, tmp_path):
@@ -399,6 +457,9 @@ def test_places_that_cannot_be_filled(place, tmp_path, monkeypatch):
     ]:
         with pytest.raises(ValueError, match=message):
             compress(settings(place, tmp_path / name))
+    (tmp_path / "killed").mkdir()  # while run.json was written
+    (tmp_path / "killed" / "run.json.y58uk1mm.tmp").write_text("{")
+    prepare(settings(place, tmp_path / "killed"))
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(ValueError, match=r"MB left, but about 1\d MB are needed"):
         compress(settings(place, tmp_path / "out"))

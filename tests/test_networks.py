@@ -155,3 +155,26 @@ def test_without_libraries_it_is_said_how_to_install_them(monkeypatch):
     monkeypatch.setattr("basis.networks._imported", absent)
     with pytest.raises(ValueError, match=r"not installed.*pip install torchvision timm.*package.module:factory"):
         build_network("resnet18", classes=3)
+
+
+def test_weights_that_are_no_ordinary_numbers_are_refused(tmp_path):
+    path = tmp_path / "w.pt"
+    state = tiny.network().state_dict()
+    for value, said in (
+        (state["0.weight"].to_sparse(), r"0.weight \(sparse_coo\), but dense tensors of 16 bits or more are read"),
+        (state["0.weight"].to(torch.float8_e4m3fn), r"0.weight \(float8_e4m3fn\)"),
+        (state["0.weight"].to("meta"), "the meta device"),
+    ):
+        torch.save(state | {"0.weight": value}, path)
+        with pytest.raises(ValueError, match=said):
+            read_weights(path)
+    torch.save(state | {"0.weight": state["0.weight"].to(torch.int8)}, path)
+    with pytest.raises(ValueError, match=r"0.weight is torch.int8 in the file, which is no weight without its scale"):
+        fit_weights(tiny.network(), read_weights(path), path, classes=3)
+
+
+def test_a_module_that_exits_is_told_in_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "trainer_with_arguments.py").write_text("raise SystemExit(2)")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="cannot be imported: SystemExit: 2"):
+        build_network("trainer_with_arguments:net", classes=3)

@@ -1,5 +1,7 @@
 """Small networks and image folders for tests of what a user brings."""
 
+import threading
+
 import numpy as np
 import torch
 from PIL import Image
@@ -61,3 +63,57 @@ def with_auxiliary_output() -> nn.Module:
 
 def frozen() -> nn.Module:
     return network().requires_grad_(False)
+
+
+class _Changed(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.mul_(-1))
+
+
+def changes_its_input() -> nn.Module:
+    return _Changed(*network())
+
+
+class _Squeezed(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x).squeeze()
+
+
+def squeezed() -> nn.Module:
+    return _Squeezed(*network())
+
+
+class _Direct(nn.Sequential):
+    """The last convolution's weight is used, but the convolution is never called."""
+
+    def forward(self, x):
+        for place, layer in enumerate(self):
+            x = nn.functional.conv2d(x, layer.weight, stride=2, padding=1) if place == 5 else layer(x)
+        return x
+
+
+def not_called() -> nn.Module:
+    return _Direct(*network())
+
+
+def locked() -> nn.Module:
+    model = network()
+    model.lock = threading.Lock()
+    return model
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyConv2d(16, 3), nn.Flatten(), nn.LazyLinear(3))
+
+
+def exits():
+    raise SystemExit("usage: train.py [-h]")
+
+
+def on_one_pixel() -> nn.Module:
+    """Batch normalisation of one value per channel and image."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 32, 1),
+        nn.BatchNorm2d(32), nn.Flatten(), nn.Linear(32, 3),
+    )  # fmt: skip

@@ -23,6 +23,7 @@ from basis.sharing import choose_jobs
 from basis.studies import STUDIES, find_study, status, valid_records
 from basis.studies.hours import in_hours
 from basis.tidy import sound_records, write_tables
+from basis.timing import check_place
 
 
 def add_commands(commands: Any) -> None:
@@ -185,6 +186,9 @@ def import_archives(options: argparse.Namespace) -> int:
 
 def write_table(options: argparse.Namespace) -> int:
     """Write every run, and every measured sensitivity, as one tidy table each (CSV; Parquet where pyarrow is)."""
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out is {options.out}, which is a file, but it must be a folder for the tables")
+    check_place(options.out / "runs.csv.gz")
     for path in write_tables(options.out, sound_records(options.results)):
         print(f"saved {path}")
     return 0

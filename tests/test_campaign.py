@@ -4,8 +4,10 @@ import dataclasses
 import gzip
 import io
 import json
+import re
 import signal
 import tarfile
+import types
 
 import filelock
 import pytest
@@ -82,6 +84,15 @@ def test_a_trial_that_fails_says_what_to_do(monkeypatch):
     monkeypatch.setattr(sharing.sys, "executable", "false")
     with pytest.raises(RuntimeError, match="give --jobs a number"):
         sharing.measure(RUN, "cpu", sizes=[1], seconds=1)
+
+
+@pytest.mark.parametrize("command", [["campaign", "--studies", "naive"], ["run", "naive"]])
+def test_a_command_whose_trial_fails_says_it_in_one_sentence(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.setattr(sharing.sys, "executable", "false")
+    monkeypatch.setattr(sharing, "device_for", lambda *_: types.SimpleNamespace(type="cuda"))
+    assert main([*command, "--device", "cpu", "--jobs", "auto", "--results", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"basis: the trial of .* failed, whose reason stands above; give --jobs a number\n", said)
 
 
 # -- the command --------------------------------------------------------------------------------------

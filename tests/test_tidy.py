@@ -84,6 +84,24 @@ def test_without_records_the_tables_have_their_columns_and_no_rows(tmp_path, cap
     assert runs_frame([]).empty
 
 
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        ("file", "which is a file, but it must be a folder for the tables"),
+        ("file/in/it", "nothing can be written to the folder"),
+        ("folder", "runs.csv.gz is a folder, but must be the name of a file"),
+    ],
+)
+def test_tables_that_cannot_be_written_there_are_refused_in_one_sentence(tmp_path, capsys, out, says):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder" / "runs.csv.gz").mkdir(parents=True)
+    assert main(["table", "--results", str(tmp_path / "none"), "--out", str(tmp_path / out)]) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert len(said.splitlines()) == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_every_column_is_described_and_filled_somewhere(committed):
     frame = runs_frame(committed)
     empty = {name for name in COLUMNS if frame[name].isna().all()}

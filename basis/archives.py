@@ -94,7 +94,7 @@ def take_in(archive: Path, folder: Path) -> Iterator[Filed]:
 def _file(name: str, content: bytes, folder: Path) -> Filed:
     path = folder / name
     try:
-        record = parse_record(content, path)
+        record = parse_record(content, f"{name} in the archive", remedy="pack it anew where its run was done")
     except RecordError as error:
         return Filed(name, "refused", str(error))
     reason = refusal(name, record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -14,11 +15,11 @@ from typing import Any
 
 import torch
 
-from basis.archives import pack, take_in
+from basis.archives import Filed, pack, take_in
 from basis.campaign import in_order, missing
 from basis.cluster import RayCluster
 from basis.executors import Executor, Order, Processes, Task
-from basis.runs import PROFILES, device_for, parse_duration, record_path, results_folder
+from basis.runs import PROFILES, RecordError, Unwritable, device_for, parse_duration, record_path, results_folder
 from basis.sharing import choose_jobs
 from basis.studies import STUDIES, find_study, status, valid_records
 from basis.studies.hours import in_hours
@@ -166,22 +167,44 @@ def _executor(todo: Sequence[Task], options: argparse.Namespace) -> Executor:
 
 
 def import_archives(options: argparse.Namespace) -> int:
-    """Check every record of the archives and file the sound ones; records that are there already stay."""
-    folder, refused = options.results or results_folder(), 0
+    """Check every record of the archives and file the sound ones; records that are there already stay.
+
+    Of an archive that is cut short, what comes before the cut is filed; the other archives are read all the same.
+    """
+    folder, refused, unread = options.results or results_folder(), 0, 0
     titles = {
         "taken": "taken", "renewed": "taken instead of an outdated one", "known": "there already, the same",
         "other": "left out, since the run is there already", "refused": "refused",
     }  # fmt: skip
     for archive in options.archives:
-        found = list(take_in(archive, folder))
+        found, problem = _taken_in(archive, folder)
         counts: Counter[str] = Counter(one.outcome for one in found)
         refused += counts["refused"]
         said = ", ".join(f"{counts[outcome]} {title}" for outcome, title in titles.items() if counts[outcome])
-        print(f"{archive}: {said or 'holds nothing'}")
+        if problem:
+            unread += 1
+            print(f"{archive}: {said or 'nothing taken'}, and was not read to its end", flush=True)
+        else:
+            print(f"{archive}: {said or 'holds nothing'}")
         for one in found:
             if one.reason:
                 print(f"  {one.name}: {titles[one.outcome]}: {one.reason}")
-    return 1 if refused else 0
+        if isinstance(problem, Unwritable):
+            raise problem  # the others could not be filed either
+        if problem:
+            print(f"basis: {problem}", file=sys.stderr)
+    return 2 if unread else 1 if refused else 0
+
+
+def _taken_in(archive: Path, folder: Path) -> tuple[list[Filed], RecordError | None]:
+    """What became of the members of an archive, and why there were no more."""
+    found: list[Filed] = []
+    try:
+        for one in take_in(archive, folder):
+            found.append(one)
+    except RecordError as error:
+        return found, error
+    return found, None
 
 
 def write_table(options: argparse.Namespace) -> int:

@@ -356,6 +356,37 @@ def test_a_cut_archive_is_refused_and_what_came_before_is_whole(tmp_path, there,
         list(take_in(archive, tmp_path / "here"))
 
 
+def test_after_an_archive_that_is_cut_the_others_are_read(tmp_path, there, capsys):
+    """What the archive held before the cut is counted."""
+    content = gzip.decompress(archive_of(there).read_bytes())
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        second = tar.getmembers()[1].offset
+    cut, absent, names = tmp_path / "cut.tar.gz", tmp_path / "absent.tar.gz", sorted(there.glob("*/*/*.json"))
+    cut.write_bytes(gzip.compress(content[: second + 700]))
+    pack(names[1:], there, tmp_path / "whole.tar.gz")
+    command = ["import", str(cut), str(absent), str(tmp_path / "whole.tar.gz"), "--results", str(tmp_path / "here")]
+    assert main(command) == 2
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
+        f"{cut}: 1 taken, and was not read to its end",
+        f"{absent}: nothing taken, and was not read to its end",
+        f"{tmp_path / 'whole.tar.gz'}: 1 taken",
+    ]
+    assert [line.split(" is no whole archive")[0] for line in said.err.splitlines()] == [
+        f"basis: {cut}", f"basis: {absent}",
+    ]  # fmt: skip
+    assert load_records(tmp_path / "here") == load_records(there)
+
+
+def test_where_nothing_can_be_written_no_further_archive_is_read(tmp_path, there, capsys):
+    archive = str(archive_of(there))
+    (tmp_path / "file").write_text("mine")
+    assert main(["import", archive, archive, "--results", str(tmp_path / "file")]) == 2
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == len(said.err.splitlines()) == 1
+    assert "could not be written" in said.err
+
+
 def test_a_record_that_is_no_json_is_refused(tmp_path):
     contents = [b"{", b"[]", b"\xff\xfe", json.dumps({"version": 1}).encode()]
     contents.append(
@@ -364,3 +395,7 @@ def test_a_record_that_is_no_json_is_refused(tmp_path):
     names = [member(f"naive/smoke/{n:016x}.json") for n in range(len(contents))]
     found = outcomes(hostile(zip(names, contents, strict=True), tmp_path / "bad.tar.gz"), tmp_path / "here")
     assert [outcome for outcome, _ in found] == ["refused"] * len(contents)
+    for name, (_, reason) in zip(names, found, strict=True):
+        assert reason.startswith(f"{name.name} in the archive ")
+        assert "delete it" not in reason
+    assert found[0][1].endswith("; pack it anew where its run was done")

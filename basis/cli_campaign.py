@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from basis.archives import Filed, pack, take_in
+from basis.archives import Filed, pack, packed_records, take_in
 from basis.campaign import in_order, missing
 from basis.cluster import RayCluster
 from basis.executors import Executor, Order, Processes, Task
@@ -34,7 +34,8 @@ def add_commands(commands: Any) -> None:
     run.set_defaults(command=do_study)
     all_of_them = commands.add_parser("campaign", help="do all studies by value", description=do_campaign.__doc__)
     all_of_them.add_argument("--studies", nargs="+", default=(), metavar="STUDY", help="only these")
-    all_of_them.add_argument("--archive", type=Path, metavar="FILE", help="default: basis-PROFILE-TIME.tar.gz, here")
+    archive = "added to, if it is an archive already (default: basis-PROFILE-TIME.tar.gz, here)"
+    all_of_them.add_argument("--archive", type=Path, metavar="FILE", help=archive)
     all_of_them.set_defaults(command=do_campaign)
     for kind, jobs in ((run, "1"), (all_of_them, "auto")):
         kind.add_argument("--profile", default="smoke", choices=PROFILES, help="how large (default: smoke)")
@@ -105,12 +106,16 @@ def do_study(options: argparse.Namespace) -> int:
 def do_campaign(options: argparse.Namespace) -> int:
     """Do the missing runs of all studies, the most valuable first, and pack the new records into one archive.
 
+    An archive that is there is added to: it keeps what it holds, but of the runs of this campaign it takes the records
+    that are in the results folder now.
+
     May be stopped and repeated at will. `basis import` files the records of an archive elsewhere.
     """
     began, folder = time.monotonic(), options.results or results_folder()
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
     archive = options.archive or Path(f"basis-{options.profile}-{stamp}.tar.gz")
     tasks = in_order(options.profile, options.studies)
+    held = _held_by(archive)
     todo, failed = missing(tasks, folder), 0
     print(f"{len(todo)} of {len(tasks)} runs are missing")
     former = signal.signal(signal.SIGTERM, _interrupt)
@@ -119,11 +124,24 @@ def do_campaign(options: argparse.Namespace) -> int:
     finally:
         signal.signal(signal.SIGTERM, former)
         still = {task.run.id for task in missing(todo, folder)}
-        new = [record_path(folder, task.run) for task in todo if task.run.id not in still]
-        packed = f", packed into {archive}" if new and pack(new, folder, archive) else ""
+        new = {record_path(folder, task.run) for task in todo if task.run.id not in still}
+        done = {record_path(folder, task.run) for task in tasks if task.run.id not in still}
+        renewed = {path for path in done if path.relative_to(folder).as_posix() in held}
+        total = pack(new | renewed, folder, archive) if new else 0
+        beside = f" beside {total - len(new)} others" if total > len(new) else ""
+        packed = f", packed into {archive}{beside}" if new else ""
         again = f"; {len(still)} are missing, and the same command goes on" if still else ""
         print(f"{len(new)} new records{packed}{again}")
     return 1 if failed else 0
+
+
+def _held_by(archive: Path) -> set[str]:
+    """The names of the records that are in the archive already; ``ValueError`` where no archive can be written."""
+    check_place(archive)
+    try:
+        return set(packed_records(archive))
+    except RecordError as error:
+        raise ValueError(f"{error}; give --archive another name, since no other file is replaced") from error
 
 
 def _interrupt(*_: object) -> None:

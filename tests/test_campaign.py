@@ -1,6 +1,7 @@
 """A campaign: the order of value, how many processes, the command, and records on their way between machines."""
 
 import dataclasses
+import errno
 import gzip
 import io
 import json
@@ -12,7 +13,7 @@ import types
 import filelock
 import pytest
 
-from basis import archives, runs, sharing
+from basis import archives, files, runs, sharing
 from basis.archives import pack, take_in
 from basis.campaign import LEGS, by_leg, in_order
 from basis.cli import main
@@ -134,6 +135,107 @@ def test_an_interrupted_campaign_packs_what_it_has(tmp_path, monkeypatch, capsys
     assert "1 new records, packed into" in said.out
     assert "9 are missing, and the same command goes on" in said.out
     assert "interrupted; what is finished is kept" in said.err
+
+
+def names_in(archive):
+    with tarfile.open(archive) as tar:
+        return {name.rsplit("/")[-1].removesuffix(".json") for name in tar.getnames()}
+
+
+def interrupted_after(number, monkeypatch):
+    """Runs that finish at once, the next one after so many being interrupted."""
+    done = []
+
+    def execute(run, **options):
+        if len(done) == number:
+            raise KeyboardInterrupt
+        done.append(run)
+        return fake_result(run)
+
+    monkeypatch.setattr(runs, "execute", execute)
+
+
+def test_the_same_command_again_adds_to_the_archive(tmp_path, monkeypatch, capsys):
+    archive, planned = tmp_path / "new.tar.gz", STUDY.runs("smoke")
+    put_record(tmp_path / "here", planned[0])
+    for number, said in ((3, f"3 new records, packed into {archive};"),
+                         (2, f"2 new records, packed into {archive} beside 3 others;")):  # fmt: skip
+        interrupted_after(number, monkeypatch)
+        assert campaign(tmp_path) == 130
+        assert said in capsys.readouterr().out
+    assert len(names_in(archive)) == 5
+    interrupted_after(99, monkeypatch)
+    assert campaign(tmp_path) == 0
+    assert names_in(archive) == {run.id for run in planned[1:]}  # the first was neither made here nor in the archive
+    before = archive.read_bytes()
+    assert campaign(tmp_path) == 0
+    assert archive.read_bytes() == before
+
+
+def test_an_archive_keeps_what_it_holds_but_takes_the_records_that_are_here_now(tmp_path, instant):  # noqa: F811
+    archive, (first, second, third) = tmp_path / "new.tar.gz", STUDY.runs("smoke")[:3]
+    other = STUDIES["selection"].runs("smoke")[0]
+    there, here = tmp_path / "there", tmp_path / "here"
+    put_record(there, other)
+    for run in (first, second):  # both were renewed since, the second in this call
+        put_record(there, run, definition="0" * 16)
+    pack(there.glob("*/*/*.json"), there, archive)
+    put_record(here, first)
+    put_record(here, third)
+    assert campaign(tmp_path) == 0
+    assert names_in(archive) == {other.id, *(run.id for run in STUDY.runs("smoke") if run != third)}
+    packed = archives.packed_records(archive)
+    for run in (first, second):
+        path = record_path(here, run)
+        assert packed[path.relative_to(here).as_posix()] == path.read_bytes()
+
+
+def foreign_tar(path):
+    with tarfile.open(path, "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("photos/me.jpg"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda path: path.write_text("precious"), "is no whole archive of records (not a gzip file); give --archive"),
+        (lambda path: path.touch(), "is no whole archive of records ("),
+        (foreign_tar, "holds 'photos/me.jpg', so it is no archive of records that others could be added to; give"),
+        (lambda path: path.mkdir(), "is a folder, but must be the name of a file"),
+    ],
+)
+def test_what_is_no_archive_is_refused_before_any_run(tmp_path, instant, capsys, spoil, says):  # noqa: F811
+    path = tmp_path / "new.tar.gz"
+    spoil(path)
+    before = path.read_bytes() if path.is_file() else None
+    assert campaign(tmp_path) == 2
+    said = capsys.readouterr()
+    assert says in said.err
+    assert len(said.err.splitlines()) == 1
+    assert not instant
+    assert before == (path.read_bytes() if path.is_file() else None)
+
+
+def test_an_archive_that_cannot_be_written_is_refused_before_any_run(tmp_path, instant, capsys):  # noqa: F811
+    (tmp_path / "file").write_text("mine")
+    assert campaign(tmp_path, "--archive", str(tmp_path / "file" / "new.tar.gz")) == 2
+    assert "nothing can be written to the folder" in capsys.readouterr().err
+    assert not instant
+
+
+def test_an_archive_that_cannot_be_replaced_stays_as_it_is(tmp_path, there, monkeypatch):
+    archive = archive_of(there)
+    before = archive.read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    put_record(there, STUDY.runs("smoke")[2])
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(runs.Unwritable, match="could not be written"):
+        archive_of(there)
+    assert archive.read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_failed_run_is_no_record_and_the_status_says_so(tmp_path, monkeypatch, capsys):

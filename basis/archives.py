@@ -40,20 +40,23 @@ class Filed:
 def pack(paths: Iterable[Path], folder: Path, archive: Path) -> int:
     """Pack records of ``folder`` into a ``.tar.gz``, whole or not at all; equal records make equal bytes.
 
+    An archive that is there is added to: its other records stay, and those of the same names are replaced.
+
     Returns:
-        How many they are.
+        How many records the archive holds then.
 
     Raises:
+        RecordError: where a file is there that is no archive of records.
         Unwritable: where the archive cannot be written.
     """
-    names = sorted({path.relative_to(folder).as_posix() for path in paths})
+    new = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+    contents = packed_records(archive) | new
     packed = io.BytesIO()
     with (
         gzip.GzipFile(fileobj=packed, mode="wb", mtime=0, filename="") as zipped,
         tarfile.open(fileobj=zipped, mode="w", format=tarfile.USTAR_FORMAT) as tar,
     ):
-        for name in names:
-            content = (folder / name).read_bytes()
+        for name, content in sorted(contents.items()):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
@@ -62,7 +65,23 @@ def pack(paths: Iterable[Path], folder: Path, archive: Path) -> int:
             file.write(packed.getvalue())
     except OSError as error:
         raise Unwritable(f"{archive} could not be written ({error.strerror}); the records are in {folder}") from error
-    return len(names)
+    return len(contents)
+
+
+def packed_records(archive: Path) -> dict[str, bytes]:
+    """The files in an archive by their names STUDY/PROFILE/ID.json, unchecked; none where there is no archive yet.
+
+    Raises:
+        RecordError: where a file is there that is no whole archive, or holds something else than files of such names.
+    """
+    if not archive.exists():
+        return {}
+    found: dict[str, bytes] = {}
+    for name, content in _members(archive):
+        if content is None:
+            raise RecordError(f"{archive} holds {name!r}, so it is no archive of records that others could be added to")
+        found[name] = content
+    return found
 
 
 def take_in(archive: Path, folder: Path) -> Iterator[Filed]:
@@ -76,6 +95,19 @@ def take_in(archive: Path, folder: Path) -> Iterator[Filed]:
         RecordError: where the archive cannot be read, or holds what no campaign packs in such numbers.
         Unwritable: where ``folder`` cannot be written.
     """
+    for name, content in _members(archive):
+        if content is None:
+            yield Filed(name, "refused", "it is no record: those are files STUDY/PROFILE/ID.json")
+        else:
+            yield _file(name, content, folder)
+
+
+def _members(archive: Path) -> Iterator[tuple[str, bytes | None]]:
+    """The name of every member, and its content; None where it is no plain file or not named as records are.
+
+    Raises:
+        RecordError: where the archive cannot be read, or holds what no campaign packs in such numbers.
+    """
     try:
         with tarfile.open(archive, mode="r|gz") as tar:
             for count, member in enumerate(tar):
@@ -83,10 +115,8 @@ def take_in(archive: Path, folder: Path) -> Iterator[Filed]:
                     raise RecordError(f"{archive} holds {member.name!r} of {member.size} bytes, after {count} others; "
                                       "no campaign packs so much, and the rest of it was not read")  # fmt: skip
                 file = tar.extractfile(member) if member.isreg() else None
-                if file is None or not MEMBER.fullmatch(member.name):
-                    yield Filed(member.name, "refused", "it is no record: those are files STUDY/PROFILE/ID.json")
-                else:
-                    yield _file(member.name, file.read(), folder)
+                sound = file is not None and MEMBER.fullmatch(member.name)
+                yield member.name, file.read() if file and sound else None
     except (tarfile.TarError, EOFError, OSError) as error:
         raise RecordError(f"{archive} is no whole archive of records ({error})") from error
 
@@ -94,7 +124,7 @@ def take_in(archive: Path, folder: Path) -> Iterator[Filed]:
 def _file(name: str, content: bytes, folder: Path) -> Filed:
     path = folder / name
     try:
-        record = parse_record(content, path)
+        record = parse_record(content, f"{name} in the archive", remedy="pack it anew where its run was done")
     except RecordError as error:
         return Filed(name, "refused", str(error))
     reason = refusal(name, record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -14,15 +15,16 @@ from typing import Any
 
 import torch
 
-from basis.archives import pack, take_in
+from basis.archives import Filed, pack, packed_records, take_in
 from basis.campaign import in_order, missing
 from basis.cluster import RayCluster
 from basis.executors import Executor, Order, Processes, Task
-from basis.runs import PROFILES, device_for, parse_duration, record_path, results_folder
+from basis.runs import PROFILES, RecordError, Unwritable, device_for, parse_duration, record_path, results_folder
 from basis.sharing import choose_jobs
 from basis.studies import STUDIES, find_study, status, valid_records
 from basis.studies.hours import in_hours
 from basis.tidy import sound_records, write_tables
+from basis.timing import check_place
 
 
 def add_commands(commands: Any) -> None:
@@ -32,7 +34,8 @@ def add_commands(commands: Any) -> None:
     run.set_defaults(command=do_study)
     all_of_them = commands.add_parser("campaign", help="do all studies by value", description=do_campaign.__doc__)
     all_of_them.add_argument("--studies", nargs="+", default=(), metavar="STUDY", help="only these")
-    all_of_them.add_argument("--archive", type=Path, metavar="FILE", help="default: basis-PROFILE-TIME.tar.gz, here")
+    archive = "added to, if it is an archive already (default: basis-PROFILE-TIME.tar.gz, here)"
+    all_of_them.add_argument("--archive", type=Path, metavar="FILE", help=archive)
     all_of_them.set_defaults(command=do_campaign)
     for kind, jobs in ((run, "1"), (all_of_them, "auto")):
         kind.add_argument("--profile", default="smoke", choices=PROFILES, help="how large (default: smoke)")
@@ -103,12 +106,16 @@ def do_study(options: argparse.Namespace) -> int:
 def do_campaign(options: argparse.Namespace) -> int:
     """Do the missing runs of all studies, the most valuable first, and pack the new records into one archive.
 
+    An archive that is there is added to: it keeps what it holds, but of the runs of this campaign it takes the records
+    that are in the results folder now.
+
     May be stopped and repeated at will. `basis import` files the records of an archive elsewhere.
     """
     began, folder = time.monotonic(), options.results or results_folder()
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
     archive = options.archive or Path(f"basis-{options.profile}-{stamp}.tar.gz")
     tasks = in_order(options.profile, options.studies)
+    held = _held_by(archive)
     todo, failed = missing(tasks, folder), 0
     print(f"{len(todo)} of {len(tasks)} runs are missing")
     former = signal.signal(signal.SIGTERM, _interrupt)
@@ -117,11 +124,24 @@ def do_campaign(options: argparse.Namespace) -> int:
     finally:
         signal.signal(signal.SIGTERM, former)
         still = {task.run.id for task in missing(todo, folder)}
-        new = [record_path(folder, task.run) for task in todo if task.run.id not in still]
-        packed = f", packed into {archive}" if new and pack(new, folder, archive) else ""
+        new = {record_path(folder, task.run) for task in todo if task.run.id not in still}
+        done = {record_path(folder, task.run) for task in tasks if task.run.id not in still}
+        renewed = {path for path in done if path.relative_to(folder).as_posix() in held}
+        total = pack(new | renewed, folder, archive) if new else 0
+        beside = f" beside {total - len(new)} others" if total > len(new) else ""
+        packed = f", packed into {archive}{beside}" if new else ""
         again = f"; {len(still)} are missing, and the same command goes on" if still else ""
         print(f"{len(new)} new records{packed}{again}")
     return 1 if failed else 0
+
+
+def _held_by(archive: Path) -> set[str]:
+    """The names of the records that are in the archive already; ``ValueError`` where no archive can be written."""
+    check_place(archive)
+    try:
+        return set(packed_records(archive))
+    except RecordError as error:
+        raise ValueError(f"{error}; give --archive another name, since no other file is replaced") from error
 
 
 def _interrupt(*_: object) -> None:
@@ -165,26 +185,51 @@ def _executor(todo: Sequence[Task], options: argparse.Namespace) -> Executor:
 
 
 def import_archives(options: argparse.Namespace) -> int:
-    """Check every record of the archives and file the sound ones; records that are there already stay."""
-    folder, refused = options.results or results_folder(), 0
+    """Check every record of the archives and file the sound ones; records that are there already stay.
+
+    Of an archive that is cut short, what comes before the cut is filed; the other archives are read all the same.
+    """
+    folder, refused, unread = options.results or results_folder(), 0, 0
     titles = {
         "taken": "taken", "renewed": "taken instead of an outdated one", "known": "there already, the same",
         "other": "left out, since the run is there already", "refused": "refused",
     }  # fmt: skip
     for archive in options.archives:
-        found = list(take_in(archive, folder))
+        found, problem = _taken_in(archive, folder)
         counts: Counter[str] = Counter(one.outcome for one in found)
         refused += counts["refused"]
         said = ", ".join(f"{counts[outcome]} {title}" for outcome, title in titles.items() if counts[outcome])
-        print(f"{archive}: {said or 'holds nothing'}")
+        if problem:
+            unread += 1
+            print(f"{archive}: {said or 'nothing taken'}, and was not read to its end", flush=True)
+        else:
+            print(f"{archive}: {said or 'holds nothing'}")
         for one in found:
             if one.reason:
                 print(f"  {one.name}: {titles[one.outcome]}: {one.reason}")
-    return 1 if refused else 0
+        if isinstance(problem, Unwritable):
+            raise problem  # the others could not be filed either
+        if problem:
+            print(f"basis: {problem}", file=sys.stderr)
+    return 2 if unread else 1 if refused else 0
+
+
+def _taken_in(archive: Path, folder: Path) -> tuple[list[Filed], RecordError | None]:
+    """What became of the members of an archive, and why there were no more."""
+    found: list[Filed] = []
+    try:
+        for one in take_in(archive, folder):
+            found.append(one)
+    except RecordError as error:
+        return found, error
+    return found, None
 
 
 def write_table(options: argparse.Namespace) -> int:
     """Write every run, and every measured sensitivity, as one tidy table each (CSV; Parquet where pyarrow is)."""
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out is {options.out}, which is a file, but it must be a folder for the tables")
+    check_place(options.out / "runs.csv.gz")
     for path in write_tables(options.out, sound_records(options.results)):
         print(f"saved {path}")
     return 0

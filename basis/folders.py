@@ -156,7 +156,7 @@ def _classes(folder: Path) -> tuple[tuple[str, ...], tuple[Path, ...], list[int]
     labels: list[int] = []
     ignored = 0
     for label, place in enumerate(classes):
-        every = [file for file in sorted(place.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+        every = [file for file in sorted(_below(place)) if not file.name.startswith(".")]
         own = [file for file in every if file.suffix.lower() in SUFFIXES]
         if not own:
             raise ValueError(
@@ -168,14 +168,26 @@ def _classes(folder: Path) -> tuple[tuple[str, ...], tuple[Path, ...], list[int]
     return tuple(place.name for place in classes), tuple(files), labels, ignored
 
 
+def _below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Every file below a folder. Links are followed, but not one that leads back to a folder ``above`` it."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _below(entry, above | {real})
+        elif entry.is_file():
+            yield entry
+
+
 def check_images(splits: Iterable[Split], *, progress: Any = None) -> None:
-    """Decode every file of the splits once, small, and name those that cannot be.
+    """Decode every file of the splits once, small, and name those that cannot be, or have more than 8 bits a channel.
 
     Args:
         progress: wraps an iterable of files, as ``tqdm`` does.
 
     Raises:
-        ValueError: with the files that cannot be decoded.
+        ValueError: with the files that cannot be decoded, or only with a loss.
     """
     files = [file for split in splits for file in split.files]
     with ThreadPoolExecutor(_threads()) as pool:
@@ -189,12 +201,19 @@ def check_images(splits: Iterable[Split], *, progress: Any = None) -> None:
 def _problem(file: Path) -> str | None:
     try:
         with Image.open(file) as image:
+            _check_depth(image)
             image.draft("RGB", (32, 32))  # a JPEG is decoded at an eighth of its size, all of its bytes
             image.load()
     except Exception as error:  # Pillow's decoders raise many kinds
         text = "no image" if type(error).__name__ == "UnidentifiedImageError" else str(error) or type(error).__name__
         return f"{file} ({text})"
     return None
+
+
+def _check_depth(image: Image.Image) -> None:
+    """Raise ``ValueError`` for modes of 16 or 32 bits a channel, which Pillow would cut off at 255."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"its mode is {image.mode}, but only 8 bits a channel are read")
 
 
 def _threads() -> int:
@@ -344,6 +363,9 @@ def prepared(image: str | os.PathLike | Image.Image | np.ndarray, preparation: P
     """One image, (1, C, size, size) in float32, as a network of this preparation takes it.
 
     ``image`` is a file, an image of Pillow (RGB), or an array (H, W, C) of uint8.
+
+    Raises:
+        ValueError: for a file with more than 8 bits a channel.
     """
     if isinstance(image, (str, os.PathLike)):
         return prepared(_decoded(image), preparation)
@@ -352,6 +374,10 @@ def prepared(image: str | os.PathLike | Image.Image | np.ndarray, preparation: P
 
 def _decoded(path: str | os.PathLike) -> Image.Image:
     with Image.open(path) as file:
+        try:
+            _check_depth(file)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)} cannot be read: {error}") from None
         # By way of RGBA, since Pillow warns of palettes with transparent colours otherwise.
         return (file.convert("RGBA") if file.mode == "P" else file).convert("RGB")
 

@@ -246,26 +246,24 @@ def read_record(path: Path) -> Record:
     return parse_record(content, path)
 
 
-def parse_record(text: bytes, path: Path) -> Record:
-    """The record that a file holds; ``path`` is how a :class:`RecordError` calls it."""
+def parse_record(text: bytes, path: Path | str, *, remedy: str = "delete it to have its run done again") -> Record:
+    """The record that a file holds; a :class:`RecordError` calls it ``path`` and says the ``remedy`` of a damage."""
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise RecordError(f"{path} is not a JSON record ({error}); delete it to have its run done again") from error
+        raise RecordError(f"{path} is not a JSON record ({error}); {remedy}") from error
     version = content.get("version") if isinstance(content, dict) else None
     if version != VERSION:
         raise RecordError(f"{path} has record version {version!r}, but this package reads version {VERSION}")
     missing = [name for name in ("id", "config", "result", "environment", "definition") if name not in content]
     if missing:
-        raise RecordError(f"{path} lacks {', '.join(missing)}; delete it to have its run done again")
+        raise RecordError(f"{path} lacks {', '.join(missing)}; {remedy}")
     strange = sorted(set(content) - {"version", *Record.__dataclass_fields__})
     if strange:
-        raise RecordError(
-            f"{path} holds {', '.join(strange)}, which no record has; delete it to have its run done again"
-        )
+        raise RecordError(f"{path} holds {', '.join(strange)}, which no record has; {remedy}")
     wrong = [name for name in ("config", "result", "environment") if not isinstance(content[name], dict)]
     if wrong:
-        raise RecordError(f"{path} holds no entries in {', '.join(wrong)}; delete it to have its run done again")
+        raise RecordError(f"{path} holds no entries in {', '.join(wrong)}; {remedy}")
     if content["id"] != identity(content["config"]):
         raise RecordError(f"{path} was changed after it was written: its id does not fit its configuration")
     del content["version"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import pandas as pd
 
@@ -14,7 +14,7 @@ from basis.studies import STUDIES, valid_records
 from basis.studies.sensitivity import RATIOS, Kind, Losses, Truth, agreements, bootstrap, truths_of
 from basis.table import SensitivityTable
 
-Scores = Mapping[str, float] | Mapping[tuple[str, float], float] | Sequence[str] | SensitivityTable
+Scores = Mapping[str, float] | Mapping[tuple[str, float], float] | Sequence[str] | pd.Series | SensitivityTable
 
 
 def truth_records(profile: str) -> list[Record]:
@@ -40,9 +40,9 @@ def score(
 
     Args:
         scores: how much each 3x3 convolution would suffer, larger for worse, in any unit: layer -> value;
-            (layer, ratio) -> value, with the ratios 1/8 and 1/32 of the truth; a
-            :class:`basis.SensitivityTable`; or layers alone, in order from the least to the most sensitive. Further
-            layers are ignored.
+            (layer, ratio) -> value, with the ratios 1/8 and 1/32 of the truth; a pandas Series of values whose
+            index is either; a :class:`basis.SensitivityTable`; or layers alone, in order from the least to the most
+            sensitive. Further layers are ignored.
         truth: what a layer loses after training from scratch ("scratch"), or after fine-tuning ("tuned").
         profile: whose truth, "cpu" or "paper".
         records: of the study "sensitivity"; default: the committed ones.
@@ -54,7 +54,8 @@ def score(
         on how many it rests. The statistics are those of chapter 4 (:func:`basis.studies.sensitivity.bootstrap`).
 
     Raises:
-        ValueError: where the truth has not been measured yet, or where scores are missing, repeated or not finite.
+        ValueError: where the truth has not been measured yet, where scores are missing, repeated or not finite, or
+            where layers alone are a set, which has no order.
     """
     if truth not in get_args(Truth):
         raise ValueError(f"truth is {truth!r}, but it must be one of {', '.join(get_args(Truth))}")
@@ -64,6 +65,7 @@ def score(
     layers = [name for name in layers if all(name in one.layers for one in truths)]
     if len(layers) < 4:
         raise ValueError(f"the truth {truth!r} of the profile {profile!r} holds {len(layers)} layers, too few to rank")
+    scores = _ordered(scores)
     predictions = [_values(scores, ratio, layers) for ratio in RATIOS]
     rows = [_row("yours", *_correlations(truths, predictions * (len(truths) // len(RATIOS))))]
     if beside:
@@ -80,6 +82,20 @@ def _row(name: str, spearman: Estimate, kendall: Estimate) -> dict[str, object]:
     for kind, found in (("spearman", spearman), ("kendall", kendall)):
         row |= {kind: found.value, f"{kind}_low": found.low, f"{kind}_high": found.high}
     return row | {"layers": spearman.n}
+
+
+def _ordered(scores: Scores) -> Scores:
+    """The scores as they are, but a Series as what it stands for; a set is refused."""
+    if isinstance(scores, (set, frozenset)):
+        raise ValueError("the layers are a set, which has no order; give a list, from the least to the most sensitive")
+    if not isinstance(scores, pd.Series):
+        return scores
+    if all(isinstance(value, str) for value in scores):
+        return list(scores)
+    if not scores.index.is_unique:
+        raise ValueError(f"the Series of scores has {scores.index[scores.index.duplicated()][0]} more than once")
+    found: dict[Any, float] = scores.to_dict()
+    return found
 
 
 def _values(scores: Scores, ratio: float, layers: Sequence[str]) -> dict[str, float]:

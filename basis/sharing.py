@@ -17,14 +17,19 @@ from basis.executors import Task, cores, receive, send
 from basis.models import build
 from basis.runs import Run, device_for
 from basis.substitution import Plan, substitute
-from basis.training import TrainingPaused, train
+from basis.training import TrainingError, TrainingPaused, train
 
 GAIN = 0.05  # more processes must be at least this much faster together
 STEPS = 10  # of one epoch of the trial
 
 
 def choose_jobs(tasks: Sequence[Task], device: str | None = None, *, seconds: float = 3.0) -> tuple[int, str]:
-    """How many processes to do ``tasks`` with, and why, in words."""
+    """How many processes to do ``tasks`` with, and why, in words.
+
+    Raises:
+        ValueError: for a device of another kind than the profile's.
+        TrainingError: where the trial fails.
+    """
     if not tasks:
         return 1, "nothing is missing"
     run, most = tasks[0].run, min(cores(), len(tasks))
@@ -48,7 +53,7 @@ def measure(run: Run, device: str | None, *, sizes: Sequence[int], seconds: floa
     Stops where more processes bring nothing, or do not fit into the memory.
 
     Raises:
-        RuntimeError: where not even one process can train it.
+        TrainingError: where not even one process can train it.
     """
     rates: dict[int, float] = {}
     command = [sys.executable, "-m", "basis.sharing"]
@@ -73,7 +78,7 @@ def measure(run: Run, device: str | None, *, sizes: Sequence[int], seconds: floa
             if best(rates) != size:
                 break
     if not rates:
-        raise RuntimeError(f"the trial of {run.arm} failed, whose reason stands above; give --jobs a number")
+        raise TrainingError(f"the trial of {run.arm} failed, whose reason stands above; give --jobs a number")
     return rates
 
 

@@ -1,16 +1,19 @@
 """A campaign: the order of value, how many processes, the command, and records on their way between machines."""
 
 import dataclasses
+import errno
 import gzip
 import io
 import json
+import re
 import signal
 import tarfile
+import types
 
 import filelock
 import pytest
 
-from basis import archives, runs, sharing
+from basis import archives, files, runs, sharing
 from basis.archives import pack, take_in
 from basis.campaign import LEGS, by_leg, in_order
 from basis.cli import main
@@ -84,6 +87,15 @@ def test_a_trial_that_fails_says_what_to_do(monkeypatch):
         sharing.measure(RUN, "cpu", sizes=[1], seconds=1)
 
 
+@pytest.mark.parametrize("command", [["campaign", "--studies", "naive"], ["run", "naive"]])
+def test_a_command_whose_trial_fails_says_it_in_one_sentence(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.setattr(sharing.sys, "executable", "false")
+    monkeypatch.setattr(sharing, "device_for", lambda *_: types.SimpleNamespace(type="cuda"))
+    assert main([*command, "--device", "cpu", "--jobs", "auto", "--results", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"basis: the trial of .* failed, whose reason stands above; give --jobs a number\n", said)
+
+
 # -- the command --------------------------------------------------------------------------------------
 
 
@@ -123,6 +135,107 @@ def test_an_interrupted_campaign_packs_what_it_has(tmp_path, monkeypatch, capsys
     assert "1 new records, packed into" in said.out
     assert "9 are missing, and the same command goes on" in said.out
     assert "interrupted; what is finished is kept" in said.err
+
+
+def names_in(archive):
+    with tarfile.open(archive) as tar:
+        return {name.rsplit("/")[-1].removesuffix(".json") for name in tar.getnames()}
+
+
+def interrupted_after(number, monkeypatch):
+    """Runs that finish at once, the next one after so many being interrupted."""
+    done = []
+
+    def execute(run, **options):
+        if len(done) == number:
+            raise KeyboardInterrupt
+        done.append(run)
+        return fake_result(run)
+
+    monkeypatch.setattr(runs, "execute", execute)
+
+
+def test_the_same_command_again_adds_to_the_archive(tmp_path, monkeypatch, capsys):
+    archive, planned = tmp_path / "new.tar.gz", STUDY.runs("smoke")
+    put_record(tmp_path / "here", planned[0])
+    for number, said in ((3, f"3 new records, packed into {archive};"),
+                         (2, f"2 new records, packed into {archive} beside 3 others;")):  # fmt: skip
+        interrupted_after(number, monkeypatch)
+        assert campaign(tmp_path) == 130
+        assert said in capsys.readouterr().out
+    assert len(names_in(archive)) == 5
+    interrupted_after(99, monkeypatch)
+    assert campaign(tmp_path) == 0
+    assert names_in(archive) == {run.id for run in planned[1:]}  # the first was neither made here nor in the archive
+    before = archive.read_bytes()
+    assert campaign(tmp_path) == 0
+    assert archive.read_bytes() == before
+
+
+def test_an_archive_keeps_what_it_holds_but_takes_the_records_that_are_here_now(tmp_path, instant):  # noqa: F811
+    archive, (first, second, third) = tmp_path / "new.tar.gz", STUDY.runs("smoke")[:3]
+    other = STUDIES["selection"].runs("smoke")[0]
+    there, here = tmp_path / "there", tmp_path / "here"
+    put_record(there, other)
+    for run in (first, second):  # both were renewed since, the second in this call
+        put_record(there, run, definition="0" * 16)
+    pack(there.glob("*/*/*.json"), there, archive)
+    put_record(here, first)
+    put_record(here, third)
+    assert campaign(tmp_path) == 0
+    assert names_in(archive) == {other.id, *(run.id for run in STUDY.runs("smoke") if run != third)}
+    packed = archives.packed_records(archive)
+    for run in (first, second):
+        path = record_path(here, run)
+        assert packed[path.relative_to(here).as_posix()] == path.read_bytes()
+
+
+def foreign_tar(path):
+    with tarfile.open(path, "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("photos/me.jpg"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda path: path.write_text("precious"), "is no whole archive of records (not a gzip file); give --archive"),
+        (lambda path: path.touch(), "is no whole archive of records ("),
+        (foreign_tar, "holds 'photos/me.jpg', so it is no archive of records that others could be added to; give"),
+        (lambda path: path.mkdir(), "is a folder, but must be the name of a file"),
+    ],
+)
+def test_what_is_no_archive_is_refused_before_any_run(tmp_path, instant, capsys, spoil, says):  # noqa: F811
+    path = tmp_path / "new.tar.gz"
+    spoil(path)
+    before = path.read_bytes() if path.is_file() else None
+    assert campaign(tmp_path) == 2
+    said = capsys.readouterr()
+    assert says in said.err
+    assert len(said.err.splitlines()) == 1
+    assert not instant
+    assert before == (path.read_bytes() if path.is_file() else None)
+
+
+def test_an_archive_that_cannot_be_written_is_refused_before_any_run(tmp_path, instant, capsys):  # noqa: F811
+    (tmp_path / "file").write_text("mine")
+    assert campaign(tmp_path, "--archive", str(tmp_path / "file" / "new.tar.gz")) == 2
+    assert "nothing can be written to the folder" in capsys.readouterr().err
+    assert not instant
+
+
+def test_an_archive_that_cannot_be_replaced_stays_as_it_is(tmp_path, there, monkeypatch):
+    archive = archive_of(there)
+    before = archive.read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    put_record(there, STUDY.runs("smoke")[2])
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(runs.Unwritable, match="could not be written"):
+        archive_of(there)
+    assert archive.read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_failed_run_is_no_record_and_the_status_says_so(tmp_path, monkeypatch, capsys):
@@ -345,6 +458,37 @@ def test_a_cut_archive_is_refused_and_what_came_before_is_whole(tmp_path, there,
         list(take_in(archive, tmp_path / "here"))
 
 
+def test_after_an_archive_that_is_cut_the_others_are_read(tmp_path, there, capsys):
+    """What the archive held before the cut is counted."""
+    content = gzip.decompress(archive_of(there).read_bytes())
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        second = tar.getmembers()[1].offset
+    cut, absent, names = tmp_path / "cut.tar.gz", tmp_path / "absent.tar.gz", sorted(there.glob("*/*/*.json"))
+    cut.write_bytes(gzip.compress(content[: second + 700]))
+    pack(names[1:], there, tmp_path / "whole.tar.gz")
+    command = ["import", str(cut), str(absent), str(tmp_path / "whole.tar.gz"), "--results", str(tmp_path / "here")]
+    assert main(command) == 2
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
+        f"{cut}: 1 taken, and was not read to its end",
+        f"{absent}: nothing taken, and was not read to its end",
+        f"{tmp_path / 'whole.tar.gz'}: 1 taken",
+    ]
+    assert [line.split(" is no whole archive")[0] for line in said.err.splitlines()] == [
+        f"basis: {cut}", f"basis: {absent}",
+    ]  # fmt: skip
+    assert load_records(tmp_path / "here") == load_records(there)
+
+
+def test_where_nothing_can_be_written_no_further_archive_is_read(tmp_path, there, capsys):
+    archive = str(archive_of(there))
+    (tmp_path / "file").write_text("mine")
+    assert main(["import", archive, archive, "--results", str(tmp_path / "file")]) == 2
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == len(said.err.splitlines()) == 1
+    assert "could not be written" in said.err
+
+
 def test_a_record_that_is_no_json_is_refused(tmp_path):
     contents = [b"{", b"[]", b"\xff\xfe", json.dumps({"version": 1}).encode()]
     contents.append(
@@ -353,3 +497,7 @@ def test_a_record_that_is_no_json_is_refused(tmp_path):
     names = [member(f"naive/smoke/{n:016x}.json") for n in range(len(contents))]
     found = outcomes(hostile(zip(names, contents, strict=True), tmp_path / "bad.tar.gz"), tmp_path / "here")
     assert [outcome for outcome, _ in found] == ["refused"] * len(contents)
+    for name, (_, reason) in zip(names, found, strict=True):
+        assert reason.startswith(f"{name.name} in the archive ")
+        assert "delete it" not in reason
+    assert found[0][1].endswith("; pack it anew where its run was done")

@@ -1,3 +1,5 @@
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,31 @@ def test_images_of_a_nested_class_belong_to_it(folder):
     assert (open_pictures(folder).train.labels == 1).sum() == 6
 
 
+def test_links_to_folders_are_followed_and_those_in_a_circle_once(folder, tmp_path):
+    store = tmp_path / "store"
+    (folder / "train" / "bee").rename(store)
+    (folder / "train" / "bee").symlink_to(store)
+    (folder / "train" / "ant" / "more").symlink_to(store)
+    (store / "again").symlink_to(folder / "train" / "ant")
+    train = open_pictures(folder).train
+    found = [[file.relative_to(folder / "train").as_posix() for file in train.files if f"/{name}/" in str(file)]
+             for name in ("ant", "bee")]  # fmt: skip
+    images = [f"00{i}.png" for i in range(6)]
+    assert found[0] == [f"{place}{name}" for place in ("ant/", "ant/more/") for name in images]
+    assert found[1] == [f"{place}{name}" for place in ("bee/", "bee/again/") for name in images]
+    assert len(train) == 30
+
+
+def test_the_digest_of_a_folder_is_of_its_sorted_files(folder):
+    for name in ("deep/a-b/x.png", "deep/a/y.png", "deep/a.png", ".hidden/z.png"):
+        path = folder / "train" / "bee" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(path)
+    files = [path for part in ("train", "val") for path in sorted((folder / part).rglob("*")) if path.is_file()]
+    said = "".join(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n" for path in files)
+    assert open_pictures(folder).digest == hashlib.sha256(said.encode()).hexdigest()
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -92,6 +119,23 @@ def test_a_jpeg_that_was_cut_short_is_named(folder):
     path.write_bytes(path.read_bytes()[:-5000])
     with pytest.raises(ValueError, match=r"one image cannot be read: .*long.jpg \(image file is truncated"):
         check_images([open_pictures(folder).train])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name", "mode"),
+    [("uint16", "a.png", "I;16"), ("uint16", "a.tif", "I;16"), ("int32", "a.tif", "I"), ("float32", "a.tif", "F")],
+)
+def test_images_that_would_be_cut_off_at_8_bits_are_named(folder, dtype, name, mode):
+    path = folder / "train" / "bee" / name
+    Image.fromarray(np.full((8, 8), 3000).astype(dtype)).save(path)
+    mode = Image.open(path).mode if mode == "I;16" else mode  # older Pillow says I
+    pictures = open_pictures(folder)
+    said = rf"{name} \(its mode is {mode}, but only 8 bits a channel are read\)"
+    with pytest.raises(ValueError, match=f"one image cannot be read: .*{said}"):
+        check_images([pictures.train])
+    for use in (lambda: prepared(path, IMAGENET), lambda: list(loader(pictures.train))):
+        with pytest.raises(ValueError, match=rf"{name} cannot be read: its mode is {mode}, but only 8 bits"):
+            use()
 
 
 def test_an_npz_is_read(tmp_path):

@@ -84,6 +84,24 @@ def test_without_records_the_tables_have_their_columns_and_no_rows(tmp_path, cap
     assert runs_frame([]).empty
 
 
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        ("file", "which is a file, but it must be a folder for the tables"),
+        ("file/in/it", "nothing can be written to the folder"),
+        ("folder", "runs.csv.gz is a folder, but must be the name of a file"),
+    ],
+)
+def test_tables_that_cannot_be_written_there_are_refused_in_one_sentence(tmp_path, capsys, out, says):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder" / "runs.csv.gz").mkdir(parents=True)
+    assert main(["table", "--results", str(tmp_path / "none"), "--out", str(tmp_path / out)]) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert len(said.splitlines()) == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_every_column_is_described_and_filled_somewhere(committed):
     frame = runs_frame(committed)
     empty = {name for name in COLUMNS if frame[name].isna().all()}
@@ -112,16 +130,18 @@ def test_the_example_says_why_it_cannot_score(tmp_path, monkeypatch):
 # -- scoring --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["layers", "layers and ratios", "ranking"])
+@pytest.mark.parametrize("form", ["layers", "layers and ratios", "ranking", "series", "series of both", "names"])
 def test_the_truth_scores_one_in_every_form_and_its_reverse_minus_one(form):
     records = truth(place)
     own = {name: float(sorted(LAYERS).index(name)) for name in LAYERS}
     for sign in (1, -1):
         scores = {name: sign * value for name, value in own.items()} | {"fc": 3.0}
-        if form == "layers and ratios":
+        if form in ("layers and ratios", "series of both"):
             scores = {(name, ratio): value for name, value in scores.items() for ratio in study_of.RATIOS}
-        elif form == "ranking":
+        elif form in ("ranking", "names"):
             scores = sorted(own, key=lambda name: sign * own[name])
+        if form in ("series", "series of both", "names"):
+            scores = pd.Series(scores)
         row = score(scores, records=records, beside=False).iloc[0]
         assert row["measure"] == "yours"
         assert (row["spearman"], row["kendall"]) == (pytest.approx(sign), pytest.approx(sign))
@@ -150,6 +170,10 @@ def test_a_measure_of_ours_given_as_ones_own_scores_what_it_scores_beside(commit
         (lambda own: own | {"conv1": math.nan}, "score of conv1 is nan"),
         (lambda own: [*own, "conv1"], "names every layer once"),
         (lambda own: {(name, 0.3): 1.0 for name in own}, "lack 4 of 4 layers"),
+        (set, "are a set, which has no order; give a list"),
+        (frozenset, "are a set, which has no order; give a list"),
+        (lambda own: pd.Series(own).drop("conv1"), r"lack 1 of 4 layers: conv1"),
+        (lambda own: pd.Series([1.0, *own.values()], ["conv1", *own]), "has conv1 more than once"),
     ],
 )
 def test_scores_that_cannot_be_ranked_are_refused(change, says):

@@ -9,28 +9,28 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from basis.complexity import _trace, cost, count_parameters
-from basis.conv import BasisConv2d, Mode, basis_channels_for
-from basis.data import Data, load_cifar10
+from basis.conv import MODES, BasisConv2d, Mode, basis_channels_for
 from basis.models import build
 from basis.norm import activate
 from basis.skipping import Parts, Trained
-from basis.stepping import CudaCapture, TrainingStep, means_for
+from basis.stepping import Capture, TrainingStep, means_for
 from basis.stepping import Step as Stepping
-from basis.substitution import plan_of, substitute
+from basis.substitution import Plan, plan_of, substitute
 from basis.timing import (
     PASSES,
     RATIOS,
     RESNET18_SHAPES,
     BenchReport,
     Pass,
+    PeakCapture,
     Progress,
     Setting,
     Shape,
@@ -41,14 +41,13 @@ from basis.timing import (
     forget_compiled,
     interleave,
     layer_steps,
-    peak_bytes,
     tell,
 )
-from basis.training import Recipe, make_step, train
+from basis.training import Recipe, make_step
 
 __all__ = [
     "NORMS", "PASSES", "RATIOS", "RESNET18_SHAPES", "STEPS", "TRAINED", "BenchReport", "Setting", "Shape",
-    "bench_baseline", "bench_blocks", "bench_latency", "bench_layers", "bench_training", "compare", "interleave",
+    "bench_blocks", "bench_latency", "bench_layers", "bench_training", "compare", "interleave",
 ]  # fmt: skip
 
 Norms = Literal["ordinary", "through_basis"]
@@ -76,8 +75,9 @@ def bench_layers(
 
     "forward" is inference, without gradients; "forward+backward" takes the gradients of the input and of
     all parameters. A row also has ``mac_ratio``, what the multiplications alone would give as speed-up,
-    and ``resolved``, the mode that "auto" stands for. ``shapes`` are written as in :class:`Shape`;
-    ``progress`` is told one line per row.
+    and ``resolved``, the mode that "auto" stands for: where that is measured too, the row of "auto" is the same
+    measurement, named in ``same_as``. ``shapes`` are written as in :class:`Shape`; ``progress`` is told one line
+    per row.
 
     Raises:
         ValueError: for a shape, ratio, mode, pass or setting that makes no sense.
@@ -93,10 +93,10 @@ def bench_layers(
             for mode in modes:
                 layers[mode] = BasisConv2d.shaped_like(shape.conv(), basis_channels=k, mode=mode)
             placed = {name: setting.place(layer) for name, layer in layers.items()}
-            steps = layer_steps(placed, [(shape.in_channels, shape.size, shape.size)], one, setting)
-            measured = setting.measure(steps)
+            executed = {name: getattr(layer, "resolved_mode", "dense") for name, layer in placed.items()}
+            measured = _measure_modes(placed, executed, shape, one, setting)
         for name, values in measured.items():
-            resolved = getattr(layers[name], "resolved_mode", "dense")
+            resolved = executed[name]
             apart = resolved == "factorized" and getattr(layers[name], "derives_apart", False)
             macs = [shape.macs(k, m, setting.batch_size, one) for m in ("dense", "cat" if apart else resolved)]
             row = {"shape": str(shape), "pass": one, "ratio": ratio, "basis_channels": k, "mode": name}
@@ -104,6 +104,27 @@ def bench_layers(
             tell(progress, rows[-1], str(shape))
     options = {"shapes": [str(s) for s in parsed], "ratios": list(ratios), "modes": list(modes)}
     return setting.report("bench-layer", rows, **options, passes=list(passes))
+
+
+def _measure_modes(
+    placed: Mapping[str, nn.Module],
+    executed: Mapping[str, str],
+    shape: Shape,
+    one: Pass,
+    setting: Setting,
+    *,
+    shortcut: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """What is measured of each layer but "dense"; of "auto" only where the mode it executes is not measured itself."""
+    twin = executed.get("auto")
+    twin = twin if twin in MODES and twin in placed else None
+    own = {name: layer for name, layer in placed.items() if name != "auto" or not twin}
+    steps = layer_steps(own, [(shape.in_channels, shape.size, shape.size)], one, setting, shortcut=shortcut)
+    optional = [name for name in own if name not in ("dense", "control")]
+    measured = setting.measure(steps, versus={"through_basis": twin or "auto"}, may_fail=optional)
+    if twin:
+        measured["auto"] = {**measured[twin], "same_as": twin}
+    return {name: measured[name] for name in placed if name != "dense"}
 
 
 class Block(nn.Module):
@@ -155,13 +176,12 @@ def bench_blocks(
             if "through_basis" in norms:
                 blocks["through_basis"] = substitute(dense, ratio=ratio, init="random", batch_norm="through_basis")
             placed = {name: setting.place(block) for name, block in blocks.items()}
-            size = (shape.in_channels, shape.size, shape.size)
-            steps = layer_steps(placed, [size], "forward+backward", setting, shortcut=residual)
-            measured = setting.measure(steps, versus={"through_basis": "auto"})
+            executed = {name: getattr(block.conv, "resolved_mode", "dense") for name, block in placed.items()}
+            measured = _measure_modes(placed, executed, shape, "forward+backward", setting, shortcut=residual)
         for name, values in measured.items():
             row: dict[str, Any] = {"shape": str(shape), "pass": "forward+backward", "ratio": ratio}
             row |= {"basis_channels": basis_channels_for(ratio, shape.out_channels), "mode": name}
-            rows.append(row | {"resolved": getattr(placed[name].conv, "resolved_mode", "dense"), **values})
+            rows.append(row | {"resolved": executed[name], **values})
             tell(progress, rows[-1], f"block {shape}")
     options = {"shapes": [str(s) for s in parsed], "ratios": list(ratios), "modes": list(modes)}
     return setting.report("bench-block", rows, **options, norms=list(norms), residual=residual)
@@ -278,7 +298,8 @@ def _latency_rows(
             if key != "control":
                 layers[key] = BasisConv2d.shaped_like(timed.conv(), basis_channels=k, mode="auto")
         placed = {key: setting.place(module) for key, module in layers.items()}
-        measured = setting.measure(layer_steps(placed, timed.inputs, one, setting, input_gradient=timed.input_gradient))
+        steps = layer_steps(placed, timed.inputs, one, setting, input_gradient=timed.input_gradient)
+        measured = setting.measure(steps, may_fail=[key for key in ks if key != "control"])
     rows = []
     for key, k in ks.items():
         row: dict[str, Any] = {"layer": layer, "shape": str(timed), "pass": one, "ratio": k / width}
@@ -293,11 +314,13 @@ def bench_training(
     model: str = "resnet18",
     width: int | None = None,
     ratios: Sequence[float] = RATIOS,
+    plans: Mapping[float, Plan] | None = None,
     modes: Sequence[Mode] = ("auto",),
     coefficients: Sequence[str] = ("dense",),
     trained: Sequence[str] = ("both",),
     norms: Sequence[Norms] = ("ordinary",),
     steps: Sequence[Stepping] = ("eager",),
+    dense_steps: Sequence[Stepping] = (),
     setting: Setting | None = None,
     progress: Progress | None = None,
 ) -> BenchReport:
@@ -309,121 +332,106 @@ def bench_training(
     ``images_per_second``, ``means``: what its kind of step came to on this device, and ``coupled``: the number of
     layers with batch normalisation through the basis.
 
-    Each candidate is compared with the dense network by the same kind of step. The rows of mode "dense" are
+    Each candidate is compared with the dense network by the same kind of step; one whose step could be made that
+    kind where the dense network's could not, or the other way round, has failed. The rows of mode "dense" are
     that network by the other kinds, compared with itself by the first of ``steps``. The peaks
     of a CUDA graph are those of its capture, which fixes what it takes of the memory.
 
     Args:
+        plans: measured in place of ``ratios``: the share of a budget, which is ``share`` in its rows -> plan. The
+            report is of kind "bench-plans" then.
         coefficients: forms of the coefficient matrix, see :class:`basis.coefficients.Form`.
         trained: what a step trains of the basis layers, of :data:`TRAINED`.
         norms: "through_basis" takes batch normalisation from the basis channels (:mod:`basis.norm`).
         steps: how a step is run: "eager", "compiled", "graphed" or "fast" (:mod:`basis.stepping`).
+        dense_steps: further kinds of step of the dense network alone. With a compiled one among them rows also have
+            ``versus_compiled``: that dense network / candidate within a round, with quartiles.
 
     Raises:
-        ValueError: for an unknown model, or a ratio, mode, form, part, norm, step or setting that makes no sense.
+        ValueError: for an unknown model, or a ratio, plan, mode, form, part, norm, step or setting that makes no sense.
     """
     check_options(ratios, modes, ())
     check_known("trained", trained, tuple(TRAINED))
     check_known("norms", norms, NORMS)
-    check_known("step", steps, STEPS)
+    check_known("step", [*steps, *dense_steps], STEPS)
     if not steps:
         raise ValueError("steps is empty, but must name at least one kind of step")
     setting = setting or Setting()
+    what = "ratio" if plans is None else "share"
+    cells: dict[float, dict[str, Any]] = {r: {"ratio": r} for r in ratios}
+    if plans is not None:
+        cells = {share: {"plan": plan} for share, plan in plans.items()}
     with torch.device("meta"):
         shape = build(model, width=width)
-    for ratio, form, norm in itertools.product(ratios, coefficients, norms):  # what does not fit is refused first
-        substitute(shape, ratio=ratio, init="random", coefficients=form, batch_norm=norm)
+    for sizes, form, norm in itertools.product(cells.values(), coefficients, norms):  # refused before any is measured
+        substitute(shape, **sizes, init="random", coefficients=form, batch_norm=norm)
     with setting.globals():
         dense = build(model, width=width)
     setting = setting.settled(dense)
+    kinds = _training_candidates(modes, coefficients, trained, norms, steps, dense_steps)
     rows = []
-    for ratio in ratios:
-        kinds = _training_candidates(modes, coefficients, trained, norms, steps)
-        references = _references(kinds)
-        with setting.globals():
-            networks = {name: _candidate(dense, ratio, kind) for name, kind in kinds.items()}
-            sizes = {name: count_parameters(network) for name, network in networks.items()}
-            for name, network in networks.items():
-                Parts(network).train(TRAINED[kinds[name]["trained"]])
-            x = setting.place(torch.randn(setting.batch_size, 3, 32, 32))
-            labels = torch.randint(10, (setting.batch_size,), device=x.device)
-            graphed = [step for step in steps if means_for(step, setting.where).graphed]
-            captures = {name: _Capture(setting.where) for name, kind in kinds.items() if kind["step"] in graphed}
-            trainers = {
-                name: _trainer(network, setting, kinds[name]["step"], captures.get(name))
-                for name, network in networks.items()
-            }
-            measured = setting.measure(
-                {name: _training_step(trainer, x, labels) for name, trainer in trainers.items()},
-                reference=references,
-                may_fail=[name for name in kinds if name != "dense"],
-            )
-        for name, values in measured.items():
-            row: dict[str, Any] = {"model": model, "ratio": ratio, **kinds[name], **values, "parameters": sizes[name]}
-            row |= {"parameter_ratio": sizes["dense"] / sizes[name], "means": str(trainers[name].means)}
-            row["coupled"] = sum(getattr(module, "mixed_later", False) for module in networks[name].modules())
-            if "ms" in row:
-                row["images_per_second"] = setting.batch_size / row["ms"] * 1000
-            for key, side in (("peak_mib", name), ("dense_peak_mib", references.get(name, "dense"))):
-                if key in row and trainers[side].means.graphed:
-                    row[key] = captures[side].peak / 2**20
-            rows.append(row)
-            tell(progress, row, model)
-        if {"compiled", "fast"} & set(steps):
+    for value, sizes in cells.items():
+        for values in _training_rows(dense, sizes, kinds, setting):
+            rows.append({"model": model, what: value, **values})
+            tell(progress, rows[-1], model)
+        if {"compiled", "fast"} & {*steps, *dense_steps}:
             forget_compiled()
-    listed: dict[str, Sequence[Any]] = {
-        "ratios": ratios,
-        "modes": modes,
-        "coefficients": coefficients,
-        "trained": trained,
-    }
-    listed |= {"norms": norms, "steps": steps}
+    listed: dict[str, Iterable[Any]] = {f"{what}s": cells, "modes": modes, "coefficients": coefficients}
+    listed |= {"trained": trained, "norms": norms, "steps": steps, "dense_steps": dense_steps}
     options = {name: list(values) for name, values in listed.items()}
-    return setting.report("bench-train", rows, model=model, width=width, **options)
+    return setting.report(f"bench-{'train' if plans is None else 'plans'}", rows, model=model, width=width, **options)
 
 
-def bench_baseline(
-    *,
-    model: str = "resnet18",
-    width: int | None = None,
-    steps: Sequence[Stepping] = ("fast",),
-    recipe: Recipe | None = None,
-    data: Data | None = None,
-    setting: Setting | None = None,
-    progress: Progress | None = None,
-) -> BenchReport:
-    """Train the dense network whole, once by each kind of step: ``seconds``, and what it learns in them.
-
-    Rows have ``step``, ``means`` (what it came to), ``seconds`` of training, ``setup_seconds`` (compiling and
-    capturing, which are not in them), ``images_per_second``, and the test ``accuracy`` and ``accuracy_flip``.
-
-    Args:
-        recipe: its batch size counts, not that of the setting; the default one unless given.
-        data: CIFAR-10 as it lies on this machine unless given.
-
-    Raises:
-        DataError: where no data is given and CIFAR-10 is not on this machine.
-        ValueError: for an unknown model or step, or a setting that makes no sense.
-    """
-    check_known("step", steps, STEPS)
-    data = data or load_cifar10(download=False)
-    setting = setting or Setting()
+def _training_rows(
+    dense: nn.Module, sizes: Mapping[str, Any], kinds: Mapping[str, Mapping[str, Any]], setting: Setting
+) -> list[dict[str, Any]]:
+    """What is measured of the networks of a cell."""
+    references = _references(kinds)
+    others = (name for name, kind in kinds.items() if kind["mode"] == "dense" and name != "dense")
+    compiled = next((name for name in others if kinds[name]["step"] in ("compiled", "fast")), None)
     with setting.globals():
-        networks = [build(model, width=width) for _ in steps]
-    setting = setting.settled(networks[0])
-    recipe = replace(recipe or Recipe(), precision=setting.precision, memory_format=setting.memory_format)
+        networks = {name: _candidate(dense, sizes, kind) for name, kind in kinds.items()}
+        counts = {name: count_parameters(network) for name, network in networks.items()}
+        for name, network in networks.items():
+            Parts(network).train(TRAINED[kinds[name]["trained"]])
+        x = setting.place(torch.randn(setting.batch_size, 3, 32, 32))
+        labels = torch.randint(10, (setting.batch_size,), device=x.device)
+        captures = {
+            name: PeakCapture(setting.where, capture)
+            for name, kind in kinds.items()
+            if means_for(kind["step"], setting.where).graphed and (capture := setting.new_capture())
+        }
+        trainers = {
+            name: _trainer(network, setting, kinds[name]["step"], captures.get(name))
+            for name, network in networks.items()
+        }
+        measured = setting.measure(
+            {name: _training_step(trainer, x, labels) for name, trainer in trainers.items()},
+            reference=references,
+            versus=dict.fromkeys(kinds, compiled) if compiled else {},
+            may_fail=[name for name in kinds if name != "dense"],
+        )
     rows = []
-    for step, network in zip(steps, networks, strict=True):
-        result = train(network, data, replace(recipe, step=step), device=setting.where, seed=setting.seed)
-        tests = {key: value for key, value in (result.test or {}).items() if key != "loss"}
-        row: dict[str, Any] = {"model": model, "mode": "dense", "step": step, "means": result.step, "n": 1, **tests}
-        row |= {"seconds": result.train_seconds, "setup_seconds": result.setup_seconds}
-        rows.append(row | {"images_per_second": result.images_per_second, "epochs": recipe.epochs})
-        if progress:
-            learned = f"{tests['accuracy_flip']:.2%} with flip" if tests else ""
-            progress(f"{model} {step}: {recipe.epochs} epochs in {result.train_seconds:.1f} s, {learned}")
-    options = {"recipe": asdict(recipe), "steps": list(steps), "data": data.name}
-    return setting.report("bench-baseline", rows, model=model, width=width, **options)
+    for name, values in measured.items():
+        means, other = trainers[name].means, references.get(name, "dense")
+        alike = kinds[name]["step"] != kinds[other]["step"] or means.graphed == trainers[other].means.graphed
+        if "error" not in values and not alike:
+            values = {"error": f"its step is {means}, that of the dense network {trainers[other].means}"}
+        row: dict[str, Any] = {**kinds[name], "parameters": counts[name]}
+        if compiled and not trainers[compiled].means.compiled:
+            values = {key: value for key, value in values.items() if not key.startswith("versus")}
+        row |= {key.replace("versus_basis", "versus_compiled"): value for key, value in values.items()}
+        row |= {"parameter_ratio": counts["dense"] / counts[name], "means": str(means)}
+        row["coupled"] = sum(getattr(module, "mixed_later", False) for module in networks[name].modules())
+        if "ms" in row:
+            row["images_per_second"] = setting.batch_size / row["ms"] * 1000
+        for key, side in (("peak_mib", name), ("dense_peak_mib", other)):
+            if key in row and trainers[side].means.graphed:
+                row[key] = captures[side].peak / 2**20
+        if "timed" in row and means.graphed:
+            row["timed"] = "graph"
+        rows.append(row)
+    return rows
 
 
 def _training_candidates(
@@ -432,22 +440,24 @@ def _training_candidates(
     trained: Sequence[str],
     norms: Sequence[str],
     steps: Sequence[str],
+    dense_steps: Sequence[str] = (),
 ) -> dict[str, dict[str, str]]:
     """Name -> what the rows of a candidate say of it; "dense" is what others are compared with."""
     plain = {"coefficients": "", "trained": "both", "norms": "ordinary"}
     found = {name: {"mode": name, **plain, "step": steps[0]} for name in ("dense", "control")}
-    found |= {f"dense {step}": {"mode": "dense", **plain, "step": step} for step in steps[1:]}
+    others = [step for step in [*steps, *dense_steps] if step != steps[0]]
+    found |= {f"dense {step}": {"mode": "dense", **plain, "step": step} for step in others}
     for mode, form, part, norm, step in itertools.product(modes, coefficients, trained, norms, steps):
         kind = {"mode": mode, "coefficients": form, "trained": part, "norms": norm, "step": step}
         found[" ".join(kind.values())] = kind
     return found
 
 
-def _candidate(dense: nn.Module, ratio: float, kind: Mapping[str, Any]) -> nn.Module:
+def _candidate(dense: nn.Module, sizes: Mapping[str, Any], kind: Mapping[str, Any]) -> nn.Module:
     if kind["mode"] in ("dense", "control"):
         return copy.deepcopy(dense)
     options = {"mode": kind["mode"], "coefficients": kind["coefficients"], "batch_norm": kind["norms"]}
-    return substitute(dense, ratio=ratio, init="random", **options)
+    return substitute(dense, **sizes, init="random", **options)
 
 
 def _references(kinds: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
@@ -456,21 +466,7 @@ def _references(kinds: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     return {name: dense for name, dense in named.items() if dense in kinds}
 
 
-class _Capture:
-    """CUDA graphs; ``peak`` is what the last one took of the memory, in bytes, see :func:`peak_bytes`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._capture, self.peak = device, CudaCapture(device), 0
-
-    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
-        replays: list[Callable[[], None]] = []
-        self.peak = peak_bytes(lambda: replays.append(self._capture(function)), self._device)
-        return replays[0]
-
-
-def _trainer(
-    network: nn.Module, setting: Setting, step: Any = "eager", capture: _Capture | None = None
-) -> TrainingStep:
+def _trainer(network: nn.Module, setting: Setting, step: Any = "eager", capture: Capture | None = None) -> TrainingStep:
     # A learning rate at which no network diverges: infinities and denormals have other speeds.
     recipe = Recipe(lr=1e-3, step=step, precision=setting.precision, memory_format=setting.memory_format)
     return make_step(network, recipe, device=setting.where, capture=capture)

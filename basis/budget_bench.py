@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from basis.analysis import sensitivity
-from basis.bench import bench_latency
+from basis.bench import NORMS, Norms, bench_latency, bench_training
 from basis.complexity import count_parameters
 from basis.inference import fold, measure_fold
 from basis.models import build
 from basis.selection import InfeasibleBudget, predicted, select
+from basis.stepping import Step
 from basis.substitution import Plan, substitute
-from basis.timing import BenchReport, Progress, Setting, layer_steps, tell
+from basis.table import SensitivityTable
+from basis.timing import BenchReport, Pass, Progress, Setting, layer_steps, tell
 
 CANDIDATE_RATIOS = (3 / 4, 1 / 2, 1 / 4, 1 / 8)
 SHARES = (0.8, 0.6, 0.4)
@@ -53,22 +57,10 @@ def bench_budget(
     with setting.globals():
         dense = build(model, width=width).eval()
     setting = setting.settled(dense)
-    for share in shares:
-        if not 0 < share <= 1:
-            raise ValueError(f"a share is {share}, but must be in (0, 1]")
+    _check_shares(shares)
     table = sensitivity(dense, measure="spectrum", ratios=ratios)
     times = bench_latency(dense, ratios=ratios, passes=("forward",), setting=setting, progress=progress)
-    plans: dict[float, Plan] = {}
-    beyond: dict[float, InfeasibleBudget] = {}
-    for share in shares:
-        try:
-            plans[share] = select(table, budget={"milliseconds": share}, latency=times, step="forward")
-        except InfeasibleBudget as error:
-            beyond[share] = error
-            if progress:
-                progress(f"{model}: {error}")
-    if beyond and not plans:
-        raise beyond[max(beyond)]
+    plans, beyond = _plans(table, times, shares, "forward", model, progress)
     rows: list[dict[str, Any]] = []
     for share, plan in plans.items():
         with setting.globals():
@@ -85,5 +77,88 @@ def bench_budget(
             row = {"model": model, "pass": "forward", "share": share, "mode": name, **values}
             rows.append(row | (about if name == "selected" else {}))
             tell(progress, rows[-1], model)
-    options = {"model": model, "width": width, "shares": list(plans), "beyond": list(beyond), "ratios": list(ratios)}
+    options = {"model": model, "width": width, "shares": list(plans), "beyond": beyond, "ratios": list(ratios)}
     return setting.report("bench-budget", rows, **options)
+
+
+def bench_plans(
+    *,
+    model: str = "resnet18",
+    width: int | None = None,
+    shares: Sequence[float] = SHARES,
+    ratios: Sequence[float] = CANDIDATE_RATIOS,
+    norms: Sequence[Norms] = NORMS,
+    steps: Sequence[Step] = ("graphed",),
+    smallest: bool = False,
+    latency: BenchReport | None = None,
+    setting: Setting | None = None,
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Measure whole training steps of networks that were selected to take so many milliseconds forward and backward.
+
+    As :func:`bench_budget` selects, but every layer counts with its backward pass; then
+    :func:`basis.bench.bench_training` of each plan. Rows also have ``predicted``, as there, and ``layers``, the plan.
+
+    Args:
+        shares: what the convolutions may take, as a share of their time in the dense network.
+        ratios: of the candidates.
+        norms, steps: as in :func:`basis.bench.bench_training`.
+        smallest: in place of the shares out of reach the smallest one that can be met is measured.
+        latency: of the network, forward and backward; measured unless given.
+
+    Raises:
+        InfeasibleBudget, ValueError: as :func:`bench_budget`.
+    """
+    _check_shares(shares)
+    setting = setting or Setting()
+    with setting.globals():
+        dense = build(model, width=width)
+    setting = setting.settled(dense)
+    table = sensitivity(dense, measure="spectrum", ratios=ratios)
+    one: Pass = "forward+backward"
+    latency = latency or bench_latency(dense, ratios=ratios, passes=(one,), setting=setting, progress=progress)
+    plans, beyond = _plans(table, latency, shares, one, model, progress, smallest=smallest)
+    report = bench_training(
+        model=model, width=width, plans=plans, norms=norms, steps=steps, setting=setting, progress=progress
+    )
+    about = {
+        share: {"predicted": predicted(table, plan, latency, step=one)["milliseconds"], "layers": dict(plan.layers)}
+        for share, plan in plans.items()
+    }
+    rows = [{**row, **(about[row["share"]] if row["mode"] == "auto" else {})} for row in report.rows]
+    return replace(report, config={**report.config, "beyond": beyond, "candidates": list(ratios)}, rows=rows)
+
+
+def _check_shares(shares: Sequence[float]) -> None:
+    for share in shares:
+        if not 0 < share <= 1:
+            raise ValueError(f"a share is {share}, but must be in (0, 1]")
+
+
+def _plans(
+    table: SensitivityTable,
+    times: BenchReport,
+    shares: Sequence[float],
+    one: Pass,
+    model: str,
+    progress: Progress | None,
+    *,
+    smallest: bool = False,
+) -> tuple[Mapping[float, Plan], list[float]]:
+    """The plan of each share, and the shares out of reach; raises ``InfeasibleBudget`` where all are."""
+    plans: dict[float, Plan] = {}
+    beyond: dict[float, InfeasibleBudget] = {}
+    for share in shares:
+        try:
+            plans[share] = select(table, budget={"milliseconds": share}, latency=times, step=one)
+        except InfeasibleBudget as error:
+            beyond[share] = error
+            if progress:
+                progress(f"{model}: {error}")
+    for refused in list(beyond.values())[:1] if smallest else ():
+        least = math.ceil(refused.fractions["milliseconds"] * 1e4) / 1e4
+        if least < 1:
+            plans[least] = select(table, budget={"milliseconds": least}, latency=times, step=one)
+    if beyond and not plans:
+        raise beyond[max(beyond)]
+    return plans, list(beyond)

@@ -29,7 +29,6 @@ class Leg:
     seeds: int | None = None
 
 
-JUDGED_PLANS = "table|dense|(selected|uniform), 50 % of params"
 JUDGED_FORMS = "dense|[^,]* A, r=1/2"
 JUDGED_LAYERS = rf"wrn-1\S* (dense|basis|{'|'.join(SEPARABLE)})\b(?!.*(fitted|attention)).*"
 
@@ -37,10 +36,7 @@ JUDGED_LAYERS = rf"wrn-1\S* (dense|basis|{'|'.join(SEPARABLE)})\b(?!.*(fitted|at
 # every claim is judged early; then the judged comparisons with all their seeds. What no leg names comes last, study
 # by study, in the order of each study's own list.
 LEGS = (
-    Leg("naive", "dense"),
-    Leg("naive", seeds=2),
-    Leg("naive", "r=1/2"),
-    Leg("selection", JUDGED_PLANS, seeds=2),
+    Leg("headline"),
     Leg("sensitivity", "dense", seeds=4),
     Leg("sensitivity", "ladder"),
     Leg("sensitivity", r"\S+ k=\d+", seeds=2),
@@ -49,12 +45,10 @@ LEGS = (
     Leg("family", "(resnet18|resnet20|resnet56), (table|dense|all layers|selected)", seeds=2),
     Leg("substitutes", JUDGED_LAYERS, seeds=2),
     Leg("own", "dense|(selected|svd) at 50 %", seeds=3),
-    Leg("selection", JUDGED_PLANS),
-    Leg("naive"),
     Leg("coefficients", JUDGED_FORMS),
     Leg("skip"),
 )
-LAST = ("sensitivity", "selection", "coefficients", "family", "substitutes", "own")
+LAST = ("sensitivity", "coefficients", "family", "substitutes", "own")
 
 
 def in_order(profile: str, studies: Sequence[str] = ()) -> list[Task]:

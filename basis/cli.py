@@ -7,6 +7,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from basis.inference import bench_inference
 from basis.models import build
 from basis.rivals import CANDIDATES, USUAL, bench_rivals
 from basis.roofline import measure_machine, with_machine
-from basis.runs import PROFILES, RecordError, repository_root, results_folder
+from basis.runs import PROFILES, RecordError, TooLittleMemory, repository_root, results_folder
 from basis.structured_bench import SHAPES, bench_structured, bench_structured_training, study_layers
 from basis.substitution import few, substitute
 from basis.sweep import bench_gpu, file_name
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.typed = list(sys.argv[1:] if arguments is None else arguments)  # for reports
     try:
         return options.command(options)
-    except (ValueError, DataError, RecordError, TrainingError) as error:
+    except (ValueError, DataError, RecordError, TooLittleMemory, TrainingError) as error:
         print(f"basis: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:  # the book's tools and Ray are extras
@@ -115,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     for kind, usual in ((block, NORMS), (training, ["ordinary"])):
         kind.add_argument("--norms", nargs="+", default=usual, choices=NORMS, help="batch normalisation")
     gpu = kinds.add_parser("gpu", help="all of it on a GPU, in one go", description=bench_gpu.__doc__)
-    gpu.add_argument("--time-limit", type=duration, default=480, metavar="TIME", help="default: 8m")
+    gpu.add_argument("--time-limit", type=duration, default=240, metavar="TIME", help="default: 4m")
     gpu.add_argument("--tiny", action="store_true", help="tiny shapes, to see that it runs (also on a CPU)")
     gpu.add_argument("--folder", type=Path, metavar="DIR", help="default: results/bench, with --tiny in it tiny")
     gpu.add_argument("--device", type=device, metavar="DEVICE", help="default: the GPU if there is one")
@@ -227,8 +228,10 @@ def _with_width(text: str) -> tuple[str, int | None]:
 
 def _bench_gpu(options: argparse.Namespace) -> int:
     folder = options.folder or results_folder() / "bench" / ("tiny" if options.tiny else "")
-    setting = Setting(device=options.device, batch_size=4 if options.tiny else 1024, memory_format="channels_last")
-    paths = bench_gpu(folder, setting=setting, time_limit=options.time_limit, tiny=options.tiny, progress=print)
+    images = 4 if options.tiny else 1024
+    setting = Setting(device=options.device, batch_size=images, memory_format="channels_last", rounds=11)
+    say = partial(print, flush=True)  # into a file, too
+    paths = bench_gpu(folder, setting=setting, time_limit=options.time_limit, tiny=options.tiny, progress=say)
     return 0 if paths else 1
 
 

@@ -18,11 +18,20 @@ import torch
 from basis.archives import Filed, pack, packed_records, take_in
 from basis.campaign import in_order, missing
 from basis.cluster import RayCluster
-from basis.executors import Executor, Order, Processes, Task
-from basis.runs import PROFILES, RecordError, Unwritable, device_for, parse_duration, record_path, results_folder
-from basis.sharing import choose_jobs
-from basis.studies import STUDIES, find_study, status, valid_records
-from basis.studies.hours import in_hours
+from basis.data import load_cifar10
+from basis.executors import Executor, Order, Processes, Task, jobs_for
+from basis.runs import (
+    PROFILES,
+    RecordError,
+    Unwritable,
+    device_for,
+    environment,
+    parse_duration,
+    record_path,
+    results_folder,
+)
+from basis.studies import STUDIES, find_study, status
+from basis.studies.hours import Pace, in_hours
 from basis.tidy import sound_records, write_tables
 from basis.timing import check_place
 
@@ -36,11 +45,12 @@ def add_commands(commands: Any) -> None:
     all_of_them.add_argument("--studies", nargs="+", default=(), metavar="STUDY", help="only these")
     archive = "added to, if it is an archive already (default: basis-PROFILE-TIME.tar.gz, here)"
     all_of_them.add_argument("--archive", type=Path, metavar="FILE", help=archive)
+    run.add_argument("--archive", type=Path, metavar="FILE", help="pack what is done into it, or add it to it")
     all_of_them.set_defaults(command=do_campaign)
-    for kind, jobs in ((run, "1"), (all_of_them, "auto")):
+    for kind in (run, all_of_them):
         kind.add_argument("--profile", default="smoke", choices=PROFILES, help="how large (default: smoke)")
         kind.add_argument("--time-limit", type=duration, metavar="TIME", help="stop cleanly after 90s, 9m, 1h30m")
-        kind.add_argument("--jobs", default=jobs, metavar="N", help=f"processes, or auto: measure (default: {jobs})")
+        kind.add_argument("--jobs", default="auto", metavar="N", help="processes (default: what the device can take)")
         kind.add_argument(
             "--executor", default="local", choices=("local", "ray"), help="ray: on $RAY_ADDRESS's cluster"
         )
@@ -90,17 +100,16 @@ def device(text: str) -> str:
 
 
 def do_study(options: argparse.Namespace) -> int:
-    """Do the missing runs of a study, the most valuable first. May be stopped and repeated at will."""
-    began, study = time.monotonic(), find_study(options.study)
+    """Do the missing runs of a study, the most valuable first. May be stopped and repeated at will.
+
+    With a time limit no run is begun that would not end in time; the last line says what is next. With an archive,
+    what is done is packed into it, to be filed elsewhere by `basis import`.
+    """
+    study = find_study(options.study)
     tasks = [Task(run, study.definition) for run in study.runs(options.profile)]
     if not tasks:
         raise ValueError(f"the study {study.name!r} has no runs in the profile {options.profile!r}")
-    folder = options.results or results_folder()
-    failed = _do(missing(tasks, folder), options, folder, began)
-    done = len(valid_records(study, options.profile, folder))
-    again = f"; `basis run {study.name} --profile {options.profile}` goes on" if done < len(tasks) else ""
-    print(f"{done} of {len(tasks)} runs done{again}")
-    return 1 if failed else 0
+    return _work(tasks, options, options.archive)
 
 
 def do_campaign(options: argparse.Namespace) -> int:
@@ -111,27 +120,34 @@ def do_campaign(options: argparse.Namespace) -> int:
 
     May be stopped and repeated at will. `basis import` files the records of an archive elsewhere.
     """
-    began, folder = time.monotonic(), options.results or results_folder()
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
     archive = options.archive or Path(f"basis-{options.profile}-{stamp}.tar.gz")
-    tasks = in_order(options.profile, options.studies)
-    held = _held_by(archive)
+    return _work(in_order(options.profile, options.studies), options, archive)
+
+
+def _work(tasks: Sequence[Task], options: argparse.Namespace, archive: Path | None) -> int:
+    """Do what is missing, pack it, and say how far it came; the exit status."""
+    began, folder = time.monotonic(), options.results or results_folder()
+    held = set() if archive is None else _held_by(archive)
+    check_place(folder / "record.json")
     todo, failed = missing(tasks, folder), 0
-    print(f"{len(todo)} of {len(tasks)} runs are missing")
+    print(f"{len(todo)} of {len(tasks)} runs are missing", flush=True)
     former = signal.signal(signal.SIGTERM, _interrupt)
     try:
         failed = _do(todo, options, folder, began)
     finally:
         signal.signal(signal.SIGTERM, former)
-        still = {task.run.id for task in missing(todo, folder)}
+        left = missing(todo, folder)
+        still = {task.run.id for task in left}
         new = {record_path(folder, task.run) for task in todo if task.run.id not in still}
-        done = {record_path(folder, task.run) for task in tasks if task.run.id not in still}
-        renewed = {path for path in done if path.relative_to(folder).as_posix() in held}
-        total = pack(new | renewed, folder, archive) if new else 0
-        beside = f" beside {total - len(new)} others" if total > len(new) else ""
-        packed = f", packed into {archive}{beside}" if new else ""
-        again = f"; {len(still)} are missing, and the same command goes on" if still else ""
-        print(f"{len(new)} new records{packed}{again}")
+        packed = ""
+        if archive is not None and new:
+            done = {record_path(folder, task.run) for task in tasks if task.run.id not in still}
+            renewed = {path for path in done if path.relative_to(folder).as_posix() in held}
+            total = pack(new | renewed, folder, archive)
+            packed = f", packed into {archive}" + (f" beside {total - len(new)} others" if total > len(new) else "")
+        first = f"; next is {left[0].run.arm}, seed {left[0].run.seed}: the same command goes on" if left else ""
+        print(f"{len(new)} new records{packed}, {len(left)} are missing{first}")
     return 1 if failed else 0
 
 
@@ -150,10 +166,15 @@ def _interrupt(*_: object) -> None:
 
 def _do(todo: Sequence[Task], options: argparse.Namespace, folder: Path, began: float) -> int:
     """Do the tasks where and with as many processes as the options say; how many failed."""
-    executor = _executor(todo, options)
+    if not todo:
+        return 0
+    jobs = _jobs(todo, options)
+    place = environment(device_for(options.profile, options.device))["device"] if options.executor == "local" else ""
+    executor: Executor = RayCluster(jobs) if options.executor == "ray" else Processes(jobs or 1)
     order = Order(
         tasks=todo, folder=folder, device=options.device, progress=not options.quiet,
         deadline=None if options.time_limit is None else began + options.time_limit,
+        pace=Pace.of(sound_records(folder), place, jobs or 1),
     )  # fmt: skip
     outcomes: Counter[str] = Counter()
     steps = executor(order)
@@ -168,17 +189,19 @@ def _do(todo: Sequence[Task], options: argparse.Namespace, folder: Path, began: 
     return outcomes["failed"]
 
 
-def _executor(todo: Sequence[Task], options: argparse.Namespace) -> Executor:
+def _jobs(todo: Sequence[Task], options: argparse.Namespace) -> int | None:
+    """How many processes; None where Ray is to choose. What cannot work is refused here, before any run."""
     if options.jobs != "auto" and not (options.jobs.isdecimal() and int(options.jobs) > 0):
         raise ValueError(f"--jobs is {options.jobs}, but it must be at least 1, or auto")
+    given = None if options.jobs == "auto" else int(options.jobs)
     if options.executor == "ray":
-        return RayCluster(None if options.jobs == "auto" else int(options.jobs))
-    device_for(options.profile, options.device)
-    if options.jobs == "auto":
-        jobs, why = choose_jobs(todo, options.device)
-        print(f"{jobs} processes at a time ({why})")
-        return Processes(jobs)
-    return Processes(int(options.jobs))
+        return given
+    device = device_for(options.profile, options.device)
+    if todo[0].run.data == "cifar10":
+        load_cifar10(progress=not options.quiet)  # says what is wrong with it, once for all processes
+    jobs = given or jobs_for([task.run for task in todo], device)
+    print(f"{jobs} at a time on {device}", flush=True)
+    return jobs
 
 
 # -- records ----------------------------------------------------------------------------------------

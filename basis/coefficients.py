@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from basis.convlike import full_precision
+
 # Every kind, and how its text goes on.
 KINDS = {
     "dense": "", "low_rank": ":RANK", "grouped": ":GROUPS", "sparse": ":ENTRIES",
@@ -249,9 +251,10 @@ class LowRank(Coefficients):
         return left, self.right.view(self.groups, self.rank, self.columns)
 
     def matrix(self) -> Tensor:
-        """U V."""
+        """U V, in full precision even under autocast."""
         left, right = self._factors()
-        return (left @ right).flatten(0, 1)
+        with full_precision(left):
+            return (left @ right).flatten(0, 1)
 
     def combine(self, filters: Tensor) -> Tensor:
         """U (V B)."""

@@ -76,8 +76,9 @@ def resolve_mode(
 
     - on a CPU: factorized where it saves at least 110 multiplications per output value, else composed
       (measured, ``basis bench layer``: float32 and bfloat16, both memory formats);
-    - on a GPU: the same, but only with at least 128 output channels and with k, rounded up to a
-      multiple of 8, at most half of them (a model of the memory traffic, not yet measured).
+    - on a GPU: factorized where it saves at least 300, with at least 128 output channels and with k, rounded up to
+      a multiple of 8, at most half of them, else composed (the faster of both for every layer of ResNet-18 at
+      r = 1/2 and 1/4, measured on an H200: bfloat16, channels-last, forward and backward, CUDA graphs).
 
     This rule is for layers that nobody has timed; :func:`basis.tuning.tune` does.
 
@@ -90,9 +91,10 @@ def resolve_mode(
     # Per group: a grouped convolution is that many narrow ones.
     width, k = out_channels // groups, basis_channels // groups
     mixed = (width - k if apart else width) * k
-    pays = (width - k) * fan_in - mixed >= 110 * width
+    saved = ((width - k) * fan_in - mixed) / width
+    pays = saved >= 110
     if device.type != "cpu":
-        pays = pays and width >= 128 and 2 * 8 * math.ceil(k / 8) <= width
+        pays = saved >= 300 and width >= 128 and 2 * 8 * math.ceil(k / 8) <= width
     return "factorized" if pays else "composed"
 
 
@@ -114,6 +116,15 @@ def padded_channels(device: torch.device, dtype: torch.dtype, basis_channels: in
     """
     half = device.type == "cuda" and dtype.itemsize == 2
     return 8 * math.ceil(basis_channels / 8) if half else basis_channels
+
+
+def mixes_rows(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether factorized mode mixes channels-last maps as the rows of a matrix, rather than by a 1x1 convolution.
+
+    On a GPU in half precision (not yet measured). In float32 PyTorch uses TF32 for convolutions only, unless it
+    is told otherwise.
+    """
+    return device.type == "cuda" and dtype.itemsize == 2
 
 
 class _HybridConv(torch.autograd.Function):
@@ -228,8 +239,10 @@ class BasisConv2d(ConvLike):
         self.bias = nn.Parameter(torch.empty(out_channels, **factory)) if bias else None
         self.register_buffer("order", torch.arange(out_channels, device=device))
         self.register_buffer("_sources", None, persistent=False)
+        self.register_buffer("_identity", torch.eye(self.coefficients.columns, **factory), persistent=False)
         self.order: Tensor
         self._sources: Tensor | None
+        self._identity: Tensor  # the I of M; made anew at each call it would cost a GPU two more kernels
         self._draw(coefficients=self.coefficients is not coefficients)
 
     @property
@@ -281,11 +294,9 @@ class BasisConv2d(ConvLike):
     @property
     def mixing(self) -> Tensor:
         """M = [I; A] per mixing group, rows in the order of the output channels: (C_out, columns of A)."""
-        with torch.autocast(autocast_device(self.basis), enabled=False):
-            a = self.coefficients.blocks()
-        groups, k = self.coefficients.groups, self.coefficients.columns
-        eye = torch.eye(k, dtype=a.dtype, device=a.device).expand(groups, k, k)
-        return self._ordered(torch.cat([eye, a], dim=1).flatten(0, 1))
+        a = self.coefficients.matrix() if self.coefficients.groups == 1 else self.coefficients.blocks()
+        eye = self._identity.to(a).expand(*a.shape[:-2], -1, -1)
+        return self._ordered(torch.cat([eye, a], dim=-2).flatten(0, -2))
 
     @property
     def weight(self) -> Tensor:
@@ -361,6 +372,10 @@ class BasisConv2d(ConvLike):
             return z
         if a.mixes and not self.derives_apart:
             mixing = F.pad(self.mixing, (0, extra)) if extra else self.mixing
+            if a.groups == 1 and z.dim() == 4 and mixes_rows(z.device, z.dtype):
+                rows = z.permute(0, 2, 3, 1)
+                if rows.is_contiguous():  # channels-last, asked in a way that vmap knows
+                    return F.linear(rows, mixing, self.bias).permute(0, 3, 1, 2)
             return F.conv2d(z, mixing[:, :, None, None], self.bias, groups=a.groups)
         y = torch.cat([z, F.conv2d(z, a.matrix()[:, :, None, None])], dim=-3) if a.mixes else a.derive(z)
         if self._sources is not None:
@@ -521,9 +536,16 @@ class BasisConv2d(ConvLike):
 
     # -- bookkeeping ----------------------------------------------------------------------------
 
+    def _apply(self, *args: Any, **kwargs: Any) -> BasisConv2d:
+        super()._apply(*args, **kwargs)
+        nn.init.eye_(self._identity)  # in place, for CUDA graphs; to_empty leaves it without values
+        return self
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if not self.order.is_meta:
+            if self._identity.is_meta:  # by load_state_dict(..., assign=True)
+                self._identity = torch.eye(len(self._identity), dtype=self.basis.dtype, device=self.basis.device)
             self._order_changed(permuted=not torch.equal(self.order.cpu(), torch.arange(self.out_channels)))
 
     def extra_repr(self) -> str:

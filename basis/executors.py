@@ -8,6 +8,7 @@ stays, and that is begun again.
 from __future__ import annotations
 
 import base64
+import math
 import os
 import pickle
 import queue
@@ -18,14 +19,18 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
 import torch
 
-from basis.runs import DEVICES, Progress, Run, attempt
+from basis.reuse import Reuse
+from basis.runs import DEVICES, Progress, Run, attempt, checkpoint_path, device_for, measured_seconds
+from basis.studies.hours import Pace
 
+MARGIN = 1.1  # times what a run took before it has to have time for
+THIN = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 TRIES = 3  # how often a run is begun that kills its worker, or loses it
 
 
@@ -46,6 +51,7 @@ class Order:
         device: of :func:`basis.runs.device_for`.
         deadline: a ``time.monotonic()`` after which nothing is begun.
         progress: whether to draw bars, in this process.
+        pace: how long runs take here; one that would not end before the deadline is not begun.
     """
 
     tasks: Sequence[Task]
@@ -53,6 +59,25 @@ class Order:
     device: str | None = None
     deadline: float | None = None
     progress: bool = False
+    pace: Pace = field(default_factory=Pace)
+
+    def begins(self, run: Run) -> bool:
+        """Whether there is time to do ``run``, as far as that is known; one with a checkpoint has begun already."""
+        if self.deadline is None:
+            return True
+        left, seconds = self.deadline - time.monotonic(), self.pace.seconds(run.config)
+        if left <= 0 or seconds is None or MARGIN * seconds <= left:
+            return left > 0
+        return checkpoint_path(self.folder, run, device_for(run.profile, self.device)).exists()
+
+    def check(self, run: Run) -> None:
+        """Raise ``ValueError`` where there is no time even for ``run``, the first."""
+        if not self.late and not self.begins(run):
+            seconds = MARGIN * (self.pace.seconds(run.config) or 0)
+            raise ValueError(
+                f"the time limit leaves {(self.deadline or 0) - time.monotonic():.0f} s, but one run ({run.arm}) takes "
+                f"about {seconds:.0f} s here; give at least --time-limit {math.ceil(seconds) + 10}s"
+            )
 
     @property
     def until(self) -> float | None:
@@ -74,15 +99,30 @@ class Executor(Protocol):
 
 def in_this_process(order: Order) -> Iterator[Progress]:
     """One run after the other, here."""
+    reuse = Reuse()
+    if order.tasks and order.deadline is not None:
+        first = order.tasks[0].run
+        if order.pace.seconds(first.config) is None:
+            seconds = measured_seconds(first, device_for(first.profile, order.device), reuse)
+            if seconds is not None:
+                for one in (first, replace(first, ladder=None)):
+                    order.pace.learn(one.config, seconds)
+        order.check(first)
     for task in order.tasks:
-        if order.late:
+        if not order.begins(task.run):
             return
         step = attempt(
             task.run, task.definition, folder=order.folder, device=order.device,
-            should_stop=lambda: order.late, progress=order.progress,
+            should_stop=lambda: order.late, progress=order.progress, reuse=reuse,
         )  # fmt: skip
         if step is not None:
+            _learn(order, step)
             yield step
+
+
+def _learn(order: Order, step: Progress) -> None:
+    if step.outcome == "done":
+        order.pace.learn(step.run.config, step.seconds)
 
 
 # -- several workers --------------------------------------------------------------------------------
@@ -119,13 +159,17 @@ def dispatch(order: Order, pool: Pool) -> Iterator[Progress]:
     waiting = list(order.tasks)
     hands: dict[int, Task] = {}
     deaths: Counter[str] = Counter()
+    if waiting:
+        order.check(waiting[0].run)
     try:
-        while hands or (waiting and not order.late):
+        while True:
             for worker in range(pool.size):
-                place = None if worker in hands or order.late else _first_ready(waiting, hands.values())
-                if place is not None:
+                place = None if worker in hands else _first_ready(waiting, hands.values())
+                if place is not None and order.begins(waiting[place].run):
                     hands[worker] = waiting.pop(place)
                     pool.give(worker, hands[worker], order)
+            if not hands:
+                return
             answer = pool.answer()
             if answer.worker not in hands:  # it died while it had nothing to do
                 continue
@@ -137,6 +181,7 @@ def dispatch(order: Order, pool: Pool) -> Iterator[Progress]:
                 else:
                     step = Progress(task.run, "failed", f"{TRIES} workers died of it, the last by {answer.died}", 0.0)
             if step is not None:
+                _learn(order, step)
                 yield step
     finally:
         pool.close()
@@ -149,14 +194,18 @@ def _first_ready(waiting: Sequence[Task], in_hand: Iterable[Task]) -> int | None
     return next(ready, None)
 
 
-def do_task(task: Task, folder: str, device: str | None, until: float | None, jobs: int) -> Progress | Exception | None:
+def do_task(
+    task: Task, folder: str, device: str | None, until: float | None, jobs: int, reuse: Reuse | None = None
+) -> Progress | Exception | None:
     """A worker's part: do the task, until then; what would stop every run is returned, not raised."""
 
     def late() -> bool:
         return until is not None and time.time() >= until
 
     try:
-        return attempt(task.run, task.definition, folder=Path(folder), device=device, should_stop=late, jobs=jobs)
+        return attempt(
+            task.run, task.definition, folder=Path(folder), device=device, should_stop=late, jobs=jobs, reuse=reuse
+        )
     except Exception as error:
         return error
 
@@ -239,6 +288,18 @@ class _ProcessPool:
             child.wait()
 
 
+def jobs_for(runs: Sequence[Run], device: torch.device) -> int:
+    """How many runs side by side: on a CPU as many as there are cores, on a GPU what its host can keep busy.
+
+    A full ResNet fills a GPU by itself; one of a quarter of the width leaves most of it idle.
+    """
+    most = cores()
+    if device.type == "cuda":
+        narrow = all((isinstance(run.width, int) and run.width <= 32) or run.model in THIN for run in runs[:1])
+        most = min(8, most // 2) if narrow else 1
+    return max(1, min(most, len(runs)))
+
+
 def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -258,10 +319,12 @@ def receive(line: bytes) -> Any:
 
 def main() -> None:
     """What a child process does: a task for every line, until the parent closes the pipe or dies."""
+    reuse = Reuse()
     with os.fdopen(os.dup(1), "wb") as answers:
         os.dup2(2, 1)  # what libraries print is no answer
         for line in sys.stdin.buffer:
-            send(answers, do_task(*receive(line)))
+            task, folder, device, until, jobs = receive(line)
+            send(answers, do_task(task, folder, device, until, jobs, reuse))
 
 
 if __name__ == "__main__":

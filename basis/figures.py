@@ -19,12 +19,14 @@ import io
 import math
 import re
 import struct
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import pandas as pd
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -48,6 +50,11 @@ _LIGHT_COLOURS = {
     "composed": "#c8553d",
     "hybrid": "#008a7a",
     "auto": "#7b3294",
+    "selected": "#2f5fb3",
+    "uniform": "#c8553d",
+    "narrowerdense": "#008a7a",
+    "largestfirst": "#7b3294",
+    "threshold": "#b7791f",
 }
 _DARK_COLOURS = {
     "dense": "#d5d9de",
@@ -59,6 +66,11 @@ _DARK_COLOURS = {
     "composed": "#f58f78",
     "hybrid": "#4fd0bd",
     "auto": "#c58be0",
+    "selected": "#7fabf5",
+    "uniform": "#f58f78",
+    "narrowerdense": "#4fd0bd",
+    "largestfirst": "#c58be0",
+    "threshold": "#f0b754",
 }
 _LIGHT_CYCLE = ("#2f5fb3", "#c8553d", "#008a7a", "#7b3294", "#b7791f", "#5b6470")
 _DARK_CYCLE = ("#7fabf5", "#f58f78", "#4fd0bd", "#c58be0", "#f0b754", "#aab4c0")
@@ -155,7 +167,9 @@ def _render(draw: Draw, theme: Theme, *, name: str, fmt: str, **options: Any) ->
     """Draw in one theme; the same drawing always gives the same bytes."""
     undated: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     buffer = io.BytesIO()
-    with matplotlib.rc_context(theme.rc(name)):
+    with matplotlib.rc_context(theme.rc(name)), warnings.catch_warnings():
+        # Of pandas, about how matplotlib reads the single interval that seaborn hands to it.
+        warnings.filterwarnings("ignore", "Calling float on a single element Series", FutureWarning)
         figure = draw(theme)
         figure.savefig(buffer, format=fmt, metadata=undated.get(fmt, {}), **options)
     return buffer.getvalue()
@@ -211,6 +225,19 @@ def interval(
     axes.plot([x] * len(values), values, ".", color=color, alpha=0.55, markersize=5, zorder=2)
     style: dict[str, Any] = {"fmt": "o", "capsize": 4, "markersize": 7, "linewidth": 1.6, "zorder": 3}
     axes.errorbar([x], [mean.value], yerr=error, color=color, label=label, **style)
+
+
+def student(values: Sequence[float]) -> tuple[float, float]:
+    """The ends of Student's 95 % interval of the mean, as seaborn's ``errorbar`` takes them."""
+    mean = mean_estimate(values)
+    return mean.low, mean.high
+
+
+def side_by_side(runs: pd.DataFrame, x: str, *, by: str, step: float = 0.012) -> pd.DataFrame:
+    """The runs with ``x`` moved a little for each value of ``by`` but "dense", so that no interval hides another."""
+    names = [name for name in runs[by].unique() if name != "dense"]
+    moves = {name: step * (i - (len(names) - 1) / 2) for i, name in enumerate(names)}
+    return runs.assign(**{x: runs[x] + runs[by].map(moves).fillna(0)})
 
 
 def note_n(axes: Axes, n: int | str, theme: Theme) -> None:

@@ -78,16 +78,14 @@ def approximations(
     if ks := _ks(sizes):
         blocks = _blocks(conv)
         if moments is None or not moments.n:
-            u, s, vh = torch.linalg.svd(blocks, full_matrices=False)
+            u = directions(blocks @ blocks.mT, blocks)  # the left singular vectors, much sooner than by an SVD
         else:
             u = directions(moments.second(about_mean=holds_mean), blocks)
             mean = moments.mean.flatten() - (0 if conv.bias is None else conv.bias.detach().double())
         for k in ks:
             r, lost = k // len(blocks), None
-            if moments is None or not moments.n:
-                flat = (u[..., :r] * s[:, None, :r]) @ vh[:, :r]
-            else:
-                flat = u[..., :r] @ (u[..., :r].mT @ blocks)
+            flat = u[..., :r] @ (u[..., :r].mT @ blocks)
+            if moments is not None and moments.n:
                 lost = lost_mean(u[..., :r], mean.view(len(blocks), -1, 1)).flatten() if holds_mean else None
             yield k, torch.empty_like(conv.weight, requires_grad=False).copy_(flat.reshape(conv.weight.shape)), lost
     for text in _texts(sizes):
@@ -298,7 +296,8 @@ def _components(
         own = moments.get(name)
         kept[name] = None if conv.bias is None else conv.bias.detach()
         if own is None or not own.n:
-            left[name] = torch.linalg.svd(_blocks(conv), full_matrices=False)[0]
+            blocks = _blocks(conv)
+            left[name] = directions(blocks @ blocks.mT, blocks)
             continue
         holds = conv.bias is not None or name in norms
         if own.finite:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -101,7 +102,8 @@ class ResNet(nn.Module):
     Args:
         block: :class:`BasicBlock` or :class:`Bottleneck`.
         depths: blocks in each stage; there are ``len(depths)`` stages.
-        width: channels of the stem and of the first stage's blocks; every further stage doubles it.
+        width: channels of the stem and of the first stage's blocks, which every further stage doubles; or the
+            channels of each stage, the first of them also the stem's.
         num_classes: number of logits.
         projection: shortcuts that change shape are 1x1 convolutions with batch normalisation; else
             they have no parameters (:class:`PaddedShortcut`).
@@ -112,21 +114,22 @@ class ResNet(nn.Module):
         block: type[BasicBlock] | type[Bottleneck],
         depths: Sequence[int],
         *,
-        width: int,
+        width: int | Sequence[int],
         num_classes: int,
         projection: bool = True,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        channels = width
+        widths = [width * 2**i for i in range(len(depths))] if isinstance(width, int) else list(width)
+        channels = widths[0]
+        self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
         self.stages = tuple(f"layer{i + 1}" for i in range(len(depths)))
         for i, (stage, depth) in enumerate(zip(self.stages, depths, strict=True)):
             blocks: list[nn.Module] = []
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
-                blocks.append(block(channels, width * 2**i, stride, projection=projection))
-                channels = width * 2**i * block.expansion
+                blocks.append(block(channels, widths[i], stride, projection=projection))
+                channels = widths[i] * block.expansion
             self.add_module(stage, nn.Sequential(*blocks))
         self.fc = nn.Linear(channels, num_classes)
 
@@ -203,47 +206,47 @@ class WideResNet(nn.Module):
         return self.fc(activate(self.bn, x).mean(dim=(2, 3)))
 
 
-def resnet18(num_classes: int = 10, width: int = 64) -> ResNet:
+def resnet18(num_classes: int = 10, width: int | Sequence[int] = 64) -> ResNet:
     """ResNet-18 with the CIFAR stem; 11,173,962 parameters."""
     return ResNet(BasicBlock, (2, 2, 2, 2), width=width, num_classes=num_classes)
 
 
-def resnet34(num_classes: int = 10, width: int = 64) -> ResNet:
+def resnet34(num_classes: int = 10, width: int | Sequence[int] = 64) -> ResNet:
     """ResNet-34 with the CIFAR stem; 21,282,122 parameters."""
     return ResNet(BasicBlock, (3, 4, 6, 3), width=width, num_classes=num_classes)
 
 
-def resnet50(num_classes: int = 10, width: int = 64) -> ResNet:
+def resnet50(num_classes: int = 10, width: int | Sequence[int] = 64) -> ResNet:
     """ResNet-50 with the CIFAR stem; 23,520,842 parameters."""
     return ResNet(Bottleneck, (3, 4, 6, 3), width=width, num_classes=num_classes)
 
 
-def _thin(depth: int, num_classes: int, width: int) -> ResNet:
+def _thin(depth: int, num_classes: int, width: int | Sequence[int]) -> ResNet:
     n = (depth - 2) // 6  # blocks in each of the three stages
     return ResNet(BasicBlock, (n, n, n), width=width, num_classes=num_classes, projection=False)
 
 
-def resnet20(num_classes: int = 10, width: int = 16) -> ResNet:
+def resnet20(num_classes: int = 10, width: int | Sequence[int] = 16) -> ResNet:
     """ResNet-20 of section 4.2; 269,722 parameters (0.27 M in the paper)."""
     return _thin(20, num_classes, width)
 
 
-def resnet32(num_classes: int = 10, width: int = 16) -> ResNet:
+def resnet32(num_classes: int = 10, width: int | Sequence[int] = 16) -> ResNet:
     """ResNet-32 of section 4.2; 464,154 parameters (0.46 M in the paper)."""
     return _thin(32, num_classes, width)
 
 
-def resnet44(num_classes: int = 10, width: int = 16) -> ResNet:
+def resnet44(num_classes: int = 10, width: int | Sequence[int] = 16) -> ResNet:
     """ResNet-44 of section 4.2; 658,586 parameters (0.66 M in the paper)."""
     return _thin(44, num_classes, width)
 
 
-def resnet56(num_classes: int = 10, width: int = 16) -> ResNet:
+def resnet56(num_classes: int = 10, width: int | Sequence[int] = 16) -> ResNet:
     """ResNet-56 of section 4.2; 853,018 parameters (0.85 M in the paper)."""
     return _thin(56, num_classes, width)
 
 
-def resnet110(num_classes: int = 10, width: int = 16) -> ResNet:
+def resnet110(num_classes: int = 10, width: int | Sequence[int] = 16) -> ResNet:
     """ResNet-110 of section 4.2; 1,727,962 parameters (1.7 M in the paper)."""
     return _thin(110, num_classes, width)
 
@@ -252,22 +255,28 @@ _ALL = (resnet18, resnet34, resnet50, resnet20, resnet32, resnet44, resnet56, re
 MODELS: dict[str, Callable[..., ResNet]] = {make.__name__: make for make in _ALL}
 
 
-def build(name: str, *, num_classes: int = 10, width: int | None = None) -> ResNet | WideResNet:
+def build(name: str, *, num_classes: int = 10, width: int | Sequence[int] | None = None) -> ResNet | WideResNet:
     """The network called ``name``: one of :data:`MODELS`, or ``wrn-DEPTH-WIDENING`` such as ``wrn-28-10``.
 
-    ``width``, of the stem, is that of the paper unless given.
+    ``width``, of the stem, is that of the paper unless given; a sequence holds the width of each stage.
 
     Raises:
-        ValueError: for an unknown name, or a width or number of classes below 1.
+        ValueError: for an unknown name, a width or number of classes below 1, or widths of another number of stages.
     """
     wide = re.fullmatch(r"wrn-(\d+)-(\d+)", name)
     if name not in MODELS and not wide:
         known = f"{', '.join(MODELS)}, wrn-DEPTH-WIDENING (wrn-28-10)"
         raise ValueError(f"model is {name!r}, but the known ones are {known}")
-    for what, value in (("num_classes", num_classes), ("width", width)):
-        if value is not None and value < 1:
+    each = () if width is None else (width,) if isinstance(width, int) else tuple(width)
+    for what, value in (("num_classes", num_classes), *(("width", one) for one in each)):
+        if value < 1:
             raise ValueError(f"{what} is {value}, but it must be at least 1")
-    sizes = {"num_classes": num_classes} if width is None else {"num_classes": num_classes, "width": width}
+    if width is not None and not isinstance(width, int):
+        stages = 0 if wide else 4 if name in ("resnet18", "resnet34", "resnet50") else 3
+        if len(each) != stages:
+            takes = f"a sequence of {stages}" if stages else "one number"
+            raise ValueError(f"width is {width}, but {name} takes {takes}")
+    sizes: dict[str, Any] = {"num_classes": num_classes} | ({} if width is None else {"width": width})
     if wide:
         return WideResNet(int(wide[1]), int(wide[2]), **sizes)
     return MODELS[name](**sizes)

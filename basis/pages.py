@@ -39,7 +39,12 @@ from basis.studies.cost import load_benches
 from basis.studies.hours import KINDS
 from basis.tidy import sound_records
 
-SCALES = {"smoke": "on synthetic images", "cpu": "at CPU scale", "colab": "at Colab scale"}  # said with a verdict
+SCALES = {  # said with a verdict
+    "smoke": "on synthetic images",
+    "cpu": "at CPU scale",
+    "colab": "at Colab scale",
+    "paper": "on a GPU",
+}
 COMMANDS = """\
 make book    # makes its own environment, builds the pages, prints where they are
 make test    # runs the tests"""
@@ -299,11 +304,16 @@ def records_provenance(study: Study, profile: str) -> dict[str, str]:
 
 
 def verdicts(profile: str | None = None) -> dict[str, list[tuple[Study, Verdict]]]:
-    """Every claim with the verdicts that the records of `profile`, or of the published one, allow."""
+    """Every claim with the verdicts that the records of `profile`, or of the published one, allow.
+
+    What was only timed, not trained, is also judged by the GPUs' benchmarks.
+    """
     found: dict[str, list[tuple[Study, Verdict]]] = {claim: [] for claim in CLAIMS}
     for study in STUDIES.values():
-        shown = profile or study.published
-        for verdict in study.verdicts(valid_records(study, shown), shown):
+        shown = [profile or study.published]
+        if not profile and not study.runs(study.published):
+            shown.append("paper")
+        for verdict in (v for one in shown for v in study.verdicts(valid_records(study, one), one)):
             found.setdefault(verdict.claim, []).append((study, verdict))
     return found
 
@@ -356,7 +366,7 @@ def fragments(pages: Mapping[str, Notebook], profile: str | None = None) -> dict
     states = status_rows(state)
     about = {stem: page.metadata.basis for stem, page in sorted(pages.items())}
     drawn = next((f for page in about.values() for f in page.figures if f.name == HEADLINE), None)
-    source = STUDIES["selection"]
+    source = STUDIES["headline"]
     shown = profile or source.published
     brief = headline.collect(valid_records(source, shown), shown)
     times = [(f"{{doc}}`/notebooks/{stem}`", page.time, machine()) for stem, page in about.items()]

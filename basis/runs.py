@@ -38,14 +38,24 @@ from basis.data import Data, DataError, Images, first_images, hold_out, load_cif
 from basis.decompositions import NotInstalled
 from basis.files import replacing
 from basis.models import build
+from basis.reuse import Reuse
 from basis.selection import predicted, select
 from basis.substitution import Plan, substitute
 from basis.table import SensitivityTable
-from basis.training import Recipe, Result, TrainingError, TrainingPaused, choose_device, choose_precision, train
+from basis.training import (
+    Recipe,
+    Result,
+    TrainingError,
+    TrainingPaused,
+    choose_device,
+    choose_precision,
+    seconds_per_step,
+    train,
+)
 
 VERSION = 1
-PROFILES = ("smoke", "cpu", "colab", "paper")
-# The kind of device that a profile's records come from, so that CPUs and GPUs are never mixed; "smoke" takes any.
+PROFILES = ("smoke", "small", "cpu", "colab", "paper")
+# The kind of device that a profile is meant for; "smoke" and "small" take any.
 DEVICES: Mapping[str, str] = {"cpu": "cpu", "colab": "cuda", "paper": "cuda"}
 
 
@@ -55,6 +65,10 @@ class TableMissing(RuntimeError):
 
 class RecordError(RuntimeError):
     """A record that cannot be read, written or trusted; the message says why and what would be right."""
+
+
+class TooLittleMemory(RuntimeError):
+    """The device cannot hold the network's training, so no run like it could be done."""
 
 
 class Unwritable(RecordError):
@@ -137,7 +151,7 @@ class Run:
     arm: str
     seed: int
     model: str = "resnet18"
-    width: int | None = None
+    width: int | Sequence[int] | None = None
     ratio: float | None = None
     mode: Mode = "auto"
     data: str = "cifar10"
@@ -294,10 +308,17 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if cuda else None,
         "python": platform.python_version(),
         "system": platform.system(),
-        "basis": metadata.version("basis-convolutions"),
+        "basis": _version(),
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _version() -> str:
+    try:
+        return metadata.version("basis-convolutions")
+    except metadata.PackageNotFoundError:  # run from a checkout
+        return "not installed"
 
 
 def _cpu_name() -> str:
@@ -338,6 +359,7 @@ def execute(
     run: Run,
     *,
     device: torch.device,
+    reuse: Reuse | None = None,
     folder: Path | None = None,
     definition: str | None = None,
     checkpoint: Path | None = None,
@@ -348,10 +370,12 @@ def execute(
 
     The weights of the layers that stay dense are drawn alike in all runs of one seed. ``folder`` is where
     the records are that a :class:`Choice` refers to, made under that ``definition`` of the study. A ladder is
-    measured beside the checkpoint, cell by cell, and is resumed there.
+    measured beside the checkpoint, cell by cell, and is resumed there. ``reuse`` is what earlier runs have left.
     """
     _check_teacher(run)
-    data = prepare_data(run)
+    reuse = reuse or Reuse()
+    key = (run.data, run.validation, run.images, device)
+    data = reuse.data(key, lambda: prepare_data(run).to(device))
     torch.manual_seed(run.seed)
     model: torch.nn.Module = build(run.model, num_classes=data.classes, width=run.width)
     if run.compression is not None:
@@ -374,10 +398,15 @@ def execute(
     report = cost(model, (size[2], *size[:2]), mode="factorized")
     extra |= {"macs": report.total.forward_macs, "backward_macs": report.total.backward_macs}
     extra |= {"trained": count_trained(model)} if run.layer is not None else {}
+    step = None
+    if reusable(run):
+        step = reuse.step(network_of(run, plan), model, run.recipe, device)
+        model = step.model
     result: Result = train(
         model, data, run.recipe, device=device, seed=run.seed, checkpoint=checkpoint,
         should_stop=should_stop, progress=progress, test=run.test is not False,
-        teacher=teacher if run.recipe.attention else None,
+        teacher=teacher if run.recipe.attention else None, step=step,
+        checkpoint_every=60 if run.ladder is None else 0,  # a ladder is gone on with on the very same weights
     )  # fmt: skip
     if run.ladder is not None:
         extra |= climb(model, data, run.ladder, beside=checkpoint, should_stop=should_stop)
@@ -387,6 +416,34 @@ def execute(
         "spectrum": spectrum(model) if dense else None,
         **extra,
     }
+
+
+def measured_seconds(run: Run, device: torch.device, reuse: Reuse) -> float | None:
+    """How long ``run`` will train on this device, from a few steps; None where that cannot be told so simply."""
+    if not reusable(run) or run.choice is not None:
+        return None
+    data = reuse.data((run.data, run.validation, run.images, device), lambda: prepare_data(run).to(device))
+    model: torch.nn.Module = build(run.model, num_classes=data.classes, width=run.width)
+    plan = None if run.plan is None else Plan(run.plan)
+    if plan is not None or run.ratio is not None:
+        model = substitute(model, plan, ratio=run.ratio, mode=run.mode, init="random")
+    step = reuse.step(network_of(run, plan), model, run.recipe, device)
+    steps = run.recipe.epochs * (len(data.train) // run.recipe.batch_size)
+    return steps * seconds_per_step(step, data.train, run.recipe)
+
+
+def reusable(run: Run) -> bool:
+    """Whether the weights are all that tells this run's network from another of :func:`network_of` equal."""
+    plain = (run.teacher, run.compression, run.layer, run.recipe.skip, run.recipe.attention)
+    return plain == (None,) * 5 and run.coefficients in (None, "dense")
+
+
+def network_of(run: Run, plan: Plan | None) -> str:
+    """Everything but the seed that a run's network and its training step depend on."""
+    layers = None if plan is None else dict(plan.layers)
+    images = [run.data, run.images, run.validation]
+    said = [run.model, run.width, run.ratio, layers, run.mode, asdict(run.recipe), images]
+    return json.dumps(said)
 
 
 def _teacher(
@@ -469,7 +526,10 @@ def spectrum(model: torch.nn.Module, ratios: Sequence[float] = (0.125, 0.25, 0.5
     errors: dict[str, dict[str, float]] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Conv2d) and module.groups == 1:
-            energy = torch.linalg.svdvals(module.weight.detach().double().flatten(1)).square()
+            rows = module.weight.detach().double().flatten(1)
+            # Of the smaller Gram matrix: a hundred times as fast as singular values, and equal to 1e-12 of the largest.
+            gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
+            energy = torch.linalg.eigvalsh(gram).clamp_min(0).flip(0)
             kept = {r: int(max(1, round(r * module.out_channels))) for r in ratios}
             errors[name] = {str(r): float((energy[k:].sum() / energy.sum()).sqrt()) for r, k in kept.items()}
     return errors
@@ -580,10 +640,11 @@ def work(
     def late() -> bool:
         return deadline is not None and time.monotonic() >= deadline
 
+    reuse = Reuse()
     for run in runs:
         if late():
             return
-        step = attempt(run, definition, folder=folder, device=device, should_stop=late, progress=progress)
+        step = attempt(run, definition, folder=folder, device=device, should_stop=late, progress=progress, reuse=reuse)
         if step is not None:
             yield step
 
@@ -597,16 +658,19 @@ def attempt(
     should_stop: Callable[[], bool] | None = None,
     progress: bool = False,
     jobs: int = 1,
+    reuse: Reuse | None = None,
 ) -> Progress | None:
     """Do ``run``, unless it has its record or another process holds it: then None.
 
     A run under way stops at the end of its epoch when ``should_stop`` says so, leaving a checkpoint. One that
     fails is reported, as is one whose record is there and cannot be read. A record made under another
     ``definition`` of its study is replaced. ``jobs``, how many processes share the device, is noted in the record.
+    ``reuse`` is what this process keeps between runs.
 
     Raises:
         Unwritable: where nothing can be written.
         DataError: where the data cannot be had.
+        TooLittleMemory: where the device cannot hold the training.
     """
     folder, place = folder or results_folder(), device_for(run.profile, device)
     path = record_path(folder, run)
@@ -625,7 +689,9 @@ def attempt(
             return None
         _remove_leftovers(path, checkpoint)
         bar = f"{run.arm}, seed {run.seed}" if progress else False
-        result = execute(run, device=place, folder=folder, checkpoint=checkpoint, should_stop=should_stop, progress=bar)
+        result = execute(
+            run, device=place, folder=folder, checkpoint=checkpoint, should_stop=should_stop, progress=bar, reuse=reuse
+        )
         record = Record(run.id, run.config, result, environment(place) | {"jobs": jobs}, definition)
         write_json(path, {"version": VERSION, **asdict(record)})
         for file in checkpoint.parent.glob(f"{checkpoint.stem}*"):
@@ -640,13 +706,25 @@ def attempt(
         raise _unwritable(path.parent, error) from error
     except RecordError as error:
         outcome, message = "failed", str(error)
+    except torch.cuda.OutOfMemoryError as error:
+        raise TooLittleMemory(
+            f"{place} has {_free(place)} free, too little to train {run.model} on {run.recipe.batch_size} images a "
+            "step; end what else uses it, give fewer --jobs, or take the profile small"
+        ) from error
     except (RuntimeError, ValueError) as error:
         outcome, message = "failed", f"{type(error).__name__}: {error}"
+        if reuse is not None:
+            reuse.forget_networks()
     finally:
         if path.exists():
             path.with_suffix(".lock").unlink(missing_ok=True)  # while it is held: nobody else can hold it then
         lock.release()
     return Progress(run, outcome, message, time.monotonic() - began)
+
+
+def _free(device: torch.device) -> str:
+    free, total = torch.cuda.mem_get_info(device)
+    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB"
 
 
 def device_for(profile: str, name: str | None = None) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,6 +73,14 @@ def difference_estimate(first: Sequence[float], second: Sequence[float], *, comp
         return Estimate(value, value, value, n)
     interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(1 - 0.05 / comparisons)
     return Estimate(value, float(interval.low), float(interval.high), n)
+
+
+def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> Estimate:
+    """The mean of first - second over the keys (seeds) that both have, with Student's interval; NaN without any."""
+    common = [key for key in first.keys() if key in second.keys()]  # noqa: SIM118  (of a pandas Series, too)
+    if not common:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    return mean_estimate([first[key] - second[key] for key in common])
 
 
 @dataclass(frozen=True)

@@ -48,13 +48,16 @@ class Means(NamedTuple):
 def means_for(step: Step | None, device: torch.device) -> Means:
     """What ``step`` comes to on this device.
 
-    "fast" is compiled and graphed on a GPU, else eager: on one core of a CPU compiling ResNet-20 took 35 s
-    and made a step 1.3 times as fast (0.53 s to 0.40 s, batches of 125), so it pays after some 300 steps.
+    None is graphed on a GPU, which needs no compiler and takes seconds to prepare, else eager. "fast" is compiled
+    and graphed on a GPU, else eager: on one core of a CPU compiling ResNet-20 took 35 s and made a step 1.3 times
+    as fast (0.53 s to 0.40 s, batches of 125), so it pays after some 300 steps.
     What a device does not support is left out, with the reason.
     """
-    if step in (None, "eager"):
-        return Means()
     gpu = device.type == "cuda"
+    if step is None:
+        return Means(graphed=gpu)
+    if step == "eager":
+        return Means()
     if step == "fast" and not gpu:
         return Means(reason=f"on {device.type} compiling takes longer than a short training gains")
     if step == "graphed":
@@ -226,7 +229,7 @@ class TrainingStep:
         before, scaler = [tensor.detach().clone() for tensor in kept], self.scaler.state_dict()
         gpus = [self._device] if self._device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(gpus), _beside(self._device):
+            with torch.random.fork_rng(gpus), on_side_stream(self._device):
                 for _ in range(times):
                     run()
         finally:
@@ -287,7 +290,7 @@ def _many_variants() -> AbstractContextManager:
 
 
 @contextmanager
-def _beside(device: torch.device) -> Iterator[None]:
+def on_side_stream(device: torch.device) -> Iterator[None]:
     """On a GPU: on a stream of its own, as trial steps before a capture have to be."""
     if device.type != "cuda":
         yield

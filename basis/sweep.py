@@ -6,6 +6,7 @@ machine that is taken away leaves all but the part in hand.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,73 +14,88 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from basis.bench import NORMS, bench_baseline, bench_blocks, bench_layers, bench_training
-from basis.data import synthetic
+import torch
+
+from basis.bench import NORMS, bench_blocks, bench_latency, bench_layers, bench_training
+from basis.budget_bench import bench_plans
+from basis.models import build
 from basis.rivals import USUAL, bench_rivals
 from basis.roofline import measure_machine, with_machine
 from basis.runs import RecordError
-from basis.timing import RATIOS, RESNET18_SHAPES, BenchReport, Progress, Setting, check_place
-from basis.training import Recipe
+from basis.timing import RESNET18_SHAPES, BenchReport, Progress, Setting, check_place
 
 Part = Callable[..., BenchReport]  # of setting and progress
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One report: the name of its file, its part of the time, and its parts, of ``cells`` cells each."""
+    """One report: the name of its file, its part of the time, and its parts, of ``cells`` cells each.
+
+    Args:
+        batch_size: that of the setting unless given.
+        latency: name of an earlier report, which the parts are given as ``latency``.
+        needs: no part begins with fewer seconds left than that, of all the time.
+    """
 
     name: str
     share: float
     parts: Sequence[Part]
     cells: int = 1
+    batch_size: int | None = None
+    latency: str | None = None
+    needs: float = 0
 
 
 def measurements(*, tiny: bool = False) -> tuple[Measurement, ...]:
     """What :func:`bench_gpu` measures, in order; ``tiny`` shapes show that all of it runs."""
     shapes = ("16@6", "16-32@6/2") if tiny else RESNET18_SHAPES
-    ratios = (0.5,) if tiny else RATIOS
     network: dict[str, Any] = {"model": "resnet20", "width": 8} if tiny else {"model": "resnet18"}
-    # Compiling takes minutes, so what needs none comes first, for all ratios.
-    steps: Any = (("eager", "graphed"),) if tiny else (("eager", "graphed"), ("fast",))
-    some = (0.5,) if tiny else (1 / 4, 1 / 2)
-    eager = tuple(name for name in USUAL if not name.endswith("compiled"))
+    name, wide = network["model"], "wrn-10-1" if tiny else "wrn-28-10"
+    ratios, candidates = (1 / 4, 1 / 2), (1 / 8, 1 / 4, 1 / 2)
+    shares = (1.0, 0.9) if tiny else (0.5, 0.8, 0.65)
 
-    def by_shape(bench: Callable[..., BenchReport], shapes: Sequence[str] = shapes, **options: Any) -> list[Part]:
-        return [partial(bench, shapes=(shape,), **options) for shape in shapes]
+    def by_shape(bench: Part, **options: Any) -> list[Part]:
+        return [partial(bench, shapes=(shape,), ratios=ratios, **options) for shape in shapes]
 
-    trainings = [
-        partial(bench_training, **network, ratios=(r,), norms=NORMS, steps=kinds) for kinds in steps for r in some
+    def latency(**given: Any) -> BenchReport:
+        model = build(name, width=network.get("width"))
+        return bench_latency(model, name=name, ratios=candidates, passes=("forward+backward",), **given)
+
+    step = partial(bench_training, steps=("graphed",))
+    steps = [partial(step, **network, ratios=(r,), norms=NORMS) for r in ratios]
+    plans = [
+        partial(bench_plans, **network, shares=(share,), ratios=candidates, smallest=share == 0.5) for share in shares
     ]
-    whole: dict[str, Any] = {"steps": ("graphed",)}
-    if tiny:
-        short = Recipe(epochs=1, batch_size=50)
-        whole = {**network, "steps": ("graphed",), "data": synthetic(train=100, test=100), "recipe": short}
-    layers = by_shape(bench_layers, ratios=ratios, passes=("forward+backward",))
-    rivals = by_shape(bench_rivals, ratios=some, passes=("forward+backward",), candidates=eager)
-    residual = by_shape(bench_blocks, ratios=ratios, residual=True)
-    found = [
-        Measurement(name=f"train-norms-steps-{network['model']}", share=0.45, parts=trainings),
-        Measurement(name=f"baseline-{network['model']}", share=0.05, parts=[partial(bench_baseline, **whole)]),
-        Measurement(name="layer", share=0.15, parts=layers, cells=len(ratios)),
-        Measurement(name="block", share=0.15, parts=by_shape(bench_blocks, ratios=ratios), cells=len(ratios)),
-        Measurement(name="rivals", share=0.1, parts=rivals, cells=len(some)),
-        Measurement(name="block-residual", share=0.05, parts=residual, cells=len(ratios)),
-    ]
-    if not tiny:  # compiling takes longest, and one layer gains least by it
-        compiled = by_shape(bench_rivals, ("128@16", "512@4"), ratios=(1 / 4,), passes=("forward+backward",))
-        found.append(Measurement(name="rivals-compiled", share=0.05, parts=compiled))
-    return tuple(found)
+    eager = tuple(one for one in USUAL if not one.endswith("compiled"))
+    rivals = by_shape(bench_rivals, passes=("forward+backward",), candidates=eager)
+    compiled = partial(step, **network, ratios=(1 / 4,), norms=NORMS, dense_steps=("fast",))
+    # Equal batches where possible: cuDNN chooses its algorithms anew for each other, which takes longer than timing.
+    return (
+        Measurement(name="layer", share=0.2, parts=by_shape(bench_layers, passes=("forward+backward",)), cells=2),
+        Measurement(name=f"train-norms-steps-{name}", share=0.14, parts=steps),
+        Measurement(name="block", share=0.12, parts=by_shape(bench_blocks, modes=("auto",)), cells=2),
+        Measurement(name=f"latency-{name}", share=0.1, parts=[latency], cells=11),
+        Measurement(name=f"plans-{name}", share=0.12, parts=plans, latency=f"latency-{name}"),
+        Measurement(
+            name=f"train-steps-{wide}", share=0.1, parts=[partial(step, model=wide, ratios=(r,)) for r in ratios],
+            batch_size=None if tiny else 256,
+        ),
+        # Compiling takes 40 to 90 seconds, so it is done once, for the dense network, and not where it cannot end.
+        Measurement(name=f"train-compiled-{name}", share=0.12, parts=[compiled], needs=0 if tiny else 70),
+        Measurement(name="layer-forward", share=0.05, parts=by_shape(bench_layers, passes=("forward",)), cells=2),
+        Measurement(name="rivals", share=0.05, parts=rivals, cells=2),
+    )  # fmt: skip
 
 
 def bench_gpu(
     folder: Path,
     *,
     setting: Setting | None = None,
-    time_limit: float = 480,
+    time_limit: float = 240,
     tiny: bool = False,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Measure the machine, whole training steps, layers, blocks and rivals; the files that were written.
+    """Measure the machine, layers, whole training steps, blocks, plans and rivals; the files that were written.
 
     The time that is left is shared out among the measurements that are left. A part that has begun is
     finished, whatever it takes (compiling a network does), and none begins when its time is up; ``progress``
@@ -87,7 +103,7 @@ def bench_gpu(
 
     Args:
         folder: where the reports go; of equal names, those of another time are replaced by this one's first part.
-        setting: 1024 images, channels-last, unless given.
+        setting: 1024 images, channels-last, 11 rounds, unless given; wide networks have batches of their own.
         time_limit: seconds for all of it.
         tiny: tiny shapes and networks, to see that it runs; needs no GPU.
 
@@ -95,42 +111,57 @@ def bench_gpu(
         ValueError: for a setting on a CPU without ``tiny``, a time limit that is not positive, or a folder that
             cannot be written to.
     """
-    setting = setting or Setting(batch_size=1024, memory_format="channels_last")
+    setting = setting or Setting(batch_size=1024, memory_format="channels_last", rounds=11)
     if setting.where.type != "cuda" and not tiny:
         raise ValueError(f"the device is {setting.where}, but this measures a GPU; tiny shapes run anywhere")
     if time_limit <= 0:
         raise ValueError(f"time_limit is {time_limit}, but must be positive")
     check_place(folder / "report.json")
     began = time.monotonic()
-    say = progress or (lambda line: None)
+
+    def say(line: str) -> None:
+        if progress:
+            progress(f"{time.monotonic() - began:5.1f} s  {line}")
+
     machine = measure_machine(setting, **({"side": 256, "copied": 2**20} if tiny else {}))
     tera, giga = machine.macs_per_second / 1e12, machine.bytes_per_second / 1e9
     say(f"machine: {tera:.4g} T multiply-accumulates/s in {machine.precision}, {giga:.4g} GB/s")
     left = list(measurements(tiny=tiny))
+    reports: dict[str, BenchReport] = {}
     paths = []
     while left:
         one, shares = left[0], sum(each.share for each in left)
         now = time.monotonic()
         until = now + (began + time_limit - now) * one.share / shares
-        report, done, saved = None, 0, None
+        done, saved = 0, None
         for number, measure in enumerate(one.parts):
-            if (seconds := until - time.monotonic()) <= 0:
+            now = time.monotonic()
+            if now >= until or began + time_limit - now < one.needs:
                 break
             # Half of the time for the rounds; the rest goes into warming up, compiling and choosing algorithms.
-            each = seconds / (len(one.parts) - number) / one.cells / 2
+            each = replace(
+                setting, seconds=(until - now) / (len(one.parts) - number) / one.cells / 2,
+                batch_size=one.batch_size or setting.batch_size,
+            )  # fmt: skip
             try:
-                part = measure(setting=replace(setting, seconds=each), progress=progress)
-            except Exception as error:  # no memory, no compiler: the other parts may well run
+                given = {"latency": reports[one.latency]} if one.latency else {}
+                part = measure(setting=each, progress=say, **given)
+                reports[one.name] = with_machine(join(reports.get(one.name), part), machine)
+            except Exception as error:  # no memory, no compiler, no plan: the other parts may well run
                 say(f"{one.name}: part {number + 1} failed, {type(error).__name__}: {error}")
                 continue
-            report, done = with_machine(join(report, part), machine), done + 1
-            path = folder / f"{file_name(one.name, report)}.json"
+            finally:
+                gc.collect()  # networks and graphs, whose memory the next part needs
+                if setting.where.type == "cuda":
+                    torch.cuda.empty_cache()
+            done += 1
+            path = folder / f"{file_name(one.name, reports[one.name])}.json"
             try:
-                report.save(path)
+                reports[one.name].save(path)
                 saved = path
             except RecordError as error:
                 say(f"{error}\n{part}")
-        say(f"{one.name}: {done} of {len(one.parts)} parts after {time.monotonic() - began:.0f} s")
+        say(f"{one.name}: {done} of {len(one.parts)} parts")
         paths += [saved] if saved else []
         left.pop(0)
     return paths

@@ -24,6 +24,11 @@ def _config(name: str) -> Getter:
     return lambda record: record.config.get(name)
 
 
+def _width(record: Record) -> int | None:
+    width = record.config.get("width")
+    return width[0] if isinstance(width, list) else width
+
+
 def _recipe(name: str) -> Getter:
     return lambda record: record.config["recipe"].get(name)
 
@@ -73,7 +78,7 @@ COLUMNS: Mapping[str, tuple[str, Getter]] = {
     "arm": ("what is compared within a study", _config("arm")),
     "seed": ("of the initial weights, and of the order and augmentation of the images", _config("seed")),
     "model": ("the network", _config("model")),
-    "width": ("its width in channels; empty: the published one", _config("width")),
+    "width": ("its width in channels, of its first stage where each has its own; empty: the published one", _width),
     "ratio": ("r = k / C_out of every convolution; empty where a plan, a layer or nothing is set", _config("ratio")),
     "coefficients": ("how basis layers hold their coefficient matrix; empty: dense", _config("coefficients")),
     "layer": ("the other structured layer that was put in, with its size", _config("layer")),

@@ -5,12 +5,17 @@ never timed one after the other. Every round runs each candidate once, in a fres
 is reported is the median over rounds of dense / candidate *within* a round, with its quartiles. A second
 dense layer or network runs along as a negative control: the quartiles of its ratio have to enclose 1.
 Both sides always have the same shape, batch, precision and memory format.
+
+On a GPU a layer or network is timed as a CUDA graph, so that what counts is the work of the GPU, not that of
+the host which launches it, and on several sets of inputs in rotation, too many for the L2 cache to hold.
 """
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
+import math
 import random
 import re
 import tempfile
@@ -25,11 +30,12 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import _disable_profiler_legacy, _enable_profiler_legacy, profiler_legacy
 
 from basis.conv import MODES, basis_channels_for
 from basis.runs import RecordError, environment, write_json
+from basis.stepping import WARM_UPS, Capture, CudaCapture, on_side_stream
 from basis.training import (
     DTYPES,
     MemoryFormat,
@@ -46,6 +52,8 @@ RATIOS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 RESNET18_SHAPES = ("64@32", "128@16", "256@8", "512@4", "64-128@32/2", "128-256@16/2", "256-512@8/2")
 Pass = Literal["forward", "forward+backward"]
 PASSES: tuple[Pass, ...] = get_args(Pass)
+# In rotation on a GPU, whose L2 cache holds 50 MB; the most keep the step of a small layer from taking seconds.
+ROTATED_BYTES, LEAST_SETS, MOST_SETS = 150e6, 4, 32
 
 Step = Callable[[], object]  # leaves nothing behind but what the next call needs: no gradients
 Timer = Callable[[Step], float]  # runs a step, returns its seconds
@@ -103,7 +111,10 @@ class BenchReport:
     ("control" is the second dense one), ``n`` rounds, ``ms`` and ``dense_ms`` (medians) with quartiles, and
     ``speedup``, the median over rounds of dense / candidate, with quartiles ``speedup_q1`` and ``speedup_q3``.
     ``peak_mib`` is the memory that one step takes beyond what was resident (:func:`peak_bytes`); older records have
-    it on GPUs only. A candidate that failed has ``error``, its message, and no times.
+    it on GPUs only. A candidate that failed has ``error``, its message, and no times. On a GPU ``timed`` is "graph"
+    (replays of a CUDA graph) or "host-bound" (eager: the host may take longer to launch a step than the GPU to run
+    it), the dense side being timed the same way; ``sets`` of inputs were in rotation, and the times are those of one.
+    ``reason`` says why a layer is host-bound.
 
     Rivals and blocks also have ``versus_basis``: basis / candidate within a round, above 1 where the
     candidate is faster than the basis layer that it is compared with, with quartiles. Structured layers have
@@ -136,18 +147,21 @@ class BenchReport:
         """The milliseconds that :func:`bench_latency` found: layer -> k -> ms, and dense as k = C_out.
 
         Raises:
-            ValueError: for a report of another kind, or a ``step`` that is no pass of this one.
+            ValueError: for a report of another kind, or a ``step`` that is no pass of this one; where some layers
+                are graph-timed and some host-bound, which do not add up.
         """
         if self.kind != "bench-latency":
             raise ValueError(f"latency is a report of kind {self.kind!r}, but it must be one of `basis bench latency`")
         passes = dict.fromkeys(row["pass"] for row in self.rows)
         if step not in passes:
             raise ValueError(f"step is {step!r}, but the latency report has only {', '.join(passes)}")
+        rows = [row for row in self.rows if row["pass"] == step and not row.get("error")]
+        if len({row.get("timed") for row in rows}) > 1:
+            raise ValueError("some layers of the latency report are host-bound and some are not; measure it again")
         found: dict[str, dict[int, float]] = {}
-        for row in self.rows:
-            if row["pass"] == step:
-                ms = row["dense_ms" if row["mode"] == "control" else "ms"]
-                found.setdefault(row["layer"], {})[row["basis_channels"]] = ms
+        for row in rows:
+            ms = row["dense_ms" if row["mode"] == "control" else "ms"]
+            found.setdefault(row["layer"], {})[row["basis_channels"]] = ms
         return found
 
     def save(self, path: str | Path) -> None:
@@ -180,12 +194,13 @@ class BenchReport:
             "trained",
             "norms",
             "step",
+            "timed",
             "resolved",
             "parameters",
             "predicted",
         )
         named = ("layer", "shape", "model", "pass", *candidate, "n", "ms", "dense_ms", "speedup")
-        quartiles = ("speedup_q1", "speedup_q3", "versus_basis", "versus_composition")
+        quartiles = ("speedup_q1", "speedup_q3", "versus_basis", "versus_composition", "versus_compiled")
         shown = (*named, *quartiles, "mac_ratio", "peak_mib", "dense_peak_mib")
         frame = self.to_frame()
         frame = frame[[name for name in shown if name in frame and frame[name].notna().any()]]
@@ -195,6 +210,8 @@ class BenchReport:
         wrong = [row for row in self.rows if row.get("error")]
         failed = [f"{row.get('layer', '')} {row['mode']} failed: {row['error']}".lstrip() for row in wrong]
         others = [f"{row['step']} was {row['means']}" for row in self.rows if "(" in row.get("means", "")]
+        bound = [(row.get("shape", row["mode"]), row["reason"]) for row in self.rows if row.get("reason")]
+        others += [f"{what} was host-bound, not graph-timed ({why})" for what, why in bound]
         return "\n".join([head, table, *dict.fromkeys(failed + others), verdict])
 
 
@@ -220,18 +237,22 @@ def time_on_cpu(step: Step) -> float:
     return time.perf_counter() - start
 
 
-def time_on_gpu(step: Step, *, calls: int = 10) -> float:
-    """Seconds per call between two CUDA events around ``calls`` calls, so that the queue stays filled.
+def time_on_gpu(step: Step, *, seconds: float = 0.01) -> float:
+    """Seconds per call between two CUDA events around as many calls as fill ``seconds``, at most 50.
 
-    The L2 cache is not flushed between calls; activations of the usual batches do not fit in it.
+    One call before them tells how many, so that the queue stays filled. The L2 cache is not flushed between calls.
     """
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(calls):
-        step()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000 / calls
+    calls, each = 1, 0.0
+    for _ in range(2):
+        start.record()
+        for _ in range(calls):
+            step()
+        end.record()
+        end.synchronize()
+        each = start.elapsed_time(end) / 1000 / calls
+        calls = math.ceil(seconds / max(each, seconds / 50))
+    return each
 
 
 def interleave(
@@ -291,6 +312,28 @@ def peak_bytes(step: Step, device: torch.device) -> int:
     return max(sums) - min(sums)
 
 
+class PeakCapture:
+    """Captures by ``capture``; ``peak`` is what the last one took of the memory, in bytes, see :func:`peak_bytes`."""
+
+    def __init__(self, device: torch.device, capture: Capture) -> None:
+        self._device, self._capture, self.peak = device, capture, 0
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        """What repeats the function."""
+        replays: list[Callable[[], None]] = []
+        gc.collect()  # not while the memory is watched
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # of the graphs of an earlier cell
+        self.peak = peak_bytes(lambda: replays.append(self._capture(function)), self._device)
+        return replays[0]
+
+
+class LayerStep(partial[None]):
+    """A step of a layer: it can be captured, and runs once on each of its ``sets`` of inputs."""
+
+    sets: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """Where, in what number format, and for how long a benchmark measures.
@@ -304,6 +347,8 @@ class Setting:
         seconds: no further round of a cell begins after that many, from the third on.
         seed: of the weights, the inputs and the order within rounds.
         timer: runs a step and returns its seconds, instead of the device's own clock.
+        capture: runs a function so that what it returns repeats it, see :class:`basis.stepping.TrainingStep`; a CUDA
+            graph on a GPU, and nothing is captured on a CPU, unless given.
 
     Raises:
         ValueError: for an option outside these.
@@ -317,6 +362,7 @@ class Setting:
     seconds: float | None = None
     seed: int = 0
     timer: Timer | None = None
+    capture: Capture | None = None
 
     def __post_init__(self) -> None:
         if self.where.type not in ("cpu", "cuda"):
@@ -365,6 +411,10 @@ class Setting:
             torch.manual_seed(self.seed)
             yield
 
+    def new_capture(self) -> Capture | None:
+        """What captures a step; None where none are captured."""
+        return self.capture or (CudaCapture(self.where) if self.where.type == "cuda" else None)
+
     def measure(
         self,
         steps: Mapping[str, Step],
@@ -376,23 +426,57 @@ class Setting:
         """What was measured of each other step against the step "dense", or against the one that ``reference`` names.
 
         ``versus`` names the step of a basis layer that a step is compared with as well. A step of ``may_fail``
-        that raises an error has ``error`` in place of all else.
+        that raises an error, or cannot be captured where the others can, has ``error`` in place of all else. Where
+        any other cannot be captured all are timed eagerly, so that like is compared with like.
         """
         reference, versus = reference or {}, versus or {}
         timer = self.timer or (time_on_gpu if self.where.type == "cuda" else time_on_cpu)
         errors = {name: error for name, step in steps.items() if name in may_fail and (error := _error_of(step))}
-        running = {name: step for name, step in steps.items() if name not in errors}
+        graphs, peaks, failed = self._graphs({name: step for name, step in steps.items() if name not in errors})
+        reason = next((f"{name}: {why}" for name, why in failed.items() if name not in may_fail), None)
+        if reason:
+            graphs, peaks = {}, {}
+        else:
+            errors |= {name: f"could not be captured: {why}" for name, why in failed.items()}
+        running = {name: graphs.get(name, step) for name, step in steps.items() if name not in errors}
         times = interleave(running, timer=timer, rounds=self.rounds, seconds=self.seconds, seed=self.seed)
-        peaks = {name: peak_bytes(step, self.where) / 2**20 for name, step in running.items()}
+        times = {name: [one / getattr(steps[name], "sets", 1) for one in own] for name, own in times.items()}
+        peaks |= {name: peak_bytes(step, self.where) for name, step in running.items() if name not in peaks}
         found: dict[str, dict[str, Any]] = {}
-        for name in steps:
+        for name, step in steps.items():
             dense = reference.get(name, "dense")
             if name in errors or dense in errors:
                 found[name] = {"error": errors.get(name, f"{dense}, which it is compared with, failed")}
             elif name != "dense":
                 found[name] = compare(times[name], times[dense], times.get(versus.get(name, "")))
-                found[name] |= {"peak_mib": peaks[name], "dense_peak_mib": peaks[dense]}
+                found[name] |= {"peak_mib": peaks[name] / 2**20, "dense_peak_mib": peaks[dense] / 2**20}
+                if self.capture or self.where.type == "cuda":
+                    found[name] |= {"timed": "graph" if name in graphs else "host-bound"}
+                    found[name] |= {"sets": step.sets} if isinstance(step, LayerStep) else {}
+                found[name] |= {"reason": reason} if reason else {}
         return found
+
+    def _graphs(self, steps: Mapping[str, Step]) -> tuple[dict[str, Step], dict[str, int], dict[str, str]]:
+        """What repeats each step of a layer, its peak of memory, and why some could not be captured."""
+        graphs: dict[str, Step] = {}
+        peaks: dict[str, int] = {}
+
+        def prepare(name: str, step: LayerStep, capture: Capture) -> None:
+            recorder = PeakCapture(self.where, capture)
+            with on_side_stream(self.where):
+                for _ in range(WARM_UPS):
+                    step()
+            graphs[name] = recorder(step)
+            peaks[name] = recorder.peak
+
+        failed = {
+            name: error
+            for name, step in steps.items()
+            # A capture of its own for each: one that fails may leave its memory unusable.
+            if isinstance(step, LayerStep) and (capture := self.new_capture())
+            if (error := _error_of(partial(prepare, name, step, capture)))
+        }
+        return graphs, peaks, failed
 
     def report(self, kind: str, rows: Sequence[Mapping[str, Any]], **options: Any) -> BenchReport:
         """The rows with the options and the machine they were measured with."""
@@ -401,7 +485,7 @@ class Setting:
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "cpu_amx": torch.cpu._is_amx_tile_supported(),
         }
-        own = {name: value for name, value in vars(self).items() if name != "timer"}
+        own = {name: value for name, value in vars(self).items() if name not in ("timer", "capture")}
         return BenchReport(kind=kind, config={**options, **own}, environment=machine, rows=rows)
 
 
@@ -429,36 +513,46 @@ def layer_steps(
     *,
     input_gradient: bool = True,
     shortcut: bool = False,
-) -> dict[str, Step]:
+) -> dict[str, LayerStep]:
     """One step for each layer: a call on images of each of the ``inputs``, (C, H, W), and its backward pass.
 
-    The gradients are set free at the end of a step, so that they count as memory that it takes. With
-    ``shortcut`` the second argument is a tensor of the output's shape.
+    The gradients are set free after each call, so that they count as memory that it takes. With ``shortcut`` the
+    second argument is a tensor of the output's shape. Where steps are captured there are several sets of inputs.
     """
-    calls = []
-    for size in inputs:
-        x = setting.place(torch.randn(setting.batch_size, *size).to(DTYPES[setting.precision]))
+    train = one != "forward"
+
+    def make(size: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
+        x = setting.place(torch.randn(setting.batch_size, *size, device=setting.where).to(DTYPES[setting.precision]))
         with torch.no_grad(), setting.autocast():
             dy = torch.randn_like(layers["dense"](x))
-        given = (x, torch.randn_like(dy)) if shortcut else (x,)
-        calls.append(([tensor.requires_grad_(one != "forward" and input_gradient) for tensor in given], dy))
+        given = [x, torch.randn_like(dy)] if shortcut else [x]
+        return [tensor.requires_grad_(train and input_gradient) for tensor in given], dy
 
-    def step(layer: nn.Module) -> None:
-        if one == "forward":
-            with torch.no_grad(), setting.autocast():
-                for given, _ in calls:
-                    layer(*given)
-            return
-        for given, dy in calls:
-            with setting.autocast():
-                y = layer(*given)
+    def call(layer: nn.Module, given: Sequence[Tensor], dy: Tensor) -> None:
+        with torch.set_grad_enabled(train), setting.autocast():
+            y = layer(*given)
+        if train:
             y.backward(dy)
-        layer.zero_grad()
-        for given, _ in calls:
+            layer.zero_grad()
             for tensor in given:
                 tensor.grad = None
 
-    return {name: partial(step, layer) for name, layer in layers.items()}
+    calls = [make(size) for size in inputs]
+    sets = 1
+    if setting.new_capture():
+        tensors = [tensor for given, dy in calls for tensor in [*given, *([dy] if train else [])]]
+        moved = sum(tensor.nbytes * (1 + tensor.requires_grad) for tensor in tensors)
+        sets = min(max(LEAST_SETS, math.ceil(ROTATED_BYTES / moved)), MOST_SETS)
+        calls += [make(size) for _ in range(sets - 1) for size in inputs]
+
+    def step(layer: nn.Module) -> None:
+        for given, dy in calls:
+            call(layer, given, dy)
+
+    steps = {name: LayerStep(step, layer) for name, layer in layers.items()}
+    for one_step in steps.values():
+        one_step.sets = sets
+    return steps
 
 
 def check_known(what: str, values: Sequence[str], known: Sequence[str]) -> None:
@@ -487,4 +581,4 @@ def tell(progress: Progress | None, row: Mapping[str, Any], what: str) -> None:
         progress(f"{place}: failed, {row['error']}")
         return
     spread = f"[{row['speedup_q1']:.2f}, {row['speedup_q3']:.2f}]"
-    progress(f"{place}: {row['speedup']:.2f}x {spread}, {row['ms']:.1f} ms")
+    progress(f"{place}: {row['speedup']:.2f}x {spread}, {row['ms']:.3g} ms")

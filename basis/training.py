@@ -7,6 +7,7 @@ with flip test-time augmentation (n = 200).
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -75,8 +76,8 @@ class Recipe:
             to the loss at every tenth step that updates B, as LinearConv does (with 0.01); None: not at all.
         settle: the fraction of the training after which the masks of sparse coefficients stay as they
             are; None: half of it.
-        step: how a step is run. "eager" (None): operation by operation; "compiled": by torch.compile;
-            "graphed": as a CUDA graph; "fast": by what is best on the device, see
+        step: how a step is run. None: as a CUDA graph on a GPU, else operation by operation; "eager":
+            operation by operation; "compiled": by torch.compile; "graphed": as a CUDA graph; "fast": by both, see
             :func:`basis.stepping.means_for`. All give equal results, up to rounding. What is not
             supported is left out; :attr:`Result.step` says what was done, and why not more.
         attention: weight of attention transfer from a teacher (:class:`basis.attention.Attention`), summed
@@ -315,6 +316,7 @@ def train(
     device: str | torch.device | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
+    checkpoint_every: float = 60.0,
     should_stop: Callable[[], bool] | None = None,
     progress: bool | str = False,
     test: bool = True,
@@ -330,8 +332,10 @@ def train(
         recipe: how; the default is ``Recipe()``.
         device: where; the GPU if there is one, else the CPU.
         seed: of the order and the augmentation of the images (not of the initial weights).
-        checkpoint: file written after every epoch and resumed from when it exists; removed by
-            nobody. A resumed training gives bit for bit the result of an uninterrupted one on a CPU.
+        checkpoint: file that is resumed from when it exists; removed by nobody. A resumed training gives bit for
+            bit the result of an uninterrupted one on a CPU.
+        checkpoint_every: seconds; the file is written after an epoch when so many have passed since the last time,
+            and when the training stops early.
         should_stop: asked after every epoch; True ends the training by :class:`TrainingPaused`.
         progress: whether to draw a bar, or what to write beside it.
         test: whether to look at the test images at all; trainings that only inform a choice do not.
@@ -368,6 +372,7 @@ def train(
     total, first = state.total_steps, state.epoch * steps_per_epoch
     title = progress if isinstance(progress, str) else None
     bar = tqdm(total=total, initial=first, disable=not progress, desc=title, unit="step", dynamic_ncols=True)
+    saved = time.monotonic()
     with bar, on_device(place), state.parts.restored():
         while state.epoch < recipe.epochs:
             row = _epoch(state, data.train, bar)
@@ -377,9 +382,11 @@ def train(
             state.curves.append(row)
             shown = row.get("validation_accuracy", row["train_accuracy"])
             bar.set_postfix_str(f"epoch {state.epoch}/{recipe.epochs}, accuracy {shown:.1%}")
-            if path:
+            stops = should_stop is not None and state.epoch < recipe.epochs and should_stop()
+            if path and (stops or time.monotonic() - saved >= checkpoint_every):
                 state.save(path)
-            if should_stop and state.epoch < recipe.epochs and should_stop():
+                saved = time.monotonic()
+            if stops:
                 raise TrainingPaused(f"stopped after epoch {state.epoch} of {recipe.epochs}, as asked")
     seconds = sum(row["seconds"] for row in state.curves)
     return Result(
@@ -556,19 +563,8 @@ def _epoch(state: _State, images: Images, bar: Any) -> dict[str, float]:
     state.model.train()
     run.start_epoch()
     began, setup = time.perf_counter(), run.setup_seconds
-    order = torch.randperm(len(images), generator=state.generator, device=state.device)
-    for step in range(steps):
-        index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-        kind = state.prepare(state.epoch * steps + step)
-        batch = augment(
-            images.x,
-            index,
-            state.generator,
-            flip=recipe.flip,
-            translate=recipe.translate,
-            cutout=recipe.cutout,
-        )
-        run(_input(batch, recipe.memory_format), images.y[index], kind)
+    for step, (x, labels) in enumerate(_batches(images, recipe, state.generator)):
+        run(x, labels, state.prepare(state.epoch * steps + step))
         bar.update()
     train_loss = run.loss.item() / steps
     seconds = time.perf_counter() - began - (run.setup_seconds - setup)
@@ -584,6 +580,35 @@ def _epoch(state: _State, images: Images, bar: Any) -> dict[str, float]:
         "train_accuracy": run.correct.item() / (steps * recipe.batch_size),
         "seconds": seconds,
     }
+
+
+def _batches(images: Images, recipe: Recipe, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of one epoch: normalised (N, C, H, W) and labels (N,), in random order and augmented."""
+    size, device = recipe.batch_size, images.x.device
+    whole = len(images) // size * size
+    order = torch.randperm(len(images), generator=generator, device=device)[:whole]
+    # On a GPU ten batches at a time: the host would take longer to launch the operations than the GPU to do them.
+    for index in order.split(10 * size if device.type == "cuda" else size):
+        several = augment(
+            images.x, index, generator, flip=recipe.flip, translate=recipe.translate, cutout=recipe.cutout
+        )
+        for batch, its_index in zip(several.split(size), index.split(size), strict=True):
+            yield _input(batch, recipe.memory_format), images.y[its_index]
+
+
+def seconds_per_step(step: TrainingStep, images: Images, recipe: Recipe, *, steps: int = 3) -> float:
+    """How long a training step takes, data and all, once it is captured; changes the weights."""
+    recipe = _decided(recipe, step.model, images.x.device)
+    generator = torch.Generator(images.x.device)
+    step.model.train()
+    with on_device(images.x.device):
+        for done, (x, labels) in enumerate(itertools.islice(_batches(images, recipe, generator), steps + 1)):
+            step(x, labels, Kind())
+            if done == 0:
+                step.loss.item()  # waits for the device
+                began = time.perf_counter()
+        step.loss.item()
+    return (time.perf_counter() - began) / max(done, 1)
 
 
 @overload

@@ -85,7 +85,9 @@ def fastest(table: BenchReport) -> dict[str, Way]:
         raise ValueError(f"the table is a report of kind {table.kind!r}, but it must be one of `basis bench modes`")
     best: dict[str, Mapping[str, Any]] = {}
     for row in table.rows:
-        if row["mode"] in WAYS and row["speedup"] > best.get(row["layer"], {"speedup": 0.0})["speedup"]:
+        if row["mode"] not in WAYS or row.get("error"):
+            continue
+        if row["speedup"] > best.get(row["layer"], {"speedup": 0.0})["speedup"]:
             best[row["layer"]] = row
     return {layer: row["mode"] for layer, row in best.items()}
 
@@ -142,7 +144,8 @@ def _measure(
             found = {key: Block(conv, copy.deepcopy(bn)) for key, conv in found.items()}
             found["through_basis"] = couple(found["factorized"], ["conv"])
         placed = {key: setting.place(module.float().train(one != "forward")) for key, module in found.items()}
-        measured = setting.measure(layer_steps(placed, inputs, one, setting, input_gradient=needs_dx))
+        steps = layer_steps(placed, inputs, one, setting, input_gradient=needs_dx)
+        measured = setting.measure(steps, may_fail=[way for way in WAYS if way in placed])
     sizes = "+".join("x".join(map(str, size[1:])) for size in inputs)
     kernel, stride = ("x".join(map(str, pair)) for pair in (layer.kernel_size, layer.stride))
     shape = f"{layer.in_channels}-{layer.out_channels}@{sizes} {kernel}/{stride}"

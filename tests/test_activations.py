@@ -312,7 +312,7 @@ def test_fisher_takes_layers_with_more_filters_than_weights():
     net = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 1), nn.Flatten(), nn.Linear(128, 3))
     data = [(torch.randn(8, 3, 4, 4), torch.arange(8) % 3)]
     table = sensitivity(net, data, measure="fisher", multiple=1)  # k = 8 and 4 of the first, whose rank is 3
-    assert [cell.value for cell in table.cells if cell.layer == "0"] == [0, 0]
+    assert [cell.value for cell in table.cells if cell.layer == "0"] == pytest.approx([0, 0], abs=1e-15)
 
 
 # -- what it is for -----------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ from basis.bench import (
     _trainer,
     _training_candidates,
     _training_step,
-    bench_baseline,
     bench_blocks,
     bench_latency,
     bench_layers,
@@ -27,16 +27,15 @@ from basis.bench import (
 )
 from basis.cli import main
 from basis.conv import BasisConv2d
-from basis.data import DataError, synthetic
 from basis.models import build
 from basis.roofline import machine_of
 from basis.runs import RecordError
 from basis.skipping import Parts
 from basis.stepping import Means
 from basis.studies.cost import load_benches
+from basis.substitution import Plan
 from basis.sweep import Measurement, bench_gpu, measurements
-from basis.timing import peak_bytes
-from basis.training import Recipe
+from basis.timing import MOST_SETS, ROTATED_BYTES, layer_steps, peak_bytes
 
 ROOT = Path(__file__).parents[1]
 
@@ -353,14 +352,157 @@ def test_a_control_that_failed_is_not_counted(report):
     assert "control failed: RuntimeError: out of memory" in str(broken)
 
 
-def test_the_peak_of_a_graph_is_that_of_its_capture(monkeypatch, setting):
+def rehearse(function):
+    """Stands for a CUDA graph: runs a function while it is captured, and again at each replay."""
+    function()
+    return lambda: function()
+
+
+def refuse(*modes):
+    """A capture that fails for layers of these modes, and for dense ones by "dense"."""
+
+    def capture(function):
+        if getattr(function.args[0], "mode", "dense") in modes:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        return rehearse(function)
+
+    return capture
+
+
+@pytest.fixture
+def graphing(monkeypatch):
+    """Training steps are graphed as if there were a GPU."""
+    for module in ("bench", "training"):
+        monkeypatch.setattr(
+            f"basis.{module}.means_for",
+            lambda step, device: Means(graphed=step in ("graphed", "fast"), compiled=step == "fast"),
+        )
+
+
+def test_the_peak_of_a_graph_is_that_of_its_capture(graphing, setting):
     """Repeating it allocates nothing."""
-    monkeypatch.setattr("basis.bench.means_for", lambda step, device: Means(graphed=step == "graphed"))
-    monkeypatch.setattr("basis.bench.CudaCapture", lambda device: lambda function: function() or (lambda: None))
-    report = bench_training(model="resnet20", width=4, ratios=[0.5], steps=["eager", "graphed"], setting=setting)
+    report = bench_training(
+        model="resnet20", width=4, ratios=[0.5], steps=["eager", "graphed"], setting=replace(setting, capture=rehearse)
+    )
     peaks = {(row["mode"], row["step"]): (row["peak_mib"], row["dense_peak_mib"]) for row in report.rows}
     assert peaks["auto", "graphed"] == pytest.approx(peaks["auto", "eager"], rel=0.1)
     assert peaks["dense", "graphed"] == pytest.approx([peaks["auto", "eager"][1]] * 2, rel=0.1)
+    timed = {(row["mode"], row["step"]): row["timed"] for row in report.rows}
+    assert timed == {
+        ("control", "eager"): "host-bound", ("dense", "graphed"): "graph",
+        ("auto", "eager"): "host-bound", ("auto", "graphed"): "graph",
+    }  # fmt: skip
+
+
+def test_layers_are_timed_as_graphs_on_inputs_in_rotation(setting):
+    captured = []
+
+    def capture(function):
+        captured.append(function)
+        return rehearse(function)
+
+    graphed = replace(setting, capture=capture)
+    modes = ["factorized", "composed", "auto"]
+    report = bench_layers(shapes=["8@4"], ratios=[0.5], modes=modes, passes=["forward+backward"], setting=graphed)
+    assert len(captured) == 4  # dense, control and two modes, of which auto is one
+    assert {row["timed"] for row in report.rows} == {"graph"}
+    assert {row["sets"] for row in report.rows} == {MOST_SETS}  # such small inputs never fill the cache
+    assert [row["ms"] for row in report.rows] == pytest.approx([2 / MOST_SETS] * 4)  # of one set
+    assert all(row["peak_mib"] > 0 for row in report.rows)
+    assert "capture" not in report.config
+    auto = report.rows[-1]
+    assert auto["same_as"] == auto["resolved"] in modes
+
+
+@pytest.mark.parametrize(("one", "maps"), [("forward", 1), ("forward+backward", 3)])
+def test_so_many_inputs_rotate_that_no_cache_holds_them(monkeypatch, one, maps, setting):
+    size, moved = (8, 16, 16), maps * 2 * 8 * 16 * 16 * 4  # x, and with a backward pass its gradient and that of y
+    seen = []
+    layer = nn.Conv2d(8, 8, 3, padding=1)
+    layer.register_forward_hook(lambda layer, args, y: seen.append((args[0].data_ptr(), args[0].grad)))
+    for least, sets in ((7.5 * moved, 8), (moved, 4), (1e9 * moved, MOST_SETS)):
+        monkeypatch.setattr("basis.timing.ROTATED_BYTES", least)
+        step = layer_steps({"dense": layer}, [size], one, replace(setting, capture=rehearse))["dense"]
+        seen.clear()
+        step()
+        assert step.sets == len(seen) == len(set(seen)) == sets
+        assert {gradient for _, gradient in seen} == {None}
+    assert layer.weight.grad is None  # replays do not accumulate
+    assert layer_steps({"dense": layer}, [size], one, setting)["dense"].sets == 1  # nothing rotates on a CPU
+    assert ROTATED_BYTES >= 150e6
+
+
+def test_a_layer_that_cannot_be_captured_is_never_mixed_with_graphs(setting):
+    options = {"shapes": ["8@4"], "ratios": [0.5], "modes": ["factorized", "hybrid"], "passes": ["forward+backward"]}
+    control, factorized, hybrid = bench_layers(**options, setting=replace(setting, capture=refuse("hybrid"))).rows
+    assert control["timed"] == factorized["timed"] == "graph"
+    assert hybrid["error"] == "could not be captured: RuntimeError: operation not permitted when stream is capturing"
+    assert "ms" not in hybrid
+    report = bench_layers(**options, setting=replace(setting, capture=refuse("dense")))
+    assert {row["timed"] for row in report.rows} == {"host-bound"}
+    assert {row["reason"].split(":")[0] for row in report.rows} == {"dense"}
+    assert "8@4 was host-bound, not graph-timed (dense: RuntimeError: operation not permitted" in str(report)
+
+
+def test_a_step_that_is_no_graph_where_the_dense_one_is_has_failed(graphing, setting, monkeypatch):
+    first = []
+
+    def capture(function):
+        if first:  # dense is the last to be captured: what may fail runs before
+            first.append(function)
+            return rehearse(function)
+        first.append(function)
+        raise RuntimeError("no")
+
+    report = bench_training(
+        model="resnet20", width=4, ratios=[0.5], steps=["graphed"], setting=replace(setting, capture=capture)
+    )
+    control, auto = report.rows
+    assert control["error"] == "its step is eager (could not be graphed: no), that of the dense network graphed"
+    assert auto["timed"] == "graph"
+
+
+def test_graphs_beside_a_compiled_dense_network_are_compared_with_it(graphing, setting, monkeypatch):
+    monkeypatch.setattr("basis.stepping.compiled", lambda model, channels_last: model)
+    report = bench_training(
+        model="resnet20", width=4, ratios=[0.5], steps=["graphed"], dense_steps=["fast"],
+        setting=replace(setting, capture=rehearse),
+    )  # fmt: skip
+    control, dense, auto = report.rows
+    assert (dense["mode"], dense["step"], auto["step"]) == ("dense", "fast", "graphed")
+    assert auto["versus_compiled"] == control["versus_compiled"] == 1
+    assert "versus_compiled" in str(report)
+
+    def fails(model, channels_last):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr("basis.stepping.compiled", lambda model, channels_last: lambda x: fails(model, channels_last))
+    report = bench_training(
+        model="resnet20", width=4, ratios=[0.5], modes=[], steps=["graphed"], dense_steps=["fast"],
+        setting=replace(setting, capture=rehearse),
+    )  # fmt: skip
+    assert report.rows[1]["means"] == "graphed (could not be compiled: no compiler)"
+    assert not any("versus_compiled" in row for row in report.rows)
+
+
+def test_plans_are_measured_in_place_of_ratios(setting):
+    plan = Plan({"layer1.0.conv1": 2, "layer3.0.conv2": 8})
+    report = bench_training(model="resnet20", width=4, plans={0.8: plan}, setting=setting)
+    control, auto = report.rows
+    assert report.kind == "bench-plans"
+    assert control["share"] == auto["share"] == 0.8
+    assert auto["parameter_ratio"] > 1
+    assert "ratio" not in auto
+    assert report.config["shares"] == [0.8]
+
+
+def test_latencies_of_graphs_and_of_the_host_do_not_add_up(latency):
+    rows = [{**row, "timed": "graph" if i else "host-bound"} for i, row in enumerate(latency.rows)]
+    mixed = replace(latency, rows=rows)
+    with pytest.raises(ValueError, match="some layers of the latency report are host-bound"):
+        mixed.latencies(rows[0]["pass"])
+    failed = [{**row, "error": "no"} if row["mode"] == "auto" else row for row in latency.rows]
+    assert {len(ks) for ks in replace(latency, rows=failed).latencies("forward").values()} == {1}
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -403,48 +545,34 @@ def test_reports_made_before_peaks_norms_and_steps_are_read(tmp_path):
         assert "dense against itself" in str(report)
 
 
-def test_the_sweep_measures_everything_and_saves_each_report(tmp_path):
+def test_the_sweep_measures_everything_and_saves_each_report(tmp_path, monkeypatch):
+    monkeypatch.setattr("basis.timing.MOST_SETS", 2)
     told = []
-    setting = Setting(device="cpu", precision="fp32", batch_size=2, rounds=3, timer=Clock(lambda _: 0.002))
+    setting = Setting(
+        device="cpu", precision="fp32", batch_size=2, rounds=3, timer=Clock(lambda _: 0.002), capture=rehearse
+    )
     paths = bench_gpu(tmp_path, setting=setting, tiny=True, progress=told.append)
     reports = [BenchReport.load(path) for path in paths]
     assert [report.kind for report in reports] == [
-        "bench-train", "bench-baseline", "bench-layer", "bench-block", "bench-rivals", "bench-block",
+        "bench-layer", "bench-train", "bench-block", "bench-latency", "bench-plans", "bench-train", "bench-train",
+        "bench-layer", "bench-rivals",
     ]  # fmt: skip
-    assert len(set(paths)) == 6
+    assert len(set(paths)) == len(reports)
     assert all(
         machine_of(report).macs_per_second == pytest.approx(2 * 16**2 * 64 * 9 * 64 / 0.002) for report in reports
     )
-    layers = reports[2]
+    layers = reports[0]
     assert layers.config["shapes"] == ["16@6", "16-32@6/2"] == list(dict.fromkeys(r["shape"] for r in layers.rows))
-    assert [line for line in told if "2 of 2 parts" in line and line.startswith("layer")]
+    assert {row.get("timed") for row in layers.rows + reports[3].rows} == {"graph"}
+    assert {row["share"] for row in reports[4].rows} == {1.0}
+    assert [line for line in told if line.endswith(" s  layer: 2 of 2 parts")]
 
 
-def test_the_baseline_is_trained_whole(tmp_path, monkeypatch):
-    data = synthetic(train=100, test=50)
-    short = Recipe(epochs=2, batch_size=50, lr=0.05)
-    setting = Setting(device="cpu", precision="fp32", memory_format="channels_last")
-    told = []
-    report = bench_baseline(
-        model="resnet20", width=4, steps=("eager", "graphed"), recipe=short, data=data, setting=setting,
-        progress=told.append,
-    )  # fmt: skip
-    eager, graphed = report.rows
-    assert eager["means"] == "eager"
-    assert graphed["means"] == "eager (CUDA graphs need a GPU, not cpu)"
-    assert (eager["accuracy"], eager["accuracy_flip"]) == (graphed["accuracy"], graphed["accuracy_flip"])
-    assert eager["epochs"] == 2
-    assert eager["seconds"] > 0
-    assert told[1].startswith("resnet20 graphed: 2 epochs in ")
-    assert report.config["recipe"]["precision"] == "fp32"
-    assert "images_per_second" in report.to_frame()
-    report.save(tmp_path / "baseline.json")
-    assert BenchReport.load(tmp_path / "baseline.json").rows == report.rows
-    monkeypatch.setenv("BASIS_DATA", str(tmp_path))
-    with pytest.raises(DataError, match="is not there"):
-        bench_baseline(setting=setting)
-    with pytest.raises(ValueError, match="step is 'quick'"):
-        bench_baseline(steps=("quick",), setting=setting)
+def report_of(name):
+    """A report of one row."""
+    config = {"shapes": [name], "device": "cpu", "precision": "fp32", "memory_format": "contiguous", "batch_size": 2}
+    row = {"shape": name, "mode": "auto", "ms": 1.0}
+    return BenchReport(kind="bench-layer", config=config, environment={"device": "a processor"}, rows=[row])
 
 
 def test_the_sweep_begins_nothing_when_the_time_is_up(tmp_path, monkeypatch):
@@ -455,11 +583,7 @@ def test_the_sweep_begins_nothing_when_the_time_is_up(tmp_path, monkeypatch):
     def part(name):
         def measure(*, setting, progress):
             made.append((name, setting.seconds))
-            return BenchReport(
-                kind="bench-layer",
-                config={"shapes": [name], "device": "cpu", "precision": "fp32", "memory_format": "contiguous"},
-                environment={}, rows=[{"shape": name}],
-            )  # fmt: skip
+            return report_of(name)
 
         return measure
 
@@ -476,7 +600,7 @@ def test_the_sweep_begins_nothing_when_the_time_is_up(tmp_path, monkeypatch):
     assert all(seconds < 200 / 2 / 2 for _, seconds in made)
     assert [path.name for path in paths] == ["first-cpu-fp32-contiguous.json"]
     assert [row["shape"] for row in BenchReport.load(paths[0]).rows] == ["a", "b"]
-    assert [line.split(" after")[0] for line in told[1:]] == [
+    assert [line.split(" s  ")[1] for line in told[1:]] == [
         "first: 2 of 3 parts", "second: 0 of 1 parts", "third: 0 of 1 parts",
     ]  # fmt: skip
 
@@ -485,10 +609,35 @@ def test_the_full_sweep_is_within_its_means():
     plan = measurements()
     assert sum(one.share for one in plan) == pytest.approx(1)
     assert len({one.name for one in plan}) == len(plan)
-    assert [len(one.parts) for one in plan[:4]] == [4, 1, len(RESNET18_SHAPES), len(RESNET18_SHAPES)]
-    steps = [(part.keywords["ratios"], part.keywords["steps"]) for part in plan[0].parts]
-    assert steps[:2] == [((0.25,), ("eager", "graphed")), ((0.5,), ("eager", "graphed"))]  # nothing that compiles
-    assert steps[2:] == [((0.25,), ("fast",)), ((0.5,), ("fast",))]
+    parts = {one.name: len(one.parts) for one in plan}
+    assert list(parts.items())[:5] == [
+        ("layer", len(RESNET18_SHAPES)), ("train-norms-steps-resnet18", 2), ("block", len(RESNET18_SHAPES)),
+        ("latency-resnet18", 1), ("plans-resnet18", 3),
+    ]  # fmt: skip
+    compiling = [one.name for one in plan for part in one.parts if "dense_steps" in getattr(part, "keywords", {})]
+    assert compiling == ["train-compiled-resnet18"]
+    assert {one.name: one.needs for one in plan if one.needs} == {"train-compiled-resnet18": 70}
+    assert all(one.latency in list(parts)[:i] for i, one in enumerate(plan) if one.latency)
+
+
+def test_what_needs_more_time_than_is_left_does_not_begin(tmp_path, monkeypatch):
+    made = []
+
+    def measure(*, setting, progress):
+        made.append(setting.batch_size)
+        return report_of("a")
+
+    plan = (
+        Measurement(name="compiled", share=0.5, parts=[measure], needs=70),
+        Measurement(name="other", share=0.5, parts=[measure], batch_size=7),
+    )
+    monkeypatch.setattr("basis.sweep.measurements", lambda tiny: plan)
+    told = []
+    setting = Setting(device="cpu", batch_size=2, timer=Clock(lambda _: 1))
+    (path,) = bench_gpu(tmp_path, setting=setting, time_limit=69, tiny=True, progress=told.append)
+    assert path.name == "other-cpu-fp32-contiguous.json"
+    assert made == [7]
+    assert any("compiled: 0 of 1 parts" in line for line in told)
 
 
 def test_the_sweep_goes_on_without_a_part_that_fails_and_shows_what_cannot_be_saved(tmp_path, monkeypatch):
@@ -496,12 +645,7 @@ def test_the_sweep_goes_on_without_a_part_that_fails_and_shows_what_cannot_be_sa
         def measure(*, setting, progress):
             if name == "b":
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            config = {"shapes": [name], "device": "cpu", "precision": "fp32", "memory_format": "contiguous"}
-            row = {"shape": name, "mode": "auto", "ms": 1.0}
-            environment = {"device": "a processor"}
-            return BenchReport(
-                kind="bench-layer", config={**config, "batch_size": 2}, environment=environment, rows=[row]
-            )
+            return report_of(name)
 
         return measure
 
@@ -517,7 +661,7 @@ def test_the_sweep_goes_on_without_a_part_that_fails_and_shows_what_cannot_be_sa
     )
     assert [path.name for path in paths] == ["first-cpu-fp32-contiguous.json"]
     assert [row["shape"] for row in BenchReport.load(paths[0]).rows] == ["a", "c"]
-    assert "first: part 2 failed, OutOfMemoryError: CUDA out of memory" in told
+    assert any(line.endswith("first: part 2 failed, OutOfMemoryError: CUDA out of memory") for line in told)
     assert any("could not be written" in line and "auto" in line for line in told)
 
 

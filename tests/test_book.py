@@ -538,11 +538,11 @@ def test_provenance_names_only_the_benchmarks_that_the_page_shows(tmp_path, monk
 
 
 def test_the_claims_table_marks_verdicts():
-    study = pages.STUDIES["naive"]
+    study = pages.STUDIES["headline"]
     verdict = pages.Verdict("C1", "cpu", "partly", "at r = 1/2 it is smaller")
     table = pages.claims_table({"C1": [(study, verdict)]}, [study.chapter])
     assert "[partly]{.basis-verdict .partly}" in table
-    assert "At r = 1/2 it is smaller. ({doc}`chapter </notebooks/03_every_layer>`)" in table
+    assert "At r = 1/2 it is smaller. ({doc}`chapter </notebooks/05_choosing_layers>`)" in table
     assert table.count("[not tested]") == len(pages.CLAIMS) - 1
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from basis.budget_bench import bench_budget
+from basis.budget_bench import bench_budget, bench_plans
 from basis.cli import main
 from basis.selection import InfeasibleBudget
 from basis.timing import BenchReport, Setting
@@ -61,6 +61,30 @@ def test_a_share_out_of_reach_loses_none_of_the_others(layers_take):
     assert report.config["beyond"] == [0.5]
     assert {row["share"] for row in report.rows} == {0.95}
     assert any("no plan" in line for line in told)
+
+
+def test_training_steps_of_plans_count_every_layer_with_its_backward_pass(layers_take):
+    layers_take(0.3)
+    report = bench_plans(**TINY, shares=(0.5,), norms=("ordinary",), setting=SETTING)
+    control, auto = report.rows
+    assert report.kind == "bench-plans"
+    assert (control["share"], auto["share"]) == (0.5, 0.5)
+    assert 0.35 < auto["predicted"] <= 0.5
+    assert 0 < len(auto["layers"]) < 20
+    assert "layers" not in control
+    assert auto["ms"] > 0
+
+
+def test_the_smallest_share_that_can_be_met_stands_for_what_is_out_of_reach(layers_take):
+    layers_take(0.9)
+    options = {**TINY, "norms": ("ordinary",), "setting": SETTING}
+    report = bench_plans(**options, shares=(0.5, 0.4), smallest=True)
+    (least,) = report.config["shares"]
+    assert 0.89 < least < 1
+    assert report.config["beyond"] == [0.5, 0.4]
+    assert report.rows[-1]["predicted"] == pytest.approx(least, abs=1e-3)
+    with pytest.raises(InfeasibleBudget, match="milliseconds"):
+        bench_plans(**options, shares=(0.5,))
 
 
 @pytest.mark.parametrize("share", [0, -1, 1.5, float("nan")])

@@ -5,27 +5,27 @@ import errno
 import gzip
 import io
 import json
-import re
 import signal
 import tarfile
-import types
 
 import filelock
 import pytest
+import torch
 
-from basis import archives, files, runs, sharing
+from basis import archives, executors, files, runs
 from basis.archives import pack, take_in
 from basis.campaign import LEGS, by_leg, in_order
 from basis.cli import main
 from basis.complexity import count_parameters
+from basis.executors import jobs_for
 from basis.models import build
 from basis.runs import PROFILES, RecordError, load_records, record_path
 from basis.studies import STUDIES, check_records
 from basis.studies.plausible import doubts, wrong_size
 from basis.substitution import substitute
-from tests.test_runs import STUDY, fake_result, instant, put_record  # noqa: F401
+from tests.test_runs import DENSE, STUDY, fake_result, instant, put_record  # noqa: F401
 
-RUN = STUDY.runs("smoke")[0]
+RUN = DENSE[0]
 
 
 # -- order and processes ------------------------------------------------------------------------------
@@ -44,8 +44,8 @@ def test_a_campaign_does_every_run_once_and_measures_before_it_selects(profile):
 def test_every_leg_of_the_paper_campaign_has_runs_and_all_studies_begin_before_any_long_tail():
     legs = list(by_leg("paper", list(STUDIES)))
     assert all(tasks for _, tasks in legs[: len(LEGS)])
-    assert {task.run.arm for task in legs[0][1]} == {"dense"}
-    first_round = [tasks for leg, tasks in legs[:12] for tasks in tasks]
+    assert [task.run for task in legs[0][1]] == list(STUDY.runs("paper"))
+    first_round = [tasks for leg, tasks in legs[:9] for tasks in tasks]
     assert {task.run.study for task in first_round} == {n for n, study in STUDIES.items() if study.runs("paper")}
     assert len(first_round) < len(in_order("paper")) / 3
 
@@ -57,50 +57,19 @@ def test_a_campaign_of_nothing_is_refused():
         in_order("paper", ["x"])
 
 
-@pytest.mark.parametrize(
-    ("rates", "jobs"),
-    [({1: 100.0}, 1), ({1: 100.0, 2: 103.0}, 1), ({1: 100.0, 2: 180.0, 4: 185.0}, 2), ({1: 9.0, 2: 8.0}, 1)],
-)  # fmt: skip
-def test_more_processes_must_bring_something(rates, jobs):
-    assert sharing.best(rates) == jobs
-
-
 def test_on_a_cpu_there_are_as_many_processes_as_cores_and_runs(monkeypatch):
-    monkeypatch.setattr(sharing, "cores", lambda: 4)
-    tasks = in_order("smoke")
-    assert sharing.choose_jobs(tasks, "cpu") == (4, f"4 cores, {len(tasks)} runs")
-    assert sharing.choose_jobs(tasks[:2], "cpu")[0] == 2
-    assert sharing.choose_jobs([], "cpu")[0] == 1
-
-
-@pytest.mark.slow
-def test_a_trial_measures_processes_side_by_side():
-    recipe = dataclasses.replace(RUN.recipe, batch_size=10)
-    rates = sharing.measure(dataclasses.replace(RUN, recipe=recipe, width=2), "cpu", sizes=[1, 2], seconds=0.5)
-    assert rates[1] > 0
-    assert set(rates) <= {1, 2}
-
-
-def test_a_trial_that_fails_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(sharing.sys, "executable", "false")
-    with pytest.raises(RuntimeError, match="give --jobs a number"):
-        sharing.measure(RUN, "cpu", sizes=[1], seconds=1)
-
-
-@pytest.mark.parametrize("command", [["campaign", "--studies", "naive"], ["run", "naive"]])
-def test_a_command_whose_trial_fails_says_it_in_one_sentence(tmp_path, monkeypatch, capsys, command):
-    monkeypatch.setattr(sharing.sys, "executable", "false")
-    monkeypatch.setattr(sharing, "device_for", lambda *_: types.SimpleNamespace(type="cuda"))
-    assert main([*command, "--device", "cpu", "--jobs", "auto", "--results", str(tmp_path)]) == 2
-    said = capsys.readouterr().err
-    assert re.fullmatch(r"basis: the trial of .* failed, whose reason stands above; give --jobs a number\n", said)
+    monkeypatch.setattr(executors, "cores", lambda: 4)
+    todo, cpu = STUDY.runs("smoke"), torch.device("cpu")
+    assert jobs_for(todo, cpu) == 4
+    assert jobs_for(todo[:2], cpu) == 2
+    assert jobs_for([], cpu) == 1
 
 
 # -- the command --------------------------------------------------------------------------------------
 
 
 def campaign(tmp_path, *more):
-    command = ["campaign", "--studies", "naive", "--device", "cpu", "--jobs", "1", "--quiet"]
+    command = ["campaign", "--studies", "headline", "--device", "cpu", "--jobs", "1", "--quiet"]
     return main([*command, "--results", str(tmp_path / "here"), "--archive", str(tmp_path / "new.tar.gz"), *more])
 
 
@@ -109,11 +78,11 @@ def test_a_campaign_skips_what_is_recorded_and_packs_what_is_new(tmp_path, insta
         put_record(tmp_path / "here", run)
     assert campaign(tmp_path) == 0
     said = capsys.readouterr().out
-    assert "7 of 10 runs are missing" in said
-    assert f"7 new records, packed into {tmp_path / 'new.tar.gz'}" in said
-    assert len(instant) == 7
+    assert "24 of 27 runs are missing" in said
+    assert f"24 new records, packed into {tmp_path / 'new.tar.gz'}" in said
+    assert len(instant) == 24
     with tarfile.open(tmp_path / "new.tar.gz") as tar:
-        assert set(tar.getnames()) == {f"naive/smoke/{run.id}.json" for run in instant}
+        assert set(tar.getnames()) == {f"headline/smoke/{run.id}.json" for run in instant}
     (tmp_path / "new.tar.gz").unlink()
     assert campaign(tmp_path) == 0
     assert "0 new records" in capsys.readouterr().out
@@ -133,7 +102,7 @@ def test_an_interrupted_campaign_packs_what_it_has(tmp_path, monkeypatch, capsys
     assert campaign(tmp_path) == 130
     said = capsys.readouterr()
     assert "1 new records, packed into" in said.out
-    assert "9 are missing, and the same command goes on" in said.out
+    assert "26 are missing; next is dense, seed 0: the same command goes on" in said.out
     assert "interrupted; what is finished is kept" in said.err
 
 
@@ -158,8 +127,8 @@ def interrupted_after(number, monkeypatch):
 def test_the_same_command_again_adds_to_the_archive(tmp_path, monkeypatch, capsys):
     archive, planned = tmp_path / "new.tar.gz", STUDY.runs("smoke")
     put_record(tmp_path / "here", planned[0])
-    for number, said in ((3, f"3 new records, packed into {archive};"),
-                         (2, f"2 new records, packed into {archive} beside 3 others;")):  # fmt: skip
+    for number, said in ((3, f"3 new records, packed into {archive}, 23 are missing"),
+                         (2, f"2 new records, packed into {archive} beside 3 others, 21 are missing")):  # fmt: skip
         interrupted_after(number, monkeypatch)
         assert campaign(tmp_path) == 130
         assert said in capsys.readouterr().out
@@ -174,7 +143,7 @@ def test_the_same_command_again_adds_to_the_archive(tmp_path, monkeypatch, capsy
 
 def test_an_archive_keeps_what_it_holds_but_takes_the_records_that_are_here_now(tmp_path, instant):  # noqa: F811
     archive, (first, second, third) = tmp_path / "new.tar.gz", STUDY.runs("smoke")[:3]
-    other = STUDIES["selection"].runs("smoke")[0]
+    other = STUDIES["skip"].runs("smoke")[0]
     there, here = tmp_path / "there", tmp_path / "here"
     put_record(there, other)
     for run in (first, second):  # both were renewed since, the second in this call
@@ -253,7 +222,8 @@ def test_the_paper_profile_is_refused_without_a_gpu_before_anything_is_begun(tmp
 
 
 def test_status_shows_hours_spent_and_expected(tmp_path, capsys):
-    put_record(tmp_path, STUDY.runs("cpu")[0], result=fake_result(STUDY.runs("cpu")[0]) | {"train_seconds": 3600.0})
+    dense = STUDY.runs("small")[1]
+    put_record(tmp_path, dense, result=fake_result(dense) | {"train_seconds": 3600.0})
     assert main(["status", "--results", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == [
@@ -267,10 +237,9 @@ def test_status_shows_hours_spent_and_expected(tmp_path, capsys):
         "expected",
         "device",
     ]
-    row = next(line for line in lines if line.split()[:2] == ["naive", "cpu"])
+    row = next(line for line in lines if line.split()[:2] == ["headline", "small"])
     assert "1.00 h CPU" in row
-    assert "14.00 h CPU" in row
-    assert any("unknown for 40" in line for line in lines)
+    assert "67.00 h CPU, unknown for 21" in row
 
 
 # -- records from elsewhere ---------------------------------------------------------------------------
@@ -279,7 +248,7 @@ def test_status_shows_hours_spent_and_expected(tmp_path, capsys):
 @pytest.fixture
 def there(tmp_path):
     """The results of another machine: two sound records."""
-    for run in STUDY.runs("smoke")[:2]:
+    for run in DENSE[:2]:
         put_record(tmp_path / "there", run, result=sound_result(run), environment=machine("theirs"))
     return tmp_path / "there"
 
@@ -327,7 +296,7 @@ def test_of_two_machines_with_the_same_run_the_first_stays(tmp_path, there, caps
 def test_an_outdated_record_is_renewed_and_a_broken_one_is_named(tmp_path, there):
     here = tmp_path / "here"
     put_record(here, RUN, definition="0" * 16)
-    broken = record_path(here, STUDY.runs("smoke")[1])
+    broken = record_path(here, DENSE[1])
     broken.write_text("{")
     found = dict(outcomes(archive_of(there), here))
     assert set(found) == {"renewed", "refused"}
@@ -359,11 +328,11 @@ def test_the_size_of_the_network_is_checked(tmp_path):
         ({"test": {"loss": float("nan"), "accuracy": 0.9}}, "loss of test is nan"),
         ({"test": {"loss": 0.1}}, "incomplete or malformed"),
         ({"test": None}, "lacks an accuracy on test images"),
-        ({"validation": {"loss": 0.1, "accuracy": 0.2}}, "has an accuracy on validation images"),
-        ({"curves": []}, "its curves hold 0 epochs, but the recipe has 3"),
+        ({"validation": None}, "lacks an accuracy on validation images"),
+        ({"curves": []}, "its curves hold 0 epochs, but the recipe has 2"),
         ({"train_seconds": 0.0}, "train_seconds is 0.0"),
         ({"train_seconds": 5.0}, "do not add up to train_seconds"),
-        ({"steps": 1}, "it took 1 steps, but the recipe takes 60"),
+        ({"steps": 1}, "it took 1 steps, but the recipe takes 36"),
         ({"images_per_second": float("inf")}, "images_per_second is inf"),
         ({"parameters": -3}, "parameters is -3"),
     ],
@@ -379,6 +348,15 @@ def test_what_a_run_cannot_have_left_is_refused_everywhere(tmp_path, changes, sa
     assert all(problem.startswith(f"{path} cannot be what its run left: ") for problem in problems)
 
 
+def test_a_run_that_must_not_look_at_the_test_images_has_not_done_so(tmp_path):
+    table = STUDY.runs("smoke")[0]
+    result = fake_result(table)
+    path = put_record(tmp_path, table, result=result)
+    assert check_records(tmp_path) == []
+    put_record(tmp_path, table, result=result | {"test": result["validation"]})
+    assert check_records(tmp_path) == [f"{path} cannot be what its run left: it has an accuracy on test images"]
+
+
 def test_every_committed_record_has_the_size_of_its_network():
     """One record of every study, model and kind of plan."""
     seen = {}
@@ -391,13 +369,13 @@ def test_every_committed_record_has_the_size_of_its_network():
 
 
 def test_records_of_no_study_of_another_rule_or_place_are_refused(tmp_path, there):
-    one, other = STUDY.runs("smoke")[2:4]
+    one, other = DENSE[2:4]
     put_record(there, one, definition="0" * 16)
     put_record(there, dataclasses.replace(other, seed=99))
     moved = record_path(there, RUN)
     moved.rename(moved.with_name("0" * 16 + ".json"))
     refused = [reason for outcome, reason in outcomes(archive_of(there), tmp_path / "here") if outcome == "refused"]
-    assert sorted(reason.split(" 'naive'")[0] for reason in refused) == [
+    assert sorted(reason.split(" 'headline'")[0] for reason in refused) == [
         "holds a run that the study", "holds a run that the study", "was made before the study",
     ]  # fmt: skip
 
@@ -421,17 +399,17 @@ def member(name, kind=tarfile.REGTYPE, target=""):
     [
         member("../../outside.json"),
         member("/outside.json"),
-        member("naive/smoke/../../../outside.json"),
-        member(f"naive/smoke/{RUN.id}.json", tarfile.SYMTYPE, "/etc/hostname"),
-        member(f"naive/smoke/{RUN.id}.json", tarfile.LNKTYPE, "elsewhere"),
-        member(f"naive/smoke/{RUN.id}.json", tarfile.FIFOTYPE),
-        member("naive/smoke", tarfile.DIRTYPE),
+        member("headline/smoke/../../../outside.json"),
+        member(f"headline/smoke/{RUN.id}.json", tarfile.SYMTYPE, "/etc/hostname"),
+        member(f"headline/smoke/{RUN.id}.json", tarfile.LNKTYPE, "elsewhere"),
+        member(f"headline/smoke/{RUN.id}.json", tarfile.FIFOTYPE),
+        member("headline/smoke", tarfile.DIRTYPE),
         member(f"bench/smoke/{RUN.id}.JSON"),
     ],
     ids=lambda entry: f"{entry.name} {entry.type!r}",
 )
 def test_an_archive_writes_nothing_but_records(tmp_path, there, entry):
-    sound = record_path(there, STUDY.runs("smoke")[1])
+    sound = record_path(there, DENSE[1])
     name = sound.relative_to(there).as_posix()
     archive = hostile([(entry, b""), (member(name), sound.read_bytes())], tmp_path / "bad.tar.gz")
     found = list(take_in(archive, tmp_path / "a" / "b" / "here"))
@@ -442,7 +420,7 @@ def test_an_archive_writes_nothing_but_records(tmp_path, there, entry):
 
 def test_an_archive_with_a_huge_member_is_not_read_on(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "LARGEST", 1000)
-    archive = hostile([(member(f"naive/smoke/{RUN.id}.json"), b" " * 1001)], tmp_path / "bad.tar.gz")
+    archive = hostile([(member(f"headline/smoke/{RUN.id}.json"), b" " * 1001)], tmp_path / "bad.tar.gz")
     with pytest.raises(RecordError, match="of 1001 bytes, after 0 others; no campaign packs so much"):
         list(take_in(archive, tmp_path / "here"))
 
@@ -494,7 +472,7 @@ def test_a_record_that_is_no_json_is_refused(tmp_path):
     contents.append(
         json.dumps({"version": 1, "id": "x", "config": 1, "result": 1, "environment": 1, "definition": 1}).encode()
     )
-    names = [member(f"naive/smoke/{n:016x}.json") for n in range(len(contents))]
+    names = [member(f"headline/smoke/{n:016x}.json") for n in range(len(contents))]
     found = outcomes(hostile(zip(names, contents, strict=True), tmp_path / "bad.tar.gz"), tmp_path / "here")
     assert [outcome for outcome, _ in found] == ["refused"] * len(contents)
     for name, (_, reason) in zip(names, found, strict=True):

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import io
 import math
 import shutil
 
@@ -10,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from basis.conv import MODES, BasisConv2d, basis_channels_for, derives_apart, factorize, padded_channels, resolve_mode
+from basis.conv import (
+    MODES,
+    BasisConv2d,
+    basis_channels_for,
+    derives_apart,
+    factorize,
+    mixes_rows,
+    padded_channels,
+    resolve_mode,
+)
 
 C_IN, C_OUT, K = 8, 12, 4
 EXPLICIT = ("factorized", "composed", "hybrid")
@@ -485,10 +495,15 @@ def test_resolved_mode_is_one_of_the_three(mode, groups):
     [
         (9 * 64, 64, 1 / 2, "factorized", "composed"),  # 64 channels: a GPU is bound by memory there
         (9 * 64, 64, 3 / 4, "factorized", "composed"),
+        (9 * 64, 128, 1 / 2, "factorized", "composed"),
+        (9 * 64, 128, 1 / 4, "factorized", "factorized"),
         (9 * 128, 128, 1 / 2, "factorized", "factorized"),
-        (9 * 128, 128, 3 / 4, "factorized", "composed"),
+        (9 * 128, 128, 65 / 128, "factorized", "composed"),
+        (9 * 128, 256, 1 / 2, "factorized", "factorized"),
+        (9 * 256, 256, 3 / 4, "factorized", "composed"),
         (9 * 512, 512, 3 / 4, "factorized", "composed"),
-        (9 * 128, 128, 65 / 128, "factorized", "composed"),  # 65 costs a GPU as much as 72
+        (9 * 256, 256, 121 / 256, "factorized", "factorized"),  # costs a GPU as much as 128
+        (9 * 256, 256, 129 / 256, "factorized", "composed"),  # as much as 136
         (9 * 3, 64, 1 / 4, "composed", "composed"),  # a stem has little to save
         (256, 1024, 1 / 4, "composed", "composed"),  # a 1x1 convolution neither
         (9 * 16, 16, 1 / 4, "composed", "composed"),
@@ -552,3 +567,212 @@ def test_filling_up_changes_no_number(last, permuted, monkeypatch):
     monkeypatch.setattr("basis.conv.padded_channels", filled)
     assert_same(gradients(), plain)
     assert seen == [("cpu", torch.float64, 5)]
+
+
+# -- mixing as a GPU does it, on a CPU ----------------------------------------------------------
+
+
+def test_a_gpu_mixes_rows_in_half_precision_only():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert mixes_rows(gpu, torch.bfloat16)
+    assert mixes_rows(gpu, torch.float16)
+    assert not mixes_rows(gpu, torch.float32)  # which it would multiply without TF32
+    assert not mixes_rows(cpu, torch.bfloat16)
+
+
+@pytest.fixture
+def linear_calls(monkeypatch):
+    """Take every decision as on a GPU in half precision; the inputs of the calls of F.linear."""
+    calls, linear = [], F.linear
+
+    def counted(x, *args):
+        calls.append(x)
+        return linear(x, *args)
+
+    monkeypatch.setattr("basis.conv.mixes_rows", lambda device, dtype: True)
+    monkeypatch.setattr("basis.conv.derives_apart", lambda device, **shape: False)
+    monkeypatch.setattr("basis.conv.padded_channels", lambda device, dtype, k: 8 * math.ceil(k / 8))
+    monkeypatch.setattr(F, "linear", counted)
+    return calls
+
+
+def last(x):
+    return x.to(memory_format=torch.channels_last)
+
+
+def gpu_layer(*, k=8, bias=True, permuted=False, dtype=torch.float64, **changes):
+    conv = nn.Conv2d(C_IN, 20, 3, padding=1, bias=bias, dtype=dtype)
+    make = BasisConv2d.from_conv if permuted else BasisConv2d.shaped_like
+    return make(conv, basis_channels=k, mode="factorized", **changes)
+
+
+def values_and_gradients(layer, x, call=None):
+    """What ``call(x)`` gives, the layer unless told, and the gradients of a sum of its squares."""
+    x = x.detach().requires_grad_()  # keeps the memory format
+    y = (layer if call is None else call)(x)
+    y.square().sum().backward()
+    result = [y.detach(), x.grad, *(p.grad for p in layer.parameters())]
+    layer.zero_grad()
+    return result
+
+
+def assert_all_same(ours, expected, tolerance=1e-12):
+    for value, right in zip(ours, expected, strict=True):
+        torch.testing.assert_close(value, right, rtol=tolerance, atol=tolerance)
+
+
+def by_weight(layer):
+    """The same function of the same parameters, by one convolution."""
+    return lambda x: F.conv2d(x, layer.weight, layer.bias, padding=1)
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse:2", "grouped:2"])
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("k", [6, 8, 10])
+@pytest.mark.parametrize("bias", [False, True])
+def test_mixing_rows_changes_no_number(form, permuted, k, bias, linear_calls):
+    layer = gpu_layer(k=k, bias=bias, permuted=permuted, coefficients=form).eval()
+    for x in (torch.randn(2, C_IN, 5, 4).double(), torch.randn(C_IN, 5, 4).double()):
+        assert_all_same(values_and_gradients(layer, x), values_and_gradients(layer, x, by_weight(layer)))
+    assert not linear_calls
+    x = last(torch.randn(2, C_IN, 5, 4).double())
+    ours = values_and_gradients(layer, x)
+    assert_all_same(ours, values_and_gradients(layer, x, by_weight(layer)))
+    assert len(linear_calls) == (form != "grouped:2")
+    assert all(rows.is_contiguous() and rows.shape[-1] % 8 == 0 for rows in linear_calls)
+    assert all(maps.is_contiguous(memory_format=torch.channels_last) for maps in ours[:2])
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_mixing_rows_in_one_graph_twice_in_checkpoints_and_in_place(permuted, linear_calls):
+    layer = gpu_layer(permuted=permuted)
+    x, dense = last(torch.randn(2, C_IN, 5, 4).double()), by_weight(layer)
+    again = torch.randn(C_IN, 20, 1, 1).double()
+
+    def twice(one):
+        return lambda x: one(F.conv2d(one(x), again))
+
+    def checkpointed(x):
+        return torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+
+    for call, right in (
+        (twice(layer), twice(dense)),
+        (twice(checkpointed), twice(dense)),
+        (lambda x: F.relu(layer(x), inplace=True), lambda x: F.relu(dense(x))),
+    ):
+        assert_all_same(values_and_gradients(layer, x, call), values_and_gradients(layer, x, right), 1e-11)
+    assert torch.autograd.gradgradcheck(layer, (x.requires_grad_(),), fast_mode=True)
+    exact = values_and_gradients(layer, x)
+    two = layer(x), layer(x)  # both before a backward pass
+    sum(y.square().sum() for y in two).backward()
+    assert_all_same([p.grad / 2 for p in layer.parameters()], exact[2:])
+
+
+def test_mixing_rows_follows_the_parameters(linear_calls):
+    layer = gpu_layer(permuted=True)
+    x = last(torch.randn(2, C_IN, 5, 4).double())
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+    for _ in range(2):
+        assert_all_same(values_and_gradients(layer, x), values_and_gradients(layer, x, by_weight(layer)))
+        layer(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    layer.coefficients.values.data.add_(0.5)  # an update that the version counter does not tell
+    with torch.inference_mode():
+        y = layer.eval()(x)
+    assert_all_same([y], [by_weight(layer)(x)])
+    twin = copy.deepcopy(layer)
+    assert_all_same(values_and_gradients(twin, x), values_and_gradients(layer, x))
+    assert_all_same([twin.float()(x.float())], [y.float()], 1e-4)
+
+
+@pytest.mark.parametrize("k", [6, 8])
+def test_mixing_rows_under_autocast(k, linear_calls):
+    layer = gpu_layer(k=k, dtype=torch.float32)
+    x = last(torch.randn(2, C_IN, 5, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = values_and_gradients(layer, x)
+    assert ours[0].dtype == torch.bfloat16
+    assert ours[0].is_contiguous(memory_format=torch.channels_last)
+    assert len(linear_calls) == 1
+    for value, right in zip(ours, values_and_gradients(layer, x, by_weight(layer)), strict=True):
+        assert (value - right).norm() < 0.02 * right.norm()
+
+
+@pytest.mark.parametrize("k", [6, 8])
+def test_mixing_rows_compiles_as_one_graph(k, linear_calls):
+    layer = gpu_layer(k=k, permuted=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = last(torch.randn(2, C_IN, 5, 4).double())
+    assert_all_same(values_and_gradients(layer, x, compiled), values_and_gradients(layer, x))
+
+
+def test_mixing_rows_of_several_layers_at_once(linear_calls):
+    layers = [gpu_layer() for _ in range(2)]
+    x = last(torch.randn(2, C_IN, 5, 4).double())
+    state = torch.func.stack_module_state(layers)
+    ours = torch.vmap(lambda *own: torch.func.functional_call(layers[0], own, x))(*state)
+    assert_all_same(ours, [by_weight(layer)(x) for layer in layers])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("k", [20, 32])
+def test_a_cuda_graph_of_the_layer_follows_its_parameters(k):
+    layer = last(BasisConv2d(32, 128, 3, padding=1, basis_channels=k, mode="factorized", device="cuda"))
+    parameters = list(layer.parameters())
+    x = last(torch.randn(8, 32, 16, 16, device="cuda"))
+
+    def step():
+        with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
+            y = layer(x)
+        gradients = torch.autograd.grad(y.float().square().mean(), parameters)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.sub_(gradient)
+        return y, *gradients
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    assert results[0].is_contiguous(memory_format=torch.channels_last)
+    for _ in range(3):
+        twin = copy.deepcopy(layer).double()
+        y = by_weight(twin)(x.double())
+        expected = [y, *torch.autograd.grad(y.square().mean(), list(twin.parameters()))]
+        graph.replay()
+        for ours, right in zip(results, expected, strict=True):
+            assert (ours - right).norm() < 0.02 * right.norm()
+    with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):  # eager, after updates by the graph
+        y, right = layer(x), by_weight(layer)(x)
+    assert (y - right).norm() < 0.02 * right.norm()
+
+
+# -- the identity in M is kept, but is no part of the state -------------------------------------
+
+
+def test_the_identity_is_in_no_state_and_survives_every_move():
+    layer = BasisConv2d(C_IN, C_OUT, 3, basis_channels=K)
+    state, x = layer.state_dict(), torch.randn(1, C_IN, 5, 5)
+    assert sorted(state) == ["basis", "bias", A, "order"]
+    expected, address = layer.mixing, layer._identity.data_ptr()
+    layer.load_state_dict(state)
+    layer.float()
+    assert layer._identity.data_ptr() == address  # which a CUDA graph may have recorded
+    empty, assigned = (BasisConv2d(C_IN, C_OUT, 3, basis_channels=K, device="meta") for _ in range(2))
+    empty.to_empty(device="cpu").load_state_dict(state)
+    assigned.load_state_dict({n: v.double() if v.is_floating_point() else v for n, v in state.items()}, assign=True)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for other in (empty, assigned.float(), torch.load(file, weights_only=False), copy.deepcopy(layer)):
+        assert_same(other.mixing, expected, 0)
+        assert_same(other(x), layer(x), 1e-6)
+    halves = {name: p.bfloat16() for name, p in layer.named_parameters()}
+    assert torch.func.functional_call(layer, halves, x.bfloat16()).dtype == torch.bfloat16

@@ -21,7 +21,7 @@ from basis.runs import Progress, Unwritable, load_records, record_path
 from basis.studies import STUDIES
 from tests.test_robustness import contents, descendants, needs_proc, timeless, tiny_runs
 
-SMOKE = [Task(run, STUDIES["selection"].definition) for run in STUDIES["selection"].runs("smoke")]
+SMOKE = [Task(run, STUDIES["headline"].definition) for run in STUDIES["headline"].runs("smoke")]
 
 
 class Scripted:
@@ -129,7 +129,7 @@ def test_a_full_disk_stops_processes_with_a_clear_sentence_and_leaves_what_was_t
 
 def test_the_command_says_how_to_get_ray(monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    assert main(["run", "naive", "--executor", "ray"]) == 2
+    assert main(["run", "headline", "--executor", "ray"]) == 2
     assert "ray is not installed; `pip install -e '.[ray]'` adds it" in capsys.readouterr().err
 
 
@@ -175,7 +175,7 @@ def test_ray_does_the_same_runs_and_retries_what_a_killed_worker_had(cluster, tm
     def kill_one():
         until = time.monotonic() + 120
         while time.monotonic() < until and not killed.is_set():
-            at_work = workers_at_work() if list(tmp_path.rglob("*.pt")) else []
+            at_work = workers_at_work() if list(tmp_path.rglob("*.lock")) else []
             if at_work:
                 os.kill(at_work[0], signal.SIGKILL)
                 killed.set()
@@ -191,7 +191,7 @@ def test_ray_does_the_same_runs_and_retries_what_a_killed_worker_had(cluster, tm
     assert sorted(step.outcome for step in steps) == ["done"] * len(tasks)
     assert {record.id for record in load_records(tmp_path)} == {task.run.id for task in tasks}
     assert not list(tmp_path.rglob("*.pt"))
-    # What was cut off went on from its checkpoint, and came out as if nothing had happened.
+    # What was cut off was begun again, and came out as if nothing had happened.
     list(in_this_process(order_of([tasks[0], tasks[2]], tmp_path / "alone")))
     there = contents(tmp_path)
     for name, content in contents(tmp_path / "alone").items():

@@ -121,5 +121,5 @@ def test_compression_goes_alone():
 
 
 def test_older_runs_keep_their_identity():
-    run = Run(study="naive", profile="smoke", arm="dense", seed=0)
+    run = Run(study="headline", profile="smoke", arm="dense", seed=0)
     assert runs.identity({k: v for k, v in run.config.items() if k != "compression"}) == run.id

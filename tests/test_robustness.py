@@ -21,7 +21,7 @@ from basis.runs import Choice, Ladder, Run
 from basis.studies import STUDIES
 from basis.training import Recipe
 
-DEFINITION = STUDIES["selection"].definition
+DEFINITION = STUDIES["headline"].definition
 DRIVER = """
 import pickle, sys
 from basis.executors import Processes
@@ -34,7 +34,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="ch
 def tiny_runs(count=4):
     """Runs of a second each: one that measures sensitivities, some that select from them, some dense."""
     recipe = Recipe(epochs=3, batch_size=25, translate=1, cutout=0, precision="fp32")
-    base = Run(study="selection", profile="smoke", arm="dense", seed=0, model="resnet20", width=2, data="synthetic",
+    base = Run(study="headline", profile="smoke", arm="dense", seed=0, model="resnet20", width=2, data="synthetic",
                images=100, validation=50, recipe=recipe)  # fmt: skip
     ladder = Ladder(measures={"oneshot_bn": (0.5,)}, multiple=1, images=50, calibration=50)
     table = Run(**{**vars(base), "arm": "table", "test": False, "ladder": ladder})
@@ -149,7 +149,7 @@ def test_killed_at_random_moments_nothing_is_lost_or_done_twice(tmp_path):
 @pytest.mark.trial
 def test_a_smoke_campaign_survives_fifty_kills(tmp_path):
     """Half an hour. With what is printed (pytest -s), the report of the trial."""
-    studies = ["naive", "selection"]
+    studies = ["headline"]
     command = [sys.executable, "-m", "basis.cli", "campaign", "--studies", *studies, "--device", "cpu", "--jobs", "2"]
     command += ["--quiet", "--archive", str(tmp_path / "records.tar.gz"), "--results"]
     subprocess.run([*command, str(tmp_path / "undisturbed")], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

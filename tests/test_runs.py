@@ -16,10 +16,19 @@ from basis import pages, runs
 from basis.cli import main
 from basis.data import DataError
 from basis.runs import RecordError, Run, load_records, parse_duration, read_record, record_path, work, write_json
-from basis.studies import STUDIES, check_records, find_study, naive, status, valid_records
+from basis.studies import STUDIES, check_records, find_study, status, valid_records
+from basis.table import SensitivityTable
 from basis.training import Recipe, TrainingPaused
 
-STUDY = STUDIES["naive"]
+STUDY = STUDIES["headline"]
+DENSE = [run for run in STUDY.runs("smoke") if run.choice is run.ladder is None]
+LIKE_DENSE = sum(run.width == DENSE[0].width and run.ladder is None for run in STUDY.runs("smoke"))
+
+
+def empty_table(measure):
+    """The lines of a table of a network without convolutions."""
+    parts = {"measure": measure, "layers": (), "cells": (), "skipped": {}, "fingerprint": {}, "baseline": {}}
+    return SensitivityTable(**parts, total=dict.fromkeys(("params", "macs", "backward_macs"), 10)).to_lines()
 
 
 def fake_result(run, accuracy=0.9):
@@ -27,7 +36,8 @@ def fake_result(run, accuracy=0.9):
     epochs, held = run.recipe.epochs, {"loss": 0.5, "accuracy": accuracy, "accuracy_flip": accuracy}
     images = min({"cifar10": 50000, "synthetic": 2000}[run.data] - run.validation, run.images or 50000)
     row = {"train_loss": 0.5, "train_accuracy": accuracy, "seconds": 2.0 / epochs}
-    return {
+    left = {"tables": {name: empty_table(name) for name in run.ladder.measures}} if run.ladder else {}
+    return left | {
         "curves": [{"epoch": n, **row} for n in range(1, epochs + 1)],
         "test": None if run.test is False else held,
         "validation": held if run.validation else None,
@@ -35,6 +45,7 @@ def fake_result(run, accuracy=0.9):
         "steps": epochs * (images // run.recipe.batch_size),
         "images_per_second": 100.0,
         "parameters": 10,
+        "macs": 10,
     }
 
 
@@ -66,8 +77,8 @@ def instant(monkeypatch):
 
 
 def test_equal_configurations_have_equal_identities_and_any_change_another():
-    run = Run(study="naive", profile="smoke", arm="dense", seed=0)
-    assert run.id == Run(study="naive", profile="smoke", arm="dense", seed=0).id
+    run = Run(study="headline", profile="smoke", arm="dense", seed=0)
+    assert run.id == Run(study="headline", profile="smoke", arm="dense", seed=0).id
     changed = [dataclasses.replace(run, seed=1), dataclasses.replace(run, recipe=Recipe(lr=0.1))]
     assert len({run.id, *(r.id for r in changed)}) == 3
     assert json.loads(json.dumps(run.config)) == run.config
@@ -80,9 +91,10 @@ def test_all_runs_of_all_studies_differ():
 
 
 def test_seeds_come_before_arms_so_that_unfinished_studies_compare_all():
-    arms = [run.arm for run in STUDY.runs("paper")]
-    assert arms[:5] == list(naive.ARMS)
-    assert len(arms) == 5 * 8
+    table, *first = STUDY.runs("paper")[:11]
+    assert table.arm == "table"
+    assert [run.seed for run in first] == [0] * 5 + [1] * 5
+    assert [run.arm for run in first[:5]] == [run.arm for run in first[5:]]
 
 
 def test_a_record_is_written_whole_and_read_back(tmp_path):
@@ -122,7 +134,7 @@ def test_a_full_disk_loses_nothing_and_says_so(tmp_path, monkeypatch):
     ],
 )
 def test_bad_records_are_refused_in_one_sentence(tmp_path, content, says):
-    path = tmp_path / "naive" / "smoke" / "x.json"
+    path = tmp_path / "headline" / "smoke" / "x.json"
     path.parent.mkdir(parents=True)
     path.write_text(content)
     with pytest.raises(RecordError, match=says):
@@ -228,7 +240,7 @@ def test_failures_and_pauses_are_reported_and_leave_no_record(tmp_path, monkeypa
 
     monkeypatch.setattr(runs, "execute", execute)
     steps = list(work(STUDY.runs("smoke"), STUDY.definition, folder=tmp_path, device="cpu"))
-    assert {(s.run.seed, s.outcome) for s in steps} == {(0, "paused"), (1, "failed")}
+    assert {(s.run.seed, s.outcome) for s in steps} == {(100, "failed"), (0, "paused"), (1, "failed")}
     assert "ValueError: no such network" in steps[-1].message
     assert load_records(tmp_path) == []
 
@@ -247,29 +259,31 @@ def test_wrong_durations_show_a_right_one(text):
 
 
 def test_status_counts(tmp_path):
-    put_record(tmp_path, STUDY.runs("smoke")[0])
-    row = status(tmp_path).set_index(["study", "profile"]).loc[("naive", "smoke")]
+    put_record(tmp_path, DENSE[0])
+    row = status(tmp_path).set_index(["study", "profile"]).loc[("headline", "smoke")]
     assert (row["done"], row["missing"], row["seconds"]) == (1, len(STUDY.runs("smoke")) - 1, {"cpu": 2.0})
-    # Every arm is of the network that the one record tells the time of.
-    assert row["expected"] == {"cpu": pytest.approx(2.0 * row["missing"])}
-    assert row["unknown"] == 0
+    # The one record tells the time of all that train its network, but not of narrower ones, nor of the measured one.
+    assert row["expected"] == {"cpu": pytest.approx(2.0 * (LIKE_DENSE - 1))}
+    assert row["unknown"] == row["missing"] - (LIKE_DENSE - 1) > 0
 
 
 def test_times_of_cpus_and_gpus_are_never_added_up(tmp_path):
-    first, second, third = STUDY.runs("smoke")[:3]
+    first, second, third = [run for run in STUDY.runs("smoke") if run.width == DENSE[0].width][1:4]
     put_record(tmp_path, first)
     fast = fake_result(second) | {"train_seconds": 0.5, "setup_seconds": 0.25}
     put_record(tmp_path, second, result=fast, environment={"device": "x", "device_type": "cuda", "jobs": 3})
-    row = status(tmp_path).set_index(["study", "profile"]).loc[("naive", "smoke")]
+    row = status(tmp_path).set_index(["study", "profile"]).loc[("headline", "smoke")]
     assert row["seconds"] == {"cpu": 2.0, "cuda": 0.25}
-    assert row["expected"] == {"cpu": pytest.approx(2.0 * row["missing"])}
+    assert row["expected"] == {"cpu": pytest.approx(2.0 * (LIKE_DENSE - 2))}
     assert pages.human_times(row["seconds"]) == "2 s CPU, under 1 s GPU"
     paper = STUDY.runs("paper")[0]
     put_record(tmp_path, paper, environment={"device": "x", "device_type": "cpu"})
     assert "it was made on a cpu device, but the profile paper is for cuda devices" in check_records(tmp_path)[0]
-    with pytest.raises(ValueError, match="'paper' is for cuda devices, but the device is cpu; it may do smoke, cpu"):
+    with pytest.raises(
+        ValueError, match="'paper' is for cuda devices, but the device is cpu; it may do smoke, small, cpu"
+    ):
         list(work([paper], STUDY.definition, folder=tmp_path, device="cpu"))
-    assert record_path(tmp_path, third).parent == tmp_path / "naive" / "smoke"
+    assert record_path(tmp_path, third).parent == tmp_path / "headline" / "smoke"
 
 
 def test_a_corrupted_record_and_a_foreign_file_stop_no_other_run(tmp_path, instant):
@@ -289,11 +303,11 @@ def test_a_corrupted_record_and_a_foreign_file_stop_no_other_run(tmp_path, insta
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        (["run", "nothing"], "there is no study 'nothing'; there are: cost, naive"),
-        (["run", "naive", "--jobs", "0"], "--jobs is 0"),
-        (["run", "naive", "--profile", "huge"], "invalid choice: 'huge'"),
-        (["run", "naive", "--time-limit", "soon"], "'soon' is not a duration"),
-        (["run", "naive", "--device", "gpu"], "'gpu' is no device of this machine"),
+        (["run", "nothing"], "there is no study 'nothing'; there are: cost, headline"),
+        (["run", "headline", "--jobs", "0"], "--jobs is 0"),
+        (["run", "headline", "--profile", "huge"], "invalid choice: 'huge'"),
+        (["run", "headline", "--time-limit", "soon"], "'soon' is not a duration"),
+        (["run", "headline", "--device", "gpu"], "'gpu' is no device of this machine"),
         (["bench", "layer", "--device", "cuda:99"], "'cuda:99' is no device of this machine"),
     ],
 )
@@ -315,16 +329,17 @@ def test_the_command_says_how_to_get_the_tools_of_the_book(command, capsys, monk
 
 
 def test_find_study_lists_the_known():
-    with pytest.raises(ValueError, match="there are: cost, naive"):
+    with pytest.raises(ValueError, match="there are: cost, headline"):
         find_study("x")
 
 
 @pytest.mark.slow
 def test_killed_and_shared_studies_lose_nothing(tmp_path):
     """Two real processes on one folder; one is killed; a third call finishes. No run is done twice."""
-    command = [sys.executable, "-m", "basis.cli", "run", "naive", "--profile", "smoke", "--results", str(tmp_path)]
+    command = [sys.executable, "-m", "basis.cli", "run", "skip", "--profile", "smoke", "--results", str(tmp_path)]
+    command += ["--jobs", "1"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    plan = STUDY.runs("smoke")
+    study = STUDIES["skip"]
     workers = [subprocess.Popen([*command, "--quiet", "--device", "cpu"], env=env) for _ in range(2)]
     until = time.monotonic() + 120
     while not load_records(tmp_path) and time.monotonic() < until:
@@ -332,12 +347,12 @@ def test_killed_and_shared_studies_lose_nothing(tmp_path):
     workers[0].kill()
     assert workers[1].wait(timeout=240) == 0
     before = {r.id: r.environment["date"] for r in load_records(tmp_path)}
-    assert main(["run", "naive", "--profile", "smoke", "--results", str(tmp_path), "--quiet", "--device", "cpu"]) == 0
+    assert main([*command[3:], "--quiet", "--device", "cpu"]) == 0
     records = load_records(tmp_path)
-    assert {r.id for r in records} == {run.id for run in plan}
+    assert {r.id for r in records} == {run.id for run in study.runs("smoke")}
     assert all(r.environment["date"] == before[r.id] for r in records if r.id in before)
     assert check_records(tmp_path) == []
     assert not list(tmp_path.rglob("*.tmp"))
     assert not list(tmp_path.rglob("*.pt"))
-    verdicts = STUDY.verdicts(records, "smoke")
-    assert [v.claim for v in verdicts] == ["C1", "C3"]
+    verdicts = study.verdicts(records, "smoke")
+    assert [v.claim for v in verdicts] == list(study.claims)

@@ -9,16 +9,16 @@ from scipy import stats
 
 from basis import runs
 from basis.runs import Record
-from basis.studies import STUDIES, selection, sensitivity
+from basis.studies import STUDIES, headline, sensitivity
 from basis.table import Cell, Layer, SensitivityTable
 from basis.training import TrainingPaused
 
-SENSITIVITY, SELECTION = STUDIES["sensitivity"], STUDIES["selection"]
+SENSITIVITY, HEADLINE = STUDIES["sensitivity"], STUDIES["headline"]
 
 
 def record(run, *, loss=1.0, accuracy=0.6, **result):
     """A finished run of the given outcome."""
-    metrics = {"loss": loss, "accuracy": accuracy}
+    metrics = {"loss": loss, "accuracy": accuracy, "accuracy_flip": accuracy}
     content = {"test": metrics, "validation": metrics, "train_seconds": 1.0, "parameters": 10, **result}
     return Record(run.id, run.config, content, {"device": "test"}, "")
 
@@ -215,73 +215,79 @@ def test_h1_is_not_tested_without_enough_runs():
     assert verdict.label == "not tested"
 
 
-# -- selection ------------------------------------------------------------------------------------
+# -- the selection --------------------------------------------------------------------------------
 
 
-def trained(profile="cpu", **accuracy):
-    """Records of the judged arms: test accuracies by rule."""
-    names = {rule: selection.arm(rule, "params", 0.5) for rule in ("optimal", "uniform")} | {"dense": "dense"}
+def trained(**accuracy):
+    """Records of variants with half of the parameters: test accuracies by rule."""
+    names = {rule: headline.variant(what, headline.HALF) for rule, what in headline.RULES.items()} | {"dense": "dense"}
     records = []
     for rule, values in accuracy.items():
-        runs = [run for run in SELECTION.runs(profile) if run.arm == names[rule]]
-        records += [record(run, accuracy=a) for run, a in zip(runs, values, strict=False)]
+        runs = [run for run in HEADLINE.runs("small") if run.arm == names[rule]]
+        records += [record(run, accuracy=a, macs=10, curves=[]) for run, a in zip(runs, values, strict=False)]
     return records
+
+
+def verdict_on_c4(**accuracy):
+    (verdict,) = (v for v in HEADLINE.verdicts(trained(**accuracy), "small") if v.claim == "C4")
+    return verdict
 
 
 @pytest.mark.parametrize(
     ("optimal", "uniform", "label"),
     [
-        ((0.701, 0.7, 0.7), (0.6, 0.61, 0.6), "reproduced"),
-        ((0.65, 0.651, 0.65), (0.6, 0.61, 0.6), "partly"),
-        ((0.65, 0.651, 0.65), (0.66, 0.67, 0.66), "not reproduced"),
+        ((0.7, 0.7005, 0.701), (0.6, 0.61, 0.6), "reproduced"),
+        ((0.7, 0.7005, 0.701), (0.7, 0.7005, 0.701), "inconclusive"),  # as good as dense, but so is one ratio for all
+        ((0.701, 0.7, 0.69), (0.6, 0.61, 0.6), "inconclusive"),  # the interval of its loss reaches beyond
+        ((0.65, 0.651, 0.65), (0.6, 0.61, 0.6), "not reproduced"),  # it loses too much, but gains
+        ((0.7, 0.7005, 0.701), (0.72, 0.721, 0.72), "not reproduced"),  # one ratio for all is better
     ],
 )
 def test_the_verdict_on_c4(optimal, uniform, label):
-    records = trained(dense=(0.7, 0.7, 0.701), optimal=optimal, uniform=uniform)
-    (verdict,) = SELECTION.verdicts(records, "cpu")
-    assert (verdict.claim, verdict.label) == ("C4", label)
+    verdict = verdict_on_c4(dense=(0.7, 0.7, 0.701), optimal=optimal, uniform=uniform)
+    assert verdict.label == label
 
 
-def test_c4_needs_two_runs_of_each_arm():
-    (verdict,) = SELECTION.verdicts(trained(dense=(0.7, 0.7), optimal=(0.7,), uniform=(0.6, 0.6)), "cpu")
-    assert verdict.finding == "there are 1 runs per arm, and at least 2 are needed"
+def test_the_finding_on_c4_names_what_else_has_as_many_parameters():
+    three = {"dense": (0.7, 0.7, 0.701), "optimal": (0.701, 0.701, 0.702), "uniform": (0.6, 0.61, 0.6)}
+    assert "largest" not in verdict_on_c4(**three).finding
+    verdict = verdict_on_c4(**three, largest_first=(0.69, 0.69, 0.691))
+    assert "+1.10 [+1.10, +1.10] over the largest layers first" in verdict.finding
+    assert verdict.difference == "+0.10 points"
+
+
+def test_c4_needs_three_seeds_of_each_variant():
+    verdict = verdict_on_c4(dense=(0.7, 0.7, 0.7), optimal=(0.7, 0.7), uniform=(0.6, 0.6, 0.6))
+    assert (verdict.label, verdict.finding) == ("not tested", "there are 2 seeds, and at least 3 are needed")
+    assert verdict_on_c4(optimal=(0.7, 0.7, 0.7), uniform=(0.6, 0.6, 0.6)).finding == "no run has been made yet"
 
 
 def test_the_table_comes_first_and_every_choice_refers_to_it():
-    for profile in ("smoke", "cpu", "colab", "paper"):
-        table, *others = SELECTION.runs(profile)
+    for profile in ("smoke", "small", "paper"):
+        table, *others = HEADLINE.runs(profile)
         assert table.arm == "table"
         assert table.test is False
         assert {run.choice.table for run in others if run.choice} == {table.id}
         assert table.seed not in {run.seed for run in others}
 
 
-def test_random_draws_count_as_one_arm():
-    runs = [run for run in SELECTION.runs("cpu") if run.arm.startswith("random") and run.choice.budget == 0.5]
-    records = [record(run) for run in runs]
-    assert len(runs) == 6
-    assert len(selection.of_arm(records, "random, 50 % of params")) == 6
-    assert len(selection.of_arm(records, "random 2, 50 % of params")) == 2
-    dense = record(SELECTION.runs("cpu")[1])
-    assert selection.arms([*records, dense]) == ["dense", "random, 50 % of params"]
-
-
-def test_arms_are_listed_from_the_largest_budget_down():
-    records = [record(run) for run in SELECTION.runs("cpu") if run.arm.startswith(("selected", "dense"))]
-    names = selection.arms(records)
-    assert names[0] == "dense"
-    params = [name for name in names if name.endswith("params")]
-    assert params == [f"selected, {b} % of params" for b in (75, 50, 35, 25)]
+def test_variants_are_listed_in_the_order_of_the_plan_and_the_table_is_none_of_them():
+    planned = HEADLINE.runs("small")
+    records = [record(run, macs=10, curves=[]) for run in reversed(planned) if run.test is not False]
+    names = list(dict.fromkeys(headline.frame(records)["variant"]))
+    assert names == list(dict.fromkeys(run.arm for run in planned[1:]))
+    untested = record(planned[0], macs=10, curves=[], test=None)
+    assert len(headline.frame([untested, *records])) == len(records)
 
 
 def test_a_choice_without_its_table_waits(tmp_path):
-    run = next(run for run in SELECTION.runs("smoke") if run.choice)
+    run = next(run for run in HEADLINE.runs("smoke") if run.choice)
     with pytest.raises(runs.TableMissing, match="has to measure the sensitivities first"):
         runs.choose(run.choice, tmp_path)
 
 
 def put_table(folder, definition):
-    table_run, *others = SELECTION.runs("cpu")
+    table_run, *others = HEADLINE.runs("small")
     values = {(name, k): 0.1 for name, c in sensitivity.convolutions("resnet18", 8).items() for k in (c // 2, c // 4)}
     made = record(table_run, tables={"oneshot_bn": sensitivities(values)})
     path = runs.record_path(folder, table_run)
@@ -300,7 +306,7 @@ def test_a_choice_reads_the_table_of_its_own_definition(tmp_path):
 
 def test_a_choice_waits_for_its_table_but_not_beyond_the_deadline(tmp_path):
     choice = put_table(tmp_path, "new")
-    path = runs.record_path(tmp_path, SELECTION.runs("cpu")[0])
+    path = runs.record_path(tmp_path, HEADLINE.runs("small")[0])
     path.unlink()
     lock = filelock.FileLock(path.with_suffix(".lock"), thread_local=False)
     with lock, pytest.raises(TrainingPaused, match="while waiting"):

@@ -9,7 +9,7 @@ from basis.timing import BenchReport
 def report(kind, rows, **config):
     config = {"precision": "fp32", "memory_format": "channels_last", "model": "resnet18", "width": None, **config}
     config = {"batch_size": 64, **config}
-    return BenchReport(kind=kind, config=config, environment={"device_type": "cpu"}, rows=rows)
+    return BenchReport(kind=kind, config=config, environment={"device_type": "cpu", "device": "a CPU"}, rows=rows)
 
 
 def quartiles(key, value):
@@ -80,6 +80,9 @@ def test_layers_are_judged_by_the_part_that_is_slower(judged, slower, label):
         (rival(1.03, versus_basis_q1=0.99), False),
         (rival(1.03, mode="dense compiled"), None),
         ({**layer(1.0), "mode": "tucker", "error": "failed"}, None),
+        (layer(1 / 1.03, timed="graph"), True),
+        (layer(1 / 1.03, timed="host-bound"), None),
+        (rival(1.03, timed="host-bound"), None),
     ],
 )
 def test_what_counts_as_slower(row, slower):
@@ -88,6 +91,11 @@ def test_what_counts_as_slower(row, slower):
         kinds = ([], [report("bench-rivals", [row])])
     found = speed.cells(*kinds)
     assert [cell["slower"] for cell in found] == ([] if slower is None else [slower])
+
+
+def test_a_layer_that_failed_is_no_cell():
+    failed = {key: value for key, value in layer(1.0, error="no").items() if not key.startswith("speedup")}
+    assert speed.cells([report("bench-layer", [failed])], []) == []
 
 
 def test_relative_times_are_those_of_auto():
@@ -159,3 +167,19 @@ def test_rows_say_what_was_executed(mode, resolved, k, device, expected):
 def test_the_layers_of_the_cost_chapter_are_those_of_resnet18():
     rows = [layer(2.0, shape=shape) for shape in ("128@16", "64@32", "160@16")]
     assert cost.judged_cells([report("bench-layer", rows)]) == rows[:1]
+
+
+def test_the_cost_chapter_leaves_out_what_is_no_time_of_the_layer():
+    lost = [layer(2.0, shape="128@16", error="failed"), layer(2.0, shape="128@16", timed="host-bound")]
+    kept = layer(2.0, shape="128@16", timed="graph")
+    assert cost.judged_cells([report("bench-layer", [*lost, kept])]) == [kept]
+
+
+def test_a_row_comes_with_what_its_report_says(monkeypatch):
+    monkeypatch.setattr(
+        speed, "load_benches", lambda _, kind: [report(kind, [layer(2.0), layer(1.0, error="failed")], device="cpu")]
+    )
+    rows = speed.load_rows("paper")
+    assert list(rows["kind"]) == list(speed.STUDY.benches)
+    assert set(rows["device"]) == {"a CPU"}
+    assert set(rows["batch_size"]) == {64}

@@ -10,7 +10,7 @@ from basis.runs import Progress, RecordError
 from basis.studies import CLAIMS, STUDIES, cost, gather
 from tests.test_runs import put_record
 
-NAIVE = STUDIES["naive"]
+HEADLINE = STUDIES["headline"]
 
 
 def test_every_study_judges_claims_that_are_listed():
@@ -22,12 +22,12 @@ def test_every_study_judges_claims_that_are_listed():
 
 
 def test_gathering_says_what_is_missing(tmp_path):
-    put_record(tmp_path, NAIVE.runs("smoke")[0])
-    gathered = gather("naive", "smoke", folder=tmp_path)
+    put_record(tmp_path, HEADLINE.runs("smoke")[0])
+    gathered = gather("headline", "smoke", folder=tmp_path)
     assert len(gathered.records) == 1
     assert not gathered.complete
     assert gathered.note == (
-        "1 of 10 runs of the profile `smoke` have a record. Set `run_missing = True` to train the others."
+        "1 of 27 runs of the profile `smoke` have a record. Set `run_missing = True` to train the others."
     )
 
 
@@ -38,9 +38,9 @@ def test_gathering_trains_what_is_missing_only_when_asked(tmp_path, monkeypatch)
             yield Progress(run, "done", "", 1.0)
 
     monkeypatch.setattr(studies, "work", fake_work)
-    gathered = gather("naive", "smoke", run_missing=True, folder=tmp_path)
+    gathered = gather("headline", "smoke", run_missing=True, folder=tmp_path)
     assert gathered.complete
-    assert gathered.note == "10 of 10 runs of the profile `smoke` have a record."
+    assert gathered.note == "27 of 27 runs of the profile `smoke` have a record."
 
 
 def test_gathering_reports_failures(tmp_path, monkeypatch):
@@ -48,22 +48,22 @@ def test_gathering_reports_failures(tmp_path, monkeypatch):
         yield Progress(runs[0], "failed", "ValueError: nothing worked", 1.0)
 
     monkeypatch.setattr(studies, "work", fake_work)
-    note = gather("naive", "smoke", run_missing=True, folder=tmp_path).note
-    assert "Failed: dense, seed 0: ValueError: nothing worked." in note
+    note = gather("headline", "smoke", run_missing=True, folder=tmp_path).note
+    assert "Failed: table, seed 100: ValueError: nothing worked." in note
 
 
 def test_nothing_hopeless_is_begun_without_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(studies, "work", lambda *a, **k: pytest.fail("a training was begun"))
-    assert "need a GPU" in gather("naive", "colab", run_missing=True, folder=tmp_path).note
+    assert "need a GPU" in gather("headline", "paper", run_missing=True, folder=tmp_path).note
 
 
 @pytest.mark.parametrize(
     ("name", "profile", "limit", "says"),
     [
-        ("naive", "big", "9m", "profile is 'big', but it must be one of smoke, cpu, colab, paper"),
+        ("headline", "big", "9m", "profile is 'big', but it must be one of smoke, small, cpu, colab, paper"),
         ("none", "smoke", "9m", "there is no study 'none'"),
-        ("naive", "smoke", "soon", "'soon' is not a duration"),
+        ("headline", "smoke", "soon", "'soon' is not a duration"),
     ],
 )
 def test_gathering_refuses_unknown_names(name, profile, limit, says, tmp_path):
@@ -111,4 +111,4 @@ def test_a_damaged_benchmark_is_refused(tmp_path):
 
 
 def test_the_definition_holds_the_rule():
-    assert dataclasses.replace(NAIVE, claims=("C1",)).definition != NAIVE.definition
+    assert dataclasses.replace(HEADLINE, claims=("C1",)).definition != HEADLINE.definition

@@ -176,9 +176,9 @@ def test_a_run_is_the_same_with_a_teacher_trained_at_once_kept_or_interrupted(tm
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "_teacher", watched)
         first = runs.execute(run, **options)
-        options["checkpoint"].unlink()
+        options["checkpoint"].unlink(missing_ok=True)
         again = runs.execute(run, **options)
-        options["checkpoint"].unlink()
+        options["checkpoint"].unlink(missing_ok=True)
         for file in tmp_path.glob("**/teacher-*"):
             file.unlink()
         with pytest.raises(TrainingPaused):
@@ -198,7 +198,7 @@ def test_a_run_is_the_same_with_a_teacher_trained_at_once_kept_or_interrupted(tm
 def test_a_damaged_teacher_is_named_and_the_next_run_begun(tmp_path):
     run, options = tiny(tmp_path)
     runs.execute(run, **options)
-    options["checkpoint"].unlink()
+    options["checkpoint"].unlink(missing_ok=True)
     (kept,) = tmp_path.glob("**/teacher-*.pt")
     for damaged in (b"", b"no teacher at all", kept.read_bytes()[:2000]):
         kept.write_bytes(damaged)
@@ -211,7 +211,7 @@ def test_a_damaged_teacher_is_named_and_the_next_run_begun(tmp_path):
 def test_a_run_waits_for_anothers_teacher_but_not_beyond_the_deadline(tmp_path):
     run, options = tiny(tmp_path)
     runs.execute(run, **options)
-    options["checkpoint"].unlink()
+    options["checkpoint"].unlink(missing_ok=True)
     (lock,) = tmp_path.glob("**/teacher-*.lock")
     with filelock.FileLock(lock, thread_local=False), pytest.raises(TrainingPaused, match="waiting for the teacher"):
         runs.execute(run, **options, should_stop=lambda: True)

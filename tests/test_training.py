@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from basis import training
 from basis.data import synthetic
 from basis.models import build
 from basis.substitution import substitute
@@ -71,19 +72,32 @@ def test_a_resumed_training_is_bit_identical(data, tmp_path, precision):
 
 def test_a_checkpoint_of_another_training_is_refused(data, tmp_path):
     one = dataclasses.replace(RECIPE, epochs=1)
-    train(network(), data, one, device="cpu", checkpoint=tmp_path / "c.pt")
+    train(network(), data, one, device="cpu", checkpoint=tmp_path / "c.pt", checkpoint_every=0)
     with pytest.raises(TrainingError, match="belongs to a training with another"):
-        train(network(), data, RECIPE, device="cpu", checkpoint=tmp_path / "c.pt")
+        train(network(), data, RECIPE, device="cpu", checkpoint=tmp_path / "c.pt", checkpoint_every=0)
     (tmp_path / "c.pt").write_bytes(b"nonsense")
     with pytest.raises(TrainingError, match="cannot be read"):
-        train(network(), data, one, device="cpu", checkpoint=tmp_path / "c.pt")
+        train(network(), data, one, device="cpu", checkpoint=tmp_path / "c.pt", checkpoint_every=0)
 
 
 def test_settings_that_are_none_leave_checkpoints_as_they_were(data, tmp_path):
     one = dataclasses.replace(RECIPE, epochs=1, memory_format="channels_last")
-    train(network(), data, one, device="cpu", checkpoint=tmp_path / "c.pt")
+    train(network(), data, one, device="cpu", checkpoint=tmp_path / "c.pt", checkpoint_every=0)
     identity = torch.load(tmp_path / "c.pt", weights_only=True)["identity"]
     assert "'memory_format': 'channels_last'}, 0, 6, [(4, 3, 3, 3), " in identity  # as before there was a skip
+
+
+def test_checkpoints_are_written_now_and_then_and_when_stopping(data, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(training, "write_checkpoint", lambda path, content: written.append(content["epoch"]))
+    three = dataclasses.replace(RECIPE, epochs=3)
+    train(network(), data, three, device="cpu", checkpoint=tmp_path / "c.pt")
+    assert written == []  # within a minute none
+    with pytest.raises(TrainingPaused):
+        train(network(), data, three, device="cpu", checkpoint=tmp_path / "c.pt", should_stop=lambda: True)
+    assert written == [1]
+    train(network(), data, three, device="cpu", checkpoint=tmp_path / "c.pt", checkpoint_every=0)
+    assert written == [1, 1, 2, 3]
 
 
 def test_validation_images_give_a_curve(data):

@@ -1,6 +1,7 @@
 """Modes chosen by measurement."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,6 +113,23 @@ def test_what_the_table_does_not_name_stays_coupled():
     assert model.conv1.resolved_mode == "composed"
     assert not model.conv1.mixed_later
     assert model.layer1[0].conv1.mixed_later
+
+
+def test_ways_are_timed_as_graphs_where_there_are_any_and_one_that_fails_is_not_chosen():
+    def capture(function):
+        if getattr(function.args[0], "mode", "") == "hybrid":
+            raise RuntimeError("no")
+        return function
+
+    model = nn.Sequential(BasisConv2d(4, 8, 3, padding=1, ratio=0.5))
+    graphed = replace(setting(hybrid=0.1, composed=0.5), capture=capture)
+    table = tune(model, input_size=(4, 8, 8), setting=graphed)
+    assert {row["mode"]: row.get("timed") for row in table.rows} == {
+        "control": "graph", "factorized": "graph", "composed": "graph", "hybrid": None,
+    }  # fmt: skip
+    assert fastest(table) == {"0": "composed"}
+    use_modes(model, table)
+    assert model[0].resolved_mode == "composed"
 
 
 def test_a_forward_pass_is_timed_in_evaluation_mode():

@@ -22,7 +22,17 @@ from basis.runs import (
     results_folder,
     work,
 )
-from basis.studies import coefficients, cost, family, naive, own, selection, sensitivity, skip, speed, substitutes
+from basis.studies import (
+    coefficients,
+    cost,
+    family,
+    headline,
+    own,
+    sensitivity,
+    skip,
+    speed,
+    substitutes,
+)
 from basis.studies.hours import expected, spent
 from basis.studies.plausible import doubts
 from basis.studies.study import CLAIMS, Study, Verdict
@@ -46,7 +56,7 @@ __all__ = [
 
 STUDIES: Mapping[str, Study] = {
     one.STUDY.name: one.STUDY
-    for one in (cost, naive, sensitivity, selection, coefficients, skip, family, substitutes, speed, own)
+    for one in (cost, headline, sensitivity, coefficients, skip, family, substitutes, speed, own)
 }
 
 

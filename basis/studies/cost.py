@@ -55,13 +55,18 @@ def find_training_bench(
     return None
 
 
+def counts(row: Mapping[str, Any]) -> bool:
+    """Whether a row says how long a layer takes: not if it failed, nor if a GPU waited for its host to launch it."""
+    return not row.get("error") and row.get("timed") != "host-bound"
+
+
 def judged_cells(reports: Sequence[BenchReport]) -> list[Mapping[str, Any]]:
     """The rows that the rule speaks of."""
     return [
         row
         for report in reports
         for row in report.rows
-        if row["mode"] == "auto" and row["ratio"] == RATIO and row["shape"] in RESNET18_SHAPES
+        if counts(row) and row["mode"] == "auto" and row["ratio"] == RATIO and row["shape"] in RESNET18_SHAPES
         if Shape.parse(row["shape"]).out_channels >= NARROWEST
     ]
 

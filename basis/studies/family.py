@@ -12,7 +12,7 @@ from typing import Any
 
 from basis.runs import Choice, Ladder, Record, Run
 from basis.statistics import Estimate
-from basis.studies.selection import MEASURE
+from basis.studies.headline import MEASURE
 from basis.studies.study import Label, Study, Verdict, accuracies, matched, spread
 from basis.training import Recipe
 

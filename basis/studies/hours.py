@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -60,9 +61,35 @@ def expected(missing: Iterable[Run], records: Sequence[Record]) -> tuple[dict[st
 
 
 def _likeness(config: Any) -> tuple[Any, ...]:
-    return config["model"], config["width"], config["recipe"]["epochs"], config.get("ladder") is None
+    return config["model"], str(config["width"]), config["recipe"]["epochs"], config.get("ladder") is None
 
 
 def in_hours(seconds: dict[str, float]) -> str:
     """Such as ``0.25 h CPU, 1.50 h GPU``; empty for nothing."""
     return ", ".join(f"{value / 3600:.2f} h {KINDS.get(device, device)}" for device, value in sorted(seconds.items()))
+
+
+@dataclass
+class Pace:
+    """How long runs take on one device, from those that were done there; it learns as more are done."""
+
+    _seconds: dict[tuple[Any, ...], list[float]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, records: Iterable[Record], device: str, jobs: int) -> Pace:
+        """From the records that were made on the device of that name, as many runs side by side."""
+        pace = cls()
+        for record in records:
+            if record.environment.get("device") == device and record.environment.get("jobs", 1) == jobs:
+                pace.learn(record.config, device_seconds(record) * jobs)
+        return pace
+
+    def learn(self, config: Any, seconds: float) -> None:
+        """A run of this configuration took so long."""
+        for key in ((config["arm"], *_likeness(config)), _likeness(config)):
+            self._seconds.setdefault(key, []).append(seconds)
+
+    def seconds(self, config: Any) -> float | None:
+        """What such a run will take at most: the longest of the last three of its arm, else of those like it."""
+        own = self._seconds.get((config["arm"], *_likeness(config))) or self._seconds.get(_likeness(config), [])
+        return max(own[-3:], default=None)

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pandas as pd
 import torch
 
 from basis.conv import derives_apart
 from basis.runs import Record, Run
-from basis.studies.cost import load_benches
+from basis.studies.cost import counts, load_benches
 from basis.studies.study import Label, Study, Verdict
 from basis.timing import RESNET18_SHAPES, BenchReport, Shape
 
@@ -34,6 +35,17 @@ RULE = (
 )
 
 
+def load_rows(profile: str) -> pd.DataFrame:
+    """All that was measured on such devices: each row after what its report says (``kind``, ``device``, options)."""
+    reports = [one for kind in STUDY.benches for one in load_benches(profile, kind=kind)]
+    return pd.DataFrame(
+        {**one.config, "kind": one.kind, "device": one.environment["device"], **row}
+        for one in reports
+        for row in one.rows
+        if counts(row)
+    )
+
+
 # Rivals of `basis bench rivals` that H2 speaks of, as the text names them.
 RIVALS: Mapping[str, str] = {
     "svd": "the SVD pair",
@@ -52,13 +64,13 @@ def cells(layers: Sequence[BenchReport], rivals: Sequence[BenchReport]) -> list[
         (report, row, "dense", [1 / row[key] for key in ("speedup", "speedup_q3", "speedup_q1")])
         for report in layers
         for row in report.rows
-        if row["mode"] == "auto" and _concerns(row)
+        if row["mode"] == "auto" and _counts(row)
     ]
     rows += [
         (report, row, RIVALS[row["mode"]], [row[key] for key in ("versus_basis", "versus_basis_q1", "versus_basis_q3")])
         for report in rivals
         for row in report.rows
-        if row["mode"] in RIVALS and _concerns(row) and not row.get("error")
+        if row["mode"] in RIVALS and _counts(row)
     ]
     return [
         {
@@ -70,8 +82,11 @@ def cells(layers: Sequence[BenchReport], rivals: Sequence[BenchReport]) -> list[
     ]  # fmt: skip
 
 
-def _concerns(row: Mapping[str, Any]) -> bool:
-    return row["pass"] == "forward+backward" and row["shape"] in RESNET18_SHAPES and 1 / 8 <= row["ratio"] <= 3 / 4
+def _counts(row: Mapping[str, Any]) -> bool:
+    """Whether H2 speaks of a row."""
+    if not counts(row) or row["pass"] != "forward+backward":
+        return False
+    return row["shape"] in RESNET18_SHAPES and 1 / 8 <= row["ratio"] <= 3 / 4
 
 
 def judge_layers(profile: str) -> Verdict:
@@ -94,9 +109,13 @@ def judge_layers(profile: str) -> Verdict:
     finding = (
         f"auto is slower in {len(slower)} of {len(found)} cells ({counts}); at worst it takes "
         f"{worst['relative']:.2f} times as long ({worst['shape']}, r = {worst['ratio']:g}, {worst['precision']}, "
-        f"against {worst['opponent']})"
+        f"against {worst['opponent']}; {_devices([*layers, *rivals])})"
     )
     return Verdict("H2", profile, label, finding)
+
+
+def _devices(reports: Sequence[BenchReport]) -> str:
+    return ", ".join(sorted({report.environment["device"] for report in reports}))
 
 
 def step_rows(reports: Sequence[BenchReport]) -> dict[float, Mapping[str, Any]]:
@@ -137,7 +156,8 @@ def executed_mode(row: Mapping[str, Any], device_type: str) -> str:
 
 def judge_steps(profile: str) -> Verdict:
     """The verdict on H3 by :data:`RULE`, from the stored benchmarks."""
-    rows = step_rows(load_benches(profile, kind="bench-train"))
+    reports = load_benches(profile, kind="bench-train")
+    rows = step_rows(reports)
     if not set(WANTED) <= set(rows):
         return Verdict("H3", profile, "not tested", "no training step of such a device is measured")
     label: Label = "partly" if any(rows[r]["speedup_q1"] > 1 for r in WANTED) else "not reproduced"
@@ -148,7 +168,7 @@ def judge_steps(profile: str) -> Verdict:
         f"dense one at r = {r:g} (n = {rows[r]['n']}, {rows[r]['step']}), {_memory(rows[r])}"
         for r in WANTED
     ]
-    return Verdict("H3", profile, label, f"a training step of ResNet-18 is {'; '.join(parts)}")
+    return Verdict("H3", profile, label, f"on {_devices(reports)} a training step of ResNet-18 is {'; '.join(parts)}")
 
 
 def _less_memory(row: Mapping[str, Any]) -> bool:
@@ -180,5 +200,5 @@ STUDY = Study(
     published="cpu",
     plan=plan,
     judge=judge,
-    benches=("bench-layer", "bench-block", "bench-rivals", "bench-train", "bench-inference"),
+    benches=("bench-layer", "bench-block", "bench-rivals", "bench-train", "bench-plans", "bench-inference"),
 )

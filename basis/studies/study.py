@@ -9,7 +9,7 @@ from typing import Literal
 from basis.runs import Record, Run, digest
 from basis.statistics import Spread, pooled_spread
 
-Label = Literal["reproduced", "partly", "not reproduced", "not tested"]
+Label = Literal["reproduced", "by construction", "partly", "inconclusive", "not reproduced", "not tested"]
 
 CLAIMS: Mapping[str, str] = {
     "C1": "Basis convolutions make the model smaller.",

@@ -289,13 +289,14 @@ class _ProcessPool:
 
 
 def jobs_for(runs: Sequence[Run], device: torch.device) -> int:
-    """How many runs side by side: on a CPU as many as there are cores, on a GPU what its host can keep busy.
+    """How many runs side by side: on a CPU as many as there are cores, on a GPU one, or up to 8 of a narrow network.
 
-    A full ResNet fills a GPU by itself; one of a quarter of the width leaves most of it idle.
+    The first run speaks for all. That narrow networks gain by it is an estimate, not a measurement.
     """
     most = cores()
-    if device.type == "cuda":
-        narrow = all((isinstance(run.width, int) and run.width <= 32) or run.model in THIN for run in runs[:1])
+    if device.type == "cuda" and runs:
+        first = runs[0]
+        narrow = (isinstance(first.width, int) and first.width <= 32) or first.model in THIN
         most = min(8, most // 2) if narrow else 1
     return max(1, min(most, len(runs)))
 

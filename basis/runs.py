@@ -355,6 +355,11 @@ def prepare_data(run: Run) -> Data:
     return data if run.images is None else first_images(data, run.images)
 
 
+def _data_on(device: torch.device, run: Run, reuse: Reuse) -> Data:
+    key = (run.data, run.validation, run.images, device)
+    return reuse.data(key, lambda: prepare_data(run).to(device))
+
+
 def execute(
     run: Run,
     *,
@@ -374,8 +379,7 @@ def execute(
     """
     _check_teacher(run)
     reuse = reuse or Reuse()
-    key = (run.data, run.validation, run.images, device)
-    data = reuse.data(key, lambda: prepare_data(run).to(device))
+    data = _data_on(device, run, reuse)
     torch.manual_seed(run.seed)
     model: torch.nn.Module = build(run.model, num_classes=data.classes, width=run.width)
     if run.compression is not None:
@@ -422,7 +426,7 @@ def measured_seconds(run: Run, device: torch.device, reuse: Reuse) -> float | No
     """How long ``run`` will train on this device, from a few steps; None where that cannot be told so simply."""
     if not reusable(run) or run.choice is not None:
         return None
-    data = reuse.data((run.data, run.validation, run.images, device), lambda: prepare_data(run).to(device))
+    data = _data_on(device, run, reuse)
     model: torch.nn.Module = build(run.model, num_classes=data.classes, width=run.width)
     plan = None if run.plan is None else Plan(run.plan)
     if plan is not None or run.ratio is not None:

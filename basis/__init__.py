@@ -1,20 +1,20 @@
 """Basis convolutions: train k of a layer's filters, mix the others from them, and learn where that is safe."""
 
-from basis.analysis import sensitivity
-from basis.coefficients import Coefficients, Form
-from basis.complexity import CostReport, cost, count_parameters, count_trained
-from basis.conv import BasisConv2d
-from basis.evaluation import Evaluation
-from basis.finetuning import FineTuning, finetune
+from basis.bench.tuning import tune, use_modes
+from basis.costs import CostReport, cost, count_parameters, count_trained
 from basis.inference import fold
-from basis.norm import couple, uncouple
-from basis.repair import Recalibration, recalibrate
-from basis.selection import InfeasibleBudget, select
+from basis.layers.batchnorm import couple, uncouple
+from basis.layers.coefficients import Coefficients, Form
+from basis.layers.conv import BasisConv2d
+from basis.search.selection import InfeasibleBudget, select
+from basis.search.sensitivity import sensitivity
+from basis.search.table import SensitivityTable
 from basis.storage import load, save
 from basis.substitution import Plan, merge, plan_of, substitute
-from basis.table import SensitivityTable
-from basis.training import Recipe, Result, evaluate, train
-from basis.tuning import tune, use_modes
+from basis.training.evaluation import Evaluation
+from basis.training.finetuning import FineTuning, finetune
+from basis.training.loop import Recipe, Result, evaluate, train
+from basis.training.recalibration import Recalibration, recalibrate
 
 __all__ = [
     "BasisConv2d",

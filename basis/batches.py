@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from basis.convlike import is_channels_last
 from basis.data import Data, Images, normalise
-from basis.replay import Batch
+from basis.modules import is_channels_last
 from basis.text import few
+
+Batch = tuple[Tensor, Tensor]
+
+
+Loss = Callable[[Any, Tensor], Tensor]
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each sample in nats, (N,): logits (N, classes, ...) and labels, or class probabilities."""
+    losses = F.cross_entropy(outputs.float(), targets, reduction="none")
+    return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
+
+
+def sample_losses(loss: Loss, outputs: Any, targets: Tensor) -> tuple[Tensor, bool]:
+    """The loss of each sample, (N,), and whether ``loss`` tells them apart; else each is the batch's mean."""
+    values = loss(outputs, targets)
+    if not isinstance(values, Tensor) or tuple(values.shape) not in ((), (len(targets),)):
+        found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+        raise ValueError(
+            f"the loss returned {found}, but it must return a tensor: one value for each of the {len(targets)} "
+            "samples of the batch, or their mean"
+        )
+    return (values, True) if values.dim() else (values.expand(len(targets)), False)
+
 
 Batches = Iterable[Any] | Images | Data
 BATCH = 250  # images in a batch, where the data come as one piece

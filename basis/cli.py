@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from basis.bench import (
+from basis.bench.cases import (
     NORMS,
     PASSES,
     RATIOS,
@@ -25,22 +25,24 @@ from basis.bench import (
     bench_layers,
     bench_training,
 )
-from basis.budget_bench import CANDIDATE_RATIOS, SHARES, bench_budget
+from basis.bench.rivals import CANDIDATES, USUAL, bench_rivals
+from basis.bench.roofline import measure_machine, with_machine
+from basis.bench.structured import SHAPES, bench_structured, bench_structured_training, study_layers
+from basis.bench.timing import check_options, check_place
+from basis.bench.tuning import tune
 from basis.cli_campaign import add_commands, device, duration
-from basis.cli_compress import add_command
-from basis.conv import MODES
+from basis.compression.cli_compress import add_command
 from basis.data import DataError
+from basis.environment import repository_root, results_folder
+from basis.experiments.budget_bench import CANDIDATE_RATIOS, SHARES, bench_budget
+from basis.experiments.runs import PROFILES, TooLittleMemory
+from basis.experiments.sweep import bench_gpu, file_name
 from basis.inference import bench_inference
+from basis.layers.conv import MODES
 from basis.models import build
-from basis.rivals import CANDIDATES, USUAL, bench_rivals
-from basis.roofline import measure_machine, with_machine
-from basis.runs import PROFILES, RecordError, TooLittleMemory, repository_root, results_folder
-from basis.structured_bench import SHAPES, bench_structured, bench_structured_training, study_layers
+from basis.saving import RecordError
 from basis.substitution import few, substitute
-from basis.sweep import bench_gpu, file_name
-from basis.timing import check_options, check_place
-from basis.training import DTYPES, TrainingError
-from basis.tuning import tune
+from basis.training.loop import DTYPES, TrainingError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -188,10 +190,10 @@ def _measure(options: argparse.Namespace, shared: dict[str, Any]) -> tuple[Bench
         layers = options.layers or [text for text, width in study_layers(options.profile) if width is None]
         return bench_structured(layers=layers, **given("shapes", "passes")), "structured"
     if options.kind == "structured-train":
-        arms = [_with_width(text) for text in options.layers or ()] or study_layers(options.profile, options.model)
-        if not arms:
+        variants = [_with_width(text) for text in options.layers or ()] or study_layers(options.profile, options.model)
+        if not variants:
             raise ValueError(f"chapter 9 has no {options.model} in the profile {options.profile}; give --layers")
-        return bench_structured_training(layers=arms, **given("model", "width")), f"structured-train-{model}"
+        return bench_structured_training(layers=variants, **given("model", "width")), f"structured-train-{model}"
     check_options(options.ratios, (), ())
     shared = shared | {"ratios": options.ratios}
     if options.kind == "layer":
@@ -240,8 +242,8 @@ def _zoo(options: argparse.Namespace) -> int:
 
     May be stopped and repeated at will: networks that are in the file, with the same versions, are not done again.
     """
+    from basis.compression.zoo import NETWORKS, check_networks
     from basis.vision import import_timm
-    from basis.zoo import NETWORKS, check_networks
 
     try:
         import_timm()
@@ -261,7 +263,7 @@ def _zoo(options: argparse.Namespace) -> int:
 
 
 def _book(options: argparse.Namespace) -> int:
-    from basis.book import BookError, build  # needs the extra "book"
+    from book.tools.build import BookError, build  # needs the extra "book"
 
     try:
         page = build(profile=options.profile, only=options.only, progress=print)
@@ -273,8 +275,8 @@ def _book(options: argparse.Namespace) -> int:
 
 
 def _sync(options: argparse.Namespace) -> int:
-    from basis.derived import sync
-    from basis.pages import readme_claims, verdicts
+    from book.tools.derived import sync
+    from book.tools.pages import readme_claims, verdicts
 
     root = repository_root()
     if root is None:

@@ -15,25 +15,18 @@ from typing import Any
 
 import torch
 
-from basis.archives import Filed, pack, packed_records, take_in
-from basis.campaign import in_order, missing
-from basis.cluster import RayCluster
+from basis.bench.timing import check_place
 from basis.data import load_cifar10
-from basis.executors import Executor, Order, Processes, Task, jobs_for
-from basis.runs import (
-    PROFILES,
-    RecordError,
-    Unwritable,
-    device_for,
-    environment,
-    parse_duration,
-    record_path,
-    results_folder,
-)
-from basis.studies import STUDIES, find_study, status
-from basis.studies.hours import Pace, in_hours
-from basis.tidy import sound_records, write_tables
-from basis.timing import check_place
+from basis.environment import environment, results_folder
+from basis.experiments.archives import Filed, pack, packed_records, take_in
+from basis.experiments.campaign import in_order, missing
+from basis.experiments.cluster import RayCluster
+from basis.experiments.executors import Executor, Order, Processes, Task, jobs_for
+from basis.experiments.runs import PROFILES, device_for, parse_duration, record_path
+from basis.experiments.studies import STUDIES, find_study, status
+from basis.experiments.studies.hours import Pace, in_hours
+from basis.experiments.tidy import sound_records, write_tables
+from basis.saving import RecordError, Unwritable
 
 
 def add_commands(commands: Any) -> None:
@@ -146,7 +139,7 @@ def _work(tasks: Sequence[Task], options: argparse.Namespace, archive: Path | No
             renewed = {path for path in done if path.relative_to(folder).as_posix() in held}
             total = pack(new | renewed, folder, archive)
             packed = f", packed into {archive}" + (f" beside {total - len(new)} others" if total > len(new) else "")
-        first = f"; next is {left[0].run.arm}, seed {left[0].run.seed}: the same command goes on" if left else ""
+        first = f"; next is {left[0].run.variant}, seed {left[0].run.seed}: the same command goes on" if left else ""
         print(f"{len(new)} new records{packed}, {len(left)} are missing{first}")
     return 1 if failed else 0
 
@@ -181,7 +174,7 @@ def _do(todo: Sequence[Task], options: argparse.Namespace, folder: Path, began: 
     try:
         for step in steps:
             outcomes[step.outcome] += 1
-            what = f"{step.run.study}, {step.run.arm}, seed {step.run.seed}"
+            what = f"{step.run.study}, {step.run.variant}, seed {step.run.seed}"
             print(f"{what}: {step.outcome} in {step.seconds:.0f} s, {step.message}", flush=True)
     finally:
         with suppress(AttributeError):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from basis.files import replacing
+from basis.saving import replacing
 
 FILE_NAME = "cifar10.npz"
 ARCHIVE = "cifar-10-python.tar.gz"

@@ -33,7 +33,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from basis.complexity import count_parameters
+from basis.costs import count_parameters
 
 FASTERAI = "BASIS_FASTERAI"  # environment variable: a Python that has torch, safetensors and fasterai
 WORKER = Path(__file__).with_name("fasterai_worker.py")

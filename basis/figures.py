@@ -163,7 +163,7 @@ def is_path(text: str) -> bool:
     return bool(re.fullmatch(r"\S*[/\\]\S*|\S+\.(svg|png|jpe?g|gif|webp|pdf)", text.strip()))
 
 
-def _render(draw: Draw, theme: Theme, *, name: str, fmt: str, **options: Any) -> bytes:
+def render_figure(draw: Draw, theme: Theme, *, name: str, fmt: str, **options: Any) -> bytes:
     """Draw in one theme; the same drawing always gives the same bytes."""
     undated: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     buffer = io.BytesIO()
@@ -179,9 +179,9 @@ def save(draw: Draw, *, name: str, folder: Path) -> None:
     """Write NAME.svg, NAME-dark.svg (both without background) and NAME.pdf into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {
-        f"{name}.svg": _render(draw, LIGHT, name=name, fmt="svg"),
-        f"{name}-dark.svg": _render(draw, DARK, name=name, fmt="svg"),
-        f"{name}.pdf": _render(draw, LIGHT, name=name, fmt="pdf"),
+        f"{name}.svg": render_figure(draw, LIGHT, name=name, fmt="svg"),
+        f"{name}-dark.svg": render_figure(draw, DARK, name=name, fmt="svg"),
+        f"{name}.pdf": render_figure(draw, LIGHT, name=name, fmt="pdf"),
     }
     for filename, content in files.items():
         (folder / filename).write_bytes(content)
@@ -196,7 +196,7 @@ def show(draw: Draw, *, name: str, caption: str, alt: str, folder: Path | None =
     """
     from IPython.display import Markdown, display
 
-    from basis.runs import repository_root
+    from basis.environment import repository_root
 
     _check(name, caption, alt)
     root = repository_root()
@@ -204,7 +204,7 @@ def show(draw: Draw, *, name: str, caption: str, alt: str, folder: Path | None =
         folder = root / "book" / "figures"
     if folder is not None:
         save(draw, name=name, folder=folder)
-    png = _render(draw, LIGHT, name=name, fmt="png", dpi=192, facecolor=LIGHT.background)
+    png = render_figure(draw, LIGHT, name=name, fmt="png", dpi=192, facecolor=LIGHT.background)
     width, height = struct.unpack(">II", png[16:24])  # shown at half its size, sharp on dense screens
     about = {"name": name, "caption": caption, "alt": alt}
     picture = {"image/png": base64.b64encode(png).decode(), "text/plain": alt}

@@ -24,18 +24,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from basis.bench import _Timed
-from basis.complexity import _trace
-from basis.conv import BasisConv2d
-from basis.convlike import ConvLike, is_channels_last
-from basis.files import replacing
+from basis.bench.cases import TimedLayer
+from basis.bench.timing import BenchReport, Progress, Setting, layer_steps, tell
+from basis.costs import trace_calls
+from basis.layers.base import ConvLike
+from basis.layers.batchnorm import copy_of, uncouple_in_place
+from basis.layers.conv import BasisConv2d
+from basis.layers.norm_pairs import afterwards, norm_pairs
+from basis.layers.structured import StructuredConv2d
 from basis.models import build
-from basis.norm import copy_of, uncouple_in_place
-from basis.pairs import afterwards, norm_pairs
-from basis.structured import StructuredConv2d
-from basis.substitution import _HOOKS, _replace, substitute
+from basis.modules import is_channels_last
+from basis.saving import replacing
+from basis.substitution import HOOKS, replace_modules, substitute
 from basis.text import few, first_line
-from basis.timing import BenchReport, Progress, Setting, layer_steps, tell
 
 # -- folding ----------------------------------------------------------------------------------------
 
@@ -81,7 +82,7 @@ def fold(model: nn.Module, *, factorized: Iterable[str] = (), strict: bool = Fal
         norm = folded.get_submodule(name)
         parts = [part for part in afterwards(norm) or () if type(part) is not nn.Identity]
         new[norm] = parts[0] if len(parts) == 1 else nn.Sequential(*parts) if parts else nn.Identity()
-    return _replace(folded, new).eval().requires_grad_(False)
+    return replace_modules(folded, new).eval().requires_grad_(False)
 
 
 def norms_left(model: nn.Module) -> dict[str, str]:
@@ -181,7 +182,7 @@ def _conv(like: Tensor, weight: Tensor, bias: Tensor | None, groups: int, **opti
 
 
 def _with_hooks(old: nn.Module, new: nn.Module) -> nn.Module:
-    for name in _HOOKS:
+    for name in HOOKS:
         setattr(new, name, getattr(old, name))
     return new
 
@@ -190,7 +191,7 @@ def _with_hooks(old: nn.Module, new: nn.Module) -> nn.Module:
 
 
 class FoldReport(BenchReport):
-    """What :func:`measure_fold` found: a :class:`basis.timing.BenchReport` of kind "bench-fold".
+    """What :func:`measure_fold` found: a :class:`basis.bench.timing.BenchReport` of kind "bench-fold".
 
     Every basis convolution has two rows against its dense form: ``mode`` "pair", and "control", which is the
     dense form again.
@@ -235,10 +236,10 @@ def measure_fold(
     setting = (setting or Setting()).settled(source)
     measured: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     rows: list[dict[str, Any]] = []
-    for layer, module, calls in _trace(source, (1, *input_size)):
+    for layer, module, calls in trace_calls(source, (1, *input_size)):
         if isinstance(module, BasisConv2d) and calls:
             dense, pair = (form.get_submodule(layer) for form in forms)
-            timed = _Timed.of(dense, (call.x[1:] for call in calls), input_gradient=False)
+            timed = TimedLayer.of(dense, (call.x[1:] for call in calls), input_gradient=False)
             key = (timed, module.basis_channels, module.coefficients.groups)
             if key not in measured:
                 measured[key] = _rows(layer, timed, dense, pair, setting, progress)
@@ -295,7 +296,7 @@ def _is_basis(module: nn.Module) -> bool:
 
 
 def _rows(
-    layer: str, timed: _Timed, dense: nn.Module, pair: Any, setting: Setting, progress: Progress | None
+    layer: str, timed: TimedLayer, dense: nn.Module, pair: Any, setting: Setting, progress: Progress | None
 ) -> list[dict[str, Any]]:
     """The rows of one layer."""
     with setting.globals():
@@ -379,7 +380,7 @@ def export_onnx(
     content = _attempt(export, copied, "ONNX", batch)
     onnx.checker.check_model(content, full_check=True)
     error = None
-    if _installed("onnxruntime"):
+    if is_installed("onnxruntime"):
         error = _compared(_run_onnx(content, images), expected, tolerance, "onnxruntime")
     with replacing(target) as file:
         file.write(content)
@@ -430,7 +431,7 @@ def _target(path: str | os.PathLike, overwrite: bool) -> Path:
     return target
 
 
-def _installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
     try:
         __import__(package)
     except ImportError:
@@ -439,7 +440,7 @@ def _installed(package: str) -> bool:
 
 
 def _need(*packages: str) -> None:
-    missing = [package for package in packages if not _installed(package)]
+    missing = [package for package in packages if not is_installed(package)]
     if missing:
         raise ModuleNotFoundError(
             f"export to ONNX needs {' and '.join(missing)}: pip install onnx onnxscript onnxruntime"

@@ -24,7 +24,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from basis.norm import activate
+from basis.layers.batchnorm import activate
 
 
 class PaddedShortcut(nn.Module):

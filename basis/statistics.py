@@ -85,40 +85,40 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
 
 @dataclass(frozen=True)
 class Spread:
-    """The standard deviation between equal runs, pooled over arms, and its degrees of freedom.
+    """The standard deviation between equal runs, pooled over variants, and its degrees of freedom.
 
-    For arms of few runs each, whose own deviations say little (two runs give one degree of freedom). It takes
-    the spread to be the same in all arms.
+    For variants of few runs each, whose own deviations say little (two runs give one degree of freedom). It takes
+    the spread to be the same in all variants.
     """
 
     value: float
     freedom: int
 
     def mean(self, values: Sequence[float]) -> Estimate:
-        """The mean of one arm, with the interval that this spread gives it."""
+        """The mean of one variant, with the interval that this spread gives it."""
         return self.contrast([(1, values)])
 
     def difference(self, first: Sequence[float], second: Sequence[float], *, comparisons: int = 1) -> Estimate:
         """mean(first) - mean(second) with its interval; n is the smaller of the two numbers of runs."""
         return self.contrast([(1, first), (-1, second)], comparisons=comparisons)
 
-    def contrast(self, arms: Sequence[tuple[float, Sequence[float]]], *, comparisons: int = 1) -> Estimate:
-        """The sum of weight x mean over the arms; n is the smallest of their numbers of runs.
+    def contrast(self, variants: Sequence[tuple[float, Sequence[float]]], *, comparisons: int = 1) -> Estimate:
+        """The sum of weight x mean over the variants; n is the smallest of their numbers of runs.
 
         With ``comparisons`` > 1 the interval is one of that many that hold together with 95 % (Bonferroni).
         """
-        value = float(sum(weight * np.mean(values) for weight, values in arms))
-        n = min(len(values) for _, values in arms)
+        value = float(sum(weight * np.mean(values) for weight, values in variants))
+        n = min(len(values) for _, values in variants)
         if not self.freedom:
             return Estimate(value, math.nan, math.nan, n)
-        variance = sum(weight**2 / len(values) for weight, values in arms)
+        variance = sum(weight**2 / len(values) for weight, values in variants)
         half = float(stats.t.ppf(1 - 0.025 / comparisons, self.freedom)) * self.value * math.sqrt(variance)
         return Estimate(value, value - half, value + half, n)
 
 
-def pooled_spread(arms: Iterable[Sequence[float]]) -> Spread:
-    """The spread within arms; an arm of one run adds nothing to it."""
-    runs = [np.asarray(values, dtype=float) for values in arms if len(values) > 1]
+def pooled_spread(variants: Iterable[Sequence[float]]) -> Spread:
+    """The spread within variants; a variant of one run adds nothing to it."""
+    runs = [np.asarray(values, dtype=float) for values in variants if len(values) > 1]
     freedom = sum(len(values) - 1 for values in runs)
     squares = sum(float(((values - values.mean()) ** 2).sum()) for values in runs)
     return Spread(math.sqrt(squares / freedom) if freedom else math.nan, freedom)

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from basis.conv import BasisConv2d, Mode
-from basis.files import replacing
+from basis.layers.conv import BasisConv2d, Mode
+from basis.saving import replacing
 from basis.substitution import Plan, plan_of, substitute
 from basis.text import few
 

@@ -23,27 +23,25 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from basis.activations import Moments, output_moments, taking_means, untied
 from basis.batches import Batches, calibration_inputs
-from basis.coefficients import Coefficients, Form
-from basis.conv import MODES, BasisConv2d, Mode, basis_channels_for, check_basis_channels
-from basis.convlike import ConvLike
-from basis.norm import copy_of, couple_in_place, couplings, uncouple_in_place
-from basis.results import Saved
-from basis.structured import LAYERS, Structure, StructuredConv2d
+from basis.layers.base import ConvLike
+from basis.layers.batchnorm import copy_of, couple_in_place, couplings, uncouple_in_place
+from basis.layers.coefficients import Coefficients, Form
+from basis.layers.conv import MODES, BasisConv2d, Mode, basis_channels_for, check_basis_channels
+from basis.layers.moments import Moments, output_moments, taking_means, untied
+from basis.layers.structured import LAYERS, Structure, StructuredConv2d
+from basis.saving import Saved
 from basis.text import few, shown_name
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from basis.figures import Theme
+    pass
 
 PLAN_VERSION = 1
 
 Size = int | str  # basis channels k of a basis convolution, or the text of a structured layer, "tucker:0.41"
 
 # Every attribute in which nn.Module keeps hooks, with their kwargs / always-call flags.
-_HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
+HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Plan(Saved):
 
     Attributes:
         layers: layer name (as in ``model.named_modules()``) -> basis channels k, where k = C_out keeps the
-            layer dense; or the text of a structured layer, see :class:`basis.structured.Structure`.
+            layer dense; or the text of a structured layer, see :class:`basis.layers.structured.Structure`.
         skipped: name of every other convolution -> the reason why it stays dense.
         out_channels: C_out of the convolutions, in the order of the model, for :meth:`plot`; a plan that was written
             by hand need not know it.
@@ -100,7 +98,7 @@ class Plan(Saved):
             )
         structure = None if layer is None else Structure.parse(layer)
         basis_channels_for(1.0 if ratio is None else ratio, 1)  # refuses one that makes no sense, whatever the layers
-        included, excluded = _patterns(include), _patterns(exclude)
+        included, excluded = as_patterns(include), as_patterns(exclude)
         convolutions = _convolutions(model)
         for pattern in included:
             if not any(fnmatchcase(name, pattern) for names in convolutions.values() for name in names):
@@ -108,7 +106,7 @@ class Plan(Saved):
         layers: dict[str, Size] = {}
         skipped: dict[str, str] = {}
         for module, names in convolutions.items():
-            reason = _obstacle(model, module) or _left_out(names, included, excluded)
+            reason = _obstacle(model, module) or left_out(names, included, excluded)
             if reason is None and structure is not None and isinstance(module, nn.Conv2d):
                 reason = structure.obstacle(module)
                 if reason is None:
@@ -170,24 +168,6 @@ class Plan(Saved):
             if not isinstance(entries, dict) or not all(map(fits, entries.values())):
                 raise ValueError(f"the plan's {key!r} is {entries!r}, but it must map layer names to {what}")
         return cls(content["layers"], content["skipped"], content["out_channels"])
-
-    def plot(self, *, theme: Theme | None = None) -> Figure:
-        """Each convolution's k / C_out as a bar, in the order of the model; what stays dense is grey.
-
-        Raises:
-            ValueError: for a plan that knows no C_out of its layers, or has no layer at all.
-        """
-        from basis.figures import LIGHT
-        from basis.result_figures import plan
-
-        numbers = [name for name, size in self.layers.items() if not isinstance(size, str)]
-        lacking = [name for name in numbers if name not in self.out_channels]
-        if lacking or not (self.layers or self.skipped):
-            raise ValueError(
-                f"the plan does not know C_out of {few(map(shown_name, lacking)) or 'any layer'}; those of select, "
-                "Plan.uniform and plan_of do"
-            )
-        return plan(self, theme or LIGHT)
 
 
 def _is_count(value: object) -> bool:
@@ -252,7 +232,7 @@ def substitute(
         init: ``"svd"`` approximates each weight (:meth:`BasisConv2d.from_conv`, and that of each structured
             layer); ``"random"`` draws new ones for training from scratch (``shaped_like``).
         calibration: batches on which the basis layers are fitted to the outputs of the dense ones, instead of to their
-            weights: what a layer can still say, it says of what occurs (:mod:`basis.activations`). Inputs alone, or
+            weights: what a layer can still say, it says of what occurs (:mod:`basis.layers.moments`). Inputs alone, or
             (inputs, targets); :class:`basis.data.Images`, or :class:`basis.data.Data`, whose training images are
             used. They are read once, one batch after the other, and run through ``model`` in evaluation mode. The
             mean of what a layer loses goes into its bias, or else into the running mean of the batch
@@ -263,8 +243,8 @@ def substitute(
             equal C_out, k and groups hold one A (those of one dtype and device that all train or all do
             not); it is fitted to all of them at once.
         batch_norm: ``"through_basis"`` couples each new layer to the batch normalisation that directly follows
-            it (:func:`basis.norm.couple`): the same function, trained faster. Where none does, or it cannot
-            be, the layer stays an ordinary one; :func:`basis.norm.couplings` has the reasons.
+            it (:func:`basis.layers.batchnorm.couple`): the same function, trained faster. Where none does, or it cannot
+            be, the layer stays an ordinary one; :func:`basis.layers.batchnorm.couplings` has the reasons.
 
     Raises:
         ValueError: for a plan that names a layer that is not there, that cannot be substituted (with
@@ -283,7 +263,7 @@ def substitute(
         raise ValueError(f"batch_norm is {batch_norm!r}, but it must be 'ordinary' or 'through_basis'")
     if plan is None:
         plan = Plan.uniform(model, ratio=ratio, layer=layer, include=include, exclude=exclude)
-    elif _patterns(include) or _patterns(exclude):
+    elif as_patterns(include) or as_patterns(exclude):
         raise ValueError("include and exclude go with a ratio or a layer; a plan names its layers itself")
     elif layer is not None:
         plan = _of_kind(plan, layer)
@@ -315,8 +295,8 @@ def substitute(
                 layers = made
         except ValueError as error:
             raise ValueError(f"{shown_name(names[0])}: {error}") from error
-        new.update((conv, _hand_over(conv, layer)) for conv, layer in zip(convs, layers, strict=True))
-    copied = _replace(copied, new)
+        new.update((conv, hand_over(conv, layer)) for conv, layer in zip(convs, layers, strict=True))
+    copied = replace_modules(copied, new)
     if batch_norm == "through_basis":
         names_made = {name for name, module in copied.named_modules() if module in new.values()}
         couple_in_place(copied, names_made & couplings(copied).norms.keys())
@@ -393,7 +373,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     copied = uncouple_in_place(copy_of(model))
     layers = [module for module in copied.modules() if isinstance(module, (BasisConv2d, StructuredConv2d))]
-    return _replace(copied, {layer: _hand_over(layer, layer.to_conv()) for layer in layers})
+    return replace_modules(copied, {layer: hand_over(layer, layer.to_conv()) for layer in layers})
 
 
 # -- which layers -------------------------------------------------------------------------------
@@ -441,11 +421,11 @@ def _obstacle(model: nn.Module, module: nn.Module) -> str | None:
     return None
 
 
-def _patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
+def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def _left_out(names: list[str], include: tuple[str, ...], exclude: tuple[str, ...]) -> str | None:
+def left_out(names: list[str], include: tuple[str, ...], exclude: tuple[str, ...]) -> str | None:
     for pattern in exclude:
         if any(fnmatchcase(name, pattern) for name in names):
             return f"excluded by {pattern!r}"
@@ -481,7 +461,7 @@ def _resolve(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, Size]:
         other, other_k = chosen.setdefault(module, (name, k))
         if other_k != k:
             raise ValueError(
-                f"the plan gives {shown_name(other)} {_said(other_k)} and {shown_name(name)} {_said(k)}, "
+                f"the plan gives {shown_name(other)} {size_text(other_k)} and {shown_name(name)} {size_text(k)}, "
                 "but they are one shared layer"
             )
     return {name: k for name, k in chosen.values()}
@@ -498,12 +478,12 @@ def _no_such_layer(name: str, modules: Mapping[str, nn.Module], convolutions: li
 # -- the exchange -------------------------------------------------------------------------------
 
 
-def _hand_over(old: Any, new: Any) -> nn.Module:
+def hand_over(old: Any, new: Any) -> nn.Module:
     """Give ``new`` the hooks of ``old``, and its very bias parameter, which may be tied elsewhere.
 
     But for the bias of a layer that ``shifts``: in a convolution it has another value.
     """
-    for name in _HOOKS:
+    for name in HOOKS:
         setattr(new, name, getattr(old, name))
     for hook in new._load_state_dict_pre_hooks.values():
         if getattr(hook, "with_module", False):
@@ -515,7 +495,7 @@ def _hand_over(old: Any, new: Any) -> nn.Module:
     return new
 
 
-def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
     if model in new:
         return new[model]
     for parent in list(model.modules()):
@@ -525,5 +505,5 @@ def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
     return model
 
 
-def _said(size: Size) -> str:
+def size_text(size: Size) -> str:
     return size if isinstance(size, str) else f"k = {size}"

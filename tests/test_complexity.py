@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
-from basis.complexity import Cost, cost, count_parameters
-from basis.conv import BasisConv2d
+from basis.costs import Cost, cost, count_parameters
+from basis.layers.batchnorm import couple
+from basis.layers.conv import BasisConv2d
 from basis.models import build
-from basis.norm import couple
 from basis.substitution import substitute
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")

@@ -14,14 +14,14 @@ from torch import nn
 from torch.nn.utils import prune
 
 from basis import BasisConv2d, substitute
-from basis.conv import MODES
-from basis.convlike import is_channels_last
+from basis.bench.timing import Setting
 from basis.inference import FoldReport, export_onnx, export_program, fold, measure_fold, norms_left
+from basis.layers.batchnorm import couple
+from basis.layers.conv import MODES
 from basis.models import BasicBlock, ResNet, build
-from basis.norm import couple
-from basis.runs import RecordError
+from basis.modules import is_channels_last
+from basis.saving import RecordError
 from basis.substitution import plan_of
-from basis.timing import Setting
 
 FORMS = ("dense", "low_rank:2", "grouped:2", "sparse:2", "frozen", "repeat")
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from basis import models
+from basis.layers.norm_pairs import norm_pairs
 from basis.models import MODELS, PaddedShortcut, build
-from basis.pairs import norm_pairs
 
 PARAMETERS = {
     "resnet18": 11_173_962,

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from basis.runs import Record
+from basis.experiments.runs import Record
+from basis.experiments.studies import headline
 from basis.statistics import difference_estimate, mean_estimate, pooled_spread
-from basis.studies import headline
 
 
 def test_students_interval():
@@ -44,15 +44,15 @@ def test_text_shows_the_interval():
 
 
 def records(dense, basis, size=0.5):
-    def record(arm, seed, accuracy, parameters):
-        config = {"study": "headline", "profile": "small", "arm": arm, "seed": seed}
+    def record(variant, seed, accuracy, parameters):
+        config = {"study": "headline", "profile": "small", "variant": variant, "seed": seed}
         test = {"accuracy": accuracy, "accuracy_flip": accuracy}
         result = {"test": test, "parameters": parameters, "macs": parameters, "train_seconds": 1.0, "curves": []}
-        return Record(f"{arm}{seed}", config, result, {"device": "test"}, "")
+        return Record(f"{variant}{seed}", config, result, {"device": "test"}, "")
 
     uniform = headline.variant("uniform", headline.HALF)
-    arms = [("dense", dense, 1000), (uniform, basis, round(1000 * size))]
-    return [record(arm, i, a, p) for arm, values, p in arms for i, a in enumerate(values)]
+    variants = [("dense", dense, 1000), (uniform, basis, round(1000 * size))]
+    return [record(variant, i, a, p) for variant, values, p in variants for i, a in enumerate(values)]
 
 
 @pytest.mark.parametrize(

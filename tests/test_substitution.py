@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from basis.coefficients import Form
-from basis.complexity import count_parameters
-from basis.conv import MODES, BasisConv2d
+from basis.costs import count_parameters
+from basis.layers.batchnorm import BasisBatchNorm2d, couplings
+from basis.layers.coefficients import Form
+from basis.layers.conv import MODES, BasisConv2d
 from basis.models import build
-from basis.norm import BasisBatchNorm2d, couplings
 from basis.storage import load, save
 from basis.substitution import Plan, merge, plan_of, substitute
 

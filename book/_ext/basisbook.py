@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 
-from basis.address import address
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for book.tools
+
+from book.tools.address import address
 
 MATHJAX = ("tex-mml-chtml.js", "input/tex", "output/chtml")  # `input` holds what some macros load later
 CDN = b"https://cdn.jsdelivr.net/npm/"  # where MathJax would look for its screen-reader voice

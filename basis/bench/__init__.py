@@ -1,0 +1,1 @@
+"""Speed, measured: layers, blocks, training steps and whole networks against dense twins."""

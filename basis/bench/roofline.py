@@ -1,0 +1,184 @@
+"""The roofline of a basis convolution: what each mode computes and moves, and how long that has to take.
+
+A mode is a list of kernels. A kernel takes at least max(multiply-accumulates / rate, bytes / bandwidth) of a
+machine, and a mode takes the sum over its kernels: they do not overlap, and nothing stays in a cache between
+them. The bytes of a kernel are the minimum: every operand is read once and every result is written once.
+(Williams, Waterman and Patterson 2009, "Roofline", doi 10.1145/1498765.1498785.) On a GPU a kernel can come close
+to this time. It is no bound where the rates, of one matrix product and one copy, are not the highest that the machine
+has: on a CPU small maps stay in its caches, and dense layers there took as little as half of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from basis.bench.timing import PASSES, BenchReport, Pass, Setting, Shape, time_on_cpu, time_on_gpu
+from basis.training.loop import DTYPES, choose_precision
+
+ROOFLINE_MODES = ("dense", "factorized", "cat", "composed", "hybrid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a machine was measured to do at most, in one number format.
+
+    Attributes:
+        macs_per_second: multiply-accumulates of a large matrix product, or of a wide convolution.
+        bytes_per_second: bytes read plus bytes written by a copy much larger than the caches.
+    """
+
+    device: str
+    precision: str
+    threads: int
+    macs_per_second: float
+    bytes_per_second: float
+
+    @property
+    def ridge(self) -> float:
+        """The multiply-accumulates per byte from which on a kernel is bound by arithmetic."""
+        return self.macs_per_second / self.bytes_per_second
+
+
+class Kernel(NamedTuple):
+    """One pass over the data: multiply-accumulates, and the least number of values read and written."""
+
+    macs: int
+    values: int
+
+
+def measure_machine(
+    setting: Setting | None = None, *, side: int | None = None, copied: int | None = None, rounds: int = 7
+) -> Machine:
+    """Measure how fast the setting's device multiplies (in its precision) and copies.
+
+    A roof is the most that was seen: the quickest of ``rounds``, and of a product of square matrices and a wide
+    3x3 convolution the one of the higher rate, since libraries differ in how near they come to the processor.
+    float32 on a GPU is multiplied as matrix products are set up to be (``torch.get_float32_matmul_precision``).
+
+    Args:
+        side: of the square matrices; 8192 on a GPU and 1024 on a CPU unless given.
+        copied: bytes of the tensor that is copied; 2 GiB on a GPU and 256 MiB on a CPU unless given.
+
+    Raises:
+        ValueError: for a side, number of bytes or number of rounds below 1.
+    """
+    setting = setting or Setting()
+    cuda = setting.where.type == "cuda"
+    side = (8192 if cuda else 1024) if side is None else side
+    copied = (2**31 if cuda else 2**28) if copied is None else copied
+    for name, value in (("side", side), ("copied", copied), ("rounds", rounds)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}, but must be at least 1")
+    precision = choose_precision(setting.where) if setting.precision == "auto" else setting.precision
+    timer = setting.timer or (time_on_gpu if cuda else time_on_cpu)
+    with setting.globals(), torch.no_grad():
+        # Random numbers: a GPU multiplies zeros faster.
+        a, b = (torch.randn(side, side, device=setting.where).to(DTYPES[precision]) for _ in range(2))
+        product, source = torch.empty_like(a), torch.ones(copied, dtype=torch.uint8, device=setting.where)
+        target = torch.empty_like(source)
+
+        channels, size = min(512, max(1, side // 4)), 16
+        last = torch.contiguous_format if setting.memory_format == "contiguous" else torch.channels_last
+        images, filters = (
+            torch.randn(shape, device=setting.where).to(a.dtype).contiguous(memory_format=last)
+            for shape in ((setting.batch_size, channels, size, size), (channels, channels, 3, 3))
+        )
+
+        def seconds(step: Callable[[], object]) -> float:
+            step()  # warm-up
+            return min(timer(step) for _ in range(rounds))
+
+        product_rate = side**3 / seconds(lambda: torch.mm(a, b, out=product))
+        convolving = seconds(lambda: F.conv2d(images, filters, padding=1))
+        copying = seconds(lambda: target.copy_(source))
+    return Machine(
+        device=str(setting.where), precision=precision, threads=torch.get_num_threads(),
+        macs_per_second=max(product_rate, images.numel() * 9 * channels / convolving),
+        bytes_per_second=2 * copied / copying,
+    )  # fmt: skip
+
+
+def with_machine(report: BenchReport, machine: Machine) -> BenchReport:
+    """The report with what the machine can do at most, as the entry ``machine`` of its options."""
+    return replace(report, config={**report.config, "machine": asdict(machine)})
+
+
+def machine_of(report: BenchReport) -> Machine | None:
+    """The machine that :func:`with_machine` put into a report, None where there is none."""
+    stored = report.config.get("machine")
+    return Machine(**stored) if stored else None
+
+
+def floor(work_macs: float, moved_bytes: float, machine: Machine) -> float:
+    """The least seconds that a kernel of this work and traffic takes on this machine."""
+    return max(work_macs / machine.macs_per_second, moved_bytes / machine.bytes_per_second)
+
+
+def kernels(shape: Shape, k: int, mode: str, *, batch_size: int, passes: Pass) -> list[Kernel]:
+    """The kernels of one step, as in chapter 10; with trainable A.
+
+    Args:
+        k: basis channels; of no effect in mode "dense".
+        mode: "dense", "factorized" (M = [I; A] as one 1x1 convolution), "cat" (Z and A Z are concatenated),
+            "composed" or "hybrid".
+
+    Raises:
+        ValueError: for an unknown mode or pass, or a k outside 1 .. C_out.
+    """
+    if mode not in ROOFLINE_MODES:
+        raise ValueError(f"mode is {mode!r}, but must be one of {', '.join(ROOFLINE_MODES)}")
+    if passes not in PASSES:
+        raise ValueError(f"pass is {passes!r}, but must be one of {', '.join(PASSES)}")
+    if not 1 <= k <= shape.out_channels:
+        raise ValueError(f"k is {k}, but must lie between 1 and C_out = {shape.out_channels}")
+    forward, backward = _kernels(shape, k, mode, batch_size)
+    return forward if passes == "forward" else forward + backward
+
+
+def _kernels(shape: Shape, k: int, mode: str, batch_size: int) -> tuple[list[Kernel], list[Kernel]]:
+    c, f, m = shape.out_channels, 9 * shape.in_channels, shape.out_channels - k
+    p = batch_size * ((shape.size - 1) // shape.stride + 1) ** 2  # output pixels
+    x = batch_size * shape.size**2 * shape.in_channels  # input values
+
+    def conv(n: int) -> Kernel:
+        """A 3x3 convolution with n filters, or the gradient of its input or of its filters."""
+        return Kernel(p * f * n, x + p * n + f * n)
+
+    def product(rows: int, inner: int, columns: int, values: int) -> Kernel:
+        return Kernel(rows * inner * columns, values)
+
+    compose = product(m, k, f, m * k + k * f + m * f)
+    decompose = [product(k, m, f, m * k + c * f + k * f), product(m, f, k, c * f + k * f + m * k)]
+    thin = [conv(k), conv(k)]  # gradients of x and of B, from that of Z
+    if mode == "dense":
+        return [conv(c)], [conv(c), conv(c)]
+    if mode == "factorized":
+        mix = product(p, k, c, p * k + p * c + m * k)
+        return [conv(k), mix], [mix, product(c, p, k, p * c + p * k), *thin]
+    if mode == "cat":
+        derive = product(p, k, m, p * k + p * m + m * k)
+        # Then [Z, A Z] is copied together, and in the backward pass the two gradients of Z are added.
+        return [conv(k), derive, Kernel(0, 2 * p * c)], [derive, Kernel(0, 3 * p * k), derive, *thin]
+    if mode == "composed":
+        return [compose, conv(c)], [conv(c), conv(c), *decompose]
+    # Hybrid multiplies by all of M, but the least that the gradient of A has to read of dY is C - k channels.
+    mixed = [product(p, c, k, p * c + p * k + m * k), product(c, p, k, p * m + p * k + m * k)]
+    return [compose, conv(c)], [*mixed, *thin]
+
+
+def moved(shape: Shape, k: int, mode: str, *, batch_size: int, passes: Pass, bytes_per_value: int) -> int:
+    """The least bytes that one step reads and writes, see :func:`kernels`."""
+    return bytes_per_value * sum(one.values for one in kernels(shape, k, mode, batch_size=batch_size, passes=passes))
+
+
+def predicted(
+    shape: Shape, k: int, mode: str, *, batch_size: int, passes: Pass, bytes_per_value: int, machine: Machine
+) -> float:
+    """The least seconds of one step: the sum over its kernels of :func:`floor`."""
+    steps = kernels(shape, k, mode, batch_size=batch_size, passes=passes)
+    return sum(floor(one.macs, bytes_per_value * one.values, machine) for one in steps)

@@ -1,0 +1,1 @@
+"""From a trained network to a smaller one: the steps behind ``basis compress``."""

@@ -1,0 +1,1 @@
+"""The runs behind the book: configurations, records, studies and their verdicts."""

@@ -1,0 +1,206 @@
+"""The studies of the book, and the state of their records."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import pandas as pd
+
+from basis.environment import results_folder
+from basis.experiments.runs import PROFILES, Record, Run, load_records, parse_duration, read_record, record_path, work
+from basis.experiments.studies import (
+    coefficients,
+    cost,
+    family,
+    headline,
+    own,
+    sensitivity,
+    skip,
+    speed,
+    substitutes,
+)
+from basis.experiments.studies.hours import expected, spent
+from basis.experiments.studies.plausible import doubts
+from basis.experiments.studies.study import CLAIMS, Study, Verdict
+from basis.saving import RecordError
+from basis.training.loop import choose_device
+
+__all__ = [
+    "CLAIMS",
+    "STUDIES",
+    "Gathered",
+    "Study",
+    "Verdict",
+    "check_records",
+    "find_study",
+    "gather",
+    "is_done",
+    "listed",
+    "misplaced",
+    "status",
+    "valid_records",
+]
+
+STUDIES: Mapping[str, Study] = {
+    one.STUDY.name: one.STUDY
+    for one in (cost, headline, sensitivity, coefficients, skip, family, substitutes, speed, own)
+}
+
+
+def find_study(name: str) -> Study:
+    """The study of that name; ``ValueError`` lists the known ones."""
+    if name not in STUDIES:
+        raise ValueError(f"there is no study {name!r}; there are: {', '.join(STUDIES)}")
+    return STUDIES[name]
+
+
+def listed(study: Study, profile: str) -> Mapping[str, Run]:
+    """The runs of a profile by their identities, in the study's order."""
+    return _by_id(study.plan, profile)
+
+
+@lru_cache(maxsize=64)
+def _by_id(plan: Callable[[str], tuple[Run, ...]], profile: str) -> Mapping[str, Run]:
+    return {run.id: run for run in plan(profile)}
+
+
+def check_records(folder: Path | None = None) -> list[str]:
+    """One sentence for every record that no book may show.
+
+    Refused are records that cannot be read, that no study lists, whose study has changed its claims or its rule since
+    they were made, or that cannot be what their run left (:func:`basis.experiments.studies.plausible.doubts`).
+    """
+    problems = []
+    for path in sorted((folder or results_folder()).glob("*/*/*.json")):
+        study, profile = path.parts[-3:-1]
+        if study == "bench":
+            continue
+        try:
+            record = read_record(path)
+        except RecordError as error:
+            problems.append(str(error))
+            continue
+        reason = misplaced(record, study, profile, path.stem)
+        if reason:
+            problems.append(f"{path} {reason}")
+        else:
+            run = listed(STUDIES[study], profile)[record.id]
+            problems += [f"{path} cannot be what its run left: {doubt}" for doubt in doubts(run, record)]
+    return problems
+
+
+def misplaced(record: Record, study: str, profile: str, stem: str) -> str:
+    """Why a record must not stand in ``STUDY/PROFILE/STEM.json``; empty where it may."""
+    if study not in STUDIES:
+        return f"belongs to no study; there are: {', '.join(STUDIES)}"
+    if record.definition != STUDIES[study].definition:
+        return f"was made before the study {study!r} changed its claims or rule; `basis run` does its run again"
+    if record.id not in listed(STUDIES[study], profile) or stem != record.id:
+        return f"holds a run that the study {study!r} does not list (any more) for {profile!r}"
+    return ""
+
+
+def is_done(path: Path, definition: str) -> bool:
+    """Whether there is a sound record that was made under that definition of its study."""
+    try:
+        return path.exists() and read_record(path).definition == definition
+    except RecordError:
+        return False
+
+
+def valid_records(study: Study, profile: str, folder: Path | None = None) -> list[Record]:
+    """The records of the runs that ``study`` lists for ``profile``, made under its present definition."""
+    records = load_records(folder, study=study.name, profile=profile)
+    wanted = listed(study, profile) if records else {}
+    return [r for r in records if r.id in wanted and r.definition == study.definition]
+
+
+def status(folder: Path | None = None, *, study: str | None = None) -> pd.DataFrame:
+    """One row per study and profile: how many runs are planned, done, missing and started, and device hours.
+
+    Of all studies, unless one is named. ``seconds`` were spent and ``expected`` are what the missing ones will take,
+    both by kind of device ("cpu", "cuda"); ``unknown`` counts the missing runs of which that cannot be told. ``device``
+    names the devices.
+    """
+    folder = folder or results_folder()
+    rows = []
+    for one in STUDIES.values() if study is None else [STUDIES[study]]:
+        for profile in PROFILES:
+            runs = listed(one, profile)
+            if not runs:
+                continue
+            records = valid_records(one, profile, folder)
+            done = {record.id for record in records}
+            left, unknown = expected([run for run in runs.values() if run.id not in done], records)
+            checkpoints = (record_path(folder, run).parent.glob(f"checkpoints/{run.id}-*.pt") for run in runs.values())
+            rows.append(
+                {
+                    "study": one.name,
+                    "profile": profile,
+                    "runs": len(runs),
+                    "done": len(records),
+                    "missing": len(runs) - len(records),
+                    "started": sum(any(found) for found in checkpoints),
+                    "seconds": spent(records),
+                    "expected": left,
+                    "unknown": unknown,
+                    "device": ", ".join(sorted({r.environment["device"] for r in records})),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The records of one study and profile, and a Markdown sentence on what is missing and why."""
+
+    records: list[Record]
+    wanted: int
+    note: str
+
+    @property
+    def complete(self) -> bool:
+        """Whether every run has its record."""
+        return len(self.records) == self.wanted
+
+
+def gather(
+    name: str, profile: str, *, run_missing: bool = False, time_limit: str = "9m", folder: Path | None = None
+) -> Gathered:
+    """The records of a study for a notebook, after training what is missing if that is asked for.
+
+    Nothing is trained for the profiles ``colab`` and ``paper`` without a GPU, since it would take
+    hours; the note says so. Raises ``ValueError`` for an unknown study, profile or duration.
+    """
+    study, seconds = find_study(name), parse_duration(time_limit)
+    if profile not in PROFILES:
+        raise ValueError(f"profile is {profile!r}, but it must be one of {', '.join(PROFILES)}")
+    runs, folder = study.runs(profile), folder or results_folder()
+    gpu = choose_device().type == "cuda"
+    hopeless = profile in ("colab", "paper") and not gpu
+    failures: list[str] = []
+    late = False
+    if run_missing and not hopeless:
+        deadline = time.monotonic() + seconds
+        steps = list(work(runs, study.definition, folder=folder, deadline=deadline, progress=True))
+        failed = [step for step in steps if step.outcome == "failed"]
+        failures = [f"{step.run.variant}, seed {step.run.seed}: {step.message}" for step in failed]
+        late = time.monotonic() >= deadline
+    records = valid_records(study, profile, folder)
+    note = f"{len(records)} of {len(runs)} runs of the profile `{profile}` have a record."
+    if len(records) < len(runs):
+        if hopeless:
+            note += " The others need a GPU, and there is none here."
+        elif late:
+            note += " The time was up for the others; run this cell again to go on where it stopped."
+        elif not run_missing:
+            note += " Set `run_missing = True` to train the others."
+        elif not failures:
+            note += " Another process is at work on the others."
+    if failures:
+        note += " Failed: " + "; ".join(failures) + "."
+    return Gathered(records, len(runs), note)

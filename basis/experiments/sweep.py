@@ -1,0 +1,184 @@
+"""All measurements of the speed chapter by one command, within a time limit, the most valuable first.
+
+Each benchmark is made in parts (a shape, or a ratio) and its report is written after every part, so that a
+machine that is taken away leaves all but the part in hand.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from basis.bench.cases import NORMS, bench_blocks, bench_latency, bench_layers, bench_training
+from basis.bench.rivals import USUAL, bench_rivals
+from basis.bench.roofline import measure_machine, with_machine
+from basis.bench.timing import RESNET18_SHAPES, BenchReport, Progress, Setting, check_place
+from basis.experiments.budget_bench import bench_plans
+from basis.models import build
+from basis.saving import RecordError
+
+Part = Callable[..., BenchReport]  # of setting and progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One report: the name of its file, its part of the time, and its parts, of ``cells`` cells each.
+
+    Args:
+        batch_size: that of the setting unless given.
+        latency: name of an earlier report, which the parts are given as ``latency``.
+        needs: no part begins with fewer seconds left than that, of all the time.
+    """
+
+    name: str
+    share: float
+    parts: Sequence[Part]
+    cells: int = 1
+    batch_size: int | None = None
+    latency: str | None = None
+    needs: float = 0
+
+
+def measurements(*, tiny: bool = False) -> tuple[Measurement, ...]:
+    """What :func:`bench_gpu` measures, in order; ``tiny`` shapes show that all of it runs."""
+    shapes = ("16@6", "16-32@6/2") if tiny else RESNET18_SHAPES
+    network: dict[str, Any] = {"model": "resnet20", "width": 8} if tiny else {"model": "resnet18"}
+    name, wide = network["model"], "wrn-10-1" if tiny else "wrn-28-10"
+    ratios, candidates = (1 / 4, 1 / 2), (1 / 8, 1 / 4, 1 / 2)
+    shares = (1.0, 0.9) if tiny else (0.5, 0.8, 0.65)
+
+    def by_shape(bench: Part, **options: Any) -> list[Part]:
+        return [partial(bench, shapes=(shape,), ratios=ratios, **options) for shape in shapes]
+
+    def latency(**given: Any) -> BenchReport:
+        model = build(name, width=network.get("width"))
+        return bench_latency(model, name=name, ratios=candidates, passes=("forward+backward",), **given)
+
+    step = partial(bench_training, steps=("graphed",))
+    steps = [partial(step, **network, ratios=(r,), norms=NORMS) for r in ratios]
+    plans = [
+        partial(bench_plans, **network, shares=(share,), ratios=candidates, smallest=share == 0.5) for share in shares
+    ]
+    eager = tuple(one for one in USUAL if not one.endswith("compiled"))
+    rivals = by_shape(bench_rivals, passes=("forward+backward",), candidates=eager)
+    compiled = partial(step, **network, ratios=(1 / 4,), norms=NORMS, dense_steps=("fast",))
+    # Equal batches where possible: cuDNN chooses its algorithms anew for each other, which takes longer than timing.
+    return (
+        Measurement(name="layer", share=0.2, parts=by_shape(bench_layers, passes=("forward+backward",)), cells=2),
+        Measurement(name=f"train-norms-steps-{name}", share=0.14, parts=steps),
+        Measurement(name="block", share=0.12, parts=by_shape(bench_blocks, modes=("auto",)), cells=2),
+        Measurement(name=f"latency-{name}", share=0.1, parts=[latency], cells=11),
+        Measurement(name=f"plans-{name}", share=0.12, parts=plans, latency=f"latency-{name}"),
+        Measurement(
+            name=f"train-steps-{wide}", share=0.1, parts=[partial(step, model=wide, ratios=(r,)) for r in ratios],
+            batch_size=None if tiny else 256,
+        ),
+        # Compiling takes 40 to 90 seconds, so it is done once, for the dense network, and not where it cannot end.
+        Measurement(name=f"train-compiled-{name}", share=0.12, parts=[compiled], needs=0 if tiny else 70),
+        Measurement(name="layer-forward", share=0.05, parts=by_shape(bench_layers, passes=("forward",)), cells=2),
+        Measurement(name="rivals", share=0.05, parts=rivals, cells=2),
+    )  # fmt: skip
+
+
+def bench_gpu(
+    folder: Path,
+    *,
+    setting: Setting | None = None,
+    time_limit: float = 240,
+    tiny: bool = False,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Measure the machine, layers, whole training steps, blocks, plans and rivals; the files that were written.
+
+    The time that is left is shared out among the measurements that are left. A part that has begun is
+    finished, whatever it takes (compiling a network does), and none begins when its time is up; ``progress``
+    is told how many parts of each were made, which failed and why, and what could not be saved.
+
+    Args:
+        folder: where the reports go; of equal names, those of another time are replaced by this one's first part.
+        setting: 1024 images, channels-last, 11 rounds, unless given; wide networks have batches of their own.
+        time_limit: seconds for all of it.
+        tiny: tiny shapes and networks, to see that it runs; needs no GPU.
+
+    Raises:
+        ValueError: for a setting on a CPU without ``tiny``, a time limit that is not positive, or a folder that
+            cannot be written to.
+    """
+    setting = setting or Setting(batch_size=1024, memory_format="channels_last", rounds=11)
+    if setting.where.type != "cuda" and not tiny:
+        raise ValueError(f"the device is {setting.where}, but this measures a GPU; tiny shapes run anywhere")
+    if time_limit <= 0:
+        raise ValueError(f"time_limit is {time_limit}, but must be positive")
+    check_place(folder / "report.json")
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        if progress:
+            progress(f"{time.monotonic() - began:5.1f} s  {line}")
+
+    machine = measure_machine(setting, **({"side": 256, "copied": 2**20} if tiny else {}))
+    tera, giga = machine.macs_per_second / 1e12, machine.bytes_per_second / 1e9
+    say(f"machine: {tera:.4g} T multiply-accumulates/s in {machine.precision}, {giga:.4g} GB/s")
+    left = list(measurements(tiny=tiny))
+    reports: dict[str, BenchReport] = {}
+    paths = []
+    while left:
+        one, shares = left[0], sum(each.share for each in left)
+        now = time.monotonic()
+        until = now + (began + time_limit - now) * one.share / shares
+        done, saved = 0, None
+        for number, measure in enumerate(one.parts):
+            now = time.monotonic()
+            if now >= until or began + time_limit - now < one.needs:
+                break
+            # Half of the time for the rounds; the rest goes into warming up, compiling and choosing algorithms.
+            each = replace(
+                setting, seconds=(until - now) / (len(one.parts) - number) / one.cells / 2,
+                batch_size=one.batch_size or setting.batch_size,
+            )  # fmt: skip
+            try:
+                given = {"latency": reports[one.latency]} if one.latency else {}
+                part = measure(setting=each, progress=say, **given)
+                reports[one.name] = with_machine(join(reports.get(one.name), part), machine)
+            except Exception as error:  # no memory, no compiler, no plan: the other parts may well run
+                say(f"{one.name}: part {number + 1} failed, {type(error).__name__}: {error}")
+                continue
+            finally:
+                gc.collect()  # networks and graphs, whose memory the next part needs
+                if setting.where.type == "cuda":
+                    torch.cuda.empty_cache()
+            done += 1
+            path = folder / f"{file_name(one.name, reports[one.name])}.json"
+            try:
+                reports[one.name].save(path)
+                saved = path
+            except RecordError as error:
+                say(f"{error}\n{part}")
+        say(f"{one.name}: {done} of {len(one.parts)} parts")
+        paths += [saved] if saved else []
+        left.pop(0)
+    return paths
+
+
+def file_name(what: str, report: BenchReport) -> str:
+    """The name of a report's file, without ".json": what was measured, device, precision and memory format."""
+    config = report.config
+    return "-".join([what, config["device"].split(":")[0], config["precision"], config["memory_format"]])
+
+
+def join(first: BenchReport | None, second: BenchReport) -> BenchReport:
+    """One report of two by the same command, whose options differ in lists (of shapes or ratios) only."""
+    if first is None:
+        return second
+    config: Mapping[str, Any] = {
+        key: [*value, *(one for one in second.config[key] if one not in value)] if isinstance(value, list) else value
+        for key, value in first.config.items()
+    }
+    return replace(second, config=config, rows=[*first.rows, *second.rows])

@@ -1,0 +1,1 @@
+"""Layers: the basis convolution, its batch normalisation, and other structured convolutions."""

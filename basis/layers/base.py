@@ -1,0 +1,100 @@
+"""What all layers of this package that stand for an ``nn.Conv2d`` have in common: its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+class ConvLike(nn.Module):
+    """A layer with the arguments of ``nn.Conv2d``, which checks and normalises them.
+
+    Attributes:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as those
+            of ``nn.Conv2d``.
+        bias: (C_out,) or None; for the subclass to set.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        padding_mode: PaddingMode = "zeros",
+    ) -> None:
+        super().__init__()
+        # nn.Conv2d itself does it, so that both accept the same arguments.
+        conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode,
+            device="meta",
+        )  # fmt: skip
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
+        self.padding, self.padding_mode = conv.padding, padding_mode
+        # left, right, top, bottom, as F.pad wants them
+        self._pads: tuple[int, ...] = tuple(conv._reversed_padding_repeated_twice)
+
+    @property
+    def filter_shape(self) -> tuple[int, int, int]:
+        """(C_in/groups, kh, kw), the shape of one filter of the dense convolution."""
+        return (self.in_channels // self.groups, *self.kernel_size)  # type: ignore[return-value]
+
+    def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Pad ``x`` where the convolution cannot do it itself; what is left for it to pad."""
+        left, right, top, bottom = self._pads
+        if self.padding_mode == "zeros" and left == right and top == bottom:
+            return x, (top, left)
+        kind = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, self._pads, mode=kind), (0, 0)
+
+    def _dense(self, weight: Tensor, *, trains: bool) -> nn.Conv2d:
+        """``nn.Conv2d`` of this shape with a copy of ``weight``, in its memory format, and of the bias."""
+        padding: Any = self.padding
+        conv = nn.Conv2d(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, padding, self.dilation,  # type: ignore[arg-type]
+            self.groups, self.bias is not None, self.padding_mode, weight.device, weight.dtype,
+        )  # fmt: skip
+        conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=trains)
+        if self.bias is not None:
+            conv.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        return conv.train(self.training)
+
+    def _shown_arguments(self) -> list[str]:
+        """The arguments that matter, the way ``nn.Conv2d`` prints its own."""
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
+        defaults: Sequence[tuple[str, object]] = (
+            ("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1),
+            ("padding_mode", "zeros"),
+        )  # fmt: skip
+        parts += [f"{name}={getattr(self, name)}" for name, usual in defaults if getattr(self, name) != usual]
+        return [*parts, "bias=False"] if self.bias is None else parts
+
+
+def arguments_of(conv: nn.Conv2d) -> tuple[Any, ...]:
+    """The arguments that make another layer of the shape, device and dtype of ``conv``."""
+    return (
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+        conv.groups, conv.bias is not None, conv.padding_mode, conv.weight.device, conv.weight.dtype,
+    )  # fmt: skip
+
+
+def autocast_device(tensor: Tensor) -> str:
+    """The device type to ask autocast about; the meta device has none of its own."""
+    return "cpu" if tensor.is_meta else tensor.device.type
+
+
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """A context without autocast: weights are built in full precision and rounded once, where they are applied."""
+    return torch.autocast(autocast_device(tensor), enabled=False)

@@ -1,0 +1,387 @@
+"""The coefficient matrix A of a basis convolution in several forms: dense, low-rank, grouped, sparse, ...
+
+A layer with k basis filters and ``rows`` = C_out - k derived ones mixes within ``groups`` mixing groups:
+a derived filter is a combination of the ``columns`` = k / groups basis filters of its group. A is
+(rows, columns), one block per mixing group stacked by rows. A mixing group is a group of the
+convolution or, in the form ``grouped``, a part of one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from basis.layers.base import full_precision
+
+# Every kind, and how its text goes on.
+KINDS = {
+    "dense": "", "low_rank": ":RANK", "grouped": ":GROUPS", "sparse": ":ENTRIES",
+    "shared": "", "frozen": "", "repeat": "",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of A, with a short text such as ``low_rank:10``: :meth:`parse` reads it, ``str`` writes it.
+
+    ==============================  =====================================================================
+    ``dense``                       every entry is trained
+    ``low_rank:10``                 A = U V of rank 10 in each group of the convolution
+    ``low_rank:1/8``                the rank as a fraction of the columns (rounded, at least 1)
+    ``grouped:4``                   each group of the convolution mixes within 4 groups of its own
+    ``sparse:8``, ``sparse:1/8``    8 entries, or an eighth of the columns, in each row
+    ``shared``                      dense, one A for all layers of equal shape (``substitute`` ties them)
+    ``frozen``                      dense, drawn at random and never trained
+    ``repeat``                      no A: derived filter i of a group repeats basis filter i mod columns
+    ==============================  =====================================================================
+
+    Raises:
+        ValueError: for an unknown kind, or a size that the kind does not take.
+    """
+
+    kind: str
+    size: int | Fraction | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            known = ", ".join(kind + size for kind, size in KINDS.items())
+            raise ValueError(f"coefficients is {str(self)!r}, but it must be one of {known}")
+        if not KINDS[self.kind] and self.size is not None:
+            raise ValueError(f"coefficients is {str(self)!r}, but {self.kind} takes no size")
+        fractions = self.kind in ("low_rank", "sparse")
+        whole = type(self.size) is int and self.size >= 1
+        part = fractions and isinstance(self.size, Fraction) and 0 < self.size < 1
+        if KINDS[self.kind] and not (whole or part):
+            wanted = "a whole number of at least 1" + ", or a fraction below 1 such as 1/8" * fractions
+            raise ValueError(f"coefficients is {str(self)!r}, but the size of {self.kind} must be {wanted}")
+
+    @classmethod
+    def parse(cls, text: str | Form) -> Form:
+        """The form that ``text`` names; a form is returned as it is."""
+        if isinstance(text, Form):
+            return text
+        kind, colon, size = str(text).partition(":")
+        return cls(kind, _number(size) if colon else None)
+
+    def __str__(self) -> str:
+        return self.kind if self.size is None else f"{self.kind}:{self.size}"
+
+    def count(self, columns: int) -> int:
+        """The size as a number, where it may be a fraction of the columns."""
+        return self.size if isinstance(self.size, int) else max(1, round((self.size or 0) * columns))
+
+    def make(self, out_channels: int, basis_channels: int, groups: int = 1, **factory: Any) -> Coefficients:
+        """A of this form for such a layer, allocated but not yet drawn (``reset_parameters`` does that).
+
+        Args:
+            factory: ``device`` and ``dtype``.
+
+        Raises:
+            ValueError: for a size that does not fit the shape.
+        """
+        rows, columns = out_channels - basis_channels, basis_channels // groups
+        size, height = self.count(columns), rows // groups
+        problem = ""
+        if self.kind == "grouped":
+            if columns % size or height % size:
+                problem = f"{columns} basis and {height} derived filters cannot both be split into {size} groups"
+            groups, columns = groups * size, columns // size
+        elif self.kind == "low_rank" and rows and size > min(height, columns):
+            problem = f"A is {height} x {columns}, and no rank is above {min(height, columns)}"
+        elif self.kind == "sparse" and rows and size > columns:
+            problem = f"a row of A has only {columns} entries"
+        if problem:
+            raise ValueError(f"coefficients is {str(self)!r}, but {problem}")
+        kind = {"low_rank": LowRank, "sparse": Sparse, "frozen": Frozen, "repeat": Repeat}.get(self.kind, Dense)
+        return kind(self, rows, columns, groups, **factory)
+
+
+def _number(text: str) -> Any:
+    """A whole number, or a fraction between 0 and 1; any other text as it is."""
+    try:
+        value = Fraction(text)
+    except (ValueError, ArithmeticError):
+        return text
+    return int(text) if text.isdecimal() else value if 0 < value < 1 else text
+
+
+class Coefficients(nn.Module):
+    """A of one layer, or of several layers that share it.
+
+    Attributes:
+        form: the :class:`Form`.
+        rows, columns, groups: the shape of A, and its number of mixing groups.
+        stored: how many trained numbers it holds.
+        products: MACs of each product, one after the other, that makes the derived maps from the basis
+            maps (for one pixel), or the derived filters from the basis filters (for one weight).
+        mixes: whether the maps are made by one 1x1 convolution with M = [I; A]; else by :meth:`derive`.
+        free: whether every dense A can be held.
+        fits: whether A can be chosen, by :meth:`fit`.
+    """
+
+    mixes, free, fits = True, False, True
+
+    def __init__(self, form: Form, rows: int, columns: int, groups: int, **factory: Any) -> None:
+        super().__init__()
+        self.form, self.rows, self.columns, self.groups = form, rows, columns, groups
+        self.stored = rows * columns
+        self.products: tuple[int, ...] = (rows * columns,)
+        self._allocate(**factory)
+
+    @property
+    def trains(self) -> bool:
+        """Whether any of its numbers is trained now."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    def _allocate(self, **factory: Any) -> None:
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Draw new values so that every row of A B has the variance of a row of B."""
+        raise NotImplementedError
+
+    def fit(self, dense: Tensor, basis: Tensor) -> None:
+        """Take values whose derived filters are near to those of a dense A.
+
+        Args:
+            dense: (groups, rows / groups, columns), float64.
+            basis: B, (groups, columns, F), float64.
+        """
+        raise NotImplementedError
+
+    def matrix(self) -> Tensor:
+        """A, (rows, columns)."""
+        raise NotImplementedError
+
+    def blocks(self) -> Tensor:
+        """A by mixing groups, (groups, rows / groups, columns)."""
+        return self.matrix().view(self.groups, self.rows // self.groups, self.columns)
+
+    def combine(self, filters: Tensor) -> Tensor:
+        """The derived filters, (groups, rows / groups, F), of basis filters (groups, columns, F)."""
+        if self.groups == 1:  # one plain product, not a batch of one
+            return (self.matrix() @ filters[0])[None]
+        return self.blocks() @ filters
+
+    def derive(self, z: Tensor) -> Tensor:
+        """The maps of [B; A B], of the basis maps z (N, k, H, W); with several groups as :meth:`sources` says."""
+        raise NotImplementedError
+
+    def sources(self, places: Tensor) -> Tensor:
+        """Which map of :meth:`derive` belongs at these places of [B; A B], one mixing group after the other."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Form and shape."""
+        return f"{self.form}, {self.rows} x {self.columns}" + f", groups={self.groups}" * (self.groups > 1)
+
+
+class Dense(Coefficients):
+    """A itself, ``values`` (rows, columns). Shared and grouped ones are of this class, too."""
+
+    free = True
+
+    def _allocate(self, **factory: Any) -> None:
+        self.values = nn.Parameter(torch.empty((self.rows, self.columns), **factory))
+
+    def reset_parameters(self) -> None:
+        """Uniform with variance 1 / columns."""
+        bound = math.sqrt(3 / self.columns)
+        nn.init.uniform_(self.values, -bound, bound)
+
+    def fit(self, dense: Tensor, basis: Tensor) -> None:
+        """The dense A itself."""
+        self.values.copy_(dense.reshape(self.values.shape))
+
+    def matrix(self) -> Tensor:
+        """The values."""
+        return self.values
+
+
+class Frozen(Coefficients):
+    """A dense A that is drawn at random and never trained: ``values`` is a buffer."""
+
+    fits = False
+    values: Tensor
+
+    def _allocate(self, **factory: Any) -> None:
+        self.register_buffer("values", torch.empty((self.rows, self.columns), **factory))
+        self.stored = 0
+
+    reset_parameters = Dense.reset_parameters
+    matrix = Dense.matrix
+
+
+class LowRank(Coefficients):
+    """A = U V in each group: ``left`` U (rows, rank), ``right`` V (groups * rank, columns).
+
+    The low-rank variant of LinearConv (Kahatapitiya and Rodrigo, WACV 2021), there with rank 10.
+    """
+
+    mixes = False
+
+    def _allocate(self, **factory: Any) -> None:
+        self.rank = min(self.form.count(self.columns), self.columns, self.rows // self.groups)
+        self.left = nn.Parameter(torch.empty((self.rows, self.rank), **factory))
+        self.right = nn.Parameter(torch.empty((self.groups * self.rank, self.columns), **factory))
+        self.products = (self.right.numel(), self.left.numel())
+        self.stored = sum(self.products)
+
+    def reset_parameters(self) -> None:
+        """Uniform with variance 1 / columns for V, and 1 / rank for U."""
+        for factor, terms in ((self.right, self.columns), (self.left, max(1, self.rank))):
+            bound = math.sqrt(3 / terms)
+            nn.init.uniform_(factor, -bound, bound)
+
+    def fit(self, dense: Tensor, basis: Tensor) -> None:
+        """The best of this rank: A B truncated by SVD. U and V get the same singular values."""
+        left, right = _truncated(dense @ basis, self.rank)
+        left, right = _truncated(left @ (right @ torch.linalg.pinv(basis)), self.rank)
+        self.left.copy_(left.reshape(self.left.shape))
+        self.right.copy_(right.reshape(self.right.shape))
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        left = self.left.view(self.groups, self.rows // self.groups, self.rank)
+        return left, self.right.view(self.groups, self.rank, self.columns)
+
+    def matrix(self) -> Tensor:
+        """U V, in full precision even under autocast."""
+        left, right = self._factors()
+        with full_precision(left):
+            return (left @ right).flatten(0, 1)
+
+    def combine(self, filters: Tensor) -> Tensor:
+        """U (V B)."""
+        left, right = self._factors()
+        return left @ (right @ filters)
+
+    def derive(self, z: Tensor) -> Tensor:
+        """The basis maps, and the derived ones by two 1x1 convolutions: (N, k + rows, H, W)."""
+        if not self.rows:
+            return z
+        hidden = F.conv2d(z, self.right[:, :, None, None], groups=self.groups)
+        return torch.cat([z, F.conv2d(hidden, self.left[:, :, None, None], groups=self.groups)], dim=-3)
+
+    def sources(self, places: Tensor) -> Tensor:
+        """All basis maps stand before all derived ones."""
+        k, rows = self.columns, self.rows // self.groups
+        group, row = places // (k + rows), places % (k + rows)
+        return torch.where(row < k, group * k + row, self.groups * k + group * rows + row - k)
+
+
+class Sparse(Coefficients):
+    """A = ``values`` * ``mask``, which keeps the largest entries of every row.
+
+    Until :meth:`settle`, each forward pass in training mode takes the mask from the current values, and
+    all values get the gradient of A as if none were masked (straight through), so that dropped entries
+    can come back. The idea is that of LinearConv's sparse variant; there the mask is a percentile, taken
+    anew every 500 steps, and an L1 penalty makes the entries small.
+    """
+
+    values: Tensor
+    mask: Tensor
+    settled: Tensor
+
+    def _allocate(self, **factory: Any) -> None:
+        self.entries = min(self.form.count(self.columns), self.columns)
+        self.stored = self.rows * self.entries
+        self.values = nn.Parameter(torch.empty((self.rows, self.columns), **factory))
+        self.register_buffer("mask", torch.ones_like(self.values, dtype=torch.bool))
+        self.register_buffer("settled", torch.zeros((), dtype=torch.bool, device=factory.get("device")))
+        self._settled = False  # the same, so that a forward pass need not wait for a GPU
+
+    def reset_parameters(self) -> None:
+        """Uniform, so wide that the entries that are kept have mean square 1 / entries."""
+        n, s = self.columns, self.entries
+        # The squares of the s largest of n numbers from U(0, 1) have this mean, summed up.
+        total = n / 3 * (1 - math.prod(n - s + i for i in range(3)) / math.prod(n + i for i in range(3)))
+        nn.init.uniform_(self.values, -1 / math.sqrt(total), 1 / math.sqrt(total))
+        self._settle(False)
+
+    def fit(self, dense: Tensor, basis: Tensor) -> None:
+        """Keep the largest |a_ij| |b_j| of each row; the least-squares solution for these entries."""
+        kept = (dense.abs() * basis.norm(dim=2)[:, None]).topk(self.entries, dim=2).indices
+        gram = basis @ basis.mT
+        values = torch.zeros_like(dense)
+        for a, b, g, at in zip(values, dense, gram, kept, strict=True):
+            right = (b @ g).gather(1, at)[:, :, None]
+            a.scatter_(1, at, (torch.linalg.pinv(g[at[:, :, None], at[:, None]], hermitian=True) @ right)[:, :, 0])
+        self.values.copy_(values.reshape(self.values.shape))
+        self._settle(False)
+
+    def settle(self) -> None:
+        """Keep the mask of the present values for good; what becomes of the others has no effect."""
+        if not self._settled:
+            self._settle(True)
+            with torch.no_grad():
+                self.values.mul_(self.mask)
+
+    def _refresh(self) -> None:
+        largest = self.values.detach().abs().topk(self.entries, dim=1, sorted=False).indices
+        self.mask.zero_().scatter_(1, largest, True)
+
+    def _settle(self, settled: bool) -> None:
+        self._refresh()
+        self.settled.fill_(settled)
+        self._settled = settled
+
+    def matrix(self) -> Tensor:
+        """``values`` * ``mask``."""
+        if self._settled:
+            return self.values * self.mask
+        if self.training:
+            self._refresh()
+        return self.values + (self.values * self.mask - self.values).detach()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._settled = not self.settled.is_meta and bool(self.settled)
+
+
+class Repeat(Coefficients):
+    """No numbers at all: derived filter i of a group is its basis filter i mod columns."""
+
+    mixes = fits = False
+    _like: Tensor
+
+    def _allocate(self, **factory: Any) -> None:
+        self.register_buffer("_like", torch.empty(0, **factory), persistent=False)  # knows device and dtype
+        self.stored, self.products = 0, ()
+
+    def reset_parameters(self) -> None:
+        """Nothing to draw."""
+
+    def combine(self, filters: Tensor) -> Tensor:
+        """The basis filters of each group again and again."""
+        rows = self.rows // self.groups
+        return filters.repeat(1, math.ceil(rows / self.columns), 1)[:, :rows]
+
+    def matrix(self) -> Tensor:
+        """Rows of the identity."""
+        eye = torch.eye(self.columns, dtype=self._like.dtype, device=self._like.device)
+        return self.combine(eye.expand(self.groups, -1, -1)).flatten(0, 1)
+
+    def derive(self, z: Tensor) -> Tensor:
+        """All basis maps again and again."""
+        copies, rest = divmod(self.columns + self.rows // self.groups, self.columns)
+        last = z.narrow(-3, 0, rest) if self.groups == 1 else z
+        return torch.cat([z] * copies + [last] * (rest > 0), dim=-3)
+
+    def sources(self, places: Tensor) -> Tensor:
+        """Every copy holds the maps of all groups."""
+        width = self.columns + self.rows // self.groups
+        group, row = places // width, places % width
+        return (row // self.columns * self.groups + group) * self.columns + row % self.columns
+
+
+def _truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of this rank, (..., n, rank) times (..., rank, m), balanced."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    root = s[..., :rank].sqrt()
+    return u[..., :rank] * root[..., None, :], root[..., None] * vh[..., :rank, :]

@@ -1,0 +1,157 @@
+"""What the outputs of convolutions look like on data, and the subspaces that keep most of them.
+
+A basis convolution of k filters gives outputs in a subspace of k dimensions (of each group). With y the outputs of
+the dense one, over all images and pixels, and U_k the k leading eigenvectors of their covariance S::
+
+    W_k = U_k U_k^T W        b_k = b + (I - U_k U_k^T) (mean of y - b)
+    mean of |y - y_k|^2 = the sum of the C_out - k smallest eigenvalues of S
+
+and no other k filters come nearer (X. Zhang et al. 2016, arXiv 1411.4229, section 2.1, whose projection of the
+responses this is; the bias is theirs, too). The truncated SVD of W is the special case of white inputs, S = W W^T.
+
+Where the layer can hold no constant, having no bias and no batch normalisation behind it to take the mean that is
+lost, S is the second moment about zero instead, which is best among the layers without a constant.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from basis.batches import outputs_of
+from basis.layers.norm_pairs import norm_pairs
+from basis.modules import evaluating, hooked
+
+CHUNK = 2**23  # numbers of a layer's output that are looked at together
+
+
+class Moments:
+    """Mean and scatter matrix of a layer's outputs, which come in pieces, for each of its groups.
+
+    Pieces are merged as Chan, Golub and LeVeque (1979) do, in float64.
+
+    Attributes:
+        n: how many outputs (pixels of images) there were; 0 where the layer was never called.
+        mean: (groups, C_out / groups, 1), float64.
+        scatter: the sum of (y - mean)(y - mean)^T, (groups, C_out / groups, C_out / groups), float64.
+    """
+
+    def __init__(self) -> None:
+        self.n, self.mean, self.scatter = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, rows: Tensor) -> None:
+        """``rows``: (g, width, n), a column for each observation."""
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        n, mean = rows.shape[-1], rows.mean(-1, keepdim=True)
+        centred = rows - mean
+        scatter, mean = (centred @ centred.mT).double(), mean.double()
+        if self.n:
+            apart = mean - self.mean
+            scatter = self.scatter + scatter + apart @ apart.mT * (self.n * n / (self.n + n))
+            mean = self.mean + apart * (n / (self.n + n))
+        self.n, self.mean, self.scatter = self.n + n, mean, scatter
+
+    def add_maps(self, y: Tensor, groups: int) -> None:
+        """``y``: maps (N, C_out, H, W) or (C_out, H, W)."""
+        maps = y.detach() if y.dim() == 4 else y.detach()[None]
+        for part in maps.split(max(1, CHUNK // max(1, maps[:1].numel()))):
+            rows = part.movedim(1, 0).reshape(groups, maps.shape[1] // groups, -1)
+            if rows.numel():
+                self.add(rows)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every output was finite."""
+        return bool(self.scatter.isfinite().all()) and bool(self.mean.isfinite().all())
+
+    def centred(self) -> Moments:
+        """The moments of the same outputs less their mean."""
+        other = Moments()
+        other.n, other.mean, other.scatter = self.n, torch.zeros_like(self.mean), self.scatter
+        return other
+
+    def second(self, *, about_mean: bool, groups: int | None = None) -> Tensor:
+        """The covariance, or the second moment about zero: (groups, width, width).
+
+        Args:
+            groups: a multiple of the layer's own groups, into which its channels are split.
+        """
+        moment = self.scatter / self.n
+        if not about_mean:
+            moment = moment + self.mean @ self.mean.mT
+        parts = (groups or len(moment)) // len(moment)
+        width = moment.shape[1] // parts
+        cut = moment.view(len(moment), parts, width, parts, width).diagonal(dim1=1, dim2=3)  # (g, width, width, parts)
+        return cut.movedim(-1, 1).reshape(-1, width, width)
+
+
+@torch.no_grad()
+def output_moments(model: nn.Module, layers: Sequence[str], inputs: Iterator[Tensor]) -> dict[str, Moments]:
+    """The moments of the outputs of these convolutions, in one forward pass in evaluation mode.
+
+    Nothing but the (C_out x C_out) matrices is kept, and each batch is read when it is its turn.
+    """
+    moments = {name: Moments() for name in layers}
+
+    def watch(name: str) -> Callable:
+        def hook(module: Any, args: tuple, y: Tensor) -> None:
+            moments[name].add_maps(y, module.groups)
+
+        return hook
+
+    with hooked(model, {name: watch(name) for name in layers}), evaluating(model):
+        for x in inputs:
+            outputs_of(model, x)
+    return moments
+
+
+def taking_means(model: nn.Module) -> dict[str, str]:
+    """Name of a convolution without bias -> name of the batch normalisation that takes what its mean loses."""
+    try:
+        pairs = norm_pairs(model, both_modes=True).norms
+    except ValueError:  # the model cannot be traced
+        return {}
+    return {conv: norm for conv, norm in pairs.items() if model.get_submodule(conv).bias is None}
+
+
+def untied(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    """Those of the layers whose bias, if they have one, belongs to no other module too, which it would shift."""
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    return [name for name in layers if owners[id(model.get_submodule(name).bias)] < 2]
+
+
+@torch.no_grad()
+def directions(second: Tensor, weight: Tensor) -> Tensor:
+    """Orthonormal directions of the outputs, from most to least of the second moment ``second``.
+
+    Args:
+        second: (groups, width, width).
+        weight: (groups, width, F); it ranks the directions in which the outputs do not vary, so that these are
+            those of the SVD of what is left of the weight. (With few samples, or inputs of low dimension.)
+
+    Returns:
+        (groups, width, width), float64; directions are columns.
+    """
+    second, weight = second.double(), weight.double()
+    energies, vectors = torch.linalg.eigh(second)
+    energies, vectors = energies.flip(-1), vectors.flip(-1)
+    bound = energies[:, :1].clamp_min(0) * second.shape[1] * torch.finfo(torch.float32).eps
+    ranks = (energies > bound).sum(1).tolist()  # of what is more than rounding in the products of float32
+    turned = []
+    for own, rank, block in zip(vectors, ranks, weight, strict=True):
+        rest = own[:, rank:]
+        seen = rest.mT @ block
+        if rest.shape[1] > 1:
+            rest = rest @ torch.linalg.eigh(seen @ seen.mT)[1].flip(-1)
+        turned.append(torch.cat([own[:, :rank], rest], dim=1))
+    return torch.stack(turned)
+
+
+def lost_mean(mixing: Tensor, mean: Tensor) -> Tensor:
+    """What outputs of mean ``mean`` (g, width, 1) lose by projection on the columns of ``mixing`` (g, width, k)."""
+    mixing, mean = mixing.double(), mean.double()
+    return mean - mixing @ (torch.linalg.pinv(mixing) @ mean)

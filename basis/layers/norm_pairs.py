@@ -1,0 +1,161 @@
+"""Which convolution is directly followed by which batch normalisation.
+
+Read from the traced graph of the model (:mod:`torch.fx`), so it holds for every input. A pair is a
+convolution whose output goes into one ``nn.BatchNorm2d`` and nowhere else, both of them called once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from basis.layers.base import ConvLike
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What :func:`norm_pairs` found.
+
+    Attributes:
+        norms: name of a convolution -> name of the batch normalisation that directly follows it.
+        alone: name of every other convolution -> why it is in no pair.
+        hidden: name of every layer within one that cannot be traced -> the same, in words.
+    """
+
+    norms: Mapping[str, str]
+    alone: Mapping[str, str]
+    hidden: Mapping[str, str] = field(default_factory=dict)
+
+
+class _Tracer(fx.Tracer):
+    """Takes the ``opaque`` modules as they are, and tells the innermost ``culprit`` in which tracing failed."""
+
+    proxy_buffer_attributes = True  # so that running statistics that are read show in the graph
+
+    def __init__(self, opaque: set[nn.Module]) -> None:
+        super().__init__()
+        self.opaque = opaque
+        self.culprit: nn.Module | None = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        leaf = isinstance(m, (ConvLike, nn.Conv2d, nn.BatchNorm2d)) or m in self.opaque
+        return leaf or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.culprit = self.culprit or m
+            raise
+
+
+def norm_pairs(model: nn.Module, *, both_modes: bool = False) -> Pairs:
+    """The pairs of a convolution (dense, basis or structured) and the ``nn.BatchNorm2d`` that directly follows it.
+
+    Both are named as in ``model.named_modules()``. A subclass of ``nn.BatchNorm2d`` with a forward pass of
+    its own makes no pair, but for the one that :func:`afterwards` knows.
+
+    Args:
+        both_modes: name those that are pairs in training and in evaluation, or in one of the two where the
+            other calls neither; else the mode in which ``model`` is decides.
+
+    What is within a layer that cannot be traced, because what it computes depends on values, is in no pair.
+
+    Raises:
+        ValueError: where that is the model itself.
+    """
+    follows: dict[nn.Module, set[nn.Module | None]] = {}
+    precedes: dict[nn.Module, set[nn.Module | None]] = {}
+    calls: Counter[nn.Module] = Counter()
+    read: set[nn.Module] = set()
+    graphs, opaque = _graphs(model, (True, False) if both_modes else (None,))
+    name_of = {module: name for name, module in model.named_modules()}
+    hidden = {
+        inner: f"it is within {name_of[outer]}, which cannot be traced by torch.fx"
+        for outer in opaque
+        for inner in outer.modules()
+    }
+    for graph in graphs:
+        modules = {node: model.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
+        calls |= Counter(modules.values())  # in the graph that calls it most
+        read |= {model.get_submodule(str(n.target).rpartition(".")[0]) for n in graph.nodes if n.op == "get_attr"}
+        for node, module in modules.items():
+            users, inputs = ([modules.get(other) for other in nodes] for nodes in (node.users, node.all_input_nodes))
+            follows.setdefault(module, set()).add(users[0] if len(users) == 1 else None)
+            precedes.setdefault(module, set()).add(inputs[0] if len(inputs) == 1 else None)
+    norms: dict[str, str] = {}
+    alone: dict[str, str] = {}
+    for module, name in name_of.items():
+        if not isinstance(module, (ConvLike, nn.Conv2d)):
+            continue
+        after = follows.get(module, set())
+        norm = next(iter(after)) if len(after) == 1 else None
+        if module in hidden:
+            alone[name] = hidden[module]
+        elif not after:
+            alone[name] = "it is never called"
+        elif norm is None or afterwards(norm) is None:
+            alone[name] = "its output does not go into one nn.BatchNorm2d and nowhere else"
+        elif module in read or norm in read or norm in hidden:
+            alone[name] = "its parameters, or those of its batch normalisation, are used elsewhere too"
+        elif calls[module] > 1 or calls[norm] > 1 or precedes[norm] != {module}:
+            alone[name] = "it or its batch normalisation is called more than once"
+        else:
+            norms[name] = name_of[norm]
+    return Pairs(norms, alone, {name_of[module]: why for module, why in hidden.items()})
+
+
+def afterwards(norm: nn.Module) -> tuple[nn.Module, ...] | None:
+    """What a batch normalisation does with its result: nothing, or, as timm's ``BatchNormAct2d``, drop and act.
+
+    None where it is none, or has a forward pass that is not known here.
+    """
+    kind = type(norm)
+    if not isinstance(norm, nn.BatchNorm2d):
+        return None
+    if kind.forward is nn.BatchNorm2d.forward:
+        return ()
+    if kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm."):
+        return (norm.drop, norm.act)  # type: ignore[return-value]
+    return None
+
+
+def _graphs(model: nn.Module, modes: Iterable[bool | None]) -> tuple[list[fx.Graph], set[nn.Module]]:
+    """What ``model`` computes in training (True), in evaluation (False) or as it is (None).
+
+    And the layers that could not be traced, which the graphs call as a whole.
+    """
+    flags = {module: module.training for module in model.modules()}
+    opaque: set[nn.Module] = set()
+    try:
+        graphs = []
+        for mode in modes:
+            for module, flag in flags.items():
+                module.training = flag if mode is None else mode
+            graphs.append(_traced(model, opaque))
+        return graphs, opaque
+    except Exception as error:  # tracing runs the model's own code, which may raise anything
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{type(model).__name__} cannot be traced by torch.fx ({first}), "
+            "so what follows its convolutions is unknown"
+        ) from error
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def _traced(model: nn.Module, opaque: set[nn.Module]) -> fx.Graph:
+    """The graph of ``model``; what cannot be traced within it is added to ``opaque``."""
+    while True:
+        tracer = _Tracer(opaque)
+        try:
+            return tracer.trace(model)
+        except Exception:
+            if tracer.culprit is None or tracer.culprit in opaque:
+                raise
+            opaque.add(tracer.culprit)

@@ -1,0 +1,97 @@
+"""Terms that a recipe adds for basis convolutions: decay of the product, scaled decay, decorrelation.
+
+Scaled decay is for the other structured layers, too.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from basis.costs import count_parameters
+from basis.layers.conv import BasisConv2d
+from basis.layers.structured import StructuredConv2d
+from basis.training.skipping import Parts
+
+EPSILON = 1e-8  # on squared norms of centred filters: a filter of zero variance correlates with none
+
+
+def product_norm(basis: Tensor, matrix: Tensor, groups: int = 1) -> Tensor:
+    """The squared Frobenius norm of ``W = [B; A B]``, without building W.
+
+    With G = B B^T it is tr(G) + tr(A G A^T), summed over the groups that are mixed apart. Half of it
+    times the weight decay is Frobenius decay (Khodak, Tenenholtz, Mackey and Fusi, "Initialization and
+    Regularization of Factorized Neural Layers", ICLR 2021): what plain decay does to a dense layer.
+
+    Args:
+        basis: B, (k, C_in/groups, kh, kw).
+        matrix: A, (C_out - k, k/groups), the blocks of the groups stacked by rows.
+        groups: into how many blocks of rows and of filters A and B are cut (not only by the convolution:
+            coefficients can be blockwise, too).
+
+    Returns:
+        A scalar that can be differentiated.
+    """
+    b = basis.reshape(groups, len(basis) // groups, -1)
+    a = matrix.reshape(groups, -1, b.shape[1])
+    return b.square().sum() + (a @ (b @ b.mT) * a).sum()
+
+
+def decorrelation(basis: Tensor, groups: int = 1) -> Tensor:
+    """How much the basis filters of a layer correlate: the sum of ``|corr(B) - I|``.
+
+    The penalty of LinearConv (Kahatapitiya and Rodrigo, "Exploiting the Redundancy in Convolutional
+    Filters for Parameter Reduction", WACV 2021): corr is Pearson's correlation between flattened filters,
+    and every pair of filters counts twice, as (i, j) and (j, i). Filters of different groups are not compared.
+
+    Args:
+        basis: B, (k, C_in/groups, kh, kw).
+        groups: of the convolution.
+
+    Returns:
+        A scalar that can be differentiated; 0 for one filter per group.
+    """
+    b = basis.reshape(groups, len(basis) // groups, -1)
+    centred = b - b.mean(2, keepdim=True)
+    unit = centred * (centred.square().sum(2, keepdim=True) + EPSILON).rsqrt()
+    pairs = ~torch.eye(b.shape[1], dtype=torch.bool, device=b.device)
+    return ((unit @ unit.mT) * pairs).abs().sum()
+
+
+def compression(model: nn.Module) -> float:
+    """Parameters of the network, as a fraction of those of the same network with dense convolutions.
+
+    Of a sparse A the entries count that it keeps, and a frozen one counts nothing; of other structured layers
+    what they store. The factor of the "compression ratio scaled" weight decay of Gray, Crowley and Storkey,
+    "Separable Layers Enable Structured Efficient Linear Substitutions" (2019): one number for the whole network.
+    """
+    layers = {id(m.basis): m for m in model.modules() if isinstance(m, BasisConv2d)}.values()
+    structured = [m for m in model.modules() if isinstance(m, StructuredConv2d)]
+    inside = {id(p) for layer in layers for p in (layer.basis, *layer.coefficients.parameters())}
+    inside |= {id(p) for layer in structured for name, p in layer.named_parameters() if name != "bias"}
+    others = sum(p.numel() for p in model.parameters() if id(p) not in inside)
+    dense = sum(layer.out_channels * math.prod(layer.filter_shape) for layer in (*layers, *structured))
+    return count_parameters(model) / (others + dense)
+
+
+def parameter_groups(
+    model: nn.Module, *, weight_decay: float, factor: float = 1.0, structured: float = 1.0
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer (``part``): all other parameters, B, A, and the ``factors`` of structured layers.
+
+    The decay of B and A is multiplied by ``factor``, that of the factors by ``structured``. B and A stand apart
+    also where they decay alike, since :class:`~basis.training.skipping.Skip` may give each a learning rate of its own.
+    What requires no gradient is in no group.
+    """
+    parts = Parts(model)
+    scaled = {id(p) for m in model.modules() if isinstance(m, StructuredConv2d) for p in m.factors}
+    groups = {
+        "others": ([p for p in parts.others if id(p) not in scaled], weight_decay),
+        "basis": (parts.basis, factor * weight_decay),
+        "coefficients": (parts.coefficients, factor * weight_decay),
+        "factors": ([p for p in parts.others if id(p) in scaled], structured * weight_decay),
+    }
+    return [{"params": p, "weight_decay": value, "part": part} for part, (p, value) in groups.items() if p]

@@ -1,0 +1,169 @@
+"""What makes a substituted model good again without training: statistics of batch normalisation, measured anew."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm.auto import tqdm
+
+from basis.batches import Batches, calibration_inputs, length_of, outputs_of
+from basis.modules import evaluating, tracking_norms, training_norms
+from basis.saving import Saved, columns
+from basis.text import few, shown_name
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormShift:
+    """How far the statistics of one batch normalisation moved.
+
+    Attributes:
+        name: as in ``model.named_modules()``.
+        channels: how many.
+        mean: root mean square over channels of the change of the mean, in units of the old deviation
+            (sqrt(running_var + eps)).
+        deviation: geometric mean over channels of the new deviation / the old one.
+    """
+
+    name: str
+    channels: int
+    mean: float
+    deviation: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recalibration(Saved):
+    """What :func:`recalibrate` did.
+
+    Attributes:
+        norms: the batch normalisations whose statistics were measured anew, in the order of the model.
+        skipped: names of the others -> why they have none.
+        batches, images: how many went through the model.
+        seconds: wall-clock time.
+    """
+
+    kind: ClassVar[str] = "recalibration"
+    parts: ClassVar[Mapping[str, type]] = {"norms": NormShift}
+
+    norms: tuple[NormShift, ...]
+    skipped: Mapping[str, str]
+    batches: int
+    images: int
+    seconds: float
+
+    def __str__(self) -> str:
+        lines = ["there is no batch normalisation with running statistics: nothing was changed"]
+        if self.norms:
+            lines = [
+                f"statistics of {len(self.norms)} batch normalisations from {self.images:,} images in {self.batches:,} "
+                f"batches, {self.seconds:.1f} s"
+            ]
+            rows = [("batch normalisation", "channels", "mean moved by", "deviation times")]
+            rows += [(shown_name(n.name), str(n.channels), f"{n.mean:.3g}", f"{n.deviation:.3g}") for n in self.norms]
+            lines += columns(rows)
+            lines.append("the mean moved in units of the old deviation, root mean square over channels")
+        for reason in dict.fromkeys(self.skipped.values()):
+            names = [shown_name(name) for name, why in self.skipped.items() if why == reason]
+            lines.append(f"left alone ({reason}): {', '.join(names)}")
+        return "\n".join(lines)
+
+
+def recalibrate(model: nn.Module, batches: Batches, *, progress: bool | str = False) -> Recalibration:
+    """Measure the running statistics of all batch normalisation of ``model`` anew, in place.
+
+    They become the plain average over the batches, each normalised by its own statistics (EagleEye: Li et al.
+    2020, arXiv 2007.02491, section 3.2), whatever the momentum. A last batch that is smaller than the others is
+    joined with the one before it and both are halved, so that it does not count for more than it should. All
+    else (dropout, flags, momentum, parameters) stays as it is. Also for batch normalisation through the basis,
+    and where its parameters are frozen or absent. A model without running statistics is left alone, and the
+    result says so.
+
+    Args:
+        batches: inputs, or (inputs, targets), read one after the other; :class:`basis.data.Images`; or
+            :class:`basis.data.Data`, whose training images are used. On the model's device.
+        progress: whether to draw a bar, or what to write beside it.
+
+    Raises:
+        ValueError: for batches that are empty or that the model cannot run on; for statistics that are not
+            finite. The old statistics are put back.
+    """
+    began = time.perf_counter()
+    norms = tracking_norms(model)
+    name_of = {module: name for name, module in model.named_modules()}
+    skipped = {
+        name: "it has no running statistics"
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module not in norms
+    }
+    if not norms:
+        return Recalibration(norms=(), skipped=skipped, batches=0, images=0, seconds=0.0)
+    before = [{name: b.detach().clone() for name, b in norm.named_buffers()} for norm in norms]
+    count = images = 0
+    total = length_of(batches) if not hasattr(batches, "train") and not hasattr(batches, "x") else None
+    title = progress if isinstance(progress, str) else "recalibrate"
+    bar = tqdm(total=total, disable=not progress, desc=title, dynamic_ncols=True)
+    try:
+        with bar, torch.no_grad(), evaluating(model), training_norms(norms, afresh=True):
+            for x in _balanced(calibration_inputs(batches, model)):
+                outputs_of(model, x)
+                count, images = count + 1, images + len(x)
+                bar.update()
+        called = [norm.num_batches_tracked is None or norm.num_batches_tracked.item() > 0 for norm in norms]
+        for norm, old, there in zip(norms, before, called, strict=True):
+            if not there:
+                _put_back(norm, old)
+                skipped[name_of[norm]] = "it was never called"
+        shifts = tuple(
+            _shift(name_of[norm], norm, old) for norm, old, there in zip(norms, before, called, strict=True) if there
+        )
+        strange = [shown_name(shift.name) for shift in shifts if not math.isfinite(shift.mean + shift.deviation)]
+        if strange:
+            raise ValueError(f"on these batches the statistics of {few(strange)} are not finite")
+    except BaseException:
+        for norm, old in zip(norms, before, strict=True):
+            _put_back(norm, old)
+        raise
+    return Recalibration(
+        norms=shifts, skipped=skipped, batches=count, images=images, seconds=time.perf_counter() - began
+    )
+
+
+@torch.no_grad()
+def _put_back(norm: _BatchNorm, statistics: Mapping[str, Tensor]) -> None:
+    for name, buffer in norm.named_buffers():
+        buffer.copy_(statistics[name])
+
+
+def _shift(name: str, norm: _BatchNorm, old: Mapping[str, Tensor]) -> NormShift:
+    mean, variance = (
+        torch.stack([values[key].double().cpu() for values in (old, dict(norm.named_buffers()))])
+        for key in ("running_mean", "running_var")
+    )
+    deviation = (variance + norm.eps).sqrt()
+    return NormShift(
+        name=name,
+        channels=mean.shape[1],
+        mean=((mean[1] - mean[0]) / deviation[0]).square().mean().sqrt().item(),
+        deviation=(deviation[1] / deviation[0]).log().mean().exp().item(),
+    )
+
+
+def _balanced(inputs: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same inputs; a last batch that is smaller than that before it shares both evenly."""
+    last: list[Tensor] = []
+    for x in inputs:
+        if len(last) == 2:
+            yield last.pop(0)
+        last.append(x)
+    if len(last) == 2 and len(last[1]) < len(last[0]) and last[0].shape[1:] == last[1].shape[1:]:
+        last = list(torch.cat(last).tensor_split(2))
+    yield from last

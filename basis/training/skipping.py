@@ -1,0 +1,186 @@
+"""Skip-training: steps that update only the basis filters B, only the coefficients A, or neither.
+
+Alekseev et al. 2024 (arXiv 2408.06024) name "a practical skip-training scheme" without saying which, so
+:class:`Skip` can express the plausible readings: update a part at every n-th step only, freeze it after
+a while or never train it, train the two parts in turns. What a step does not update is not computed
+either: its gradient is left out of the backward pass, and SGD neither decays it nor moves it by momentum.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from torch import nn
+
+from basis.costs import Cost, cost
+from basis.layers.conv import BasisConv2d
+
+
+class Trained(NamedTuple):
+    """Which parts of the basis convolutions a step trains."""
+
+    basis: bool
+    coefficients: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skip:
+    """Which steps update the basis filters B and the coefficients A.
+
+    All other parameters are updated at every step. The momentum of a skipped part stands still.
+
+    Args:
+        basis_every: B is updated at the steps 0, n, 2n, ... of the training.
+        coefficients_every: the same for A.
+        basis_until: the fraction of all steps after which B is frozen; 0: it is never trained.
+        coefficients_until: the same for A.
+        alternate: by epochs, B and A in turns: B in the first, A in the second, and so on.
+        rescale: give a part that is updated at every n-th step n times the learning rate; else it is that
+            of all others.
+
+    Raises:
+        ValueError: for numbers that make no sense, and settings that would never train anything.
+    """
+
+    basis_every: int = 1
+    coefficients_every: int = 1
+    basis_until: float = 1.0
+    coefficients_until: float = 1.0
+    alternate: bool = False
+    rescale: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("basis_every", "coefficients_every"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, but it must be a whole number of steps, at least 1")
+        for name in ("basis_until", "coefficients_until"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value!r}, but it is a fraction of the training and must lie in [0, 1]")
+        if self.basis_until == self.coefficients_until == 0:
+            raise ValueError("basis_until and coefficients_until are both 0, which would never train anything")
+        if self.alternate and (self.touches("basis") or self.touches("coefficients")):
+            raise ValueError("alternate trains B and A by epochs in turns; it cannot be combined with every or until")
+        if self.rescale and self.basis_every == self.coefficients_every == 1:
+            raise ValueError("rescale has no effect, because no part is updated at every n-th step only")
+
+    def rate(self, part: str) -> int:
+        """The factor on the learning rate of "basis" or "coefficients"; 1 for all others."""
+        return getattr(self, f"{part}_every", 1) if self.rescale else 1
+
+    def touches(self, part: Literal["basis", "coefficients"]) -> bool:
+        """Whether an ``every`` or ``until`` of this part is not the default."""
+        return getattr(self, f"{part}_every") != 1 or getattr(self, f"{part}_until") != 1
+
+    def trains(self, step: int, *, steps_per_epoch: int, total_steps: int) -> Trained:
+        """Which parts the step of this number (from 0) trains."""
+        if self.alternate:
+            turn = step // steps_per_epoch % 2
+            return Trained(basis=turn == 0, coefficients=turn == 1)
+        done = step / total_steps
+        return Trained(
+            basis=step % self.basis_every == 0 and done < self.basis_until,
+            coefficients=step % self.coefficients_every == 0 and done < self.coefficients_until,
+        )
+
+    def shares(self, *, steps_per_epoch: int, total_steps: int) -> dict[Trained, float]:
+        """The fraction of all steps that train each combination of parts, of those that occur.
+
+        Raises:
+            ValueError: when a part that should be trained would not be, in a training as short as this.
+        """
+        steps = Counter(
+            self.trains(step, steps_per_epoch=steps_per_epoch, total_steps=total_steps) for step in range(total_steps)
+        )
+        if self.alternate and total_steps <= steps_per_epoch:
+            raise ValueError("alternate trains the coefficients in every second epoch, but there is only one epoch")
+        return {trained: count / total_steps for trained, count in steps.items()}
+
+
+class Parts:
+    """The parameters of a model that require a gradient: B and A of all basis convolutions, and ``others``.
+
+    What is frozen already belongs to none, so that it stays frozen; what layers share is there once.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = [module for module in model.modules() if isinstance(module, BasisConv2d)]
+        basis = [layer.basis for layer in layers]
+        coefficients = [p for layer in layers for p in layer.coefficients.parameters()]
+        self.basis = [p for p in dict.fromkeys(basis) if p.requires_grad]
+        self.coefficients = [p for p in dict.fromkeys(coefficients) if p.requires_grad]
+        inside = {id(p) for p in (*self.basis, *self.coefficients)}
+        self.others = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
+
+    def train(self, trained: Trained) -> None:
+        """Let B and A require a gradient where they are trained, and only there."""
+        for parameters, flag in ((self.basis, trained.basis), (self.coefficients, trained.coefficients)):
+            for parameter in parameters:
+                parameter.requires_grad_(flag)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Afterwards B and A require a gradient again, whatever happens."""
+        try:
+            yield
+        finally:
+            self.train(Trained(basis=True, coefficients=True))
+
+
+def check_skip(model: nn.Module, skip: Skip, *, steps_per_epoch: int, total_steps: int) -> None:
+    """Raise ``ValueError`` where ``skip`` has no effect on ``model``, or would leave it untrained."""
+    parts = Parts(model)
+    for part, parameters in (("basis", parts.basis), ("coefficients", parts.coefficients)):
+        if not parameters and (skip.alternate or skip.touches(part)):  # type: ignore[arg-type]
+            raise ValueError(f"skip says when to train the {part}, but the model has no {part} that are trained at all")
+    shares = skip.shares(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+    ever = any((t.basis and parts.basis) or (t.coefficients and parts.coefficients) for t in shares)
+    if not parts.others and not ever:
+        raise ValueError("skip leaves nothing to train: all other parameters of the model are frozen")
+
+
+def step_cost(
+    model: nn.Module,
+    trained: Trained,
+    *,
+    input_size: Sequence[int],
+    batch_size: int = 1,
+    mode: Literal["factorized", "composed", "hybrid"] | None = "factorized",
+) -> Cost:
+    """What one step costs that trains these parts, counted by :func:`basis.costs.cost`."""
+    parts = Parts(model)
+    with parts.restored():
+        parts.train(trained)
+        return cost(model, input_size, batch_size=batch_size, mode=mode).total
+
+
+def predicted_step(
+    model: nn.Module,
+    skip: Skip,
+    *,
+    input_size: Sequence[int],
+    batch_size: int,
+    steps_per_epoch: int,
+    total_steps: int,
+    mode: Literal["factorized", "composed", "hybrid"] | None = "factorized",
+) -> float:
+    """Mean MACs of a step under ``skip``, as a fraction of those of a step that trains everything.
+
+    Forward and backward pass, the algebra of the layers (without the identity in M that is executed too).
+
+    Args:
+        input_size: (C, H, W) of one image.
+        mode: how basis convolutions are counted; None: each in its own mode.
+    """
+
+    def macs(trained: Trained) -> int:
+        total = step_cost(model, trained, input_size=input_size, batch_size=batch_size, mode=mode)
+        return total.forward_macs + total.backward_macs
+
+    shares = skip.shares(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+    return sum(share * macs(trained) for trained, share in shares.items()) / macs(Trained(True, True))

@@ -1,0 +1,304 @@
+"""The training step as fast as a machine lets it be: compiled, or captured as a CUDA graph, or both.
+
+A step is the forward pass, the loss, the backward pass and the update; it reads nothing back from the
+device. On a GPU its hundreds of kernels take longer to launch than to run for all but large batches. A
+CUDA graph launches them at once. What it has captured, it repeats: the same kernels on the same memory.
+So images and labels are copied to fixed places, learning rates are tensors that are filled anew before
+each step, and steps that compute different things, such as those of skip-training, get a graph each.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from basis.training.attention import Attention
+
+Step = Literal["eager", "compiled", "graphed", "fast"]
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+
+WARM_UPS = 3  # steps before a capture, as PyTorch advises: libraries choose their algorithms in the first ones
+VARIANTS = 64  # networks of one class that one process can compile; torch gives up silently after 8
+
+
+class Means(NamedTuple):
+    """What a step is made fast by, and why not by more. As text for people: ``eager (needs a GPU)``."""
+
+    compiled: bool = False
+    graphed: bool = False
+    reason: str = ""
+
+    @property
+    def prepares(self) -> bool:
+        """Whether the first step of each kind takes longer."""
+        return self.compiled or self.graphed
+
+    def __str__(self) -> str:
+        names = [name for name in ("compiled", "graphed") if getattr(self, name)]
+        return " and ".join(names or ["eager"]) + (f" ({self.reason})" if self.reason else "")
+
+
+def means_for(step: Step | None, device: torch.device) -> Means:
+    """What ``step`` comes to on this device.
+
+    None is graphed on a GPU, which needs no compiler and takes seconds to prepare, else eager. "fast" is compiled
+    and graphed on a GPU, else eager: on one core of a CPU compiling ResNet-20 took 35 s and made a step 1.3 times
+    as fast (0.53 s to 0.40 s, batches of 125), so it pays after some 300 steps.
+    What a device does not support is left out, with the reason.
+    """
+    gpu = device.type == "cuda"
+    if step is None:
+        return Means(graphed=gpu)
+    if step == "eager":
+        return Means()
+    if step == "fast" and not gpu:
+        return Means(reason=f"on {device.type} compiling takes longer than a short training gains")
+    if step == "graphed":
+        return Means(graphed=True) if gpu else Means(reason=f"CUDA graphs need a GPU, not {device.type}")
+    missing = "torch.compile needs Triton" if gpu and not _has_triton() else ""
+    return Means(compiled=not missing, graphed=step == "fast" and gpu, reason=missing)
+
+
+class TrainingStep:
+    """One step of a training, to be called again and again: ``step(x, labels, kind)``.
+
+    The first step of each kind takes longer, since it is compiled or captured then, after trial steps
+    whose every effect on the training is undone. Those seconds add up in ``setup_seconds``. Where that
+    fails the step is eager, and ``means`` says so.
+
+    Args:
+        model: from images to logits; on its device, in training mode when a step is called.
+        optimizer: over parameters of ``model``; for CUDA graphs a fused one, which reads a learning rate
+            on the device. Its learning rates are set by :meth:`set_rates`.
+        scaler: of the loss.
+        objective: of (loss, kind): what is differentiated.
+        means: see :func:`means_for`.
+        autocast: a context manager, made anew for each forward pass.
+        label_smoothing: of the cross-entropy.
+        channels_last: the memory format of ``model``, which a compiler has to be made to keep.
+        capture: runs a function so that what it returns repeats it; a CUDA graph unless given.
+        attention: runs ``model`` beside a teacher, whose term is added to what is differentiated. It is not
+            compiled: torch compiles modules of one class once, whatever hooks they have.
+
+    Attributes:
+        loss, correct: sums over the steps since :meth:`start_epoch`, scalars on the device: the mean
+            losses of the batches, and the images that were classified rightly.
+        means: how the step is run; text for people by ``str``.
+        setup_seconds: spent on compiling and capturing so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.SGD,
+        scaler: torch.amp.GradScaler,
+        objective: Callable[[Tensor, Any], Tensor],
+        *,
+        means: Means,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        label_smoothing: float = 0.0,
+        channels_last: bool = False,
+        capture: Capture | None = None,
+        attention: Attention | None = None,
+    ) -> None:
+        if attention and means.compiled:
+            means = means._replace(compiled=False, reason="attention transfer is not compiled")
+        self.model, self.optimizer, self.scaler, self.means = model, optimizer, scaler, means
+        self.attention = attention
+        self.setup_seconds = 0.0
+        self._objective, self._autocast, self._label_smoothing = objective, autocast, label_smoothing
+        self._device = next(model.parameters()).device
+        self.loss, self.correct = (torch.zeros((), device=self._device) for _ in range(2))
+        self._network: Callable[[Tensor], Tensor] = compiled(model, channels_last) if means.compiled else model
+        self._capture = capture or (CudaCapture(self._device) if means.graphed else None)
+        self._rates = [torch.tensor(group["lr"], device=self._device) for group in optimizer.param_groups]
+        self._fresh_scaler = scaler.state_dict()
+        self._prepared: dict[Hashable, Callable[[Tensor, Tensor], None]] = {}
+        self.set_rates([group["lr"] for group in optimizer.param_groups])
+        self.forget()
+
+    def __call__(self, x: Tensor, labels: Tensor, kind: Hashable = None) -> None:
+        """Train on one batch of images (N, C, H, W) and labels (N,).
+
+        ``kind`` tells apart the steps that compute different things (and is given to ``objective``).
+        """
+        if not self.means.prepares:
+            return self._run(x, labels, kind=kind)
+        key = (kind, x.shape)
+        if key not in self._prepared:
+            began = time.perf_counter()
+            self._prepared[key] = self._prepare(x, labels, kind)
+            self.setup_seconds += time.perf_counter() - began
+        return self._prepared[key](x, labels)
+
+    def set_rates(self, rates: Sequence[float]) -> None:
+        """The learning rate of each parameter group, for the steps to come."""
+        for group, place, rate in zip(self.optimizer.param_groups, self._rates, rates, strict=True):
+            # Set anew each time, since a checkpoint brings learning rates of its own.
+            group["lr"] = place.fill_(rate) if self.means.graphed else rate
+
+    def start_epoch(self) -> None:
+        """Begin the sums anew."""
+        self.loss.zero_()
+        self.correct.zero_()
+
+    def forget(self) -> None:
+        """Drop what is captured, because the optimizer's state was replaced (by ``load_state_dict``)."""
+        self._prepared.clear()
+        if self.means.prepares:  # momentum has its place before anything is captured
+            for group in self.optimizer.param_groups:
+                for p in group["params"] if group["momentum"] else ():
+                    self.optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+
+    def restart(self) -> None:
+        """Make ready for another training of the same model: no momentum, the first loss scale, no sums."""
+        for state in self.optimizer.state.values():
+            state["momentum_buffer"].zero_()
+        self.scaler.load_state_dict(self._fresh_scaler)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.setup_seconds = 0.0
+        self.start_epoch()
+
+    def _run(self, x: Tensor, labels: Tensor, *, kind: Hashable) -> None:
+        transfer: Tensor | None = None
+        if self.attention:
+            logits, transfer = self.attention(x)
+        else:
+            with self._autocast():
+                logits = self._network(x)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self._label_smoothing)
+        objective = self._objective(loss, kind)
+        if transfer is not None:
+            objective = objective + transfer
+        self.optimizer.zero_grad(set_to_none=True)
+        if objective.requires_grad:  # a step may train nothing, where all but a skipped part is frozen
+            self.scaler.scale(objective).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.loss += loss.detach()
+        self.correct += (logits.detach().argmax(1) == labels).sum()
+
+    def _prepare(self, x: Tensor, labels: Tensor, kind: Hashable) -> Callable[[Tensor, Tensor], None]:
+        run = partial(self._run, kind=kind)
+        if self.means.compiled:
+            try:
+                with _many_variants():
+                    self._rehearse(partial(run, x, labels), times=1)
+            except Exception as error:  # the compiler, what it calls, or the model itself, which is run again below
+                self._give_up(error, compiled=False)
+        if not self.means.graphed or self._capture is None:
+            return run
+        x, labels = x.clone(), labels.clone()  # the places that the graph reads
+        self._rehearse(partial(run, x, labels), times=WARM_UPS)
+        try:
+            replay = self._capture(partial(run, x, labels))
+        except RuntimeError as error:  # the model does something that waits for the device
+            self._give_up(error, graphed=False)
+            return run
+
+        def repeat(batch: Tensor, its_labels: Tensor) -> None:
+            x.copy_(batch)
+            labels.copy_(its_labels)
+            replay()
+
+        return repeat
+
+    def _give_up(self, error: Exception, **without: bool) -> None:
+        """Go on without what failed, in all kinds of steps."""
+        (what,) = without
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = "; ".join(filter(None, [self.means.reason, f"could not be {what}: {first}"]))
+        self.means = self.means._replace(reason=reason, **without)
+        if not self.means.compiled:
+            self._network = self.model
+        self.set_rates([float(group["lr"]) for group in self.optimizer.param_groups])
+        self._prepared.clear()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _rehearse(self, run: Callable[[], None], *, times: int) -> None:
+        """Run steps that leave no trace in the training."""
+        kept = [*self.model.parameters(), *self.model.buffers(), self.loss, self.correct]
+        kept += [value for state in self.optimizer.state.values() for value in state.values()]
+        before, scaler = [tensor.detach().clone() for tensor in kept], self.scaler.state_dict()
+        gpus = [self._device] if self._device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(gpus), on_side_stream(self._device):
+                for _ in range(times):
+                    run()
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(kept, before, strict=True):
+                    tensor.copy_(value)
+            self.scaler.load_state_dict(scaler)
+            self.optimizer.zero_grad(set_to_none=True)
+
+
+class CudaCapture:
+    """CUDA graphs of one GPU that share their memory, since only one of them runs at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        # A stream of its own: torch's usual one is on the GPU of the process's first capture, whatever GPU this is.
+        self._device, self._pool, self._stream = device, torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Capture what ``function`` does on the GPU and return what repeats it.
+
+        Raises ``RuntimeError`` where it waits for the GPU.
+        """
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # The outer context goes back to the present stream, which a capture that fails does not.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(self._device)),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream),
+            ):
+                function()
+        except RuntimeError as error:  # that of the end of the capture hides what ended it
+            raise RuntimeError(str(error.__context__ or error)) from error
+        return graph.replay
+
+
+def compiled(model: nn.Module, channels_last: bool, *, fullgraph: bool = False) -> Any:
+    """``model`` compiled for fixed shapes, as a function; it keeps channels-last where the model is.
+
+    Without ``force_layout_optimization`` inductor gives up channels-last for a whole graph in which one
+    3x3 convolution has at most half as many outputs as inputs, as that with B has at r <= 1/2.
+    """
+    options: Any = {"force_layout_optimization": True} if channels_last else None
+    return torch.compile(model, fullgraph=fullgraph, dynamic=False, options=options)
+
+
+def _has_triton() -> bool:
+    from torch.utils._triton import has_triton  # asks the driver, so not before there is a GPU to ask about
+
+    return has_triton()
+
+
+def _many_variants() -> AbstractContextManager:
+    """Let torch compile many networks of one class in one process; beyond its limit they are eager, in silence."""
+    import torch._dynamo.config as config  # slow to import
+
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name before torch 2.7
+    return config.patch({limit: VARIANTS})
+
+
+@contextmanager
+def on_side_stream(device: torch.device) -> Iterator[None]:
+    """On a GPU: on a stream of its own, as trial steps before a capture have to be."""
+    if device.type != "cuda":
+        yield
+        return
+    stream, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(main)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        main.wait_stream(stream)

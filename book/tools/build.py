@@ -1,0 +1,223 @@
+"""The book: execute the notebooks, make pages of them, and let Jupyter Book render the pages.
+
+`build` is the whole way. What a page is made of stands in `book.tools.pages`, what is refused in
+`book.tools.gates`, and the files that repeat the repository's address in `book.tools.derived`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from basis.experiments import runs
+from basis.experiments.studies import STUDIES, check_records
+from basis.experiments.tidy import sound_records, write_tables
+from book.tools import gates
+from book.tools.address import address
+from book.tools.derived import block, sync
+from book.tools.pages import Notebook, assemble_page, fragments, page_facts, study_of
+
+
+class BookError(RuntimeError):
+    """The book could not be built, or was built and is not fit to be published."""
+
+    def __init__(self, problems: Sequence[str], where: Path | None = None) -> None:
+        self.problems = tuple(problems)
+        head = f"the book has {len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
+        shown = f" (look at it in {where})" if where else ""
+        super().__init__("\n  - ".join([f"{head}{shown}:", *self.problems]))
+
+
+# --- executing ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Execution:
+    """A notebook as papermill left it, with the seconds it took."""
+
+    notebook: Notebook
+    seconds: float
+
+
+def known_parameters(source: Path) -> set[str]:
+    """The names in a notebook's parameters cell."""
+    import papermill
+
+    return set(papermill.inspect_notebook(str(source)))
+
+
+def execute(source: Path, parameters: Mapping[str, Any], root: Path) -> Execution:
+    """Run a notebook with parameters, in this interpreter's environment and the repository's folder."""
+    unknown = gates.unknown_parameters(known_parameters(source), parameters, source.name)
+    if unknown:
+        raise BookError(unknown)
+    here = Path(sys.prefix) / "share" / "jupyter"
+    # The kernel is this interpreter's; a progress bar that misses its widgets is no warning of ours.
+    settings = {"JUPYTER_PATH": str(here), "JUPYTER_PLATFORM_DIRS": "1", "PYTHONHASHSEED": "0"}
+    # Two notebooks run at a time; more threads than cores would wait for each other in every small operation.
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2))}
+    environment = {**threads, **os.environ, **settings, "PYTHONWARNINGS": "ignore:IProgress not found"}
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / source.name
+        command = [sys.executable, "-m", "papermill", str(source), str(target), "--kernel", "python3"]
+        command += ["--cwd", str(root), "--no-progress-bar", "--log-level", "ERROR", "--execution-timeout", "600"]
+        if parameters:
+            command += ["--parameters_yaml", json.dumps(dict(parameters))]
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+        tail = "\n".join(done.stderr.strip().splitlines()[-5:])
+        if not target.exists():
+            raise BookError([f"{source.name} could not be run: {tail}"])
+        notebook = nbformat.read(target, as_version=4)
+    if done.returncode:
+        raise BookError([failure(notebook, source.name) or f"{source.name} could not be run: {tail}"])
+    return Execution(notebook, float(notebook.metadata.get("papermill", {}).get("duration") or 0))
+
+
+def failure(notebook: Notebook, name: str) -> str:
+    """The failing cell of an executed notebook and the end of its traceback."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if output.output_type == "error":
+                trace = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(output.traceback)).splitlines()
+                code = "\n".join(f"    | {line}" for line in cell.source.splitlines()[:12])
+                tail = "\n".join(f"    {line}" for line in trace[-12:])
+                return f"{name} fails in the cell\n{code}\n    with\n{tail}"
+    return ""
+
+
+# --- the whole way -----------------------------------------------------------------------------
+
+
+def build(
+    *,
+    profile: str | None = None,
+    html_dir: Path | None = None,
+    only: Sequence[str] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Path:
+    """Build the book and return the path of its first page.
+
+    Every notebook is executed with `profile`, by default the one whose records its study
+    publishes. `only` names the chapters to execute again; the others keep the page of the last
+    build. The pages are in `book/_build/html`, and in `html_dir` too if that is given. If
+    anything is wrong, everything that is wrong is named in one `BookError`.
+    """
+    root = runs.repository_root()
+    if root is None:
+        raise BookError(["the book is built in a checkout of the repository, and this package is not in one"])
+    say = progress or (lambda message: None)
+    sources = {path.stem: path for path in sorted((root / "notebooks").glob("*.ipynb"))}
+    problems = source_gates(root, sources)
+
+    target = root / "book" / "notebooks"
+    chosen = _choose(sources, only, target)
+    if only is None:
+        for folder in (target, root / "book" / "figures"):
+            shutil.rmtree(folder, ignore_errors=True)
+    say(f"executing {len(chosen)} notebooks")
+    executions = execute_all(chosen, profile, root)
+    for stem, run in executions.items():
+        problems += gates.executed_problems(run.notebook, sources[stem].name)
+
+    target.mkdir(parents=True, exist_ok=True)
+    for stem, run in executions.items():
+        page = assemble_page(run.notebook, page_facts(stem, run.seconds, root, profile))
+        nbformat.write(page, target / f"{stem}.ipynb")
+    pages = {stem: nbformat.read(target / f"{stem}.ipynb", as_version=4) for stem in sources}
+    generated = root / "book" / "generated"
+    generated.mkdir(exist_ok=True)
+    texts = fragments(pages, profile)
+    for name, text in texts.items():
+        (generated / name).write_text(text + "\n", encoding="utf-8")
+    write_tables(generated, sound_records())
+
+    if profile is None:
+        shown = block((root / "README.md").read_text(encoding="utf-8"), "claims") or ""
+        if shown.strip() != texts["readme-claims.md"].strip():
+            problems.append("README.md's claims are not what the records say; `basis sync` rewrites them")
+
+    say("rendering the pages")
+    html = root / "book" / "_build" / "html"
+    problems += render(root)
+    if html.is_dir():
+        problems += gates.page_problems(html, root, address())
+        if html_dir is not None:
+            shutil.copytree(html, html_dir, dirs_exist_ok=True)
+    if problems:
+        raise BookError(problems, html / "index.html" if html.is_dir() else None)
+    return (html_dir or html) / "index.html"
+
+
+def source_gates(root: Path, sources: Mapping[str, Path]) -> list[str]:
+    """All gates that need nothing to be executed."""
+    problems = gates.contents_problems((root / "book" / "_toc.yml").read_text(encoding="utf-8"), sources)
+    for path in sources.values():
+        notebook = nbformat.read(path, as_version=4)
+        problems += gates.source_problems(notebook, path.name)
+        problems += gates.contract_problems(notebook, path.name)
+        problems += gates.notebook_number_problems(notebook, path.name)
+    for path in sorted((root / "book").glob("*.md")):
+        problems += gates.number_problems(path.read_text(encoding="utf-8"), f"book/{path.name}")
+    problems += sync(root, check=True, example=False)
+    problems += check_records(runs.results_folder())
+    return problems
+
+
+def _choose(sources: Mapping[str, Path], only: Sequence[str] | None, target: Path) -> dict[str, Path]:
+    """The notebooks to execute: those named, and those that have no page yet."""
+    if only is None:
+        return dict(sources)
+    wanted = {stem for stem in sources if any(stem == name or stem.startswith(f"{name}_") for name in only)}
+    unmatched = [name for name in only if not any(s == name or s.startswith(f"{name}_") for s in sources)]
+    if unmatched:
+        raise BookError([f"there is no notebook {name!r}; there are {', '.join(sources)}" for name in unmatched])
+    return {s: path for s, path in sources.items() if s in wanted or not (target / f"{s}.ipynb").exists()}
+
+
+def execute_all(sources: Mapping[str, Path], profile: str | None, root: Path) -> dict[str, Execution]:
+    """Execute notebooks, two at a time; all that fail are named together."""
+
+    def one(stem: str) -> Execution | BookError:
+        study = study_of(stem)
+        wanted = profile or (study or STUDIES["headline"]).published
+        # The book shows records; it trains and measures nothing.
+        offered = {"profile": wanted, "run_missing": False}
+        takes = known_parameters(sources[stem])
+        parameters = {name: value for name, value in offered.items() if name in takes}
+        try:
+            return execute(sources[stem], parameters, root)
+        except BookError as error:
+            return error
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        results = dict(zip(sources, pool.map(one, sources), strict=True))
+    failed = [problem for result in results.values() if isinstance(result, BookError) for problem in result.problems]
+    if failed:
+        raise BookError(failed)
+    return {stem: result for stem, result in results.items() if isinstance(result, Execution)}
+
+
+def render(root: Path) -> list[str]:
+    """Run Jupyter Book with warnings as errors; return what it complains about."""
+    shutil.rmtree(root / "book" / "_build", ignore_errors=True)
+    code = "from jupyter_book.cli.main import main; main()"
+    command = [sys.executable, "-c", code, "build", "book", "-W", "-n", "--keep-going", "-q"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if done.returncode == 0:
+        return []
+    output = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + "\n" + done.stderr).replace(f"{root}{os.sep}", "")
+    lines = [line.strip() for line in output.splitlines() if re.search(r"WARNING|ERROR|CRITICAL", line)]
+    tail = output.strip().splitlines()[-15:]
+    return [f"Jupyter Book: {line}" for line in dict.fromkeys(lines or tail)]

@@ -1,0 +1,404 @@
+"""The pages: what is made of an executed notebook, and of the records, before Jupyter Book renders it.
+
+`assemble_page` is a pure function from an executed notebook to the notebook of its page, and
+`fragments` makes the tables and lists that the Markdown pages include. A chapter is plain Markdown
+and code; its cells say by tags what they are:
+
+    (first cell)  the title, a question
+    setup         written by `basis sync`: what Colab runs first
+    card          goals and needs; the page adds the measured run times
+    parameters    `name: type = literal  # what it is`, and nothing else
+    answer        displays Markdown computed from records; the page puts it under the title
+
+`basis.figures.show` displays a figure; the page numbers it and folds the code that draws it.
+"""
+
+from __future__ import annotations
+
+import copy
+import html
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+from nbformat.v4 import new_markdown_cell
+
+from basis.experiments import front_page as headline
+from basis.experiments import runs
+from basis.experiments.studies import CLAIMS, STUDIES, Study, Verdict, status, valid_records
+from basis.experiments.studies.cost import load_benches
+from basis.experiments.studies.hours import KINDS
+from basis.experiments.tidy import sound_records
+from basis.figures import CAPTION_KEY, FIGURE_KEY, HEADLINE, table
+from book.tools import gates
+from book.tools.address import DISTRIBUTION, Address, address
+from book.tools.card import card_fragments, card_numbers
+
+SCALES = {  # said with a verdict
+    "smoke": "on synthetic images",
+    "cpu": "at CPU scale",
+    "colab": "at Colab scale",
+    "paper": "on a GPU",
+}
+COMMANDS = """\
+make book    # makes its own environment, builds the pages, prints where they are
+make test    # runs the tests"""
+BIBTEX = """\
+```bibtex
+@software{{basis_book,
+  author  = {{{{The basis authors}}}},
+  title   = {{Basis convolutions: an executable book}},
+  version = {{{version}}},
+  note    = {{commit {commit}}},
+  url     = {{{url}}},
+}}
+```"""
+Notebook = Any  # nbformat.NotebookNode, which carries no types
+
+
+@dataclass(frozen=True)
+class PageFacts:
+    """What a page says about itself beyond what its notebook says."""
+
+    stem: str
+    address: Address
+    time: str = ""  # how long the notebook took, coarsely
+    records: str = "results"  # path of the records' folder in the repository
+    run_times: tuple[tuple[str, str, str, str], ...] = ()  # profile, runs, time, hardware
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        """Path of the source notebook in the repository."""
+        return f"notebooks/{self.stem}.ipynb"
+
+
+# --- from executed notebook to page ------------------------------------------------------------
+
+
+def assemble_page(executed: Notebook, facts: PageFacts) -> Notebook:
+    """Make the page of an executed notebook: answer first, badges, card, numbered figures, provenance.
+
+    Pure and deterministic: nothing of the machine or the moment stays in the page but `facts`.
+    """
+    notebook = copy.deepcopy(executed)
+    injected = bool(gates.tagged(notebook, "injected-parameters"))
+    title, _, rest = notebook.cells[0].source.partition("\n")
+    answer, drawn = _answer(notebook), []
+    lead = f"::::{{div}} basis-answer\n{answer}\n::::"
+    top = [title, lead if answer else "", badges(facts), _card(notebook, facts)]
+    cells = [new_markdown_cell(text) for text in top if text]
+    if rest.strip():
+        cells.append(new_markdown_cell(rest.strip()))
+    for cell in notebook.cells[1:]:
+        tags = gates.tags(cell)
+        if "card" in tags:
+            continue
+        if "answer" in tags:
+            cell.outputs = []
+            tags.append("hide-input")
+        if "parameters" in tags and injected:
+            tags.append("hide-cell")
+        figures = _take_figures(cell) if cell.cell_type == "code" else []
+        drawn += figures
+        tags += ["figure", "hide-input"] if figures else []
+        cell.metadata = nbformat.from_dict(_cell_metadata(tags))
+        cells += [cell, *[new_markdown_cell(figure_directive(about)) for about in figures]]
+    cells.append(new_markdown_cell(_provenance(facts)))
+    for number, cell in enumerate(cells):
+        cell.id = f"{facts.stem[:40]}-{number}"
+        if cell.cell_type == "code":
+            cell.execution_count = None
+            for output in cell.outputs:
+                output.pop("execution_count", None)
+                if output.output_type == "execute_result":
+                    output.output_type = "display_data"
+    notebook.cells = cells
+    notebook.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+            "language_info": {"name": "python"},
+            "basis": {"answer": answer, "figures": drawn, "time": facts.time},
+        }
+    )
+    return notebook
+
+
+_PROMPTS = {
+    "setup": "Setup",
+    "parameters": "Default parameters",
+    "answer": "How the answer is computed",
+    "figure": "How the figure is drawn",
+}
+
+
+def _cell_metadata(tags: Sequence[str]) -> dict[str, Any]:
+    """The tags, sorted, and what stands on the handle of a folded cell."""
+    if not tags:
+        return {}
+    prompt = next((text for tag, text in _PROMPTS.items() if tag in tags), None)
+    folded = {"mystnb": {"code_prompt_show": prompt, "code_prompt_hide": prompt}} if prompt else {}
+    return {"tags": sorted(set(tags)), **folded}
+
+
+def _answer(notebook: Notebook) -> str:
+    texts = (
+        output.data["text/markdown"]
+        for cell in gates.tagged(notebook, "answer")
+        for output in cell.outputs
+        if "text/markdown" in output.get("data", {})
+    )
+    return str(next(texts, "")).strip()
+
+
+def badges(facts: PageFacts) -> str:
+    """The row of links under the answer; drawn by the style sheet, so that no image is loaded."""
+    links = {
+        "Open in Colab": facts.address.colab(facts.source),
+        "Notebook": facts.address.blob(facts.source),
+        "Records": facts.address.tree(facts.records),
+    }
+    anchors = "\n".join(
+        f'<a class="basis-badge basis-badge-{text.split()[-1].lower()}" href="{url}">{text}</a>'
+        for text, url in links.items()
+    )
+    return f'<p class="basis-badges">\n{anchors}\n</p>'
+
+
+def _card(notebook: Notebook, facts: PageFacts) -> str:
+    text = "\n\n".join(cell.source.strip() for cell in gates.tagged(notebook, "card"))
+    times = ""
+    if facts.run_times:
+        times = table(("Profile", "Runs here", "Time", "Hardware"), facts.run_times)
+    return f"::::{{admonition}} Before you start\n:class: basis-card\n{text}\n\n{times}\n::::"
+
+
+def _take_figures(cell: Any) -> list[Mapping[str, str]]:
+    """Remove figures and their captions from a cell's outputs; return what they say of themselves."""
+    about = [output.metadata[FIGURE_KEY] for output in cell.outputs if FIGURE_KEY in output.get("metadata", {})]
+    cell.outputs = [o for o in cell.outputs if not {FIGURE_KEY, CAPTION_KEY} & set(o.get("metadata", {}))]
+    return about
+
+
+def figure_directive(about: Mapping[str, str], *, folder: str = "../figures", label: str | None = None) -> str:
+    """The MyST figure of a drawn figure: numbered, captioned, with its alt text."""
+    name = about["name"]
+    alt = json.dumps(" ".join(about["alt"].split()), ensure_ascii=False)
+    lines = [f":name: {label or 'fig-' + name}", f":alt: {alt}", ":class: basis-figure"]
+    return "\n".join([f"```{{figure}} {folder}/{name}.svg", *lines, "", about["caption"].strip(), "```"])
+
+
+def _provenance(facts: PageFacts) -> str:
+    rows = "\n".join(
+        f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd></div>"
+        for key, value in facts.provenance.items()
+    )
+    return f'<h2 class="basis-provenance-title">Provenance</h2>\n<dl class="basis-provenance">\n{rows}\n</dl>'
+
+
+# --- facts from records ------------------------------------------------------------------------
+
+
+def study_of(stem: str) -> Study | None:
+    """The study that a chapter shows."""
+    return next((study for study in STUDIES.values() if study.chapter == stem), None)
+
+
+def human_time(seconds: float) -> str:
+    """A duration in the unit that reads best."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def human_times(seconds: Mapping[str, float]) -> str:
+    """Durations by kind of device, which are told apart where there are two, and never added up."""
+    both = len(seconds) > 1
+    return ", ".join(human_time(value) + f" {KINDS.get(kind, kind)}" * both for kind, value in sorted(seconds.items()))
+
+
+def duration_class(seconds: float) -> str:
+    """A duration so coarse that building twice gives the same page."""
+    limits = {60: "under 1 min", 180: "1 to 3 min", 600: "3 to 10 min"}
+    return next((text for limit, text in limits.items() if seconds < limit), "more than 10 min")
+
+
+def machine() -> str:
+    """This machine in a few words."""
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+def status_rows(frame: pd.DataFrame) -> list[tuple[str, str, str, str, str]]:
+    """Study, profile, runs, time and hardware of what :func:`basis.experiments.studies.status` found."""
+    rows = []
+    for row in frame.to_dict("records"):
+        done, total = int(row["done"]), int(row["runs"])
+        rows.append(
+            (
+                str(row["study"]),
+                str(row["profile"]),
+                f"{done} of {total}",
+                human_times(row["seconds"]) if done else "not measured yet",
+                str(row["device"] or "") if done else "–",
+            )
+        )
+    return rows
+
+
+def device_hours(frame: pd.DataFrame) -> str:
+    """What all trainings took together, by kind of device, such as ``3.10 h of CPU and no hour of GPU``."""
+    seconds = {"cpu": 0.0, "cuda": 0.0}
+    for row in frame.to_dict("records"):
+        for kind, value in dict(row["seconds"]).items():
+            seconds[kind] += value
+    said = {kind: f"{value / 3600:.2f} h" if value else "no hour" for kind, value in seconds.items()}
+    return f"{said['cpu']} of CPU and {said['cuda']} of GPU"
+
+
+def page_facts(stem: str, seconds: float, root: Path, profile: str | None = None) -> PageFacts:
+    """Collect what the page of one chapter says about itself; `profile` is the one it was executed with."""
+    study = study_of(stem)
+    times = [row[1:] for row in status_rows(status(study=study.name))] if study else []
+    times.append(("this page", "reads records" if study else "no training", duration_class(seconds), machine()))
+    provenance = {
+        "package": f"basis {metadata.version(DISTRIBUTION)}",
+        "commit": runs.commit() or "unknown",
+        "python, torch": f"{platform.python_version()}, {metadata.version('torch')}",
+        "executed on": machine(),
+        "execution time": duration_class(seconds),
+    }
+    folder = "results"
+    if study:
+        provenance |= records_provenance(study, profile or study.published)
+        folder = f"results/{study.name if study.runs(study.published) else 'bench'}"
+    records = folder if (root / folder).is_dir() else "results"
+    return PageFacts(stem, address(), duration_class(seconds), records, tuple(times), provenance)
+
+
+def records_provenance(study: Study, profile: str) -> dict[str, str]:
+    """Where and when the records of a study were made, or the benchmarks where it has no runs."""
+    if study.runs(profile):
+        records = valid_records(study, profile)
+        environments = [record.environment for record in records]
+        facts = {"records": f"{len(records)} of study {study.name}, profile {profile}"}
+    else:
+        reports = [one for kind in study.benches for one in load_benches(profile, kind=kind)]
+        environments = [report.environment for report in reports]
+        facts = {"records": f"{len(reports)} benchmarks of profile {profile}"}
+    for key, label in (("device", "measured on"), ("torch", "with torch")):
+        values = sorted({str(environment[key]) for environment in environments if environment.get(key)})
+        if values:
+            facts[label] = ", ".join(values)
+    days = sorted({str(environment.get("date", ""))[:10] for environment in environments} - {""})
+    if days:
+        facts["dated"] = " to ".join(dict.fromkeys([days[0], days[-1]]))
+    return facts
+
+
+# --- generated fragments -----------------------------------------------------------------------
+
+
+def verdicts(profile: str | None = None) -> dict[str, list[tuple[Study, Verdict]]]:
+    """Every claim with the verdicts that the records of `profile`, or of the published one, allow.
+
+    What was only timed, not trained, is also judged by the GPUs' benchmarks.
+    """
+    found: dict[str, list[tuple[Study, Verdict]]] = {claim: [] for claim in CLAIMS}
+    for study in STUDIES.values():
+        shown = [profile or study.published]
+        if not profile and not study.runs(study.published):
+            shown.append("paper")
+        for verdict in (v for one in shown for v in study.verdicts(valid_records(study, one), one)):
+            found.setdefault(verdict.claim, []).append((study, verdict))
+    return found
+
+
+def claims_table(found: Mapping[str, Sequence[tuple[Study, Verdict]]], chapters: Iterable[str]) -> str:
+    """The claims, what we found, and the verdict."""
+    known, rows = set(chapters), []
+    for claim, sentence in CLAIMS.items():
+        findings = []
+        for study, verdict in found.get(claim, ()):
+            link = f" ({{doc}}`chapter </notebooks/{study.chapter}>`)" if study.chapter in known else ""
+            findings.append(_sentence(verdict.finding) + link)
+        judged = [v for _, v in found.get(claim, ()) if v.label != "not tested"]
+        labels = dict.fromkeys((str(v.label), SCALES.get(v.profile, "")) for v in judged) or [("not tested", "")]
+        marks = " ".join(
+            f"[{label}]{{.basis-verdict .{label.replace(' ', '-')}}} {scale}".strip() for label, scale in labels
+        )
+        rows.append((f"**{claim}**", sentence, " ".join(findings) or "No study yet.", marks))
+    return ":::{div} basis-claims\n" + table(("", "Claim", "What we found", "Verdict"), rows) + "\n:::\n"
+
+
+def readme_claims(found: Mapping[str, Sequence[tuple[Study, Verdict]]]) -> str:
+    """The claims table of README.md: what was claimed, what we found, the verdict, and where it is shown."""
+    rows = []
+    for claim, sentence in CLAIMS.items():
+        for study, verdict in found.get(claim, ()):
+            where = f"[{verdict.label}]({address().pages.rstrip('/')}/notebooks/{study.chapter}.html)"
+            scale = SCALES.get(verdict.profile, "") if verdict.label != "not tested" else ""
+            rows.append((claim, sentence, _sentence(verdict.finding), f"**{where}** {scale}".strip()))
+    return table(("", "Claim", "What we found", "Verdict"), rows)
+
+
+def _sentence(text: str) -> str:
+    """A finding as a sentence of its own."""
+    return text[:1].upper() + text[1:].rstrip(".") + "."
+
+
+def chapters_list(pages: Mapping[str, Notebook]) -> str:
+    """Every chapter's question with the answer that its page computed."""
+    items = []
+    for stem, page in sorted(pages.items()):
+        answer = " ".join(page.metadata.basis.answer.split("\n\n")[0].split())
+        items.append(f"{{doc}}`{gates.first_heading(page)} </notebooks/{stem}>`\n: {answer}\n")
+    return "\n".join(items)
+
+
+def fragments(pages: Mapping[str, Notebook], profile: str | None = None) -> dict[str, str]:
+    """Everything that the Markdown pages and README.md include: file name -> text."""
+    found, here, state = verdicts(profile), address(), status()
+    states = status_rows(state)
+    about = {stem: page.metadata.basis for stem, page in sorted(pages.items())}
+    drawn = next((f for page in about.values() for f in page.figures if f.name == HEADLINE), None)
+    source = STUDIES["headline"]
+    shown = profile or source.published
+    brief = headline.collect(valid_records(source, shown), shown)
+    times = [(f"{{doc}}`/notebooks/{stem}`", page.time, machine()) for stem, page in about.items()]
+    rules = [f"{study.title} ({', '.join(study.claims)})\n: {study.rule}\n" for study in STUDIES.values()]
+    tested = [claim for claim, items in found.items() if any(v.label != "not tested" for _, v in items)]
+    numbers = {
+        "version": metadata.version(DISTRIBUTION),
+        "commit": runs.commit() or "unknown",
+        "repository_link": f"[{here.owner}/{here.name}]({here.repository})",
+        "book_link": f"[{here.pages}]({here.pages})",
+        "runs_done": str(sum(int(row[2].split()[0]) for row in states)),
+        "runs_listed": str(sum(int(row[2].split()[-1]) for row in states)),
+        "claims": str(len(CLAIMS)),
+        "claims_tested": str(len(tested)),
+        "device_hours": device_hours(state),
+    }
+    undrawn = "*The headline figure is not drawn yet.*"
+    records = sound_records()
+    numbers |= card_numbers(records)
+    return {
+        **card_fragments(records),
+        "claims.md": claims_table(found, pages),
+        "chapters.md": chapters_list(pages),
+        "bibtex.md": BIBTEX.format(version=numbers["version"], url=here.pages, commit=numbers["commit"]),
+        "clone.md": f"```bash\ngit clone {here.repository}\ncd {here.name}\n{COMMANDS}\n```\n",
+        "headline.md": figure_directive(drawn, folder="figures", label="fig-front") if drawn else undrawn,
+        "minute.md": headline.in_a_minute(brief),
+        "readme-claims.md": readme_claims(found),
+        "rules.md": "\n".join(rules),
+        "status.md": table(("Study", "Profile", "Runs", "Time", "Hardware"), states),
+        "times.md": table(("Chapter", "Time to execute", "Machine"), times),
+        "substitutions.json": json.dumps(numbers, indent=1),
+    }

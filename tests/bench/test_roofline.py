@@ -1,0 +1,141 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from basis.bench.cases import Setting, Shape, bench_layers
+from basis.bench.roofline import (
+    ROOFLINE_MODES,
+    Machine,
+    floor,
+    kernels,
+    machine_of,
+    measure_machine,
+    moved,
+    predicted,
+    with_machine,
+)
+from basis.bench.timing import BenchReport
+
+BOTH = "forward+backward"
+
+# MB of one forward and of one backward pass at batch 1024 in bf16, tabulated by an independent program
+# (dense, cat, factorized, composed, hybrid).
+TABLE = {
+    ("64@32", 8): ("269/537", "554/621", "302/604", "269/537", "269/587"),
+    ("64@32", 16): ("269/537", "570/705", "336/671", "269/537", "269/638"),
+    ("64@32", 32): ("269/537", "604/872", "403/805", "269/537", "269/738"),
+    ("64@32", 48): ("269/537", "638/1040", "470/940", "269/537", "269/839"),
+    ("128@16", 32): ("135/269", "285/352", "168/336", "135/270", "135/319"),
+    ("256@8", 64): ("68/137", "143/177", "84/168", "69/140", "69/160"),
+    ("512@4", 128): ("38/77", "73/91", "43/86", "43/89", "43/82"),
+}
+
+
+@pytest.fixture
+def machine():
+    return Machine(device="cuda", precision="bf16", threads=1, macs_per_second=100.0, bytes_per_second=10.0)
+
+
+@pytest.mark.parametrize(("shape", "k"), TABLE)
+def test_bytes_are_those_of_the_table(shape, k):
+    found = []
+    for mode in ("dense", "cat", "factorized", "composed", "hybrid"):
+        options = {"batch_size": 1024, "bytes_per_value": 2}
+        forward = moved(Shape.parse(shape), k, mode, passes="forward", **options)
+        both = moved(Shape.parse(shape), k, mode, passes=BOTH, **options)
+        found.append(f"{forward / 1e6:.0f}/{(both - forward) / 1e6:.0f}")
+    assert tuple(found) == TABLE[shape, k]
+
+
+def test_bytes_of_a_strided_layer_by_hand():
+    shape = Shape.parse("4-6@5/2")  # 5 x 5 pixels go in, 3 x 3 come out
+    x, p, f, k, m, c = 2 * 25 * 4, 2 * 9, 36, 2, 4, 6
+    expected = {
+        ("dense", "forward"): x + p * c + f * c,
+        ("dense", BOTH): 3 * (x + p * c + f * c),
+        ("factorized", "forward"): x + p * k + f * k + (p * k + p * c + m * k),
+        ("composed", "forward"): (m * k + f * k + f * m) + x + p * c + f * c,
+        ("cat", "forward"): x + p * k + f * k + (p * k + p * m + m * k) + 2 * p * c,
+    }
+    for (mode, passes), values in expected.items():
+        assert moved(shape, k, mode, batch_size=2, passes=passes, bytes_per_value=4) == 4 * values
+
+
+@pytest.mark.parametrize("passes", ["forward", BOTH])
+@pytest.mark.parametrize("mode", ROOFLINE_MODES)
+@pytest.mark.parametrize(("text", "k"), [("64-128@33/2", 32), ("16@6", 16), ("16@6", 1)])
+def test_the_kernels_multiply_what_the_layer_does(text, k, mode, passes):
+    shape = Shape.parse(text)
+    macs = sum(kernel.macs for kernel in kernels(shape, k, mode, batch_size=4, passes=passes))
+    assert macs == shape.macs(k, mode, 4, passes)
+
+
+def test_a_kernel_takes_the_longer_of_both(machine):
+    assert machine.ridge == 10
+    assert floor(1000, 50, machine) == 10
+    assert floor(100, 50, machine) == 5
+
+
+def test_the_time_of_a_mode_is_the_sum_over_its_kernels(machine):
+    shape, options = Shape.parse("4@4"), {"batch_size": 1, "passes": "forward"}
+    first, second = kernels(shape, 2, "factorized", **options)
+    machine = replace(machine, bytes_per_second=40.0)
+    assert first.macs / 100 > 2 * first.values / 40  # bound by arithmetic
+    assert second.macs / 100 < 2 * second.values / 40  # bound by memory
+    expected = first.macs / 100 + 2 * second.values / 40
+    assert predicted(shape, 2, "factorized", **options, bytes_per_value=2, machine=machine) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"mode": "mix"}, "mode is 'mix', but must be one of dense, factorized, cat, composed, hybrid"),
+        ({"passes": "backward"}, "pass is 'backward'"),
+        ({"k": 0}, "k is 0, but must lie between 1 and C_out = 4"),
+        ({"k": 5}, "k is 5"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        kernels(Shape.parse("4@4"), **{"k": 2, "mode": "dense", "batch_size": 1, "passes": "forward", **options})
+
+
+@pytest.mark.parametrize(("convolving", "macs"), [(1000.0, 8**3 / 1.0), (1e-3, 3 * 2 * 16 * 16 * 9 * 2 / 1e-3)])
+def test_a_machine_is_measured_by_its_quickest(convolving, macs):
+    seconds = iter([5.0, 1.0, 2.0, convolving, convolving, 2 * convolving, 9.0, 4.0, 3.0])
+    ran = []
+
+    def timer(step):
+        ran.append(step())
+        return next(seconds)
+
+    setting = Setting(device="cpu", precision="bf16", batch_size=3, timer=timer)
+    machine = measure_machine(setting, side=8, copied=100, rounds=3)
+    assert machine.macs_per_second == pytest.approx(macs)
+    assert machine.bytes_per_second == 2 * 100 / 3
+    assert machine.precision == "bf16"
+    assert [tuple(result.shape) for result in ran] == [(8, 8)] * 3 + [(3, 2, 16, 16)] * 3 + [(100,)] * 3
+    assert ran[0].dtype == torch.bfloat16
+
+
+def test_a_real_machine_has_finite_rates_and_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    machine = measure_machine(Setting(device="cpu", precision="fp32"), side=64, copied=2**16)
+    assert 0 < machine.macs_per_second < float("inf")
+    assert 0 < machine.bytes_per_second < float("inf")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", ["side", "copied", "rounds"])
+def test_sizes_below_one_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is 0, but must be at least 1"):
+        measure_machine(Setting(device="cpu"), **{name: 0})
+
+
+def test_a_report_keeps_the_machine(tmp_path, machine):
+    setting = Setting(device="cpu", precision="fp32", batch_size=1, rounds=3)
+    report = bench_layers(shapes=["4@4"], ratios=[0.5], modes=[], passes=["forward"], setting=setting)
+    assert machine_of(report) is None
+    with_machine(report, machine).save(tmp_path / "a.json")
+    assert machine_of(BenchReport.load(tmp_path / "a.json")) == machine

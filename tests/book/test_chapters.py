@@ -1,0 +1,100 @@
+"""Every chapter runs as its readers run it: with its first exercise done, without records, and training."""
+
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+
+from basis.environment import repository_root
+from basis.experiments.runs import load_records
+from book.tools import gates
+from book.tools.build import execute
+
+ROOT = repository_root()
+FIRST_EXERCISE = {
+    "01_what_is_a_basis_convolution": {"profile": "small", "basis_channels": 64},
+    "02_what_does_it_cost": {"ratio": 0.25},
+    "03_every_layer": {"profile": "small", "budget": 0.25},
+    "04_which_layers": {"measure": "spectrum"},
+    "05_choosing_layers": {"profile": "small", "budget": 0.25},
+    "06_smaller_coefficients": {"spoken": 0.25},
+    "07_skip_training": {"schedule": "B frozen at half"},
+    "08_resnet_family": {"network": "resnet56"},
+    "09_other_structured_layers": {"layer": "shuffle:2"},
+    "10_making_it_fast": {"ratio": 0.5},
+    "11_your_own_network": {"budget": 0.25},
+}
+
+
+def run(stem, **parameters):
+    """The executed notebook; anything that a page may not show is a failure."""
+    source = ROOT / "notebooks" / f"{stem}.ipynb"
+    notebook = execute(source, parameters, ROOT).notebook
+    assert gates.executed_problems(notebook, source.name) == []
+    return notebook
+
+
+def run_all(parameters):
+    """All chapters, two at a time, each as the future of its notebook."""
+
+    def parameters_of(stem):
+        return {**parameters(stem), **({} if stem.startswith("01") else {"run_missing": False})}
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return {stem: pool.submit(run, stem, **parameters_of(stem)) for stem in FIRST_EXERCISE}
+
+
+@pytest.fixture(scope="module")
+def exercised() -> dict[str, Future]:
+    return run_all(lambda stem: {"profile": "cpu", **FIRST_EXERCISE[stem]})
+
+
+@pytest.fixture(scope="module")
+def without_records(tmp_path_factory) -> dict[str, Future]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BASIS_RESULTS", str(tmp_path_factory.mktemp("empty")))
+        return run_all(lambda stem: {"profile": "paper"})
+
+
+def texts(notebook):
+    outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
+    return "\n".join(o.data.get("text/markdown", "") for o in outputs if "data" in o)
+
+
+def test_every_chapter_has_its_first_exercise_here():
+    assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == set(FIRST_EXERCISE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", FIRST_EXERCISE)
+def test_the_first_exercise_works(stem, exercised):
+    assert texts(exercised[stem].result())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", FIRST_EXERCISE)
+def test_without_records_a_chapter_says_what_is_missing(stem, without_records):
+    text = texts(without_records[stem].result())
+    if not stem.startswith(("01", "02")):
+        assert "Not known yet" in text
+    if stem.startswith("03"):
+        assert "0 of 89 runs of the profile `paper` have a record" in text
+
+
+@pytest.mark.slow
+def test_a_chapter_trains_when_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("BASIS_RESULTS", str(tmp_path))
+    source = ROOT / "notebooks" / "03_every_layer.ipynb"
+    notebook = execute(source, {"profile": "smoke", "run_missing": True, "time_limit": "8s"}, ROOT).notebook
+    done = len(load_records(tmp_path))
+    assert done or list(tmp_path.rglob("*.pt"))  # on a slow machine the first run may only have begun
+    assert f"{done} of 27 runs of the profile `smoke` have a record" in texts(notebook)
+
+
+@pytest.mark.slow
+def test_a_gpu_reader_sees_gpu_measurements_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("BASIS_RESULTS", str(tmp_path))
+    shutil.copytree(ROOT / "results" / "bench", tmp_path / "bench", ignore=shutil.ignore_patterns("*-cuda-*"))
+    text = texts(run("02_what_does_it_cost", profile="paper", run_missing=False))
+    assert "no benchmark of such a device is stored" in text.lower()
+    assert "Nothing was measured." in text

@@ -1,0 +1,115 @@
+"""Studies as chapters use them: gathering records with an honest note, and the verdict on measured speed."""
+
+import dataclasses
+
+import pytest
+
+from basis.bench.cases import BenchReport
+from basis.experiments import studies
+from basis.experiments.runs import Progress
+from basis.experiments.studies import CLAIMS, STUDIES, cost, gather
+from basis.saving import RecordError
+from tests.experiments.test_runs import put_record
+
+HEADLINE = STUDIES["headline"]
+
+
+def test_every_study_judges_claims_that_are_listed():
+    for study in STUDIES.values():
+        assert set(study.claims) <= set(CLAIMS)
+        verdicts = study.verdicts([], "smoke")
+        assert {v.claim for v in verdicts} == set(study.claims)
+        assert {v.label for v in verdicts} == {"not tested"}
+
+
+def test_gathering_says_what_is_missing(tmp_path):
+    put_record(tmp_path, HEADLINE.runs("smoke")[0])
+    gathered = gather("headline", "smoke", folder=tmp_path)
+    assert len(gathered.records) == 1
+    assert not gathered.complete
+    assert gathered.note == (
+        "1 of 27 runs of the profile `smoke` have a record. Set `run_missing = True` to train the others."
+    )
+
+
+def test_gathering_trains_what_is_missing_only_when_asked(tmp_path, monkeypatch):
+    def fake_work(runs, definition, *, folder, **options):
+        for run in runs:
+            put_record(folder, run)
+            yield Progress(run, "done", "", 1.0)
+
+    monkeypatch.setattr(studies, "work", fake_work)
+    gathered = gather("headline", "smoke", run_missing=True, folder=tmp_path)
+    assert gathered.complete
+    assert gathered.note == "27 of 27 runs of the profile `smoke` have a record."
+
+
+def test_gathering_reports_failures(tmp_path, monkeypatch):
+    def fake_work(runs, definition, **options):
+        yield Progress(runs[0], "failed", "ValueError: nothing worked", 1.0)
+
+    monkeypatch.setattr(studies, "work", fake_work)
+    note = gather("headline", "smoke", run_missing=True, folder=tmp_path).note
+    assert "Failed: table, seed 100: ValueError: nothing worked." in note
+
+
+def test_nothing_hopeless_is_begun_without_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(studies, "work", lambda *a, **k: pytest.fail("a training was begun"))
+    assert "need a GPU" in gather("headline", "paper", run_missing=True, folder=tmp_path).note
+
+
+@pytest.mark.parametrize(
+    ("name", "profile", "limit", "says"),
+    [
+        ("headline", "big", "9m", "profile is 'big', but it must be one of smoke, small, cpu, colab, paper"),
+        ("none", "smoke", "9m", "there is no study 'none'"),
+        ("headline", "smoke", "soon", "'soon' is not a duration"),
+    ],
+)
+def test_gathering_refuses_unknown_names(name, profile, limit, says, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        gather(name, profile, time_limit=limit, folder=tmp_path)
+
+
+def bench(*quartiles, device_type="cpu"):
+    rows = [
+        {"shape": "128@16", "mode": "auto", "ratio": 0.5, "speedup": q + 0.1, "speedup_q1": q, "n": 15}
+        for q in quartiles
+    ]
+    ignored = [
+        {"shape": "64@32", "mode": "auto", "ratio": 0.5, "speedup": 0.5, "speedup_q1": 0.4, "n": 15},
+        {"shape": "128@16", "mode": "composed", "ratio": 0.5, "speedup": 0.5, "speedup_q1": 0.4, "n": 15},
+        {"shape": "128@16", "mode": "auto", "ratio": 0.75, "speedup": 0.5, "speedup_q1": 0.4, "n": 15},
+    ]
+    machine = {"device_type": device_type, "device": "a processor"}
+    return BenchReport(kind="bench-layer", config={}, environment=machine, rows=[*rows, *ignored])
+
+
+@pytest.mark.parametrize(
+    ("quartiles", "label"), [((1.2, 1.5), "reproduced"), ((0.9, 1.5), "partly"), ((0.9, 0.8), "not reproduced")]
+)
+def test_the_rule_for_c2(quartiles, label, tmp_path, monkeypatch):
+    monkeypatch.setenv("BASIS_RESULTS", str(tmp_path))
+    bench(*quartiles).save(tmp_path / "bench" / "a.json")
+    (verdict,) = cost.judge([], "cpu")
+    assert verdict.label == label
+    assert cost.judge([], "paper")[0].label == "not tested"
+
+
+def test_cpu_and_gpu_times_are_never_mixed(tmp_path):
+    bench(1.2).save(tmp_path / "bench" / "a.json")
+    bench(1.4, device_type="cuda").save(tmp_path / "bench" / "b.json")
+    assert [r.environment["device_type"] for r in cost.load_benches("cpu", folder=tmp_path)] == ["cpu"]
+    assert [r.environment["device_type"] for r in cost.load_benches("paper", folder=tmp_path)] == ["cuda"]
+
+
+def test_a_damaged_benchmark_is_refused(tmp_path):
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "a.json").write_text("{")
+    with pytest.raises(RecordError, match="not a JSON benchmark"):
+        cost.load_benches("cpu", folder=tmp_path)
+
+
+def test_the_definition_holds_the_rule():
+    assert dataclasses.replace(HEADLINE, claims=("C1",)).definition != HEADLINE.definition

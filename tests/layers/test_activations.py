@@ -1,0 +1,355 @@
+import copy
+import math
+import warnings
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from basis import BasisConv2d, cost, couple, evaluate, load, merge, plan_of, save, sensitivity, substitute
+from basis.data import normalise, synthetic
+from basis.figures import DARK
+from basis.layers.moments import Moments, directions, output_moments
+from basis.search.sensitivity import joint
+
+
+def moments_of(conv, *batches):
+    return output_moments(conv, [""], iter(batches))[""]
+
+
+def error(layer, conv, x):
+    """The mean over images and pixels of the squared distance of the outputs."""
+    return (layer(x) - conv(x)).square().sum(1).mean().item()
+
+
+def inputs(n=12, channels=8, size=9, seed=0):
+    """Images whose rows and columns differ in strength, and whose mean is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn((n, channels, size, size), generator=generator) * torch.linspace(0.1, 2, size)
+    return x * torch.linspace(0.2, 1.5, channels)[:, None, None] + 1
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": 1},
+        {"groups": 2, "padding": "same", "padding_mode": "reflect"},
+        {"stride": (2, 1), "dilation": 2},
+        {"groups": 4, "padding": 1, "padding_mode": "circular"},
+    ],
+)
+def test_the_error_is_the_sum_of_the_discarded_eigenvalues_and_below_that_of_svd(options, bias):
+    torch.manual_seed(1)
+    conv = nn.Conv2d(8, 16, 3, bias=bias, **options)
+    x = inputs()
+    moments = moments_of(conv, x[:5], x[5:])
+    groups = conv.groups
+    y = conv(x).movedim(1, 0).reshape(groups, 16 // groups, -1).double()
+    y = y - y.mean(2, keepdim=True) if bias else y
+    energies = torch.linalg.eigvalsh(y @ y.mT / y.shape[2])
+    for k in (groups, 2 * groups, 16 - groups):
+        layer = BasisConv2d.from_conv(conv, basis_channels=k, moments=moments)
+        tail = energies[:, : (16 - k) // groups].sum().item()
+        assert error(layer, conv, x) == pytest.approx(tail, rel=1e-4, abs=1e-7 * energies.sum().item())
+        assert error(layer, conv, x) <= error(BasisConv2d.from_conv(conv, basis_channels=k), conv, x) * (1 + 1e-5)
+        assert (layer.bias is not None) == bias
+    whole = BasisConv2d.from_conv(conv, basis_channels=16, moments=moments)
+    assert torch.equal(whole.weight, conv.weight)
+
+
+def test_on_data_of_low_dimension_it_loses_nothing_where_svd_does():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(12, 16, 1)
+    x = torch.einsum("oi,nihw->nohw", torch.randn(12, 3), torch.randn(8, 3, 6, 6)) + torch.randn(12)[:, None, None]
+    layer = BasisConv2d.from_conv(conv, basis_channels=3, moments=moments_of(conv, x))
+    scale = conv(x).square().sum(1).mean().item()
+    assert error(layer, conv, x) < 1e-10 * scale
+    assert error(BasisConv2d.from_conv(conv, basis_channels=3), conv, x) > 1e-2 * scale
+
+
+def test_directions_without_variance_are_those_of_the_weight():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 10, 3, bias=False)
+    with torch.no_grad():
+        conv.weight[7:] = 0  # dead channels
+    few = torch.randn(1, 4, 4, 4)  # four outputs for ten channels
+    kept = directions(moments_of(conv, few).second(about_mean=False), conv.weight.flatten(1)[None])[0]
+    assert torch.allclose(kept.mT @ kept, torch.eye(10, dtype=torch.float64), atol=1e-10)
+    seen, rest = kept[:, :4], kept[:, 4:]
+    y = conv(few).flatten(2)[0].double()
+    assert torch.allclose(seen @ (seen.mT @ y), y, atol=1e-6)
+    left = conv.weight.flatten(1).double() - seen @ (seen.mT @ conv.weight.flatten(1).double())
+    norms = (rest.mT @ left).norm(dim=1)
+    assert torch.allclose(norms, torch.linalg.svdvals(left)[:6], atol=1e-6)
+    for k in (3, 5, 8, 9):
+        layer = BasisConv2d.from_conv(conv, basis_channels=k, moments=moments_of(conv, few))
+        assert layer.weight.isfinite().all()
+        assert layer.weight[7:].abs().max() < 1e-6
+    constant = moments_of(conv, torch.zeros(2, 4, 5, 5))  # says nothing: the SVD is left
+    a, b = (BasisConv2d.from_conv(conv, basis_channels=4, moments=m) for m in (constant, None))
+    assert torch.allclose(a.weight, b.weight, atol=1e-6)
+
+
+def test_moments_do_not_depend_on_how_outputs_come():
+    torch.manual_seed(0)
+    y = torch.randn(7, 6, 5, 4, dtype=torch.float64) + 100
+    once, pieces = Moments(), Moments()
+    once.add_maps(y, 2)
+    for part in (y[:1], y[1:4].to(memory_format=torch.channels_last), y[4], y[5:]):
+        pieces.add_maps(part, 2)
+    assert once.n == pieces.n == 140
+    assert torch.allclose(once.mean, pieces.mean)
+    assert torch.allclose(once.scatter, pieces.scatter)
+    parts = once.second(about_mean=True, groups=6)
+    assert torch.allclose(parts.flatten(), y.movedim(1, 0).flatten(1).var(1, correction=0))
+
+
+class Net(nn.Module):
+    """A bias before no normalisation, a pair without bias, a convolution alone without bias, one that is shared."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.pair = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.alone = nn.Conv2d(16, 12, 1, bias=False)
+        self.shared = nn.Conv2d(12, 12, 3, padding=1)
+        self.unused = nn.Conv2d(12, 12, 1)
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.pair(torch.relu(self.first(x)))))
+        x = self.shared(torch.relu(self.shared(self.alone(x))))
+        return self.fc(torch.relu(x).mean((2, 3)))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(3)
+    model = Net()
+    model(torch.randn(64, 3, 8, 8))  # statistics
+    return model.eval()
+
+
+PLAN = {"first": 6, "pair": 5, "alone": 4, "shared": 6}
+
+
+def test_a_model_gets_no_parameter_and_the_normalisation_takes_the_mean(net, tmp_path):
+    x = [torch.randn(16, 3, 8, 8) + 1 for _ in range(2)]
+    before = copy.deepcopy(net.state_dict())
+    net.norm.train()
+    small = substitute(net, PLAN, calibration=x)
+    assert net.norm.training
+    assert small.norm.training
+    net.eval(), small.eval()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+    def mean_after(model):
+        kept = []
+        with torch.no_grad():
+            handle = model.norm.register_forward_hook(lambda _, __, y: kept.append(y))
+            for part in x:
+                model.norm(model.pair(torch.relu(net.first(part))))
+            handle.remove()
+        return torch.cat(kept).mean((0, 2, 3))
+
+    assert torch.allclose(mean_after(small), mean_after(net), atol=1e-5)
+    assert not torch.allclose(mean_after(substitute(net, PLAN)), mean_after(net), atol=1e-2)
+    assert small.pair.bias is None
+    assert small.alone.bias is None
+    table = sensitivity(net, measure="spectrum", multiple=1)
+    predicted = {layer.name: layer.cost(PLAN[layer.name])["params"] for layer in table.layers if layer.name in PLAN}
+    assert {e.name: e.cost.parameters for e in cost(small, input_size=(3, 8, 8)).layers if e.name in PLAN} == predicted
+    images = torch.cat(x)
+    for other in (merge(small), couple(small)):
+        assert torch.allclose(other(images), small(images), atol=1e-4)
+    assert merge(small).state_dict().keys() == net.state_dict().keys()
+    save(small, tmp_path)
+    assert torch.equal(load(net, tmp_path)(images), small(images))
+    coupled = substitute(net, PLAN, calibration=x, batch_norm="through_basis")
+    assert torch.allclose(coupled(images), small(images), atol=1e-4)
+
+
+def test_each_layer_is_at_its_least_error_on_its_own_inputs(net):
+    x = torch.randn(32, 3, 8, 8)
+    small = substitute(net, {"shared": 6}, calibration=[x])
+    seen = []
+    net.shared.register_forward_hook(lambda module, args, y: seen.append((args[0], y)))
+    net(x)
+    assert len(seen) == 2  # both calls count
+    apart = torch.cat([(small.shared(a) - y).square().sum(1).flatten() for a, y in seen]).mean()
+    rows = torch.cat([y.movedim(1, 0).flatten(1) for _, y in seen], 1).double()
+    assert apart.item() == pytest.approx(torch.linalg.eigvalsh(rows.cov(correction=0))[:6].sum().item(), rel=1e-4)
+
+
+def test_what_data_never_reach_is_fitted_to_its_weight_and_named(net):
+    x = torch.randn(4, 3, 8, 8)
+    with pytest.warns(UserWarning, match="never reach unused "):
+        small = substitute(net, {"unused": 3, "first": 5}, calibration=[x])
+    assert torch.equal(small.unused.weight, substitute(net, {"unused": 3}).unused.weight)
+    assert not torch.equal(small.first.weight, substitute(net, {"first": 5}).first.weight)
+    net.shared.bias = net.unused.bias
+    with pytest.warns(UserWarning, match="shared"):
+        small = substitute(net, {"shared": 3}, calibration=[x])
+    assert torch.equal(small.shared.weight, substitute(net, {"shared": 3}).shared.weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        substitute(net, {"first": 5}, calibration=[(x, torch.zeros(4))])
+
+
+@pytest.mark.parametrize("form", ["grouped:2", "low_rank:2", "sparse:2", "repeat", "frozen", "shared"])
+def test_every_form_keeps_the_mean_and_is_no_worse_than_by_weight(form):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(6, 12, 3, padding=1), nn.Tanh(), nn.Conv2d(12, 12, 3, padding=1))
+    x = inputs(channels=6)
+    own, other = (substitute(net, {"2": 4}, calibration=c, coefficients=form) for c in ([x], None))
+    z = net[:2](x)
+    lost = (own[2](z) - net[2](z)).mean((0, 2, 3)).abs().max().item()
+    assert lost < 1e-4
+    if form != "sparse":  # whose pattern is a heuristic
+        assert error(own[2], net[2], z) <= error(other[2], net[2], z) * (1 + 1e-5)
+    if form == "shared":
+        both = substitute(nn.Sequential(net[2], net[2].__class__(12, 12, 1)), ratio=0.5, coefficients="shared")
+        assert both[0].coefficients is both[1].coefficients
+        pair = nn.Sequential(nn.Conv2d(12, 12, 3), nn.Conv2d(12, 12, 1))
+        tied = substitute(pair, ratio=0.5, calibration=[z], coefficients="shared")
+        assert tied[0].coefficients is tied[1].coefficients
+        assert (tied[0](z) - pair[0](z)).mean((0, 2, 3)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtype_and_memory_format_stay(dtype):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 16, 3)).to(dtype).to(memory_format=torch.channels_last)
+    x = inputs().to(dtype).to(memory_format=torch.channels_last)
+    small = substitute(net, {"0": 12}, calibration=[x])
+    assert small[0].basis.dtype == small[0].bias.dtype == dtype
+    assert small[0].basis.is_contiguous(memory_format=torch.channels_last)
+    y = net(x).double()
+    tail = torch.linalg.eigvalsh(y.movedim(1, 0).flatten(1).cov(correction=0))[:4].sum().item()
+    rounding = 0 if dtype == torch.float64 else 3e-5 * y.square().sum(1).mean().item()
+    assert error(small[0].double(), net.double()[0], x.double()) < tail * 1.02 + rounding
+
+
+def test_bad_calibration_is_refused(net):
+    x = torch.randn(2, 3, 8, 8)
+    with pytest.raises(ValueError, match="calibration holds no samples"):
+        substitute(net, {"first": 4}, calibration=[])
+    with pytest.raises(ValueError, match="batch 0 of calibration is a str"):
+        substitute(net, {"first": 4}, calibration=["no"])
+    with pytest.raises(ValueError, match="must be an iterable of batches"):
+        substitute(net, {"first": 4}, calibration=3)
+    with pytest.raises(ValueError, match="first: the outputs on the calibration data are not finite"):
+        substitute(net, {"first": 4}, calibration=[x * math.nan])
+    with pytest.raises(ValueError, match="cannot run on inputs of shape"):
+        substitute(net, {"first": 4}, calibration=[x[:, :2]])
+    with pytest.raises(ValueError, match="fits nothing"):
+        substitute(net, {"first": 4}, calibration=[x], init="random")
+    with pytest.raises(ValueError, match="structured layers alone"):
+        substitute(net, {"first": "tucker:0.5"}, calibration=[x])
+    with pytest.raises(ValueError, match="the moments are those of outputs"):
+        BasisConv2d.from_conv(net.first, basis_channels=4, moments=moments_of(net.shared, torch.randn(2, 12, 5, 5)))
+
+
+# -- in the search ------------------------------------------------------------------------------
+
+
+def data_for(net, n=24):
+    x = torch.randn(n, 3, 8, 8) + 0.5
+    with torch.no_grad():
+        return [(part, net(part).argmax(1)) for part in x.split(8)]
+
+
+@pytest.mark.parametrize("measure", ["oneshot", "oneshot_bn"])
+def test_the_search_scores_what_substitution_builds(net, measure):
+    data = data_for(net)
+    calibration = [x + 0.1 for x, _ in data]
+    table = sensitivity(net, data, measure=measure, calibration=calibration, fit="activation", multiple=1)
+    assert table.skipped["unused"] == "never called by the forward pass"
+    for cell in table.cells:
+        plan = {cell.layer: cell.basis_channels}
+        found = joint(net, plan, data, measure=measure, calibration=calibration, fit="activation")
+        assert cell.value == pytest.approx(found.value, abs=1e-5)
+    if measure == "oneshot":
+        small = substitute(net, {"pair": 8}, calibration=calibration)
+        own = next(c for c in table.cells if (c.layer, c.basis_channels) == ("pair", 8))
+        assert own.value == pytest.approx(evaluate(small, data)["loss"] - table.baseline["loss"], abs=1e-5)
+
+
+def test_old_tables_stay_valid_and_a_fit_is_part_of_a_new_one(net, tmp_path):
+    data = data_for(net)
+    plain = sensitivity(net, data, measure="oneshot", resume=tmp_path / "t.jsonl", multiple=1)
+    assert not {"fit", "calibration"} & plain.fingerprint.keys()
+    with pytest.raises(ValueError, match="was measured with other calibration, fit"):
+        sensitivity(net, data, measure="oneshot", fit="activation", resume=tmp_path / "t.jsonl", multiple=1)
+    with pytest.raises(ValueError, match="goes with taylor, fisher, oneshot, oneshot_bn, not with spectrum"):
+        sensitivity(net, measure="spectrum", fit="activation")
+    with pytest.raises(ValueError, match="fit is 'both', but it must be one of weight, activation"):
+        joint(net, PLAN, data, fit="both")
+
+
+def test_taylor_is_exact_where_the_loss_is_linear_in_the_outputs():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 12, 3), nn.Flatten())
+    data = [(torch.randn(6, 4, 6, 6) + 1, torch.zeros(6)) for _ in range(2)]
+    slope = torch.randn(12 * 16)
+
+    def loss(outputs, targets):
+        return outputs @ slope
+
+    table = sensitivity(net, data, measure="taylor", loss=loss, fit="activation", multiple=1)
+    for cell in table.cells:
+        small = substitute(net, {"0": cell.basis_channels}, calibration=[x for x, _ in data])
+        change = torch.cat([loss(small(x) - net(x), None) for x, _ in data]).mean().item()
+        assert cell.value == pytest.approx(change, abs=1e-4)
+
+
+def test_fisher_takes_layers_with_more_filters_than_weights():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 1), nn.Flatten(), nn.Linear(128, 3))
+    data = [(torch.randn(8, 3, 4, 4), torch.arange(8) % 3)]
+    table = sensitivity(net, data, measure="fisher", multiple=1)  # k = 8 and 4 of the first, whose rank is 3
+    assert [cell.value for cell in table.cells if cell.layer == "0"] == pytest.approx([0, 0], abs=1e-15)
+
+
+# -- what it is for -----------------------------------------------------------------------------
+
+
+def test_before_repair_a_trained_network_loses_less_than_half_of_what_uniform_svd_loses():
+    torch.manual_seed(0)
+    widths = (3, 16, 32, 32, 48)
+    blocks = [
+        [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
+        for a, b in pairwise(widths)
+    ]
+    net = nn.Sequential(*(layer for block in blocks for layer in block), nn.Flatten(), nn.Linear(48, 10))
+    data = synthetic(train=1000, test=500, size=16)
+    x = normalise(data.train.x).contiguous()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    for epoch in range(5):
+        for index in torch.randperm(len(x)).split(100):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.05 * (1 - epoch / 5)
+            optimizer.zero_grad()
+            F.cross_entropy(net(x[index]), data.train.y[index]).backward()
+            optimizer.step()
+    test = [(normalise(data.test.x).contiguous(), data.test.y)]
+    dense = evaluate(net, test)["loss"]
+    plan = {name: module.out_channels // 2 for name, module in net.named_modules() if isinstance(module, nn.Conv2d)}
+    grown = {
+        what: evaluate(substitute(net, plan, calibration=calibration), test)["loss"] - dense
+        for what, calibration in {"svd": None, "activation": [x[:200]]}.items()
+    }
+    assert grown["svd"] > 0.02
+    assert grown["activation"] < grown["svd"] / 2
+
+
+def test_plans_and_costs_are_drawn(net):
+    small = substitute(net, PLAN)
+    figure = plan_of(small).plot(theme=DARK)
+    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()][:2] == ["first", "pair"]
+    assert figure.axes[0].patches[0].get_width() == pytest.approx(6 / 16)
+    assert len(cost(small, input_size=(3, 8, 8)).plot().axes) == 2

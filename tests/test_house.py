@@ -1,0 +1,121 @@
+"""The house: imports run downwards only, no circle, no private name across files, nothing too long."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# From the ground up; a module may import from floors below its own, and from its own package.
+FLOORS = (
+    ("text", "saving", "environment", "statistics", "modules"),
+    ("data", "batches", "figures"),
+    ("layers",),
+    ("models", "costs", "vision"),
+    ("plan", "substitution", "storage", "decompositions"),
+    ("training",),
+    ("bench",),
+    ("search", "inference", "export"),
+    ("plots",),
+    ("compression",),
+    ("experiments",),
+    ("cli", "cli_campaign"),
+)
+FLOOR = {room: i for i, floor in enumerate(FLOORS) for room in floor}
+FILES = sorted((ROOT / "basis").rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def imports(path: Path) -> list[tuple[str, str]]:
+    """(module, name) of every import of this package, wherever in the file it stands, but not for types only."""
+    tree = ast.parse(path.read_text())
+    typing = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if id(node) in typing:
+            continue
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "basis":
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.append((whole, "") if whole in MODULES else (node.module, alias.name))
+        elif isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names if alias.name.split(".")[0] == "basis"]
+    return found
+
+
+def room(module: str) -> str:
+    return [*module.split("."), ""][1]
+
+
+def test_imports_run_downwards():
+    up = [
+        f"{module} -> {target}"
+        for module, path in MODULES.items()
+        if module != "basis"
+        for target, _ in imports(path)
+        if room(target) != room(module)
+        and FLOOR[room(target)] >= FLOOR[room(module)]
+        and not (FLOOR[room(target)] == FLOOR[room(module)] and path.parent == ROOT / "basis")
+    ]
+    assert not up
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {module: {target for target, _ in imports(path)} for module, path in MODULES.items() if module != "basis"}
+    while leaves := {m for m, targets in graph.items() if not targets & graph.keys()}:
+        graph = {m: targets for m, targets in graph.items() if m not in leaves}
+    assert not graph
+
+
+def test_no_private_name_crosses_files():
+    crossing = [
+        f"{module} takes {name} of {target}"
+        for module, path in MODULES.items()
+        for target, name in imports(path)
+        if name.startswith("_")
+    ]
+    assert not crossing
+
+
+def test_only_the_command_line_imports_experiments_and_nothing_the_book():
+    for module, path in MODULES.items():
+        if room(module) not in ("experiments", "cli"):
+            assert not [target for target, _ in imports(path) if room(target) == "experiments"], module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_is_too_long(path):
+    assert len(path.read_text().splitlines()) <= 450
+
+
+def test_the_package_is_small():
+    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 9000
+
+
+def test_importing_the_package_costs_little_beside_torch():
+    code = (
+        "import time, sys; start = time.perf_counter(); import torch; middle = time.perf_counter(); import basis; "
+        "end = time.perf_counter(); print((end - middle) / (middle - start)); "
+        "print(*[m for m in ('pandas', 'scipy', 'matplotlib', 'seaborn', 'torchvision', 'timm') if m in sys.modules])"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        for _ in range(3)
+    ]
+    shares = sorted(float(run.split("\n")[0]) for run in runs)
+    assert {run.split("\n")[1] for run in runs} == {""}
+    assert shares[1] <= 1 / 3

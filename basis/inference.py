@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from basis.bench.cases import TimedLayer
+from basis.bench.shapes import TimedLayer
 from basis.bench.timing import BenchReport, Progress, Setting, layer_steps, tell
 from basis.costs import trace_calls
 from basis.layers.base import ConvLike

@@ -1,130 +1,32 @@
-"""Speed, measured: basis layers, blocks with batch normalisation, and whole training steps, against dense twins.
-
-How a time is taken is told in :mod:`basis.bench.timing`; what a user would take instead is measured in
-:mod:`basis.bench.rivals`.
-"""
+"""Speed of single layers against dense twins: a table of candidates for each kind of case, one way to measure it."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import util
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from basis.bench.timing import (
-    PASSES,
-    RATIOS,
-    RESNET18_SHAPES,
-    BenchReport,
-    Pass,
-    PeakCapture,
-    Progress,
-    Setting,
-    Shape,
-    Step,
-    check_known,
-    check_options,
-    compare,
-    forget_compiled,
-    interleave,
-    layer_steps,
-    tell,
-)
+from basis.bench.report import BenchReport
+from basis.bench.shapes import RATIOS, RESNET18_SHAPES, WRN_SHAPES, Shape, TimedLayer
+from basis.bench.timing import PASSES, Pass, Progress, Setting, forget_compiled, layer_steps, tell
 from basis.costs import cost, count_parameters, trace_calls
+from basis.decompositions import tensorly_conv
 from basis.layers.batchnorm import activate
 from basis.layers.conv import MODES, BasisConv2d, Mode, basis_channels_for
-from basis.models import build
-from basis.substitution import Plan, plan_of, substitute
-from basis.training.loop import Recipe, make_step
-from basis.training.skipping import Parts, Trained
-from basis.training.stepping import Capture, TrainingStep, means_for
-from basis.training.stepping import Step as Stepping
-
-__all__ = [
-    "NORMS", "PASSES", "RATIOS", "RESNET18_SHAPES", "STEPS", "TRAINED", "BenchReport", "Setting", "Shape",
-    "bench_blocks", "bench_latency", "bench_layers", "bench_training", "compare", "interleave",
-]  # fmt: skip
+from basis.layers.structured import LAYERS, Structure
+from basis.substitution import plan_of, substitute
+from basis.training.stepping import compiled
 
 Norms = Literal["ordinary", "through_basis"]
 NORMS: tuple[Norms, ...] = get_args(Norms)
-STEPS: tuple[Stepping, ...] = get_args(Stepping)
-# What a training step may train of the basis layers; everything else is always trained.
-TRAINED: Mapping[str, Trained] = {
-    "both": Trained(basis=True, coefficients=True),
-    "basis": Trained(basis=True, coefficients=False),
-    "coefficients": Trained(basis=False, coefficients=True),
-    "neither": Trained(basis=False, coefficients=False),
-}
-
-
-def bench_layers(
-    *,
-    shapes: Sequence[str] = RESNET18_SHAPES,
-    ratios: Sequence[float] = RATIOS,
-    modes: Sequence[Mode] = ("factorized", "composed", "hybrid", "auto"),
-    passes: Sequence[Pass] = PASSES,
-    setting: Setting | None = None,
-    progress: Progress | None = None,
-) -> BenchReport:
-    """Measure single layers against ``nn.Conv2d``; a cell is a shape, a pass and a ratio.
-
-    "forward" is inference, without gradients; "forward+backward" takes the gradients of the input and of
-    all parameters. A row also has ``mac_ratio``, what the multiplications alone would give as speed-up,
-    and ``resolved``, the mode that "auto" stands for: where that is measured too, the row of "auto" is the same
-    measurement, named in ``same_as``. ``shapes`` are written as in :class:`Shape`; ``progress`` is told one line
-    per row.
-
-    Raises:
-        ValueError: for a shape, ratio, mode, pass or setting that makes no sense.
-    """
-    parsed = [Shape.parse(text) for text in shapes]
-    check_options(ratios, modes, passes)
-    setting = (setting or Setting()).settled_for(parsed)
-    rows = []
-    for shape, one, ratio in itertools.product(parsed, passes, ratios):
-        k = basis_channels_for(ratio, shape.out_channels)
-        with setting.globals():
-            layers: dict[str, nn.Module] = {"dense": shape.conv(), "control": shape.conv()}
-            for mode in modes:
-                layers[mode] = BasisConv2d.shaped_like(shape.conv(), basis_channels=k, mode=mode)
-            placed = {name: setting.place(layer) for name, layer in layers.items()}
-            executed = {name: getattr(layer, "resolved_mode", "dense") for name, layer in placed.items()}
-            measured = _measure_modes(placed, executed, shape, one, setting)
-        for name, values in measured.items():
-            resolved = executed[name]
-            apart = resolved == "factorized" and getattr(layers[name], "derives_apart", False)
-            macs = [shape.macs(k, m, setting.batch_size, one) for m in ("dense", "cat" if apart else resolved)]
-            row = {"shape": str(shape), "pass": one, "ratio": ratio, "basis_channels": k, "mode": name}
-            rows.append({**row, "resolved": resolved, **values, "mac_ratio": macs[0] / macs[1]})
-            tell(progress, rows[-1], str(shape))
-    options = {"shapes": [str(s) for s in parsed], "ratios": list(ratios), "modes": list(modes)}
-    return setting.report("bench-layer", rows, **options, passes=list(passes))
-
-
-def _measure_modes(
-    placed: Mapping[str, nn.Module],
-    executed: Mapping[str, str],
-    shape: Shape,
-    one: Pass,
-    setting: Setting,
-    *,
-    shortcut: bool = False,
-) -> dict[str, dict[str, Any]]:
-    """What is measured of each layer but "dense"; of "auto" only where the mode it executes is not measured itself."""
-    twin = executed.get("auto")
-    twin = twin if twin in MODES and twin in placed else None
-    own = {name: layer for name, layer in placed.items() if name != "auto" or not twin}
-    steps = layer_steps(own, [(shape.in_channels, shape.size, shape.size)], one, setting, shortcut=shortcut)
-    optional = [name for name in own if name not in ("dense", "control")]
-    measured = setting.measure(steps, versus={"through_basis": twin or "auto"}, may_fail=optional)
-    if twin:
-        measured["auto"] = {**measured[twin], "same_as": twin}
-    return {name: measured[name] for name in placed if name != "dense"}
+ABOVE = 0.01  # a baseline may have that part more parameters than the basis layer, where its rank is coarse
+Make = Callable[[Shape, float], nn.Module]  # the layer of a shape at a ratio
 
 
 class Block(nn.Module):
@@ -139,21 +41,104 @@ class Block(nn.Module):
         return activate(self.bn, self.conv(x), shortcut)
 
 
+# -- the candidates --
+
+
+def basis_layer(shape: Shape, ratio: float, *, mode: Mode = "auto") -> BasisConv2d:
+    """The basis convolution of a shape."""
+    k = basis_channels_for(ratio, shape.out_channels)
+    return BasisConv2d.shaped_like(shape.conv(), basis_channels=k, mode=mode)
+
+
+def dense_block(shape: Shape, ratio: float = 1) -> Block:
+    """Dense convolution and batch normalisation."""
+    return Block(shape.conv(), nn.BatchNorm2d(shape.out_channels))
+
+
+def basis_block(shape: Shape, ratio: float, *, mode: Mode = "auto", batch_norm: Norms = "ordinary") -> nn.Module:
+    """The block with a basis convolution."""
+    return substitute(dense_block(shape), ratio=ratio, mode=mode, init="random", batch_norm=batch_norm)
+
+
+def structured_layer(shape: Shape, ratio: float, *, text: str) -> nn.Module:
+    """The structured layer of a text, which has its own size; ``ValueError`` where the shape cannot take it."""
+    structure = Structure.parse(text)
+    return LAYERS[structure.kind].shaped_like(shape.conv(), size=structure.size)
+
+
+def svd_pair(shape: Shape, ratio: float) -> nn.Sequential:
+    """A 3x3 convolution C_in -> q, then one q -> C_out of 1x1, as a truncated SVD of the weight gives them.
+
+    q is the largest with at most 1 % more weights than the basis layer (X. Zhang et al. 2016, arXiv 1505.06798).
+    """
+    conv, parameters = shape.conv(), count_parameters(basis_layer(shape, ratio))
+    q = int((1 + ABOVE) * parameters / (conv.weight[0].numel() + conv.out_channels))
+    if q < 1:
+        raise ValueError(f"no pair of convolutions has as few as {parameters} parameters")
+    first = nn.Conv2d(conv.in_channels, q, 3, shape.stride, 1, bias=False)
+    return nn.Sequential(first, nn.Conv2d(q, conv.out_channels, 1, bias=False))
+
+
+def tucker_conv(shape: Shape, ratio: float, *, implementation: str = "factorized") -> nn.Module:
+    """tensorly-torch's Tucker convolution with at most 1 % more parameters than the basis layer, new weights."""
+    conv, parameters = shape.conv(), count_parameters(basis_layer(shape, ratio))
+    layer: Any = tensorly_conv(conv, (1 + ABOVE) * parameters, implementation=implementation, fitted=False)
+    layer.reset_parameters(std=(3 * conv.weight[0].numel()) ** -0.5)  # the spread of nn.Conv2d's own weights
+    return layer
+
+
+# What a user would take instead, at equal parameters; "X compiled" is X after torch.compile(fullgraph=True).
+BASELINES: Mapping[str, Make] = {
+    "basis": basis_layer,
+    "dense": lambda shape, ratio: shape.conv(),
+    "svd": svd_pair,
+    "tucker": tucker_conv,
+    "tucker reconstructed": partial(tucker_conv, implementation="reconstructed"),
+}
+CANDIDATES = tuple(name + how for name in BASELINES for how in ("", " compiled") if name + how != "dense")
+USUAL = ("dense compiled", "basis", "basis compiled", "svd", "tucker", "tucker reconstructed")
+
+
+# -- the measurements --
+
+
+def bench_layers(
+    *,
+    shapes: Sequence[str] = RESNET18_SHAPES,
+    ratios: Sequence[float] = RATIOS,
+    modes: Sequence[Mode] = get_args(Mode),
+    passes: Sequence[Pass] = PASSES,
+    setting: Setting | None = None,
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Measure basis layers against ``nn.Conv2d``; a cell is a shape (:class:`Shape`), a pass and a ratio.
+
+    "forward" is inference; "forward+backward" takes the gradients of the input and of all parameters. Rows have
+    ``resolved``, the mode that "auto" stands for (where that is measured too, "auto" is the same measurement, named
+    in ``same_as``), and ``mac_ratio``, what the multiplications alone would give as speed-up.
+
+    Raises:
+        ValueError: for a shape, ratio, mode, pass or setting that makes no sense.
+    """
+    _check("mode", modes, MODES)
+    candidates: dict[str, Make] = {mode: partial(basis_layer, mode=mode) for mode in modes}
+    return _bench("bench-layer", shapes, ratios, passes, candidates, setting, progress, modes=list(modes))
+
+
 def bench_blocks(
     *,
     shapes: Sequence[str] = RESNET18_SHAPES,
     ratios: Sequence[float] = RATIOS,
-    modes: Sequence[Mode] = ("factorized", "composed", "hybrid", "auto"),
+    modes: Sequence[Mode] = get_args(Mode),
     norms: Sequence[Norms] = NORMS,
     residual: bool = False,
     setting: Setting | None = None,
     progress: Progress | None = None,
 ) -> BenchReport:
-    """Measure :class:`Block` in training mode, forward and backward, against the one with ``nn.Conv2d``.
+    """Measure :class:`Block` in training, forward and backward, against the one with ``nn.Conv2d``.
 
-    A cell is a shape and a ratio. Gradients are taken of the input, of the shortcut and of all parameters.
-    The candidates are the modes with the ordinary batch normalisation, and "through_basis", where it is
-    taken from the basis channels (:mod:`basis.layers.batchnorm`); its ``versus_basis`` is against mode auto.
+    The candidates are the modes with the ordinary batch normalisation, and "through_basis", where it is taken from
+    the basis channels (:mod:`basis.layers.batchnorm`); its ``versus_basis`` is against mode auto.
 
     Args:
         norms: whether to measure the modes ("ordinary"), "through_basis", or both.
@@ -162,71 +147,79 @@ def bench_blocks(
     Raises:
         ValueError: for a shape, ratio, mode, norm or setting that makes no sense.
     """
-    parsed = [Shape.parse(text) for text in shapes]
-    check_options(ratios, modes, ())
-    check_known("norms", norms, NORMS)
-    setting = (setting or Setting()).settled_for(parsed)
+    _check("mode", modes, MODES)
+    _check("norms", norms, NORMS)
+    candidates: dict[str, Make] = {}
+    if "ordinary" in norms:
+        candidates |= {mode: partial(basis_block, mode=mode) for mode in modes}
+    if "through_basis" in norms:
+        candidates["through_basis"] = partial(basis_block, batch_norm="through_basis")
+    return _bench(
+        "bench-block", shapes, ratios, PASSES[1:], candidates, setting, progress, dense=dense_block, shortcut=residual,
+        versus={"through_basis": "auto"}, modes=list(modes), norms=list(norms), residual=residual,
+    )  # fmt: skip
+
+
+def bench_rivals(
+    *,
+    shapes: Sequence[str] = RESNET18_SHAPES,
+    ratios: Sequence[float] = RATIOS,
+    passes: Sequence[Pass] = PASSES,
+    candidates: Sequence[str] = USUAL,
+    setting: Setting | None = None,
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Measure basis layers in mode auto, and what a user would take instead (:data:`BASELINES`), against ``nn.Conv2d``.
+
+    Rows have ``parameters`` (those of the basis layer, of the others at most 1 % more) and ``versus_basis``, basis /
+    candidate within a round, compiled with compiled. ``left_out`` in the options names what is not installed.
+
+    Raises:
+        ValueError: for a shape, ratio, pass, candidate or setting that makes no sense.
+    """
+    _check("candidate", candidates, CANDIDATES)
+    installed = all(map(util.find_spec, ("tltorch", "tensorly")))  # the one does not ask for the other
+    left_out = {} if installed else {n: "tensorly-torch is not installed" for n in candidates if "tucker" in n}
+    chosen = [name for name in candidates if name not in left_out]
+    versus = {
+        name: "basis compiled" if name.endswith("compiled") and "basis compiled" in chosen else "basis"
+        for name in chosen
+        if not name.startswith("basis")
+    }
+    makes = {name: BASELINES[name.removesuffix(" compiled")] for name in chosen}
+    if "basis" in chosen and "basis compiled" in chosen:
+        versus["basis compiled"] = "basis"
+    versus = {name: like for name, like in versus.items() if like in chosen and name != like}
+    return _bench(
+        "bench-rivals", shapes, ratios, passes, makes, setting, progress, versus=versus,
+        candidates=list(candidates), left_out=left_out,
+    )  # fmt: skip
+
+
+def bench_structured(
+    *,
+    layers: Sequence[str],
+    shapes: Sequence[str] = WRN_SHAPES,
+    passes: Sequence[Pass] = PASSES[1:],
+    setting: Setting | None = None,
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Measure structured layers, by texts such as "tucker:0.41", against ``nn.Conv2d``; a cell is a shape and a pass.
+
+    Rows have ``layer``, the text, and ``parameters``, stored numbers. A layer that a shape cannot take has ``error``.
+
+    Raises:
+        ValueError: for an unknown kind of layer, or a shape, pass or setting that makes no sense.
+    """
+    texts = [str(Structure.parse(text)) for text in layers]
+    makes = {text: partial(structured_layer, text=text) for text in texts}
+    report = _bench("bench-structured", shapes, (1,), passes, makes, setting, progress, layers=texts)
     rows = []
-    for shape, ratio in itertools.product(parsed, ratios):
-        with setting.globals():
-            dense = Block(shape.conv(), nn.BatchNorm2d(shape.out_channels))
-            blocks: dict[str, nn.Module] = {"dense": dense, "control": copy.deepcopy(dense)}
-            for mode in modes if "ordinary" in norms else ():
-                blocks[mode] = substitute(dense, ratio=ratio, mode=mode, init="random")
-            if "through_basis" in norms:
-                blocks["through_basis"] = substitute(dense, ratio=ratio, init="random", batch_norm="through_basis")
-            placed = {name: setting.place(block) for name, block in blocks.items()}
-            executed = {name: getattr(block.conv, "resolved_mode", "dense") for name, block in placed.items()}
-            measured = _measure_modes(placed, executed, shape, "forward+backward", setting, shortcut=residual)
-        for name, values in measured.items():
-            row: dict[str, Any] = {"shape": str(shape), "pass": "forward+backward", "ratio": ratio}
-            row |= {"basis_channels": basis_channels_for(ratio, shape.out_channels), "mode": name}
-            rows.append(row | {"resolved": executed[name], **values})
-            tell(progress, rows[-1], f"block {shape}")
-    options = {"shapes": [str(s) for s in parsed], "ratios": list(ratios), "modes": list(modes)}
-    return setting.report("bench-block", rows, **options, norms=list(norms), residual=residual)
-
-
-@dataclass(frozen=True)
-class TimedLayer:
-    """A convolution as far as its time depends on it; equal ones are measured once."""
-
-    options: tuple[Any, ...]  # the first arguments of nn.Conv2d, up to padding_mode
-    inputs: tuple[tuple[int, ...], ...]  # (C, H, W) of each call in one forward pass
-    input_gradient: bool
-
-    @classmethod
-    def of(cls, conv: Any, inputs: Iterable[tuple[int, ...]], *, input_gradient: bool) -> TimedLayer:
-        """``conv`` on these inputs."""
-        padding = conv.padding if isinstance(conv.padding, str) else tuple(conv.padding)
-        options = (
-            conv.in_channels, conv.out_channels, tuple(conv.kernel_size), tuple(conv.stride), padding,
-            tuple(conv.dilation), conv.groups, conv.bias is not None, conv.padding_mode,
-        )  # fmt: skip
-        return cls(options, tuple(inputs), input_gradient)
-
-    def __str__(self) -> str:
-        c_in, c_out, kernel, stride, _, dilation, groups, *_ = self.options
-        sizes = "+".join("x".join(map(str, size[1:])) for size in self.inputs)
-        text = f"{c_in}-{c_out}@{sizes} {'x'.join(map(str, kernel))}"
-        for mark, value in (("/", stride), (" dilation ", dilation)):
-            text += f"{mark}{'x'.join(map(str, dict.fromkeys(value)))}" if set(value) != {1} else ""
-        return text + (f" groups {groups}" if groups > 1 else "")
-
-    def conv(self) -> nn.Conv2d:
-        """The dense layer."""
-        return nn.Conv2d(*self.options)
-
-
-def _timed(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, TimedLayer]:
-    """Every convolution that can be substituted and is called, as it is called in one forward pass."""
-    free = {name for name, why in plan_of(model).skipped.items() if why == "left dense"}
-    found = {}
-    for name, conv, calls in trace_calls(model, (1, *input_size)):
-        if name in free and calls and isinstance(conv, nn.Conv2d):
-            needs_dx = any(call.needs_dx for call in calls)
-            found[name] = TimedLayer.of(conv, (call.x[1:] for call in calls), input_gradient=needs_dx)
-    return found
+    for row in report.rows:
+        control = row["mode"] == "control"
+        named = {"layer": "dense" if control else row["mode"], "mode": "control" if control else "layer"}
+        rows.append({k: v for k, v in row.items() if k not in ("ratio", "basis_channels")} | named)
+    return BenchReport(kind=report.kind, config=report.config, environment=report.environment, rows=rows)
 
 
 def bench_latency(
@@ -242,28 +235,25 @@ def bench_latency(
 ) -> BenchReport:
     """Measure every convolution of ``model`` that can be substituted, alone, dense and in mode auto.
 
-    For :func:`basis.select`. A cell is a layer and a pass; all its candidates are measured together: k
-    nearest to each ratio, a multiple of ``multiple`` and of the layer's groups, and below C_out. Layers
-    are of the model's shapes but with fresh weights, on the inputs that they get in one forward pass on
-    images of ``input_size``; the first layer takes no gradient of its input. Of layers with equal shapes
-    the first is measured; the rows of the others say so in ``same_as``.
-
-    Rows also have ``layer``, ``shape``, ``basis_channels`` (C_out in the control row) and ``resolved``.
-
-    Args:
-        model: dense, or with layers that are substituted already, which are left out.
-        input_size: (C, H, W) of one image.
-        multiple: what every k is a multiple of.
-        name: what the report calls the model; its class unless given.
+    For :func:`basis.select`. A cell is a layer and a pass; its candidates are k nearest to each ratio, a multiple of
+    ``multiple`` and of the layer's groups, below C_out. Layers have the model's shapes but fresh weights, on the
+    inputs of one forward pass on images of ``input_size``, (C, H, W); the first layer takes no gradient of its input.
+    Equal shapes are measured once: the rows of the others name the first in ``same_as``. Rows have ``layer``,
+    ``shape``, ``basis_channels`` (C_out in the control row) and ``resolved``.
 
     Raises:
-        ValueError: for a model without such a layer, or that cannot be run on such images; for a ratio,
-            multiple, pass or setting that makes no sense.
+        ValueError: for a model without such a layer, or that cannot be run on such images; for a ratio, multiple,
+            pass or setting that makes no sense.
     """
-    check_options(ratios, (), passes)
+    _check("pass", passes, PASSES)
     if multiple < 1:
         raise ValueError(f"multiple is {multiple}, but must be at least 1")
-    found = _timed(model, tuple(input_size))
+    free = {layer for layer, why in plan_of(model).skipped.items() if why == "left dense"}
+    found = {
+        layer: TimedLayer.of(conv, (c.x[1:] for c in calls), input_gradient=any(c.needs_dx for c in calls))
+        for layer, conv, calls in trace_calls(model, (1, *input_size))
+        if layer in free and calls and isinstance(conv, nn.Conv2d)
+    }
     if not found:
         raise ValueError("the model has no convolution that can be substituted and is called")
     setting = (setting or Setting()).settled(model)
@@ -309,175 +299,87 @@ def _latency_rows(
     return rows
 
 
-def bench_training(
+def _bench(
+    kind: str,
+    shapes: Sequence[str],
+    ratios: Sequence[float],
+    passes: Sequence[Pass],
+    makes: Mapping[str, Make],
+    setting: Setting | None,
+    progress: Progress | None,
     *,
-    model: str = "resnet18",
-    width: int | None = None,
-    ratios: Sequence[float] = RATIOS,
-    plans: Mapping[float, Plan] | None = None,
-    modes: Sequence[Mode] = ("auto",),
-    coefficients: Sequence[str] = ("dense",),
-    trained: Sequence[str] = ("both",),
-    norms: Sequence[Norms] = ("ordinary",),
-    steps: Sequence[Stepping] = ("eager",),
-    dense_steps: Sequence[Stepping] = (),
-    setting: Setting | None = None,
-    progress: Progress | None = None,
+    dense: Make = BASELINES["dense"],
+    versus: Mapping[str, str] | None = None,
+    shortcut: bool = False,
+    **options: Any,
 ) -> BenchReport:
-    """Measure whole training steps (forward, loss, backward, SGD) of a network of :func:`basis.models.build`.
-
-    All eligible convolutions are substituted at one ratio; a cell is a ratio, and all its candidates, which
-    are those of mode, coefficients, trained parts, norms and steps, are measured together. Images are random,
-    3x32x32, and already on the device. A row also has ``parameters``, ``parameter_ratio`` (dense / candidate),
-    ``images_per_second``, ``means``: what its kind of step came to on this device, and ``coupled``: the number of
-    layers with batch normalisation through the basis.
-
-    Each candidate is compared with the dense network by the same kind of step; one whose step could be made that
-    kind where the dense network's could not, or the other way round, has failed. The rows of mode "dense" are
-    that network by the other kinds, compared with itself by the first of ``steps``. The peaks
-    of a CUDA graph are those of its capture, which fixes what it takes of the memory.
-
-    Args:
-        plans: measured in place of ``ratios``: the share of a budget, which is ``share`` in its rows -> plan. The
-            report is of kind "bench-plans" then.
-        coefficients: forms of the coefficient matrix, see :class:`basis.layers.coefficients.Form`.
-        trained: what a step trains of the basis layers, of :data:`TRAINED`.
-        norms: "through_basis" takes batch normalisation from the basis channels (:mod:`basis.layers.batchnorm`).
-        steps: how a step is run: "eager", "compiled", "graphed" or "fast" (:mod:`basis.training.stepping`).
-        dense_steps: further kinds of step of the dense network alone. With a compiled one among them rows also have
-            ``versus_compiled``: that dense network / candidate within a round, with quartiles.
-
-    Raises:
-        ValueError: for an unknown model, or a ratio, plan, mode, form, part, norm, step or setting that makes no sense.
-    """
-    check_options(ratios, modes, ())
-    check_known("trained", trained, tuple(TRAINED))
-    check_known("norms", norms, NORMS)
-    check_known("step", [*steps, *dense_steps], STEPS)
-    if not steps:
-        raise ValueError("steps is empty, but must name at least one kind of step")
-    setting = setting or Setting()
-    what = "ratio" if plans is None else "share"
-    cells: dict[float, dict[str, Any]] = {r: {"ratio": r} for r in ratios}
-    if plans is not None:
-        cells = {share: {"plan": plan} for share, plan in plans.items()}
+    """One row for each candidate of ``makes`` (and the control) in each cell: a shape, a pass and a ratio."""
+    _check("pass", passes, PASSES)
+    parsed = [Shape.parse(text) for text in shapes]
+    for shape, ratio in itertools.product(parsed, ratios):
+        basis_channels_for(ratio, shape.out_channels)  # refuses a ratio that makes no sense before any is measured
     with torch.device("meta"):
-        shape = build(model, width=width)
-    for sizes, form, norm in itertools.product(cells.values(), coefficients, norms):  # refused before any is measured
-        substitute(shape, **sizes, init="random", coefficients=form, batch_norm=norm)
-    with setting.globals():
-        dense = build(model, width=width)
-    setting = setting.settled(dense)
-    kinds = _training_candidates(modes, coefficients, trained, norms, steps, dense_steps)
+        setting = (setting or Setting()).settled(nn.ModuleList([shape.conv() for shape in parsed]))
     rows = []
-    for value, sizes in cells.items():
-        for values in _training_rows(dense, sizes, kinds, setting):
-            rows.append({"model": model, what: value, **values})
-            tell(progress, rows[-1], model)
-        if {"compiled", "fast"} & {*steps, *dense_steps}:
+    for shape, one, ratio in itertools.product(parsed, passes, ratios):
+        with setting.globals():
+            about, measured = _measure(shape, ratio, one, {"dense": dense, "control": dense, **makes}, setting,
+                                       versus or {}, shortcut)  # fmt: skip
+        k = basis_channels_for(ratio, shape.out_channels)
+        for name in ("control", *makes):
+            row: dict[str, Any] = {"shape": str(shape), "pass": one, "ratio": ratio, "basis_channels": k, "mode": name}
+            row |= about.get(name, {})
+            apart = row.pop("apart", False)
+            if kind == "bench-layer":  # what the multiplications alone would give
+                mode = "cat" if apart and row["resolved"] == "factorized" else row["resolved"]
+                dense_macs, macs = (shape.macs(k, m, setting.batch_size, one) for m in ("dense", mode))
+                row["mac_ratio"] = dense_macs / macs
+            rows.append(row | measured[name])
+            tell(progress, rows[-1], f"{kind.removeprefix('bench-')} {shape}")
+        if any(name.endswith("compiled") for name in makes):
             forget_compiled()
-    listed: dict[str, Iterable[Any]] = {f"{what}s": cells, "modes": modes, "coefficients": coefficients}
-    listed |= {"trained": trained, "norms": norms, "steps": steps, "dense_steps": dense_steps}
-    options = {name: list(values) for name, values in listed.items()}
-    return setting.report(f"bench-{'train' if plans is None else 'plans'}", rows, model=model, width=width, **options)
+    listed = {"shapes": [str(s) for s in parsed], "ratios": list(ratios), "passes": list(passes)}
+    return setting.report(kind, rows, **listed, **options)
 
 
-def _training_rows(
-    dense: nn.Module, sizes: Mapping[str, Any], kinds: Mapping[str, Mapping[str, Any]], setting: Setting
-) -> list[dict[str, Any]]:
-    """What is measured of the networks of a cell."""
-    references = _references(kinds)
-    others = (name for name, kind in kinds.items() if kind["mode"] == "dense" and name != "dense")
-    compiled = next((name for name in others if kinds[name]["step"] in ("compiled", "fast")), None)
-    with setting.globals():
-        networks = {name: _candidate(dense, sizes, kind) for name, kind in kinds.items()}
-        counts = {name: count_parameters(network) for name, network in networks.items()}
-        for name, network in networks.items():
-            Parts(network).train(TRAINED[kinds[name]["trained"]])
-        x = setting.place(torch.randn(setting.batch_size, 3, 32, 32))
-        labels = torch.randint(10, (setting.batch_size,), device=x.device)
-        captures = {
-            name: PeakCapture(setting.where, capture)
-            for name, kind in kinds.items()
-            if means_for(kind["step"], setting.where).graphed and (capture := setting.new_capture())
-        }
-        trainers = {
-            name: make_trainer(network, setting, kinds[name]["step"], captures.get(name))
-            for name, network in networks.items()
-        }
-        measured = setting.measure(
-            {name: training_step(trainer, x, labels) for name, trainer in trainers.items()},
-            reference=references,
-            versus=dict.fromkeys(kinds, compiled) if compiled else {},
-            may_fail=[name for name in kinds if name != "dense"],
-        )
-    rows = []
-    for name, values in measured.items():
-        means, other = trainers[name].means, references.get(name, "dense")
-        alike = kinds[name]["step"] != kinds[other]["step"] or means.graphed == trainers[other].means.graphed
-        if "error" not in values and not alike:
-            values = {"error": f"its step is {means}, that of the dense network {trainers[other].means}"}
-        row: dict[str, Any] = {**kinds[name], "parameters": counts[name]}
-        if compiled and not trainers[compiled].means.compiled:
-            values = {key: value for key, value in values.items() if not key.startswith("versus")}
-        row |= {key.replace("versus_basis", "versus_compiled"): value for key, value in values.items()}
-        row |= {"parameter_ratio": counts["dense"] / counts[name], "means": str(means)}
-        row["coupled"] = sum(getattr(module, "mixed_later", False) for module in networks[name].modules())
-        if "ms" in row:
-            row["images_per_second"] = setting.batch_size / row["ms"] * 1000
-        for key, side in (("peak_mib", name), ("dense_peak_mib", other)):
-            if key in row and trainers[side].means.graphed:
-                row[key] = captures[side].peak / 2**20
-        if "timed" in row and means.graphed:
-            row["timed"] = "graph"
-        rows.append(row)
-    return rows
+def _measure(
+    shape: Shape,
+    ratio: float,
+    one: Pass,
+    makes: Mapping[str, Make],
+    setting: Setting,
+    versus: Mapping[str, str],
+    shortcut: bool,
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """What is known of each layer, and what was measured of it; "auto" shares the measurement of its mode."""
+    layers: dict[str, nn.Module] = {}
+    about: dict[str, dict[str, Any]] = {}
+    measured: dict[str, dict[str, Any]] = {}
+    for name, make in makes.items():
+        try:
+            layer = setting.place(make(shape, ratio))
+        except Exception as error:  # another package's layer may raise anything
+            measured[name] = {"error": f"{type(error).__name__}: {error}"}
+            continue
+        conv = getattr(layer, "conv", layer)
+        about[name] = {"resolved": getattr(conv, "resolved_mode", "dense"), "parameters": count_parameters(layer)}
+        about[name]["apart"] = bool(getattr(conv, "derives_apart", False))
+        if name.endswith("compiled"):
+            layer = compiled(layer, setting.memory_format == "channels_last", fullgraph=True)
+        layers[name] = layer
+    twin = about["auto"]["resolved"] if "auto" in layers else None
+    if twin in layers:
+        del layers["auto"]
+        versus = {name: twin if like == "auto" else like for name, like in versus.items()}
+    steps = layer_steps(layers, [shape.input_size], one, setting, shortcut=shortcut)
+    optional = [name for name in layers if name not in ("dense", "control")]
+    measured |= setting.measure(steps, versus=versus, may_fail=optional)
+    if twin in layers:
+        measured["auto"] = {**measured[twin], "same_as": twin}
+    return about, measured
 
 
-def _training_candidates(
-    modes: Sequence[str],
-    coefficients: Sequence[str],
-    trained: Sequence[str],
-    norms: Sequence[str],
-    steps: Sequence[str],
-    dense_steps: Sequence[str] = (),
-) -> dict[str, dict[str, str]]:
-    """Name -> what the rows of a candidate say of it; "dense" is what others are compared with."""
-    plain = {"coefficients": "", "trained": "both", "norms": "ordinary"}
-    found = {name: {"mode": name, **plain, "step": steps[0]} for name in ("dense", "control")}
-    others = [step for step in [*steps, *dense_steps] if step != steps[0]]
-    found |= {f"dense {step}": {"mode": "dense", **plain, "step": step} for step in others}
-    for mode, form, part, norm, step in itertools.product(modes, coefficients, trained, norms, steps):
-        kind = {"mode": mode, "coefficients": form, "trained": part, "norms": norm, "step": step}
-        found[" ".join(kind.values())] = kind
-    return found
-
-
-def _candidate(dense: nn.Module, sizes: Mapping[str, Any], kind: Mapping[str, Any]) -> nn.Module:
-    if kind["mode"] in ("dense", "control"):
-        return copy.deepcopy(dense)
-    options = {"mode": kind["mode"], "coefficients": kind["coefficients"], "batch_norm": kind["norms"]}
-    return substitute(dense, **sizes, init="random", **options)
-
-
-def _references(kinds: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Candidate -> the dense network by the same kind of step, where that is not "dense" itself."""
-    named = {name: f"dense {kind['step']}" for name, kind in kinds.items() if kind["mode"] != "dense"}
-    return {name: dense for name, dense in named.items() if dense in kinds}
-
-
-def make_trainer(
-    network: nn.Module, setting: Setting, step: Any = "eager", capture: Capture | None = None
-) -> TrainingStep:
-    # A learning rate at which no network diverges: infinities and denormals have other speeds.
-    recipe = Recipe(lr=1e-3, step=step, precision=setting.precision, memory_format=setting.memory_format)
-    return make_step(network, recipe, device=setting.where, capture=capture)
-
-
-def training_step(trainer: TrainingStep, x: Tensor, labels: Tensor) -> Step:
-    def step() -> None:
-        trainer(x, labels)
-        if not trainer.means.graphed:  # a graph keeps its gradients where it has captured them
-            trainer.optimizer.zero_grad()
-
-    return step
+def _check(what: str, values: Sequence[str], known: Sequence[str]) -> None:
+    for value in values:
+        if value not in known:
+            raise ValueError(f"{what} is {value!r}, but must be one of {', '.join(known)}")

@@ -17,7 +17,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from basis.bench.timing import PASSES, BenchReport, Pass, Setting, Shape, time_on_cpu, time_on_gpu
+from basis.bench.report import BenchReport
+from basis.bench.shapes import Shape
+from basis.bench.timing import PASSES, Pass, Setting, time_on_cpu, time_on_gpu
 from basis.training.loop import DTYPES, choose_precision
 
 ROOFLINE_MODES = ("dense", "factorized", "cat", "composed", "hybrid")
@@ -54,26 +56,18 @@ class Kernel(NamedTuple):
 def measure_machine(
     setting: Setting | None = None, *, side: int | None = None, copied: int | None = None, rounds: int = 7
 ) -> Machine:
-    """Measure how fast the setting's device multiplies (in its precision) and copies.
+    """Measure how fast the setting's device multiplies (in its precision) and copies: the quickest of ``rounds``.
 
-    A roof is the most that was seen: the quickest of ``rounds``, and of a product of square matrices and a wide
-    3x3 convolution the one of the higher rate, since libraries differ in how near they come to the processor.
-    float32 on a GPU is multiplied as matrix products are set up to be (``torch.get_float32_matmul_precision``).
+    Of a product of square matrices and a wide 3x3 convolution the one of the higher rate counts.
 
     Args:
         side: of the square matrices; 8192 on a GPU and 1024 on a CPU unless given.
         copied: bytes of the tensor that is copied; 2 GiB on a GPU and 256 MiB on a CPU unless given.
-
-    Raises:
-        ValueError: for a side, number of bytes or number of rounds below 1.
     """
     setting = setting or Setting()
     cuda = setting.where.type == "cuda"
     side = (8192 if cuda else 1024) if side is None else side
     copied = (2**31 if cuda else 2**28) if copied is None else copied
-    for name, value in (("side", side), ("copied", copied), ("rounds", rounds)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, but must be at least 1")
     precision = choose_precision(setting.where) if setting.precision == "auto" else setting.precision
     timer = setting.timer or (time_on_gpu if cuda else time_on_cpu)
     with setting.globals(), torch.no_grad():

@@ -20,7 +20,8 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from basis.bench.cases import Block
-from basis.bench.timing import BenchReport, Pass, Progress, Setting, layer_steps, tell
+from basis.bench.report import BenchReport
+from basis.bench.timing import Pass, Progress, Setting, layer_steps, tell
 from basis.costs import trace_calls
 from basis.layers.batchnorm import couple, couple_in_place, couplings, uncouple, uncouple_in_place
 from basis.layers.conv import BasisConv2d, ExplicitMode

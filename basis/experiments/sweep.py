@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
-from basis.bench.cases import NORMS, bench_blocks, bench_latency, bench_layers, bench_training
-from basis.bench.rivals import USUAL, bench_rivals
+from basis.bench.cases import NORMS, USUAL, bench_blocks, bench_latency, bench_layers, bench_rivals
+from basis.bench.networks import bench_training
+from basis.bench.report import BenchReport, check_place
 from basis.bench.roofline import measure_machine, with_machine
-from basis.bench.timing import RESNET18_SHAPES, BenchReport, Progress, Setting, check_place
+from basis.bench.shapes import RESNET18_SHAPES
+from basis.bench.timing import Progress, Setting
 from basis.experiments.budget_bench import bench_plans
 from basis.models import build
 from basis.saving import RecordError
@@ -95,14 +97,13 @@ def bench_gpu(
     tiny: bool = False,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Measure the machine, layers, whole training steps, blocks, plans and rivals; the files that were written.
+    """Measure the machine, layers, whole training steps, blocks, plans and baselines; returns the files written.
 
-    The time that is left is shared out among the measurements that are left. A part that has begun is
-    finished, whatever it takes (compiling a network does), and none begins when its time is up; ``progress``
-    is told how many parts of each were made, which failed and why, and what could not be saved.
+    The time left is shared out among the measurements left. A part that has begun is finished, and none begins when
+    its time is up; ``progress`` is told how many parts were made, which failed and why.
 
     Args:
-        folder: where the reports go; of equal names, those of another time are replaced by this one's first part.
+        folder: where the reports go; reports of equal names are replaced.
         setting: 1024 images, channels-last, 11 rounds, unless given; wide networks have batches of their own.
         time_limit: seconds for all of it.
         tiny: tiny shapes and networks, to see that it runs; needs no GPU.

@@ -25,7 +25,7 @@ from basis.substitution import Plan, Size, as_patterns, left_out, size_text
 from basis.text import few
 
 if TYPE_CHECKING:
-    from basis.bench.cases import BenchReport
+    from basis.bench.report import BenchReport
 
 Rule = Literal[
     "optimal", "threshold", "uniform", "random", "largest_first", "ranking", "reverse", "first", "last"

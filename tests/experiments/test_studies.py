@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from basis.bench.cases import BenchReport
+from basis.bench.report import BenchReport
 from basis.experiments import studies
 from basis.experiments.runs import Progress
 from basis.experiments.studies import CLAIMS, STUDIES, cost, gather

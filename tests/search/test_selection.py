@@ -10,7 +10,7 @@ from scipy.optimize import LinearConstraint
 from torch import nn
 
 import basis
-from basis.bench.cases import BenchReport
+from basis.bench.report import BenchReport
 from basis.layers.conv import BasisConv2d
 from basis.models import build
 from basis.search.selection import RULES, InfeasibleBudget, predicted, select, threshold

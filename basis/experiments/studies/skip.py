@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from basis.bench.cases import TRAINED, BenchReport
+from basis.bench.networks import TRAINED
+from basis.bench.report import BenchReport
 from basis.experiments.runs import Record, Run
 from basis.experiments.studies.cost import find_training_bench
 from basis.experiments.studies.study import SCALES, Label, Study, Verdict, accuracies, matched, spread, too_few

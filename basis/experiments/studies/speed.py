@@ -12,7 +12,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from basis.bench.timing import RESNET18_SHAPES, BenchReport, Shape
+from basis.bench.report import BenchReport
+from basis.bench.shapes import RESNET18_SHAPES, Shape
 from basis.experiments.runs import Record, Run
 from basis.experiments.studies.cost import counts, load_benches
 from basis.experiments.studies.study import Label, Study, Verdict

@@ -359,3 +359,10 @@ STUDY = Study(
     judge=judge,
     benches=("bench-structured", "bench-structured-train"),
 )
+
+
+def bench_variants(profile: str, model: str | None = None) -> list[tuple[str, int | None]]:
+    """Text and width of each variant that a profile trains from scratch, but the dense network's, for ``basis bench``."""
+    found = [Variant.parse(run.variant) for run in plan(profile)]
+    found = [one for one in found if not one.how and model in (None, one.network)]
+    return list(dict.fromkeys((one.text, one.width) for one in found if one.text != DENSE or one.width))

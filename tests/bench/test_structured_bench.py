@@ -36,7 +36,7 @@ def test_networks_are_measured_in_cells_with_a_dense_one_each(setting):
     ]  # fmt: skip
     told = []
     report = bench_structured_training(
-        model="wrn-10-1", layers=layers, include="layer*", setting=setting, progress=told.append
+        model="wrn-10-1", layers=layers, include="layer?.*.conv?", setting=setting, progress=told.append
     )
     assert report.kind == "bench-structured-train"
     named = [(row["layer"], row["width"], row["mode"]) for row in report.rows]

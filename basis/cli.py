@@ -11,20 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from basis.bench.cases import (
-    CANDIDATES,
-    NORMS,
-    bench_blocks,
-    bench_latency,
-    bench_layers,
-    bench_rivals,
-    bench_structured,
-)
-from basis.bench.networks import STEPS, TRAINED, bench_structured_training, bench_training
+from basis.bench.cases import bench_layers
+from basis.bench.networks import NORMS, STEPS, TRAINED, bench_structured_training, bench_training
 from basis.bench.report import BenchReport, check_place
 from basis.bench.roofline import measure_machine, with_machine
 from basis.bench.timing import PASSES, Setting
-from basis.bench.tuning import tune
+from basis.bench.tuning import bench_latency, tune
 from basis.cli_campaign import add_commands, device, duration
 from basis.compression.cli_compress import add_command
 from basis.data import DataError
@@ -77,12 +69,13 @@ def _parser() -> argparse.ArgumentParser:
 
 # -- basis bench --
 
+SHAPES = ("shapes", "ratios", "passes", "candidates")
 # KIND -> the benchmark and what else it takes than a setting; defaults are those of the functions.
 BENCHES: Mapping[str, tuple[Callable[..., BenchReport], str, Sequence[str]]] = {
-    "layer": (bench_layers, "single layers of ResNet-18", ("shapes", "ratios", "modes", "passes")),
-    "block": (bench_blocks, "with batch normalisation and ReLU", ("shapes", "ratios", "modes", "norms", "residual")),
-    "rivals": (bench_rivals, "what one would take instead", ("shapes", "ratios", "passes", "candidates")),
-    "structured": (bench_structured, "other structured layers", ("layers", "profile", "shapes", "passes")),
+    "layer": (partial(bench_layers, "layer"), "single layers of ResNet-18", SHAPES),
+    "block": (partial(bench_layers, "block"), "with batch normalisation and ReLU", SHAPES),
+    "rivals": (partial(bench_layers, "rivals"), "what one would take instead", SHAPES),
+    "structured": (partial(bench_layers, "structured"), "other structured layers", (*SHAPES, "profile")),
     "latency": (
         bench_latency, "every layer of a network", ("model", "width", "input_size", "ratios", "multiple", "passes"),
     ),
@@ -103,8 +96,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "modes": {"nargs": "+", "choices": MODES},
     "passes": {"nargs": "+", "choices": PASSES},
     "norms": {"nargs": "+", "choices": NORMS, "help": "batch normalisation"},
-    "residual": {"action": "store_true", "help": "a shortcut is added before the ReLU"},
-    "candidates": {"nargs": "+", "choices": CANDIDATES, "metavar": "NAME", "help": ", ".join(CANDIDATES)},
+    "candidates": {"nargs": "+", "metavar": "NAME", "help": "a mode, a baseline, or a layer such as tucker:0.41"},
     "layers": {"nargs": "+", "metavar": "LAYER", "help": "such as tucker:0.41, or shuffle:1@8 with a stem of width 8"},
     "profile": {"default": "cpu", "choices": PROFILES, "help": "whose layers of chapter 9, unless some are given"},
     "model": {"help": "a network of basis.models"},
@@ -124,7 +116,7 @@ MARKS = {"coefficients": "forms", "trained": "parts", "norms": "norms", "steps":
 def _add_bench(bench: argparse.ArgumentParser) -> None:
     kinds = bench.add_subparsers(required=True, metavar="KIND")
     for name, (function, about, options) in BENCHES.items():
-        kind = kinds.add_parser(name, help=about, description=inspect.getdoc(function))
+        kind = kinds.add_parser(name, help=about, description=_about(function))
         for option in options:
             kind.add_argument(f"--{option.replace('_', '-')}", **{"default": argparse.SUPPRESS, **OPTIONS[option]})
         kind.add_argument("--device", type=device, metavar="DEVICE", help="default: the GPU if there is one")
@@ -141,6 +133,10 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     gpu.add_argument("--folder", type=Path, metavar="DIR", help="default: results/bench, with --tiny in it tiny")
     gpu.add_argument("--device", type=device, metavar="DEVICE", help="default: the GPU if there is one")
     gpu.set_defaults(command=_bench_gpu)
+
+
+def _about(function: Any) -> str | None:
+    return inspect.getdoc(getattr(function, "func", function))
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -172,13 +168,15 @@ def _arguments(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
         network = build(rest.pop("model", "resnet18"), width=rest.pop("width", None))
         ratio = rest.pop("ratio", None)
         rest["model"] = substitute(network, ratio=ratio, init="random") if ratio else network
-    if kind in ("structured", "structured-train"):
-        profile, model = rest.pop("profile"), rest.get("model", "wrn-10-1") if kind == "structured-train" else None
-        pairs = [_with_width(text) for text in rest.get("layers", ())] or bench_variants(profile, model)
-        if not pairs:
+    if kind == "structured" and "candidates" not in rest:
+        rest["candidates"] = [text for text, width in bench_variants(rest.pop("profile")) if width is None]
+    if kind == "structured-train":
+        profile, model = rest.pop("profile"), rest.get("model", "wrn-10-1")
+        rest["layers"] = [_with_width(text) for text in rest.get("layers", ())] or bench_variants(profile, model)
+        if not rest["layers"]:
             raise ValueError(f"chapter 9 has no {model} in the profile {profile}; give --layers")
-        rest["layers"] = pairs if model else [text for text, width in pairs if width is None]
-        rest |= {"include": BLOCKS} if model else {}
+        rest["include"] = BLOCKS
+    rest.pop("profile", None)
     return rest
 
 
@@ -198,9 +196,7 @@ def _model(given: Mapping[str, Any]) -> str:
 def _file_stem(kind: str, given: Mapping[str, Any]) -> str:
     """What the name of the report's file begins with."""
     stem = [kind]
-    if kind == "block":
-        stem += ["residual"] if given.get("residual") else []
-    elif kind == "train":
+    if kind == "train":
         stem += [mark for option, mark in MARKS.items() if option in given] + [_model(given)]
     elif kind == "structured-train":
         stem += [_model({"model": "wrn-10-1", **given})]

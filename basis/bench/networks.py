@@ -6,14 +6,14 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from basis.bench.cases import NORMS, Norms
 from basis.bench.report import BenchReport
-from basis.bench.timing import PeakCapture, Progress, Setting, Step, forget_compiled, tell
+from basis.bench.shapes import RATIOS
+from basis.bench.timing import PeakCapture, Progress, Setting, Step, check_known, forget_compiled, tell
 from basis.costs import count_parameters, count_trained
 from basis.layers.conv import MODES, Mode, basis_channels_for
 from basis.layers.structured import Structure
@@ -25,7 +25,8 @@ from basis.training.stepping import Step as Stepping
 from basis.training.stepping import TrainingStep, means_for
 
 STEPS: tuple[Stepping, ...] = get_args(Stepping)
-RATIOS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
+Norms = Literal["ordinary", "through_basis"]
+NORMS: tuple[Norms, ...] = get_args(Norms)
 # What a training step may train of the basis layers; everything else is always trained.
 TRAINED: Mapping[str, Trained] = {
     "both": Trained(basis=True, coefficients=True),
@@ -74,13 +75,10 @@ def bench_training(
     Raises:
         ValueError: for an unknown model, or a ratio, plan, mode, form, part, norm, step or setting that makes no sense.
     """
-    for option, values, known in (
-        ("mode", modes, MODES), ("trained", trained, TRAINED), ("norms", norms, NORMS),
-        ("step", [*steps, *dense_steps], STEPS),
-    ):  # fmt: skip
-        for given in values:
-            if given not in known:
-                raise ValueError(f"{option} is {given!r}, but must be one of {', '.join(known)}")
+    check_known("mode", modes, MODES)
+    check_known("trained", trained, TRAINED)
+    check_known("norms", norms, NORMS)
+    check_known("step", [*steps, *dense_steps], STEPS)
     what = "ratio" if plans is None else "share"
     cells: dict[float, dict[str, Any]] = {r: {"ratio": r} for r in ratios if basis_channels_for(r, 1)}
     if plans is not None:

@@ -1,11 +1,8 @@
 """The roofline of a basis convolution: what each mode computes and moves, and how long that has to take.
 
-A mode is a list of kernels. A kernel takes at least max(multiply-accumulates / rate, bytes / bandwidth) of a
-machine, and a mode takes the sum over its kernels: they do not overlap, and nothing stays in a cache between
-them. The bytes of a kernel are the minimum: every operand is read once and every result is written once.
-(Williams, Waterman and Patterson 2009, "Roofline", doi 10.1145/1498765.1498785.) On a GPU a kernel can come close
-to this time. It is no bound where the rates, of one matrix product and one copy, are not the highest that the machine
-has: on a CPU small maps stay in its caches, and dense layers there took as little as half of it.
+A mode is a list of kernels, one after the other. A kernel takes at least max(multiply-accumulates / rate, bytes /
+bandwidth) of a machine (Williams, Waterman and Patterson 2009, doi 10.1145/1498765.1498785); its bytes are the
+minimum, every operand read and every result written once. On a CPU small maps stay in the caches, and it is no bound.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ import torch.nn.functional as F
 
 from basis.bench.report import BenchReport
 from basis.bench.shapes import Shape
-from basis.bench.timing import PASSES, Pass, Setting, time_on_cpu, time_on_gpu
+from basis.bench.timing import PASSES, Pass, Setting, check_known, time_on_cpu, time_on_gpu
 from basis.training.loop import DTYPES, choose_precision
 
 ROOFLINE_MODES = ("dense", "factorized", "cat", "composed", "hybrid")
@@ -124,10 +121,8 @@ def kernels(shape: Shape, k: int, mode: str, *, batch_size: int, passes: Pass) -
     Raises:
         ValueError: for an unknown mode or pass, or a k outside 1 .. C_out.
     """
-    if mode not in ROOFLINE_MODES:
-        raise ValueError(f"mode is {mode!r}, but must be one of {', '.join(ROOFLINE_MODES)}")
-    if passes not in PASSES:
-        raise ValueError(f"pass is {passes!r}, but must be one of {', '.join(PASSES)}")
+    check_known("mode", [mode], ROOFLINE_MODES)
+    check_known("pass", [passes], PASSES)
     if not 1 <= k <= shape.out_channels:
         raise ValueError(f"k is {k}, but must lie between 1 and C_out = {shape.out_channels}")
     forward, backward = _kernels(shape, k, mode, batch_size)

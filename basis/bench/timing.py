@@ -16,7 +16,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -322,42 +322,38 @@ def layer_steps(
     setting: Setting,
     *,
     input_gradient: bool = True,
-    shortcut: bool = False,
 ) -> dict[str, LayerStep]:
     """One step for each layer: a call on images of each of the ``inputs``, (C, H, W), and its backward pass.
 
-    The gradients are set free after each call, so that they count as memory that it takes. With ``shortcut`` the
-    second argument is a tensor of the output's shape. Where steps are captured there are several sets of inputs.
+    The gradients are set free after each call, so that they count as memory that it takes. Where steps are captured
+    there are several sets of inputs.
     """
     train = one != "forward"
 
-    def make(size: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
+    def make(size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         x = setting.place(torch.randn(setting.batch_size, *size, device=setting.where).to(DTYPES[setting.precision]))
         with torch.no_grad(), setting.autocast():
             dy = torch.randn_like(layers["dense"](x))
-        given = [x, torch.randn_like(dy)] if shortcut else [x]
-        return [tensor.requires_grad_(train and input_gradient) for tensor in given], dy
+        return x.requires_grad_(train and input_gradient), dy
 
-    def call(layer: nn.Module, given: Sequence[Tensor], dy: Tensor) -> None:
+    def call(layer: nn.Module, x: Tensor, dy: Tensor) -> None:
         with torch.set_grad_enabled(train), setting.autocast():
-            y = layer(*given)
+            y = layer(x)
         if train:
             y.backward(dy)
             layer.zero_grad()
-            for tensor in given:
-                tensor.grad = None
+            x.grad = None
 
     calls = [make(size) for size in inputs]
     sets = 1
     if setting.new_capture():
-        tensors = [tensor for given, dy in calls for tensor in [*given, *([dy] if train else [])]]
-        moved = sum(tensor.nbytes * (1 + tensor.requires_grad) for tensor in tensors)
+        moved = sum(x.nbytes * (1 + x.requires_grad) + (dy.nbytes if train else 0) for x, dy in calls)
         sets = min(max(LEAST_SETS, math.ceil(ROTATED_BYTES / moved)), MOST_SETS)
         calls += [make(size) for _ in range(sets - 1) for size in inputs]
 
     def step(layer: nn.Module) -> None:
-        for given, dy in calls:
-            call(layer, given, dy)
+        for x, dy in calls:
+            call(layer, x, dy)
 
     steps = {name: LayerStep(step, layer) for name, layer in layers.items()}
     for one_step in steps.values():
@@ -377,3 +373,10 @@ def tell(progress: Progress | None, row: Mapping[str, Any], what: str) -> None:
     else:
         spread = f"[{row['speedup_q1']:.2f}, {row['speedup_q3']:.2f}]"
         progress(f"{place}: {row['speedup']:.2f}x {spread}, {row['ms']:.3g} ms")
+
+
+def check_known(what: str, values: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ``ValueError`` for a value that is not among the known ones."""
+    for value in values:
+        if value not in known:
+            raise ValueError(f"{what} is {value!r}, but must be one of {', '.join(known)}")

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from basis.bench.cases import bench_latency
 from basis.bench.timing import BenchReport, Setting, layer_steps
+from basis.bench.tuning import bench_latency
 from basis.compression.facts import as_json, facts_of
 from basis.compression.images import Split, check_images
 from basis.compression.job import Job, Say, Settings, absolute, check_budget, prepare, total_of

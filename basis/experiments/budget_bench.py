@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from basis.bench.cases import NORMS, Norms, bench_latency
-from basis.bench.networks import bench_training
+from basis.bench.networks import NORMS, Norms, bench_training
 from basis.bench.report import BenchReport
 from basis.bench.timing import Pass, Progress, Setting, layer_steps, tell
+from basis.bench.tuning import bench_latency
 from basis.costs import count_parameters
 from basis.inference import fold, measure_fold
 from basis.models import build

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from basis.bench.cases import NORMS, USUAL, bench_blocks, bench_latency, bench_layers, bench_rivals
-from basis.bench.networks import bench_training
+from basis.bench.cases import USUAL, bench_layers
+from basis.bench.networks import NORMS, bench_training
 from basis.bench.report import BenchReport, check_place
 from basis.bench.roofline import measure_machine, with_machine
 from basis.bench.shapes import RESNET18_SHAPES
 from basis.bench.timing import Progress, Setting
+from basis.bench.tuning import bench_latency
 from basis.experiments.budget_bench import bench_plans
 from basis.models import build
 from basis.saving import RecordError
@@ -69,13 +70,13 @@ def measurements(*, tiny: bool = False) -> tuple[Measurement, ...]:
         partial(bench_plans, **network, shares=(share,), ratios=candidates, smallest=share == 0.5) for share in shares
     ]
     eager = tuple(one for one in USUAL if not one.endswith("compiled"))
-    rivals = by_shape(bench_rivals, passes=("forward+backward",), candidates=eager)
+    rivals = by_shape(bench_layers, kind="rivals", passes=("forward+backward",), candidates=eager)
     compiled = partial(step, **network, ratios=(1 / 4,), norms=NORMS, dense_steps=("fast",))
     # Equal batches where possible: cuDNN chooses its algorithms anew for each other, which takes longer than timing.
     return (
         Measurement(name="layer", share=0.2, parts=by_shape(bench_layers, passes=("forward+backward",)), cells=2),
         Measurement(name=f"train-norms-steps-{name}", share=0.14, parts=steps),
-        Measurement(name="block", share=0.12, parts=by_shape(bench_blocks, modes=("auto",)), cells=2),
+        Measurement(name="block", share=0.12, parts=by_shape(bench_layers, kind="block", candidates=("auto", "through_basis")), cells=2),
         Measurement(name=f"latency-{name}", share=0.1, parts=[latency], cells=11),
         Measurement(name=f"plans-{name}", share=0.12, parts=plans, latency=f"latency-{name}"),
         Measurement(

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from basis.bench.cases import Block, bench_blocks, bench_latency, bench_layers
+from basis.bench.cases import Block, bench_layers
 from basis.bench.networks import bench_training
 from basis.bench.report import BenchReport
 from basis.bench.roofline import machine_of
 from basis.bench.shapes import Shape
 from basis.bench.timing import MOST_SETS, Setting, compare, interleave, peak_bytes
+from basis.bench.tuning import bench_latency
 from basis.cli import main
 from basis.experiments.sweep import Measurement, bench_gpu
 from basis.layers.conv import BasisConv2d
@@ -126,7 +127,7 @@ def test_rows_cover_all_cells_and_each_has_a_control(report):
 
 
 def test_a_control_that_is_off_is_reported(setting):
-    report = bench_layers(shapes=["4@4"], ratios=[0.5], modes=[], passes=["forward"], setting=setting)
+    report = bench_layers(shapes=["4@4"], ratios=[0.5], candidates=[], passes=["forward"], setting=setting)
     assert "1 is within the quartiles in 1 of 1 cells" in str(report)
     off = BenchReport(**{**vars(report), "rows": [{**report.rows[0], "speedup_q1": 1.1, "speedup_q3": 1.2}]})
     assert off.failed_controls() == list(off.rows)
@@ -147,7 +148,7 @@ def test_passes_run_what_they_say(monkeypatch, setting):
     for one, backward in (("forward", False), ("forward+backward", True)):
         seen.clear()
         gradients.clear()
-        bench_layers(shapes=["4-8@6/2"], ratios=[0.5], modes=["composed"], passes=[one], setting=setting)
+        bench_layers(shapes=["4-8@6/2"], ratios=[0.5], candidates=["composed"], passes=[one], setting=setting)
         assert set(seen) == {(backward, (2, 4, 6, 6), None, None)}  # no step leaves gradients to the next
         assert set(gradients) == ({(2, 4, 6, 6)} if backward else set())
 
@@ -168,7 +169,7 @@ def test_both_sides_have_the_same_layout_and_precision(monkeypatch, memory_forma
 
         monkeypatch.setattr(kind, "forward", spy)
     bench_layers(
-        shapes=["8@4"], ratios=[0.5], modes=["factorized", "composed"], passes=["forward+backward"],
+        shapes=["8@4"], ratios=[0.5], candidates=["factorized", "composed"], passes=["forward+backward"],
         setting=Setting(device="cpu", precision=precision, memory_format=memory_format, batch_size=2, rounds=3),
     )  # fmt: skip
     expected = (dtype, dtype, torch.float32, last, last, last)
@@ -303,7 +304,7 @@ def test_layers_are_timed_as_graphs_on_inputs_in_rotation(setting):
 
     graphed = replace(setting, capture=capture)
     modes = ["factorized", "composed", "auto"]
-    report = bench_layers(shapes=["8@4"], ratios=[0.5], modes=modes, passes=["forward+backward"], setting=graphed)
+    report = bench_layers(shapes=["8@4"], ratios=[0.5], candidates=modes, passes=["forward+backward"], setting=graphed)
     assert len(captured) == 4  # dense, control and two modes, of which auto is one
     assert {row["timed"] for row in report.rows} == {"graph"}
     assert {row["sets"] for row in report.rows} == {MOST_SETS}  # such small inputs never fill the cache
@@ -315,7 +316,12 @@ def test_layers_are_timed_as_graphs_on_inputs_in_rotation(setting):
 
 
 def test_a_layer_that_cannot_be_captured_is_never_mixed_with_graphs(setting):
-    options = {"shapes": ["8@4"], "ratios": [0.5], "modes": ["factorized", "hybrid"], "passes": ["forward+backward"]}
+    options = {
+        "shapes": ["8@4"],
+        "ratios": [0.5],
+        "candidates": ["factorized", "hybrid"],
+        "passes": ["forward+backward"],
+    }
     control, factorized, hybrid = bench_layers(**options, setting=replace(setting, capture=refuse("hybrid"))).rows
     assert control["timed"] == factorized["timed"] == "graph"
     assert hybrid["error"] == "could not be captured: RuntimeError: operation not permitted when stream is capturing"
@@ -389,26 +395,26 @@ def test_latencies_of_graphs_and_of_the_host_do_not_add_up(latency):
     assert {len(ks) for ks in replace(latency, rows=failed).latencies("forward").values()} == {1}
 
 
-@pytest.mark.parametrize("residual", [False, True])
-def test_blocks_are_measured_with_and_through_batch_normalisation(monkeypatch, residual, setting):
+def test_blocks_are_measured_with_and_through_batch_normalisation(monkeypatch, setting):
     seen, gradients = set(), []
     forward = Block.forward
 
     def spy(self, x, shortcut=None):
-        seen.add((self.training, type(self.bn).__name__, shortcut is not None))
-        for tensor in (x, shortcut):
+        seen.add((self.training, type(self.bn).__name__))
+        for tensor in (x,):
             if type(tensor) is torch.Tensor and tensor.requires_grad:  # not while the block is traced
                 tensor.register_hook(lambda gradient: gradients.append(tuple(gradient.shape)))
         return forward(self, x, shortcut)
 
     monkeypatch.setattr(Block, "forward", spy)
-    report = bench_blocks(shapes=["8-16@6/2"], ratios=[0.5], modes=["auto"], residual=residual, setting=setting)
+    report = bench_layers(
+        "block", shapes=["8-16@6/2"], ratios=[0.5], candidates=["auto", "through_basis"], setting=setting
+    )
     assert [row["mode"] for row in report.rows] == ["control", "auto", "through_basis"]
-    assert {(True, "BatchNorm2d", residual), (True, "BasisBatchNorm2d", residual)} <= seen
-    assert set(gradients) == {(2, 8, 6, 6)} | ({(2, 16, 3, 3)} if residual else set())
+    assert {(True, "BatchNorm2d"), (True, "BasisBatchNorm2d")} <= seen
+    assert set(gradients) == {(2, 8, 6, 6)}
     assert report.rows[-1]["versus_basis"] == 1
     assert report.rows[-1]["peak_mib"] < report.rows[-1]["dense_peak_mib"]
-    assert report.config["residual"] == residual
 
 
 @pytest.mark.weekly
@@ -522,10 +528,10 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(t
 def test_the_commands_for_blocks_and_rivals_store_the_machine_too(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("basis.cli.results_folder", lambda: tmp_path)
     where = "--device cpu --precision fp32 --memory-format contiguous --rounds 3 --batch-size 2 --ratios 0.5"
-    assert main(["bench", "block", "--shapes", "8@4", "--modes", "auto", "--residual", *where.split()]) == 0
+    assert main(["bench", "block", "--shapes", "8@4", "--candidates", "auto", "through_basis", *where.split()]) == 0
     command = ["bench", "rivals", "--shapes", "16@4", "--passes", "forward", "--candidates", "basis", "svd"]
     assert main([*command, *where.split()]) == 0
-    for name in ("block-residual", "rivals"):
+    for name in ("block", "rivals"):
         report = BenchReport.load(tmp_path / "bench" / f"{name}-cpu-fp32-contiguous.json")
         assert machine_of(report).bytes_per_second > 0
     assert "versus_basis" in capsys.readouterr().out
@@ -649,7 +655,7 @@ def test_the_global_random_state_is_left_alone(setting):
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
-    bench_layers(shapes=["4@4"], ratios=[0.5], modes=["auto"], setting=setting)
+    bench_layers(shapes=["4@4"], ratios=[0.5], candidates=["auto"], setting=setting)
     bench_training(model="resnet20", width=4, ratios=[0.5], setting=setting)
     assert torch.rand(1) == expected
 
@@ -678,7 +684,7 @@ def test_bad_settings_are_refused(options, says):
         ({"shapes": ["0@8"]}, "shape is '0@8'"),
         ({"ratios": [0.0]}, "ratio is 0.0"),
         ({"ratios": [1.5]}, "ratio is 1.5"),
-        ({"modes": ["fast"]}, "mode is 'fast'"),
+        ({"candidates": ["fast"]}, "'fast', but its kind"),
         ({"passes": ["backward"]}, "pass is 'backward'"),
     ],
 )

@@ -20,6 +20,7 @@ from basis.experiments.runs import Record, Run
 from basis.experiments.studies.cost import find_training_bench
 from basis.experiments.studies.study import (
     SCALES, Study, Verdict, accuracies, difference_of, label_of, matched, planner, spread as spread, untested,
+    verdict,
 )  # fmt: skip
 from basis.layers.coefficients import Form
 from basis.models import build
@@ -121,7 +122,7 @@ def saved(records: Sequence[Record], kind: str, ratio: str, key: str) -> float:
 
 def pooled_drop(records: Sequence[Record], name: str, ratio: str, *, comparisons: int = 1) -> Estimate:
     """Dense A at ``ratio`` minus the variant ``name`` in test accuracy (a fraction)."""
-    return difference_of(records, variant(DENSE, ratio), name, comparisons=comparisons)
+    return difference_of(records, (variant(DENSE, ratio), name), comparisons=comparisons)
 
 
 class StepTime(NamedTuple):
@@ -157,13 +158,10 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     drops = {kind: difference_estimate(*pair, comparisons=len(smaller)) for kind, pair in pairs.items()}
     best = min(drops, key=lambda kind: drops[kind].high)
     label = label_of(100 * drops[best].high < POINTS, all(d.low > 0 for d in drops.values()))
-    finding = (
-        f"at {JUDGED} in {SCALES[profile]} {NAMES[best]} saves {saves[best][0]:.1%} of the trained parameters and "
-        f"{saves[best][1]:.1%} of the MACs and loses {drops[best].text(scale=100)} percentage points of test accuracy "
-        f"against dense A (n = {drops[best].n} per variant; of {len(smaller)} forms that save enough to be judged: "
-        f"{', '.join(NAMES[kind] for kind in smaller)}; the intervals hold together with 95 %)"
-    )
-    return (Verdict("C5", profile, label, finding, f"{-100 * drops[best].value:+.2f} points"),)
+    texts = {"form": NAMES[best], "parameters": saves[best][0], "macs": saves[best][1], "n": drops[best].n}
+    texts |= {"ratio": JUDGED, "scale": SCALES[profile], "lost": drops[best].text(scale=100), "forms": len(smaller)}
+    texts |= {"names": ", ".join(NAMES[kind] for kind in smaller)}
+    return (verdict("C5", profile, label, -100 * drops[best].value, **texts),)
 
 
 STUDY = Study.named("coefficients", plan, judge, judged=JUDGED, saved=SAVED, points=POINTS)

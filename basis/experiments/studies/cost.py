@@ -14,7 +14,7 @@ from basis.bench.cases import BenchReport, Shape
 from basis.bench.timing import RESNET18_SHAPES
 from basis.environment import results_folder
 from basis.experiments.runs import DEVICES, Record, Run
-from basis.experiments.studies.study import Study, Verdict, label_of
+from basis.experiments.studies.study import Study, Verdict, label_of, planner, verdict
 
 RATIO, NARROWEST = 0.5, 128
 
@@ -70,17 +70,10 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
         return (Verdict("C2", profile, "not tested", "no benchmark of such a device is stored"),)
     faster = sum(row["speedup_q1"] > 1 for row in cells)
     speedups = [row["speedup"] for row in cells]
-    finding = (
-        f"at r = 1/2 {faster} of {len(cells)} measured cells are faster than dense, "
-        f"by factors from {min(speedups):.2f} to {max(speedups):.2f} ({devices(reports)}; "
-        f"medians of {min(row['n'] for row in cells)} or more interleaved rounds)"
-    )
-    return (Verdict("C2", profile, label_of(faster == len(cells), not faster), finding),)
+    label = label_of(faster == len(cells), not faster)
+    texts = {"low": min(speedups), "high": max(speedups), "n": min(row["n"] for row in cells)}
+    return (verdict("C2", profile, label, faster=faster, cells=len(cells), devices=devices(reports), **texts),)
 
 
-def plan(profile: str) -> tuple[Run, ...]:
-    """No trainings: the benchmarks are made by ``basis bench``."""
-    return ()
-
-
+plan = planner("cost", tuple)  # no trainings: the benchmarks are made by `basis bench`
 STUDY = Study.named("cost", plan, judge, narrowest=NARROWEST)

@@ -13,7 +13,7 @@ from typing import Any
 from basis.experiments.runs import Choice, Ladder, Record, Run
 from basis.experiments.studies.headline import MEASURE
 from basis.experiments.studies.study import (
-    TEXTS, Study, Verdict, accuracies, difference_of, label_of, mean_difference, planner, spread as spread,
+    TEXTS, Study, Verdict, accuracies, difference_of, label_of, planner, spread as spread, verdict,
 )  # fmt: skip
 from basis.statistics import Estimate
 from basis.training.loop import Recipe
@@ -72,12 +72,12 @@ def complete(records: Sequence[Record], *, least: int = 1) -> list[str]:
 
 def drop(records: Sequence[Record], network: str, kind: str = "selected", *, comparisons: int = 1) -> Estimate:
     """Dense minus the variant of that kind in test accuracy (a fraction)."""
-    return difference_of(records, variant(network, "dense"), variant(network, kind), comparisons=comparisons)
+    return difference_of(records, (variant(network, "dense"), variant(network, kind)), comparisons=comparisons)
 
 
 def mean_drop(records: Sequence[Record], networks: Sequence[str], kind: str = "selected") -> Estimate:
     """The mean over the networks of :func:`drop`."""
-    return mean_difference(records, [(variant(n, "dense"), variant(n, kind)) for n in networks])
+    return difference_of(records, *((variant(n, "dense"), variant(n, kind)) for n in networks))
 
 
 def result_of(records: Sequence[Record], name: str) -> Mapping[str, Any]:
@@ -94,12 +94,9 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     mean, uniform = mean_drop(records, networks), mean_drop(records, networks, "all layers")
     worse = [n for n in networks if 100 * drop(records, n, comparisons=len(networks)).low > POINTS]
     label = label_of(100 * mean.high < POINTS and not worse, 100 * mean.low > POINTS)
-    finding = (
-        f"with half of the parameters selected, {SCALES[profile]} lose {mean.text(scale=100)} percentage points "
-        f"of test accuracy in the mean of {len(networks)} networks (n = {mean.n} or more per variant; at one ratio for all "
-        f"layers {uniform.text(scale=100)}), and for {len(worse)} of them it is surely above {POINTS} points"
-    )
-    return (Verdict("C7", profile, label, finding, f"{-100 * mean.value:+.2f} points"),)
+    texts = {"lost": mean.text(scale=100), "uniform": uniform.text(scale=100), "networks": len(networks), "n": mean.n}
+    texts |= {"scale": SCALES[profile], "worse": len(worse), "limit": POINTS}
+    return (verdict("C7", profile, label, -100 * mean.value, **texts),)
 
 
 STUDY = Study.named("family", plan, judge, budget=BUDGET, points=POINTS, needed=NEEDED)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pandas as pd
 
 from basis.experiments.runs import Choice, Ladder, Record, Run
-from basis.experiments.studies.study import TEXTS, Study, Verdict, label_of, planner, untested
+from basis.experiments.studies.study import TEXTS, Label, Study, Verdict, label_of, planner, untested, verdict
 from basis.statistics import Estimate, paired_difference
 
 MEASURE = "oneshot_bn"
@@ -97,39 +97,29 @@ def difference(runs: pd.DataFrame, first: str, second: str) -> Estimate:
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     """Verdicts on C1, C3 and C4."""
-    runs, name = frame(records), SCALES.get(profile, profile)
+    runs, scale = frame(records), SCALES.get(profile, profile)
     chosen, uniform = variant("selected", HALF), variant("uniform", HALF)
     size = runs.loc[runs["variant"] == uniform, "parameters"]
-    c1 = untested("C1", profile, 0)
+    lost, kept = (difference(runs, "dense", name) for name in (uniform, chosen))
+    least, needed = min(lost.n, kept.n), f"seeds, and at least {NEEDED}"
+    c1, c3 = untested("C1", profile, 0), untested("C3", profile, lost.n, needed)
+    c4 = untested("C4", profile, least, needed)
     if len(size):
-        finding = f"{name} keeps {size.iloc[0]:.1%} of its parameters"
-        c1 = Verdict("C1", profile, "by construction" if size.iloc[0] <= 0.52 else "not reproduced", finding)
-
-    lost, needed = difference(runs, "dense", uniform), f"seeds, and at least {NEEDED}"
-    c3 = untested("C3", profile, lost.n, needed)
+        small: Label = "by construction" if size.iloc[0] <= 0.52 else "not reproduced"
+        c1 = verdict("C1", profile, small, scale=scale, size=size.iloc[0])
     if lost.n >= NEEDED:
         label = label_of(lost.low > 0, lost.high < POINTS, "inconclusive")
-        finding = f"one ratio for all layers, at half of the parameters, costs {name} {lost.text()} points"
-        c3 = Verdict("C3", profile, label, f"{finding} ({lost.support})", f"{-lost.value:+.2f} points")
-
-    least = min(lost.n, difference(runs, "dense", chosen).n)
-    c4 = _keeps(runs, name, profile) if least >= NEEDED else untested("C4", profile, least, needed)
+        c3 = verdict("C3", profile, label, -lost.value, scale=scale, lost=lost.text(), support=lost.support)
+    if least >= NEEDED:
+        gained = difference(runs, chosen, uniform)
+        label = label_of(kept.high < POINTS and gained.low > 0, kept.low > POINTS or gained.high < 0, "inconclusive")
+        texts = {"lost": kept.text(), "support": kept.support, "gained": gained.text(signed=True)}
+        c4 = verdict("C4", profile, label, -kept.value, scale=scale, **texts)
+        others = {"the largest layers first": "largest first", "a narrower dense network": NARROWER}
+        for words, short in others.items():
+            if (gain := difference(runs, chosen, variant(short, HALF))).n:
+                c4 = replace(c4, finding=f"{c4.finding}, {gain.text(signed=True)} over {words}")
     return c1, c3, c4
-
-
-def _keeps(runs: pd.DataFrame, name: str, profile: str) -> Verdict:
-    """The verdict on C4: what the plan of least summed sensitivity loses, and gains over others of its size."""
-    chosen = variant("selected", HALF)
-    lost, gained = difference(runs, "dense", chosen), difference(runs, chosen, variant("uniform", HALF))
-    label = label_of(lost.high < POINTS and gained.low > 0, lost.low > POINTS or gained.high < 0, "inconclusive")
-    others = {"the largest layers first": "largest first", "a narrower dense network": NARROWER}
-    gains = {words: difference(runs, chosen, variant(short, HALF)) for words, short in others.items()}
-    beside = [f"{gain.text(signed=True)} over {words}" for words, gain in gains.items() if gain.n]
-    finding = (
-        f"the selected half of the parameters costs {name} {lost.text()} points ({lost.support}); it gains "
-        + ", ".join([f"{gained.text(signed=True)} points over one ratio for all", *beside])
-    )
-    return Verdict("C4", profile, label, finding, f"{-lost.value:+.2f} points")
 
 
 STUDY = Study.named("headline", plan, judge, points=POINTS)

@@ -13,7 +13,7 @@ from typing import Any
 
 from basis.experiments.comparison import Compression
 from basis.experiments.runs import Record, Run
-from basis.experiments.studies.study import SCALES, Study, Verdict, label_of, planner, untested
+from basis.experiments.studies.study import SCALES, Study, Verdict, label_of, planner, untested, verdict
 from basis.statistics import Estimate, mean_estimate
 
 # Method of basis.experiments.comparison -> what figures call it; the first three are needed for the verdict.
@@ -92,14 +92,10 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     tuned = mean_change(records, mine, "tuned", "accuracy")
     holds = (excess.high < 0, -100 * tuned.low < POINTS)
     lost, lost_svd = (mean_change(records, name, "made", "loss").text(digits=3) for name in (mine, svd))
-    finding = (
-        f"at {JUDGED:.0%} of the parameters {SCALES[profile]} loses {lost} in loss before any repair by the "
-        f"selected plan, and {lost_svd} by uniform truncated SVD; after one epoch of fine-tuning its accuracy is "
-        f"{tuned.text(scale=100, signed=True)} points from the given network's ({tuned.support}), which itself changes "
-        f"by {100 * mean_change(records, DENSE, 'tuned', 'accuracy').value:+.2f} points in that epoch"
-    )
-    label = label_of(all(holds), not any(holds))
-    return (Verdict("H4", profile, label, finding, f"{100 * tuned.value:+.2f} points"),)
+    dense = mean_change(records, DENSE, "tuned", "accuracy")
+    texts = {"lost": lost, "svd": lost_svd, "gained": tuned.text(scale=100, signed=True), "support": tuned.support}
+    texts |= {"budget": JUDGED, "scale": SCALES[profile], "dense": 100 * dense.value}
+    return (verdict("H4", profile, label_of(all(holds), not any(holds)), 100 * tuned.value, **texts),)
 
 
 STUDY = Study.named("own", plan, judge, judged=JUDGED, part=PART, points=POINTS, seeds=SEEDS)

@@ -18,7 +18,7 @@ from scipy import stats
 from torch import nn
 
 from basis.experiments.runs import Ladder, Record, Run
-from basis.experiments.studies.study import SCALES, Study, Verdict, label_of, planner
+from basis.experiments.studies.study import SCALES, Study, Verdict, label_of, planner, verdict
 from basis.layers.conv import basis_channels_for
 from basis.models import build
 from basis.search.table import SensitivityTable
@@ -302,13 +302,9 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     label = label_of(row.spearman.value >= SPEARMAN and share < COST, row.spearman.low <= 0)
     networks, seeds = len(tables(records, RECOMMENDED)), min(len(t.seeds) for t in truths)
     ceiling = np.mean([np.sqrt(reliability(t)) for t in truths])
-    finding = (
-        f"for {SCALES[profile]} {RECOMMENDED} ({networks} measured) correlates with the loss after full training "
-        f"({seeds} runs per layer) at Spearman {row.spearman.text()} (95 % interval, {row.spearman.n} layers), where "
-        f"the noise of the runs would let a perfect measure reach about {ceiling:.2f}, and takes {share:.1%} of the "
-        "passes of one such training"
-    )
-    return (Verdict("H1", profile, label, finding),)
+    texts = {"spearman": row.spearman.text(), "layers": row.spearman.n, "networks": networks, "seeds": seeds}
+    texts |= {"scale": SCALES[profile], "measure": RECOMMENDED, "ceiling": ceiling, "share": share}
+    return (verdict("H1", profile, label, **texts),)
 
 
 STUDY = Study.named("sensitivity", plan, judge, recommended=RECOMMENDED, spearman=SPEARMAN, cost=COST)

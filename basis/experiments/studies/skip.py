@@ -16,7 +16,7 @@ from basis.bench.cases import TRAINED, BenchReport
 from basis.experiments.runs import Record, Run
 from basis.experiments.studies.cost import find_training_bench
 from basis.experiments.studies.study import (
-    SCALES, Study, Verdict, accuracies, difference_of, label_of, matched, planner, spread, untested,
+    SCALES, Study, Verdict, accuracies, difference_of, label_of, matched, planner, spread, untested, verdict,
 )  # fmt: skip
 from basis.models import build
 from basis.statistics import Estimate
@@ -93,7 +93,7 @@ def measured(profile: str, report: BenchReport) -> dict[str, float]:
 
 def drop(records: Sequence[Record], name: str, *, comparisons: int = 1) -> Estimate:
     """Training everything minus the variant ``name`` in test accuracy (a fraction), after equally many epochs."""
-    return difference_of(records, FULL, name, comparisons=comparisons)
+    return difference_of(records, (FULL, name), comparisons=comparisons)
 
 
 def full_by_time(records: Sequence[Record]) -> dict[float, str]:
@@ -135,14 +135,10 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     kept = [name for name in candidates if 100 * drops[name].high < POINTS and gains[name].low > 0]
     best = min(kept or candidates, key=lambda name: drops[name].value)
     label = label_of(bool(kept), all(100 * d.low > POINTS for d in drops.values()))
-    finding = (
-        f"in {SCALES[profile]} with {RATIO_NAME} the best of {len(candidates)} schedules that save at least "
-        f"{SAVED:.0%} ({best}) saves {1 - times[best]:.1%} of the time of a step, loses "
-        f"{drops[best].text(scale=100)} percentage points of test accuracy after equally many epochs, and against "
-        f"training everything for equal time it gains {gains[best].text(scale=100, signed=True)} "
-        f"(n = {drops[best].n} or more per variant; the intervals hold together with 95 %)"
-    )
-    return (Verdict("C6", profile, label, finding, f"{-100 * drops[best].value:+.2f} points"),)
+    texts = {"lost": drops[best].text(scale=100), "gained": gains[best].text(scale=100, signed=True), "n": drops[best].n}
+    texts |= {"candidates": len(candidates), "best": best, "saved": 1 - times[best], "least": SAVED}
+    texts |= {"scale": SCALES[profile], "ratio": RATIO_NAME}
+    return (verdict("C6", profile, label, -100 * drops[best].value, **texts),)
 
 
 STUDY = Study.named("skip", plan, judge, ratio_name=RATIO_NAME, saved=SAVED, points=POINTS)

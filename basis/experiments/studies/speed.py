@@ -13,9 +13,9 @@ import pandas as pd
 import torch
 
 from basis.bench.timing import RESNET18_SHAPES, BenchReport, Shape
-from basis.experiments.runs import Record, Run
+from basis.experiments.runs import Record
 from basis.experiments.studies.cost import counts, devices, load_benches
-from basis.experiments.studies.study import Study, Verdict, label_of
+from basis.experiments.studies.study import Study, Verdict, label_of, planner, say, verdict
 from basis.layers.conv import derives_apart
 
 TOLERANCE = 1.02
@@ -76,12 +76,9 @@ def _judge_layers(profile: str) -> Verdict:
     slower = sum(cell["slower"] for cell in found)
     parts = ", ".join(f"{lost} of {n} against {name}" for name, (lost, n) in sizes.items())
     worst = max(found, key=lambda cell: cell["relative"])
-    finding = (
-        f"auto is slower in {slower} of {len(found)} cells ({parts}); at worst it takes "
-        f"{worst['relative']:.2f} times as long ({worst['shape']}, r = {worst['ratio']:g}, {worst['precision']}, "
-        f"against {worst['opponent']}; {devices([*layers, *rivals])})"
-    )
-    return Verdict("H2", profile, label_of(not slower, 10 * slower > len(found)), finding)
+    label = label_of(not slower, 10 * slower > len(found))
+    texts = {"slower": slower, "cells": len(found), "parts": parts, "worst": worst}
+    return verdict("H2", profile, label, devices=devices([*layers, *rivals]), **texts)
 
 
 def step_rows(reports: Sequence[BenchReport]) -> dict[float, Mapping[str, Any]]:
@@ -125,13 +122,10 @@ def _judge_steps(profile: str) -> Verdict:
     parts, reached = [], []
     for ratio, wanted in WANTED.items():
         row = rows[ratio]
-        memory = row["peak_mib"] and row["peak_mib"] / row["dense_peak_mib"]
-        reached.append(row["speedup_q1"] > wanted and bool(memory) and memory < 1)
-        parts.append(
-            f"{row['speedup']:.3f} [{row['speedup_q1']:.3f}, {row['speedup_q3']:.3f}] times as fast as the "
-            f"dense one at r = {ratio:g} (n = {row['n']}, {row['step']}), "
-            + (f"with {memory:.0%} of the peak memory" if memory else "its memory not measured")
-        )
+        share = row["peak_mib"] and row["peak_mib"] / row["dense_peak_mib"]
+        reached.append(row["speedup_q1"] > wanted and bool(share) and share < 1)
+        memory = f"with {share:.0%} of the peak memory" if share else "its memory not measured"
+        parts.append(say("findings", "H3", **{**row, "memory": memory}))
     label = label_of(all(reached), not any(rows[ratio]["speedup_q1"] > 1 for ratio in WANTED))
     finding = f"on {devices(reports)} a training step of ResNet-18 is {'; '.join(parts)}"
     return Verdict("H3", profile, label, finding)
@@ -142,9 +136,5 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     return _judge_layers(profile), _judge_steps(profile)
 
 
-def plan(profile: str) -> tuple[Run, ...]:
-    """No trainings: the benchmarks are made by ``basis bench``."""
-    return ()
-
-
+plan = planner("speed", tuple)  # no trainings: the benchmarks are made by `basis bench`
 STUDY = Study.named("speed", plan, judge, tolerance=TOLERANCE)

@@ -16,26 +16,23 @@ from basis.training.loop import Recipe
 Label = Literal["reproduced", "by construction", "partly", "inconclusive", "not reproduced", "not tested"]
 Plan = Callable[[str], tuple[Run, ...]]
 SMOKE: Mapping[str, int] = {"epochs": 2, "batch_size": 100, "translate": 2, "cutout": 8}
-
-
-class _Texts(configparser.ConfigParser):
-    def optionxform(self, optionstr: str) -> str:
-        return optionstr
-
-
-TEXTS = _Texts(interpolation=None)
+TEXTS = configparser.ConfigParser(interpolation=None)
+TEXTS.optionxform = str  # type: ignore[assignment,method-assign]
 TEXTS.read(Path(__file__).with_name("studies.ini"), encoding="utf-8")
-CLAIMS: Mapping[str, str] = {name: " ".join(text.split()) for name, text in TEXTS["claims"].items()}
+
+
+def say(section: str, key: str, **values: object) -> str:
+    """A text of ``studies.ini`` with these values."""
+    return " ".join(TEXTS[section][key].split()).format(**values)
+
+
+CLAIMS: Mapping[str, str] = {name: say("claims", name) for name in TEXTS["claims"]}
 SCALES: Mapping[str, str] = dict(TEXTS["scales"])  # what is trained in each profile of the studies of one network
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How one claim fared in one profile.
-
-    ``finding`` is a sentence computed from records; ``difference`` is the one that the label follows from, in
-    points of accuracy gained, such as ``-0.42 points``.
-    """
+    """How one claim fared in one profile; the label follows from ``difference``, points of accuracy gained."""
 
     claim: str
     profile: str
@@ -65,12 +62,10 @@ class Study:
     @classmethod
     def named(cls, name: str, plan: Plan, judge: Callable[..., tuple[Verdict, ...]], **limits: object) -> Study:
         """The study of ``studies.ini``, whose rule states the ``limits``."""
-        text = TEXTS[name]
-        return cls(
-            name=name, title=text["title"], chapter=text["chapter"], published=text["published"], plan=plan, judge=judge,
-            claims=tuple(text["claims"].split()), benches=tuple(text.get("benches", "").split()),
-            rule=" ".join(text["rule"].split()).format(**limits),
-        )  # fmt: skip
+        texts = {key: TEXTS[name][key] for key in ("title", "chapter", "published")}
+        claims, benches = (tuple(TEXTS[name].get(key, "").split()) for key in ("claims", "benches"))
+        rule = say(name, "rule", **limits)
+        return cls(name=name, claims=claims, rule=rule, plan=plan, judge=judge, benches=benches, **texts)
 
     @property
     def definition(self) -> str:
@@ -92,9 +87,9 @@ def planner(study: str, runs: Callable[..., tuple[Run, ...]], **fixed: Any) -> P
     def plan(profile: str) -> tuple[Run, ...]:
         if profile not in TEXTS[study]:
             return ()
-        settings = json.loads(TEXTS[study][profile])
-        options, smoke = settings.pop("options"), profile == "smoke"
-        settings["recipe"] = Recipe(**{**(SMOKE if smoke else {}), **settings.pop("recipe", {})})
+        settings, smoke = json.loads(TEXTS[study][profile]), profile == "smoke"
+        options, recipe = settings.pop("options"), settings.pop("recipe", {})
+        settings |= {"recipe": Recipe(**{**(SMOKE if smoke else {}), **recipe})}
         settings |= {"study": study, "profile": profile, "data": "synthetic" if smoke else "cifar10"}
         return runs(Run(**{"variant": "", "seed": 0, **fixed, **settings}), **options)
 
@@ -118,28 +113,29 @@ def matched(records: Sequence[Record], variants: Sequence[str]) -> list[list[flo
 
     While runs are missing, variants have different seeds, and a seed may be lucky in all variants at once.
     """
-    by_seed: list[dict[int, float]] = [{} for _ in variants]
-    for found, variant in zip(by_seed, variants, strict=True):
-        mine = [r for r in records if r.config["variant"] == variant and r.result["test"] is not None]
-        found.update((r.config["seed"], r.result["test"]["accuracy"]) for r in mine)
-    common = set(by_seed[0]).intersection(*by_seed)
-    return [[value for seed, value in values.items() if seed in common or not common] for values in by_seed]
+    by_seed: dict[str, dict[int, float]] = {variant: {} for variant in variants}
+    for r in records:
+        if r.config["variant"] in by_seed and r.result["test"] is not None:
+            by_seed[r.config["variant"]][r.config["seed"]] = r.result["test"]["accuracy"]
+    common = set.intersection(*(set(values) for values in by_seed.values()))
+    return [[x for seed, x in by_seed[name].items() if seed in common or not common] for name in variants]
 
 
-def difference_of(records: Sequence[Record], first: str, second: str, *, comparisons: int = 1) -> Estimate:
-    """Test accuracy (a fraction) of one variant minus another's, with the interval that the pooled spread gives."""
-    return spread(records).difference(*matched(records, (first, second)), comparisons=comparisons)
-
-
-def mean_difference(records: Sequence[Record], pairs: Sequence[tuple[str, str]]) -> Estimate:
-    """The mean of :func:`difference_of` over pairs of variants."""
+def difference_of(records: Sequence[Record], *pairs: tuple[str, str], comparisons: int = 1) -> Estimate:
+    """Test accuracy (a fraction) of one variant minus another's, in the mean of pairs; an interval by pooled spread."""
     values = [(sign, one) for pair in pairs for sign, one in zip((1, -1), matched(records, pair), strict=True)]
-    return spread(records).contrast([(sign / len(pairs), one) for sign, one in values])
+    return spread(records).contrast([(sign / len(pairs), one) for sign, one in values], comparisons=comparisons)
 
 
 def label_of(good: bool, bad: bool, between: Label = "partly") -> Label:
     """The label of a claim that holds, fails, or neither."""
     return "reproduced" if good else "not reproduced" if bad else between
+
+
+def verdict(claim: str, profile: str, label: Label, points: float | None = None, **values: object) -> Verdict:
+    """The verdict with the finding that ``studies.ini`` has for the claim; ``points`` of accuracy gained."""
+    difference = "" if points is None else f"{points:+.2f} points"
+    return Verdict(claim, profile, label, say("findings", claim, **values), difference)
 
 
 def untested(claim: str, profile: str, n: int, needed: str = "runs per variant, and at least 2") -> Verdict:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from basis.experiments.runs import Record, Run
 from basis.experiments.studies.cost import load_benches
 from basis.experiments.studies.study import (
-    TEXTS, Study, Verdict, accuracies, difference_of, label_of, mean_difference, planner, spread, untested,
+    TEXTS, Study, Verdict, accuracies, difference_of, label_of, planner, say, spread as spread, untested,
+    verdict,
 )  # fmt: skip
 from basis.statistics import Estimate
 from basis.text import few
@@ -155,25 +156,15 @@ def cost_of(records: Sequence[Record], one: Variant, axis: str) -> float:
 
 def difference(records: Sequence[Record], better: Variant, worse: Variant, *, comparisons: int = 1) -> Estimate:
     """Test accuracy (a fraction) of the first variant minus that of the second."""
-    return difference_of(records, str(better), str(worse), comparisons=comparisons)
+    return difference_of(records, (str(better), str(worse)), comparisons=comparisons)
 
 
-@dataclass(frozen=True)
-class Standing:
-    """How the separable structured layers stand on one axis, by the rule of S1.
+def standing(records: Sequence[Record], axis: str) -> tuple[set[str], set[str]]:
+    """Kinds of separable structured layers that are beaten, and that are ahead, on one axis by the rule of S1.
 
-    Kinds ``beaten`` by a variant of another kind that costs at most as much and is surely better; kinds ``ahead``:
-    surely better than a narrower dense network that costs at least as much. The axis ``holds``, ``fails`` or neither.
+    Beaten by a variant of another kind that costs at most as much and is surely better; ahead of a narrower dense
+    network that costs at least as much.
     """
-
-    beaten: frozenset[str]
-    ahead: tuple[str, ...]
-    holds: bool
-    fails: bool
-
-
-def standing(records: Sequence[Record], axis: str) -> Standing:
-    """Compare every separable structured variant with every variant of another kind, where costs allow."""
     costs = {a: cost_of(records, a, axis) for a in variants(records, least=2)}
     mine = [a for a in costs if a.kind in SEPARABLE and a.width is None]
     rivals = [a for a in costs if a.kind not in SEPARABLE]
@@ -181,13 +172,10 @@ def standing(records: Sequence[Record], axis: str) -> Standing:
     better = [(a, b) for a in mine for b in rivals if b.text == DENSE and b.width and costs[b] >= costs[a]]
     n = len({*worse, *better})  # of equal costs, one interval answers both questions
     beaten = {a.kind for a, b in worse if difference(records, b, a, comparisons=n).low > 0}
-    ahead = {a.kind for a, b in better if difference(records, a, b, comparisons=n).low > 0}
-    fails = {a.kind for a in mine} <= beaten
-    return Standing(frozenset(beaten), tuple(k for k in SEPARABLE if k in ahead), bool(ahead - beaten), fails)
+    return beaten, {a.kind for a, b in better if difference(records, a, b, comparisons=n).low > 0}
 
 
-@dataclass(frozen=True)
-class StepTime:
+class StepTime(NamedTuple):
     """Median milliseconds of a training step, and the dense network's time / this (median and quartiles)."""
 
     ms: float
@@ -203,7 +191,7 @@ class StepTime:
 
 
 def step_times(profile: str) -> dict[tuple[str, int | None], StepTime]:
-    """Measured time of a step of this profile's network, by layer (or "dense") and width; empty where none is stored."""
+    """Measured time of a step of this profile's network, by layer (or "dense") and width of the stem."""
     found = {}
     for first in plan(profile)[:1]:
         wanted = {"model": first.model, "batch_size": first.recipe.batch_size}
@@ -224,7 +212,7 @@ def _decays(network: str, kind: str) -> tuple[str, str]:
 def gain(records: Sequence[Record], kinds: Sequence[str] = SCALED) -> Estimate:
     """Mean over the kinds of what scaled decay gains over plain decay in test accuracy (a fraction)."""
     network = main_network(records)
-    return mean_difference(records, [_decays(network, kind) for kind in kinds])
+    return difference_of(records, *(_decays(network, kind) for kind in kinds))
 
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
@@ -244,15 +232,15 @@ def _judge_pareto(records: Sequence[Record], profile: str) -> Verdict:
     there = variants(records, least=2)
     separable = {a.kind for a in there} & set(SEPARABLE)
     found = {axis: standing(records, axis) for axis in AXES}
-    label = label_of(all(s.holds for s in found.values()), all(s.fails for s in found.values()))
+    label = label_of(
+        all(ahead - beaten for beaten, ahead in found.values()),
+        all(separable <= beaten for beaten, _ in found.values()),
+    )
     parts = []
-    for axis, s in found.items():
-        best = [KINDS[kind][0] for kind in s.ahead if kind not in s.beaten]
-        parts.append(
-            f"by {AXES[axis]}, {', '.join(best) or 'none'} surely beat a narrower dense network and are not surely "
-            f"beaten by a variant of another kind that costs no more, and {len(s.beaten)} of "
-            f"{len(separable)} are so beaten"
-        )
+    for axis, (beaten, ahead) in found.items():
+        best = ", ".join(SEPARABLE[kind][0] for kind in SEPARABLE if kind in ahead - beaten) or "none"
+        texts = {"axis": AXES[axis], "best": best, "beaten": len(beaten), "kinds": len(separable)}
+        parts.append(say("findings", "S1", **texts))
     n = min(len(accuracies(records, str(a))) for a in there)
     return Verdict("S1", profile, label, f"with {network} {'; '.join(parts)} (n = {n} or more per variant)")
 
@@ -263,12 +251,9 @@ def _judge_decay(records: Sequence[Record], profile: str) -> Verdict:
     if len(kinds) < (2 if profile == "smoke" else len(SCALED)):
         return Verdict("S2", profile, "not tested", "two runs with and without scaled decay are missing")
     mean = gain(records, kinds)
-    finding = (
-        f"with {network} weight decay scaled by the compression ratio gains {mean.text(scale=100)} percentage points "
-        f"of test accuracy in the mean of {len(kinds)} structured layers (n = {mean.n} or more per variant)"
-    )
     label = label_of(100 * mean.low > POINTS, 100 * mean.high < POINTS)
-    return Verdict("S2", profile, label, finding, f"{100 * mean.value:+.2f} points")
+    texts = {"network": network, "gained": mean.text(scale=100), "kinds": len(kinds), "n": mean.n}
+    return verdict("S2", profile, label, 100 * mean.value, **texts)
 
 
 STUDY = Study.named("substitutes", plan, judge, points=POINTS)

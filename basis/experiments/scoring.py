@@ -80,11 +80,11 @@ def _values(scores: Scores, ratio: float, layers: Sequence[str]) -> dict[str, fl
     pairs = [(key if isinstance(key, tuple) else (key, ratio), float(value)) for key, value in items]
     names = [name for (name, at), _ in pairs if math.isclose(at, ratio)]
     if repeated := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"scores name {min(repeated)} more than once")
+        raise ValueError(f"the ranking has {min(repeated)} more than once, but it names every layer once")
     found = {name: value for (name, at), value in pairs if math.isclose(at, ratio)}
     absent = [name for name in layers if name not in found]
     if absent:
-        raise ValueError(f"scores for r = 1/{1 / ratio:.0f} lack {', '.join(absent)}")
+        raise ValueError(f"scores for r = 1/{1 / ratio:.0f} lack {len(absent)} of {len(layers)} layers: {', '.join(absent)}")
     strange = [name for name in layers if not math.isfinite(found[name])]
     if strange:
         raise ValueError(f"the score of {strange[0]} is {found[strange[0]]}, but all must be finite to be ranked")

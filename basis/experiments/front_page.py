@@ -1,6 +1,6 @@
-"""The front page's figure and its three sentences: what basis convolutions give, what they cost, and when to use them.
+"""The front page's figure and sentences: what basis convolutions give, what they cost, and when to use them.
 
-Accuracies are of the study ``headline`` (chapters 3 and 5), speeds the training steps that ``speed`` judges (chapter 10).
+Accuracies are of the study ``headline`` (chapters 3 and 5), speeds of the steps that ``speed`` judges (chapter 10).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ RULES: Mapping[str, str] = {
 class Headline:
     """What the records of a profile say in brief.
 
-    ``runs`` has a row a run of dense and of the :data:`RULES` (:func:`basis.experiments.studies.headline.frame`; ``rule``
-    is the variant without its budget); ``steps`` the row of a training step by ratio r, measured on ``device``.
+    ``runs`` is the headline study's frame of dense and the :data:`RULES` (``rule``: a variant without its budget);
+    ``steps`` has the row of a training step by ratio r, measured on ``device``.
     """
 
     profile: str

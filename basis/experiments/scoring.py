@@ -84,7 +84,7 @@ def _values(scores: Scores, ratio: float, layers: Sequence[str]) -> dict[str, fl
     found = {name: value for (name, at), value in pairs if math.isclose(at, ratio)}
     absent = [name for name in layers if name not in found]
     if absent:
-        raise ValueError(f"scores for r = 1/{1 / ratio:.0f} lack {len(absent)} of {len(layers)} layers: {', '.join(absent)}")
+        raise ValueError(f"scores for r = {ratio:g} lack {len(absent)} of {len(layers)} layers: {', '.join(absent)}")
     strange = [name for name in layers if not math.isfinite(found[name])]
     if strange:
         raise ValueError(f"the score of {strange[0]} is {found[strange[0]]}, but all must be finite to be ranked")

@@ -12,9 +12,7 @@ import pandas as pd
 
 from basis.environment import results_folder
 from basis.experiments.runs import PROFILES, Record, Run, load_records, parse_duration, read_record, record_path, work
-from basis.experiments.studies import (
-    coefficients, cost, family, headline, own, sensitivity, skip, speed, substitutes,
-)  # fmt: skip
+from basis.experiments.studies import coefficients, cost, family, headline, own, sensitivity, skip, speed, substitutes
 from basis.experiments.studies.hours import expected, spent
 from basis.experiments.studies.plausible import doubts
 from basis.experiments.studies.study import CLAIMS, Study, Verdict

@@ -17,11 +17,10 @@ import torch
 
 from basis.costs import count_parameters
 from basis.experiments.runs import Record, Run
+from basis.experiments.studies import study
 from basis.experiments.studies.cost import find_training_bench
-from basis.experiments.studies.study import (
-    SCALES, Study, Verdict, accuracies, difference_of, label_of, matched, planner, spread as spread, untested,
-    verdict,
-)  # fmt: skip
+from basis.experiments.studies.study import SCALES, Study, Verdict, accuracies, matched
+from basis.experiments.studies.study import spread as spread
 from basis.layers.coefficients import Form
 from basis.models import build
 from basis.statistics import Estimate, difference_estimate
@@ -81,7 +80,7 @@ def _runs(
     return (*listed, *(equal(ratio, seed, kind) for seed in range(seeds) for ratio in sizes for kind in others))
 
 
-plan = planner("coefficients", _runs, variant=DENSE)
+plan = study.planner("coefficients", _runs, variant=DENSE)
 
 
 @lru_cache
@@ -122,7 +121,7 @@ def saved(records: Sequence[Record], kind: str, ratio: str, key: str) -> float:
 
 def pooled_drop(records: Sequence[Record], name: str, ratio: str, *, comparisons: int = 1) -> Estimate:
     """Dense A at ``ratio`` minus the variant ``name`` in test accuracy (a fraction)."""
-    return difference_of(records, (variant(DENSE, ratio), name), comparisons=comparisons)
+    return study.difference_of(records, (variant(DENSE, ratio), name), comparisons=comparisons)
 
 
 class StepTime(NamedTuple):
@@ -149,7 +148,7 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     names = {kind: variant(kind, JUDGED) for kind in NAMES}
     n = min(len(accuracies(records, name)) for name in names.values())
     if n < 2:
-        return (untested("C5", profile, n),)
+        return (study.untested("C5", profile, n),)
     saves = {kind: [saved(records, kind, JUDGED, key) for key in ("parameters", "macs")] for kind in NAMES}
     smaller = [kind for kind in NAMES if max(saves[kind]) >= SAVED]
     if not smaller:
@@ -157,11 +156,11 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     pairs = {kind: matched(records, (names[DENSE], names[kind])) for kind in smaller}
     drops = {kind: difference_estimate(*pair, comparisons=len(smaller)) for kind, pair in pairs.items()}
     best = min(drops, key=lambda kind: drops[kind].high)
-    label = label_of(100 * drops[best].high < POINTS, all(d.low > 0 for d in drops.values()))
+    label = study.label_of(100 * drops[best].high < POINTS, all(d.low > 0 for d in drops.values()))
     texts = {"form": NAMES[best], "parameters": saves[best][0], "macs": saves[best][1], "n": drops[best].n}
     texts |= {"ratio": JUDGED, "scale": SCALES[profile], "lost": drops[best].text(scale=100), "forms": len(smaller)}
     texts |= {"names": ", ".join(NAMES[kind] for kind in smaller)}
-    return (verdict("C5", profile, label, -100 * drops[best].value, **texts),)
+    return (study.verdict("C5", profile, label, -100 * drops[best].value, **texts),)
 
 
 STUDY = Study.named("coefficients", plan, judge, judged=JUDGED, saved=SAVED, points=POINTS)

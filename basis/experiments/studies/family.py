@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from basis.experiments.runs import Choice, Ladder, Record, Run
+from basis.experiments.studies import study
 from basis.experiments.studies.headline import MEASURE
-from basis.experiments.studies.study import (
-    TEXTS, Study, Verdict, accuracies, difference_of, label_of, planner, spread as spread, verdict,
-)  # fmt: skip
+from basis.experiments.studies.study import TEXTS, Study, Verdict, accuracies
+from basis.experiments.studies.study import spread as spread
 from basis.statistics import Estimate
 from basis.training.loop import Recipe
 
@@ -35,7 +35,7 @@ def variant(network: str, kind: str) -> str:
 
 
 def _runs(
-    base: Run, *, seeds: int, networks: Sequence[str] = NETWORKS, multiple: int = 1, images: int = 1000, long: bool = False
+    base: Run, *, seeds: int, networks: Sequence[str] = NETWORKS, multiple: int = 1, images: int = 1000, long: int = 0
 ) -> tuple[Run, ...]:
     """Seed after seed, each network's table before all others; at last those of :data:`LONG`."""
 
@@ -61,7 +61,7 @@ def _runs(
     return (*listed, *(one(name, "dense, long", seed, validation=0, recipe=LONG) for name, seed in pairs))
 
 
-plan = planner("family", _runs)
+plan = study.planner("family", _runs)
 
 
 def complete(records: Sequence[Record], *, least: int = 1) -> list[str]:
@@ -72,12 +72,12 @@ def complete(records: Sequence[Record], *, least: int = 1) -> list[str]:
 
 def drop(records: Sequence[Record], network: str, kind: str = "selected", *, comparisons: int = 1) -> Estimate:
     """Dense minus the variant of that kind in test accuracy (a fraction)."""
-    return difference_of(records, (variant(network, "dense"), variant(network, kind)), comparisons=comparisons)
+    return study.difference_of(records, (variant(network, "dense"), variant(network, kind)), comparisons=comparisons)
 
 
 def mean_drop(records: Sequence[Record], networks: Sequence[str], kind: str = "selected") -> Estimate:
     """The mean over the networks of :func:`drop`."""
-    return difference_of(records, *((variant(n, "dense"), variant(n, kind)) for n in networks))
+    return study.difference_of(records, *((variant(n, "dense"), variant(n, kind)) for n in networks))
 
 
 def result_of(records: Sequence[Record], name: str) -> Mapping[str, Any]:
@@ -93,10 +93,10 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
         return (Verdict("C7", profile, "not tested", finding if records else "no run has been made yet"),)
     mean, uniform = mean_drop(records, networks), mean_drop(records, networks, "all layers")
     worse = [n for n in networks if 100 * drop(records, n, comparisons=len(networks)).low > POINTS]
-    label = label_of(100 * mean.high < POINTS and not worse, 100 * mean.low > POINTS)
+    label = study.label_of(100 * mean.high < POINTS and not worse, 100 * mean.low > POINTS)
     texts = {"lost": mean.text(scale=100), "uniform": uniform.text(scale=100), "networks": len(networks), "n": mean.n}
     texts |= {"scale": SCALES[profile], "worse": len(worse), "limit": POINTS}
-    return (verdict("C7", profile, label, -100 * mean.value, **texts),)
+    return (study.verdict("C7", profile, label, -100 * mean.value, **texts),)
 
 
 STUDY = Study.named("family", plan, judge, budget=BUDGET, points=POINTS, needed=NEEDED)

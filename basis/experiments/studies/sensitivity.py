@@ -285,7 +285,8 @@ def agreements(
     if "short_training" in measures and all(b.dense and b.layers for b in brief) and truths:
         trained = [r for r in records if r.config["variant"].startswith("short ")]
         cost, seconds = sum(training_cost(r.config) for r in trained), sum(r.result["train_seconds"] for r in trained)
-        rows.append(agreement("short_training", [b.truth() for b in brief] * (len(truths) // len(brief)), cost, seconds))
+        predictions = [b.truth() for b in brief] * (len(truths) // len(brief))
+        rows.append(agreement("short_training", predictions, cost, seconds))
     return sorted(rows, key=lambda row: row.cost)
 
 

@@ -14,10 +14,9 @@ import numpy as np
 
 from basis.bench.cases import TRAINED, BenchReport
 from basis.experiments.runs import Record, Run
+from basis.experiments.studies import study
 from basis.experiments.studies.cost import find_training_bench
-from basis.experiments.studies.study import (
-    SCALES, Study, Verdict, accuracies, difference_of, label_of, matched, planner, spread, untested, verdict,
-)  # fmt: skip
+from basis.experiments.studies.study import SCALES, Study, Verdict, accuracies, matched, spread
 from basis.models import build
 from basis.statistics import Estimate
 from basis.substitution import substitute
@@ -52,7 +51,7 @@ def _runs(
     return tuple(replace(base, variant=v, seed=seed, recipe=r) for seed in range(seeds) for v, r in recipes.items())
 
 
-plan = planner("skip", _runs, variant=FULL, ratio=RATIO, mode="factorized")
+plan = study.planner("skip", _runs, variant=FULL, ratio=RATIO, mode="factorized")
 
 
 def steps_of(run: Run) -> dict[str, int]:
@@ -93,7 +92,7 @@ def measured(profile: str, report: BenchReport) -> dict[str, float]:
 
 def drop(records: Sequence[Record], name: str, *, comparisons: int = 1) -> Estimate:
     """Training everything minus the variant ``name`` in test accuracy (a fraction), after equally many epochs."""
-    return difference_of(records, (FULL, name), comparisons=comparisons)
+    return study.difference_of(records, (FULL, name), comparisons=comparisons)
 
 
 def full_by_time(records: Sequence[Record]) -> dict[float, str]:
@@ -119,7 +118,7 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     """The verdict on C6."""
     n = min((len(accuracies(records, name)) for name in {run.variant for run in plan(profile)}), default=0)
     if n < 2:
-        return (untested("C6", profile, n),)
+        return (study.untested("C6", profile, n),)
     report = find_bench(profile)
     if report is None:
         return (Verdict("C6", profile, "not tested", "the time of the steps has not been measured on such a device"),)
@@ -134,11 +133,11 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     gains = {name: gain(records, name, times[name], comparisons=many) for name in candidates}
     kept = [name for name in candidates if 100 * drops[name].high < POINTS and gains[name].low > 0]
     best = min(kept or candidates, key=lambda name: drops[name].value)
-    label = label_of(bool(kept), all(100 * d.low > POINTS for d in drops.values()))
-    texts = {"lost": drops[best].text(scale=100), "gained": gains[best].text(scale=100, signed=True), "n": drops[best].n}
-    texts |= {"candidates": len(candidates), "best": best, "saved": 1 - times[best], "least": SAVED}
+    label = study.label_of(bool(kept), all(100 * d.low > POINTS for d in drops.values()))
+    texts = {"lost": drops[best].text(scale=100), "gained": gains[best].text(scale=100, signed=True)}
+    texts |= {"candidates": len(candidates), "best": best, "saved": 1 - times[best], "least": SAVED, "n": drops[best].n}
     texts |= {"scale": SCALES[profile], "ratio": RATIO_NAME}
-    return (verdict("C6", profile, label, -100 * drops[best].value, **texts),)
+    return (study.verdict("C6", profile, label, -100 * drops[best].value, **texts),)
 
 
 STUDY = Study.named("skip", plan, judge, ratio_name=RATIO_NAME, saved=SAVED, points=POINTS)

@@ -1,4 +1,4 @@
-"""What a study is: the runs behind a chapter and the claims it judges by a rule fixed beforehand; what all judges share."""
+"""What a study is: its runs, and the claims it judges by a rule fixed beforehand; and what all judges share."""
 
 from __future__ import annotations
 

@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from basis.experiments.runs import Record, Run
+from basis.experiments.studies import study
 from basis.experiments.studies.cost import load_benches
-from basis.experiments.studies.study import (
-    TEXTS, Study, Verdict, accuracies, difference_of, label_of, planner, say, spread as spread, untested,
-    verdict,
-)  # fmt: skip
+from basis.experiments.studies.study import TEXTS, Study, Verdict, accuracies
+from basis.experiments.studies.study import spread as spread
 from basis.statistics import Estimate
 from basis.text import few
 
@@ -104,13 +103,12 @@ def _runs(
         return replace(base, variant=name, seed=seed, model=model, width=width, **settings)
 
     def from_scratch(seed: int, kinds: Sequence[str]) -> list[Run]:
-        texts = {kind: _texts(kind) for kind in kinds}
-        parts = {kind: NARROWER if len(sizes) == 1 else () for kind, sizes in texts.items()}
-        return [
-            run
-            for kind, sizes in texts.items()
-            for run in (*(one(seed, t) for t in sizes), *(one(seed, sizes[0], part=part) for part in parts[kind]))
-        ]
+        found = []
+        for kind in kinds:
+            texts = _texts(kind)
+            found += [one(seed, text) for text in texts]
+            found += [one(seed, texts[0], part=part) for part in (NARROWER if len(texts) == 1 else ())]
+        return found
 
     def of_seed(seed: int) -> list[Run]:
         first = [kind for kind in ("basis", *SEPARABLE) if kind in kinds]
@@ -128,7 +126,7 @@ def _runs(
     return (*listed, *(one(s, text, model=model) for s in range(seeds) for model in others for text in few))
 
 
-plan = planner("substitutes", _runs, include=BLOCKS)
+plan = study.planner("substitutes", _runs, include=BLOCKS)
 
 
 def of_network(records: Sequence[Record], network: str) -> list[Record]:
@@ -156,7 +154,7 @@ def cost_of(records: Sequence[Record], one: Variant, axis: str) -> float:
 
 def difference(records: Sequence[Record], better: Variant, worse: Variant, *, comparisons: int = 1) -> Estimate:
     """Test accuracy (a fraction) of the first variant minus that of the second."""
-    return difference_of(records, (str(better), str(worse)), comparisons=comparisons)
+    return study.difference_of(records, (str(better), str(worse)), comparisons=comparisons)
 
 
 def standing(records: Sequence[Record], axis: str) -> tuple[set[str], set[str]]:
@@ -212,13 +210,13 @@ def _decays(network: str, kind: str) -> tuple[str, str]:
 def gain(records: Sequence[Record], kinds: Sequence[str] = SCALED) -> Estimate:
     """Mean over the kinds of what scaled decay gains over plain decay in test accuracy (a fraction)."""
     network = main_network(records)
-    return difference_of(records, *(_decays(network, kind) for kind in kinds))
+    return study.difference_of(records, *(_decays(network, kind) for kind in kinds))
 
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     """The verdicts on S1 and S2."""
     if not records:
-        return untested("S1", profile, 0), untested("S2", profile, 0)
+        return study.untested("S1", profile, 0), study.untested("S2", profile, 0)
     records = of_network(records, main_network(records))
     return _judge_pareto(records, profile), _judge_decay(records, profile)
 
@@ -232,7 +230,7 @@ def _judge_pareto(records: Sequence[Record], profile: str) -> Verdict:
     there = variants(records, least=2)
     separable = {a.kind for a in there} & set(SEPARABLE)
     found = {axis: standing(records, axis) for axis in AXES}
-    label = label_of(
+    label = study.label_of(
         all(ahead - beaten for beaten, ahead in found.values()),
         all(separable <= beaten for beaten, _ in found.values()),
     )
@@ -240,7 +238,7 @@ def _judge_pareto(records: Sequence[Record], profile: str) -> Verdict:
     for axis, (beaten, ahead) in found.items():
         best = ", ".join(SEPARABLE[kind][0] for kind in SEPARABLE if kind in ahead - beaten) or "none"
         texts = {"axis": AXES[axis], "best": best, "beaten": len(beaten), "kinds": len(separable)}
-        parts.append(say("findings", "S1", **texts))
+        parts.append(study.say("findings", "S1", **texts))
     n = min(len(accuracies(records, str(a))) for a in there)
     return Verdict("S1", profile, label, f"with {network} {'; '.join(parts)} (n = {n} or more per variant)")
 
@@ -251,9 +249,9 @@ def _judge_decay(records: Sequence[Record], profile: str) -> Verdict:
     if len(kinds) < (2 if profile == "smoke" else len(SCALED)):
         return Verdict("S2", profile, "not tested", "two runs with and without scaled decay are missing")
     mean = gain(records, kinds)
-    label = label_of(100 * mean.low > POINTS, 100 * mean.high < POINTS)
+    label = study.label_of(100 * mean.low > POINTS, 100 * mean.high < POINTS)
     texts = {"network": network, "gained": mean.text(scale=100), "kinds": len(kinds), "n": mean.n}
-    return verdict("S2", profile, label, 100 * mean.value, **texts)
+    return study.verdict("S2", profile, label, 100 * mean.value, **texts)
 
 
 STUDY = Study.named("substitutes", plan, judge, points=POINTS)

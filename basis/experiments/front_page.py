@@ -108,7 +108,7 @@ def alt(headline: Headline) -> str:
     """What the picture shows, for someone who does not see it."""
     groups = headline.runs.groupby("variant", sort=False)
     means = {name: (mean_estimate(list(group["accuracy"])), group["parameters"].mean()) for name, group in groups}
-    parts = "; ".join(f"{name}: {accuracy.value:.1f} % at {size:.0%}" for name, (accuracy, size) in means.items())
+    parts = "; ".join(f"{name!s}: {accuracy.value:.1f} % at {size:.0%}" for name, (accuracy, size) in means.items())
     speeds = ", ".join(f"{row['speedup']:.2f} at r = {_fraction(r)}" for r, row in headline.steps.items())
     return say("front page", "alt", parts=parts, speeds=speeds or "not measured")
 

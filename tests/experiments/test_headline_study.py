@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from basis.cli import main
 from basis.costs import cost, count_parameters
 from basis.experiments import executors, runs
 from basis.experiments.executors import Order, Task, in_this_process, jobs_for
@@ -123,15 +122,6 @@ def test_no_run_is_begun_that_would_not_end_in_time(tmp_path, monkeypatch):
     monkeypatch.setattr(executors, "attempt", lambda run, definition, **_: done)
     order = dataclasses.replace(order, deadline=time.monotonic() + 60, pace=Pace())
     assert list(in_this_process(order)) == [done]  # measured to be short; after the first, known to be long
-
-
-def test_the_command_says_what_is_next_and_packs_what_is_done(tmp_path, capsys):
-    command = ["run", "headline", "--results", str(tmp_path), "--device", "cpu", "--jobs", "1", "--quiet"]
-    assert main([*command, "--time-limit", "1s", "--archive", str(tmp_path / "a.tar.gz")]) in (0, 2)
-    assert "next is table, seed 100" in capsys.readouterr().out
-    (tmp_path / "b.tar.gz").write_text("mine")
-    assert main([*command, "--archive", str(tmp_path / "b.tar.gz")]) == 2
-    assert main(["run", "headline", "--profile", "paper", "--device", "cpu"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 from basis import substitute
 from basis.experiments import runs
-from basis.experiments.runs import Run, load_records, work
+from basis.experiments.runs import Run, work
 from basis.experiments.studies import STUDIES
 from basis.experiments.studies import substitutes as study_of
 from basis.experiments.studies.substitutes import Variant
@@ -35,7 +35,7 @@ def test_no_run_is_listed_twice_and_a_variants_name_says_what_it_is(profile):
         assert sizes == dict.fromkeys(study_of.KINDS, 3) | {"dense": 4}
 
 
-@pytest.mark.parametrize("profile", ["cpu", "paper"])
+@pytest.mark.parametrize("profile", ["cpu", pytest.param("paper", marks=pytest.mark.weekly)])
 def test_every_listed_layer_fits_every_convolution_of_its_networks_blocks(profile):
     for name, width, text in dict.fromkeys((r.model, r.width, r.layer) for r in STUDY.runs(profile) if r.layer):
         with torch.device("meta"):
@@ -138,14 +138,3 @@ def test_a_teacher_goes_with_what_uses_it(tmp_path, changes, message):
     run, options = tiny(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         runs.execute(run, **options)
-
-
-@pytest.mark.weekly
-def test_runs_with_a_teacher_train_it_once_and_can_be_done_again(tmp_path):
-    listed = [r for r in STUDY.runs("smoke") if r.teacher is not None and r.seed == 0]
-    first, second = (next(r for r in listed if r.fitted), next(r for r in listed if r.recipe.attention))
-    tasks = [first, second, dataclasses.replace(first, variant="again")]
-    assert {s.outcome for s in work(tasks, STUDY.definition, folder=tmp_path, device="cpu")} == {"done"}
-    assert len(list(tmp_path.glob("**/teacher-*.pt"))) == 1
-    results = {r.config["variant"]: r.result for r in load_records(tmp_path)}
-    assert results["again"]["test"] == results[first.variant]["test"]

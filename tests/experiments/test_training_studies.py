@@ -25,15 +25,6 @@ def outcomes(study, accuracy, **result):
     ]
 
 
-@pytest.mark.parametrize("study", [COEFFICIENTS, SKIP, FAMILY], ids=lambda study: study.name)
-@pytest.mark.parametrize("profile", ["smoke", "cpu", "colab", "paper"])
-def test_no_run_is_listed_twice_and_seeds_are_alike_in_all_variants(study, profile):
-    runs = study.runs(profile)
-    assert len({run.id for run in runs}) == len(runs) == len({(run.variant, run.seed) for run in runs})
-    seeds = {run.seed for run in runs if run.seed < 100}
-    assert seeds == set(range(max(seeds) + 1))
-
-
 @pytest.mark.parametrize("form", ["low_rank:1/8", "grouped:4", "sparse:1/8", "repeat"])
 def test_at_equal_size_the_freed_parameters_are_spent_on_basis_filters(form):
     dense = build("resnet18", width=16)

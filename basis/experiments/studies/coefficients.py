@@ -157,10 +157,12 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     drops = {kind: difference_estimate(*pair, comparisons=len(smaller)) for kind, pair in pairs.items()}
     best = min(drops, key=lambda kind: drops[kind].high)
     label = study.label_of(100 * drops[best].high < POINTS, all(d.low > 0 for d in drops.values()))
-    texts = {"form": NAMES[best], "parameters": saves[best][0], "macs": saves[best][1], "n": drops[best].n}
-    texts |= {"ratio": JUDGED, "scale": SCALES[profile], "lost": drops[best].text(scale=100), "forms": len(smaller)}
-    texts |= {"names": ", ".join(NAMES[kind] for kind in smaller)}
-    return (study.verdict("C5", profile, label, -100 * drops[best].value, **texts),)
+    texts = {
+        "form": NAMES[best], "parameters": saves[best][0], "macs": saves[best][1], "n": drops[best].n,
+        "ratio": JUDGED, "scale": SCALES[profile], "lost": drops[best].text(scale=100), "forms": len(smaller),
+        "names": ", ".join(NAMES[kind] for kind in smaller),
+    }  # fmt: skip
+    return (study.verdict("C5", profile, label, texts, -100 * drops[best].value),)
 
 
 STUDY = Study.named("coefficients", plan, judge, judged=JUDGED, saved=SAVED, points=POINTS)

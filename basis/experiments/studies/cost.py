@@ -71,8 +71,11 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     faster = sum(row["speedup_q1"] > 1 for row in cells)
     speedups = [row["speedup"] for row in cells]
     label = label_of(faster == len(cells), not faster)
-    texts = {"low": min(speedups), "high": max(speedups), "n": min(row["n"] for row in cells)}
-    return (verdict("C2", profile, label, faster=faster, cells=len(cells), devices=devices(reports), **texts),)
+    texts = {
+        "low": min(speedups), "high": max(speedups), "n": min(row["n"] for row in cells), "faster": faster,
+        "cells": len(cells), "devices": devices(reports),
+    }  # fmt: skip
+    return (verdict("C2", profile, label, texts),)
 
 
 plan = planner("cost", tuple)  # no trainings: the benchmarks are made by `basis bench`

@@ -51,8 +51,8 @@ def _runs(
         tables[network] = one(network, "table", 100, test=False, ladder=ladder)
 
     def compared(network: str, seed: int) -> list[Run]:
-        made = {"unit": "params", "budget": BUDGET, "table": tables[network].id, "measure": MEASURE}
-        choices = {kind: rule and Choice(rule=rule, **made) for kind, rule in ARMS.items()}
+        some = Choice(rule="", unit="params", budget=BUDGET, table=tables[network].id, measure=MEASURE)
+        choices = {kind: rule and replace(some, rule=rule) for kind, rule in ARMS.items()}
         return [one(network, kind, seed, choice=choice) for kind, choice in choices.items()]
 
     listed = [run for network in networks for run in (tables[network], *compared(network, 0))]
@@ -94,9 +94,11 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     mean, uniform = mean_drop(records, networks), mean_drop(records, networks, "all layers")
     worse = [n for n in networks if 100 * drop(records, n, comparisons=len(networks)).low > POINTS]
     label = study.label_of(100 * mean.high < POINTS and not worse, 100 * mean.low > POINTS)
-    texts = {"lost": mean.text(scale=100), "uniform": uniform.text(scale=100), "networks": len(networks), "n": mean.n}
-    texts |= {"scale": SCALES[profile], "worse": len(worse), "limit": POINTS}
-    return (study.verdict("C7", profile, label, -100 * mean.value, **texts),)
+    texts = {
+        "lost": mean.text(scale=100), "uniform": uniform.text(scale=100), "networks": len(networks), "n": mean.n,
+        "scale": SCALES[profile], "worse": len(worse), "limit": POINTS,
+    }  # fmt: skip
+    return (study.verdict("C7", profile, label, texts, -100 * mean.value),)
 
 
 STUDY = Study.named("family", plan, judge, budget=BUDGET, points=POINTS, needed=NEEDED)

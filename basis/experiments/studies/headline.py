@@ -106,15 +106,17 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     c4 = untested("C4", profile, least, needed)
     if len(size):
         small: Label = "by construction" if size.iloc[0] <= 0.52 else "not reproduced"
-        c1 = verdict("C1", profile, small, scale=scale, size=size.iloc[0])
+        c1 = verdict("C1", profile, small, {"scale": scale, "size": size.iloc[0]})
     if lost.n >= NEEDED:
         label = label_of(lost.low > 0, lost.high < POINTS, "inconclusive")
-        c3 = verdict("C3", profile, label, -lost.value, scale=scale, lost=lost.text(), support=lost.support)
+        texts = {"scale": scale, "lost": lost.text(), "support": lost.support}
+        c3 = verdict("C3", profile, label, texts, -lost.value)
     if least >= NEEDED:
         gained = difference(runs, chosen, uniform)
         label = label_of(kept.high < POINTS and gained.low > 0, kept.low > POINTS or gained.high < 0, "inconclusive")
-        texts = {"lost": kept.text(), "support": kept.support, "gained": gained.text(signed=True)}
-        c4 = verdict("C4", profile, label, -kept.value, scale=scale, **texts)
+        gains = gained.text(signed=True)
+        texts = {"scale": scale, "lost": kept.text(), "support": kept.support, "gained": gains}
+        c4 = verdict("C4", profile, label, texts, -kept.value)
         others = {"the largest layers first": "largest first", "a narrower dense network": NARROWER}
         for words, short in others.items():
             if (gain := difference(runs, chosen, variant(short, HALF))).n:

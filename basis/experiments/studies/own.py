@@ -93,9 +93,11 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     holds = (excess.high < 0, -100 * tuned.low < POINTS)
     lost, lost_svd = (mean_change(records, name, "made", "loss").text(digits=3) for name in (mine, svd))
     dense = mean_change(records, DENSE, "tuned", "accuracy")
-    texts = {"lost": lost, "svd": lost_svd, "gained": tuned.text(scale=100, signed=True), "support": tuned.support}
-    texts |= {"budget": JUDGED, "scale": SCALES[profile], "dense": 100 * dense.value}
-    return (verdict("H4", profile, label_of(all(holds), not any(holds)), 100 * tuned.value, **texts),)
+    texts = {
+        "lost": lost, "svd": lost_svd, "gained": tuned.text(scale=100, signed=True), "support": tuned.support,
+        "budget": JUDGED, "scale": SCALES[profile], "dense": 100 * dense.value,
+    }  # fmt: skip
+    return (verdict("H4", profile, label_of(all(holds), not any(holds)), texts, 100 * tuned.value),)
 
 
 STUDY = Study.named("own", plan, judge, judged=JUDGED, part=PART, points=POINTS, seeds=SEEDS)

@@ -303,9 +303,11 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     label = label_of(row.spearman.value >= SPEARMAN and share < COST, row.spearman.low <= 0)
     networks, seeds = len(tables(records, RECOMMENDED)), min(len(t.seeds) for t in truths)
     ceiling = np.mean([np.sqrt(reliability(t)) for t in truths])
-    texts = {"spearman": row.spearman.text(), "layers": row.spearman.n, "networks": networks, "seeds": seeds}
-    texts |= {"scale": SCALES[profile], "measure": RECOMMENDED, "ceiling": ceiling, "share": share}
-    return (verdict("H1", profile, label, **texts),)
+    texts = {
+        "spearman": row.spearman.text(), "layers": row.spearman.n, "networks": networks, "seeds": seeds,
+        "scale": SCALES[profile], "measure": RECOMMENDED, "ceiling": ceiling, "share": share,
+    }  # fmt: skip
+    return (verdict("H1", profile, label, texts),)
 
 
 STUDY = Study.named("sensitivity", plan, judge, recommended=RECOMMENDED, spearman=SPEARMAN, cost=COST)

@@ -61,7 +61,7 @@ def steps_of(run: Run) -> dict[str, int]:
     return {"steps_per_epoch": steps, "total_steps": steps * run.recipe.epochs}
 
 
-def _skips(profile: str) -> dict[str, tuple[Skip, dict[str, int]]]:
+def _skips(profile: str) -> dict[str, tuple[Skip, dict[str, Any]]]:
     """Variant -> its schedule and :func:`steps_of`."""
     return {run.variant: (run.recipe.skip, steps_of(run)) for run in plan(profile) if run.recipe.skip is not None}
 
@@ -134,10 +134,12 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     kept = [name for name in candidates if 100 * drops[name].high < POINTS and gains[name].low > 0]
     best = min(kept or candidates, key=lambda name: drops[name].value)
     label = study.label_of(bool(kept), all(100 * d.low > POINTS for d in drops.values()))
-    texts = {"lost": drops[best].text(scale=100), "gained": gains[best].text(scale=100, signed=True)}
-    texts |= {"candidates": len(candidates), "best": best, "saved": 1 - times[best], "least": SAVED, "n": drops[best].n}
-    texts |= {"scale": SCALES[profile], "ratio": RATIO_NAME}
-    return (study.verdict("C6", profile, label, -100 * drops[best].value, **texts),)
+    texts = {
+        "lost": drops[best].text(scale=100), "gained": gains[best].text(scale=100, signed=True),
+        "candidates": len(candidates), "best": best, "saved": 1 - times[best], "least": SAVED, "n": drops[best].n,
+        "scale": SCALES[profile], "ratio": RATIO_NAME,
+    }  # fmt: skip
+    return (study.verdict("C6", profile, label, texts, -100 * drops[best].value),)
 
 
 STUDY = Study.named("skip", plan, judge, ratio_name=RATIO_NAME, saved=SAVED, points=POINTS)

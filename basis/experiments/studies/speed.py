@@ -78,7 +78,7 @@ def _judge_layers(profile: str) -> Verdict:
     worst = max(found, key=lambda cell: cell["relative"])
     label = label_of(not slower, 10 * slower > len(found))
     texts = {"slower": slower, "cells": len(found), "parts": parts, "worst": worst}
-    return verdict("H2", profile, label, devices=devices([*layers, *rivals]), **texts)
+    return verdict("H2", profile, label, {"devices": devices([*layers, *rivals]), **texts})
 
 
 def step_rows(reports: Sequence[BenchReport]) -> dict[float, Mapping[str, Any]]:

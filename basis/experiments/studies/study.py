@@ -132,10 +132,12 @@ def label_of(good: bool, bad: bool, between: Label = "partly") -> Label:
     return "reproduced" if good else "not reproduced" if bad else between
 
 
-def verdict(claim: str, profile: str, label: Label, points: float | None = None, **values: object) -> Verdict:
+def verdict(
+    claim: str, profile: str, label: Label, texts: Mapping[str, object], points: float | None = None
+) -> Verdict:
     """The verdict with the finding that ``studies.ini`` has for the claim; ``points`` of accuracy gained."""
     difference = "" if points is None else f"{points:+.2f} points"
-    return Verdict(claim, profile, label, say("findings", claim, **values), difference)
+    return Verdict(claim, profile, label, say("findings", claim, **texts), difference)
 
 
 def untested(claim: str, profile: str, n: int, needed: str = "runs per variant, and at least 2") -> Verdict:

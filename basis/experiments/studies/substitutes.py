@@ -196,8 +196,8 @@ def step_times(profile: str) -> dict[tuple[str, int | None], StepTime]:
         for report in load_benches(profile, kind="bench-structured-train"):
             for row in report.rows if wanted.items() <= report.config.items() else ():
                 if row["mode"] != "control" and "ms" in row:
-                    times = (row[key] for key in ("ms", "speedup", "speedup_q1", "speedup_q3"))
-                    found[row["layer"], row["width"]] = StepTime(*times, report.environment["device"])
+                    speeds = row["speedup"], row["speedup_q1"], row["speedup_q3"]
+                    found[row["layer"], row["width"]] = StepTime(row["ms"], *speeds, report.environment["device"])
     return found
 
 
@@ -251,7 +251,7 @@ def _judge_decay(records: Sequence[Record], profile: str) -> Verdict:
     mean = gain(records, kinds)
     label = study.label_of(100 * mean.low > POINTS, 100 * mean.high < POINTS)
     texts = {"network": network, "gained": mean.text(scale=100), "kinds": len(kinds), "n": mean.n}
-    return study.verdict("S2", profile, label, 100 * mean.value, **texts)
+    return study.verdict("S2", profile, label, texts, 100 * mean.value)
 
 
 STUDY = Study.named("substitutes", plan, judge, points=POINTS)

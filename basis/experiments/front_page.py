@@ -1,7 +1,6 @@
-"""The front page's figure and its three sentences: what basis convolutions give, what they cost, and when to use them.
+"""The front page's figure and sentences: what basis convolutions give, what they cost, and when to use them.
 
-Both are computed from records: accuracies of the study ``headline`` (chapters 3 and 5), and the measured training
-steps that the study ``speed`` judges (chapter 10).
+Accuracies are of the study ``headline`` (chapters 3 and 5), speeds of the steps that ``speed`` judges (chapter 10).
 """
 
 from __future__ import annotations
@@ -19,23 +18,21 @@ from basis.experiments.runs import Record
 from basis.experiments.studies import headline as study
 from basis.experiments.studies.cost import load_benches
 from basis.experiments.studies.speed import step_rows
+from basis.experiments.studies.study import say
 from basis.figures import Theme
 from basis.statistics import Estimate, mean_estimate
 
-RULES = ("selected", "largest first", "uniform", study.NARROWER)
-BUDGETS = (study.HALF, study.QUARTER)
+RULES: Mapping[str, str] = {
+    "selected": "selected", "largest first": "largest", "uniform": "uniform", study.NARROWER: "narrower"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Headline:
-    """What the records say in brief.
+    """What the records of a profile say in brief.
 
-    Attributes:
-        profile: whose records these are.
-        runs: a row a run of dense and of the :data:`RULES`, see :func:`basis.experiments.studies.headline.frame`; ``rule`` is the
-            variant without its budget.
-        steps: ratio r -> the measured row of a training step, see :func:`basis.experiments.studies.speed.step_rows`.
-        device: what the steps were measured on.
+    ``runs`` is the headline study's frame of dense and the :data:`RULES` (``rule``: a variant without its budget);
+    ``steps`` has the row of a training step by ratio r, measured on ``device``.
     """
 
     profile: str
@@ -47,16 +44,19 @@ class Headline:
         """Percentage points lost against dense at half of the parameters."""
         return study.difference(self.runs, "dense", study.variant(rule, study.HALF))
 
+    def texts(self) -> dict[str, str]:
+        """What each rule loses at half of the parameters, and the scale."""
+        lost = {key: self.lost(rule).text() for rule, key in RULES.items()}
+        return {**lost, "scale": study.SCALES[self.profile]}
+
 
 def collect(records: Sequence[Record], profile: str) -> Headline | None:
     """The headline of ``profile`` from records of the study ``headline``; None where none can be drawn yet."""
-    rules = {"dense": "dense"} | {study.variant(rule, budget): rule for budget in BUDGETS for rule in RULES}
+    rules = {study.variant(rule, budget): rule for budget in (study.HALF, study.QUARTER) for rule in RULES}
     runs = study.frame(records)
-    runs = runs.assign(rule=runs["variant"].map(rules)).dropna(subset="rule")
-    if (
-        not {"dense", *RULES} <= set(runs["rule"])
-        or not study.difference(runs, "dense", study.variant("selected", study.HALF)).n
-    ):
+    runs = runs.assign(rule=runs["variant"].map({"dense": "dense", **rules})).dropna(subset="rule")
+    enough = {"dense", *RULES} <= set(runs["rule"])
+    if not enough or not study.difference(runs, "dense", study.variant("selected", study.HALF)).n:
         return None
     # Times belong to a device, not to the profile that was trained: those of a GPU where there are any.
     benches = [load_benches(device_of, kind="bench-train") for device_of in ("paper", "cpu")]
@@ -79,16 +79,15 @@ def draw(theme: Theme, headline: Headline) -> Figure:
     left.set(xlabel="parameters, share of the dense network", ylabel="test accuracy, %")
     left.set_title("What it costs", fontsize=12)
     left.legend(loc="lower right", fontsize=9.5)
-    names = {1.0: "dense", **{r: f"r = {_fraction(r)}" for r in sorted(headline.steps, reverse=True)}}
-    for i, ratio in enumerate(names):
-        row = headline.steps.get(ratio)
-        speed = 1.0 if row is None else row["speedup"]
-        error = None if row is None else [[speed - row["speedup_q1"]], [row["speedup_q3"] - speed]]
-        colour = theme.colour("uniform" if row else "dense")
-        right.barh(i, speed, xerr=error, color=colour, height=0.62, error_kw={"ecolor": theme.text, "capsize": 3})
-        memory = "" if row is None or not row["peak_mib"] else f"{row['peak_mib'] / row['dense_peak_mib']:.0%} memory"
+    right.barh(0, 1.0, color=theme.colour("dense"), height=0.62)
+    rows = dict(sorted(headline.steps.items(), reverse=True))
+    for i, row in enumerate(rows.values(), start=1):
+        speed = row["speedup"]
+        bar = {"color": theme.colour("uniform"), "height": 0.62, "error_kw": {"ecolor": theme.text, "capsize": 3}}
+        right.barh(i, speed, xerr=[[speed - row["speedup_q1"]], [row["speedup_q3"] - speed]], **bar)
+        memory = f"{row['peak_mib'] / row['dense_peak_mib']:.0%} memory" if row["peak_mib"] else ""
         right.annotate(memory, (0.06, i), va="center", color=theme.background, fontsize=10)
-    right.set_yticks(range(len(names)), list(names.values()))
+    right.set_yticks(range(1 + len(rows)), ["dense", *(f"r = {_fraction(r)}" for r in rows)])
     right.invert_yaxis()
     right.grid(axis="y", visible=False)
     right.set(xlabel="step speed, dense = 1")
@@ -98,36 +97,20 @@ def draw(theme: Theme, headline: Headline) -> Figure:
 
 def caption(headline: Headline) -> str:
     """The finding, with every n."""
-    counts = headline.runs.groupby("variant").size()
-    text = (
-        f"Left: test accuracy without test-time augmentation ({study.SCALES[headline.profile]}) against the "
-        f"parameters that are kept. At half of them the layers selected by sensitivity lose "
-        f"{headline.lost('selected').text()} points, the largest layers first "
-        f"{headline.lost('largest first').text()}, one ratio for all layers {headline.lost('uniform').text()}, and a "
-        f"narrower dense network {headline.lost(study.NARROWER).text()} (95 % intervals, n = {_span(counts)} seeds per "
-        "point; points of one size stand side by side). "
-    )
+    n = _span(headline.runs.groupby("variant").size())
+    text = say("front page", "caption", n=n, **headline.texts()) + " "
     if headline.steps:
-        measured = next(iter(headline.steps.values()))
-        text += (
-            f"Right: measured speed of a whole training step of ResNet-18 with every layer replaced "
-            f"({headline.device}; medians and quartiles of {measured['n']} interleaved rounds, against the dense step "
-            f"by the same means: {measured['step']}), and its peak memory against the dense one's."
-        )
+        text += say("front page", "steps", device=headline.device, row=next(iter(headline.steps.values())))
     return text
 
 
 def alt(headline: Headline) -> str:
     """What the picture shows, for someone who does not see it."""
-    parts = [
-        f"{name}: {mean_estimate(list(group['accuracy'])).value:.1f} % at {group['parameters'].mean():.0%}"
-        for name, group in headline.runs.groupby("variant", sort=False)
-    ]
+    groups = headline.runs.groupby("variant", sort=False)
+    means = {name: (mean_estimate(list(group["accuracy"])), group["parameters"].mean()) for name, group in groups}
+    parts = "; ".join(f"{name!s}: {accuracy.value:.1f} % at {size:.0%}" for name, (accuracy, size) in means.items())
     speeds = ", ".join(f"{row['speedup']:.2f} at r = {_fraction(r)}" for r, row in headline.steps.items())
-    return (
-        f"Left, accuracy over the share of the parameters: {'; '.join(parts)}. "
-        f"Right, bars of the speed of a training step, dense 1: {speeds or 'not measured'}."
-    )
+    return say("front page", "alt", parts=parts, speeds=speeds or "not measured")
 
 
 def in_a_minute(headline: Headline | None) -> str:
@@ -139,23 +122,10 @@ def in_a_minute(headline: Headline | None) -> str:
         + (f", with {row['peak_mib'] / row['dense_peak_mib']:.0%} of the memory" if row["peak_mib"] else "")
         for r, row in sorted(headline.steps.items(), reverse=True)
     ]
-    gives = "No training step is measured yet."
-    if speeds:
-        gives = f"A training step of ResNet-18 is {'; and '.join(speeds)} ({headline.device})."
-    lost = {rule: headline.lost(rule) for rule in RULES}
-    selected, largest, uniform, narrower = (lost[rule].text() for rule in RULES)
-    lines = {
-        "What it gives": f"{gives} Trained networks become ordinary convolutions again, or stay small. "
-        "{doc}`More </notebooks/10_making_it_fast>`.",
-        "What it costs": f"At half of the parameters the network ({study.SCALES[headline.profile]}) loses {selected} "
-        f"points of accuracy where the layers are selected by sensitivity, {largest} where the largest are replaced "
-        f"first, {uniform} where all have one ratio, and {narrower} as a narrower dense network (95 % intervals, "
-        f"n = {_span([e.n for e in lost.values()])} seeds). {{doc}}`More </notebooks/05_choosing_layers>`.",
-        "When to use it": "Where layers are wide, where training time or memory is what you lack, and where you can "
-        "afford to measure which layers take it. Not in narrow layers, which gain no time; not where the last tenth of "
-        "a point counts.",
-    }
-    return "\n\n".join(f"**{title}.** {text}" for title, text in lines.items())
+    speed = f"A training step of ResNet-18 is {'; and '.join(speeds)} ({headline.device})."
+    gives = say("front page", "gives", speed=speed if speeds else "No training step is measured yet.")
+    costs = say("front page", "costs", n=_span([headline.lost(rule).n for rule in RULES]), **headline.texts())
+    return "\n\n".join((gives, costs, say("front page", "when")))
 
 
 def _span(counts: Sequence[int] | pd.Series[int]) -> str:

@@ -7,8 +7,7 @@ from basis.experiments.studies import cost, speed
 
 
 def report(kind, rows, **config):
-    config = {"precision": "fp32", "memory_format": "channels_last", "model": "resnet18", "width": None, **config}
-    config = {"batch_size": 64, **config}
+    config = {"precision": "fp32", "memory_format": "channels_last", "width": None, "batch_size": 64, **config}
     return BenchReport(kind=kind, config=config, environment={"device_type": "cpu", "device": "a CPU"}, rows=rows)
 
 
@@ -36,8 +35,7 @@ def judged(monkeypatch):
     """The verdicts by claim, from these rows of each kind."""
 
     def judge(**kinds):
-        names = {"layers": "bench-layer", "rivals": "bench-rivals", "steps": "bench-train"}
-        reports = {names[name]: [report(names[name], rows)] for name, rows in kinds.items()}
+        reports = {f"bench-{name}": [report(f"bench-{name}", rows)] for name, rows in kinds.items()}
         monkeypatch.setattr(speed, "load_benches", lambda profile, kind="bench-layer": reports.get(kind, []))
         return {verdict.claim: verdict for verdict in speed.STUDY.verdicts([], "cpu")}
 
@@ -46,22 +44,17 @@ def judged(monkeypatch):
 
 def test_nothing_measured_is_not_tested(judged):
     assert {v.label for v in judged().values()} == {"not tested"}
-    assert judged(layers=[layer(2.0)])["H2"].label == "not tested"
+    assert judged(layer=[layer(2.0)])["H2"].label == "not tested"
     assert judged(rivals=[rival(0.5)])["H2"].label == "not tested"
-    assert judged(steps=[step(2.0, 0.5)])["H3"].label == "not tested"
+    assert judged(train=[step(2.0, 0.5)])["H3"].label == "not tested"
 
 
-@pytest.mark.parametrize(
-    ("slower", "label"),
-    [(0, "reproduced"), (1, "partly"), (2, "partly"), (3, "not reproduced"), (20, "not reproduced")],
-)
+@pytest.mark.parametrize(("slower", "label"), [(0, "reproduced"), (2, "partly"), (3, "not reproduced")])
 def test_layers_are_judged_by_the_part_that_is_slower(judged, slower, label):
     layers = [layer(0.9 if i < slower else 1.5) for i in range(20)]
-    verdict = judged(layers=layers, rivals=[rival(0.9)])["H2"]
+    verdict = judged(layer=layers, rivals=[rival(0.9)])["H2"]
     assert verdict.label == label
-    assert (
-        f"slower in {slower} of 21 cells ({slower} of 20 against dense, 0 of 1 against the SVD pair)" in verdict.finding
-    )
+    assert f"{slower} of 21 cells ({slower} of 20 against dense, 0 of 1 against the SVD pair)" in verdict.finding
 
 
 @pytest.mark.parametrize(
@@ -74,34 +67,19 @@ def test_layers_are_judged_by_the_part_that_is_slower(judged, slower, label):
         (layer(1 / 1.03, mode="factorized"), None),
         (layer(1 / 1.03, shape="32@32"), None),  # no layer of ResNet-18
         (layer(1 / 1.03, ratio=0.9), None),
-        (rival(1.03, shape="32@32"), None),
+        (layer(1 / 1.03, timed="host-bound"), None),
+        ({"mode": "auto", "shape": "64@32", "error": "failed"}, None),
         (rival(1.03), True),
         (rival(1.015), False),
         (rival(1.03, versus_basis_q1=0.99), False),
         (rival(1.03, mode="dense compiled"), None),
-        ({**layer(1.0), "mode": "tucker", "error": "failed"}, None),
-        (layer(1 / 1.03, timed="graph"), True),
-        (layer(1 / 1.03, timed="host-bound"), None),
         (rival(1.03, timed="host-bound"), None),
     ],
 )
 def test_what_counts_as_slower(row, slower):
-    kinds = ([report("bench-layer", [row])], []) if "versus_basis" not in row else ([], [report("bench-rivals", [row])])
-    if row.get("error"):
-        kinds = ([], [report("bench-rivals", [row])])
-    found = speed.cells(*kinds)
+    found = speed.cells([], [report("", [row])]) if "versus_basis" in row else speed.cells([report("", [row])], [])
     assert [cell["slower"] for cell in found] == ([] if slower is None else [slower])
-
-
-def test_a_layer_that_failed_is_no_cell():
-    failed = {key: value for key, value in layer(1.0, error="no").items() if not key.startswith("speedup")}
-    assert speed.cells([report("bench-layer", [failed])], []) == []
-
-
-def test_relative_times_are_those_of_auto():
-    cells = speed.cells([report("bench-layer", [layer(2.0)])], [report("bench-rivals", [rival(0.5)])])
-    assert [cell["relative"] for cell in cells] == [0.5, 0.5]
-    assert all(cell["q1"] < cell["relative"] < cell["q3"] for cell in cells)
+    assert all(cell["q1"] <= cell["relative"] <= cell["q3"] for cell in found)
 
 
 @pytest.mark.parametrize(
@@ -109,54 +87,34 @@ def test_relative_times_are_those_of_auto():
     [
         (step(1.4, 0.5), step(1.7, 0.25), "reproduced"),
         (step(1.3, 0.5), step(1.7, 0.25), "partly"),  # its lower quartile is not above
-        (step(1.4, 0.5), step(1.5, 0.25), "partly"),
         (step(1.4, 0.5, peak_mib=101.0), step(1.7, 0.25), "partly"),
         (step(1.4, 0.5, peak_mib=None), step(1.7, 0.25), "partly"),
-        (step(0.9, 0.5), step(1.1, 0.25), "partly"),
         (step(0.9, 0.5), step(1.0, 0.25), "not reproduced"),
     ],
 )
 def test_steps_are_judged_by_both_ratios_and_memory(judged, half, quarter, label):
-    assert judged(steps=[half, quarter])["H3"].label == label
+    assert judged(train=[half, quarter])["H3"].label == label
 
 
-def test_the_step_judged_is_the_one_in_which_dense_is_fastest(judged):
-    slow = [step(3.0, ratio, step="eager", dense_ms=200.0) for ratio in (0.5, 0.25)]
-    fast = [step(1.1, ratio, step="compiled", dense_ms=100.0) for ratio in (0.5, 0.25)]
-    broken = [{**step(3.0, ratio, dense_ms=50.0), "error": "failed"} for ratio in (0.5, 0.25)]
-    verdict = judged(steps=[*slow, *fast, *broken])["H3"]
-    assert verdict.label == "partly"
-    assert "compiled" in verdict.finding
-
-
-def test_steps_of_another_batch_are_compared_by_the_image():
+def test_the_step_judged_is_the_one_in_which_dense_is_fastest_by_the_image():
+    wanted = step(1.1, 0.5)
+    others = [{"mode": "hybrid"}, {"coefficients": "frozen"}, {"trained": "neither"}, {"error": "failed"}]
+    rows = [step(3.0, 0.5, dense_ms=200.0), wanted, *(step(3.0, 0.5, dense_ms=50.0, **other) for other in others)]
     small = report("bench-train", [step(3.0, 0.5, dense_ms=60.0)], batch_size=32)
-    large = report("bench-train", [step(1.1, 0.5, dense_ms=100.0)], batch_size=64)
-    assert speed.step_rows([small, large])[0.5] is large.rows[0]
-
-
-@pytest.mark.parametrize("other", [{"mode": "hybrid"}, {"coefficients": "frozen"}, {"trained": "neither"}], ids=str)
-def test_a_step_of_another_kind_is_not_judged(other):
-    whole, part = step(1.1, 0.5), step(3.0, 0.5, dense_ms=50.0, **other)
-    assert speed.step_rows([report("bench-train", [part, whole])]) == {0.5: whole}
-
-
-def test_the_row_without_it_is_found_beside_it():
-    rows = [step(2.0, 0.5), step(1.5, 0.5, norms="ordinary"), step(1.7, 0.25, norms="ordinary")]
-    reports = [report("bench-train", rows)]
-    assert speed.ordinary_row(reports, rows[0]) is rows[1]
-    assert speed.ordinary_row(reports, dict(rows[0])) is None
+    assert speed.step_rows([small, report("bench-train", rows)])[0.5] is wanted
+    ordinary = [step(1.7, 0.25, norms="ordinary"), step(1.5, 0.5, norms="ordinary")]
+    reports = [report("bench-train", [wanted, *ordinary])]
+    assert speed.ordinary_row(reports, wanted) is ordinary[1]
+    assert speed.ordinary_row(reports, dict(wanted)) is None
 
 
 @pytest.mark.parametrize(
     ("mode", "resolved", "k", "device", "expected"),
     [
         ("control", "dense", 32, "cpu", "dense"),
-        ("auto", "composed", 32, "cpu", "composed"),
         ("auto", "factorized", 32, "cpu", "cat"),
         ("factorized", "factorized", 31, "cpu", "factorized"),
         ("factorized", "factorized", 32, "cuda", "factorized"),
-        ("hybrid", "hybrid", 48, "cpu", "hybrid"),
     ],
 )
 def test_rows_say_what_was_executed(mode, resolved, k, device, expected):
@@ -164,22 +122,16 @@ def test_rows_say_what_was_executed(mode, resolved, k, device, expected):
     assert speed.executed_mode(row, device) == expected
 
 
-def test_the_layers_of_the_cost_chapter_are_those_of_resnet18():
-    rows = [layer(2.0, shape=shape) for shape in ("128@16", "64@32", "160@16")]
-    assert cost.judged_cells([report("bench-layer", rows)]) == rows[:1]
-
-
-def test_the_cost_chapter_leaves_out_what_is_no_time_of_the_layer():
-    lost = [layer(2.0, shape="128@16", error="failed"), layer(2.0, shape="128@16", timed="host-bound")]
-    kept = layer(2.0, shape="128@16", timed="graph")
-    assert cost.judged_cells([report("bench-layer", [*lost, kept])]) == [kept]
+def test_the_cost_chapter_judges_wide_layers_of_resnet18_that_were_timed():
+    kept = [layer(2.0, shape="128@16"), layer(2.0, shape="128@16", timed="graph")]
+    lost = [layer(2.0, shape="64@32"), layer(2.0, shape="160@16"), layer(2.0, shape="128@16", error="failed")]
+    lost.append(layer(2.0, shape="128@16", timed="host-bound"))
+    assert cost.judged_cells([report("bench-layer", [*lost, *kept])]) == kept
 
 
 def test_a_row_comes_with_what_its_report_says(monkeypatch):
-    monkeypatch.setattr(
-        speed, "load_benches", lambda _, kind: [report(kind, [layer(2.0), layer(1.0, error="failed")], device="cpu")]
-    )
-    rows = speed.load_rows("paper")
-    assert list(rows["kind"]) == list(speed.STUDY.benches)
-    assert set(rows["device"]) == {"a CPU"}
-    assert set(rows["batch_size"]) == {64}
+    rows = [layer(2.0), layer(1.0, error="failed")]
+    monkeypatch.setattr(speed, "load_benches", lambda _, kind: [report(kind, rows, device="cpu")])
+    loaded = speed.load_rows("paper")
+    assert list(loaded["kind"]) == list(speed.STUDY.benches)
+    assert set(loaded["device"]) == {"a CPU"}

@@ -12,17 +12,7 @@ import pandas as pd
 
 from basis.environment import results_folder
 from basis.experiments.runs import PROFILES, Record, Run, load_records, parse_duration, read_record, record_path, work
-from basis.experiments.studies import (
-    coefficients,
-    cost,
-    family,
-    headline,
-    own,
-    sensitivity,
-    skip,
-    speed,
-    substitutes,
-)
+from basis.experiments.studies import coefficients, cost, family, headline, own, sensitivity, skip, speed, substitutes
 from basis.experiments.studies.hours import expected, spent
 from basis.experiments.studies.plausible import doubts
 from basis.experiments.studies.study import CLAIMS, Study, Verdict
@@ -30,20 +20,9 @@ from basis.saving import RecordError
 from basis.training.loop import choose_device
 
 __all__ = [
-    "CLAIMS",
-    "STUDIES",
-    "Gathered",
-    "Study",
-    "Verdict",
-    "check_records",
-    "find_study",
-    "gather",
-    "is_done",
-    "listed",
-    "misplaced",
-    "status",
-    "valid_records",
-]
+    "CLAIMS", "STUDIES", "Gathered", "Study", "Verdict", "check_records", "find_study", "gather", "is_done", "listed",
+    "misplaced", "status", "valid_records",
+]  # fmt: skip
 
 STUDIES: Mapping[str, Study] = {
     one.STUDY.name: one.STUDY
@@ -71,8 +50,7 @@ def _by_id(plan: Callable[[str], tuple[Run, ...]], profile: str) -> Mapping[str,
 def check_records(folder: Path | None = None) -> list[str]:
     """One sentence for every record that no book may show.
 
-    Refused are records that cannot be read, that no study lists, whose study has changed its claims or its rule since
-    they were made, or that cannot be what their run left (:func:`basis.experiments.studies.plausible.doubts`).
+    It cannot be read, no study lists it, its study has changed its claims or rule, or it cannot be what its run left.
     """
     problems = []
     for path in sorted((folder or results_folder()).glob("*/*/*.json")):
@@ -84,8 +62,7 @@ def check_records(folder: Path | None = None) -> list[str]:
         except RecordError as error:
             problems.append(str(error))
             continue
-        reason = misplaced(record, study, profile, path.stem)
-        if reason:
+        if reason := misplaced(record, study, profile, path.stem):
             problems.append(f"{path} {reason}")
         else:
             run = listed(STUDIES[study], profile)[record.id]
@@ -120,38 +97,30 @@ def valid_records(study: Study, profile: str, folder: Path | None = None) -> lis
 
 
 def status(folder: Path | None = None, *, study: str | None = None) -> pd.DataFrame:
-    """One row per study and profile: how many runs are planned, done, missing and started, and device hours.
+    """One row per study (all, unless one is named) and profile: runs planned, done, missing and started.
 
-    Of all studies, unless one is named. ``seconds`` were spent and ``expected`` are what the missing ones will take,
-    both by kind of device ("cpu", "cuda"); ``unknown`` counts the missing runs of which that cannot be told. ``device``
-    names the devices.
+    Device ``seconds`` that were spent and are ``expected`` of the missing runs are by kind of device ("cpu", "cuda");
+    ``unknown`` counts the missing runs of which that cannot be told. ``device`` names the devices.
     """
     folder = folder or results_folder()
     rows = []
     for one in STUDIES.values() if study is None else [STUDIES[study]]:
         for profile in PROFILES:
-            runs = listed(one, profile)
-            if not runs:
-                continue
-            records = valid_records(one, profile, folder)
-            done = {record.id for record in records}
-            left, unknown = expected([run for run in runs.values() if run.id not in done], records)
-            checkpoints = (record_path(folder, run).parent.glob(f"checkpoints/{run.id}-*.pt") for run in runs.values())
-            rows.append(
-                {
-                    "study": one.name,
-                    "profile": profile,
-                    "runs": len(runs),
-                    "done": len(records),
-                    "missing": len(runs) - len(records),
-                    "started": sum(any(found) for found in checkpoints),
-                    "seconds": spent(records),
-                    "expected": left,
-                    "unknown": unknown,
-                    "device": ", ".join(sorted({r.environment["device"] for r in records})),
-                }
-            )
+            if runs := listed(one, profile):
+                records = valid_records(one, profile, folder)
+                rows.append({"study": one.name, "profile": profile, **_state(runs, records, folder)})
     return pd.DataFrame(rows)
+
+
+def _state(runs: Mapping[str, Run], records: list[Record], folder: Path) -> dict[str, object]:
+    done = {record.id for record in records}
+    left, unknown = expected([run for run in runs.values() if run.id not in done], records)
+    checkpoints = (record_path(folder, run).parent.glob(f"checkpoints/{run.id}-*.pt") for run in runs.values())
+    return {
+        "runs": len(runs), "done": len(records), "missing": len(runs) - len(records),
+        "started": sum(any(found) for found in checkpoints), "seconds": spent(records), "expected": left,
+        "unknown": unknown, "device": ", ".join(sorted({r.environment["device"] for r in records})),
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -180,8 +149,7 @@ def gather(
     if profile not in PROFILES:
         raise ValueError(f"profile is {profile!r}, but it must be one of {', '.join(PROFILES)}")
     runs, folder = study.runs(profile), folder or results_folder()
-    gpu = choose_device().type == "cuda"
-    hopeless = profile in ("colab", "paper") and not gpu
+    hopeless = profile in ("colab", "paper") and choose_device().type != "cuda"
     failures: list[str] = []
     late = False
     if run_missing and not hopeless:
@@ -191,16 +159,13 @@ def gather(
         failures = [f"{step.run.variant}, seed {step.run.seed}: {step.message}" for step in failed]
         late = time.monotonic() >= deadline
     records = valid_records(study, profile, folder)
-    note = f"{len(records)} of {len(runs)} runs of the profile `{profile}` have a record."
-    if len(records) < len(runs):
-        if hopeless:
-            note += " The others need a GPU, and there is none here."
-        elif late:
-            note += " The time was up for the others; run this cell again to go on where it stopped."
-        elif not run_missing:
-            note += " Set `run_missing = True` to train the others."
-        elif not failures:
-            note += " Another process is at work on the others."
-    if failures:
-        note += " Failed: " + "; ".join(failures) + "."
-    return Gathered(records, len(runs), note)
+    reasons = {
+        "The others need a GPU, and there is none here.": hopeless,
+        "The time was up for the others; run this cell again to go on where it stopped.": late,
+        "Set `run_missing = True` to train the others.": not run_missing,
+        "Another process is at work on the others.": not failures,
+    }
+    note = [f"{len(records)} of {len(runs)} runs of the profile `{profile}` have a record."]
+    note += [reason for reason, holds in reasons.items() if holds][: len(records) < len(runs)]
+    note += [f"Failed: {'; '.join(failures)}."] if failures else []
+    return Gathered(records, len(runs), " ".join(note))

@@ -18,15 +18,15 @@ from scipy import stats
 from torch import nn
 
 from basis.experiments.runs import Ladder, Record, Run
-from basis.experiments.studies.study import SCALES, Label, Study, Verdict
+from basis.experiments.studies.study import SCALES, Study, Verdict, label_of, planner, verdict
 from basis.layers.conv import basis_channels_for
 from basis.models import build
 from basis.search.table import SensitivityTable
 from basis.statistics import Estimate, Spread
-from basis.training.loop import Recipe
 
 Kind = Literal["spearman", "kendall"]
 Truth = Literal["scratch", "tuned"]
+Values = Mapping[str, float]  # layer -> value
 
 RATIOS = (1 / 8, 1 / 32)
 NAMES = {1 / 2: "r=1/2", 1 / 4: "r=1/4", 1 / 8: "r=1/8", 1 / 32: "r=1/32"}
@@ -34,79 +34,42 @@ MEASURES = ("spectrum", "activation", "taylor", "fisher", "oneshot", "oneshot_bn
 TRAINED = ("fine_tuning", "short_training")
 RECOMMENDED = "oneshot_bn"
 SPEARMAN, COST = 0.8, 0.05
-
-RULE = (
-    "The truth of a layer and ratio is the mean final loss on held-out images over runs in which that layer alone "
-    "is basis, minus the mean of the dense runs; it needs at least 2 runs per layer and 4 dense ones. A measure is "
-    "compared with it by Spearman's rank correlation over the 3x3 layers, at each of the two ratios, and the mean of "
-    "both counts. The 95 % interval is a percentile bootstrap that draws layers, and runs within each layer, with "
-    f"replacement. H1 is judged by the measure {RECOMMENDED}, named here before any run was looked at, averaged over "
-    f"the measured networks: reproduced if the correlation is at least {SPEARMAN} and both ratios together take under "
-    f"{COST:.0%} of the passes of one full training (a backward pass counts as two forward ones); partly if the "
-    "interval of the correlation lies above 0; else not reproduced."
-)
-
-
-def plan(profile: str) -> tuple[Run, ...]:
-    """The runs of a profile: the noise first, then the sensitivities, then the truth, seed after seed."""
-    measured = tuple(NAMES)
-    if profile == "paper":
-        base = _run(profile, validation=5000)
-        return _runs(base, dense=8, networks=3, seeds=3, short=replace(base.recipe, epochs=2), ratios=measured)
-    if profile == "colab":
-        base = _run(profile, width=16, validation=5000, recipe=Recipe(epochs=4))
-        return _runs(base, dense=4, networks=1, seeds=2, short=replace(base.recipe, epochs=1), ratios=measured)
-    if profile == "cpu":
-        recipe = Recipe(epochs=4, batch_size=125, lr=0.1)
-        base = _run(profile, width=8, mode="factorized", images=20000, validation=4000, recipe=recipe)
-        return _runs(base, dense=8, networks=3, seeds=3, short=replace(recipe, epochs=1), ratios=measured)
-    if profile == "smoke":
-        recipe = Recipe(epochs=2, batch_size=100, translate=2, cutout=8)
-        base = _run(profile, model="resnet20", width=4, data="synthetic", validation=200, recipe=recipe)
-        short = replace(recipe, epochs=1)
-        return _runs(base, dense=4, networks=1, seeds=2, short=short, ratios=measured, layers=4, images=100)
-    return ()
-
-
-def _run(profile: str, **settings: Any) -> Run:
-    return Run(study="sensitivity", profile=profile, variant="dense", seed=0, test=False, **settings)
+UNKNOWN = Estimate(float("nan"), float("nan"), float("nan"), 0)
 
 
 def _runs(
-    base: Run, *, dense: int, networks: int, seeds: int, short: Recipe, ratios: tuple[float, ...],
-    layers: int | None = None, images: int = 2000,
-) -> tuple[Run, ...]:  # fmt: skip
-    ladder = Ladder(measures=dict.fromkeys(MEASURES, ratios), multiple=1, images=images, calibration=images // 2)
+    base: Run, *, dense: int, networks: int, seeds: int, short: int, layers: int | None = None, images: int = 2000
+) -> tuple[Run, ...]:
+    """The noise first, then the sensitivities, then the truth, seed after seed."""
+    brief = replace(base.recipe, epochs=short)
+    ladder = Ladder(measures=dict.fromkeys(MEASURES, tuple(NAMES)), multiple=1, images=images, calibration=images // 2)
     # Sensitivities come from networks of their own: no run is on both sides of a correlation.
     # All but the first are fine-tuned too, layer by layer: a second truth, of the very network that was measured.
-    tuning = replace(short, lr=short.lr / 5)
+    tuning = replace(brief, lr=brief.lr / 5)
     tuned = replace(ladder, measures={**ladder.measures, "fine_tuning": RATIOS}, tuning=tuning)
-    climbs = [replace(base, variant="ladder", seed=dense, ladder=ladder)]
-    climbs += [replace(base, variant="tuned", seed=dense + i, ladder=tuned) for i in range(1, networks)]
-    cells = list(alone(base, layers))
-    truths = [[replace(base, variant=variant, seed=seed, plan=p) for variant, p in cells] for seed in range(seeds)]
-    brief = replace(base, recipe=short)
-    shorts = [
-        replace(brief, variant=f"short {variant}", seed=seed, plan=p)
-        for seed in range(20, 22)  # other seeds than the truth's, whose first epochs would be the same
-        for variant, p in [("dense", None), *cells]
-    ]
-    noise = [replace(base, seed=seed) for seed in range(dense)]
-    return (*noise, *climbs[:1], *(r for t in truths[:2] for r in t), *climbs[1:], *shorts,
-            *(r for t in truths[2:] for r in t))  # fmt: skip
-
-
-def alone(base: Run, layers: int | None = None) -> Mapping[str, Mapping[str, int]] | Any:
-    """Variants and plans with one 3x3 convolution made basis; equal plans at both ratios are one variant."""
+    first = replace(base, variant="ladder", seed=dense, ladder=ladder)
+    others = [replace(base, variant="tuned", seed=dense + i, ladder=tuned) for i in range(1, networks)]
     shapes = convolutions(base.model, base.width)
     names = list(shapes)[:: max(1, len(shapes) // layers)][:layers] if layers else list(shapes)
-    return [(f"{name} k={k}", {name: k}) for name in names for k in ranks(shapes[name])]
+    alone = {f"{name} k={k}": {name: k} for name in names for k in ranks(shapes[name])}
+    truths = [
+        [replace(base, variant=variant, seed=seed, plan=plan) for variant, plan in alone.items()]
+        for seed in range(seeds)
+    ]
+    shorts = [
+        replace(base, variant=f"short {variant}", seed=seed, plan=plan, recipe=brief)
+        for seed in (20, 21)  # other seeds than the truth's, whose first epochs would be the same
+        for variant, plan in {"dense": None, **alone}.items()
+    ]
+    early, late = ([run for part in parts for run in part] for parts in (truths[:2], truths[2:]))
+    return (*(replace(base, seed=seed) for seed in range(dense)), first, *early, *others, *shorts, *late)
+
+
+plan = planner("sensitivity", _runs, variant="dense", test=False)
 
 
 def ranks(out_channels: int) -> tuple[int, ...]:
-    """The numbers of basis channels of the truth, without repetition; none for a layer that is not in it."""
-    if not out_channels:
-        return ()
+    """The numbers of basis channels of the truth, without repetition."""
     return tuple(dict.fromkeys(basis_channels_for(ratio, out_channels) for ratio in RATIOS))
 
 
@@ -114,15 +77,16 @@ def ranks(out_channels: int) -> tuple[int, ...]:
 def convolutions(model: str, width: int | None) -> Mapping[str, int]:
     """Name -> C_out of every 3x3 convolution."""
     with torch.device("meta"):
-        network = build(model, width=width)
-    return {
-        name: module.out_channels
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)
-    }
+        modules = dict(build(model, width=width).named_modules())
+    convs = {name: module for name, module in modules.items() if isinstance(module, nn.Conv2d)}
+    return {name: conv.out_channels for name, conv in convs.items() if conv.kernel_size == (3, 3)}
 
 
-# -- from records to a comparison -----------------------------------------------------------------------
+def _noise(runs: np.ndarray) -> tuple[float, int]:
+    """Mean square of (variants, seeds) without what either does (two-way analysis of variance); degrees of freedom."""
+    rest = runs - runs.mean(1, keepdims=True) - runs.mean(0) + runs.mean()
+    freedom = (runs.shape[0] - 1) * (runs.shape[1] - 1)
+    return float((rest**2).sum()) / freedom if freedom > 0 else float("nan"), max(0, freedom)
 
 
 @dataclass(frozen=True)
@@ -139,8 +103,7 @@ class Losses:
     @property
     def seeds(self) -> list[int]:
         """The seeds that every layer has."""
-        every = [set(runs) for runs in self.layers.values()]
-        return sorted(set.intersection(*every)) if every else []
+        return sorted(set.intersection(*(set(runs) for runs in self.layers.values()))) if self.layers else []
 
     def runs(self, names: Sequence[str]) -> np.ndarray:
         """(layers, seeds)."""
@@ -152,21 +115,16 @@ class Losses:
 
     @property
     def spread(self) -> Spread:
-        """The standard deviation of a run, without what its seed does to all variants (two-way analysis of variance)."""
+        """The standard deviation of a run, without what its seed does to all variants."""
         seeds = [seed for seed in self.seeds if seed in self.dense]
-        variants = [self.dense, *self.layers.values()]
-        runs = np.array([[variant[seed] for seed in seeds] for variant in variants])
-        freedom = (len(variants) - 1) * (len(seeds) - 1)
-        if freedom < 1:
-            return Spread(float("nan"), 0)
-        rest = runs - runs.mean(1, keepdims=True) - runs.mean(0) + runs.mean()
-        return Spread(float(np.sqrt((rest**2).sum() / freedom)), freedom)
+        variance, freedom = _noise(np.array([[runs[s] for s in seeds] for runs in (self.dense, *self.layers.values())]))
+        return Spread(float(np.sqrt(variance)), freedom)
 
     def estimate(self, layer: str) -> Estimate:
         """What ``layer`` loses against the dense runs of the same seeds, with an interval from :attr:`spread`."""
         seeds = [seed for seed in self.seeds if seed in self.dense]
         if not seeds:
-            return Estimate(float("nan"), float("nan"), float("nan"), 0)
+            return UNKNOWN
         return self.spread.difference([self.layers[layer][s] for s in seeds], [self.dense[s] for s in seeds])
 
 
@@ -174,26 +132,16 @@ def losses(records: Sequence[Record], ratio: float, *, short: bool = False) -> L
     """The losses at one ratio of the layers that have at least 2 runs; ``short``: of the short trainings."""
     found: dict[str, dict[int, float]] = {}
     for record in records:
-        variant = found.setdefault(record.config["variant"], {})
-        variant[record.config["seed"]] = record.result["validation"]["loss"]
+        runs = found.setdefault(record.config["variant"], {})
+        runs[record.config["seed"]] = record.result["validation"]["loss"]
     prefix = "short " if short else ""
-    layers = {}
-    for name, out_channels in _shapes(records).items():
-        runs = found.get(f"{prefix}{name} k={basis_channels_for(ratio, out_channels)}", {})
-        if len(runs) >= 2:
-            layers[name] = runs
+    names = {name: f"{prefix}{name} k={basis_channels_for(ratio, c)}" for name, c in _shapes(records).items()}
+    layers = {name: found[variant] for name, variant in names.items() if len(found.get(variant, ())) >= 2}
     return Losses(found.get(f"{prefix}dense", {}), layers)
 
 
 def _shapes(records: Sequence[Record]) -> Mapping[str, int]:
     return convolutions(records[0].config["model"], records[0].config["width"]) if records else {}
-
-
-def tuned_losses(record: Record, ratio: float) -> Losses:
-    """What each 3x3 layer costs after fine-tuning one network, against the dense network tuned as long."""
-    table = SensitivityTable.from_lines(record.result["tables"]["fine_tuning"])
-    square = _shapes([record])
-    return Losses({0: 0.0}, {name: {0: value} for name, value in values(table, ratio).items() if name in square})
 
 
 def tables(records: Sequence[Record], measure: str) -> list[SensitivityTable]:
@@ -204,15 +152,11 @@ def tables(records: Sequence[Record], measure: str) -> list[SensitivityTable]:
 
 def values(table: SensitivityTable, ratio: float, score: str = "value") -> dict[str, float]:
     """Layer -> sensitivity at one ratio; ``score`` may be "kl"."""
-    channels = {layer.name: layer.out_channels for layer in table.layers}
-    return {
-        cell.layer: getattr(cell, score)
-        for cell in table.cells
-        if cell.basis_channels == basis_channels_for(ratio, channels[cell.layer])
-    }
+    wanted = {layer.name: basis_channels_for(ratio, layer.out_channels) for layer in table.layers}
+    return {cell.layer: getattr(cell, score) for cell in table.cells if cell.basis_channels == wanted[cell.layer]}
 
 
-def mean_values(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def mean_values(found: Sequence[Values]) -> dict[str, float]:
     """The mean over networks, layer by layer."""
     return {name: float(np.mean([f[name] for f in found])) for name in found[0]} if found else {}
 
@@ -243,14 +187,12 @@ def correlation(kind: Kind, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def bootstrap(
-    truths: Sequence[Losses], predictions: Sequence[Mapping[str, float]], *, kind: Kind = "spearman",
-    draws: int = 2000, seed: int = 0,
-) -> Estimate:  # fmt: skip
-    """The mean rank correlation over truths, with a percentile bootstrap over layers and over seeds.
+    truths: Sequence[Losses], predictions: Sequence[Values], *, kind: Kind = "spearman", draws: int = 2000
+) -> Estimate:
+    """The mean rank correlation over truths, with a 95 % percentile bootstrap over layers and over seeds.
 
-    One draw takes the same layers and the same seeds of all truths, since these are the same layers at
-    another ratio, trained with the same seeds. ``n`` is the number of layers; those whose prediction or truth
-    is not finite are left out, and NaN is the answer where fewer than 4 remain. What varies in the prediction
+    One draw takes the same layers and seeds of all truths. ``n`` is the number of layers; those whose prediction or
+    truth is not finite are left out, and NaN is the answer where fewer than 4 remain. What varies in the prediction
     itself (another network, other images) is not in the interval.
     """
     names = [
@@ -260,16 +202,15 @@ def bootstrap(
         and all(np.isfinite(p.get(name, np.nan)) for p in predictions)
     ]
     if len(names) < 4 or not all(t.seeds for t in truths):
-        return Estimate(float("nan"), float("nan"), float("nan"), 0)
-    rng = np.random.default_rng(seed)
+        return UNKNOWN
+    rng = np.random.default_rng(0)
     layers = rng.integers(len(names), size=(draws, len(names)))
     fractions = rng.random((draws, max(len(t.seeds) for t in truths)))
     points, drawn = [], []
     for truth, prediction in zip(truths, predictions, strict=True):
         runs, predicted = truth.runs(names), np.array([prediction[name] for name in names])
+        seeds = (fractions[:, : runs.shape[1]] * runs.shape[1]).astype(int)
         points.append(correlation(kind, runs.mean(1), predicted))
-        count = runs.shape[1]
-        seeds = (fractions[:, :count] * count).astype(int)
         means = runs[layers[:, :, None], seeds[:, None, :]].mean(-1)
         drawn.append(correlation(kind, means, predicted[layers]))
     low, high = np.quantile(np.mean(drawn, axis=0), (0.025, 0.975))
@@ -279,19 +220,14 @@ def bootstrap(
 def reliability(truth: Losses) -> float:
     """The share of the variance between layers' mean losses that is not noise of the runs, in [0, 1].
 
-    From the two-way analysis of variance of layers and seeds; what a seed does to all layers moves no rank.
-    Its square root bounds the correlation that a perfect measure could be expected to reach. NaN where there
-    are fewer than two seeds or layers.
+    Its square root bounds the correlation that a perfect measure could be expected to reach. NaN where there are
+    fewer than two seeds or layers.
     """
     runs = truth.runs(list(truth.layers))
     if runs.ndim < 2 or min(runs.shape) < 2:
         return float("nan")
-    layers, seeds = runs.shape
-    means = runs.mean(1)
-    rest = runs - means[:, None] - runs.mean(0) + runs.mean()
-    noise = (rest**2).sum() / ((layers - 1) * (seeds - 1)) / seeds
-    between = float(means.var(ddof=1))
-    return max(0.0, 1 - float(noise) / between) if between else 0.0
+    between = float(runs.mean(1).var(ddof=1))
+    return max(0.0, 1 - _noise(runs)[0] / runs.shape[1] / between) if between else 0.0
 
 
 def training_cost(config: Mapping[str, Any]) -> float:
@@ -300,16 +236,19 @@ def training_cost(config: Mapping[str, Any]) -> float:
     return 3.0 * images * config["recipe"]["epochs"]
 
 
-def measured(records: Sequence[Record], truth: Truth) -> list[Record]:
+def _measured(records: Sequence[Record], truth: Truth) -> list[Record]:
     """The runs whose networks were measured and are compared with a truth: all, or those fine-tuned."""
     return [r for r in records if r.config["variant"] in (("tuned",) if truth == "tuned" else ("ladder", "tuned"))]
 
 
 def truths_of(records: Sequence[Record], truth: Truth) -> list[Losses]:
     """What every layer loses, by ratio: trained from scratch, or fine-tuned (then of one network after another)."""
-    if truth == "tuned":
-        return [tuned_losses(r, ratio) for r in measured(records, truth) for ratio in RATIOS]
-    return [losses(records, ratio) for ratio in RATIOS]
+    if truth == "scratch":
+        return [losses(records, ratio) for ratio in RATIOS]
+    found = tables(_measured(records, truth), "fine_tuning")
+    square = _shapes(records)
+    tuned = [values(table, ratio) for table in found for ratio in RATIOS]
+    return [Losses({0: 0.0}, {name: {0: x} for name, x in one.items() if name in square}) for one in tuned]
 
 
 def agreements(
@@ -320,9 +259,10 @@ def agreements(
     The truth is what a layer costs after training from scratch (measures are then means over the measured
     networks), or after fine-tuning of the very network that was measured (correlations are then means over those).
     """
-    climbs, truths = measured(records, truth), truths_of(records, truth)
+    truths, climbs = truths_of(records, truth), _measured(records, truth)
+    square = {name: ranks(channels) for name, channels in _shapes(records).items()}
 
-    def agreement(name: str, predictions: Sequence[Mapping[str, float]], cost: float, seconds: float) -> Agreement:
+    def agreement(name: str, predictions: Sequence[Values], cost: float, seconds: float) -> Agreement:
         rho, tau = (bootstrap(truths, predictions, kind=kind) for kind in get_args(Kind))
         return Agreement(name, rho, tau, cost, seconds)
 
@@ -333,58 +273,41 @@ def agreements(
             continue
         cells = [c for t in found for c in t.cells]
         if measure not in ("activation", "taylor", "fisher"):  # these score all layers and ranks in one pass
-            shapes = _shapes(climbs)
-            cells = [c for c in cells if c.basis_channels in ranks(shapes.get(c.layer, 0))]
+            cells = [c for c in cells if c.basis_channels in square.get(c.layer, ())]
         cost = sum(c.forward + 2 * c.backward for c in cells) / len(found)
         seconds = sum(c.seconds for c in cells) / len(found)
-        for score in ("value", "kl")[: 1 + measure.startswith("oneshot")]:
-            by_ratio = [[values(t, ratio, score) for t in found] for ratio in RATIOS]
-            predictions = [mean_values(every) for every in by_ratio]
-            if truth == "tuned":
-                predictions = [every[i] for i in range(len(found)) for every in by_ratio]
-            rows.append(agreement(measure if score == "value" else f"{measure} (KL)", predictions, cost, seconds))
+        for score in ("value", "kl") if measure.startswith("oneshot") else ("value",):
+            predictions = [values(table, ratio, score) for table in found for ratio in RATIOS]
+            if truth == "scratch":
+                predictions = [mean_values(predictions[i :: len(RATIOS)]) for i in range(len(RATIOS))]
+            rows.append(agreement(measure + " (KL)" * (score == "kl"), predictions, cost, seconds))
     brief = [losses(records, ratio, short=True) for ratio in RATIOS]
     if "short_training" in measures and all(b.dense and b.layers for b in brief) and truths:
         trained = [r for r in records if r.config["variant"].startswith("short ")]
-        cost, seconds = (sum(x) for x in zip(*((training_cost(r.config), r.result["train_seconds"]) for r in trained),
-                                             strict=True))  # fmt: skip
-        predictions = [b.truth() for b in brief] * (len(truths) // len(RATIOS))
+        cost, seconds = sum(training_cost(r.config) for r in trained), sum(r.result["train_seconds"] for r in trained)
+        predictions = [b.truth() for b in brief] * (len(truths) // len(brief))
         rows.append(agreement("short_training", predictions, cost, seconds))
     return sorted(rows, key=lambda row: row.cost)
 
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
-    """The verdict on H1 by :data:`RULE`; not before every layer has 2 runs at both ratios."""
-    truths = [losses(records, ratio) for ratio in RATIOS]
-    listed = {variant.split()[0] for variant in (run.variant for run in plan(profile) if run.plan)} - {"short"}
+    """The verdict on H1; not before every layer has 2 runs at both ratios."""
+    truths = truths_of(records, "scratch")
+    listed = {run.variant.split()[0] for run in plan(profile) if run.plan} - {"short"}
     complete = all(set(t.layers) >= listed and len(t.seeds) >= 2 and len(t.dense) >= 4 for t in truths)
     row = next((row for row in agreements(records, (RECOMMENDED,)) if row.measure == RECOMMENDED), None)
     if not complete or row is None or row.spearman.n == 0:
         finding = "there are too few runs to compare a sensitivity with full training"
         return (Verdict("H1", profile, "not tested", finding),)
-    full = next(r for r in records if r.config["variant"] == "dense")
-    share = row.cost / training_cost(full.config)
-    label: Label = "partly" if row.spearman.low > 0 else "not reproduced"
-    if row.spearman.value >= SPEARMAN and share < COST:
-        label = "reproduced"
+    share = row.cost / training_cost(next(r.config for r in records if r.config["variant"] == "dense"))
+    label = label_of(row.spearman.value >= SPEARMAN and share < COST, row.spearman.low <= 0)
     networks, seeds = len(tables(records, RECOMMENDED)), min(len(t.seeds) for t in truths)
     ceiling = np.mean([np.sqrt(reliability(t)) for t in truths])
-    finding = (
-        f"for {SCALES[profile]} {RECOMMENDED} ({networks} measured) correlates with the loss after full training "
-        f"({seeds} runs per layer) at Spearman {row.spearman.text()} (95 % interval, {row.spearman.n} layers), where "
-        f"the noise of the runs would let a perfect measure reach about {ceiling:.2f}, and takes {share:.1%} of the "
-        "passes of one such training"
-    )
-    return (Verdict("H1", profile, label, finding),)
+    texts = {
+        "spearman": row.spearman.text(), "layers": row.spearman.n, "networks": networks, "seeds": seeds,
+        "scale": SCALES[profile], "measure": RECOMMENDED, "ceiling": ceiling, "share": share,
+    }  # fmt: skip
+    return (verdict("H1", profile, label, texts),)
 
 
-STUDY = Study(
-    name="sensitivity",
-    title="Which layers can take it?",
-    chapter="04_which_layers",
-    claims=("H1",),
-    rule=RULE,
-    published="cpu",
-    plan=plan,
-    judge=judge,
-)
+STUDY = Study.named("sensitivity", plan, judge, recommended=RECOMMENDED, spearman=SPEARMAN, cost=COST)

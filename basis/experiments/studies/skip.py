@@ -15,12 +15,12 @@ import numpy as np
 from basis.bench.networks import TRAINED
 from basis.bench.report import BenchReport
 from basis.experiments.runs import Record, Run
+from basis.experiments.studies import study
 from basis.experiments.studies.cost import find_training_bench
-from basis.experiments.studies.study import SCALES, Label, Study, Verdict, accuracies, matched, spread, too_few
+from basis.experiments.studies.study import SCALES, Study, Verdict, accuracies, matched, spread
 from basis.models import build
 from basis.statistics import Estimate
 from basis.substitution import substitute
-from basis.training.loop import Recipe
 from basis.training.skipping import Skip, predicted_step
 
 RATIO, RATIO_NAME = 0.5, "r=1/2"
@@ -40,60 +40,19 @@ SCHEDULES: Mapping[str, Skip] = {
 }
 SAVED, POINTS = 0.2, 0.2
 
-RULE = (
-    f"C6 is judged on the basis network with {RATIO_NAME} on every convolution, in factorized mode. A schedule's time "
-    "is that of its mean training step relative to a step that trains everything, as measured by an interleaved "
-    "benchmark on the same kind of device; its drop is the difference in test accuracy (without test-time "
-    f"augmentation) after equally many epochs. Candidates are the schedules that save at least {SAVED:.0%} of the "
-    "time. Intervals use the spread pooled over all variants and hold for all candidates together with 95 % (Bonferroni). "
-    f"Reproduced if, for some candidate, the drop's interval lies below {POINTS} percentage points and its accuracy is "
-    "above that of training everything for equal time (interpolated between trainings of fewer epochs), that interval "
-    "lying above 0. Not reproduced if there is no candidate, or every candidate's drop lies above "
-    f"{POINTS} points with its whole interval; else partly. It needs at least 2 runs per variant and the benchmark, "
-    "else it is not tested."
-)
-
-
-def full(epochs: int, of: int) -> str:
-    """The name of the variant that trains everything for that many epochs."""
-    return FULL if epochs == of else f"everything, {epochs} of {of} epochs"
-
-
-def plan(profile: str) -> tuple[Run, ...]:
-    """The runs of a profile, seed after seed, so that an unfinished study compares all schedules."""
-    if profile == "paper":
-        return _runs(_run(profile, validation=5000), seeds=8, shorter=(22, 18))
-    if profile == "colab":
-        base = _run(profile, width=16, validation=5000, recipe=Recipe(epochs=4))
-        return _runs(base, seeds=2, shorter=(3,))
-    if profile == "cpu":
-        recipe = Recipe(epochs=6, batch_size=125, lr=0.1, precision="bf16")
-        return _runs(_run(profile, width=16, images=8500, validation=500, recipe=recipe), seeds=3, shorter=(5, 4))
-    if profile == "smoke":
-        recipe = Recipe(epochs=2, batch_size=100, translate=2, cutout=8)
-        base = _run(profile, model="resnet20", width=4, data="synthetic", recipe=recipe)
-        return _runs(base, seeds=2, shorter=(1,), schedules=("B every 4th step", "B fixed", "by epochs in turns"))
-    return ()
-
-
-def _run(profile: str, **settings: Any) -> Run:
-    return Run(study="skip", profile=profile, variant=FULL, seed=0, ratio=RATIO, mode="factorized", **settings)
-
 
 def _runs(
     base: Run, *, seeds: int, shorter: Sequence[int], schedules: Sequence[str] = tuple(SCHEDULES)
 ) -> tuple[Run, ...]:
-    epochs = base.recipe.epochs
-    recipes = {full(e, epochs): replace(base.recipe, epochs=e) for e in (epochs, *shorter)}
+    """Seed after seed, so that an unfinished study compares all schedules, and full trainings of fewer epochs."""
+    of = base.recipe.epochs
+    recipes = {FULL: base.recipe}
+    recipes |= {f"everything, {n} of {of} epochs": replace(base.recipe, epochs=n) for n in shorter}
     recipes |= {name: replace(base.recipe, skip=SCHEDULES[name]) for name in schedules}
-    return tuple(
-        replace(base, variant=name, seed=seed, recipe=recipe)
-        for seed in range(seeds)
-        for name, recipe in recipes.items()
-    )
+    return tuple(replace(base, variant=v, seed=seed, recipe=r) for seed in range(seeds) for v, r in recipes.items())
 
 
-# -- time: predicted and measured -----------------------------------------------------------------------
+plan = study.planner("skip", _runs, variant=FULL, ratio=RATIO, mode="factorized")
 
 
 def steps_of(run: Run) -> dict[str, int]:
@@ -103,50 +62,38 @@ def steps_of(run: Run) -> dict[str, int]:
     return {"steps_per_epoch": steps, "total_steps": steps * run.recipe.epochs}
 
 
+def _skips(profile: str) -> dict[str, tuple[Skip, dict[str, Any]]]:
+    """Variant -> its schedule and :func:`steps_of`."""
+    return {run.variant: (run.recipe.skip, steps_of(run)) for run in plan(profile) if run.recipe.skip is not None}
+
+
 def predicted(profile: str) -> dict[str, float]:
     """What the cost model says of each schedule: MACs of its mean step relative to training everything."""
-    runs = {run.variant: run for run in plan(profile)}
-    base = runs[FULL]
+    base = plan(profile)[0]
     model = substitute(build(base.model, width=base.width), ratio=RATIO, init="random", mode="factorized")
-    size: dict[str, Any] = {"input_size": (3, 32, 32), "batch_size": base.recipe.batch_size, **steps_of(base)}
-    return {
-        name: predicted_step(model, run.recipe.skip, **size)
-        for name, run in runs.items()
-        if run.recipe.skip is not None
-    }
+    size: dict[str, Any] = {"input_size": (3, 32, 32), "batch_size": base.recipe.batch_size}
+    return {name: predicted_step(model, skip, **size, **steps) for name, (skip, steps) in _skips(profile).items()}
 
 
 def find_bench(profile: str) -> BenchReport | None:
     """The stored benchmark of the steps of this profile's network, on its kind of device."""
-    base = plan(profile)[0]
-    return find_training_bench(profile, base, trained=tuple(TRAINED))
-
-
-def step_times(report: BenchReport) -> dict[str, float]:
-    """Measured time of a step that trains these parts (of :data:`basis.bench.cases.TRAINED`), relative to both."""
-    rows = [row for row in report.rows if row["ratio"] == RATIO and row["mode"] == "factorized"]
-    speedups = {row["trained"]: row["speedup"] for row in rows if row["coefficients"] == "dense"}
-    return {part: speedups["both"] / speedup for part, speedup in speedups.items()}
+    return find_training_bench(profile, plan(profile)[0], trained=tuple(TRAINED))
 
 
 def measured(profile: str, report: BenchReport) -> dict[str, float]:
     """Time of each schedule's mean step, relative to a step that trains everything."""
-    times = step_times(report)
-    relative = {trained: times[part] for part, trained in TRAINED.items()}
-    found = {}
-    for run in plan(profile):
-        if run.recipe.skip is not None:
-            shares = run.recipe.skip.shares(**steps_of(run))
-            found[run.variant] = sum(share * relative[trained] for trained, share in shares.items())
-    return found
-
-
-# -- accuracy --------------------------------------------------------------------------------------------
+    rows = [row for row in report.rows if row["ratio"] == RATIO and row["mode"] == "factorized"]
+    speedups = {row["trained"]: row["speedup"] for row in rows if row["coefficients"] == "dense"}
+    relative = {trained: speedups["both"] / speedups[part] for part, trained in TRAINED.items()}
+    return {
+        name: sum(share * relative[trained] for trained, share in skip.shares(**steps).items())
+        for name, (skip, steps) in _skips(profile).items()
+    }
 
 
 def drop(records: Sequence[Record], name: str, *, comparisons: int = 1) -> Estimate:
     """Training everything minus the variant ``name`` in test accuracy (a fraction), after equally many epochs."""
-    return spread(records).difference(*matched(records, (FULL, name)), comparisons=comparisons)
+    return study.difference_of(records, (FULL, name), comparisons=comparisons)
 
 
 def full_by_time(records: Sequence[Record]) -> dict[float, str]:
@@ -163,57 +110,37 @@ def gain(records: Sequence[Record], name: str, time: float, *, comparisons: int 
     lengths = full_by_time(records)
     place = float(np.interp(time, list(lengths), range(len(lengths))))
     weights = {name: 1.0}
-    for i, rival in enumerate(lengths.values()):
-        if abs(i - place) < 1:
-            weights[rival] = abs(i - place) - 1
+    weights |= {rival: abs(i - place) - 1 for i, rival in enumerate(lengths.values()) if abs(i - place) < 1}
     values = matched(records, tuple(weights))
     return spread(records).contrast(list(zip(weights.values(), values, strict=True)), comparisons=comparisons)
 
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
-    """The verdict on C6 by :data:`RULE`."""
-
-    def untested(finding: str) -> tuple[Verdict, ...]:
-        return (Verdict("C6", profile, "not tested", finding),)
-
-    names = [name for name in dict.fromkeys(run.variant for run in plan(profile))]
-    n = min((len(accuracies(records, name)) for name in names), default=0)
+    """The verdict on C6."""
+    n = min((len(accuracies(records, name)) for name in {run.variant for run in plan(profile)}), default=0)
     if n < 2:
-        return untested(too_few(n))
+        return (study.untested("C6", profile, n),)
     report = find_bench(profile)
     if report is None:
-        return untested("the time of the steps has not been measured on such a device")
+        return (Verdict("C6", profile, "not tested", "the time of the steps has not been measured on such a device"),)
     times = measured(profile, report)
     candidates = [name for name, time in times.items() if 1 - time >= SAVED]
     if not candidates:
         most = min(times, key=lambda name: times[name])
         finding = f"in {SCALES[profile]} the schedule that saves most ({most}) saves {1 - times[most]:.1%} of the time"
         return (Verdict("C6", profile, "not reproduced", finding),)
-    many = {"comparisons": 2 * len(candidates)}  # a drop and a gain of each
-    drops = {name: drop(records, name, **many) for name in candidates}
-    gains = {name: gain(records, name, times[name], **many) for name in candidates}
+    many = 2 * len(candidates)  # a drop and a gain of each
+    drops = {name: drop(records, name, comparisons=many) for name in candidates}
+    gains = {name: gain(records, name, times[name], comparisons=many) for name in candidates}
     kept = [name for name in candidates if 100 * drops[name].high < POINTS and gains[name].low > 0]
     best = min(kept or candidates, key=lambda name: drops[name].value)
-    label: Label = "reproduced" if kept else "partly"
-    if all(100 * d.low > POINTS for d in drops.values()):
-        label = "not reproduced"
-    finding = (
-        f"in {SCALES[profile]} with {RATIO_NAME} the best of {len(candidates)} schedules that save at least "
-        f"{SAVED:.0%} ({best}) saves {1 - times[best]:.1%} of the time of a step, loses "
-        f"{drops[best].text(scale=100)} percentage points of test accuracy after equally many epochs, and against "
-        f"training everything for equal time it gains {gains[best].text(scale=100, signed=True)} "
-        f"(n = {drops[best].n} or more per variant; the intervals hold together with 95 %)"
-    )
-    return (Verdict("C6", profile, label, finding, f"{-100 * drops[best].value:+.2f} points"),)
+    label = study.label_of(bool(kept), all(100 * d.low > POINTS for d in drops.values()))
+    texts = {
+        "lost": drops[best].text(scale=100), "gained": gains[best].text(scale=100, signed=True),
+        "candidates": len(candidates), "best": best, "saved": 1 - times[best], "least": SAVED, "n": drops[best].n,
+        "scale": SCALES[profile], "ratio": RATIO_NAME,
+    }  # fmt: skip
+    return (study.verdict("C6", profile, label, texts, -100 * drops[best].value),)
 
 
-STUDY = Study(
-    name="skip",
-    title="Which steps can skip which weights?",
-    chapter="07_skip_training",
-    claims=("C6",),
-    rule=RULE,
-    published="cpu",
-    plan=plan,
-    judge=judge,
-)
+STUDY = Study.named("skip", plan, judge, ratio_name=RATIO_NAME, saved=SAVED, points=POINTS)

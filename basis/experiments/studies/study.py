@@ -1,86 +1,38 @@
-"""What a study is: the runs behind a chapter, the claims it judges, and the rule fixed beforehand."""
+"""What a study is: its runs, and the claims it judges by a rule fixed beforehand; and what all judges share."""
 
 from __future__ import annotations
 
+import configparser
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from basis.experiments.runs import Record, Run, digest
-from basis.statistics import Spread, pooled_spread
+from basis.statistics import Estimate, Spread, pooled_spread
+from basis.training.loop import Recipe
 
 Label = Literal["reproduced", "by construction", "partly", "inconclusive", "not reproduced", "not tested"]
-
-CLAIMS: Mapping[str, str] = {
-    "C1": "Basis convolutions make the model smaller.",
-    "C2": "They speed up the forward and the backward pass.",
-    "C3": "Applied to all layers thoughtlessly, they cost accuracy.",
-    "C4": "A fast sensitivity analysis, linear in the number of layers, finds a subset of layers "
-    "where the final quality does not degrade.",
-    "C5": "The coefficient matrix can be made smaller still.",
-    "C6": "A skip-training scheme saves training time.",
-    "C7": "This holds across the ResNet family.",
-    "H1": "A sensitivity that costs under a twentieth of one training ranks the layers as full training does "
-    "(our own hypothesis).",
-    "H2": "A basis layer in mode auto is no slower than the dense layer, nor than other layers with as many "
-    "parameters (our own hypothesis).",
-    "H3": "With batch normalisation taken through the basis, a training step of ResNet-18 is 1.3 times as fast as "
-    "the dense one at r = 1/2, and 1.6 times at r = 1/4, with less memory (our own hypothesis).",
-    "H4": "At half the parameters, a trained network loses before any repair at most half as much by a selected plan "
-    "as by uniform SVD, and after one epoch of fine-tuning it is within 0.3 points of the dense one "
-    "(our own hypothesis).",
-    "S1": "Structured substitutes of separable layers are Pareto-optimal in accuracy against parameters and mult-adds.",
-    "S2": "They train well only with weight decay scaled by the compression ratio.",
-}
+Plan = Callable[[str], tuple[Run, ...]]
+SMOKE: Mapping[str, int] = {"epochs": 2, "batch_size": 100, "translate": 2, "cutout": 8}
+TEXTS = configparser.ConfigParser(interpolation=None)
+TEXTS.optionxform = str  # type: ignore[assignment,method-assign]
+TEXTS.read(Path(__file__).with_name("studies.ini"), encoding="utf-8")
 
 
-# What is trained in each profile of the studies of one network.
-SCALES: Mapping[str, str] = {
-    "smoke": "the smoke test's tiny network on synthetic images",
-    "cpu": "the CPU-scale network",
-    "colab": "a thin ResNet-18, briefly trained,",
-    "paper": "ResNet-18",
-}
+def say(section: str, key: str, **values: object) -> str:
+    """A text of ``studies.ini`` with these values."""
+    return " ".join(TEXTS[section][key].split()).format(**values)
 
 
-def accuracies(records: Sequence[Record], variant: str) -> list[float]:
-    """Test accuracies (fractions, no test-time augmentation) of a variant's runs, of those that were tested."""
-    tests = [r.result["test"] for r in records if r.config["variant"] == variant]
-    return [test["accuracy"] for test in tests if test is not None]
-
-
-def too_few(n: int) -> str:
-    """Why a claim is not tested with ``n`` runs per variant, of which two are needed."""
-    return f"there are {n} runs per variant, and at least 2 are needed" if n else "no run has been made yet"
-
-
-def spread(records: Sequence[Record], *, scale: float = 1) -> Spread:
-    """The standard deviation of ``scale`` x test accuracy between equal trainings, pooled over variants."""
-    names = dict.fromkeys(r.config["variant"] for r in records)
-    return pooled_spread([[scale * a for a in accuracies(records, name)] for name in names])
-
-
-def matched(records: Sequence[Record], variants: Sequence[str]) -> list[list[float]]:
-    """Test accuracies of several variants, of the seeds that all of them have; of all seeds where they share none.
-
-    While runs are missing, variants have different seeds, and a seed may be lucky in all variants at once.
-    """
-    tests = [r for r in records if r.result["test"] is not None]
-    by_seed = [
-        {r.config["seed"]: r.result["test"]["accuracy"] for r in tests if r.config["variant"] == variant}
-        for variant in variants
-    ]
-    common = set(by_seed[0]).intersection(*by_seed)
-    return [[value for seed, value in values.items() if seed in common or not common] for values in by_seed]
+CLAIMS: Mapping[str, str] = {name: say("claims", name) for name in TEXTS["claims"]}
+SCALES: Mapping[str, str] = dict(TEXTS["scales"])  # what is trained in each profile of the studies of one network
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How one claim fared in one profile.
-
-    ``finding`` is a sentence computed from records; ``difference`` is the one that the label follows from, in
-    points of accuracy gained, such as ``-0.42 points``.
-    """
+    """How one claim fared in one profile; the label follows from ``difference``, points of accuracy gained."""
 
     claim: str
     profile: str
@@ -91,17 +43,10 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """The runs of a chapter in order of value, and how its claims are judged.
+    """The runs of a chapter, and how its claims (keys of :data:`CLAIMS`) are judged by its ``rule``.
 
-    Args:
-        name: as in ``basis run NAME``; title: the question; chapter: the notebook's name.
-        claims: the claims judged here (keys of :data:`CLAIMS`).
-        rule: the verdict rule in words, written before any run was looked at. It is part of
-            :attr:`definition`, so that a record made under another rule is refused.
-        published: the profile whose records the book shows.
-        plan: from a profile to its runs, the most valuable first.
-        judge: from the records of one profile to the verdicts.
-        benches: the kinds of benchmark that the chapter shows, such as "bench-layer".
+    ``plan`` gives the runs of a profile, the most valuable first; ``judge`` the verdicts, from a profile's records.
+    The book shows the profile ``published``, and benchmarks of the kinds ``benches``.
     """
 
     name: str
@@ -110,9 +55,17 @@ class Study:
     claims: tuple[str, ...]
     rule: str
     published: str
-    plan: Callable[[str], tuple[Run, ...]]
+    plan: Plan
     judge: Callable[[Sequence[Record], str], tuple[Verdict, ...]]
     benches: tuple[str, ...] = ()
+
+    @classmethod
+    def named(cls, name: str, plan: Plan, judge: Callable[..., tuple[Verdict, ...]], **limits: object) -> Study:
+        """The study of ``studies.ini``, whose rule states the ``limits``."""
+        texts = {key: TEXTS[name][key] for key in ("title", "chapter", "published")}
+        claims, benches = (tuple(TEXTS[name].get(key, "").split()) for key in ("claims", "benches"))
+        rule = say(name, "rule", **limits)
+        return cls(name=name, claims=claims, rule=rule, plan=plan, judge=judge, benches=benches, **texts)
 
     @property
     def definition(self) -> str:
@@ -126,3 +79,68 @@ class Study:
     def verdicts(self, records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
         """The verdict on each claim, from the records of ``profile`` among those given."""
         return self.judge([r for r in records if r.config["profile"] == profile], profile)
+
+
+def planner(study: str, runs: Callable[..., tuple[Run, ...]], **fixed: Any) -> Plan:
+    """The plan of a study: ``runs(base, **options)``, with the settings and options that ``studies.ini`` has."""
+
+    def plan(profile: str) -> tuple[Run, ...]:
+        if profile not in TEXTS[study]:
+            return ()
+        settings, smoke = json.loads(TEXTS[study][profile]), profile == "smoke"
+        options, recipe = settings.pop("options"), settings.pop("recipe", {})
+        settings |= {"recipe": Recipe(**{**(SMOKE if smoke else {}), **recipe})}
+        settings |= {"study": study, "profile": profile, "data": "synthetic" if smoke else "cifar10"}
+        return runs(Run(**{"variant": "", "seed": 0, **fixed, **settings}), **options)
+
+    return plan
+
+
+def accuracies(records: Sequence[Record], variant: str) -> list[float]:
+    """Test accuracies (fractions, no test-time augmentation) of a variant's runs, of those that were tested."""
+    tests = [r.result["test"] for r in records if r.config["variant"] == variant]
+    return [test["accuracy"] for test in tests if test is not None]
+
+
+def spread(records: Sequence[Record], *, scale: float = 1) -> Spread:
+    """The standard deviation of ``scale`` x test accuracy between equal trainings, pooled over variants."""
+    names = dict.fromkeys(r.config["variant"] for r in records)
+    return pooled_spread([[scale * a for a in accuracies(records, name)] for name in names])
+
+
+def matched(records: Sequence[Record], variants: Sequence[str]) -> list[list[float]]:
+    """Test accuracies of several variants, of the seeds that all of them have; of all seeds where they share none.
+
+    While runs are missing, variants have different seeds, and a seed may be lucky in all variants at once.
+    """
+    by_seed: dict[str, dict[int, float]] = {variant: {} for variant in variants}
+    for r in records:
+        if r.config["variant"] in by_seed and r.result["test"] is not None:
+            by_seed[r.config["variant"]][r.config["seed"]] = r.result["test"]["accuracy"]
+    common = set.intersection(*(set(values) for values in by_seed.values()))
+    return [[x for seed, x in by_seed[name].items() if seed in common or not common] for name in variants]
+
+
+def difference_of(records: Sequence[Record], *pairs: tuple[str, str], comparisons: int = 1) -> Estimate:
+    """Test accuracy (a fraction) of one variant minus another's, in the mean of pairs; an interval by pooled spread."""
+    values = [(sign, one) for pair in pairs for sign, one in zip((1, -1), matched(records, pair), strict=True)]
+    return spread(records).contrast([(sign / len(pairs), one) for sign, one in values], comparisons=comparisons)
+
+
+def label_of(good: bool, bad: bool, between: Label = "partly") -> Label:
+    """The label of a claim that holds, fails, or neither."""
+    return "reproduced" if good else "not reproduced" if bad else between
+
+
+def verdict(
+    claim: str, profile: str, label: Label, texts: Mapping[str, object], points: float | None = None
+) -> Verdict:
+    """The verdict with the finding that ``studies.ini`` has for the claim; ``points`` of accuracy gained."""
+    difference = "" if points is None else f"{points:+.2f} points"
+    return Verdict(claim, profile, label, say("findings", claim, **texts), difference)
+
+
+def untested(claim: str, profile: str, n: int, needed: str = "runs per variant, and at least 2") -> Verdict:
+    """The verdict on a claim for which there are ``n`` of what is ``needed``."""
+    finding = f"there are {n} {needed} are needed" if n else "no run has been made yet"
+    return Verdict(claim, profile, "not tested", finding)

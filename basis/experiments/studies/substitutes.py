@@ -1,53 +1,39 @@
 """Chapter 9: how do basis convolutions compare with other structured layers?
 
 Every structured layer of :mod:`basis.layers.structured` in all convolutions of the residual blocks, at up to three
-sizes, trained from scratch by one recipe, beside the dense network and narrower dense ones. Weight decay on
-structured factors is scaled by the compression ratio, as Gray et al. do; at one size each is trained without
-that scaling too. Layers with a fit also start from a trained dense network.
+sizes, trained from scratch by one recipe, beside the dense network and narrower dense ones. Weight decay on structured
+factors is scaled by the compression ratio, as Gray et al. do; at one size each is trained without that scaling too.
+Layers with a fit also start from a trained dense network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from basis.experiments.runs import Record, Run
+from basis.experiments.studies import study
 from basis.experiments.studies.cost import load_benches
-from basis.experiments.studies.study import Label, Study, Verdict, accuracies, matched, spread, too_few
+from basis.experiments.studies.study import TEXTS, Study, Verdict, accuracies
+from basis.experiments.studies.study import spread as spread
 from basis.statistics import Estimate
 from basis.text import few
-from basis.training.loop import Recipe
 
 BLOCKS = "layer?.*.conv?"  # the convolutions of the residual blocks: not the stem, nor the shortcuts
 DENSE = "dense"
-# Kind -> what figures call it, and its sizes, from large to small. The second of three is the judged one.
-SEPARABLE: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "generic": ("low rank", ("0.5", "0.25", "0.12")),
-    "tied": ("tied low rank", ("0.5", "0.25", "0.12")),
-    "tensor_train": ("tensor train", ("0.7", "0.44", "0.23")),
-    "tucker": ("Tucker", ("0.67", "0.41", "0.21")),
-    "sep_hashed": ("separable hashed", ("0.5", "0.2", "0.05")),
-    "shuffle": ("shuffle", ("1", "2", "4")),
-    "acdc": ("ACDC", ("30", "15", "8")),
-}
-OTHERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "basis": ("basis convolution", ("1/8", "1/16", "1/32")),
-    "sep": ("separable", ("",)),
-    "tridiagonal": ("tridiagonal mask", ("1,3,128", "1,3,32", "1,3")),
-    "hashed": ("hashed", ("0.12", "0.06", "0.03")),
-    "debut": ("deformable butterfly", ("0.2", "0.12", "0.08")),
-    "pemn": ("random masked", ("1",)),
-    "linearconv": ("LinearConv", ("",)),
-    "lfb": ("learned filter basis", ("1,4", "0.5,4", "0.25,4")),
-    "dsfb": ("deeply shared bases", ("1/8,1/32", "1/16,1/64", "1/32,1/64")),
-    "basisconv": ("fixed random basis", ("1", "1/2", "1/4")),
-    "dcf": ("Fourier-Bessel", ("3", "2", "1")),
-}
+
+
+def _kinds(section: str) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Kind -> what figures call it, and its sizes, from large to small. The second of three is the judged one."""
+    parts = {kind: text.partition(" |") for kind, text in TEXTS[section].items()}
+    return {kind: (name, tuple(sizes.split()) or ("",)) for kind, (name, _, sizes) in parts.items()}
+
+
+SEPARABLE, OTHERS = _kinds("substitutes.separable"), _kinds("substitutes.others")
 KINDS = {**SEPARABLE, **OTHERS}
-# What has one size only is trained in narrower networks too: the stem's width as a fraction.
-NARROWER = (3 / 4, 1 / 2)
-THIN_DENSE = (1 / 2, 3 / 8, 1 / 4)
+WIDTH = 16  # of the stem; in narrower networks it is these fractions of it
+NARROWER, THIN_DENSE = (3 / 4, 1 / 2), (1 / 2, 3 / 8, 1 / 4)  # of what has one size only, and of dense networks
 # S2: those of which Gray et al. say that they need the scaling (hashed layers do not).
 SCALED = ("generic", "tensor_train", "tucker", "shuffle", "acdc")
 UNSCALED = (*SCALED, "tied", "sep_hashed", "basis")
@@ -60,31 +46,13 @@ FITTED = (
 AXES: Mapping[str, str] = {"parameters": "stored parameters", "macs": "multiply-accumulates"}
 POINTS = 0.2
 
-RULE = (
-    "The separable structured layers are low rank, tied low rank, tensor train, Tucker, separable hashed, shuffle and "
-    "ACDC; accuracy is test accuracy without test-time augmentation, differences have intervals from the spread "
-    "pooled over all variants of a network, and all that are compared on one axis hold together with 95 % (Bonferroni). "
-    "S1, with scaled decay, on the network with the most variants: on an axis (stored parameters, or multiply-accumulates "
-    "of a forward pass) the claim holds if some separable structured layer is surely better (interval above 0) than a "
-    "narrower dense network that costs at least as much, and at none of its sizes surely worse than any variant of "
-    "another kind that costs at most as much. It fails if every separable structured layer is surely worse than some "
-    "such variant at one of its sizes or more. Reproduced if it holds on both axes; not reproduced if it fails on both; "
-    "else partly. S2: of low rank, tensor train, Tucker, shuffle and ACDC at their judged size, the gain is the "
-    "difference in accuracy from plain to scaled weight decay. Reproduced if the interval of the mean gain lies above "
-    f"{POINTS} percentage points; not reproduced if it lies below {POINTS}; else partly. Both need at least 2 runs per "
-    "variant, else they are not tested."
-)
-
 
 @dataclass(frozen=True)
 class Variant:
     """What a variant's name says: ``wrn-16-4 tucker:0.41, plain decay``.
 
-    Attributes:
-        network: a name of :func:`basis.models.build`.
-        text: the structured layer, or "dense".
-        width: of the stem where it is not the network's own.
-        how: "" (scaled decay, from scratch), "plain decay", "fitted" or "attention".
+    ``text`` is the structured layer, or "dense"; ``width`` that of the stem where it is not the network's own;
+    ``how`` is "" (scaled decay, from scratch), "plain decay", "fitted" or "attention".
     """
 
     network: str
@@ -99,10 +67,9 @@ class Variant:
     @classmethod
     def parse(cls, name: str) -> Variant:
         """The variant of that name."""
-        first, *rest = name.split(", ")
-        network, _, text = first.partition(" ")
-        width = next((int(part.removeprefix("width ")) for part in rest if part.startswith("width ")), None)
-        return cls(network, text, width, next((part for part in rest if not part.startswith("width ")), ""))
+        first, *rest = name.replace(", width ", " width ", 1).split(", ")
+        network, text, *width = first.split(" ")
+        return cls(network, text, int(width[1]) if width else None, *rest)
 
     @property
     def kind(self) -> str:
@@ -110,80 +77,56 @@ class Variant:
         return self.text.partition(":")[0]
 
 
+def _texts(kind: str) -> list[str]:
+    return [f"{kind}:{size}" if size else kind for size in KINDS[kind][1]]
+
+
 def judged(kind: str) -> str:
     """The text of a kind at its judged size: the middle one."""
-    sizes = KINDS[kind][1]
-    return _text(kind, sizes[len(sizes) // 2])
-
-
-def _text(kind: str, size: str) -> str:
-    return f"{kind}:{size}" if size else kind
-
-
-def plan(profile: str) -> tuple[Run, ...]:
-    """The runs of a profile: all variants from scratch, seed by seed; then those with a teacher; then other networks."""
-    if profile == "paper":
-        base = _run(profile, model="wrn-16-4", recipe=Recipe(decay="scaled"))
-        more = [replace(base, model=name) for name in ("resnet18", "wrn-28-10")]
-        return _runs(base, widths=16, seeds=3, others=more)
-    if profile == "colab":
-        return _runs(_run(profile, model="wrn-16-2", recipe=Recipe(epochs=4, decay="scaled")), widths=16, seeds=2)
-    if profile == "cpu":
-        recipe = Recipe(epochs=4, batch_size=100, lr=0.1, precision="fp32", decay="scaled")
-        return _runs(_run(profile, model="wrn-10-1", images=5000, recipe=recipe), widths=16, seeds=2)
-    if profile == "smoke":
-        recipe = Recipe(epochs=2, batch_size=100, translate=2, cutout=8, decay="scaled")
-        base = _run(profile, model="wrn-10-1", data="synthetic", recipe=recipe)
-        return _runs(base, widths=16, seeds=2, kinds=("generic", "shuffle", "basis"), fitted=FITTED[:1])
-    return ()
-
-
-def _run(profile: str, **settings: Any) -> Run:
-    return Run(study="substitutes", profile=profile, variant="", seed=0, include=BLOCKS, **settings)
+    return _texts(kind)[len(KINDS[kind][1]) // 2]
 
 
 def _runs(
-    base: Run, *, widths: int, seeds: int, kinds: Iterable[str] = tuple(KINDS), fitted: Sequence[str] = FITTED,
-    others: Sequence[Run] = (),
+    base: Run, *, seeds: int, kinds: Sequence[str] = tuple(KINDS), fitted: Sequence[str] = FITTED,
+    others: Sequence[str] = (),
 ) -> tuple[Run, ...]:  # fmt: skip
-    """``widths`` is the width of the stem that narrower ones are fractions of; ``others`` get a few variants each."""
+    """All variants from scratch, seed by seed; then those with a teacher; then a few variants of ``others``."""
     plain = replace(base.recipe, decay=None)
     short = replace(base.recipe, epochs=max(1, base.recipe.epochs // 4), lr=base.recipe.lr / 5)
+    attention = replace(base.recipe, attention=1000.0)
 
-    def one(like: Run, seed: int, text: str, how: str = "", width: int | None = None, **settings: Any) -> Run:
-        name = str(Variant(like.model, text, width, how))
-        recipe = plain if text == DENSE else replace(like.recipe, **TERMS.get(text.partition(":")[0], {}))
-        layer = None if text == DENSE else text
-        return replace(like, variant=name, seed=seed, layer=layer, width=width, **{"recipe": recipe, **settings})
+    def one(seed: int, text: str, how: str = "", part: float = 0, model: str = base.model, **settings: Any) -> Run:
+        width = round(part * WIDTH) or None
+        recipe = plain if text == DENSE else replace(base.recipe, **TERMS.get(text.partition(":")[0], {}))
+        settings = {"layer": None if text == DENSE else text, "recipe": recipe, **settings}
+        name = str(Variant(model, text, width, how))
+        return replace(base, variant=name, seed=seed, model=model, width=width, **settings)
 
-    def from_scratch(like: Run, seed: int, kind: str) -> list[Run]:
-        sizes = KINDS[kind][1]
-        narrow = NARROWER if len(sizes) == 1 else ()
-        return [one(like, seed, _text(kind, size)) for size in sizes] + [
-            one(like, seed, _text(kind, sizes[0]), width=round(part * widths)) for part in narrow
-        ]
+    def from_scratch(seed: int, kinds: Sequence[str]) -> list[Run]:
+        found = []
+        for kind in kinds:
+            texts = _texts(kind)
+            found += [one(seed, text) for text in texts]
+            found += [one(seed, texts[0], part=part) for part in (NARROWER if len(texts) == 1 else ())]
+        return found
 
     def of_seed(seed: int) -> list[Run]:
-        runs = [one(base, seed, DENSE), *(one(base, seed, DENSE, width=round(f * widths)) for f in THIN_DENSE)]
-        judged_first = [kind for kind in ("basis", *SEPARABLE) if kind in kinds]
-        runs += [run for kind in judged_first for run in from_scratch(base, seed, kind)]
-        runs += [one(base, seed, judged(kind), "plain decay", recipe=plain) for kind in UNSCALED if kind in kinds]
-        return runs + [run for kind in kinds if kind not in judged_first for run in from_scratch(base, seed, kind)]
+        first = [kind for kind in ("basis", *SEPARABLE) if kind in kinds]
+        runs = [one(seed, DENSE), *(one(seed, DENSE, part=part) for part in THIN_DENSE), *from_scratch(seed, first)]
+        runs += [one(seed, judged(kind), "plain decay", recipe=plain) for kind in UNSCALED if kind in kinds]
+        return runs + from_scratch(seed, [kind for kind in kinds if kind not in first])
 
     def taught(seed: int) -> list[Run]:
-        attention = replace(base.recipe, attention=1000.0)
-        runs = [one(base, seed, text, "fitted", teacher=plain, fitted=True, recipe=short) for text in fitted]
-        taught = [kind for kind in ("generic", "shuffle", "basis") if kind in kinds]
-        return runs + [one(base, seed, judged(k), "attention", teacher=plain, recipe=attention) for k in taught]
+        runs = [one(seed, text, "fitted", teacher=plain, fitted=True, recipe=short) for text in fitted]
+        kept = [kind for kind in ("generic", "shuffle", "basis") if kind in kinds]
+        return runs + [one(seed, judged(k), "attention", teacher=plain, recipe=attention) for k in kept]
 
-    def few(like: Run, seed: int) -> list[Run]:
-        return [one(like, seed, DENSE), *(one(like, seed, judged(kind)) for kind in ("basis", *SEPARABLE, "sep"))]
-
+    few = (DENSE, *(judged(kind) for kind in ("basis", *SEPARABLE, "sep")))
     listed = [run for part in (of_seed, taught) for seed in range(seeds) for run in part(seed)]
-    return tuple(listed + [run for seed in range(seeds) for like in others for run in few(like, seed)])
+    return (*listed, *(one(s, text, model=model) for s in range(seeds) for model in others for text in few))
 
 
-# -- from records to a comparison -----------------------------------------------------------------------
+plan = study.planner("substitutes", _runs, include=BLOCKS)
 
 
 def of_network(records: Sequence[Record], network: str) -> list[Record]:
@@ -211,45 +154,26 @@ def cost_of(records: Sequence[Record], one: Variant, axis: str) -> float:
 
 def difference(records: Sequence[Record], better: Variant, worse: Variant, *, comparisons: int = 1) -> Estimate:
     """Test accuracy (a fraction) of the first variant minus that of the second."""
-    return spread(records).difference(*matched(records, (str(better), str(worse))), comparisons=comparisons)
+    return study.difference_of(records, (str(better), str(worse)), comparisons=comparisons)
 
 
-@dataclass(frozen=True)
-class Standing:
-    """How the separable structured layers stand on one axis, by :data:`RULE`.
+def standing(records: Sequence[Record], axis: str) -> tuple[set[str], set[str]]:
+    """Kinds of separable structured layers that are beaten, and that are ahead, on one axis by the rule of S1.
 
-    Attributes:
-        beaten: kind -> (its variant, a variant of another kind that costs at most as much and is surely better).
-        ahead: kinds that are surely better than a narrower dense network that costs at least as much.
-        holds, fails: the axis's part of the rule.
+    Beaten by a variant of another kind that costs at most as much and is surely better; ahead of a narrower dense
+    network that costs at least as much.
     """
-
-    beaten: Mapping[str, tuple[Variant, Variant]]
-    ahead: tuple[str, ...]
-    holds: bool
-    fails: bool
-
-
-def standing(records: Sequence[Record], axis: str) -> Standing:
-    """Compare every separable structured variant with every variant of another kind, where costs allow."""
-    known = [a for a in variants(records, least=2)]
-    mine = [a for a in known if a.kind in SEPARABLE and a.width is None]
-    rivals = [a for a in known if a.kind not in SEPARABLE]
-    costs = {a: cost_of(records, a, axis) for a in known}
+    costs = {a: cost_of(records, a, axis) for a in variants(records, least=2)}
+    mine = [a for a in costs if a.kind in SEPARABLE and a.width is None]
+    rivals = [a for a in costs if a.kind not in SEPARABLE]
     worse = [(a, b) for a in mine for b in rivals if costs[b] <= costs[a]]
     better = [(a, b) for a in mine for b in rivals if b.text == DENSE and b.width and costs[b] >= costs[a]]
     n = len({*worse, *better})  # of equal costs, one interval answers both questions
-    beaten: dict[str, tuple[Variant, Variant]] = {}
-    for a, b in worse:
-        if difference(records, b, a, comparisons=n).low > 0:
-            beaten.setdefault(a.kind, (a, b))
-    ahead = {a.kind for a, b in better if difference(records, a, b, comparisons=n).low > 0}
-    kinds = {a.kind for a in mine}
-    return Standing(beaten, tuple(k for k in SEPARABLE if k in ahead), bool(ahead - set(beaten)), kinds <= set(beaten))
+    beaten = {a.kind for a, b in worse if difference(records, b, a, comparisons=n).low > 0}
+    return beaten, {a.kind for a, b in better if difference(records, a, b, comparisons=n).low > 0}
 
 
-@dataclass(frozen=True)
-class StepTime:
+class StepTime(NamedTuple):
     """Median milliseconds of a training step, and the dense network's time / this (median and quartiles)."""
 
     ms: float
@@ -265,100 +189,72 @@ class StepTime:
 
 
 def step_times(profile: str) -> dict[tuple[str, int | None], StepTime]:
-    """Measured time of a training step of this profile's network, by structured layer (or "dense") and width.
-
-    From the stored benchmark on its kind of device; empty where there is none.
-    """
-    runs = plan(profile)
-    wanted = {"model": runs[0].model, "batch_size": runs[0].recipe.batch_size} if runs else {}
+    """Measured time of a step of this profile's network, by layer (or "dense") and width of the stem."""
     found = {}
-    for report in load_benches(profile, kind="bench-structured-train"):
-        if all(report.config[key] == value for key, value in wanted.items()):
-            device = report.environment["device"]
-            for row in report.rows:
+    for first in plan(profile)[:1]:
+        wanted = {"model": first.model, "batch_size": first.recipe.batch_size}
+        for report in load_benches(profile, kind="bench-structured-train"):
+            for row in report.rows if wanted.items() <= report.config.items() else ():
                 if row["mode"] != "control" and "ms" in row:
-                    speed = row["speedup"], row["speedup_q1"], row["speedup_q3"]
-                    found[row["layer"], row["width"]] = StepTime(row["ms"], *speed, device)
+                    speeds = row["speedup"], row["speedup_q1"], row["speedup_q3"]
+                    found[row["layer"], row["width"]] = StepTime(row["ms"], *speeds, report.environment["device"])
     return found
+
+
+def _decays(network: str, kind: str) -> tuple[str, str]:
+    """The variants of a kind at its judged size with scaled and with plain decay."""
+    scaled = Variant(network, judged(kind))
+    return str(scaled), str(replace(scaled, how="plain decay"))
 
 
 def gain(records: Sequence[Record], kinds: Sequence[str] = SCALED) -> Estimate:
     """Mean over the kinds of what scaled decay gains over plain decay in test accuracy (a fraction)."""
     network = main_network(records)
-    pairs = [
-        matched(records, [str(Variant(network, judged(k), None, how)) for how in ("", "plain decay")]) for k in kinds
-    ]
-    parts = [(sign / len(kinds), values) for pair in pairs for sign, values in zip((1, -1), pair, strict=True)]
-    return spread(records).contrast(parts)
+    return study.difference_of(records, *(_decays(network, kind) for kind in kinds))
 
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
-    """The verdicts on S1 and S2 by :data:`RULE`."""
+    """The verdicts on S1 and S2."""
     if not records:
-        return tuple(Verdict(claim, profile, "not tested", too_few(0)) for claim in ("S1", "S2"))
-    return (_judge_pareto(records, profile), _judge_decay(records, profile))
+        return study.untested("S1", profile, 0), study.untested("S2", profile, 0)
+    records = of_network(records, main_network(records))
+    return _judge_pareto(records, profile), _judge_decay(records, profile)
 
 
 def _judge_pareto(records: Sequence[Record], profile: str) -> Verdict:
     network = main_network(records)
-    records = of_network(records, network)
-    compared = [
-        variant for variant in map(Variant.parse, dict.fromkeys(r.variant for r in plan(profile) if r.model == network))
-    ]
-    lacking = [str(a) for a in compared if not a.how and len(accuracies(records, str(a))) < 2]
+    compared = dict.fromkeys(run.variant for run in plan(profile) if run.model == network)
+    lacking = [name for name in compared if not Variant.parse(name).how and len(accuracies(records, name)) < 2]
     if lacking:
         return Verdict("S1", profile, "not tested", f"two runs per variant are missing of {few(lacking, '; ')}")
-    there = {a.kind for a in variants(records, least=2)}
+    there = variants(records, least=2)
+    separable = {a.kind for a in there} & set(SEPARABLE)
     found = {axis: standing(records, axis) for axis in AXES}
-    label: Label = "partly"
-    if all(s.holds for s in found.values()):
-        label = "reproduced"
-    elif all(s.fails for s in found.values()):
-        label = "not reproduced"
+    label = study.label_of(
+        all(ahead - beaten for beaten, ahead in found.values()),
+        all(separable <= beaten for beaten, _ in found.values()),
+    )
     parts = []
-    for axis, s in found.items():
-        best = [KINDS[kind][0] for kind in s.ahead if kind not in s.beaten]
-        parts.append(
-            f"by {AXES[axis]}, {', '.join(best) or 'none'} surely beat a narrower dense network and are not surely "
-            f"beaten by a variant of another kind that costs no more, and {len(s.beaten)} of "
-            f"{len(there & set(SEPARABLE))} are so beaten"
-        )
-    n = min(len(accuracies(records, str(a))) for a in variants(records, least=2))
-    finding = f"with {network} {'; '.join(parts)} (n = {n} or more per variant)"
-    return Verdict("S1", profile, label, finding)
+    for axis, (beaten, ahead) in found.items():
+        best = ", ".join(SEPARABLE[kind][0] for kind in SEPARABLE if kind in ahead - beaten) or "none"
+        texts = {"axis": AXES[axis], "best": best, "beaten": len(beaten), "kinds": len(separable)}
+        parts.append(study.say("findings", "S1", **texts))
+    n = min(len(accuracies(records, str(a))) for a in there)
+    return Verdict("S1", profile, label, f"with {network} {'; '.join(parts)} (n = {n} or more per variant)")
 
 
 def _judge_decay(records: Sequence[Record], profile: str) -> Verdict:
-    records = of_network(records, main_network(records))
     network = main_network(records)
-    pairs = {k: [str(Variant(network, judged(k), None, how)) for how in ("", "plain decay")] for k in SCALED}
-    kinds = [k for k, names in pairs.items() if min(len(accuracies(records, name)) for name in names) >= 2]
+    kinds = [k for k in SCALED if min(len(accuracies(records, name)) for name in _decays(network, k)) >= 2]
     if len(kinds) < (2 if profile == "smoke" else len(SCALED)):
         return Verdict("S2", profile, "not tested", "two runs with and without scaled decay are missing")
     mean = gain(records, kinds)
-    label: Label = "partly"
-    if 100 * mean.low > POINTS:
-        label = "reproduced"
-    elif 100 * mean.high < POINTS:
-        label = "not reproduced"
-    finding = (
-        f"with {network} weight decay scaled by the compression ratio gains {mean.text(scale=100)} percentage points "
-        f"of test accuracy in the mean of {len(kinds)} structured layers (n = {mean.n} or more per variant)"
-    )
-    return Verdict("S2", profile, label, finding, f"{100 * mean.value:+.2f} points")
+    label = study.label_of(100 * mean.low > POINTS, 100 * mean.high < POINTS)
+    texts = {"network": network, "gained": mean.text(scale=100), "kinds": len(kinds), "n": mean.n}
+    return study.verdict("S2", profile, label, texts, 100 * mean.value)
 
 
-STUDY = Study(
-    name="substitutes",
-    title="How do basis convolutions compare with other structured layers?",
-    chapter="09_other_structured_layers",
-    claims=("S1", "S2"),
-    rule=RULE,
-    published="cpu",
-    plan=plan,
-    judge=judge,
-    benches=("bench-structured", "bench-structured-train"),
-)
+STUDY = Study.named("substitutes", plan, judge, points=POINTS)
 
 
 def bench_variants(profile: str, model: str | None = None) -> list[tuple[str, int | None]]:

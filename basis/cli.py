@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,7 +40,7 @@ from basis.inference import bench_inference
 from basis.layers.conv import MODES
 from basis.models import build
 from basis.saving import RecordError
-from basis.substitution import few, substitute
+from basis.substitution import substitute
 from basis.training.loop import DTYPES, TrainingError
 
 
@@ -144,11 +143,6 @@ def _parser() -> argparse.ArgumentParser:
         kind.add_argument("--out", type=Path, metavar="FILE", help="default: results/bench/KIND-DEVICE-....json")
         kind.set_defaults(command=_bench, kind=name)
 
-    zoo = commands.add_parser("zoo", help="try networks of torchvision and timm", description=_zoo.__doc__)
-    zoo.add_argument("--only", nargs="+", metavar="NAME", help="networks, such as timm/resnet10t (default: all)")
-    zoo.add_argument("--out", type=Path, metavar="FILE", help="default: results/bench/zoo.json")
-    zoo.set_defaults(command=_zoo)
-
     book = commands.add_parser("book", help="execute the notebooks and build the HTML book")
     book.add_argument("--profile", choices=PROFILES, help="records to show (default: each study's published one)")
     book.add_argument("--only", nargs="+", metavar="CHAPTER", help="execute only these, such as 03")
@@ -235,31 +229,6 @@ def _bench_gpu(options: argparse.Namespace) -> int:
     say = partial(print, flush=True)  # into a file, too
     paths = bench_gpu(folder, setting=setting, time_limit=options.time_limit, tiny=options.tiny, progress=say)
     return 0 if paths else 1
-
-
-def _zoo(options: argparse.Namespace) -> int:
-    """Substitute, train a step, merge, fold, save and export networks that nobody here wrote, and compare.
-
-    May be stopped and repeated at will: networks that are in the file, with the same versions, are not done again.
-    """
-    from basis.compression.zoo import NETWORKS, check_networks
-    from basis.vision import import_timm
-
-    try:
-        import_timm()
-    except ModuleNotFoundError as error:
-        raise ValueError(str(error)) from error
-    known = {str(network): network for network in NETWORKS}
-    for name in options.only or ():
-        if name not in known:
-            near = few(difflib.get_close_matches(name, known, n=3) or known)
-            raise ValueError(f"--only has {name!r}, but the networks are {near}")
-    path = options.out or results_folder() / "bench" / "zoo.json"
-    check_place(path)
-    report = check_networks([known[name] for name in options.only or known], path=path, progress=print)
-    print(report)
-    print(f"saved in {path}")
-    return 1 if report.failures() else 0
 
 
 def _book(options: argparse.Namespace) -> int:

@@ -231,7 +231,7 @@ def _check_budget(job: Job) -> None:
         raise ValueError(f"no convolution of the network can be replaced ({few(set(plan.skipped.values()), '; ')})")
     with torch.random.fork_rng(devices=[]):
         costs = _costs(job, substitute(job.model, plan, init="random"))
-    _check_shares(job, {unit: after / before for unit, (before, after) in costs.items()})
+    _check_shares(job, {unit: after / max(1, before) for unit, (before, after) in costs.items()})
 
 
 def _check_shares(job: Job, least: Mapping[str, float]) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from basis.experiments.campaign import in_order, missing
 from basis.experiments.executors import Order, Processes, Task
 from basis.experiments.runs import Choice, Ladder, Run
 from basis.experiments.studies import STUDIES
@@ -130,7 +129,7 @@ def check_equal(disturbed, undisturbed):
 
 
 @needs_proc
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_killed_at_random_moments_nothing_is_lost_or_done_twice(tmp_path):
     tasks = tiny_runs()
     undisturbed = Order(tasks=tasks, folder=tmp_path / "undisturbed")
@@ -143,22 +142,3 @@ def test_killed_at_random_moments_nothing_is_lost_or_done_twice(tmp_path):
     finished = partial(check_equal, undisturbed=tmp_path / "undisturbed")
     counts = kill_at_random(command, tmp_path / "disturbed", finished, kills=5, pause=(0, 3), seed=0, limit=300)
     assert counts["parent"] + counts["worker"] == 5
-
-
-@needs_proc
-@pytest.mark.trial
-def test_a_smoke_campaign_survives_fifty_kills(tmp_path):
-    """Half an hour. With what is printed (pytest -s), the report of the trial."""
-    studies = ["headline"]
-    command = [sys.executable, "-m", "basis.cli", "campaign", "--studies", *studies, "--device", "cpu", "--jobs", "2"]
-    command += ["--quiet", "--archive", str(tmp_path / "records.tar.gz"), "--results"]
-    subprocess.run([*command, str(tmp_path / "undisturbed")], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    disturbed = tmp_path / "disturbed"
-    finished = partial(check_equal, undisturbed=tmp_path / "undisturbed")
-    counts = kill_at_random(
-        [*command, str(disturbed)], disturbed, finished, kills=50, pause=(0, 20), seed=7, limit=3600
-    )
-    assert counts["parent"] + counts["worker"] == 50
-    assert min(counts.values()) > 5
-    assert missing(in_order("smoke", studies), disturbed) == []
-    sys.stdout.write(f"\n{counts}, {len(contents(disturbed))} records, all as undisturbed\n")

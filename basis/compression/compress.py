@@ -91,9 +91,8 @@ class Settings:
         least = {"epochs": 0, "seed": 0, "batch_size": 2, "validation": 1, "image_size": 1, "lr": 1e-9}
         wrong = [n for n, low in least.items() if getattr(self, n) is not None and not getattr(self, n) >= low]
         wrong += ["measure"] * (self.measure not in (None, *MEASURES))
-        wrong += ["export"] * (not set(self.export) <= set(EXPORTS)) + ["std"] * (
-            (self.mean is None) != (self.std is None)
-        )
+        wrong += ["export"] * (not set(self.export) <= set(EXPORTS))
+        wrong += ["std"] * ((self.mean is None) != (self.std is None))
         if wrong:
             raise ValueError(f"{wrong[0]} cannot be {getattr(self, wrong[0])}; see basis compress --help")
 
@@ -141,10 +140,8 @@ def compress(settings: Settings, *, say: Say | None = None, command: str = "") -
 
     ``settings.out`` receives ``plan.json`` and ``model.safetensors`` (for :func:`basis.load`), the exported files,
     ``sensitivity.jsonl``, ``report.html`` and ``report.json``, whose content is returned. Called again with the same
-    settings it goes on where it was. ``say`` receives lines about the progress; ``command`` is for the report.
-
-    Raises:
-        ValueError: as :func:`prepare` does, before any long work.
+    settings it goes on where it was. ``say`` receives lines about the progress; ``command`` is for the report. Raises
+    what :func:`prepare` raises, before any long work.
     """
     job = prepare(settings, say=say)
     write_json(job.out / "run.json", job.identity)
@@ -161,34 +158,27 @@ def prepare(settings: Settings, *, say: Say | None = None) -> Job:
     """Read and check everything that was given.
 
     Raises:
-        ValueError: for an unknown network, weights that do not fit, another number of classes, data without images or
-            with images that cannot be read, a budget in parameters or MACs that cannot be met, a device or package
-            that is missing, and a folder that holds something else.
+        ValueError: in one sentence, for whatever is missing, unreadable, impossible, or of another run.
     """
     s = settings
     missing = [name for name in ("onnx", "onnxscript") if "onnx" in s.export and not is_installed(name)]
     if missing:
         raise ValueError(f"export to ONNX needs {few(missing)}: pip install onnx onnxscript; or export program alone")
     try:
-        device = choose_device(s.device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {s.device} is none of this machine's ({first_line(error)})") from error
-    try:
         data = open_images(s.data)
         model = build_network(s.model, classes=s.classes or len(data.classes))
         load_weights(model, s.weights)
-        if not (Path(s.out) / "stages").exists():
-            check_images(data.files)
-        parts = _split(s, model, data)
-        input_size = tuple(parts["held"][0][0].shape)
-    except (ModuleNotFoundError, RuntimeError) as error:
-        raise ValueError(f"{first_line(error)} (for grey images give mean and std)") from error
-    model = model.float().to(device).eval()
+        device = choose_device(s.device)
+        model = model.float().to(device).eval()
+    except (ModuleNotFoundError, RuntimeError, AssertionError) as error:  # of a library, or of a device
+        raise ValueError(first_line(error)) from error
+    if not (Path(s.out) / "stages").exists():
+        check_images(data.files)
+    parts = _split(s, model, data)
     measure = s.measure or ("oneshot_bn" if tracking_norms(model) else "oneshot")
     identity = asdict(s) | {"out": "", "device": str(device), "measure": measure, "data": data.digest}
     identity["weights"] = hashlib.sha256(Path(s.weights).read_bytes()).hexdigest()
-    job = Job(settings=s, out=Path(s.out), say=say, model=model, data=data, parts=parts, input_size=input_size,
+    job = Job(settings=s, out=Path(s.out), say=say, model=model, data=data, parts=parts, input_size=tuple(parts["held"][0][0].shape),
               device=device, measure=measure, identity=json.loads(json.dumps(identity)))  # fmt: skip
     _check_network(job)
     _check_budget(job)
@@ -197,7 +187,9 @@ def prepare(settings: Settings, *, say: Say | None = None) -> Job:
 
 
 def _split(s: Settings, model: nn.Module, data: ImageData) -> dict[str, Part]:
-    size = s.image_size or data.side
+    size, bands = s.image_size or data.side, len(data.train[0][0].getbands())
+    if bands != len(s.mean or "RGB"):
+        raise ValueError(f"mean and std must have a number for each of the {bands} channels of the images")
     evaluate = transform_for(s.model, model, size=size, mean=s.mean, std=s.std, whole=data.side is not None)
     make = import_torchvision().transforms
     augment = make.Compose([make.RandomHorizontalFlip(), evaluate])  # as in evaluation: arXiv 1906.06423, section 3

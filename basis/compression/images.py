@@ -26,12 +26,8 @@ ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 class ImageData:
     """Images with labels: ``train`` to choose layers and to train on, ``test`` for the final numbers alone.
 
-    Attributes:
-        train, test: sequences of (PIL image, label).
-        classes: their names, in the order of the network's outputs.
-        digest: SHA-256 of the names and sizes of the files, or of the npz.
-        files: all image files of a folder.
-        side: pixels of the images of an npz, which are used whole.
+    ``train`` and ``test`` hold (PIL image, label); ``classes`` are in the order of the network's outputs; ``digest`` is
+    the SHA-256 of the names and sizes of the files, or of the npz; ``side`` is of the images of an npz, in pixels.
     """
 
     train: Any

@@ -29,12 +29,10 @@ PREFIXES = ("module.", "model.", "net.", "network.", "_orig_mod.")
 
 
 def build_network(name: str, *, classes: int) -> nn.Module:
-    """The network of this name with random weights; nothing is downloaded.
+    """The network of this name with random weights and as many outputs as ``classes``; nothing is downloaded.
 
-    Args:
-        name: of torchvision or timm ("resnet50", "timm/resnet50"), or "package.module:factory", where the factory gets
-            ``num_classes`` if it takes that, and the current folder is searched first.
-        classes: number of outputs.
+    ``name`` is of torchvision or timm ("resnet50", "timm/resnet50"), or "package.module:factory", where the factory
+    gets ``num_classes`` if it takes that, and the current folder is searched first.
 
     Raises:
         ValueError: for an unknown name, a library that is not installed, or a factory that makes no ``nn.Module``.
@@ -107,11 +105,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         content = safetensors.torch.load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers raise errors of many kinds
         raise ValueError(f"{path} is not readable as model.state_dict() alone ({first_line(error)})") from error
-    while isinstance(content, Mapping):
-        inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)]
-        if not inner:
-            break
-        content = inner[0]
+    for key in WRAPPERS * 2:  # one may be inside another
+        inner = content.get(key) if isinstance(content, Mapping) else None
+        content = inner if isinstance(inner, Mapping) else content
     items = content.items() if isinstance(content, Mapping) else ()
     state = {str(name): value for name, value in items if isinstance(value, Tensor)}
     if not state:
@@ -130,10 +126,8 @@ def transform_for(
 ) -> Callable[[Any], Tensor]:
     """From a PIL image to float32 (C, size, size): the library's own, or that of torchvision's ResNet-18.
 
-    Args:
-        name, model: as for and from :func:`build_network`.
-        size, mean, std: instead of the library's; in pixels, and per channel in units of full scale.
-        whole: use all of the image, not its middle.
+    ``size`` (pixels), ``mean`` and ``std`` (per channel, in units of full scale) take the place of the library's; with
+    ``whole`` all of the image is used, not its middle.
     """
     given: dict[str, Any] = {"mean": tuple(mean), "std": tuple(std)} if mean and std else {}
     if getattr(model, "pretrained_cfg", None):

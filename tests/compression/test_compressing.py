@@ -219,7 +219,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_network(place, tmp_pa
         ({"mean": (0.5,) * 4, "std": (0.5,) * 4}, "mean"),
         ({"ratios": (1.5,)}, "ratio"),
         ({"classes": 2}, "do not fit|classes"),
-        ({"device": "cuda:99"}, "device cuda:99"),
+        ({"device": "cuda:99"}, "CUDA|cuda|NVIDIA"),
         ({"model": "tests.tiny:squeezed"}, "logits"),
         ({"model": "tests.tiny:four", "weights": "four.pt"}, "classes"),
         ({"model": "tests.tiny:frozen"}, "epochs"),

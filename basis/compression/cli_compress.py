@@ -33,13 +33,9 @@ def _compress(options: argparse.Namespace) -> int:
     """Find the layers of a trained network that can take it, replace them by basis convolutions, repair, measure and
     export. May be stopped and repeated at will: the same command goes on where it was.
     """
-    given = {field.name: getattr(options, field.name) for field in fields(Settings)}
+    given = {field.name: getattr(options, field.name) for field in fields(Settings)} | {"budget": dict(options.budget)}
     try:
-        compress(
-            Settings(**given | {"budget": dict(options.budget)}),
-            say=print,
-            command=shlex.join(["basis", *options.typed]),
-        )
+        compress(Settings(**given), say=print, command=shlex.join(["basis", *options.typed]))
     except OSError as error:
         raise ValueError(f"a file could not be read or written ({error}); finished stages are kept") from error
     return 0

@@ -46,10 +46,7 @@ from basis.vision import import_torchvision
 COSTS = {"params": "parameters", "macs": "forward_macs", "backward_macs": "backward_macs"}  # -> fields of a cost
 UNITS = (*COSTS, "milliseconds")
 MEASURES = ("spectrum", "activation", "taylor", "fisher", "oneshot", "oneshot_bn")
-EXPORTS: Mapping[str, tuple[str, Callable[..., Any]]] = {
-    "onnx": ("model.onnx", export_onnx),
-    "program": ("model.pt2", export_program),
-}
+EXPORTS: Mapping[str, tuple[str, Any]] = {"onnx": ("model.onnx", export_onnx), "program": ("model.pt2", export_program)}
 MULTIPLE = 8  # of every number of basis channels
 MANY = 500  # images from which on worker processes decode them
 
@@ -151,9 +148,6 @@ def compress(settings: Settings, *, say: Say | None = None, command: str = "") -
     return _report(job, done, command)
 
 
-# -- checks, before anything is written -------------------------------------------------------------
-
-
 def prepare(settings: Settings, *, say: Say | None = None) -> Job:
     """Read and check everything that was given.
 
@@ -243,9 +237,6 @@ def _check_folder(out: Path, identity: Mapping[str, Any]) -> None:
         raise ValueError(f"{out} holds a run with other {few(differing)}; name another folder")
 
 
-# -- the stages, in order ---------------------------------------------------------------------------
-
-
 def evaluate_dense(job: Job, done: Mapping[str, Stage]) -> Stage:
     """The accuracy of the dense network on the held-out images."""
     row = _row("dense", "held-out", _hits(job, "held", job.model))
@@ -318,7 +309,7 @@ def measure_latency(job: Job, done: Mapping[str, Stage]) -> Stage:
     pairs = list(plan_of(small).layers)
     if pairs and "milliseconds" in job.settings.budget:
         pairs = list(measure_fold(small, input_size=job.input_size, setting=job.setting).faster())
-    networks = {"dense": job.model, "control": copy.deepcopy(job.model), "folded": fold(job.model)}
+    networks = {"dense": copy.deepcopy(job.model), "control": copy.deepcopy(job.model), "folded": fold(job.model)}
     networks["exported"] = fold(small, factorized=pairs)
     with setting.globals():
         placed = {name: setting.place(network) for name, network in networks.items()}
@@ -345,9 +336,6 @@ def export(job: Job, done: Mapping[str, Stage]) -> Stage:
 
 STAGES = (evaluate_dense, time_layers, measure_sensitivity, replace_layers, fine_tune, evaluate_last, measure_latency,
           export)  # fmt: skip
-
-
-# -- shared by stages -------------------------------------------------------------------------------
 
 
 def _finished(job: Job, stage: Callable[[Job, Mapping[str, Stage]], Stage], done: Mapping[str, Stage]) -> Stage:

@@ -172,8 +172,8 @@ def prepare(settings: Settings, *, say: Say | None = None) -> Job:
     measure = s.measure or ("oneshot_bn" if tracking_norms(model) else "oneshot")
     identity = asdict(s) | {"out": "", "device": str(device), "measure": measure, "data": data.digest}
     identity["weights"] = hashlib.sha256(Path(s.weights).read_bytes()).hexdigest()
-    job = Job(settings=s, out=Path(s.out), say=say, model=model, data=data, parts=parts, input_size=tuple(parts["held"][0][0].shape),
-              device=device, measure=measure, identity=json.loads(json.dumps(identity)))  # fmt: skip
+    job = Job(settings=s, out=Path(s.out), say=say, model=model, data=data, parts=parts, device=device, measure=measure,
+              input_size=tuple(parts["held"][0][0].shape), identity=json.loads(json.dumps(identity)))  # fmt: skip
     _check_network(job)
     _check_budget(job)
     _check_folder(job.out, job.identity)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from basis.bench.roofline import measure_machine, with_machine
 from basis.bench.timing import PASSES, Setting
 from basis.bench.tuning import bench_latency, tune
 from basis.cli_campaign import add_commands, device, duration
-from basis.compression.cli_compress import add_command
+from basis.compression.compress import Settings, compress
 from basis.data import DataError
 from basis.environment import repository_root, results_folder
 from basis.experiments.budget_bench import bench_budget
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="basis", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add_command(commands)
+    _add_compress(commands.add_parser("compress", help="make a trained network smaller", description=_about(_compress)))
     add_commands(commands)
     _add_bench(commands.add_parser("bench", help="measure speed against dense layers and networks"))
 
@@ -65,6 +66,38 @@ def _parser() -> argparse.ArgumentParser:
     derived = commands.add_parser("sync", help="renew the README, citation and notebook cells made from elsewhere")
     derived.set_defaults(command=_sync)
     return parser
+
+
+# -- basis compress --
+
+
+def _add_compress(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(command=_compress)
+    command.add_argument("model", metavar="MODEL", help="a network of torchvision or timm, or package.module:factory")
+    command.add_argument("--weights", required=True, metavar="FILE", help="safetensors, or a state_dict of torch.save")
+    command.add_argument("--data", required=True, help="folder with train/CLASS/* and val/CLASS/*, or an npz")
+    budget = "share of params, macs, backward_macs or milliseconds that may stay, as params=0.5; repeatable"
+    command.add_argument("--budget", required=True, action="append", type=_share, metavar="UNIT=SHARE", help=budget)
+    command.add_argument("--out", required=True, help="folder to fill; a run of the same settings there goes on")
+    for one in (field for field in fields(Settings) if field.metadata):
+        command.add_argument(f"--{one.name.replace('_', '-')}", default=one.default, **one.metadata)
+
+
+def _share(text: str) -> tuple[str, float]:
+    unit, _, share = text.partition("=")
+    return unit, float(share)
+
+
+def _compress(options: argparse.Namespace) -> int:
+    """Find the layers of a trained network that can take it, replace them by basis convolutions, repair, measure and
+    export. May be stopped and repeated at will: the same command goes on where it was.
+    """
+    given = {field.name: getattr(options, field.name) for field in fields(Settings)} | {"budget": dict(options.budget)}
+    try:
+        compress(Settings(**given), say=print, command=shlex.join(["basis", *options.typed]))
+    except OSError as error:
+        raise ValueError(f"a file could not be read or written ({error}); finished stages are kept") from error
+    return 0
 
 
 # -- basis bench --

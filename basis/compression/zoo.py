@@ -134,7 +134,7 @@ class _Case:
     @classmethod
     def of(cls, network: Network, ratio: float) -> _Case:
         model = network.build()
-        plan = Plan.uniform(model, ratio=ratio, only_smaller=True)
+        plan = Plan.uniform(model, ratio=ratio)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             # factorized, so that it computes in another way than its dense form

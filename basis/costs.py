@@ -67,10 +67,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer: its ``cost`` as it is, and as a ``dense`` layer of the same shape.
+    """One layer: its ``cost`` as it is (a basis convolution in ``mode``), and as a ``dense`` layer of the same shape.
 
-    ``mode`` is how a basis convolution is counted, empty for other layers; ``counted`` is False where
-    the layer holds weights but is never called, or is of an unknown kind: its MACs are missing.
+    ``counted`` is False where it holds weights but is never called, or is of an unknown kind: its MACs are missing.
     """
 
     name: str
@@ -103,7 +102,7 @@ class CostReport:
         """One row per layer, indexed by name; the columns of the dense layer begin with ``dense_``."""
         import pandas as pd
 
-        def numbers(cost: Cost, prefix: str = "") -> dict[str, int]:
+        def numbers(cost: Cost, prefix: str = "") -> dict[str, Any]:
             return {prefix + key: n for key, n in (asdict(cost) | {"backward_macs": cost.backward_macs}).items()}
 
         rows = [

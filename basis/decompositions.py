@@ -31,12 +31,9 @@ class NotInstalled(RuntimeError):
 
 
 def pair_of(conv: nn.Conv2d, q: int) -> nn.Sequential:
-    """The two convolutions that the SVD of the weight of ``conv``, truncated to rank q, gives: C_in -> q -> C_out.
+    """The two convolutions C_in -> q -> C_out (1x1) of the SVD of the weight of ``conv``, truncated to rank q.
 
-    The first takes kernel, stride, padding and dilation, the second (1x1) the bias.
-
-    Raises:
-        ValueError: for grouped convolutions, and for a q that is no rank of the weight.
+    Raises ``ValueError`` for grouped convolutions, and for a q that is no rank of the weight.
     """
     rows, columns = conv.weight.flatten(1).shape
     if conv.groups != 1:
@@ -67,8 +64,7 @@ def tucker_size(conv: nn.Conv2d, out: int, into: int) -> int:
 def tucker_ranks(conv: nn.Conv2d, parameters: float) -> tuple[int, int]:
     """Ranks (output channels, input channels) of the largest Tucker convolution of that size, in their proportion.
 
-    Raises:
-        ValueError: where not even ranks 1 and 1 have so few.
+    Raises ``ValueError`` where not even ranks 1 and 1 have so few.
     """
     c_out, c_in, *_ = conv.weight.shape
     total = c_out + c_in
@@ -89,15 +85,11 @@ def tensorly_conv(
 ) -> nn.Module:
     """The Tucker ``FactorizedConv`` of tensorly-torch, with the ranks of :func:`tucker_ranks`; kernels stay whole.
 
-    It applies the padding and the stride of ``conv``, of which it takes the first entry.
-
     Args:
         implementation: "factorized" convolves three times, "reconstructed" builds the dense weight first.
         fitted: whether the weight of ``conv`` is decomposed, or the layer keeps what memory holds.
 
-    Raises:
-        NotInstalled: where tensorly-torch is not installed.
-        ValueError: as :func:`tucker_ranks`.
+    Raises :class:`NotInstalled`, and ``ValueError`` as :func:`tucker_ranks`.
     """
     rank = (*tucker_ranks(conv, parameters), *conv.kernel_size)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints and warns on import
@@ -122,11 +114,8 @@ def _needed(module: str, packages: str) -> ModuleType:
 def svd_pairs(model: nn.Module, parameters: int, exclude: Iterable[str] = ()) -> nn.Module:
     """A copy of ``model`` whose convolutions are pairs (:func:`pair_of`), all at one fraction of the full rank.
 
-    The fraction is the largest at which the network has at most ``parameters``. Convolutions that a pair would not
-    make smaller stay as they are, and so do grouped ones and those in ``exclude``.
-
-    Raises:
-        ValueError: where no fraction is small enough.
+    The fraction is the largest at which the network has at most ``parameters``; ``ValueError`` where there is none.
+    Convolutions that would not get smaller stay as they are, and so do grouped ones and those in ``exclude``.
     """
 
     def rank(conv: nn.Conv2d, ratio: float) -> int:
@@ -138,9 +127,10 @@ def svd_pairs(model: nn.Module, parameters: int, exclude: Iterable[str] = ()) ->
         rows, columns = conv.weight.flatten(1).shape
         return rank(conv, ratio) * (rows + columns) or rows * columns
 
-    convs = _convolutions(model, exclude)
-    ratio = _common(_counted(model, convs, size), parameters)
-    return _replaced(model, {name: pair_of(conv, q) for name, conv in convs.items() if (q := rank(conv, ratio))})
+    def make(conv: nn.Conv2d, ratio: float) -> nn.Module:
+        return pair_of(conv, q) if (q := rank(conv, ratio)) else conv
+
+    return _shrunk(model, parameters, exclude, size, make)
 
 
 def tensorly_network(model: nn.Module, parameters: int, exclude: Iterable[str] = ()) -> nn.Module:
@@ -148,14 +138,15 @@ def tensorly_network(model: nn.Module, parameters: int, exclude: Iterable[str] =
 
     Args and errors are those of :func:`svd_pairs`, and :class:`NotInstalled`.
     """
-    least = {name: (conv, tucker_size(conv, 1, 1)) for name, conv in _convolutions(model, exclude).items()}
-    convs = {name: conv for name, (conv, fewest) in least.items() if fewest < conv.weight.numel()}
 
     def size(conv: nn.Conv2d, share: float) -> int:
-        return tucker_size(conv, *tucker_ranks(conv, max(tucker_size(conv, 1, 1), share * conv.weight.numel())))
+        least, dense = tucker_size(conv, 1, 1), conv.weight.numel()
+        return dense if least >= dense else tucker_size(conv, *tucker_ranks(conv, max(least, share * dense)))
 
-    share = _common(_counted(model, convs, size), parameters)
-    return _replaced(model, {name: tensorly_conv(conv, size(conv, share)) for name, conv in convs.items()})
+    def make(conv: nn.Conv2d, share: float) -> nn.Module:
+        return tensorly_conv(conv, size(conv, share)) if tucker_size(conv, 1, 1) < conv.weight.numel() else conv
+
+    return _shrunk(model, parameters, exclude, size, make)
 
 
 def fasterai_network(
@@ -163,14 +154,9 @@ def fasterai_network(
 ) -> nn.Module:
     """A copy of ``model`` as fasterai's ``Conv_Decomposer`` decomposes it, at most ``parameters`` large.
 
-    Its one setting is the part of the ranks that is removed from every layer. It leaves 1x1 and grouped convolutions
-    alone, and knows zero padding only.
-
-    Args:
-        method: of fasterai, "tucker" (its default) or "svd". Its others are no approximations of the weight.
-
-    Raises:
-        NotInstalled: where fasterai cannot be imported; ValueError: where no setting is small enough.
+    Its one setting is the part of the ranks that is removed from every layer; ``method`` is "tucker" or "svd". It
+    leaves 1x1 and grouped convolutions alone, and knows zero padding only. Raises :class:`NotInstalled` where fasterai
+    cannot be imported, and ``ValueError`` where no setting is small enough.
     """
     decomposer = _needed("fasterai.misc.conv_decomposer", "fasterai").Conv_Decomposer()
     convs = {
@@ -180,7 +166,7 @@ def fasterai_network(
     }
     bare = nn.ModuleList(copy.deepcopy(list(convs.values())))
     for conv in bare:
-        conv.bias = None
+        conv.register_parameter("bias", None)
     shapes, others = copy.deepcopy(bare).to("meta"), count_parameters(model) - count_parameters(bare)
 
     def decompose(layers: nn.Module, kept: float, iterations: int) -> Any:
@@ -195,12 +181,18 @@ def fasterai_network(
     return _replaced(model, made)
 
 
-def _counted(
-    model: nn.Module, convs: Mapping[str, nn.Conv2d], size: Callable[[nn.Conv2d, float], int]
-) -> Callable[[float], int]:
-    """How many parameters ``model`` has at a setting, at which ``convs`` have so many weights."""
+def _shrunk(
+    model: nn.Module,
+    parameters: int,
+    exclude: Iterable[str],
+    size: Callable[[nn.Conv2d, float], int],
+    make: Callable[[nn.Conv2d, float], nn.Module],
+) -> nn.Module:
+    """``model`` with what ``make`` gives for each convolution, whose weights ``size`` counts, at one setting."""
+    convs = _convolutions(model, exclude)
     others = count_parameters(model) - sum(conv.weight.numel() for conv in convs.values())
-    return lambda setting: others + sum(size(conv, setting) for conv in convs.values())
+    setting = _common(lambda at: others + sum(size(conv, at) for conv in convs.values()), parameters)
+    return _replaced(model, {name: make(conv, setting) for name, conv in convs.items()})
 
 
 def _common(count: Callable[[float], int], parameters: int) -> float:
@@ -228,5 +220,6 @@ def _replaced(model: nn.Module, new: Mapping[str, nn.Module]) -> nn.Module:
     """A copy of ``model`` with these modules in place of those of their names."""
     copied = copy.deepcopy(model)
     for name, module in new.items():
-        copied.set_submodule(name, module.train(copied.get_submodule(name).training))
+        if model.get_submodule(name) is not module:
+            copied.set_submodule(name, module.train(copied.get_submodule(name).training))
     return copied

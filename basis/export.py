@@ -24,13 +24,9 @@ Batch = int | Literal["dynamic"]
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """A file that was written and checked.
+    """A file that was written, and run with ``batches`` of images (none where onnxruntime is not installed).
 
-    Attributes:
-        path: where it is.
-        batches: the batch sizes that it was run with.
-        error: the largest difference to the model's outputs, relative to their largest magnitude; None where
-            the file was not run, since onnxruntime is not installed.
+    ``error`` is the largest difference to the model's outputs, relative to their largest magnitude.
     """
 
     path: Path
@@ -59,11 +55,10 @@ def export_onnx(
         overwrite: replace a file that is there.
 
     Raises:
-        FileExistsError: when there is a file at ``path`` and ``overwrite`` is not set, or a folder.
-        ModuleNotFoundError: when onnx or onnxscript is missing; says how to install them.
-        ValueError: for a batch or input_size out of range, or a model that cannot be run on it or does not
-            return one tensor.
-        RuntimeError: when the model cannot be exported, the file cannot be run, or its outputs differ.
+        FileExistsError: for a file at ``path`` without ``overwrite``, or a folder.
+        ModuleNotFoundError: where onnx or onnxscript is missing.
+        ValueError: for a batch or input_size out of range, or a model that does not return one tensor for it.
+        RuntimeError: where the model cannot be exported, the file cannot be run, or its outputs differ.
     """
     missing = [package for package in ("onnx", "onnxscript") if not is_installed(package)]
     if missing:
@@ -72,7 +67,7 @@ def export_onnx(
     import onnx
 
     def export(copied: nn.Module, example: Tensor, shapes: Any) -> bytes:
-        names = {"input_names": ["images"], "output_names": ["logits"]}
+        names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
         program: Any = torch.onnx.export(copied, (example,), dynamo=True, verbose=False, dynamic_shapes=shapes, **names)
         content: bytes = program.model_proto.SerializeToString()
         onnx.checker.check_model(content, full_check=True)

@@ -35,14 +35,13 @@ from basis.text import few
 def fold(model: nn.Module, *, factorized: Iterable[str] = (), strict: bool = False) -> nn.Module:
     """A copy of ``model`` for inference, of plain ``torch.nn`` layers, with batch normalisation folded away.
 
-    Every basis convolution or structured layer becomes one dense ``nn.Conv2d``, or, where ``factorized`` names it,
-    the pair ``nn.Sequential(nn.Conv2d(C_in, k, ...), nn.Conv2d(k, C_out, 1))`` of B and M = [I; A]. The
-    ``nn.BatchNorm2d`` that directly follows a convolution goes into its weight and bias (of the second one in a pair)
-    and ``nn.Identity`` takes its place, or its activation. Computed in float64 on the CPU and rounded once. The copy
-    is in evaluation mode, takes no gradients, and keeps device, dtype, memory format and hooks.
+    Every basis convolution or structured layer becomes one dense ``nn.Conv2d``. The ``nn.BatchNorm2d`` that directly
+    follows a convolution goes into its weight and bias, computed in float64 on the CPU and rounded once. The copy is
+    in evaluation mode, takes no gradients, and keeps device, dtype, memory format and hooks.
 
     Args:
-        factorized: names of the basis convolutions that become pairs, e.g. ``measure_fold(...).faster()``.
+        factorized: names of the basis convolutions that become ``nn.Sequential`` pairs of B (C_in -> k) and
+            M = [I; A] (k -> C_out, 1x1), e.g. ``measure_fold(...).faster()``.
         strict: refuse a model of which a batch normalisation would stay.
 
     Raises:
@@ -163,17 +162,10 @@ def _conv(like: Tensor, weight: Tensor, bias: Tensor | None, groups: int, **opti
 
 
 class FoldReport(BenchReport):
-    """What :func:`measure_fold` found: a report of kind "bench-fold".
-
-    Every basis convolution has two rows against its dense form: ``mode`` "pair", and "control", which is the
-    dense form again.
-    """
+    """What :func:`measure_fold` found: of every layer its pair, and its dense form again ("control"), against dense."""
 
     def faster(self) -> tuple[str, ...]:
-        """The layers whose pair is faster (lower quartile of dense / pair above 1), for ``factorized`` of :func:`fold`.
-
-        Raises ``ValueError`` for a report of another kind.
-        """
+        """The layers whose pair is faster (lower quartile of dense / pair above 1), for :func:`fold`."""
         if self.kind != "bench-fold":
             raise ValueError(f"this is a report of kind {self.kind!r}, but it must be one that measure_fold made")
         pairs = [row for row in self.rows if row["mode"] == "pair"]
@@ -187,15 +179,11 @@ def measure_fold(
     setting: Setting | None = None,
     progress: Progress | None = None,
 ) -> FoldReport:
-    """Measure every basis convolution of ``model`` as :func:`fold` makes it: dense, and as a pair, by turns.
+    """Measure the forward pass of every basis convolution as :func:`fold` makes it: dense, and as a pair, by turns.
 
-    Forward passes without gradients, of each layer alone on random inputs of the sizes that it gets in one
-    forward pass of (C, H, W) = ``input_size``, ``setting.batch_size`` images at once. Of layers with equal shapes the
-    first is measured; the rows of the others say so in ``same_as``.
-
-    Raises:
-        ValueError: for a model without a basis convolution that is called, on the meta device, or that
-            cannot be run on such images.
+    Each layer alone, on inputs of the sizes that it gets for images of ``input_size``, (C, H, W). Of layers with equal
+    shapes the first is measured, which the others name in ``same_as``. Raises ``ValueError`` for a model without a
+    basis convolution that is called, on the meta device, or that cannot be run on such images.
     """
     source = uncouple(model).eval()
     forms = [fold(model), fold(model, factorized=[n for n, m in source.named_modules() if isinstance(m, BasisConv2d)])]
@@ -244,12 +232,8 @@ def bench_inference(
 ) -> BenchReport:
     """Measure the forward pass, in evaluation mode, of a network of :func:`basis.models.build` and its folded forms.
 
-    All eligible convolutions are substituted at each ratio. Modes: "dense folded"; "auto", the substituted one as it
-    is; "folded", it as dense convolutions; and "folded, pairs", with the pairs that :func:`measure_fold` finds faster
-    just before, whose number is ``pairs`` of ``layers``. Images are random, 3x32x32.
-
-    Raises:
-        ValueError: for an unknown model, or a ratio or setting out of range.
+    Modes, on random images 3x32x32: "dense folded"; "auto", substituted at a ratio; "folded", that one as dense
+    convolutions; "folded, pairs", with the pairs that :func:`measure_fold` finds faster (``pairs`` of ``layers``).
     """
     setting = setting or Setting()
     with setting.globals():

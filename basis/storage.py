@@ -26,11 +26,8 @@ PLAN_FILE, STATE_FILE = "plan.json", "model.safetensors"
 def save(model: nn.Module, folder: str | os.PathLike) -> None:
     """Write ``model`` to ``folder``: ``model.safetensors`` (its state) and ``plan.json``; no pickle.
 
-    A tensor that the state holds under several names is written once. Forms of coefficients are written too; modes
-    are not: they belong to the machine, not to the model.
-
-    Raises:
-        ValueError: for a state with entries that are not tensors with values.
+    A tensor with several names is written once. Modes are not written: they belong to the machine, not to the model.
+    Raises ``ValueError`` for a state with entries that are not tensors with values.
     """
     tensors: dict[str, Tensor] = {}
     alias: dict[str, str] = {}
@@ -90,10 +87,7 @@ def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
 
 
 def put_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """``load_state_dict`` of tensors without the versions of their modules, which are taken to be those of ``model``.
-
-    Files of safetensors hold no versions, and some modules (torchvision's MNASNet) refuse a state without.
-    """
+    """``load_state_dict`` with the versions of ``model``, without which torchvision's MNASNet refuses a state."""
     versioned = model.state_dict()
     versioned.update(state)
     model.load_state_dict(versioned)

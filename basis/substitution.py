@@ -86,8 +86,9 @@ def substitute(
         raise ValueError("coefficients are a module, which the new layers would share with its owner; give a form")
     form = Form.parse(coefficients)
     if plan is None:
-        patterns = {"include": include, "exclude": exclude}
-        plan = Plan.uniform(model, ratio=ratio, layer=layer, coefficients=form, **patterns)
+        plan = Plan.uniform(
+            model, ratio=ratio, layer=layer, coefficients=form, include=include, exclude=exclude
+        )  # fmt: skip
     elif as_patterns(include) or as_patterns(exclude):
         raise ValueError("include and exclude go with a ratio or a layer; a plan names its layers itself")
     elif layer is not None:

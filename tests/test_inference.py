@@ -1,7 +1,6 @@
 """Folding, the choice of the form, and export: always against the model itself."""
 
 import copy
-import shutil
 import sys
 import warnings
 from dataclasses import replace
@@ -121,9 +120,9 @@ def test_a_folded_layer_computes_the_same(args, options, factorized):
 
 
 @pytest.mark.parametrize("form", ["dense", "pairs"])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobile"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobile", "coupled"])
 def test_a_folded_network_is_plain_and_computes_the_same(name, form):
-    model = network(name).double()
+    model = (couple(network("resnet20")) if name == "coupled" else network(name)).double()
     folded = shape(model, form)
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     with torch.no_grad():
@@ -133,15 +132,6 @@ def test_a_folded_network_is_plain_and_computes_the_same(name, form):
     assert not any(kind.__module__.startswith("basis.co") for kind in kinds)  # no layer, no coefficients
     assert not folded.training
     assert not any(parameter.requires_grad for parameter in folded.parameters())
-
-
-def test_normalisation_through_the_basis_is_folded_as_any_other():
-    ordinary = network("resnet20").double()
-    coupled = couple(ordinary)
-    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    assert norms_left(coupled) == {}
-    for form in ("dense", "pairs"):
-        assert difference(shape(coupled, form)(x), ordinary(x)) < 1e-12
 
 
 @pytest.mark.parametrize("make", [lambda: network("resnet20"), lambda: couple(network("resnet20"))])
@@ -365,15 +355,6 @@ def test_every_mode_and_form_as_a_program(grad):
             assert difference(program(x), model(x)) < 1e-5
 
 
-def test_a_fixed_batch(onnx, tmp_path):
-    model = network("mobile")
-    done = export_onnx(model, tmp_path / "fixed.onnx", (3, 8, 8), batch=2)
-    assert done.batches == (2,)
-    dims = onnx.load(done.path).graph.input[0].type.tensor_type.shape.dim
-    assert [dim.dim_value for dim in dims] == [2, 3, 8, 8]
-    assert export_program(model, tmp_path / "fixed.pt2", (3, 8, 8), batch=1).batches == (1,)
-
-
 def test_export_is_quiet_and_leaves_model_and_loggers_alone(onnx, tmp_path, capfd):
     model = network("mobile").train()
     with warnings.catch_warnings():
@@ -469,14 +450,3 @@ def test_every_mode_and_form_compiles_whole(mode):
         BasisConv2d.from_conv(nn.Conv2d(8, 8, 3, padding=1), ratio=0.5, mode=mode, coefficients=form) for form in forms
     ]
     compiled_equals_eager(nn.Sequential(*layers).double(), torch.randn(2, 8, 6, 6, dtype=torch.float64), "aot_eager")
-
-
-@pytest.mark.weekly
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_inductor():
-    torch.manual_seed(0)
-    factorized = BasisConv2d(3, 8, 3, bias=False, ratio=0.5, mode="factorized")
-    composed = BasisConv2d(8, 4, 3, ratio=0.5, mode="composed")
-    model = nn.Sequential(factorized, nn.BatchNorm2d(8), nn.ReLU(), composed).double()
-    with torch._inductor.config.patch("cpp.simdlen", 1):  # code without vectors compiles in half the time
-        compiled_equals_eager(model, torch.randn(2, 3, 8, 8, dtype=torch.float64), "inductor")

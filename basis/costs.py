@@ -159,20 +159,17 @@ def cost(
 ) -> CostReport:
     """Count what ``model`` costs in one training step of ``batch_size`` images, layer by layer.
 
-    Every module that holds parameters gets a row; coefficients belong to the row of their layer. MACs are those of
-    convolutions and linear layers. Gradients are counted where training computes them: for parameters that require
-    one, and for inputs that depend on such a parameter. Shapes come from one run of a copy on the meta device, in
-    evaluation mode and without its hooks; a model that cannot run there runs once on its own device, on zeros.
+    Every module that holds parameters gets a row. MACs are those of convolutions and linear layers; gradients are
+    counted where training computes them. Shapes come from one run of a copy on the meta device, in evaluation mode
+    and without hooks; a model that cannot run there runs once on its own device, on zeros.
 
     Args:
         input_size: (C, H, W) of one image.
         batch_size: images in a step; composed and hybrid modes build their weight once per step.
-        mode: how basis convolutions are counted. None counts each in its own mode, and ``"auto"`` as factorized:
-            the algebra of the layer.
+        mode: how basis convolutions are counted. None: each in its own mode, and ``"auto"`` as factorized.
 
     Raises:
-        ValueError: for an input size, batch size or mode out of range, for lazy layers, and when the model cannot
-            be run on such an input.
+        ValueError: for an argument out of range, lazy layers, and a model that cannot be run on such an input.
     """
     size = tuple(input_size) if isinstance(input_size, Sequence) else ()
     if len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -106,11 +106,9 @@ def export_program(
 
 def is_installed(package: str) -> bool:
     """Whether ``package`` can be imported."""
-    try:
-        __import__(package)
-    except ImportError:
-        return False
-    return True
+    with contextlib.suppress(ImportError):
+        return bool(__import__(package))
+    return False
 
 
 def _write(
@@ -180,7 +178,7 @@ def _difference(got: Tensor, wanted: Tensor) -> float:
     return float((got.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp_min(1e-30))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep back the warnings of the exporters, which concern their own insides; errors are raised all the same."""
     logger = logging.getLogger("torch.onnx")

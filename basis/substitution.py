@@ -54,26 +54,21 @@ def substitute(
     Args:
         plan: a :class:`Plan`, or a mapping of layer names to basis channels, or to texts of structured
             layers such as ``"tucker:0.41"``. Give this, ``ratio`` or ``layer``.
-        ratio: every convolution that becomes smaller at this ratio, see :meth:`Plan.uniform`, which takes ``include``
-            and ``exclude`` too.
-        layer: the same with a structured layer in place of a ratio. Beside a plan: the kind alone, such as
-            ``"tucker"``, and the plan maps layer names to its sizes (``{"layer1.0.conv1": 0.41}``).
+        ratio: every convolution that does not grow at this ratio, see :meth:`Plan.uniform`, whose ``include`` and
+            ``exclude`` go with it.
+        layer: the same with a structured layer. Beside a plan: the kind, whose sizes are in the plan.
         mode: the mode of the new basis layers, see :class:`BasisConv2d`.
         init: ``"svd"`` approximates each weight; ``"random"`` draws new ones for training from scratch.
-        calibration: batches (inputs, or (inputs, targets), or :class:`basis.data.Data`), read once, on which the
-            basis layers are fitted to the outputs of the dense ones instead of to their weights
-            (:mod:`basis.layers.moments`). The mean that a layer loses goes into its bias, or else into the running
-            mean of the batch normalisation that directly follows. A layer that the data never reach is fitted to
-            its weight, with a warning that names it.
-        coefficients: the form of A in every new basis layer, see :class:`Form`. With ``"shared"``, layers of
-            equal C_out, k and groups hold one A, fitted to all of them at once.
+        calibration: batches, read once, on which basis layers are fitted to the outputs of the dense ones instead of
+            to their weights (:mod:`basis.layers.moments`). The mean that a layer loses goes into its bias, or else
+            into the running mean of the batch normalisation that directly follows.
+        coefficients: the form of A (:class:`Form`); with ``"shared"``, layers of equal C_out, k and groups hold one.
         batch_norm: ``"through_basis"`` couples each new layer to the batch normalisation that directly follows it,
             where there is one (:func:`basis.layers.batchnorm.couple`): the same function, trained faster.
 
     Raises:
-        ValueError: for a plan that names a layer that is not there or cannot be substituted (with the reason), or a
-            k or form that does not fit; for another argument out of range; for calibration data that are empty, that
-            the model cannot run on, or on which outputs are not finite.
+        ValueError: for a layer that is not there or cannot be substituted (with the reason), a k or form that does
+            not fit, another argument out of range, and calibration data that are empty or give no finite outputs.
     """
     if [plan, ratio].count(None) == 0 or [plan, ratio, layer].count(None) == 3 or (layer and ratio is not None):
         raise ValueError("give one of plan, ratio and layer (or a plan of sizes and the kind of layer)")

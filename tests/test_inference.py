@@ -341,6 +341,7 @@ def stack():
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
 
 
+@pytest.mark.weekly
 def test_every_mode_and_form_as_onnx(onnx, tmp_path):
     assert export_onnx(stack(), tmp_path / "stack.onnx", (8, 6, 6)).error < 1e-4
 

@@ -1,21 +1,17 @@
-import dataclasses
 import itertools
 import math
-import time
 
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import LinearConstraint
 from torch import nn
 
 import basis
 from basis.bench.cases import BenchReport
-from basis.layers.conv import BasisConv2d
 from basis.models import build
-from basis.search.selection import RULES, InfeasibleBudget, predicted, select, threshold
+from basis.search.selection import RULES, InfeasibleBudget, predicted, select
 from basis.search.table import Cell, Layer, SensitivityTable
-from basis.substitution import Plan, plan_of, substitute
+from basis.substitution import Plan, plan_of
 
 SIZE = (3, 16, 16)
 ORDERED = ("random", "largest_first", "ranking", "reverse", "first", "last")
@@ -145,66 +141,7 @@ def table(network):
 # -- costs ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [lambda: build("resnet20", width=4), Mixed], ids=["resnet20", "mixed"])
-@pytest.mark.parametrize("step", [1, 2, 3])
-def test_the_table_counts_what_the_substituted_model_costs(make, step):
-    model = make()
-    table = table_of(model)
-    chosen = {at.name: max(1, at.out_channels // at.groups - step) * at.groups for at in table.layers}
-    assert "stem" in chosen or "conv1" in chosen
-    report = basis.cost(substitute(model, chosen, init="random"), SIZE)
-    counted = {layer.name: layer.cost for layer in report.layers}
-    for at in table.layers:
-        own = counted[at.name]
-        expected = {"params": own.parameters, "macs": own.forward_macs, "backward_macs": own.backward_macs}
-        assert at.cost(chosen[at.name]) == expected
-    total = report.total
-    sizes = {"params": total.parameters, "macs": total.forward_macs, "backward_macs": total.backward_macs}
-    assert {unit: used(table, chosen, unit) for unit in sizes} == sizes
-    found = predicted(table, Plan(chosen))
-    assert found == {"sensitivity": pytest.approx(found["sensitivity"], nan_ok=True)} | {
-        unit: pytest.approx(size / table.total[unit]) for unit, size in sizes.items()
-    }
-
-
 # -- the optimum ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_the_optimum_is_that_of_trying_everything(seed):
-    table = random_table(seed)
-    draw = np.random.default_rng(seed)
-    units = [("params",), ("macs",), ("backward_macs",), ("params", "macs"), ("params", "macs", "backward_macs")]
-    budget = {unit: float(draw.uniform(0.4, 1)) for unit in units[seed % 5]}
-    best = best_of_all(table, {unit: part * table.total[unit] for unit, part in budget.items()})
-    if best is None:
-        with pytest.raises(InfeasibleBudget) as caught:
-            select(table, budget=budget)
-        assert best_of_all(table, {u: n * (1 + 1e-9) for u, n in caught.value.numbers.items()}) is not None
-        assert select(table, budget=caught.value.fractions).layers
-    else:
-        plan = select(table, budget=budget)
-        assert predicted(table, plan)["sensitivity"] == pytest.approx(best, abs=1e-12)
-        assert all(predicted(table, plan)[unit] <= part + 1e-12 for unit, part in budget.items())
-
-
-@pytest.mark.parametrize("seed", range(1, 11))
-def test_an_optimiser_that_is_not_exact_is_put_right(seed, monkeypatch):
-    solve, asked = basis.search.selection.milp, []
-
-    def sloppy(values, *, constraints, **options):
-        asked.append(len(constraints))
-        loose = [LinearConstraint(c.A, lb=c.lb - 300 * (np.max(c.lb) > 1), ub=c.ub) for c in constraints]
-        return solve(values, constraints=loose, **options)
-
-    table = random_table(seed, layers=6)
-    limits = {unit: 0.85 * table.total[unit] for unit in ("params", "macs")}
-    best = best_of_all(table, limits)
-    monkeypatch.setattr("basis.search.selection.milp", sloppy)
-    plan = select(table, budget=limits, absolute=True)
-    assert predicted(table, plan)["sensitivity"] == pytest.approx(best, abs=1e-12)
-    assert all(used(table, plan.layers, unit) <= limit for unit, limit in limits.items())
-    assert asked == list(range(2, 2 + len(asked)))  # each time one constraint more
 
 
 def test_a_budget_that_is_met_to_the_last_parameter_and_one_below():
@@ -226,81 +163,7 @@ def test_a_budget_that_is_met_to_the_last_parameter_and_one_below():
     assert predicted(table, tighter)["sensitivity"] >= loss
 
 
-def test_fifty_layers_with_eight_candidates_take_under_a_second():
-    draw = np.random.default_rng(3)
-    ks = tuple(range(112, 0, -14))
-    layers = tuple(
-        Layer(name=f"c{i}", out_channels=128, groups=1, fan_in=int(draw.choice([576, 1152, 2304])), bias=0,
-              positions=int(draw.choice([16, 64, 256])), input_gradient=True, candidates=ks)
-        for i in range(50)
-    )  # fmt: skip
-    value = lambda k: float(draw.uniform(0.5, 1) * (1 - k / 128) ** 3)  # noqa: E731
-    cells = tuple(Cell(layer=at.name, basis_channels=k, value=value(k)) for at in layers for k in ks)
-    total = {unit: sum(at.cost(128)[unit] for at in layers) for unit in ("params", "macs", "backward_macs")}
-    table = SensitivityTable(
-        measure="x", layers=layers, cells=cells, skipped={}, total=total, fingerprint={}, baseline={}
-    )
-    began = time.process_time()
-    plan = select(table, budget={"params": 0.5})
-    assert time.process_time() - began < 1
-    assert plan == select(table, budget={"params": 0.5})
-
-
-def test_layers_that_gain_are_taken_without_need():
-    table = random_table(1, lowest=-1)
-    plan = select(table, budget={"params": 1.0})
-    values = {at.name: [c.value for c in table.cells if c.layer == at.name] for at in table.layers}
-    assert predicted(table, plan)["sensitivity"] == pytest.approx(sum(min([0, *own]) for own in values.values()))
-
-
-def test_the_optimum_loses_least_of_all_rules_at_its_candidates(table):
-    for unit in ("params", "macs", "backward_macs"):
-        losses = {rule: predicted(table, select(table, budget={unit: 0.6}, rule=rule)) for rule in RULES}
-        assert all(found[unit] <= 0.6 for found in losses.values())
-        assert losses["optimal"]["sensitivity"] <= losses["threshold"]["sensitivity"]
-
-
-def test_a_ratio_leaves_one_candidate_to_each_layer(table):
-    plan = select(table, budget={"params": 0.7}, ratio=0.5)
-    widths = {at.name: at.out_channels for at in table.layers}
-    assert plan.layers
-    assert {k / widths[name] for name, k in plan.layers.items()} == {0.5}
-
-
 # -- the other rules ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("unit", ["params", "macs", "backward_macs"])
-def test_plans_apply_and_meet_the_budget(rule, unit, network, table):
-    plan = select(table, budget={unit: 0.55}, rule=rule, include="layer*")
-    report = basis.cost(substitute(network, plan, init="random"), SIZE).total
-    sizes = {"params": report.parameters, "macs": report.forward_macs, "backward_macs": report.backward_macs}
-    assert sizes[unit] <= 0.55 * table.total[unit]
-    assert predicted(table, plan)[unit] == pytest.approx(sizes[unit] / table.total[unit])
-    assert Plan.from_json(plan.to_json()) == plan
-    assert plan.skipped["conv1"] == "not among the included layers"
-    assert list(plan.layers) == [at.name for at in table.layers if at.name in plan.layers]
-
-
-@pytest.mark.parametrize("rule", ORDERED)
-@pytest.mark.parametrize("ratio", [None, 0.5])
-def test_one_by_one_ends_within_one_multiple_of_the_budget(rule, ratio, table):
-    budget = 0.7
-    plan = select(table, budget={"params": budget}, rule=rule, ratio=ratio, multiple=2)
-    limit = budget * table.total["params"]
-    size = used(table, plan.layers, "params")
-    goals = {at.name: min(at.candidates) if ratio is None else at.out_channels // 2 for at in table.layers}
-    width = {at.name: at.out_channels for at in table.layers}
-    raised = [name for name, k in plan.layers.items() if k != goals[name]]
-    assert size <= limit
-    assert len(raised) <= 1
-    if raised:  # one multiple more would be too much
-        name, k = raised[0], plan.layers[raised[0]]
-        assert (k % 2, k > goals[name]) == (0, True)
-        assert k + 2 == width[name] or used(table, {**plan.layers, name: k + 2}, "params") > limit
-    # Without the last one the budget would not be met.
-    assert any(used(table, {n: k for n, k in plan.layers.items() if n != out}, "params") > limit for out in plan.layers)
 
 
 def chosen_in(table, rule, budget=0.8, **options):
@@ -331,17 +194,6 @@ def test_random_follows_its_seed(table):
     assert len(set(draws)) > 4
 
 
-@pytest.mark.parametrize("budget", [0.3, 0.5, 0.75, 0.9])
-def test_uniform_is_the_largest_common_ratio(budget, network, table):
-    plan = select(table, budget={"params": budget}, rule="uniform", multiple=2)
-    # Widths are 8, 16 and 32: every k changes at a multiple of 1/32 only.
-    for ratio in (np.arange(32)[::-1] + 0.5) / 32:
-        found = Plan.uniform(network, ratio=float(ratio), multiple=2).layers
-        if used(table, found, "params") <= budget * table.total["params"]:
-            break
-    assert plan.layers == found
-
-
 def test_what_saves_nothing_is_passed_over():
     table = random_table(0, layers=3)
     wide = Layer(  # k above the fan-in costs more than the dense layer
@@ -368,27 +220,6 @@ def test_what_saves_in_one_unit_of_several_may_be_chosen():
     both = {"params": 2 * table.total["params"], "milliseconds": 1.0}
     plan = select(table, budget=both, absolute=True, latency=times)
     assert plan.layers == {"wide": 32}
-
-
-def test_the_threshold_takes_all_that_lose_less(table):
-    values = {(c.layer, c.basis_channels): c.value for c in table.cells}
-    epsilon = float(np.median(list(values.values())))
-    plan = threshold(table, epsilon=epsilon)
-    for at in table.layers:
-        allowed = [k for k in at.candidates if values[at.name, k] <= epsilon]
-        assert plan.layers.get(at.name) == min(allowed, default=None)
-    half = threshold(table, epsilon=epsilon, ratio=0.5, exclude="conv1")
-    assert all(values[at] <= epsilon for at in half.layers.items())
-    assert {k / at.out_channels for at in table.layers for k in [half.layers.get(at.name)] if k} == {0.5}
-    assert half.skipped["conv1"] == "excluded by 'conv1'"
-
-
-def test_a_threshold_for_a_budget_is_the_smallest(table):
-    plan = select(table, budget={"macs": 0.6}, rule="threshold")
-    values = sorted(c.value for c in table.cells)
-    plans = [threshold(table, epsilon=value) for value in values]
-    first = next(i for i, one in enumerate(plans) if predicted(table, one)["macs"] <= 0.6)
-    assert plans[first] == plan != plans[first - 1]
 
 
 # -- infeasible -----------------------------------------------------------------------------------
@@ -432,27 +263,6 @@ def test_nothing_to_choose_from(table):
 # -- reasons --------------------------------------------------------------------------------------
 
 
-def test_what_stays_dense_says_why():
-    model = Mixed()
-    table = table_of(model, value=lambda layer, k: math.nan if layer.name == "grouped" else 0.1)
-    plan = select(table, budget={"params": 0.97}, rule="first", exclude=["st*"])
-    assert plan.skipped["stem"] == "excluded by 'st*'"
-    assert plan.skipped["depthwise"] == "depthwise: one filter per group"
-    assert plan.skipped["grouped"] == "kept dense by the selection; not finite at k = 12, 6"
-    assert list(plan.layers) == ["point"]
-    assert "kept dense by the selection" in str(plan)
-
-
-def test_candidates_that_are_not_finite_are_none(table):
-    bad = {(c.layer, c.basis_channels) for c in table.cells if c.value < 0.1}
-    assert bad
-    cells = [Cell(layer=c.layer, basis_channels=c.basis_channels, value=math.inf) if
-             (c.layer, c.basis_channels) in bad else c for c in table.cells]  # fmt: skip
-    for rule in ("optimal", "threshold", "ranking"):
-        plan = select(with_cells(table, cells), budget={"params": 0.6}, rule=rule)
-        assert not bad & set(plan.layers.items())
-
-
 # -- milliseconds ---------------------------------------------------------------------------------
 
 
@@ -489,114 +299,7 @@ def test_only_what_was_timed_is_chosen(table):
     assert math.isnan(predicted(table, Plan({"conv1": 3}), report)["milliseconds"])
 
 
-def test_a_latency_report_that_does_not_fit_is_refused(table):
-    report = latency_of(table, linear_ms)
-    name, budget = table.layers[3].name, {"milliseconds": 0.7}
-
-    def refused(rows, says, **options):
-        changed = BenchReport(kind="bench-latency", config={}, environment={}, rows=rows)
-        with pytest.raises(ValueError, match=says):
-            select(table, budget=budget, latency=changed, **options)
-        return changed
-
-    lacking = refused([r for r in report.rows if r["layer"] != name], f"lacks {name}; measure it, or exclude")
-    assert select(table, budget=budget, latency=lacking, exclude=name).layers
-    some = [r for r in report.rows if (r["layer"], r["basis_channels"]) != (name, 4)]
-    refused(some, f"lacks {name} with k = 4; measure")
-    other = dataclasses.replace(report, config={"macs": table.total["macs"] + 1})
-    with pytest.raises(ValueError, match=r"of another network or image size: .* measure it with the input_size"):
-        select(table, budget=budget, latency=other)
-    refused(
-        [*report.rows, *({**r, "layer": "stem"} for r in report.rows[:6])],
-        "of another network: the table has no layer stem",
-    )
-    twice = [{**r, "basis_channels": 2 * r["basis_channels"]} for r in report.rows]
-    refused(twice, "of another network: conv1 has 16 channels there, 8 in the table")
-    refused(report.rows, "step is 'backward', but the latency report has only forward, forward", step="backward")
-    other = BenchReport(kind="bench-layer", config={}, environment={}, rows=report.rows)
-    with pytest.raises(ValueError, match="report of kind 'bench-layer'"):
-        select(table, budget=budget, latency=other)
-
-
 # -- predictions ----------------------------------------------------------------------------------
 
 
-def test_predictions_interpolate_between_measured_candidates():
-    at = Layer(
-        name="a", out_channels=16, groups=1, fan_in=36, bias=0, positions=None, input_gradient=True, candidates=(8, 4)
-    )
-    cells = (Cell(layer="a", basis_channels=8, value=1.0), Cell(layer="a", basis_channels=4, value=3.0))
-    table = SensitivityTable(
-        measure="spectrum", layers=(at,), cells=cells, skipped={}, baseline={}, fingerprint={},
-        total={"params": 1000, "macs": None, "backward_macs": None},
-    )  # fmt: skip
-    found = {k: predicted(table, Plan({"a": k}))["sensitivity"] for k in (4, 6, 8, 12, 16)}
-    assert found == {4: 3, 6: 2, 8: 1, 12: 0.5, 16: 0}
-    assert math.isnan(predicted(table, Plan({"a": 3}))["sensitivity"])
-    whole = predicted(table, Plan({"a": 8}))
-    assert whole["params"] == 1 - (16 * 36 - 8 * 36 - 64) / 1000
-    assert math.isnan(whole["macs"])
-    assert predicted(table, Plan({}))["sensitivity"] == 0
-    with pytest.raises(ValueError, match="names 'b', but the table has no such layer"):
-        predicted(table, Plan({"b": 4}))
-    with pytest.raises(ValueError, match="basis_channels is 17"):
-        predicted(table, Plan({"a": 17}))
-    for rule in RULES:
-        with pytest.raises(ValueError, match="without images and knows no macs; give a budget in params"):
-            select(table, budget={"macs": 0.5}, rule=rule)
-        assert select(table, budget={"params": 0.9}, rule=rule).layers
-
-
 # -- refusals -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"budget": {}}, "budget is {}, but it must map"),
-        ({"budget": 0.5}, "budget is 0.5, but it must map"),
-        ({"budget": {"size": 0.5}}, "unit 'size', but it must be one of params, macs"),
-        ({"budget": {"params": 0}}, "budget of params is 0, but it must be a fraction"),
-        ({"budget": {"params": 1.5}}, r"is 1.5, but it must be a fraction of the dense network's, in \(0, 1\]"),
-        ({"budget": {"params": math.nan}}, "is nan, but it must"),
-        ({"budget": {"params": "half"}}, "is 'half', but it must"),
-        ({"budget": {"params": True}}, "is True, but it must"),
-        ({"budget": {"params": -3}, "absolute": True}, "is -3, but it must be a number above 0"),
-        ({"budget": {"params": math.inf}, "absolute": True}, "is inf, but it must be a number above 0"),
-        ({"budget": {"milliseconds": 0.5}}, "go together: give both or neither"),
-        ({"latency": BenchReport(kind="", config={}, environment={}, rows=[])}, "go together: give both or neither"),
-        ({"rule": "best"}, "rule is 'best', but it must be one of optimal, threshold"),
-        ({"rule": "uniform", "ratio": 0.5}, "'uniform' finds the ratio itself"),
-        ({"ratio": 0.0}, "ratio is 0.0"),
-        ({"ratio": 1.5}, "ratio is 1.5"),
-        ({"multiple": 0}, "multiple is 0, but it must be a whole number of at least 1"),
-        ({"include": "stage*"}, "include has 'stage\\*', but no layer of the table has such a name"),
-        ({"exclude": ["conv1", "fc"]}, "exclude has 'fc', but no layer"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(options, says, table):
-    with pytest.raises(ValueError, match=says):
-        select(table, **{"budget": {"params": 0.5}, **options})
-
-
-def test_an_incomplete_table_is_refused(table):
-    part = with_cells(table, table.cells[:-7])
-    says = "lacks 7 of its candidates .*and 3 more.*resume file again"
-    for rule in RULES:
-        with pytest.raises(ValueError, match=says):
-            select(part, budget={"params": 0.5}, rule=rule)
-    with pytest.raises(ValueError, match=says):
-        threshold(part, epsilon=1.0)
-    assert select(part, budget={"params": 0.9}, exclude=["layer3.1*", "layer3.2*"]).layers
-
-
-def test_an_epsilon_that_is_no_number_is_refused(table):
-    with pytest.raises(ValueError, match="epsilon is nan, but it must be a number"):
-        threshold(table, epsilon=math.nan)
-
-
-def test_the_plan_of_a_selection_is_that_of_the_model(network, table):
-    plan = basis.select(table, budget={"params": 0.5})
-    small = substitute(network, plan)
-    assert plan_of(small).layers == plan.layers
-    assert {m.basis_channels for m in small.modules() if isinstance(m, BasisConv2d)} == set(plan.layers.values())

@@ -1,9 +1,11 @@
+import dataclasses
 import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import LinearConstraint, milp
 from torch import nn
 
 import basis
@@ -11,7 +13,7 @@ from basis.bench.cases import BenchReport
 from basis.models import build
 from basis.search.selection import RULES, InfeasibleBudget, predicted, select
 from basis.search.table import Cell, Layer, SensitivityTable
-from basis.substitution import Plan, plan_of
+from basis.substitution import Plan, plan_of, substitute
 
 SIZE = (3, 16, 16)
 ORDERED = ("random", "largest_first", "ranking", "reverse", "first", "last")
@@ -303,3 +305,179 @@ def test_only_what_was_timed_is_chosen(table):
 
 
 # -- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_optimum_is_that_of_trying_everything(seed):
+    table = random_table(seed)
+    draw = np.random.default_rng(seed)
+    units = [("params",), ("macs",), ("backward_macs",), ("params", "macs"), ("params", "macs", "backward_macs")]
+    budget = {unit: float(draw.uniform(0.4, 1)) for unit in units[seed % 5]}
+    best = best_of_all(table, {unit: part * table.total[unit] for unit, part in budget.items()})
+    if best is None:
+        with pytest.raises(InfeasibleBudget) as caught:
+            select(table, budget=budget)
+        assert best_of_all(table, {u: n * (1 + 1e-9) for u, n in caught.value.numbers.items()}) is not None
+        assert select(table, budget=caught.value.fractions).layers
+    else:
+        plan = select(table, budget=budget)
+        assert predicted(table, plan)["sensitivity"] == pytest.approx(best, abs=1e-12)
+        assert all(predicted(table, plan)[unit] <= part + 1e-12 for unit, part in budget.items())
+
+
+@pytest.mark.parametrize("seed", [1, 4])
+def test_an_optimiser_that_is_not_exact_is_put_right(seed, monkeypatch):
+    asked = []
+
+    def sloppy(values, *, constraints, **options):
+        asked.append(len(constraints))
+        loose = [LinearConstraint(c.A, lb=c.lb - 300 * (np.max(c.lb) > 1), ub=c.ub) for c in constraints]
+        return milp(values, constraints=loose, **options)
+
+    table = random_table(seed, layers=6)
+    limits = {unit: 0.85 * table.total[unit] for unit in ("params", "macs")}
+    best = best_of_all(table, limits)
+    monkeypatch.setattr("scipy.optimize.milp", sloppy)
+    plan = select(table, budget=limits, absolute=True)
+    assert predicted(table, plan)["sensitivity"] == pytest.approx(best, abs=1e-12)
+    assert all(used(table, plan.layers, unit) <= limit for unit, limit in limits.items())
+    assert asked == list(range(2, 2 + len(asked)))  # each time one constraint more
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_plans_apply_and_meet_the_budget(rule, network, table):
+    for unit in ("params", "backward_macs"):
+        plan = select(table, budget={unit: 0.55}, rule=rule, exclude="conv1")
+        report = basis.cost(substitute(network, plan, init="random"), SIZE).total
+        sizes = {"params": report.parameters, "backward_macs": report.backward_macs}
+        assert sizes[unit] <= 0.55 * table.total[unit]
+        assert predicted(table, plan)[unit] == pytest.approx(sizes[unit] / table.total[unit])
+        assert Plan.from_json(plan.to_json()) == plan
+        assert plan.skipped["conv1"] == "excluded by 'conv1'"
+        assert list(plan.layers) == [at.name for at in table.layers if at.name in plan.layers]
+
+
+@pytest.mark.parametrize("rule", ORDERED)
+def test_one_by_one_ends_at_the_last_candidate_that_meets_the_budget(rule, table):
+    plan = select(table, budget={"params": 0.7}, rule=rule)
+    limit, width = 0.7 * table.total["params"], {at.name: at.out_channels for at in table.layers}
+    raised = [at.name for at in table.layers if plan.layers.get(at.name, 0) > min(at.candidates)]
+    assert len(raised) <= 1
+    for name in raised:  # one multiple more would be too much; all candidates are multiples of 2
+        k = plan.layers[name] + 2
+        assert k == width[name] or used(table, {**plan.layers, name: k}, "params") > limit
+    # Without the last one the budget would not be met.
+    assert any(used(table, {n: k for n, k in plan.layers.items() if n != out}, "params") > limit for out in plan.layers)
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.75])
+def test_uniform_is_the_largest_common_ratio(budget, network, table):
+    plan = select(table, budget={"params": budget}, rule="uniform")
+    # Widths are 8, 16 and 32: every k changes at a multiple of 1/32 only.
+    for ratio in (np.arange(32)[::-1] + 0.5) / 32:
+        found = Plan.uniform(network, ratio=float(ratio), multiple=2).layers
+        if used(table, found, "params") <= budget * table.total["params"]:
+            break
+    assert plan.layers == found
+
+
+def test_the_threshold_takes_all_that_lose_less_than_the_smallest_epsilon(table):
+    values = table.values
+
+    def under(epsilon):
+        allowed = {at.name: [k for k in at.candidates if values[at.name, k] <= epsilon] for at in table.layers}
+        return {name: min(ks) for name, ks in allowed.items() if ks}
+
+    plans = [under(epsilon) for epsilon in sorted(values.values())]
+    expected = next(plan for plan in plans if used(table, plan, "macs") <= 0.6 * table.total["macs"])
+    assert select(table, budget={"macs": 0.6}, rule="threshold").layers == expected
+
+
+def test_a_ratio_leaves_one_candidate_to_each_layer(table):
+    plan = select(table, budget={"params": 0.7}, ratio=0.5)
+    widths = {at.name: at.out_channels for at in table.layers}
+    assert {k / widths[name] for name, k in plan.layers.items()} == {0.5}
+
+
+def test_what_stays_dense_says_why():
+    table = table_of(Mixed(), value=lambda layer, k: math.nan if layer.name == "grouped" else 0.1)
+    plan = select(table, budget={"params": 0.97}, rule="first", exclude=["st*"])
+    assert plan.skipped["stem"] == "excluded by 'st*'"
+    assert plan.skipped["depthwise"] == "depthwise: one filter per group"
+    assert plan.skipped["grouped"] == "kept dense by the selection; not finite at 12, 6"
+    assert list(plan.layers) == ["point"]
+
+
+def test_a_latency_report_that_does_not_fit_is_refused(table):
+    report = latency_of(table, linear_ms)
+    name, budget = table.layers[3].name, {"milliseconds": 0.7}
+    without = [r for r in report.rows if r["layer"] != name]
+    some = [r for r in report.rows if (r["layer"], r["basis_channels"]) != (name, 4)]
+    stem = [*report.rows, *({**r, "layer": "stem"} for r in report.rows[:6])]
+    twice = [{**r, "basis_channels": 2 * r["basis_channels"]} for r in report.rows]
+    cases = [
+        (without, {}, f"lacks {name}"),
+        (some, {}, f"lacks {name} with k = 4"),
+        (stem, {}, "another network.*stem"),
+    ]
+    cases += [(twice, {}, "another network"), (report.rows, {"macs": table.total["macs"] + 1}, "other MACs")]
+    for rows, config, says in cases:
+        changed = dataclasses.replace(report, rows=rows, config=config)
+        with pytest.raises(ValueError, match=says):
+            select(table, budget=budget, latency=changed)
+    assert select(table, budget=budget, latency=dataclasses.replace(report, rows=without), exclude=name).layers
+
+
+def test_predictions_interpolate_between_measured_candidates():
+    at = Layer(
+        name="a", out_channels=16, groups=1, fan_in=36, bias=0, positions=None, input_gradient=True, candidates=(8, 4)
+    )
+    cells = (Cell(layer="a", basis_channels=8, value=1.0), Cell(layer="a", basis_channels=4, value=3.0))
+    table = SensitivityTable(
+        measure="spectrum", layers=(at,), cells=cells, skipped={}, baseline={}, fingerprint={},
+        total={"params": 1000, "macs": None, "backward_macs": None},
+    )  # fmt: skip
+    found = {k: predicted(table, Plan({"a": k}))["sensitivity"] for k in (4, 6, 8, 12, 16)}
+    assert found == {4: 3, 6: 2, 8: 1, 12: 0.5, 16: 0}
+    assert math.isnan(predicted(table, Plan({"a": 3}))["sensitivity"])
+    whole = predicted(table, Plan({"a": 8}))
+    assert whole["params"] == 1 - (16 * 36 - 8 * 36 - 64) / 1000
+    assert math.isnan(whole["macs"])
+    for plan, says in (({"b": 4}, "names 'b'"), ({"a": 17}, "basis_channels is 17")):
+        with pytest.raises(ValueError, match=says):
+            predicted(table, Plan(plan))
+    with pytest.raises(ValueError, match="knows no macs"):
+        select(table, budget={"macs": 0.5})
+
+
+REPORT = BenchReport(kind="", config={}, environment={}, rows=[])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"budget": {}}, "budget is {}"),
+        ({"budget": 0.5}, "budget is 0.5"),
+        ({"budget": {"size": 0.5}}, "budget is"),
+        ({"budget": {"params": 0}}, "budget of params is 0"),
+        ({"budget": {"params": 1.5}}, "budget of params is 1.5"),
+        ({"budget": {"params": math.nan}}, "budget of params is nan"),
+        ({"budget": {"params": math.inf}, "absolute": True}, "budget of params is inf"),
+        ({"budget": {"milliseconds": 0.5}}, "go together"),
+        ({"latency": REPORT}, "go together"),
+        ({"rule": "best"}, "rule is 'best'"),
+        ({"rule": "uniform", "ratio": 0.5}, "leave out ratio"),
+        ({"ratio": 1.5}, "ratio is 1.5"),
+        ({"exclude": ["conv1", "fc"]}, "exclude has 'fc'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options, says, table):
+    with pytest.raises(ValueError, match=says):
+        select(table, **{"budget": {"params": 0.5}, **options})
+
+
+def test_an_incomplete_table_is_refused(table):
+    part = with_cells(table, table.cells[:-7])
+    with pytest.raises(ValueError, match="lacks 7 of its candidates"):
+        select(part, budget={"params": 0.5})
+    assert select(part, budget={"params": 0.9}, exclude=["layer3.1*", "layer3.2*"]).layers

@@ -2,14 +2,16 @@
 
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from basis import Plan, cost, merge, select, substitute
-from basis.layers.structured import Structure
+import basis
+from basis import Plan, SensitivityTable, cost, figures, fold, load, merge, plan_of, plots, save, select, substitute
+from basis.layers.structured import LAYERS, Structure
 from basis.search.selection import InfeasibleBudget, predicted
 from basis.search.sensitivity import joint, sensitivity
 
@@ -188,9 +190,6 @@ def test_uniform_is_one_text_for_all(net, data):
         select(table, budget={"params": 0.01}, rule="uniform")
 
 
-# -- kept on disk, folded, exported ---------------------------------------------------------------------
-
-
 def substituted(net, text, init="random"):
     """``net`` with every layer that can take it, after a few steps in training mode."""
     names = [
@@ -201,3 +200,91 @@ def substituted(net, text, init="random"):
     with torch.no_grad():
         changed(torch.randn(16, *SIZE))
     return changed.eval()
+
+
+# -- searched -----------------------------------------------------------------------------------------
+
+
+def test_candidates_are_basis_channels_then_the_texts_that_fit(table, net, tmp_path):
+    found = {layer.name: layer.candidates for layer in table.layers}
+    assert found["stem"] == (8, "generic:0.25", "sep")  # 3 channels: no such map, and 4 is not a multiple of 8
+    assert found["c"] == (16, 8, "generic:0.25", "sep", "tridiagonal:1,1,7")
+    assert table.columns == (0.5, 0.25, *LAYERS_ASKED)
+    at = table.at("tridiagonal:1,1,7")
+    assert table.ranking("tridiagonal:1,1,7") == tuple(sorted(at, key=lambda name: at[name].value))
+    assert set(at) == {"a", "b", "c"}
+    frame = table.to_frame().set_index(["layer", "basis_channels"])
+    assert math.isnan(frame.loc[("c", "sep"), "ratio"])
+    assert frame.loc[("c", "sep"), "saved_params"] == 32 * 32 * 9 - 32 * 9 - 32 * 32
+    picture = plots.heatmap(table, figures.LIGHT)
+    assert [tick.get_text() for tick in picture.axes[0].get_xticklabels()] == ["0.5", "0.25", *LAYERS_ASKED]
+    table.save(tmp_path / "table")
+    assert SensitivityTable.load(tmp_path / "table").to_lines() == table.to_lines()
+    with pytest.raises(ValueError, match="no convolution of the model has a candidate to try"):
+        sensitivity(net, measure="spectrum", ratios=(), layers="generic:0.001")
+    with pytest.raises(ValueError, match="no layer of the table has the candidate"):
+        table.at("tucker:0.5")
+
+
+@pytest.mark.parametrize("rule", ["optimal", "threshold", "largest_first", "last"])
+def test_rules_meet_the_budget_by_a_plan_that_applies(table, net, rule):
+    plan = select(table, budget={"macs": 0.4}, rule=rule)
+    kept = cost(substitute(net, plan), SIZE, mode="factorized").total.forward_macs
+    assert kept <= 0.4 * table.total["macs"]
+    assert predicted(table, plan)["macs"] == pytest.approx(kept / table.total["macs"])
+
+
+def test_one_by_one_takes_the_cheapest_and_the_last_the_most_expensive_that_still_meets(table):
+    layers = {layer.name: layer for layer in table.layers}
+    plan = select(table, budget={"params": 0.5}, rule="last")
+    *before, last = reversed(plan.layers)
+    for name in before:
+        costs = {k: layers[name].cost(k)["params"] for k in layers[name].candidates}
+        assert costs[plan.layers[name]] == min(costs.values())
+    others = [{**plan.layers, last: k} for k in layers[last].candidates]
+    met = [one for one in others if predicted(table, Plan(one))["params"] <= 0.5]
+    assert plan.layers[last] == max(met, key=lambda one: predicted(table, Plan(one))["params"])[last]
+
+
+def test_what_structured_layers_cannot_be_chosen_by_is_refused(table):
+    report = basis.bench.cases.bench_latency  # what a budget in milliseconds needs; it knows k alone
+    cases = [({"budget": {"milliseconds": 0.5}, "latency": report}, "basis channels alone")]
+    cases += [({"ratio": 0.5}, "ratio chooses among basis channels"), ({"rule": "uniform"}, "the table has both")]
+    for options, says in cases:
+        with pytest.raises(ValueError, match=says):
+            select(table, **{"budget": {"params": 0.5}, **options})
+    with pytest.raises(ValueError, match=r"not among its candidates"):
+        predicted(table, Plan({"a": "tucker:0.5"}))
+
+
+def test_what_layers_lose_together_and_what_they_add_up_to(table, net, data):
+    values = table.values
+    found = predicted(table, Plan({"a": "sep", "c": 8, "b": 12}))["sensitivity"]
+    assert found == pytest.approx(values["a", "sep"] + values["c", 8] + (values["b", 8] + values["b", 16]) / 2)
+    x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
+    for plan in ({"a": "sep", "c": 8}, {"b": "dsfb:1/4,1/8"}):  # the latter has a normalisation inside
+        torch.manual_seed(0)
+        with torch.no_grad():
+            loss = nn.functional.cross_entropy
+            expected = loss(merge(substitute(net, plan)).eval()(x), y) - loss(net(x), y)
+        assert joint(net, plan, data, measure="oneshot").value == pytest.approx(expected.item(), abs=1e-5)
+
+
+# -- kept on disk and folded ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", TEXTS.values())
+def test_what_is_saved_is_loaded_and_folding_keeps_the_function(net, text, tmp_path):
+    changed, x = substituted(net, text), torch.randn(4, *SIZE)
+    save(changed, tmp_path)
+    loaded = load(build(seed=1), tmp_path)
+    assert plan_of(loaded) == plan_of(changed)
+    assert len(list(loaded.parameters())) == len(list(changed.parameters()))  # tied ones are tied again
+    torch.testing.assert_close(loaded(x), changed(x), rtol=0, atol=1e-6)  # modes are not saved
+    folded = fold(changed, strict=True)
+    assert {type(m) for m in folded.modules()} == {Net, nn.Conv2d, nn.Linear, nn.Identity}
+    torch.testing.assert_close(folded(x), changed(x), rtol=1e-4, atol=1e-5)
+
+
+def test_every_kind_is_tried_here():
+    assert set(TEXTS) == set(LAYERS)

@@ -2,8 +2,10 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from basis import figures, plots
 from basis.search.table import Cell, Layer, SensitivityTable, Trial
 from basis.statistics import difference_estimate
 
@@ -74,9 +76,6 @@ def test_frame():
     assert {"low", "high", "n", "kl", "forward", "backward", "seconds", "saved_backward_macs"} <= set(frame.columns)
 
 
-# -- drawn --------------------------------------------------------------------------------------
-
-
 # -- trained ------------------------------------------------------------------------------------
 
 LOSSES = {(None, 0, 0): 1.0, (None, 0, 1): 1.2, ("a", 8, 0): 1.5, ("a", 8, 1): 1.9, ("a", 4, 0): 3.0, ("c", 4, 0): 1.0}
@@ -121,3 +120,91 @@ def test_an_incomplete_last_line_is_left_out(tmp_path):
     assert equal(SensitivityTable.load(path), replace(table(), cells=table().cells[:-1]))
     path.write_bytes(whole[:-1])  # complete but for its end of line
     assert len(SensitivityTable.load(path).cells) == 4
+
+
+def test_a_diverged_trial_gives_nan_and_without_dense_trials_there_are_no_cells():
+    own = trained(LOSSES | {("a", 8, 1): math.nan, ("c", 4, 1): 1.1})
+    assert [math.isnan(cell.value) for cell in own.cells] == [True, False]
+    assert own.ranking(0.5) == ("c",)
+    alone = trained({key: value for key, value in LOSSES.items() if key[0]})
+    assert (alone.cells, alone.baseline) == ((), {})
+    assert alone.pending[:2] == ((None, 0, 0), (None, 0, 1))
+
+
+def test_what_is_no_table_is_refused(tmp_path):
+    path = tmp_path / "table.jsonl"
+    with pytest.raises(FileNotFoundError):
+        SensitivityTable.load(path)
+    texts = ("", "{}\n", "[1]\n", "hello\n", '{"basis_sensitivity": 7}\n', '{"basis_sensitivity": 1}\n')
+    table().save(path)
+    head, *rest = path.read_text().splitlines(keepends=True)
+    for text in (*texts, "".join([head, '{"layer": "a"}\n', *rest])):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"table.jsonl is no sensitivity table, or damaged"):
+            SensitivityTable.load(path)
+
+
+def test_cells_are_in_the_order_of_layers_and_the_first_of_two_counts():
+    part = table({("b", 16): 1.0, ("a", 4): 2.0})
+    assert part.missing == (("a", 8), ("b", 8), ("c", 4))
+    assert [(c.layer, c.basis_channels) for c in part.cells] == [("a", 4), ("b", 16)]
+    assert table().columns == (0.5, 0.25)
+    cells = (Cell(layer="c", basis_channels=4, value=1.0), Cell(layer="c", basis_channels=4, value=2.0))
+    assert [c.value for c in table(cells=cells).cells] == [1.0]
+
+
+def test_by_kl():
+    other = table().by_kl()
+    assert [c.value for c in other.cells][:3] == [0.05, 0.2, 0.025]
+    assert all(math.isnan(c.low) and c.n == 0 for c in other.cells)
+    assert str(other).startswith("oneshot_kl: divergence from the dense predictions, nats")
+    with pytest.raises(ValueError, match="holds no divergences"):
+        table(cells=(Cell(layer="a", basis_channels=8, value=1.0),), measure="fisher").by_kl()
+
+
+def test_print():
+    lines = str(table()).splitlines()
+    assert lines[0] == "oneshot: change of the loss; dense loss 0.75"
+    assert [line.split() for line in lines[2:5]] == [
+        ["a", "16", "0.1", "0.4"],
+        ["b", "32", "-0.05", "nan"],
+        ["c", "8", "0.2"],
+    ]
+    assert "not finite, so not ranked: b (k = 8)" in lines
+    assert "kept dense (depthwise: one filter per group): d, e" in lines
+    part = str(table({("c", 4): 1.0}))
+    assert "not measured yet: a (k = 8), a (k = 4), b (k = 16), b (k = 8)" in part
+    assert part.splitlines()[2].split() == ["a", "16", "...", "..."]
+    assert "the model itself" in str(table(layers=(layer("", 16, (8,)),), cells=()))
+
+
+@pytest.mark.parametrize("theme", [figures.LIGHT, figures.DARK])
+def test_drawn(theme):
+    axes = plots.heatmap(table(), theme).axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b", "c"]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["0.5", "0.25"]
+    shown = np.ma.filled(axes.collections[0].get_array().astype(float), math.nan).reshape(3, 2)
+    assert shown[0] == pytest.approx([0.1, 0.4])
+    assert shown[1] == pytest.approx([-0.05, math.nan], nan_ok=True)
+    axes = plots.bars(table(), 0.25, theme).axes[0]
+    assert [round(bar.get_width(), 6) for bar in axes.containers[-1].patches] == [0.4, 0.2]
+    assert "n = 9" in [t.get_text() for t in axes.texts]
+    part = plots.bars(table({("a", 8): 1.0}), None, theme).axes[0]
+    assert "r = 0.5" in part.get_xlabel()  # the ratio that most layers have
+    assert "incomplete: 1 of 3 layers" in [t.get_text() for t in part.texts]
+
+
+def test_merge():
+    whole = table()
+    parts = [replace(whole, cells=whole.cells[i::2]) for i in (0, 1)]
+    assert equal(SensitivityTable.merge(reversed(parts)), whole)
+    assert equal(SensitivityTable.merge([whole, whole]), whole)
+    dense = {key: value for key, value in LOSSES.items() if key[0] is None}
+    rest = {key: value for key, value in LOSSES.items() if key[0] is not None}
+    assert equal(SensitivityTable.merge([trained(dense), trained(rest)]), trained(LOSSES))
+    other = table(fingerprint={"measure": "oneshot", "weights": "456", "data": "7"})
+    for tables, says in (([], "no tables"), ([whole, other], "differ in weights, data")):
+        with pytest.raises(ValueError, match=says):
+            SensitivityTable.merge(tables)
+    with pytest.raises(ValueError, match="the dense network"):
+        SensitivityTable.merge([whole, table(baseline={"loss": 0.76})])

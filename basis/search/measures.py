@@ -1,8 +1,7 @@
 """The measures of sensitivity that need no training: from the weights alone to one evaluation per candidate.
 
-Each takes a network in eval mode that nothing else uses (its flags and statistics may change) and the candidates
-(layer -> numbers of basis channels k, or texts of structured layers), and returns what it found about the dense
-network (its ``loss``) and the cells. With groups, each group is a matrix of its own, of rank k / groups.
+Each takes a network in eval mode that nothing else uses and the candidates (layer -> numbers of basis channels k, or
+texts of structured layers), and returns what it found about the dense network (its ``loss``) and the cells.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from basis.substitution import Size
 
 Candidates = Mapping[str, Sequence[Size]]
 Measured = tuple[dict[str, float], Iterator[Cell]]
+Fitted = tuple[Mapping[str, Moments], Mapping[str, str]]  # moments of outputs, and the norms that take a lost mean
 
 PART = 2**21  # numbers of an input that a backward pass takes at once: 13 images of 224 x 224
 
@@ -103,56 +103,20 @@ def gradients(
 ) -> Measured:  # fmt: skip
     """Taylor and Fisher scores of every k of every layer, from one forward and one backward pass.
 
-    With W = U S V^T, y the layer's output without bias, p = U^T y and g = U^T dL/dy, truncation to rank k changes y by
-    - sum_{i>k} u_i p_i, and the loss of sample n to first order by delta_n = - sum_{i>k} sum_pixels p_i g_i. The score
-    is the mean of delta_n (Taylor: the signed change; Molchanov et al. 2019, arXiv 1906.10771, with components in
-    place of filters) or, ``squared``, half the mean of delta_n^2 (the quadratic form of the empirical Fisher matrix;
-    Theis et al. 2018, arXiv 1801.05787). Intervals are over samples. With ``fit``, inputs, the components are those of
-    the outputs on them instead (:mod:`basis.layers.moments`). A layer that runs without gradients scores NaN.
+    With W = U S V^T, y the layer's output without bias, p = U^T y and g = U^T dL/dy, truncation to rank k changes the
+    loss of sample n to first order by delta_n = - sum_{i>k} sum_pixels p_i g_i. The score is its mean (Taylor; Molchanov
+    et al. 2019, arXiv 1906.10771, with components in place of filters) or, ``squared``, half the mean of delta_n^2 (the
+    empirical Fisher matrix; Theis et al. 2018, arXiv 1801.05787). With ``fit``, inputs, the components are those of the
+    outputs on them (:mod:`basis.layers.moments`). A layer that runs without gradients scores NaN.
 
-    Raises:
-        ValueError: where a layer sees another number of images than the batch holds, or the model cannot be
-            differentiated.
+    Raises ``ValueError`` where a layer sees other images than the batch's, or the model cannot be differentiated.
     """
-    began = time.perf_counter()
+    began, losses, apart = time.perf_counter(), [], True
     model.requires_grad_(False)  # nobody needs gradients of parameters here
     fitted = _fitted(model, list(candidates), fit)
     products: dict[str, list[Tensor]] = {name: [] for name in candidates}  # p_i g_i of each batch, (N, components)
-
-    def watch(name: str) -> Callable:
-        u, mean = _components(model, name, fitted)
-        groups, width, count = u.shape
-        filters = u.mT.reshape(groups * count, width, 1, 1)
-        bias: Any = model.get_submodule(name).bias
-        offset = u.new_zeros(groups * width) if mean is None else mean.flatten()
-        offset = (offset if bias is None else offset + bias.detach())[:, None, None]
-
-        def project(y: Tensor) -> Tensor:
-            y = y if y.dtype == torch.float64 else y.float()
-            return F.conv2d(y, filters.to(y.dtype), groups=groups)
-
-        def hook(module: Any, args: tuple, y: Tensor) -> Tensor | None:
-            product = products[name][-1]
-            if y.dim() != 4 or len(y) != len(product):
-                raise ValueError(f"{name} sees {len(y)} images where the batch holds {len(product)}; use oneshot here")
-            if not torch.is_grad_enabled():
-                product.fill_(math.nan)
-                return None
-            # Where nothing before needs a gradient, it starts here (a clone, which may be changed in place).
-            fresh = None if y.requires_grad else y.detach().requires_grad_().clone()
-            y = y if fresh is None else fresh
-            p = project(y.detach() - offset.to(y.dtype))
-
-            def receive(grad: Tensor) -> None:
-                product.add_((p * project(grad)).sum((2, 3)).view(-1, groups, count).sum(1))
-
-            y.register_hook(receive)
-            return fresh
-
-        return hook
-
-    losses, apart = [], True
-    with hooked(model, {name: watch(name) for name in candidates}), torch.enable_grad():
+    hooks = {name: _catching(model, name, fitted, held) for name, held in products.items()}
+    with hooked(model, hooks), torch.enable_grad():
         for x, y in _parts(batches, loss):
             for name, held in products.items():
                 conv: Any = model.get_submodule(name)
@@ -166,13 +130,46 @@ def gradients(
             losses.append(values.detach().double())
     scores: dict[tuple[str, Size], Estimate] = {}
     for name, ks in candidates.items():
-        product, groups = torch.cat(products[name]), model.get_submodule(name).groups
+        product, conv = torch.cat(products[name]), model.get_submodule(name)
         for k in ks:
-            delta = -product[:, k // groups :].sum(1)  # type: ignore[operator]
+            delta = -product[:, k // conv.groups :].sum(1)
             scores[name, k] = _estimate(delta.square() / 2 if squared else delta, apart)
     images = sum(len(y) for _, y in batches)
     passes = {"forward": images + sum(map(len, fit or ())), "backward": images}
     return {"loss": torch.cat(losses).mean().item()}, _cells(scores, began, **passes)
+
+
+def _catching(model: nn.Module, name: str, fitted: Fitted, products: list[Tensor]) -> Callable:
+    """A forward hook that adds a layer's p_i g_i to the last of ``products`` in the backward pass."""
+    u, mean = _components(model, name, fitted)
+    groups, width, _ = u.shape
+    filters, bias = u.mT.reshape(groups * width, width, 1, 1), model.get_submodule(name).bias
+    offset = u.new_zeros(groups * width) if mean is None else mean.flatten()
+    offset = (offset if bias is None else offset + bias.detach())[:, None, None]  # type: ignore[operator]
+
+    def project(y: Tensor) -> Tensor:
+        y = y if y.dtype == torch.float64 else y.float()
+        return F.conv2d(y, filters.to(y.dtype), groups=groups)
+
+    def hook(module: Any, args: tuple, y: Tensor) -> Tensor | None:
+        product = products[-1]
+        if y.dim() != 4 or len(y) != len(product):
+            raise ValueError(f"{name} sees {len(y)} images where the batch holds {len(product)}; use oneshot here")
+        if not torch.is_grad_enabled():
+            product.fill_(math.nan)
+            return None
+        # Where nothing before needs a gradient, it starts here (a clone, which may be changed in place).
+        fresh = None if y.requires_grad else y.detach().requires_grad_().clone()
+        y = y if fresh is None else fresh
+        p = project(y.detach() - offset.to(y.dtype))
+
+        def receive(grad: Tensor) -> None:
+            product.add_((p * project(grad)).sum((2, 3)).view(-1, groups, width).sum(1))
+
+        y.register_hook(receive)
+        return fresh
+
+    return hook
 
 
 def _parts(batches: Sequence[Batch], loss: Loss) -> Iterator[Batch]:
@@ -251,9 +248,6 @@ def _evaluate(
         if isinstance(output, Tensor) and output.dim() == 2:
             logits.append(output)
     return torch.cat(losses).cpu(), apart, logits
-
-
-Fitted = tuple[Mapping[str, Moments], Mapping[str, str]]  # the moments of outputs, and the norms that take a lost mean
 
 
 def _fitted(model: nn.Module, names: Sequence[str], fit: Sequence[Tensor] | None) -> Fitted:

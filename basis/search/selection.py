@@ -1,8 +1,4 @@
-"""Choose layers under a budget: from sensitivities to a plan.
-
-The exact optimiser is the rule "optimal"; the others are the paper's own rule and the baselines that a selection has
-to beat. Each adds up what single layers lose: :func:`predicted` gives the sum, to be held against a measurement.
-"""
+"""Choose layers under a budget: from sensitivities to a plan, by an exact optimiser, the paper's rule or baselines."""
 
 from __future__ import annotations
 
@@ -297,24 +293,15 @@ class _Problem:
     def infeasible(self, used: np.ndarray) -> InfeasibleBudget:
         """The error to raise, where ``used`` is the least that the rule can reach."""
         least = np.maximum(used, self.limit)
-        fractions, numbers = ((dict(zip(self.units, x.tolist(), strict=True))) for x in (least / self.total, least))
-        wish, answer = self._text(self.limit), self._text(least)
-        return InfeasibleBudget(
-            f"no plan of the rule {self.rule!r} meets a budget of {wish}; the smallest that can be met is {answer}",
-            fractions, numbers,
-        )  # fmt: skip
+        fractions, numbers = (dict(zip(self.units, x.tolist(), strict=True)) for x in (least / self.total, least))
 
-    def _text(self, budget: np.ndarray) -> str:
-        """A budget in words, rounded up, so that it can be met as it is printed."""
-        parts = []
-        for unit, number, fraction in zip(self.units, budget, budget / self.total, strict=True):
-            shown = f"{_up(number, 4):g}" if unit == "milliseconds" else f"{_up(number, 0):,.0f}"
-            parts.append(f"{_up(fraction, 4):g} of the {unit} ({shown})")
-        return " and ".join(parts)
+        def text(budget: np.ndarray) -> str:  # rounded up, so that it can be met as it is printed
+            shares = np.ceil(budget / self.total * 1e4 / ROUNDING) / 1e4
+            parts = zip(shares, self.units, budget, strict=True)
+            return " and ".join(f"{share:g} of the {unit} ({number:,.10g})" for share, unit, number in parts)
 
-
-def _up(number: float, digits: int) -> float:
-    return math.ceil(number * 10**digits / ROUNDING) / 10**digits
+        says = f"meets a budget of {text(self.limit)}; the smallest that can be met is {text(least)}"
+        return InfeasibleBudget(f"no plan of the rule {self.rule!r} {says}", fractions, numbers)
 
 
 def _optimal(problem: _Problem) -> Choice:

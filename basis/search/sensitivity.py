@@ -17,18 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from tqdm.auto import tqdm
 
-from basis.batches import (
-    Batch,
-    Batches,
-    Loss,
-    cross_entropy,
-    even,
-    held_out,
-    outputs_of,
-    read_batches,
-    sample_losses,
-    with_labels,
-)
+from basis.batches import Batch, Batches, Loss, cross_entropy, even, held_out, outputs_of, read_batches, with_labels
 from basis.costs import cost, cost_alone, trace_calls
 from basis.data import Data, Images
 from basis.layers.base import ConvLike
@@ -55,11 +44,11 @@ Fit = Literal["weight", "activation"]
 
 
 def sensitivity(
-    model: nn.Module, data: Batches | None = None, *, measure: str = "oneshot_bn", ratios: Sequence[float] = (0.5, 0.25),
-    layers: str | Sequence[str] = (), multiple: int = 8, include: str | Iterable[str] = (),
-    exclude: str | Iterable[str] = (), loss: Loss | None = None, calibration: Batches | None = None, fit: Fit = "weight",
-    recipe: Recipe | None = None, seeds: int = 3, resume: str | os.PathLike | None = None,
-    progress: bool | str | Callable[[Any], None] | None = None,
+    model: nn.Module, data: Batches | None = None, *, measure: str = "oneshot_bn",
+    ratios: Sequence[float] = (0.5, 0.25), layers: str | Sequence[str] = (), multiple: int = 8,
+    include: str | Iterable[str] = (), exclude: str | Iterable[str] = (), loss: Loss | None = None,
+    calibration: Batches | None = None, fit: Fit = "weight", recipe: Recipe | None = None, seeds: int = 3,
+    resume: str | os.PathLike | None = None, progress: bool | str | Callable[[Any], None] | None = None,
 ) -> SensitivityTable:  # fmt: skip
     """Measure what ``model`` loses when one convolution alone becomes a basis convolution, or a structured layer.
 
@@ -70,15 +59,12 @@ def sensitivity(
             validation images are used, and which the measures that train need. "spectrum" needs none.
         measure: one of ``basis.search.table.MEASURES``, see :mod:`basis.search.measures`.
         ratios: of k to C_out; each layer gets the nearest multiple of ``multiple`` and of its groups.
-        layers: texts of structured layers, such as "tucker:0.41", which are candidates too; not of "taylor" and
-            "fisher", which are defined by truncation.
+        layers: texts of structured layers, such as "tucker:0.41", as candidates; not of "taylor" and "fisher".
         include, exclude: shell patterns of layer names, as in :meth:`basis.Plan.uniform`.
-        loss: of (outputs, targets): the loss of each sample (N,), or the mean of the batch, which gives no
-            intervals; cross-entropy unless given.
-        calibration: batches on which "oneshot_bn" measures the statistics of batch normalisation; ``data`` unless
-            given, or the first 2,000 training images of ``Data``.
-        fit: "weight": layers are fitted to weights, by SVD; "activation": basis layers to the outputs on the calibration
-            data, as ``substitute(model, plan, calibration=...)`` does. Of taylor, fisher, oneshot and oneshot_bn.
+        loss: of (outputs, targets): of each sample (N,), or the mean, without intervals; default: cross-entropy.
+        calibration: batches for "oneshot_bn" and ``fit``; ``data``, or the first 2,000 training images of ``Data``.
+        fit: basis layers fitted to the "weight", or, as by ``substitute(model, plan, calibration=...)``, to the
+            outputs ("activation") on ``calibration``; of taylor, fisher, oneshot and oneshot_bn.
         recipe: of the measures that train; "fine_tuning" starts at the weights of ``model``, the others from scratch.
         seeds: how many trainings of each network.
         resume: file to which each measurement is appended. What it holds already is not measured again.
@@ -89,7 +75,8 @@ def sensitivity(
             finite; a ``resume`` file of another measurement.
     """
     texts = (layers,) if isinstance(layers, str) else tuple(layers)
-    _check(measure, ratios, texts, loss, recipe, seeds, fit)
+    _check(measure, ratios, texts, loss, recipe, seeds)
+    _check_fit(measure, fit)
     found, skipped = candidate_layers(model, ratios, texts, multiple, include, exclude)
     dense = substitute(model, {}).eval()
     numbers = tuple(range(seeds)) if measure in TRAINING else ()
@@ -125,10 +112,10 @@ def joint(
     model: nn.Module, plan: Plan | Mapping[str, Size], data: Batches, *, measure: str = "oneshot_bn",
     loss: Loss | None = None, calibration: Batches | None = None, fit: Fit = "weight",
 ) -> Estimate:  # fmt: skip
-    """What ``model`` loses with all layers of ``plan`` replaced at once: the growth of the mean loss, paired over samples.
+    """How much the mean loss grows with all layers of ``plan`` replaced at once, paired over samples.
 
-    To be held against the sum over single layers (:func:`basis.search.selection.predicted`). ``measure`` is "oneshot"
-    or "oneshot_bn"; the other arguments and errors are those of :func:`sensitivity` and :func:`basis.substitute`.
+    To be held against :func:`basis.search.selection.predicted`. ``measure`` is "oneshot" or "oneshot_bn"; the other
+    arguments and errors are those of :func:`sensitivity` and :func:`basis.substitute`.
     """
     if measure not in ("oneshot", "oneshot_bn"):
         raise ValueError(f"measure is {measure!r}, but what layers lose together is measured by oneshot or oneshot_bn")
@@ -148,9 +135,8 @@ def _own_random_numbers(model: nn.Module) -> Any:
 
 
 def _check(
-    measure: str, ratios: Sequence[float], texts: Sequence[str], loss: Loss | None, recipe: Recipe | None, seeds: int,
-    fit: str,
-) -> None:  # fmt: skip
+    measure: str, ratios: Sequence[float], texts: Sequence[str], loss: Loss | None, recipe: Recipe | None, seeds: int
+) -> None:
     """Refuse arguments that make no sense, before anything is computed."""
     if measure not in MEASURES:
         raise ValueError(f"measure is {measure!r}, but it must be one of {', '.join(MEASURES)}")
@@ -162,7 +148,6 @@ def _check(
         raise ValueError(f"{measure} takes no loss, and seeds of at least 1")
     if measure not in TRAINING and recipe is not None:
         raise ValueError(f"{measure} trains nothing; a recipe goes with {', '.join(TRAINING)}")
-    _check_fit(measure, fit)
 
 
 def _check_fit(measure: str, fit: str) -> None:
@@ -186,7 +171,7 @@ def candidate_layers(
             raise ValueError(f"exclude has {pattern!r}, but no convolution has such a name")
     among: dict[str, Any] = {"include": as_patterns(include), "exclude": as_patterns(exclude)}
     plans = [Plan.uniform(model, ratio=ratio, multiple=multiple, **among) for ratio in sorted(ratios, reverse=True)]
-    plans = plans[:-1] + plans[-1:] + [_alone(model, Plan.uniform(model, layer=text, **among)) for text in texts]
+    plans += [_alone(model, Plan.uniform(model, layer=text, **among)) for text in texts]
     layers: list[Layer] = []
     for name, conv in model.named_modules():
         sizes = tuple(dict.fromkeys(plan.layers[name] for plan in plans if name in plan.layers))
@@ -308,7 +293,6 @@ def _prepare(
         fingerprint["data"] = samples(batches)
         if measure != "activation":
             batches = batches if loss else with_labels(batches, outputs)
-            sample_losses(score, outputs, batches[0][1])
             fingerprint["loss"] = name_of(score)
     if measure == "oneshot_bn" or fit == "activation":
         if calibration is None and isinstance(data, Data):

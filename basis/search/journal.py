@@ -96,8 +96,10 @@ class Journal:
 
     def append(self, item: Cell | Trial) -> None:
         """Keep one measurement, on the disk before this returns."""
-        kind = "trials" if isinstance(item, Trial) else "cells"
-        self.table = replace(self.table, **{kind: (*getattr(self.table, kind), item)})
+        if isinstance(item, Trial):
+            self.table = replace(self.table, trials=(*self.table.trials, item))
+        else:
+            self.table = replace(self.table, cells=(*self.table.cells, item))
         if self.path is not None:
             with self.path.open("ab") as file:
                 file.write(json.dumps(plain(asdict(item))).encode() + b"\n")

@@ -104,8 +104,8 @@ def gradients(
     """Taylor and Fisher scores of every k of every layer, from one forward and one backward pass.
 
     With W = U S V^T, y the layer's output without bias, p = U^T y and g = U^T dL/dy, truncation to rank k changes the
-    loss of sample n to first order by delta_n = - sum_{i>k} sum_pixels p_i g_i. The score is its mean (Taylor; Molchanov
-    et al. 2019, arXiv 1906.10771, with components in place of filters) or, ``squared``, half the mean of delta_n^2 (the
+    loss of sample n to first order by delta_n = - sum_{i>k} sum_pixels p_i g_i. The score is its mean (Molchanov et
+    al. 2019, arXiv 1906.10771, with components in place of filters) or, ``squared``, half the mean of delta_n^2 (the
     empirical Fisher matrix; Theis et al. 2018, arXiv 1801.05787). With ``fit``, inputs, the components are those of the
     outputs on them (:mod:`basis.layers.moments`). A layer that runs without gradients scores NaN.
 
@@ -331,9 +331,9 @@ def _share(part: Tensor, total: Tensor) -> float:
 
 def _cells(values: Mapping[tuple[str, Size], Any], began: float, **passes: float) -> Iterator[Cell]:
     """Cells of values or estimates that were all found together, which share passes and seconds evenly."""
-    costs = {key: cost / len(values) for key, cost in {**passes, "seconds": time.perf_counter() - began}.items()}
+    costs: Any = {key: cost / len(values) for key, cost in {**passes, "seconds": time.perf_counter() - began}.items()}
     for (name, k), value in values.items():
-        found = vars(value) if isinstance(value, Estimate) else {"value": value}
+        found: dict[str, Any] = vars(value) if isinstance(value, Estimate) else {"value": value}
         yield Cell(layer=name, basis_channels=k, **found, **costs)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from basis.layers.conv import basis_channels_for, check_basis_channels
 from basis.search.table import Layer, SensitivityTable
-from basis.substitution import Plan, Size, as_patterns, left_out
+from basis.substitution import Plan, Size, as_patterns, left_out, size_text
 from basis.text import few
 
 if TYPE_CHECKING:
@@ -52,9 +52,9 @@ def select(
     latency: BenchReport | None = None, step: str = "forward+backward", exclude: str | Iterable[str] = (),
     absolute: bool = False, seed: int = 0,
 ) -> Plan:  # fmt: skip
-    """Choose which layers are substituted, with how many basis channels k or as which structured layer, on a budget.
+    """Choose on a budget which layers are substituted, with how many basis channels or as which structured layer.
 
-    The rules choose among the candidates in the table that have a finite sensitivity, and the dense layer:
+    The rules choose among the candidates of the table that have a finite sensitivity:
 
     - "optimal": the smallest sum of sensitivities, exactly, by mixed-integer optimisation (HiGHS), without what saves
       nothing in any unit of the budget;
@@ -98,12 +98,9 @@ def select(
     layers = tuple(layer for layer in table.layers if layer.name in scores)
     problem = _Problem(rule, layers, scores, times, tuple(budget), total, limit, multiple, seed)
     chosen = _SOLVERS.get(rule, _one_by_one)(problem)
-    return Plan(
-        {at.name: chosen[at.name] for at in table.layers if at.name in chosen},
-        {at.name: dense.get(at.name) or _why_dense(table, at) for at in table.layers if at.name not in chosen}
-        | dict(table.skipped),
-        {at.name: at.out_channels for at in table.layers},
-    )
+    skipped = {at.name: dense.get(at.name) or _why_dense(table, at) for at in table.layers if at.name not in chosen}
+    ordered = {at.name: chosen[at.name] for at in table.layers if at.name in chosen}
+    return Plan(ordered, skipped | dict(table.skipped), {at.name: at.out_channels for at in table.layers})
 
 
 def predicted(
@@ -118,37 +115,34 @@ def predicted(
     Raises:
         ValueError: for a plan with a layer or a structured layer that is not in the table, or a k that makes no sense.
     """
-    layer_of = {layer.name: layer for layer in table.layers}
-    times = {} if latency is None else _times(latency, step, table, {})
-    totals = dict(table.total) | (
-        {} if latency is None else {"milliseconds": sum(ms[max(ms)] for ms in times.values())}
-    )
+    layer_of, values = {layer.name: layer for layer in table.layers}, table.values
+    times: Times = {}
+    totals: dict[str, Any] = dict(table.total)
+    if latency is not None:
+        times = _times(latency, step, table, {})
+        totals["milliseconds"] = sum(ms[max(ms)] for ms in times.values())
     saved, loss = dict.fromkeys(totals, 0.0), 0.0
     for name, k in plan.layers.items():
-        if name not in layer_of:
-            raise ValueError(f"the plan names {name!r}, but the table has no such layer")
-        layer = layer_of[name]
-        known: dict[Any, float] = {j: value for (at, j), value in table.values.items() if at == name}
+        layer = layer_of.get(name)
+        if layer is None or (isinstance(k, str) and k not in layer.candidates):
+            raise ValueError(f"the plan names {name!r} with {size_text(k)}, which is not in the table")
         if isinstance(k, str):
-            if k not in layer.candidates:
-                raise ValueError(f"the plan makes {name} {k}, which is not among its candidates in the table")
-            loss += known.get(k, math.nan)
+            loss += values.get((name, k), math.nan)
         else:
             check_basis_channels(k, layer.out_channels, layer.groups)
-            measured = {j: value for j, value in known.items() if not isinstance(j, str)} | {layer.out_channels: 0.0}
-            ks, losses = zip(*sorted(measured.items()), strict=True)
+            known = {j: values[name, j] for j in layer.candidates if not isinstance(j, str) and (name, j) in values}
+            ks, losses = zip(*sorted((known | {layer.out_channels: 0.0}).items()), strict=True)
             loss += float(np.interp(k, ks, losses, left=math.nan))
-        whole, thin = (
-            {**layer.cost(size), "milliseconds": _time(times, layer, size)} for size in (layer.out_channels, k)
-        )
         for unit in saved:
-            saved[unit] += math.nan if thin[unit] is None else whole[unit] - thin[unit]  # type: ignore[operator]
+            saved[unit] += _cost(layer, layer.out_channels, unit, times) - _cost(layer, k, unit, times)
     return {"sensitivity": loss} | {unit: 1 - saved[unit] / (totals[unit] or math.nan) for unit in totals}
 
 
-def _time(times: Times, layer: Layer, k: Size) -> float:
+def _cost(layer: Layer, k: Size, unit: str, times: Times) -> float:
+    """What the layer costs with k basis channels, or as the structured layer k; NaN where it is not known."""
     own: Mapping[Any, float] = times.get(layer.name, {})
-    return own.get(k, math.nan)
+    known = own.get(k) if unit == "milliseconds" else layer.cost(k)[unit]
+    return math.nan if known is None else known
 
 
 # -- what there is to choose from -----------------------------------------------------------------
@@ -172,12 +166,11 @@ def _check_budget(
 
 def _excluded(table: SensitivityTable, exclude: str | Iterable[str]) -> dict[str, str]:
     """The layers that stay dense, each with the reason."""
-    names = [layer.name for layer in table.layers]
-    for pattern in as_patterns(exclude):
+    names, patterns = [layer.name for layer in table.layers], as_patterns(exclude)
+    for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in (*names, *table.skipped)):
             raise ValueError(f"exclude has {pattern!r}, but no layer of the table has such a name")
-    reasons = {name: left_out([name], (), as_patterns(exclude)) for name in names}
-    return {name: reason for name, reason in reasons.items() if reason}
+    return {name: reason for name in names if (reason := left_out([name], (), patterns))}
 
 
 def _scores(table: SensitivityTable, dense: Mapping[str, str], ratio: float | None) -> Scores:
@@ -210,14 +203,13 @@ def _times(latency: BenchReport, step: str, table: SensitivityTable, scores: Sco
     for name, ks in scores.items():
         lacking = [str(k) for k in ks if k not in times.get(name, {})]
         if lacking or name not in times:
-            raise ValueError(
-                f"the latency report lacks {name} with k = {few(lacking)}; measure it, or exclude the layer"
-            )
+            raise ValueError(f"the latency report lacks {name} with k = {few(lacking)}; measure or exclude it")
     return times
 
 
 def _why_dense(table: SensitivityTable, layer: Layer) -> str:
-    strange = [str(k) for k in layer.candidates if not math.isfinite(table.values.get((layer.name, k), 0))]
+    values = table.values
+    strange = [str(k) for k in layer.candidates if not math.isfinite(values.get((layer.name, k), 0))]
     return "kept dense by the selection" + (f"; not finite at {few(strange)}" if strange else "")
 
 
@@ -240,8 +232,7 @@ class _Problem:
 
     def price(self, layer: Layer, k: Size) -> np.ndarray:
         """What the layer costs with k basis channels, or as the structured layer k."""
-        cost = {**layer.cost(k), "milliseconds": _time(self.times, layer, k)}
-        return np.array([cost[unit] for unit in self.units], float)
+        return np.array([_cost(layer, k, unit, self.times) for unit in self.units], float)
 
     def share(self, layer: Layer, k: Size) -> float:
         """The same as one number: of the dense network's cost, in all units together."""
@@ -393,7 +384,7 @@ def _one_by_one(problem: _Problem) -> Choice:
 
 
 def _in_order(problem: _Problem, layers: list[Layer], values: Mapping[str, float]) -> list[Layer]:
-    """The layers in the order of the rule, by the sensitivities of their smallest candidates; ties as in the network."""
+    """The layers in the order of the rule; ``values`` are the sensitivities of their smallest candidates."""
     if problem.rule == "random":
         return random.Random(problem.seed).sample(layers, len(layers))
     keys: dict[str, Callable[[Layer], float]] = {

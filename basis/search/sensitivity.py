@@ -355,7 +355,7 @@ def _trainings(model: nn.Module, data: Batches | None, measure: str, recipe: Rec
         network = substitute(model, {} if layer is None else {layer: k}, init="random" if scratch else "svd").train()
         torch.manual_seed(seed)
         if scratch:
-            network.apply(lambda module: (_reset_of(module) or _nothing)())
+            network.apply(_reset)
         backward = recipe.epochs * (len(data.train) // recipe.batch_size) * recipe.batch_size
         forward = backward + (recipe.epochs + 2) * len(held)
         try:
@@ -365,10 +365,8 @@ def _trainings(model: nn.Module, data: Batches | None, measure: str, recipe: Rec
             if layer is None:
                 raise ValueError(f"the dense network cannot be trained with seed {seed}: {error}") from error
             loss, forward, backward = math.nan, 0, 0  # diverged: there is no other reason left
-        seconds = time.perf_counter() - began
-        return Trial(
-            layer=layer, basis_channels=k, seed=seed, loss=loss, forward=forward, backward=backward, seconds=seconds
-        )
+        costs = {"forward": forward, "backward": backward, "seconds": time.perf_counter() - began}
+        return Trial(layer=layer, basis_channels=k, seed=seed, loss=loss, **costs)
 
     size = (data.train.x.shape[3], *data.train.x.shape[1:3])
     return size, fingerprint, lambda pending: ({}, (trial(*one) for one in pending))
@@ -378,5 +376,7 @@ def _reset_of(module: nn.Module) -> Callable[[], None] | None:
     return getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
 
 
-def _nothing() -> None:
-    """What is done where there is nothing to reset."""
+def _reset(module: nn.Module) -> None:
+    reset = _reset_of(module)
+    if reset is not None:
+        reset()

@@ -8,15 +8,12 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from basis.saving import columns, number, plain, replacing
 from basis.statistics import difference_estimate
 from basis.substitution import Size, size_text
 from basis.text import shown_name
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 TABLE_VERSION = 1
 
@@ -229,8 +226,8 @@ class SensitivityTable:
         measure = f"{self.measure}_kl"
         return replace(self, measure=measure, cells=cells, fingerprint={**self.fingerprint, "measure": measure})
 
-    def to_frame(self) -> pd.DataFrame:
-        """One row per cell: what it measured, what it cost, and what it would save of the dense layer."""
+    def to_frame(self) -> Any:
+        """A pandas frame with a row per cell: what it measured, what it cost, and what it saves of the dense layer."""
         import pandas as pd
 
         rows, layers = [], {layer.name: layer for layer in self.layers}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from basis.figures import Theme, canvas, mark_incomplete, note_n
 from basis.search.table import SensitivityTable, ratio_of
 from basis.text import shown_name
@@ -20,16 +22,15 @@ def heatmap(table: SensitivityTable, theme: Theme) -> Figure:
     import seaborn
     from matplotlib.colors import LinearSegmentedColormap, SymLogNorm
 
-    names = [shown_name(layer.name) for layer in table.layers]
+    names, values = [shown_name(layer.name) for layer in table.layers], table.values
     grid = pd.DataFrame(math.nan, index=names, columns=[_title(column) for column in table.columns])
     for layer in table.layers:
         for k in layer.candidates:
-            value = table.values.get((layer.name, k), math.nan)
-            grid.loc[shown_name(layer.name), _title(ratio_of(layer, k))] = value if math.isfinite(value) else math.nan
-    largest, least = grid.abs().max().max() or 1.0, grid.min().min()
-    largest = largest if math.isfinite(largest) else 1.0
-    colours = [theme.cycle[1]] * bool(least < 0) + [theme.background, theme.cycle[0]]
-    norm = SymLogNorm(largest / 10, vmin=-largest if least < 0 else 0, vmax=largest)
+            grid.loc[shown_name(layer.name), _title(ratio_of(layer, k))] = values.get((layer.name, k), math.nan)
+    finite = [value for value in values.values() if math.isfinite(value)] or [0.0]
+    largest, negative = max(map(abs, finite)) or 1.0, min(finite) < 0
+    colours = [theme.cycle[1]] * negative + [theme.background, theme.cycle[0]]
+    norm = SymLogNorm(largest / 10, vmin=-largest if negative else 0, vmax=largest)
     with matplotlib.rc_context(theme.rc()):
         figure = canvas(height=max(3.0, 1.6 + 0.2 * len(names)))  # the label of the colours needs as much
         axes = figure.subplots()
@@ -56,8 +57,7 @@ def bars(table: SensitivityTable, ratio: float | str | None, theme: Theme) -> Fi
         ratio = max(table.columns, key=every.count)
     cells = table.at(ratio if isinstance(ratio, str) else min(ratio, 0.999))  # a k just below C_out rounds to 1
     known = {i: cell for i, cell in enumerate(cells.values()) if cell is not None and math.isfinite(cell.value)}
-    errors = [[0.0 if math.isnan(end) else abs(end - c.value) for c in known.values() for end in (getattr(c, side),)]
-              for side in ("low", "high")]  # fmt: skip
+    errors = np.array([[c.value - c.low, c.high - c.value] for c in known.values()]).reshape(-1, 2).T
     with matplotlib.rc_context(theme.rc()):
         figure = canvas(height=1.6 + 0.2 * len(cells))
         axes = figure.subplots()

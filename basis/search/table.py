@@ -300,6 +300,8 @@ class SensitivityTable:
 
         Raises ``FileNotFoundError``, or ``ValueError`` for a file that is no sensitivity table.
         """
+        if not Path(path).exists():
+            raise FileNotFoundError(f"there is no sensitivity table at {os.fspath(path)}")
         text = Path(path).read_text(encoding="utf-8", errors="replace")
         try:
             return cls.from_lines([json.loads(line) for line in text.split("\n")[:-1]])

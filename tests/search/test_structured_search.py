@@ -210,18 +210,6 @@ def test_candidates_are_basis_channels_then_the_texts_that_fit(table, net, tmp_p
         table.at("tucker:0.5")
 
 
-def test_one_by_one_takes_the_cheapest_and_the_last_the_most_expensive_that_still_meets(table):
-    layers = {layer.name: layer for layer in table.layers}
-    plan = select(table, budget={"params": 0.5}, rule="last")
-    *before, last = reversed(plan.layers)
-    for name in before:
-        costs = {k: layers[name].cost(k)["params"] for k in layers[name].candidates}
-        assert costs[plan.layers[name]] == min(costs.values())
-    others = [{**plan.layers, last: k} for k in layers[last].candidates]
-    met = [one for one in others if predicted(table, Plan(one))["params"] <= 0.5]
-    assert plan.layers[last] == max(met, key=lambda one: predicted(table, Plan(one))["params"])[last]
-
-
 def test_what_structured_layers_cannot_be_chosen_by_is_refused(table):
     report = basis.bench.cases.bench_latency  # what a budget in milliseconds needs; it knows k alone
     cases = [({"budget": {"milliseconds": 0.5}, "latency": report}, "basis channels alone")]

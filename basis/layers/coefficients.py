@@ -88,7 +88,7 @@ class Form:
             problem = f"a row of A has only {columns} entries"
         if problem:
             raise ValueError(f"coefficients is {str(self)!r}, but {problem}")
-        kind = {"low_rank": LowRank, "sparse": Sparse, "frozen": Frozen, "repeat": Repeat}.get(self.kind, Dense)
+        kind = {"low_rank": LowRank, "sparse": Sparse, "frozen": Frozen, "repeat": Repeat}.get(self.kind, Coefficients)
         return kind(self, rows, columns, groups, **factory)
 
 
@@ -314,8 +314,8 @@ class Repeat(Coefficients):
         copies, rest = divmod(self.rows // self.groups, self.columns)
         parts: list[Tensor] = []
         for own in z.split(self.columns, dim):
-            parts += [own] * copies + [own.narrow(dim, 0, rest)]
-        return torch.cat(parts, dim)
+            parts += [own] * copies + [own.narrow(dim, 0, rest)] * (rest > 0)
+        return torch.cat(parts, dim) if parts else z.narrow(dim, 0, 0)
 
 
 def _draw(values: Tensor, terms: int) -> None:

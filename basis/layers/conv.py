@@ -286,7 +286,7 @@ class BasisConv2d(ConvLike):
         a = self.coefficients
         if not a.mixes or self.derives_apart:
             z = F.conv2d(x, self.basis, None, *conv)
-            y = torch.cat([z, a.derive(z)], dim=-3)
+            y = torch.cat([z, a.derive(z)], dim=-3) if a.rows else z
             y = y if self._sources is None else _channels(y, self._sources)
             return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
         basis, mixing = self.basis, self.mixing

@@ -150,7 +150,13 @@ def _on(z: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def _sums(
-    left: Tensor, gate: Tensor | None, right: Tensor, shift: Tensor | None, tiles: tuple[int, int], rows: int, **config: Any
+    left: Tensor,
+    gate: Tensor | None,
+    right: Tensor,
+    shift: Tensor | None,
+    tiles: tuple[int, int],
+    rows: int,
+    **config: Any,
 ) -> Tensor:
     """[sum l r^T; sum l] over all rows as one vector: by about 256 programs, two per multiprocessor of a large GPU."""
     (P, m), n = left.shape, right.shape[1]

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from basis.layers import kernels  # noqa: E402
+from basis.layers import kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -17,16 +17,10 @@ class ConvLike(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        padding_mode: PaddingMode = "zeros",
-    ) -> None:
+        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1, padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1, groups: int = 1, padding_mode: PaddingMode = "zeros",
+    ) -> None:  # fmt: skip
         super().__init__()
         # nn.Conv2d checks and normalises the arguments, so that both accept the same.
         conv = nn.Conv2d(

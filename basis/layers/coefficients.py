@@ -109,7 +109,7 @@ class Coefficients(nn.Module):
     Attributes:
         form, rows, columns, groups: the :class:`Form`, the shape of A, and its number of mixing groups.
         stored: how many trained numbers it holds.
-        products: MACs of each of the :meth:`factors`: of a derived map for one pixel, or a derived filter for one weight.
+        products: MACs of each of the :meth:`factors`, for one pixel of maps or one weight of filters.
         mixes: whether the maps are made by one 1x1 convolution with M = [I; A]; else by :meth:`derive`.
         free, fits: whether every dense A can be held; whether A can be chosen, by :meth:`fit`.
     """

@@ -30,7 +30,7 @@ MODES: tuple[str, ...] = get_args(Mode)
 
 
 def basis_channels_for(ratio: float, out_channels: int, groups: int = 1) -> int:
-    """The k nearest to ``ratio * out_channels``, a multiple of ``groups``; ``ValueError`` for a ratio outside (0, 1]."""
+    """The k nearest to ``ratio * out_channels``, a multiple of ``groups``; ``ratio`` lies in (0, 1]."""
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio is {ratio}, but it is k / C_out and must lie in (0, 1]")
     return groups * max(1, round(ratio * out_channels / groups))
@@ -50,22 +50,16 @@ def check_basis_channels(basis_channels: int, out_channels: int, groups: int = 1
 
 
 def resolve_mode(
-    mode: Mode,
-    *,
-    device: torch.device,
-    fan_in: int,
-    out_channels: int,
-    basis_channels: int,
-    groups: int = 1,
+    mode: Mode, *, device: torch.device, fan_in: int, out_channels: int, basis_channels: int, groups: int = 1,
     apart: bool = False,
-) -> ExplicitMode:
+) -> ExplicitMode:  # fmt: skip
     """What ``mode`` stands for on this device and shape; all but ``"auto"`` stand for themselves.
 
     ``"auto"`` is the heuristic used until :func:`basis.bench.tuning.tune` has timed the layer: factorized
 
     - on a CPU, where it saves at least 110 multiplications per output value (measured, ``basis bench layer``);
-    - on a GPU, where it saves at least 300, with at least 128 output channels and with k, rounded up to a multiple of 8,
-      at most half of them (the faster mode for every layer of ResNet-18 at r = 1/2 and 1/4, measured on an H200);
+    - on a GPU, where it saves at least 300 and k, rounded up to a multiple of 8, is at most half of at least 128 output
+      channels (the faster mode for every layer of ResNet-18 at r = 1/2 and 1/4, measured on an H200);
 
     else composed.
 
@@ -106,9 +100,7 @@ class BasisConv2d(ConvLike):
     Takes every argument of ``nn.Conv2d`` in the same order. Input (N, C_in, H, W) or (C_in, H, W).
 
     Args:
-        basis_channels: k, the number of filters trained as filters; 1 <= k <= out_channels and a
-            multiple of ``groups``. Give this or ``ratio``.
-        ratio: r = k / out_channels in (0, 1].
+        basis_channels: k, 1 <= k <= out_channels and a multiple of ``groups``; or give ``ratio``, k / out_channels.
         mode: how the layer is computed; all modes give the same numbers. ``"factorized"`` convolves with B and
             mixes with M = [I; A] as a 1x1 convolution; ``"composed"`` builds W and convolves once; ``"hybrid"``
             is composed forward and factorized backward (first derivatives only); ``"auto"`` picks by device and
@@ -117,13 +109,11 @@ class BasisConv2d(ConvLike):
             :class:`Coefficients` of another layer of the same shape, which both layers then share.
 
     Attributes:
-        basis: B, (k, C_in/groups, kh, kw).
+        basis: B, (k, C_in/groups, kh, kw); bias: (C_out,) or None.
         coefficients: the module that holds A; ``coefficients.matrix()`` is A, (C_out - k, k/groups).
-        bias: (C_out,) or None.
         order: (C_out,), where output channel c stands among the rows of [B; A B], group by group.
         measured_mode: (type of device, mode) as :func:`basis.bench.tuning.use_modes` sets it, or None.
-        mixed_later: the forward pass gives Z alone, for a batch normalisation that mixes; see
-            :mod:`basis.layers.batchnorm`.
+        mixed_later: the forward pass gives Z alone, for :mod:`basis.layers.batchnorm` to mix.
 
     Raises:
         ValueError: for a ratio, basis_channels, mode or form of A that is unknown or does not fit the shape.
@@ -134,24 +124,13 @@ class BasisConv2d(ConvLike):
     _sources: Tensor | None
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: PaddingMode = "zeros",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        basis_channels: int | None = None,
-        ratio: float | None = None,
-        mode: Mode = "auto",
+        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1, padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1, groups: int = 1, bias: bool = True, padding_mode: PaddingMode = "zeros",
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
+        basis_channels: int | None = None, ratio: float | None = None, mode: Mode = "auto",
         coefficients: str | Form | Coefficients = "dense",
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         if (basis_channels is None) == (ratio is None):
             raise ValueError("give one of basis_channels (k) and ratio (k / out_channels)")
@@ -218,8 +197,6 @@ class BasisConv2d(ConvLike):
             derived = a.groups * k + group * (a.rows // a.groups) + row - k
             self._sources = torch.where(row < k, group * k + row, derived)
 
-    # -- the weight and its parts ---------------------------------------------------------------
-
     @property
     def mixing(self) -> Tensor:
         """M = [I; A] per mixing group, rows in the order of the output channels: (C_out, columns of A)."""
@@ -241,23 +218,16 @@ class BasisConv2d(ConvLike):
     def _ordered(self, rows: Tensor) -> Tensor:
         return rows.index_select(0, self.order) if self._permuted else rows
 
-    # -- forward --------------------------------------------------------------------------------
-
     @property
     def resolved_mode(self) -> ExplicitMode:
-        """The mode that a forward pass uses now: for ``"auto"`` the measured one, else what :func:`resolve_mode` says."""
+        """The mode that a forward pass uses now: the measured one for ``"auto"``, else by :func:`resolve_mode`."""
         mode: Mode = "factorized" if self.mixed_later else self.mode
         if mode == "auto" and self.measured_mode and self.measured_mode[0] == self.basis.device.type:
             return self.measured_mode[1]
         return resolve_mode(
-            mode,
-            device=self.basis.device,
-            fan_in=self.basis[0].numel(),
-            out_channels=self.out_channels,
-            basis_channels=self.basis_channels,
-            groups=self.groups,
-            apart=self.derives_apart,
-        )
+            mode, device=self.basis.device, fan_in=self.basis[0].numel(), out_channels=self.out_channels,
+            basis_channels=self.basis_channels, groups=self.groups, apart=self.derives_apart,
+        )  # fmt: skip
 
     @property
     def derives_apart(self) -> bool:
@@ -315,19 +285,11 @@ class BasisConv2d(ConvLike):
         y = HybridConv.apply(x, weight, basis, mixing, rows, conv, groups)
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
 
-    # -- from and to a dense convolution --------------------------------------------------------
-
     @classmethod
     def from_conv(
-        cls,
-        conv: nn.Conv2d,
-        *,
-        basis_channels: int | None = None,
-        ratio: float | None = None,
-        mode: Mode = "auto",
-        coefficients: str | Form | Coefficients = "dense",
-        moments: Moments | None = None,
-    ) -> BasisConv2d:
+        cls, conv: nn.Conv2d, *, basis_channels: int | None = None, ratio: float | None = None, mode: Mode = "auto",
+        coefficients: str | Form | Coefficients = "dense", moments: Moments | None = None,
+    ) -> BasisConv2d:  # fmt: skip
         """The basis convolution nearest to ``conv``: the best approximation of rank k, exact at k = C_out.
 
         The weight is truncated by SVD, group by group; or, with ``moments`` of the outputs of ``conv`` on data, its
@@ -348,13 +310,9 @@ class BasisConv2d(ConvLike):
 
     @classmethod
     def from_convs(
-        cls,
-        convs: Sequence[nn.Conv2d],
-        *,
-        coefficients: str | Form | Coefficients = "shared",
-        moments: Sequence[Moments | None] = (),
-        **options: Any,
-    ) -> list[BasisConv2d]:
+        cls, convs: Sequence[nn.Conv2d], *, coefficients: str | Form | Coefficients = "shared",
+        moments: Sequence[Moments | None] = (), **options: Any,
+    ) -> list[BasisConv2d]:  # fmt: skip
         """The basis convolutions nearest to ``convs`` that hold one A: :meth:`from_conv` of all at once.
 
         The convolutions have equal C_out and groups; their filters are laid end to end. With ``moments``, one for
@@ -426,8 +384,6 @@ class BasisConv2d(ConvLike):
             weight = weight.contiguous(memory_format=torch.channels_last)
         return self._dense(weight, trains=self.basis.requires_grad or self.coefficients.trains)
 
-    # -- bookkeeping ----------------------------------------------------------------------------
-
     def _apply(self, *args: Any, **kwargs: Any) -> BasisConv2d:
         super()._apply(*args, **kwargs)
         nn.init.eye_(self._identity)  # in place, for CUDA graphs; to_empty leaves it without values
@@ -442,13 +398,12 @@ class BasisConv2d(ConvLike):
 
     def extra_repr(self) -> str:
         """The arguments that matter, as ``nn.Conv2d`` prints them."""
-        parts = self._shown_arguments()
-        parts.append(f"basis_channels={self.basis_channels} (r={self.ratio:.4g}), mode={self.mode}")
+        text = f"basis_channels={self.basis_channels} (r={self.ratio:.4g}), mode={self.mode}"
         if self.mode == "auto" and self.measured_mode:
-            parts[-1] += " (measured on {}: {})".format(*self.measured_mode)
+            text += " (measured on {}: {})".format(*self.measured_mode)
         if self.coefficients.form.kind != "dense":
-            parts.append(f"coefficients={self.coefficients.form}")
-        return ", ".join(parts)
+            text += f", coefficients={self.coefficients.form}"
+        return ", ".join([*self._shown_arguments(), text])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"  # one line: not the module inside

@@ -22,6 +22,7 @@ class HybridConv(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, basis: Tensor, mixing: Tensor, rows: Tensor | None, conv: tuple,
         mixing_groups: int,
     ) -> Tensor:  # fmt: skip
+        """The dense convolution."""
         y = F.conv2d(x, weight, None, *conv)
         z = y.new_empty(0)
         if mixing.requires_grad:
@@ -35,6 +36,7 @@ class HybridConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of x, B and M."""
         x, basis, mixing, z = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.conv
         need_x, _, need_basis, need_mixing, *_ = ctx.needs_input_grad

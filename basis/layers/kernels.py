@@ -87,7 +87,8 @@ def _product(
 
 @triton.jit
 def _affine(
-    out, constant, residual, z, matrix, dout, gate, weight, P, n, k, C, residual_stride, stride, dout_stride, gate_stride,
+    out, constant, residual, z, matrix, dout, gate, weight, P, n, k, C, residual_stride, stride, dout_stride,
+    gate_stride,
     RELU: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
     FACTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -150,14 +151,9 @@ def _on(z: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def _sums(
-    left: Tensor,
-    gate: Tensor | None,
-    right: Tensor,
-    shift: Tensor | None,
-    tiles: tuple[int, int],
-    rows: int,
+    left: Tensor, gate: Tensor | None, right: Tensor, shift: Tensor | None, tiles: tuple[int, int], rows: int,
     **config: Any,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """[sum l r^T; sum l] over all rows as one vector: by about 256 programs, two per multiprocessor of a large GPU."""
     (P, m), n = left.shape, right.shape[1]
     grid = triton.cdiv(m, tiles[0]), triton.cdiv(n, tiles[1])
@@ -210,7 +206,7 @@ def usable(z: Tensor) -> bool:
     return known and fits and (z.shape[1] == 1 or z.stride(1) == 1)
 
 
-@custom_op("basis::moments", mutates_args=(), schema="(Tensor z) -> (Tensor, Tensor)")
+@custom_op("basis::moments", mutates_args=())
 def moments(z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (k,) and covariance (k, k) of the rows of z (P, k), divided by P, both in float32.
 
@@ -228,13 +224,13 @@ def moments(z: Tensor) -> tuple[Tensor, Tensor]:
     return shift + rest, torch.addr(total[:k], rest, rest, alpha=-1)
 
 
-@custom_op("basis::apply", mutates_args=(), schema="(Tensor z, Tensor weight, Tensor bias, Tensor? residual, bool relu) -> Tensor")  # fmt: skip
+@custom_op("basis::apply", mutates_args=())
 def apply(z: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """relu(z weight^T + bias + residual), (P, C) in the dtype of z, of weight (C, k) and bias (C,)."""
     return _mixed(bias, z, weight.t(), residual=residual, relu=relu)
 
 
-@custom_op("basis::gradient_sums", mutates_args=(), schema="(Tensor dout, Tensor? out, Tensor z, Tensor mean) -> (Tensor, Tensor)")  # fmt: skip
+@custom_op("basis::gradient_sums", mutates_args=())
 def gradient_sums(dout: Tensor, out: Tensor | None, z: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """With dO = dout * (out > 0): the sum of dO (C,), and dO^T (z - mean) (C, k), in float32.
 
@@ -250,7 +246,7 @@ def gradient_sums(dout: Tensor, out: Tensor | None, z: Tensor, mean: Tensor) -> 
     return total.clone(), torch.addr(products.view(C, k), total, mean, alpha=-1)
 
 
-@custom_op("basis::input_gradient", mutates_args=(), schema="(Tensor dout, Tensor? out, Tensor z, Tensor weight, Tensor quadratic, Tensor constant) -> Tensor")  # fmt: skip
+@custom_op("basis::input_gradient", mutates_args=())
 def input_gradient(
     dout: Tensor, out: Tensor | None, z: Tensor, weight: Tensor, quadratic: Tensor, constant: Tensor
 ) -> Tensor:

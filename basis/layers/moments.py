@@ -2,7 +2,7 @@
 
 A basis convolution of k filters gives outputs in a subspace of k dimensions. With y the outputs of the dense one over
 all images and pixels, and U_k the k leading eigenvectors of their covariance, ``W_k = U_k U_k^T W`` with the bias
-``b + (I - U_k U_k^T) (mean of y - b)`` is nearest (X. Zhang et al. 2016, arXiv 1411.4229, section 2.1): the mean squared
+``b + (I - U_k U_k^T) (mean of y - b)`` is nearest (X. Zhang et al. 2016, arXiv 1411.4229, section 2.1); the squared
 error is the sum of the other eigenvalues. The truncated SVD of W is the special case of white inputs. Where no bias
 and no batch normalisation can hold a constant, the second moment about zero takes the place of the covariance.
 """

@@ -224,7 +224,7 @@ def test_bad_calibration_is_refused(net):
         substitute(net, {"first": 4}, calibration=["no"])
     with pytest.raises(ValueError, match="must be an iterable of batches"):
         substitute(net, {"first": 4}, calibration=3)
-    with pytest.raises(ValueError, match="first: .*not finite"):
+    with pytest.raises(ValueError, match=r"first: .*not finite"):
         substitute(net, {"first": 4}, calibration=[x * math.nan])
     with pytest.raises(ValueError, match="cannot run on inputs of shape"):
         substitute(net, {"first": 4}, calibration=[x[:, :2]])

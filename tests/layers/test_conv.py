@@ -139,7 +139,7 @@ def test_every_mode_is_the_dense_convolution_forward_and_backward(option, mode, 
 
 
 @pytest.mark.parametrize("trained", [("basis",), (A,), ("bias",), ("x", A)])
-@pytest.mark.parametrize(("mode", "option"), zip(EXPLICIT, ("plain", "everything", "groups"), strict=True))
+@pytest.mark.parametrize(("mode", "option"), list(zip(EXPLICIT, ("plain", "everything", "groups"), strict=True)))
 def test_frozen_parts_get_no_gradient_and_the_others_the_right_one(option, mode, trained):
     layer = make_layer(option, permuted=True, mode=mode, bias=True)
     for name, parameter in layer.named_parameters():
@@ -299,7 +299,7 @@ def test_the_other_modes_have_second_derivatives(mode):
     assert torch.autograd.gradgradcheck(layer, (x,), fast_mode=True)
 
 
-@pytest.mark.parametrize(("mode", "option"), zip(MODES, ("plain", "everything") * 2, strict=True))
+@pytest.mark.parametrize(("mode", "option"), list(zip(MODES, ("plain", "everything") * 2, strict=True)))
 def test_export_gives_the_same_numbers(mode, option):
     layer = make_layer(option, permuted=True, mode=mode).eval()
     x = torch.randn(2, C_IN, 9, 7, dtype=torch.float64)
@@ -309,7 +309,7 @@ def test_export_gives_the_same_numbers(mode, option):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
-@pytest.mark.parametrize(("mode", "permuted"), zip(EXPLICIT, (False, True, True), strict=True))
+@pytest.mark.parametrize(("mode", "permuted"), list(zip(EXPLICIT, (False, True, True), strict=True)))
 def test_compile_takes_the_layer_as_one_graph(mode, permuted):
     layer = make_layer(permuted=permuted, mode=mode)
     torch._dynamo.reset()  # the limit on recompilations is one of the process

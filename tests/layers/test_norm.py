@@ -313,7 +313,7 @@ LOW = [(torch.bfloat16, True), (torch.float16, True), (torch.bfloat16, False), (
 
 @pytest.mark.parametrize(
     ("dtype", "autocast", "relu", "mean", "memory_format"),
-    [(*LOW[i], relu, mean, format) for i, relu, mean, format in (
+    [(*LOW[i], *rest) for i, *rest in (
         (0, True, 0.0, "nchw"), (0, False, 10.0, "channels_last"), (1, False, 10.0, "nchw"),
         (2, True, 10.0, "channels_last"), (3, True, 10.0, "nchw"), (3, False, 0.0, "channels_last"),
     )],

@@ -254,8 +254,8 @@ class BasisBatchNorm2d(nn.BatchNorm2d):
             return _added(self.forward(z), residual, relu)  # by PyTorch's rules of broadcasting and of mixed dtypes
         with torch.autocast(autocast_device(z), enabled=False):
             dtype = accumulated(z.dtype)
-            small = (None if t is None else t.to(dtype) for t in (self.weight, self.bias, self._conv.bias))
-            parameters = (self._conv.mixing.to(dtype), *small)
+            parameters: Any = [self._conv.mixing, self.weight, self.bias, self._conv.bias]
+            parameters = [None if t is None else t.to(dtype) for t in parameters]
             if self.training or self.running_mean is None or self.running_var is None:
                 return self._by_batch(z, residual, relu, *parameters)
             return _added(self._by_running(z, *parameters), residual, relu)
@@ -301,7 +301,8 @@ class BasisBatchNorm2d(nn.BatchNorm2d):
         self, z: Tensor, mixing: Tensor, gamma: Tensor | None, beta: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         """One mixing into which the running statistics are folded."""
-        mean, variance = self.running_mean, self.running_var
+        mean: Any = self.running_mean
+        variance: Any = self.running_var
         scale = (variance.to(mixing.dtype) + self.eps).rsqrt()
         scale = scale if gamma is None else scale * gamma
         shift = scale * (-mean if bias is None else bias - mean)

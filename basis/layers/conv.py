@@ -259,7 +259,8 @@ class BasisConv2d(ConvLike):
             y = torch.cat([z, a.derive(z)], dim=-3) if a.rows else z
             y = y if self._sources is None else _channels(y, self._sources)
             return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
-        basis, mixing = self.basis, self.mixing
+        basis: Tensor = self.basis
+        mixing = self.mixing
         suited = a.groups == 1 and uses_tensor_cores(x.device, _computed_in(x))
         if extra := -self.basis_channels % 8 * suited:
             basis, mixing = F.pad(basis, (0, 0, 0, 0, 0, 0, 0, extra)), F.pad(mixing, (0, extra))

@@ -162,7 +162,7 @@ def _sums(
     chunk = rows * triton.cdiv(wanted, rows)
     partial = left.new_empty((triton.cdiv(P, chunk), m * (n + 1)), dtype=torch.float32)
     with _on(left):
-        _outer_sums[(len(partial), *grid)](
+        _outer_sums[len(partial), grid[0], grid[1]](
             left, gate, right, shift, partial, P, m, n, left.stride(0), _stride(gate), right.stride(0), chunk,
             TILE_M=tiles[0], TILE_N=tiles[1], ROWS=rows, SAME=left is right and grid == (1, 1),
             PRECISION=_precision(left.dtype), num_stages=3, **config,

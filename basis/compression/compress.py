@@ -216,7 +216,7 @@ def _check_network(job: Job) -> None:
 
 def _check_budget(job: Job) -> None:
     """Refuse a budget that not even the smallest candidates meet."""
-    plan = Plan.uniform(job.model, ratio=min(job.settings.ratios), multiple=MULTIPLE, only_smaller=True)
+    plan = Plan.uniform(job.model, ratio=min(job.settings.ratios), multiple=MULTIPLE)
     if not plan.layers:
         raise ValueError(f"no convolution of the network can be replaced ({few(set(plan.skipped.values()), '; ')})")
     with torch.random.fork_rng(devices=[]):

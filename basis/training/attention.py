@@ -75,8 +75,7 @@ class Attention:
         return logits, self.weight * torch.stack(differences).sum()
 
     def check(self, x: Tensor) -> None:
-        """Raise ``ValueError`` for a tap that is not called once on images x, or gives none or those of another size.
-        """
+        """Raise ``ValueError`` for a tap that is not called once on images x, or whose maps differ in size."""
         with torch.no_grad(), evaluating(self.student):
             _, ours = self._watched(self.student, x)
         theirs = self._of_teacher(x)

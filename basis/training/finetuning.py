@@ -176,7 +176,9 @@ def finetune(
         distillation=distillation if taught else None, precision=precision,
     )  # fmt: skip
     recipe = Recipe(lr=lr, momentum=momentum, weight_decay=weight_decay, batch_size=batch_size, precision=precision)
-    generator = torch.Generator(device).manual_seed(seed) if isinstance(data, Data) else getattr(data, "generator", None)
+    generator = (
+        torch.Generator(device).manual_seed(seed) if isinstance(data, Data) else getattr(data, "generator", None)
+    )
     source, steps = _source(model, data, recipe, generator)
     if validation is None and isinstance(data, Data):
         validation = data.validation
@@ -202,7 +204,7 @@ def finetune(
     with on_device(device), evaluating(model), as_training_error():
         training.loop(checkpoint, should_stop, progress, title="fine-tune")
     return FineTuning(
-        settings=settings, curves=tuple(training.curves), steps=training.step, images=training.images,
+        settings=settings, curves=training.curves, steps=training.step, images=training.images,
         seconds=training.seconds,
     )  # fmt: skip
 
@@ -221,9 +223,7 @@ def _trainable(model: nn.Module, teacher: nn.Module | None, precision: Any) -> t
     return device, ("fp32" if wide else choose_precision(device)) if precision == "auto" else precision
 
 
-def _source(
-    model: nn.Module, data: Any, recipe: Recipe, generator: Any
-) -> tuple[Callable[[], Iterator[Batch]], int]:
+def _source(model: nn.Module, data: Any, recipe: Recipe, generator: Any) -> tuple[Callable[[], Iterator[Batch]], int]:
     """What gives the batches of one epoch, and their number."""
     if isinstance(data, Images):
         raise TrainingError("Images alone cannot be fine-tuned on; give Data, whose training images are augmented")

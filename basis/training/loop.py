@@ -93,7 +93,7 @@ def read_checkpoint(path: Path, identity: str) -> dict[str, Any]:
         raise TrainingError(f"checkpoint {path} cannot be read ({error}); delete it to start again") from error
     if found != identity:
         raise TrainingError(
-            f"checkpoint {path} belongs to a training with another model, recipe, seed or data; delete it to start again"
+            f"checkpoint {path} belongs to a training with another model, recipe, seed or data; delete it to restart"
         )
     return content
 
@@ -125,7 +125,7 @@ class Training:
     epoch: int = 0
     step: int = 0
     images: int = 0
-    curves: list[dict[str, float]] | tuple[dict[str, float], ...] = ()
+    curves: tuple[dict[str, float], ...] = ()
 
     def loop(
         self, path: str | Path | None, should_stop: Callable[[], bool] | None, progress: bool | str, *,
@@ -135,7 +135,11 @@ class Training:
         path = Path(path) if path else None
         if path and path.exists():
             self._restore(path)
-        desc, total, saved = progress if isinstance(progress, str) else title, self.epochs * self.steps, time.monotonic()
+        desc, total, saved = (
+            progress if isinstance(progress, str) else title,
+            self.epochs * self.steps,
+            time.monotonic(),
+        )
         bar = tqdm(total=total, initial=self.step, disable=not progress, desc=desc, unit="step", dynamic_ncols=True)
         with bar:
             while self.epoch < self.epochs:
@@ -198,7 +202,7 @@ class Training:
             self.generator.set_state(content["generator"])
         torch.set_rng_state(content["random"])
         self.epoch, self.step, self.images = content["epoch"], content["step"], content["images"]
-        self.curves = content["curves"]
+        self.curves = tuple(content["curves"])
 
 
 # -- by a recipe --------------------------------------------------------------------------------------
@@ -207,7 +211,7 @@ class Training:
 def objective(recipe: Recipe, model: nn.Module) -> Callable[[Tensor, Kind | None], Tensor]:
     """From a loss to what is differentiated: ``recipe``'s terms for single layers, in fp32 and before loss scaling."""
     layers = [module for module in model.modules() if isinstance(module, BasisConv2d)]
-    penalised = _penalised(model)
+    penalised = [module for module in model.modules() if callable(getattr(module, "penalty", None))]
 
     def terms(loss: Tensor, kind: Kind | None) -> Tensor:
         if recipe.decay == "product":
@@ -221,10 +225,6 @@ def objective(recipe: Recipe, model: nn.Module) -> Callable[[Tensor, Kind | None
         return loss
 
     return terms
-
-
-def _penalised(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if callable(getattr(module, "penalty", None))]
 
 
 class Schedule:
@@ -274,7 +274,7 @@ def check_recipe(model: nn.Module, recipe: Recipe, steps_per_epoch: int, teacher
         "decorrelation": (recipe.decorrelation is None or basis, "basis convolutions"),
         "decay": (recipe.decay not in ("product", "scaled") or basis or (factors and recipe.decay == "scaled"),
                   "layers of which that decay is defined"),
-        "orthogonality": (recipe.orthogonality is None or _penalised(model), "layers with a penalty"),
+        "orthogonality": (recipe.orthogonality is None or any(callable(getattr(m, "penalty", None)) for m in modules), "layers with a penalty"),
         "settle": (recipe.settle is None or any(isinstance(m, Sparse) for m in modules), "sparse coefficients"),
     }  # fmt: skip
     for name, (good, what) in needs.items():
@@ -397,9 +397,7 @@ def train(
     generator = torch.Generator(place).manual_seed(seed)
 
     def validate() -> dict[str, float]:
-        if not data.validation:
-            return {}
-        found = evaluate(model, data.validation, precision=recipe.precision)
+        found = evaluate(model, data.validation, precision=recipe.precision) if data.validation else {}
         return {f"validation_{name}": value for name, value in found.items()}
 
     training = Training(
@@ -411,7 +409,7 @@ def train(
         training.loop(checkpoint, should_stop, progress, checkpoint_every=checkpoint_every)
     last = partial(evaluate, model, precision=recipe.precision, flip=True)
     return Result(
-        curves=tuple(training.curves),
+        curves=training.curves,
         test=last(data.test) if test else None,
         validation=last(data.validation) if data.validation else None,
         train_seconds=training.seconds,
@@ -424,9 +422,7 @@ def train(
     )
 
 
-def augmented_batches(
-    images: Images, recipe: Recipe, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
+def augmented_batches(images: Images, recipe: Recipe, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of one epoch: normalised (N, C, H, W) and labels (N,), in random order and augmented."""
     size, device = recipe.batch_size, images.x.device
     whole = len(images) // size * size

@@ -82,8 +82,7 @@ class Skip:
         )
 
     def shares(self, *, steps_per_epoch: int, total_steps: int) -> dict[Trained, float]:
-        """The fraction of all steps that train each combination of parts; ``ValueError`` where one's turn never comes.
-        """
+        """The fraction of steps that train each combination of parts; ``ValueError`` where one's turn never comes."""
         if self.alternate and total_steps <= steps_per_epoch:
             raise ValueError("alternate trains the coefficients in every second epoch, but there is only one epoch")
         steps = Counter(

@@ -62,22 +62,6 @@ def test_the_parameter_free_shortcut_subsamples_and_pads_with_zeros():
 
 
 @pytest.mark.parametrize("name", THIN)
-def test_channels_last_gives_the_same_numbers_and_stays_channels_last(name):
-    torch.manual_seed(0)
-    model = build(name, width=4).eval()
-    x = torch.randn(2, 3, 32, 32)
-    expected = model(x)
-    formats = []
-    for stage in model.stages:
-        model.get_submodule(stage).register_forward_hook(
-            lambda m, args, y: formats.append(y.is_contiguous(memory_format=torch.channels_last))
-        )
-    y = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
-    assert formats == [True] * len(model.stages)
-
-
-@pytest.mark.parametrize("name", THIN)
 def test_every_convolution_is_followed_by_its_batch_normalisation(name):
     model = build(name, width=4)
     pairs = norm_pairs(model)

@@ -43,14 +43,9 @@ class Attention:
     """
 
     def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        taps: Sequence[str] | None = None,
-        *,
-        weight: float,
+        self, student: nn.Module, teacher: nn.Module, taps: Sequence[str] | None = None, *, weight: float,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if taps is None and not hasattr(student, "stages"):
             raise ValueError(f"{type(student).__name__} has no stages to compare; name modules by taps=[...]")
         taps = (taps,) if isinstance(taps, str) else tuple(student.stages if taps is None else taps)  # type: ignore[arg-type]

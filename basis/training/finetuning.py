@@ -18,8 +18,9 @@ from basis.data import Data, Images
 from basis.modules import evaluating, is_channels_last
 from basis.saving import Saved, columns
 from basis.statistics import proportion_estimate
+from basis.training.epochs import Training
 from basis.training.evaluation import evaluate
-from basis.training.loop import Training, augmented_batches
+from basis.training.loop import augmented_batches
 from basis.training.recipe import (
     Precision,
     Recipe,
@@ -261,13 +262,7 @@ def _validated(model: nn.Module, data: Any, precision: Precision) -> dict[str, f
     if data is None:
         return {}
     found = evaluate(model, data, precision=precision)
-    loss = found["loss"]
-    accuracy = (
-        proportion_estimate(round(found["accuracy"] * len(data)), len(data))
-        if isinstance(data, Images)
-        else found.accuracy
-    )
-    return {
-        "validation_loss": loss, "validation_accuracy": accuracy.value,
-        "validation_low": accuracy.low, "validation_high": accuracy.high,
-    }  # fmt: skip
+    n = len(data) if isinstance(data, Images) else found.n
+    accuracy = proportion_estimate(round(found["accuracy"] * n), n)
+    values = {"accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high}
+    return {"validation_loss": found["loss"]} | {f"validation_{name}": value for name, value in values.items()}

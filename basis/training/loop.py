@@ -1,12 +1,10 @@
-"""The training loop, and training from scratch on images that are already on the device."""
+"""Training by a recipe, on images that are already on the device."""
 
 from __future__ import annotations
 
-import io
 import itertools
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,14 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from basis.data import Data, Images, augment, normalise
 from basis.layers.coefficients import Sparse
 from basis.layers.conv import BasisConv2d
 from basis.layers.structured import StructuredConv2d
-from basis.saving import replacing
 from basis.training.attention import Attention
+from basis.training.epochs import Training
 from basis.training.evaluation import evaluate
 from basis.training.penalties import decorrelation, product_norm
 from basis.training.recipe import (  # noqa: F401  (also for those who import them from here)
@@ -76,142 +73,10 @@ class Kind(NamedTuple):
     settled: bool = False
 
 
-def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint, whole or not at all."""
-    packed = io.BytesIO()  # torch reports a full disk in words of its own, a plain write as what it is
-    torch.save(dict(content), packed)
-    with replacing(path) as file:
-        file.write(packed.getbuffer())
-
-
-def read_checkpoint(path: Path, identity: str) -> dict[str, Any]:
-    """The content of a checkpoint of the training of this identity; else a :class:`TrainingError`."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        found = content["identity"]
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise TrainingError(f"checkpoint {path} cannot be read ({error}); delete it to start again") from error
-    if found != identity:
-        raise TrainingError(
-            f"checkpoint {path} belongs to a training with another model, recipe, seed or data; delete it to restart"
-        )
-    return content
-
-
-@dataclass(kw_only=True)
-class Training:
-    """A training under way: all that it changes, so that a checkpoint can hold it, and the loop over its epochs.
-
-    Args:
-        run: the step that trains the model.
-        identity: what a checkpoint must have in common with the training.
-        epochs, steps: passes over the data; steps of each, as far as known before.
-        batches: the batches of one epoch, on the model's device.
-        prepare: called with the step's number before each step; gives its kind.
-        generator: of the order and augmentation of the data, where there is one.
-        validate: measures the model after each epoch; what it gives is added to the epoch's row.
-        check_every: steps after which the loss is looked at within an epoch; on a GPU that waits for it.
-    """
-
-    run: TrainingStep
-    identity: str
-    epochs: int
-    steps: int
-    batches: Callable[[], Iterable[tuple[Tensor, Tensor]]]
-    prepare: Callable[[int], Any]
-    generator: torch.Generator | None = None
-    validate: Callable[[], Mapping[str, float]] = dict
-    check_every: int | None = None
-    epoch: int = 0
-    step: int = 0
-    images: int = 0
-    curves: tuple[dict[str, float], ...] = ()
-
-    def loop(
-        self, path: str | Path | None, should_stop: Callable[[], bool] | None, progress: bool | str, *,
-        title: str | None = None, checkpoint_every: float = 0.0,
-    ) -> None:  # fmt: skip
-        """Train until the last epoch, from where the checkpoint stopped; see :func:`train`."""
-        path = Path(path) if path else None
-        if path and path.exists():
-            self._restore(path)
-        desc, total, saved = (
-            progress if isinstance(progress, str) else title,
-            self.epochs * self.steps,
-            time.monotonic(),
-        )
-        bar = tqdm(total=total, initial=self.step, disable=not progress, desc=desc, unit="step", dynamic_ncols=True)
-        with bar:
-            while self.epoch < self.epochs:
-                row = self._pass(bar)
-                row |= self.validate()
-                self.curves = (*self.curves, row)
-                shown = row.get("validation_accuracy", row["train_accuracy"])
-                bar.set_postfix_str(f"epoch {self.epoch}/{self.epochs}, accuracy {shown:.1%}")
-                stops = should_stop is not None and self.epoch < self.epochs and should_stop()
-                if path and (stops or time.monotonic() - saved >= checkpoint_every):
-                    self._save(path)
-                    saved = time.monotonic()
-                if stops:
-                    raise TrainingPaused(f"stopped after epoch {self.epoch} of {self.epochs}, as asked")
-
-    @property
-    def seconds(self) -> float:
-        """Of training, without evaluation."""
-        return sum(row["seconds"] for row in self.curves)
-
-    def _pass(self, bar: Any) -> dict[str, float]:
-        """One epoch. The device is read at its end, and after every ``check_every`` steps."""
-        run, first, images = self.run, self.step, 0
-        run.model.train()
-        run.start_epoch()
-        began, setup = time.perf_counter(), run.setup_seconds
-        for x, labels in self.batches():
-            run(x, labels, self.prepare(self.step))
-            self.step, images = self.step + 1, images + len(labels)
-            if self.check_every and (self.step - first) % self.check_every == 1:
-                self._check(run.loss)
-            bar.update()
-        self._check(run.loss)
-        self.epoch, self.images = self.epoch + 1, self.images + images
-        return {
-            "epoch": self.epoch,
-            "train_loss": run.loss.item() / (self.step - first),
-            "train_accuracy": run.correct.item() / images,
-            "seconds": time.perf_counter() - began - (run.setup_seconds - setup),
-        }
-
-    def _check(self, loss: Tensor) -> None:
-        if not math.isfinite(value := loss.item()):
-            rate = max(float(group["lr"]) for group in self.run.optimizer.param_groups)
-            raise TrainingError(f"the training loss is {value} in epoch {self.epoch + 1} at lr = {rate:g}; lower lr")
-
-    def _save(self, path: Path) -> None:
-        content = {name: getattr(self, name) for name in ("identity", "epoch", "step", "images")}
-        states = {name: getattr(self.run, name).state_dict() for name in ("model", "optimizer", "scaler")}
-        generator = None if self.generator is None else self.generator.get_state()
-        random = {"generator": generator, "random": torch.get_rng_state()}
-        write_checkpoint(path, {**content, **states, **random, "curves": list(self.curves)})
-
-    def _restore(self, path: Path) -> None:
-        content = read_checkpoint(path, self.identity)
-        for name in ("model", "optimizer", "scaler"):
-            getattr(self.run, name).load_state_dict(content[name])
-        self.run.forget()
-        if self.generator is not None and content["generator"] is not None:
-            self.generator.set_state(content["generator"])
-        torch.set_rng_state(content["random"])
-        self.epoch, self.step, self.images = content["epoch"], content["step"], content["images"]
-        self.curves = tuple(content["curves"])
-
-
-# -- by a recipe --------------------------------------------------------------------------------------
-
-
 def objective(recipe: Recipe, model: nn.Module) -> Callable[[Tensor, Kind | None], Tensor]:
     """From a loss to what is differentiated: ``recipe``'s terms for single layers, in fp32 and before loss scaling."""
     layers = [module for module in model.modules() if isinstance(module, BasisConv2d)]
-    penalised = [module for module in model.modules() if callable(getattr(module, "penalty", None))]
+    penalised: list[Any] = [module for module in model.modules() if callable(getattr(module, "penalty", None))]
 
     def terms(loss: Tensor, kind: Kind | None) -> Tensor:
         if recipe.decay == "product":
@@ -270,15 +135,17 @@ def check_recipe(model: nn.Module, recipe: Recipe, steps_per_epoch: int, teacher
     basis = any(isinstance(module, BasisConv2d) for module in modules)
     factors = any(isinstance(module, StructuredConv2d) and module.factors for module in modules)
     needs = {
-        "skip": (recipe.skip is None or basis, "basis convolutions"),
-        "decorrelation": (recipe.decorrelation is None or basis, "basis convolutions"),
-        "decay": (recipe.decay not in ("product", "scaled") or basis or (factors and recipe.decay == "scaled"),
-                  "layers of which that decay is defined"),
-        "orthogonality": (recipe.orthogonality is None or any(callable(getattr(m, "penalty", None)) for m in modules), "layers with a penalty"),
-        "settle": (recipe.settle is None or any(isinstance(m, Sparse) for m in modules), "sparse coefficients"),
-    }  # fmt: skip
+        "skip": (basis, "basis convolutions"),
+        "decorrelation": (basis, "basis convolutions"),
+        "decay": (basis or (factors and recipe.decay == "scaled"), "layers for that decay"),
+        "orthogonality": (
+            any(callable(getattr(m, "penalty", None)) for m in modules),
+            "layers with a penalty",
+        ),
+        "settle": (any(isinstance(module, Sparse) for module in modules), "sparse coefficients"),
+    }
     for name, (good, what) in needs.items():
-        if not good:
+        if getattr(recipe, name) not in (None, "factors") and not good:
             raise TrainingError(f"the recipe sets {name}, but the model has no {what}")
     _check_teacher(recipe, teacher)
     if recipe.skip:
@@ -315,17 +182,11 @@ def make_step(
         if network is not None:
             network.to(device=place, memory_format=torch.channels_last if last else torch.contiguous_format)  # type: ignore[call-overload]
     return TrainingStep(
-        model,
-        make_optimizer(model, recipe, place),
-        torch.amp.GradScaler(place.type, enabled=recipe.precision == "fp16"),
-        objective(recipe, model),
-        means=means_for(recipe.step, place),
-        autocast=autocast,
-        label_smoothing=recipe.label_smoothing,
-        channels_last=last,
-        capture=capture,
-        beside=attention,
-    )
+        model, make_optimizer(model, recipe, place),
+        torch.amp.GradScaler(place.type, enabled=recipe.precision == "fp16"), objective(recipe, model),
+        means=means_for(recipe.step, place), autocast=autocast, label_smoothing=recipe.label_smoothing,
+        channels_last=last, capture=capture, beside=attention,
+    )  # fmt: skip
 
 
 def _check_step(step: TrainingStep, model: nn.Module, recipe: Recipe, *, taught: bool) -> None:
@@ -409,17 +270,11 @@ def train(
         training.loop(checkpoint, should_stop, progress, checkpoint_every=checkpoint_every)
     last = partial(evaluate, model, precision=recipe.precision, flip=True)
     return Result(
-        curves=training.curves,
-        test=last(data.test) if test else None,
-        validation=last(data.validation) if data.validation else None,
-        train_seconds=training.seconds,
-        steps=training.step,
-        images_per_second=training.images / training.seconds,
-        precision=recipe.precision,
-        memory_format=recipe.memory_format,
-        step=str(step.means),
-        setup_seconds=step.setup_seconds,
-    )
+        curves=training.curves, test=last(data.test) if test else None,
+        validation=last(data.validation) if data.validation else None, train_seconds=training.seconds,
+        steps=training.step, images_per_second=training.images / training.seconds, precision=recipe.precision,
+        memory_format=recipe.memory_format, step=str(step.means), setup_seconds=step.setup_seconds,
+    )  # fmt: skip
 
 
 def augmented_batches(images: Images, recipe: Recipe, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:

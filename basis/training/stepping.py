@@ -90,21 +90,13 @@ class TrainingStep:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.SGD,
-        scaler: torch.amp.GradScaler,
-        objective: Callable[[Tensor, Any], Tensor],
-        *,
-        means: Means,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
-        label_smoothing: float = 0.0,
-        channels_last: bool = False,
-        capture: Capture | None = None,
-        beside: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
-        clip: float | None = None,
+        self, model: nn.Module, optimizer: torch.optim.SGD, scaler: torch.amp.GradScaler,
+        objective: Callable[[Tensor, Any], Tensor], *, means: Means,
+        autocast: Callable[[], AbstractContextManager] = nullcontext, label_smoothing: float = 0.0,
+        channels_last: bool = False, capture: Capture | None = None,
+        beside: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None, clip: float | None = None,
         sums_objective: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if beside and means.compiled:
             means = means._replace(compiled=False, reason="attention transfer is not compiled")
         self.model, self.optimizer, self.scaler, self.means = model, optimizer, scaler, means

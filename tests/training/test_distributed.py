@@ -74,6 +74,7 @@ def process(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.weekly
 def test_gradients_are_the_averages_of_all_processes(tmp_path):
     code = "import sys; from tests.training.test_distributed import process; process(int(sys.argv[1]), sys.argv[2])"
     command = [sys.executable, "-c", code]

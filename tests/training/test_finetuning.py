@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from basis import Evaluation, FineTuning, evaluate, finetune
-from basis.data import Data, hold_out, normalise, synthetic
+from basis.data import Data, hold_out, synthetic
 from basis.statistics import proportion_estimate
 from basis.training.finetuning import Settings
 from basis.training.loop import TrainingError, TrainingPaused
@@ -247,18 +247,6 @@ def test_evaluation_counts_what_is_right(tmp_path):
     five = evaluate(network(), [samples(8)])
     assert five.top5 is None
     assert set(five) == {"loss", "accuracy"}
-
-
-def test_both_kinds_of_data_give_the_same_numbers():
-    data = synthetic(train=10, test=60, size=16)
-    model = network(classes=10)
-    images = evaluate(model, data.test)
-    batches = [
-        (normalise(x).contiguous(), y) for x, y in zip(data.test.x.split(25), data.test.y.split(25), strict=True)
-    ]
-    own = evaluate(model, iter(batches))
-    assert own["accuracy"] == pytest.approx(images["accuracy"])
-    assert own["loss"] == pytest.approx(images["loss"], rel=1e-5)
 
 
 def test_evaluation_refuses_what_it_cannot_judge():

@@ -9,7 +9,7 @@ from torch import nn
 
 from basis.data import hold_out, synthetic
 from basis.models import build
-from basis.training import loop as training
+from basis.training import epochs
 from basis.training.loop import (
     Recipe,
     TrainingError,
@@ -73,7 +73,7 @@ def test_a_checkpoint_of_another_training_is_refused(data, tmp_path):
 
 def test_checkpoints_are_written_now_and_then_and_when_stopping(data, tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(training, "write_checkpoint", lambda path, content: written.append(content["epoch"]))
+    monkeypatch.setattr(epochs, "write_checkpoint", lambda path, content: written.append(content["epoch"]))
     three = dataclasses.replace(RECIPE, epochs=3)
     train(network(), data, three, device="cpu", checkpoint=tmp_path / "c.pt")
     assert written == []  # within a minute none

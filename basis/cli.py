@@ -35,7 +35,8 @@ from basis.compression.cli_compress import add_command
 from basis.data import DataError
 from basis.environment import repository_root, results_folder
 from basis.experiments.budget_bench import CANDIDATE_RATIOS, SHARES, bench_budget
-from basis.experiments.runs import PROFILES, TooLittleMemory
+from basis.experiments.runner import TooLittleMemory
+from basis.experiments.runs import PROFILES
 from basis.experiments.sweep import bench_gpu, file_name
 from basis.inference import bench_inference
 from basis.layers.conv import MODES

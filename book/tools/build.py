@@ -21,7 +21,7 @@ from typing import Any
 
 import nbformat
 
-from basis.experiments import runs
+from basis.environment import repository_root, results_folder
 from basis.experiments.studies import STUDIES, check_records
 from basis.experiments.tidy import sound_records, write_tables
 from book.tools import gates
@@ -114,7 +114,7 @@ def build(
     build. The pages are in `book/_build/html`, and in `html_dir` too if that is given. If
     anything is wrong, everything that is wrong is named in one `BookError`.
     """
-    root = runs.repository_root()
+    root = repository_root()
     if root is None:
         raise BookError(["the book is built in a checkout of the repository, and this package is not in one"])
     say = progress or (lambda message: None)
@@ -171,7 +171,7 @@ def source_gates(root: Path, sources: Mapping[str, Path]) -> list[str]:
     for path in sorted((root / "book").glob("*.md")):
         problems += gates.number_problems(path.read_text(encoding="utf-8"), f"book/{path.name}")
     problems += sync(root, check=True, example=False)
-    problems += check_records(runs.results_folder())
+    problems += check_records(results_folder())
     return problems
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import pandas as pd
 
 from basis.environment import results_folder
-from basis.experiments.runs import PROFILES, Record, Run, load_records, parse_duration, read_record, record_path, work
+from basis.experiments.pace import spent
+from basis.experiments.runner import work
+from basis.experiments.runs import PROFILES, Record, Run, load_records, parse_duration, read_record, record_path
 from basis.experiments.studies import (
     coefficients,
     cost,
@@ -23,8 +25,6 @@ from basis.experiments.studies import (
     speed,
     substitutes,
 )
-from basis.experiments.studies.hours import expected, spent
-from basis.experiments.studies.plausible import doubts
 from basis.experiments.studies.study import CLAIMS, Study, Verdict
 from basis.saving import RecordError
 from basis.training.loop import choose_device
@@ -71,8 +71,7 @@ def _by_id(plan: Callable[[str], tuple[Run, ...]], profile: str) -> Mapping[str,
 def check_records(folder: Path | None = None) -> list[str]:
     """One sentence for every record that no book may show.
 
-    Refused are records that cannot be read, that no study lists, whose study has changed its claims or its rule since
-    they were made, or that cannot be what their run left (:func:`basis.experiments.studies.plausible.doubts`).
+    Refused are records that cannot be read, that no study lists, or whose study has changed its claims or its rule.
     """
     problems = []
     for path in sorted((folder or results_folder()).glob("*/*/*.json")):
@@ -87,9 +86,6 @@ def check_records(folder: Path | None = None) -> list[str]:
         reason = misplaced(record, study, profile, path.stem)
         if reason:
             problems.append(f"{path} {reason}")
-        else:
-            run = listed(STUDIES[study], profile)[record.id]
-            problems += [f"{path} cannot be what its run left: {doubt}" for doubt in doubts(run, record)]
     return problems
 
 
@@ -122,9 +118,8 @@ def valid_records(study: Study, profile: str, folder: Path | None = None) -> lis
 def status(folder: Path | None = None, *, study: str | None = None) -> pd.DataFrame:
     """One row per study and profile: how many runs are planned, done, missing and started, and device hours.
 
-    Of all studies, unless one is named. ``seconds`` were spent and ``expected`` are what the missing ones will take,
-    both by kind of device ("cpu", "cuda"); ``unknown`` counts the missing runs of which that cannot be told. ``device``
-    names the devices.
+    Of all studies, unless one is named. ``seconds`` were spent, by kind of device ("cpu", "cuda"); ``device`` names the
+    devices.
     """
     folder = folder or results_folder()
     rows = []
@@ -134,8 +129,6 @@ def status(folder: Path | None = None, *, study: str | None = None) -> pd.DataFr
             if not runs:
                 continue
             records = valid_records(one, profile, folder)
-            done = {record.id for record in records}
-            left, unknown = expected([run for run in runs.values() if run.id not in done], records)
             checkpoints = (record_path(folder, run).parent.glob(f"checkpoints/{run.id}-*.pt") for run in runs.values())
             rows.append(
                 {
@@ -146,8 +139,6 @@ def status(folder: Path | None = None, *, study: str | None = None) -> pd.DataFr
                     "missing": len(runs) - len(records),
                     "started": sum(any(found) for found in checkpoints),
                     "seconds": spent(records),
-                    "expected": left,
-                    "unknown": unknown,
                     "device": ", ".join(sorted({r.environment["device"] for r in records})),
                 }
             )

@@ -83,10 +83,10 @@ def test_multiplications_are_those_of_factorized_mode(model, data):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"method": "magic", "budget": 0.5}, "method is 'magic', but it must be one of selected, "),
-        ({"method": "svd", "budget": 0}, "budget is 0, but it is a fraction"),
-        ({"method": "svd", "budget": 0.5, "calibration": 10**6}, "calibration is 1000000, but there are only 60"),
-        ({"method": "svd", "budget": 0.5, "calibration": 10, "held": 100}, "held is 100, but there are only 40"),
+        ({"method": "magic", "budget": 0.5}, "method is"),
+        ({"method": "svd", "budget": 0}, "budget is 0"),
+        ({"method": "svd", "budget": 0.5, "calibration": 10**6}, "calibration is 1000000"),
+        ({"method": "svd", "budget": 0.5, "calibration": 10, "held": 100}, "held is 100"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options, says, model, data):

@@ -16,11 +16,7 @@ from basis.saving import RecordError, Unwritable, replacing
 
 
 class Filed(NamedTuple):
-    """What became of one file of an archive.
-
-    ``outcome`` is "taken", "renewed" (instead of a record made under an older definition of its study), "known" (the
-    same record is there), "other" (the run is there, done elsewhere: that one stays) or "refused".
-    """
+    """What became of one file of an archive, see :func:`take_in`."""
 
     name: str
     outcome: str
@@ -72,7 +68,9 @@ def packed(archive: Path) -> dict[str, bytes]:
 def take_in(archive: Path, folder: Path) -> Iterator[Filed]:
     """File the records of an archive below ``folder``, where their configuration says and nowhere else.
 
-    Refused are records that cannot be read, that no study lists, or that were made under another definition of it.
+    Each is "taken", "renewed" (instead of a record made under an older definition of its study), "known" (the same one
+    is there), "other" (the run is there, done elsewhere: that one stays) or "refused": it cannot be read, no study
+    lists it, or it was made under another definition.
 
     Raises:
         RecordError: where the archive cannot be read.

@@ -24,8 +24,8 @@ from basis.experiments.pace import Pace, in_hours
 from basis.experiments.runner import Order, Task, in_processes, jobs_for, on_ray
 from basis.experiments.runs import PROFILES, device_for, parse_duration, record_path
 from basis.experiments.studies import STUDIES, status
-from basis.experiments.tidy import sound_records, write_runs, write_tables
-from basis.saving import RecordError, Unwritable
+from basis.experiments.tidy import csv, runs_frame, sound_records, write_tables
+from basis.saving import RecordError, Unwritable, replacing
 
 
 def add_commands(commands: Any) -> None:
@@ -158,13 +158,12 @@ def import_archives(options: argparse.Namespace) -> int:
 
 def write_table(options: argparse.Namespace) -> int:
     """Write all runs as one tidy table, runs.csv beside the records; with --out that and every measured sensitivity."""
-    folder = options.out or options.results or results_folder()
-    path = folder / ("runs.csv.gz" if options.out else "runs.csv")
-    check_place(path)
-    records = sound_records(options.results)
+    path, records = (options.results or results_folder()) / "runs.csv", sound_records(options.results)
+    check_place(options.out / "runs.csv.gz" if options.out else path)
     if not options.out:
-        write_runs(path, records)
-    for written in write_tables(folder, records) if options.out else [path]:
+        with replacing(path) as file:
+            file.write(csv(runs_frame(records)))
+    for written in write_tables(options.out, records) if options.out else [path]:
         print(f"saved {written}")
     return 0
 

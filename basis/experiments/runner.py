@@ -217,12 +217,13 @@ def in_processes(order: Order, jobs: int) -> Generator[Progress, None, None]:
     """
     options: dict[str, Any] = {"folder": order.folder, "deadline": order.deadline, "device": order.device}
 
-    def here(_: int, task: Task) -> Future[Progress | None]:
-        future: Future[Progress | None] = Future()
-        future.set_result(attempt(*task, progress=order.progress, **options))
-        return future
-
     if jobs == 1:
+
+        def here(_: int, task: Task) -> Future[Progress | None]:
+            future: Future[Progress | None] = Future()
+            future.set_result(attempt(*task, progress=order.progress, **options))
+            return future
+
         try:
             yield from dispatch(order, here, 1)
         finally:
@@ -240,11 +241,11 @@ def in_processes(order: Order, jobs: int) -> Generator[Progress, None, None]:
 
     def submit(worker: int, task: Task) -> Future[Progress | None]:
         several = order.device is None and gpus > 1 and DEVICES.get(task.run.profile) != "cpu"
-        own = {"device": f"cuda:{worker % gpus}"} if several else {}
+        given = options | ({"device": f"cuda:{worker % gpus}"} if several else {})
         with suppress(BrokenProcessPool):
-            return pools[worker].submit(attempt, *task, **(options | own))
+            return pools[worker].submit(attempt, *task, **given)
         pools[worker] = pool()
-        return pools[worker].submit(attempt, *task, **(options | own))
+        return pools[worker].submit(attempt, *task, **given)
 
     try:
         yield from dispatch(order, submit, jobs)

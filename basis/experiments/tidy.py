@@ -139,12 +139,6 @@ def csv(frame: pd.DataFrame) -> bytes:
     return frame.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
 
 
-def write_runs(path: Path, records: Sequence[Record]) -> None:
-    """Write the table of all runs, such as ``results/runs.csv``."""
-    with replacing(path) as file:
-        file.write(csv(runs_frame(records)))
-
-
 def write_tables(folder: Path, records: Sequence[Record]) -> list[Path]:
     """Write both tables as ``.csv.gz``, and as ``.parquet`` where pyarrow is installed; equal records, equal bytes."""
     paths = []

@@ -23,7 +23,8 @@ from basis.compression.compress import Settings, compress
 from basis.data import DataError
 from basis.environment import repository_root, results_folder
 from basis.experiments.budget_bench import bench_budget
-from basis.experiments.runs import PROFILES, TooLittleMemory
+from basis.experiments.runner import TooLittleMemory
+from basis.experiments.runs import PROFILES
 from basis.experiments.studies.substitutes import BLOCKS, bench_variants
 from basis.experiments.sweep import bench_gpu, file_name
 from basis.inference import bench_inference

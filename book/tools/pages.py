@@ -32,9 +32,9 @@ from nbformat.v4 import new_markdown_cell
 
 from basis.environment import commit
 from basis.experiments import front_page as headline
+from basis.experiments.pace import KINDS
 from basis.experiments.studies import CLAIMS, STUDIES, Study, Verdict, status, valid_records
 from basis.experiments.studies.cost import load_benches
-from basis.experiments.studies.hours import KINDS
 from basis.experiments.tidy import sound_records
 from basis.figures import CAPTION_KEY, FIGURE_KEY, HEADLINE, table
 from book.tools import gates

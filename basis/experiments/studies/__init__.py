@@ -11,10 +11,10 @@ from pathlib import Path
 import pandas as pd
 
 from basis.environment import results_folder
-from basis.experiments.runs import PROFILES, Record, Run, load_records, parse_duration, read_record, record_path, work
+from basis.experiments.pace import spent
+from basis.experiments.runner import work
+from basis.experiments.runs import PROFILES, Record, Run, load_records, parse_duration, read_record, record_path
 from basis.experiments.studies import coefficients, cost, family, headline, own, sensitivity, skip, speed, substitutes
-from basis.experiments.studies.hours import expected, spent
-from basis.experiments.studies.plausible import doubts
 from basis.experiments.studies.study import CLAIMS, Study, Verdict
 from basis.saving import RecordError
 from basis.training.loop import choose_device
@@ -50,7 +50,7 @@ def _by_id(plan: Callable[[str], tuple[Run, ...]], profile: str) -> Mapping[str,
 def check_records(folder: Path | None = None) -> list[str]:
     """One sentence for every record that no book may show.
 
-    It cannot be read, no study lists it, its study has changed its claims or rule, or it cannot be what its run left.
+    Refused are records that cannot be read, that no study lists, or whose study has changed its claims or its rule.
     """
     problems = []
     for path in sorted((folder or results_folder()).glob("*/*/*.json")):
@@ -64,9 +64,6 @@ def check_records(folder: Path | None = None) -> list[str]:
             continue
         if reason := misplaced(record, study, profile, path.stem):
             problems.append(f"{path} {reason}")
-        else:
-            run = listed(STUDIES[study], profile)[record.id]
-            problems += [f"{path} cannot be what its run left: {doubt}" for doubt in doubts(run, record)]
     return problems
 
 
@@ -99,8 +96,7 @@ def valid_records(study: Study, profile: str, folder: Path | None = None) -> lis
 def status(folder: Path | None = None, *, study: str | None = None) -> pd.DataFrame:
     """One row per study (all, unless one is named) and profile: runs planned, done, missing and started.
 
-    Device ``seconds`` that were spent and are ``expected`` of the missing runs are by kind of device ("cpu", "cuda");
-    ``unknown`` counts the missing runs of which that cannot be told. ``device`` names the devices.
+    Device ``seconds`` that were spent are by kind of device ("cpu", "cuda"); ``device`` names the devices.
     """
     folder = folder or results_folder()
     rows = []
@@ -113,13 +109,11 @@ def status(folder: Path | None = None, *, study: str | None = None) -> pd.DataFr
 
 
 def _state(runs: Mapping[str, Run], records: list[Record], folder: Path) -> dict[str, object]:
-    done = {record.id for record in records}
-    left, unknown = expected([run for run in runs.values() if run.id not in done], records)
     checkpoints = (record_path(folder, run).parent.glob(f"checkpoints/{run.id}-*.pt") for run in runs.values())
     return {
         "runs": len(runs), "done": len(records), "missing": len(runs) - len(records),
-        "started": sum(any(found) for found in checkpoints), "seconds": spent(records), "expected": left,
-        "unknown": unknown, "device": ", ".join(sorted({r.environment["device"] for r in records})),
+        "started": sum(any(found) for found in checkpoints), "seconds": spent(records),
+        "device": ", ".join(sorted({r.environment["device"] for r in records})),
     }  # fmt: skip
 
 

@@ -1,18 +1,13 @@
-"""Pointwise maps that are products of diagonal and cosine-transform matrices (ACDC).
-
-Moczulski et al. 2015 (arXiv 1511.05946), as Gray, Crowley and Storkey 2019 use it.
-"""
+"""Pointwise maps that are products of diagonal and cosine-transform matrices (Moczulski et al. 2015, 1511.05946)."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from basis.layers.base import full_precision
-from basis.layers.structured.layer import whole
+from basis.layers.structured.layer import New, whole
 from basis.layers.structured.separable import Separable
 
 
@@ -22,7 +17,7 @@ def riffle(n: int, device: torch.device | str | None = None) -> Tensor:
     return torch.cat([order[::2], order[1::2]])
 
 
-def transforms(n: int, *, like: Tensor) -> tuple[Tensor, Tensor]:
+def _transforms(n: int, *, like: Tensor) -> tuple[Tensor, Tensor]:
     """The cosine transform (DCT-II, not normalised) of each row of the unit matrix, and the inverse one; (n, n).
 
     The columns of both are riffled.
@@ -30,17 +25,16 @@ def transforms(n: int, *, like: Tensor) -> tuple[Tensor, Tensor]:
     order, i = riffle(n, like.device), torch.arange(n, device=like.device)[:, None]
     angles = torch.arange(4 * n, dtype=torch.float64, device=like.device) * (math.pi / (2 * n))
     cosines = angles.cos().to(like.dtype)
-    forward = 2 * cosines[(2 * i + 1) * order % (4 * n)]
     inverse = cosines[i * (2 * order + 1) % (4 * n)] / n
-    return forward, torch.cat([inverse[:1] / 2, inverse[1:]])
+    return 2 * cosines[(2 * i + 1) * order % (4 * n)], torch.cat([inverse[:1] / 2, inverse[1:]])
 
 
 class ACDCConv2d(Separable):
-    """Depthwise convolution and a pointwise map of n - 1 factors A C P D C^-1 P, each of size N = max(C_in, C_out).
+    """Depthwise convolution and a map of n - 1 factors A C P D C^-1 P, each of size N = max(C_in, C_out).
 
     C is the cosine transform, P a riffle of its columns, A and D are diagonal; the name says n, as in Gray et
-    al., whose code drops the last. Input channels are repeated up to N, adjacent output channels are
-    summed. The map is built once per step by products of matrices, rather than applied to each pixel.
+    al., whose code drops the last. Input channels are repeated up to N, adjacent output channels are summed. The map
+    is built once per step by products of matrices, rather than applied to each pixel.
 
     Parameters:
         a, d: (n - 1, N), the diagonals; drawn from N(1, 0.01^2).
@@ -48,43 +42,31 @@ class ACDCConv2d(Separable):
 
     kind = "acdc"
     sizes = "N: one more than the number of factors"
-    source = "Gray et al. 2019; Moczulski et al. 2015"
 
-    def _build_map(self, factory: dict[str, Any]) -> None:
-        factors = whole(self.size, f"the size of {self.kind}") - 1
-        n = max(self.in_channels, self.out_channels)
+    def _build(self, new: New) -> None:
+        super()._build(new)
+        factors, n = whole(self.size, self.kind) - 1, max(self.in_channels, self.out_channels)
+        channels = f"there are {self.in_channels} -> {self.out_channels} channels"
         if not factors:
             raise ValueError(f"{self.text} has no factors: its size is one more than their number, so at least 2")
         if n % 2:
-            raise ValueError(f"{self.kind} needs an even number of channels, but the larger one is {n}")
+            raise ValueError(f"acdc needs an even number of channels on the larger side, but {channels}")
         if n % self.out_channels:
-            raise ValueError(
-                f"{self.kind} sums output channels, so their number must divide that of the input channels, "
-                f"but there are {self.in_channels} -> {self.out_channels}"
-            )
-        self.a = nn.Parameter(torch.empty((factors, n), **factory))
-        self.d = nn.Parameter(torch.empty((factors, n), **factory))
+            raise ValueError(f"acdc needs C_out to divide C_in where it is smaller, but {channels}")
+        self.a, self.d = new(factors, n), new(factors, n)
+        self.building = factors * 2 * n * n * self.in_channels
 
-    def _reset_map(self) -> None:
+    def _draw_map(self) -> None:
         for diagonals in (self.a, self.d):
             nn.init.normal_(diagonals, 1, 0.01)
 
-    @property
-    def matrix(self) -> Tensor:
-        """The product of the factors, (C_out, C_in)."""
+    def _matrix(self) -> Tensor:
         n, c = self.a.shape[1], self.in_channels
         # The first channels again until their number divides N, and all of them again until there are N.
         padded = next(k for k in range(min(c, n), n + 1) if n % k == 0)
         repeated = torch.arange(n, device=self.a.device) % padded % c
-        with full_precision(self.a):
-            forward, inverse = transforms(n, like=self.a)
-            matrix = torch.eye(c, dtype=self.a.dtype, device=self.a.device)[repeated]
-            for a, d in zip(reversed(self.a[:, :, None].unbind()), reversed(self.d[:, :, None].unbind()), strict=True):
-                matrix = a * (forward @ (d * (inverse @ matrix)))
-            return matrix.view(self.out_channels, -1, c).sum(1)
-
-    @property
-    def building(self) -> int:
-        """Two transforms of N x C_in numbers for each factor, as products of matrices."""
-        factors, n = self.a.shape
-        return factors * 2 * n * n * self.in_channels
+        forward, inverse = _transforms(n, like=self.a)
+        matrix = torch.eye(c, dtype=self.a.dtype, device=self.a.device)[repeated]
+        for a, d in zip(reversed(self.a[:, :, None].unbind()), reversed(self.d[:, :, None].unbind()), strict=True):
+            matrix = a * (forward @ (d * (inverse @ matrix)))
+        return matrix.view(self.out_channels, -1, c).sum(1)

@@ -1,20 +1,18 @@
-"""Hashed weights: few numbers, each used at many places that a hash function chooses.
+"""Few numbers at places that a hash function chooses: hashed weights, and maps of three diagonals and more entries.
 
-Chen et al. 2015 (HashedNets, arXiv 1504.04788), here without signs, as Gray, Crowley and Storkey 2019 use
-them. Where they store random integers, places here come from a hash function with a fixed seed: nothing but
-the numbers is stored, and layers of equal shape have equal places.
+Where Gray, Crowley and Storkey 2019 store random integers, places come from a hash function with a fixed seed here:
+nothing but the numbers is stored, and layers of equal shape have equal places.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from basis.layers.structured.layer import StructuredConv2d, draw_bias, fraction
+from basis.layers.structured.acdc import riffle
+from basis.layers.structured.layer import New, StructuredConv2d, draw_uniform, fraction
 from basis.layers.structured.separable import Separable
 
 SEED = 0x5EED
@@ -28,60 +26,29 @@ def hashes(n: int, device: torch.device | str | None) -> Tensor:
     return x ^ (x >> 15)
 
 
-class Indexed(StructuredConv2d):
-    """A layer with a table of indices, which is computed and not stored.
+class _Hashed(StructuredConv2d):
+    """A table of numbers, each used at many places, without signs (Chen et al. 2015, HashedNets, arXiv 1504.04788).
 
-    Attributes:
-        indices: int64; a buffer outside of the state dict.
-    """
+    Always has a bias, as in Gray et al., even with ``bias=False``. Their last number is never used; here all are.
 
-    indices: Tensor
-
-    def _indices(self, device: Any) -> Tensor:
-        """The table."""
-        raise NotImplementedError
-
-    def _hold_indices(self, factory: dict[str, Any]) -> None:
-        self.register_buffer("indices", self._indices(factory.get("device")), persistent=False)
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> Any:
-        had_none = self.indices.is_meta
-        super()._apply(fn, recurse)
-        if had_none and not self.indices.is_meta:  # by to_empty
-            self.indices = self._indices(self.indices.device)
-        return self
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        device = next(self.parameters()).device
-        if self.indices.is_meta and device.type != "meta":  # by load_state_dict(..., assign=True)
-            self.indices = self._indices(device)
-
-
-class _Hashed(Indexed):
-    """What both hashed layers have in common.
-
-    Parameters:
-        table: (budget,), the numbers.
+    Parameters and buffers:
+        table: (int(s places),), uniform in +-1 / sqrt(fan-in).
+        indices: (places,), the entry of the table at each place; computed, not stored.
     """
 
     sizes = "FRACTION: that fraction of the dense numbers is stored"
+    indices: Tensor
 
-    def _build_table(self, places: int, factory: dict[str, Any]) -> None:
-        budget = int(fraction(self.size, f"the size of {self.kind}") * places)
+    def _build_table(self, new: New, places: int) -> None:
+        budget = int(fraction(self.size, self.kind) * places)
         if not budget:
             raise ValueError(f"{self.text} stores none of {places} numbers, but it must store at least 1")
-        self.places = places
-        self.table = nn.Parameter(torch.empty(budget, **factory))
-        self._hold_indices(factory)
-        if self.bias is None:
-            self.bias = nn.Parameter(torch.empty(self.out_channels, **factory))
+        self.table = new(budget)
+        self.register_buffer("indices", self.table.new_empty(places, dtype=torch.int64), persistent=False)
+        self.bias = new(self.out_channels) if self.bias is None else self.bias
 
-    def _indices(self, device: Any) -> Tensor:
-        return hashes(self.places, device) % len(self.table)
-
-    def _look_up(self, *shape: int) -> Tensor:
-        return self.table.index_select(0, self.indices).view(shape)
+    def _derive(self) -> None:
+        self._refill("indices", hashes(len(self.indices), self.table.device) % len(self.table))
 
     def _fit_table(self, values: Tensor, squares: Tensor) -> None:
         """The mean of the values at each number's places; ``squares`` are their weights."""
@@ -92,63 +59,91 @@ class _Hashed(Indexed):
 
 
 class HashedConv2d(_Hashed):
-    """A convolution with a hashed weight: int(s C_out C_in kh kw) numbers, as many MACs as a dense one.
-
-    Always has a bias, as in Gray et al., even with ``bias=False``. Their last number is never used; here all are.
-
-    Parameters:
-        table: (budget,), the numbers; uniform in +-1 / sqrt(C_in kh kw).
-        bias: (C_out,).
-    """
+    """A convolution with a hashed weight of int(s C_out C_in kh kw) numbers; as many MACs as a dense one."""
 
     kind = "hashed"
-    source = "Gray et al. 2019; Chen et al. 2015 (HashedNets)"
 
-    def _build(self, factory: dict[str, Any]) -> None:
-        self._build_table(self.out_channels * math.prod(self.filter_shape), factory)
+    def _build(self, new: New) -> None:
+        self._build_table(new, self.out_channels * math.prod(self.filter_shape))
 
-    def reset_parameters(self) -> None:
-        """As PyTorch draws the weight and bias of a convolution."""
-        bound = 1 / math.sqrt(math.prod(self.filter_shape))
-        nn.init.uniform_(self.table, -bound, bound)
-        draw_bias(self)
+    def _draw(self) -> None:
+        draw_uniform(self.table, math.prod(self.filter_shape))
 
-    @property
-    def weight(self) -> Tensor:
-        """The number at each place."""
-        return self._look_up(self.out_channels, *self.filter_shape)
+    def _weight(self) -> Tensor:
+        return self.table.index_select(0, self.indices).view(self.out_channels, *self.filter_shape)
 
-    def fit(self, weight: Tensor) -> None:
-        """The mean of the weights at each number's places, which is the best."""
-        values = weight.detach().double()
-        self._fit_table(values, torch.ones_like(values))
+    def _fit(self, weight: Tensor) -> None:
+        self._fit_table(weight.double(), torch.ones_like(weight, dtype=torch.float64))
 
 
 class SepHashedConv2d(Separable, _Hashed):
-    """Depthwise and hashed pointwise convolution of int(s C_out C_in) numbers; as many MACs as ``sep``.
-
-    Always has a bias, as in Gray et al., even with ``bias=False``. Their last number is never used; here all are.
-
-    Parameters:
-        table: (budget,), the numbers; uniform in +-1 / sqrt(C_in).
-        bias: (C_out,).
-    """
+    """Depthwise and hashed pointwise convolution of int(s C_out C_in) numbers; as many MACs as ``sep``."""
 
     kind = "sep_hashed"
-    source = "Gray et al. 2019, hashed separable"
     rounds = 20
 
-    def _build_map(self, factory: dict[str, Any]) -> None:
-        self._build_table(self.out_channels * self.in_channels, factory)
+    def _build(self, new: New) -> None:
+        super()._build(new)
+        self._build_table(new, self.out_channels * self.in_channels)
 
-    def _reset_map(self) -> None:
-        bound = 1 / math.sqrt(self.in_channels)
-        nn.init.uniform_(self.table, -bound, bound)
+    def _draw_map(self) -> None:
+        draw_uniform(self.table, self.in_channels)
 
-    @property
-    def matrix(self) -> Tensor:
-        """The number at each place."""
-        return self._look_up(self.out_channels, self.in_channels)
+    def _matrix(self) -> Tensor:
+        return self.table.index_select(0, self.indices).view(self.out_channels, self.in_channels)
 
     def _fit_map(self, matrix: Tensor, scale: Tensor) -> None:
         self._fit_table(matrix, scale.square().expand_as(matrix))
+
+
+class TridiagonalConv2d(Separable):
+    """Depthwise convolution and a map with diagonals -p, 0 and +q, and e more entries.
+
+    After Mousavi Janbeh Sarayi and Nikkhah Bahrami 2022 (arXiv 2207.00903), who have such matrices but no
+    convolutions; not a reproduction. The diagonals go on at the other end, so every output channel (or input channel,
+    where there are more) has three. Input channels are riffled first, even before odd ones, so that a stack of layers
+    mixes all of them. A hash function places the further entries. Saves numbers, not MACs.
+
+    Parameters and buffers:
+        entries: (3 max(C_in, C_out) + e,), the diagonals and the others; drawn from N(0, 2 / entries in a row).
+        indices: their places in the map, row by row; computed, not stored.
+    """
+
+    kind = "tridiagonal"
+    sizes = "P,Q or P,Q,E: how far the outer diagonals are from the main one, and the number of further entries"
+    rounds = 5
+    indices: Tensor
+
+    def _build(self, new: New) -> None:
+        super()._build(new)
+        numbers = self.size.split(",")
+        if len(numbers) not in (2, 3) or not all(n.strip().isdecimal() for n in numbers):
+            raise ValueError(f"the size of {self.kind} is {self.size!r}, but it must be {self.sizes}")
+        p, q, *more = (int(n) for n in numbers)
+        period, cells = min(self.in_channels, self.out_channels), self.in_channels * self.out_channels
+        self.offsets, count = (-p, 0, q), 3 * max(self.in_channels, self.out_channels) + sum(more)
+        if len({offset % period for offset in self.offsets}) < 3:
+            raise ValueError(f"the diagonals -{p}, 0 and {q} of {self.text} are not three among {period} channels")
+        if count > cells:
+            raise ValueError(f"{self.text} has {count:,} entries, but the map has only {cells:,}")
+        self.entries = new(count)
+        self.register_buffer("indices", self.entries.new_empty(count, dtype=torch.int64), persistent=False)
+
+    def _derive(self) -> None:
+        c, o, device = self.in_channels, self.out_channels, self.entries.device
+        along = torch.arange(max(c, o), device=device)
+        offsets = torch.tensor(self.offsets, device=device)[:, None]
+        rows, columns = (along - offsets, along) if c > o else (along, along + offsets)
+        diagonals = (rows % o * c + riffle(c, device)[columns % c]).flatten()
+        order = hashes(c * o, device).index_fill(0, diagonals, 2**32).argsort(stable=True)
+        self._refill("indices", torch.cat([diagonals, order[: len(self.entries) - len(diagonals)]]))
+
+    def _draw_map(self) -> None:
+        nn.init.normal_(self.entries, std=math.sqrt(2 * self.out_channels / len(self.entries)))
+
+    def _matrix(self) -> Tensor:
+        zeros = self.entries.new_zeros(self.out_channels * self.in_channels)
+        return zeros.index_copy(0, self.indices, self.entries).view(self.out_channels, self.in_channels)
+
+    def _fit_map(self, matrix: Tensor, scale: Tensor) -> None:
+        self.entries.copy_(matrix.flatten()[self.indices])

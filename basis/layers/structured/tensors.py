@@ -1,19 +1,16 @@
-"""Depthwise separable layers whose pointwise map is a decomposed tensor (Gray, Crowley and Storkey 2019).
+"""Pointwise maps that are tensors of three dimensions in tensor-train or Tucker form (Gray et al. 2019).
 
-The C_out x C_in numbers of the map, row by row, are the entries of a tensor with three dimensions of about
-equal size. It is built from its factors at every step, so parameters are saved, but no multiplications.
+The map is built from its factors at every step, which saves parameters but no multiplications.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from fractions import Fraction
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from basis.layers.base import full_precision
-from basis.layers.structured.layer import fraction
+from basis.layers.structured.layer import New, draw_uniform, fraction
 from basis.layers.structured.separable import Separable
 
 
@@ -32,105 +29,80 @@ def _divisor(n: int, least: int) -> int:
     return next((d for d in range(least, n) if n % d == 0), n)
 
 
-def train_of(tensor: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A tensor (a, b, c) as a train of cores (a, first), (first, b, last), (last, c), by singular values (TT-SVD).
-
-    Oseledets 2011, algorithm 1, from the last dimension to the first: only the first core has a scale.
-    """
-    a, b, c = tensor.shape
-    u, s, third = _truncated_svd(tensor.reshape(a * b, c), last)
-    u, s, second = _truncated_svd((u * s).reshape(a, b * last), first)
-    return u * s, second.view(first, b, last), third
-
-
-def _truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return u[:, :rank], s[:rank], vh[:rank]
-
-
-def tensor_of(first: Tensor, second: Tensor, third: Tensor) -> Tensor:
-    """The tensor (a, b, c) of a train of cores."""
-    return (first @ second.flatten(1)).view(len(first), second.shape[1], -1) @ third
-
-
-def _train_macs(a: int, first: int, b: int, last: int, c: int) -> int:
-    return a * first * b * last + a * b * last * c
-
-
 class _Decomposed(Separable):
-    """What both layers have in common: a tensor of :attr:`dimensions`, drawn and then decomposed."""
+    """A map with the entries of a tensor (d1, d2, d3); at first the decomposition of one drawn as PyTorch does.
 
+    The tensor, or the core of it, is a train ``core1 core2 core3`` of sizes (a, first), (first, b, last), (last, c).
+    """
+
+    sizes = "FRACTION: the ranks are that fraction of the dimensions"
     rounds = 5
 
-    def _build_map(self, factory: dict[str, Any]) -> None:
+    def _build(self, new: New) -> None:
+        super()._build(new)
         self.dimensions = three_dimensions(self.out_channels * self.in_channels)
-        self._build_factors(fraction(self.size, f"the size of {self.kind}"), factory)
+        self._build_factors(fraction(self.size, self.kind), new)
 
-    def _build_factors(self, size: Any, factory: dict[str, Any]) -> None:
-        """Allocate the factors."""
+    def _build_factors(self, size: Fraction, new: New) -> None:
         raise NotImplementedError
+
+    def _build_train(self, new: New, a: int, first: int, b: int, last: int, c: int) -> None:
+        self.core1, self.core2, self.core3 = new(a, first), new(first, b, last), new(last, c)
+        self.building = a * first * b * last + a * b * last * c
+
+    def _train(self) -> Tensor:
+        """The tensor (a, b, c) of the train."""
+        return (self.core1 @ self.core2.flatten(1)).view(len(self.core1), self.core2.shape[1], -1) @ self.core3
+
+    def _fit_train(self, tensor: Tensor, turn: Tensor | None = None) -> None:
+        """Fit by TT-SVD (Oseledets 2011, algorithm 1) from the last dimension to the first; ``turn`` the first one."""
+        (a, b, c), first, last = tensor.shape, len(self.core2), len(self.core3)
+        u, s, third = torch.linalg.svd(tensor.reshape(a * b, c), full_matrices=False)
+        u, s, second = torch.linalg.svd((u[:, :last] * s[:last]).reshape(a, b * last), full_matrices=False)
+        start = u[:, :first] * s[:first]
+        self.core1.copy_(start if turn is None else turn @ start)
+        self.core2.copy_(second[:first].view(first, b, last))
+        self.core3.copy_(third[:last])
+
+    def _draw_map(self) -> None:
+        if not self.core1.is_meta:
+            shape = self.out_channels, self.in_channels
+            drawn = torch.empty(shape, dtype=torch.float64, device=self.core1.device)
+            draw_uniform(drawn, self.in_channels)
+            self._fit_map(drawn, drawn.new_ones(()))
+
+    def _matrix(self) -> Tensor:
+        return self._tensor().view(self.out_channels, self.in_channels)
 
     def _tensor(self) -> Tensor:
-        """The tensor that they make."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def _reset_map(self) -> None:
-        factor = next(iter(self.factors))
-        if not factor.is_meta:
-            bound = 1 / math.sqrt(self.in_channels)
-            drawn = torch.empty(self.out_channels, self.in_channels, dtype=torch.float64, device=factor.device)
-            self._fit_map(drawn.uniform_(-bound, bound), drawn.new_ones(()))
-
-    @property
-    def matrix(self) -> Tensor:
-        """The tensor with its entries row by row."""
-        with full_precision(next(iter(self.factors))):
-            return self._tensor().view(self.out_channels, self.in_channels)
+        return self._train()
 
 
 class TensorTrainConv2d(_Decomposed):
-    """Depthwise convolution and a pointwise map that is a tensor train.
+    """Depthwise convolution and a tensor train of ranks max(1, round(s min(d, d'))) between dimensions d and d'.
 
-    The ranks are max(1, round(s min(d, d'))) between dimensions of sizes d and d'. Initially the
-    best such train near (TT-SVD) a map that is drawn uniformly, as PyTorch does.
+    Oseledets 2011; Garipov et al. 2016.
 
     Parameters:
         core1, core2, core3: (d1, R1), (R1, d2, R2) and (R2, d3).
     """
 
     kind = "tensor_train"
-    sizes = "FRACTION: the ranks are that fraction of the dimensions"
-    source = "Gray et al. 2019; Oseledets 2011; Garipov et al. 2016"
 
-    def _build_factors(self, size: Any, factory: dict[str, Any]) -> None:
+    def _build_factors(self, size: Fraction, new: New) -> None:
         a, b, c = self.dimensions
         first, last = (max(1, round(size * min(pair))) for pair in ((a, b), (b, c)))
-        self.core1 = nn.Parameter(torch.empty((a, first), **factory))
-        self.core2 = nn.Parameter(torch.empty((first, b, last), **factory))
-        self.core3 = nn.Parameter(torch.empty((last, c), **factory))
-
-    def _tensor(self) -> Tensor:
-        return tensor_of(self.core1, self.core2, self.core3)
-
-    @property
-    def building(self) -> int:
-        """The products of the cores, from the first to the last."""
-        a, b, c = self.dimensions
-        return _train_macs(a, len(self.core2), b, len(self.core3), c)
+        self._build_train(new, a, first, b, last, c)
 
     def _fit_map(self, matrix: Tensor, scale: Tensor) -> None:
-        cores = train_of(matrix.reshape(self.dimensions), len(self.core2), len(self.core3))
-        for core, value in zip((self.core1, self.core2, self.core3), cores, strict=True):
-            core.copy_(value)
+        self._fit_train(matrix.reshape(self.dimensions))
 
 
 class TuckerConv2d(_Decomposed):
-    """Depthwise convolution and a pointwise map that is a tensor in Tucker form.
+    """Depthwise convolution and a tensor in Tucker form of ranks r = max(1, round(s d)), fitted by HOSVD.
 
-    The ranks are r = max(1, round(s d)). The core (r1, r2, r3) is itself a train, of ranks min(d1, r2 r3)
-    and r3, as in Gray et al., which may be more numbers than the core has. Initially the best near
-    (HOSVD) a map that is drawn uniformly, as PyTorch does.
+    The core (r1, r2, r3) is itself a train, of ranks min(d1, r2 r3) and r3, as in Gray et al., which may be more
+    numbers than the core has. Tucker 1966; De Lathauwer et al. 2000.
 
     Parameters:
         factor1, factor2, factor3: (r, d) of each dimension.
@@ -138,30 +110,19 @@ class TuckerConv2d(_Decomposed):
     """
 
     kind = "tucker"
-    sizes = "FRACTION: the ranks are that fraction of the dimensions"
-    source = "Gray et al. 2019; Tucker 1966; De Lathauwer et al. 2000"
 
-    def _build_factors(self, size: Any, factory: dict[str, Any]) -> None:
-        ranks = [max(1, round(size * d)) for d in self.dimensions]
-        first = min(self.dimensions[0], ranks[1] * ranks[2])
-        factors = (nn.Parameter(torch.empty(shape, **factory)) for shape in zip(ranks, self.dimensions, strict=True))
-        self.factor1, self.factor2, self.factor3 = factors
-        self.core1 = nn.Parameter(torch.empty((ranks[0], first), **factory))
-        self.core2 = nn.Parameter(torch.empty((first, ranks[1], ranks[2]), **factory))
-        self.core3 = nn.Parameter(torch.empty((ranks[2], ranks[2]), **factory))
+    def _build_factors(self, size: Fraction, new: New) -> None:
+        d1, d2, d3 = self.dimensions
+        r1, r2, r3 = (max(1, round(size * d)) for d in self.dimensions)
+        self.factor1, self.factor2, self.factor3 = new(r1, d1), new(r2, d2), new(r3, d3)
+        self._build_train(new, r1, min(d1, r2 * r3), r2, r3, r3)
+        self.building += r1 * r2 * r3 * d1 + r2 * r3 * d1 * d2 + r3 * d1 * d2 * d3
 
     def _tensor(self) -> Tensor:
-        tensor = tensor_of(self.core1, self.core2, self.core3)
+        tensor = self._train()
         for factor in (self.factor1, self.factor2, self.factor3):  # each takes the first mode away and adds a last
             tensor = torch.tensordot(tensor, factor, dims=([0], [0]))
         return tensor
-
-    @property
-    def building(self) -> int:
-        """The core from its train, then one factor after the other."""
-        (r1, r2, r3), (d1, d2, d3) = (len(self.factor1), len(self.factor2), len(self.factor3)), self.dimensions
-        core = _train_macs(r1, len(self.core2), r2, r3, r3)
-        return core + r1 * r2 * r3 * d1 + r2 * r3 * d1 * d2 + r3 * d1 * d2 * d3
 
     def _fit_map(self, matrix: Tensor, scale: Tensor) -> None:
         tensor = matrix.reshape(self.dimensions)
@@ -170,7 +131,4 @@ class TuckerConv2d(_Decomposed):
             unfolded = tensor.movedim(i, 0).flatten(1)
             bases.append(torch.linalg.eigh(unfolded @ unfolded.T).eigenvectors.flip(1)[:, : len(factor)])
             factor.copy_(bases[i].T)
-        smaller = torch.einsum("abc,bi,cj->aij", tensor, bases[1], bases[2])
-        first, second, third = train_of(smaller, len(self.core2), len(self.core3))
-        for core, value in zip((self.core1, self.core2, self.core3), (bases[0].T @ first, second, third), strict=True):
-            core.copy_(value)
+        self._fit_train(torch.einsum("abc,bi,cj->aij", tensor, bases[1], bases[2]), bases[0].T)

@@ -18,10 +18,7 @@ def riffle(n: int, device: torch.device | str | None = None) -> Tensor:
 
 
 def _transforms(n: int, *, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The cosine transform (DCT-II, not normalised) of each row of the unit matrix, and the inverse one; (n, n).
-
-    The columns of both are riffled.
-    """
+    """The cosine transform (DCT-II, not normalised) and its inverse, (n, n), with columns riffled."""
     order, i = riffle(n, like.device), torch.arange(n, device=like.device)[:, None]
     angles = torch.arange(4 * n, dtype=torch.float64, device=like.device) * (math.pi / (2 * n))
     cosines = angles.cos().to(like.dtype)
@@ -33,8 +30,7 @@ class ACDCConv2d(Separable):
     """Depthwise convolution and a map of n - 1 factors A C P D C^-1 P, each of size N = max(C_in, C_out).
 
     C is the cosine transform, P a riffle of its columns, A and D are diagonal; the name says n, as in Gray et
-    al., whose code drops the last. Input channels are repeated up to N, adjacent output channels are summed. The map
-    is built once per step by products of matrices, rather than applied to each pixel.
+    al., whose code drops the last. Input channels are repeated up to N, adjacent output channels are summed.
 
     Parameters:
         a, d: (n - 1, N), the diagonals; drawn from N(1, 0.01^2).
@@ -46,19 +42,17 @@ class ACDCConv2d(Separable):
     def _build(self, new: New) -> None:
         super()._build(new)
         factors, n = whole(self.size, self.kind) - 1, max(self.in_channels, self.out_channels)
-        channels = f"there are {self.in_channels} -> {self.out_channels} channels"
         if not factors:
             raise ValueError(f"{self.text} has no factors: its size is one more than their number, so at least 2")
-        if n % 2:
-            raise ValueError(f"acdc needs an even number of channels on the larger side, but {channels}")
-        if n % self.out_channels:
-            raise ValueError(f"acdc needs C_out to divide C_in where it is smaller, but {channels}")
+        if n % 2 or n % self.out_channels:
+            shape = f"{self.in_channels} -> {self.out_channels}"
+            raise ValueError(f"acdc needs an even number of channels, and C_out to divide C_in if smaller, not {shape}")
         self.a, self.d = new(factors, n), new(factors, n)
         self.building = factors * 2 * n * n * self.in_channels
 
     def _draw_map(self) -> None:
-        for diagonals in (self.a, self.d):
-            nn.init.normal_(diagonals, 1, 0.01)
+        nn.init.normal_(self.a, 1, 0.01)
+        nn.init.normal_(self.d, 1, 0.01)
 
     def _matrix(self) -> Tensor:
         n, c = self.a.shape[1], self.in_channels

@@ -1,9 +1,8 @@
-"""Filters that are combinations of fewer ones: basis convolutions as structured layers, shared and fixed bases."""
+"""Filters that are combinations of fewer ones: basis convolutions as structured layers, fixed bases."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from basis.layers.base import full_precision
 from basis.layers.conv import BasisConv2d, basis_channels_for
-from basis.layers.structured.layer import Kind, New, Product, StructuredConv2d, check_saves, fraction, number, whole
+from basis.layers.structured.layer import Kind, New, Product, StructuredConv2d, check_saves, number, whole
 
 
 class BasisLayer(Kind):
@@ -34,7 +32,7 @@ class BasisLayer(Kind):
             raise ValueError(f"the layer is 'basis', but basis takes a size, {cls.sizes}")
         if size.isdecimal():
             return {"basis_channels": whole(size, "basis")}
-        ratio = float(fraction(size, "basis"))
+        ratio = float(number(size, "basis"))
         return {"basis_channels": basis_channels_for(ratio, conv.out_channels, conv.groups)}
 
     @classmethod
@@ -127,13 +125,11 @@ class FixedBasisConv2d(FilterBasis):
     """Fixed orthogonal filters and a trained 1x1 convolution (Tayyab and Mahalanobis 2019, arXiv 1906.04509).
 
     There are Q = round(r C_out) filters, at least one, never trained. Random ones come from :attr:`seed` and are not
-    stored; ``fit`` makes them the leading right singular vectors of the weight, which are stored, and raises
-    ``ValueError`` where they cost more than they save. The paper stores the filters in either case. Its optional batch
-    normalisation after the filters is left out. The mixing is drawn from N(0, 2 / Q).
+    stored (the paper stores them); ``fit`` makes them the leading right singular vectors of the weight, which are
+    stored, and raises ``ValueError`` where they cost more than they save.
 
     Parameters and buffers:
-        basis: (Q, C_in, kh, kw), without gradient, of orthonormal rows.
-        mixing: w, (C_out, Q, 1, 1).
+        basis, mixing: (Q, C_in, kh, kw) of orthonormal rows, without gradient, and (C_out, Q, 1, 1).
         seed: what ``basis`` was drawn by; -1 where it was fitted.
     """
 
@@ -143,7 +139,7 @@ class FixedBasisConv2d(FilterBasis):
     seed: Tensor
 
     def _build(self, new: New) -> None:
-        filters = max(1, round(fraction(self.size, self.kind) * self.out_channels))
+        filters = max(1, round(number(self.size, self.kind) * self.out_channels))
         self._build_filters(new, filters, trained=False)
         self.register_buffer("seed", self.basis.new_zeros((), dtype=torch.int64))
         self._seeded = True  # the same in Python, so that nobody waits for a GPU
@@ -151,7 +147,7 @@ class FixedBasisConv2d(FilterBasis):
     def _draw(self) -> None:
         if not self.basis.is_meta:
             seed = int(torch.randint(2**31, (), device="cpu"))
-            _draw_orthonormal(self.basis, torch.Generator().manual_seed(seed))
+            draw_orthonormal(self.basis, torch.Generator().manual_seed(seed))
             self.seed.fill_(seed)
         nn.init.kaiming_normal_(self.mixing)
 
@@ -165,174 +161,14 @@ class FixedBasisConv2d(FilterBasis):
     def _fit(self, weight: Tensor) -> None:
         check_saves(f"{self.text}, with fitted filters,", self.basis.numel() + self.mixing.numel(), weight.numel())
         rows = weight.double().flatten(1)
-        filters = _right_singular_vectors(rows, len(self.basis))
+        filters = right_singular_vectors(rows, len(self.basis))
         self.basis.copy_(filters.view_as(self.basis))
         self.mixing.copy_((rows @ filters.mT).view_as(self.mixing))
         self.seed.fill_(-1)
         self._derive()
 
 
-class _SharedBasis(FilterBasis):
-    """Layers of equal :meth:`key`, of which :meth:`together` makes those that hold one ``basis``.
-
-    A single layer may store more than its dense weight, where only sharing makes it worth while.
-    """
-
-    shared = ("basis",)
-
-    @classmethod
-    def together(cls, convs: Sequence[nn.Conv2d], *, size: str, fitted: bool) -> list:
-        """The layers, with one basis; ``ValueError`` also where all together save nothing."""
-        layers = [cls.shaped_like(conv, size=size) for conv in convs]
-        for layer in layers[1:]:
-            layer.basis = layers[0].basis
-        stored = layers[0].basis.numel() + sum(layer.stored - layer.basis.numel() for layer in layers)
-        who = f"{layers[0].text}, whose basis {len(layers)} layer{'s'[: len(layers) > 1]} would share,"
-        check_saves(who, stored, sum(conv.weight.numel() for conv in convs))
-        if fitted:
-            _fit_shared(layers, [conv.weight.detach() for conv in convs])
-            for layer, conv in zip(layers, convs, strict=True):
-                if conv.bias is not None:
-                    layer._take_bias(conv)
-        return layers
-
-    def _fit(self, weight: Tensor) -> None:
-        _fit_shared([self], [weight])
-
-    def _fit_rest(self, rows: Tensor) -> None:
-        """Fit all but the basis to the rows of the weight, (C_out splits, C_in / splits kh kw) in float64."""
-        self.mixing.copy_(_combination(rows, self._filters()).view_as(self.mixing))
-
-
-@torch.no_grad()
-def _fit_shared(layers: Sequence[Any], weights: Sequence[Tensor]) -> None:
-    """Fit the basis that the layers hold to the weights of all of them, then the rest of each layer."""
-    basis = layers[0].basis
-    rows = [weight.double().reshape(-1, basis[0].numel()) for weight in weights]
-    basis.copy_(_leading(torch.cat(rows), basis))
-    for layer, own in zip(layers, rows, strict=True):
-        layer._fit_rest(own)
-
-
-class LFBConv2d(_SharedBasis):
-    """Learning Filter Basis (Li et al., ICCV 2019, arXiv 1908.08932): g groups of p = C_in / g input channels.
-
-    All groups are convolved with one basis of m = round(s p) filters (at least one), then mixed. Layers of equal p and
-    kernel share it in one call of ``substitute``. The authors' (m, p) for ResNet-56 are (24, 16), (48, 32), (84, 64):
-    sizes 1.5, 1.5 and 84/64 with g = 1. Their bias of the basis is left out, and W is built where that is cheaper.
-    Drawn by Kaiming's normal initialisation, the basis with gain 1, since no ReLU follows it.
-    """
-
-    kind = "lfb"
-    sizes = "s or s,g: filters in the basis over channels in a group, and groups of input channels (1)"
-
-    @classmethod
-    def _numbers(cls, size: str, in_channels: int) -> tuple[int, int]:
-        """m and g."""
-        s, comma, g = size.partition(",")
-        splits = whole(g.strip(), f"the groups in lfb:{size}") if comma else 1
-        if in_channels % splits:
-            raise ValueError(f"lfb:{size} splits the input into {splits} groups, but it has {in_channels} channels")
-        return max(1, round(number(s.strip(), f"s in lfb:{size}") * (in_channels // splits))), splits
-
-    @classmethod
-    def key(cls, conv: nn.Conv2d, size: str) -> Hashable | None:
-        """(p, kernel)."""
-        return conv.in_channels // cls._numbers(size, conv.in_channels)[1], conv.kernel_size
-
-    def _build(self, new: New) -> None:
-        filters, self.splits = self._numbers(self.size, self.in_channels)
-        self._build_filters(new, filters)
-
-    def _draw(self) -> None:
-        nn.init.kaiming_normal_(self.basis, nonlinearity="linear")
-        nn.init.kaiming_normal_(self.mixing)
-
-
-class DSFBConv2d(_SharedBasis):
-    """Deeply Shared Filter Bases (Kang and Kim, NeurIPS 2021, arXiv 2006.05066), with a normalisation inside.
-
-    Layers of equal C_in, C_out and kernel share s C_out filters (rounded, at least one) in one call of ``substitute``,
-    and each has u C_out of its own; their maps are normalised, then mixed. S8U1 of ResNet-32 is ``dsfb:1/2,1/16``. The
-    authors add 10 times :meth:`penalty` to the loss (``Recipe(orthogonality=10)``), and draw shared filters
-    orthonormal, the others by Kaiming's normal initialisation, fan-out.
-
-    :attr:`weight` and ``to_conv`` are the layer in evaluation mode, with the running statistics; ``to_conv`` always
-    has a bias. ``fit`` makes the normalisation the identity in evaluation mode. ``stored`` is without the numbers of
-    the normalisation, a module of its own.
-
-    Parameters and modules:
-        basis: (round(s C_out), C_in, kh, kw), shared.
-        unique: (round(u C_out), C_in, kh, kw).
-        mixing: (C_out, m, 1, 1).
-        norm: ``nn.BatchNorm2d`` of all m maps.
-    """
-
-    kind = "dsfb"
-    sizes = "s,u: shared filters over C_out, and own filters over C_out"
-    shifts = True
-
-    @classmethod
-    def key(cls, conv: nn.Conv2d, size: str) -> Hashable | None:
-        """(C_in, C_out, kernel)."""
-        return conv.in_channels, conv.out_channels, conv.kernel_size
-
-    def _build(self, new: New) -> None:
-        sizes = self.size.split(",")
-        if len(sizes) != 2:
-            raise ValueError(f"{self.text} has not two numbers, but dsfb takes two, as in dsfb:1/2,1/16")
-        ratios = (number(size.strip(), f"{name} in {self.text}") for name, size in zip("su", sizes, strict=True))
-        shared, own = (max(1, round(ratio * self.out_channels)) for ratio in ratios)
-        self._build_filters(new, shared, own=own)
-        self.norm = nn.BatchNorm2d(shared + own, device=self.basis.device, dtype=self.basis.dtype)
-
-    def _draw(self) -> None:
-        _draw_orthonormal(self.basis)
-        nn.init.kaiming_normal_(self.unique, mode="fan_out")
-        nn.init.kaiming_normal_(self.mixing, mode="fan_out")
-        self.norm.reset_parameters()
-
-    def _filters(self) -> Tensor:
-        return torch.cat([self.basis, self.unique])
-
-    def _scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """The normalisation in evaluation mode, (m,) each."""
-        norm: Any = self.norm
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        return scale, norm.bias - scale * norm.running_mean
-
-    def _matrix(self) -> Tensor:
-        return self.mixing[:, :, 0, 0] * self._scale_and_shift()[0]
-
-    def _maps(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        maps = super()._maps(x, padding)
-        return self.norm(maps) if maps.dim() == 4 else self.norm(maps[None])[0]
-
-    def _fit_rest(self, rows: Tensor) -> None:
-        """Own filters: the leading right singular vectors of what the shared ones leave."""
-        left = rows - _combination(rows, self.basis) @ self.basis.double().flatten(1)
-        self.unique.copy_(_leading(left, self.unique))
-        self.norm.reset_parameters()
-        super()._fit_rest(rows)
-        self.mixing.mul_(math.sqrt(1 + self.norm.eps))
-
-    def to_conv(self) -> nn.Conv2d:
-        """The dense convolution that the layer is in evaluation mode, with a bias."""
-        conv, shift = super().to_conv(), self._scale_and_shift()[1].detach()
-        trains = self.norm.bias.requires_grad if self.bias is None else self.bias.requires_grad
-        with full_precision(shift), torch.no_grad():
-            bias = self.mixing[:, :, 0, 0] @ shift
-            conv.bias = nn.Parameter(bias if self.bias is None else bias + self.bias, requires_grad=trains)
-        return conv
-
-    def penalty(self) -> Tensor:
-        """mean((B B^T - I)^2) of all filters B of the layer, shared and own; a scalar that can be differentiated."""
-        rows = self._filters().flatten(1)
-        with full_precision(rows):
-            return (rows @ rows.mT - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)).square().mean()
-
-
-def _right_singular_vectors(rows: Tensor, count: int) -> Tensor:
+def right_singular_vectors(rows: Tensor, count: int) -> Tensor:
     """The leading ``count`` of them (n, F), or as many as there are; several times as fast as an SVD."""
     if len(rows) >= rows.shape[1]:
         return torch.linalg.eigh(rows.mT @ rows).eigenvectors.flip(1)[:, :count].mT
@@ -340,23 +176,8 @@ def _right_singular_vectors(rows: Tensor, count: int) -> Tensor:
     return torch.linalg.qr(rows.mT @ left).Q.mT
 
 
-def _leading(rows: Tensor, filters: Tensor) -> Tensor:
-    """The leading right singular vectors of the rows, shaped as ``filters``, whose own stay where there are too few."""
-    vectors = _right_singular_vectors(rows, len(filters))
-    return torch.cat([vectors, filters.double().flatten(1)[len(vectors) :]]).view_as(filters)
-
-
-def _combination(rows: Tensor, filters: Tensor) -> Tensor:
-    """The coefficients that make the rows of the filters, by least squares."""
-    basis = filters.double().flatten(1)
-    return rows @ basis.mT @ torch.linalg.pinv(basis @ basis.mT, hermitian=True)
-
-
-def _draw_orthonormal(filters: Tensor, generator: torch.Generator | None = None) -> None:
-    """Random orthonormal rows for filters (m, ...); where m is above their length, orthonormal columns.
-
-    Drawn on the CPU in float64, so that a generator gives the same in every dtype and on every device.
-    """
+def draw_orthonormal(filters: Tensor, generator: torch.Generator | None = None) -> None:
+    """Random orthonormal rows for filters (m, ...), or columns; the same ones in every dtype and on every device."""
     if filters.is_meta:
         return
     rows, columns = len(filters), filters[0].numel()
@@ -410,10 +231,9 @@ class DCFConv2d(StructuredConv2d):
 def fourier_bessel(size: int) -> np.ndarray:
     """Fourier-Bessel functions on a grid of ``size`` x ``size`` pixels, lowest frequency first: (n, size, size).
 
-    They are J_a(z r) / |J_(a+1)(z)| with z a zero of J_a, times sqrt(2) cos(a t) and sqrt(2) sin(a t) where
-    a > 0, within the disc r < 1 that touches the edges of the grid. As in the code of Qiu et al. they are in the
-    order of z, up to pi size / 2 times 1.5 (2 for at most 3 pixels), and at most size^2 - 1 in number. Those that
-    are combinations of the ones before on this grid are left out here.
+    J_a(z r) / |J_(a+1)(z)| with z a zero of J_a, times sqrt(2) cos(a t) and sqrt(2) sin(a t) where a > 0, within the
+    disc r < 1. As in the code of Qiu et al. they are in the order of z, up to pi size / 2 times 1.5 (2 for at most 3
+    pixels), and at most size^2 - 1. Combinations of the ones before on this grid are left out.
     """
     from scipy.special import jn_zeros, jv
 

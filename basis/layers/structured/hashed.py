@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from basis.layers.structured.acdc import riffle
-from basis.layers.structured.layer import New, StructuredConv2d, draw_uniform, fraction
+from basis.layers.structured.layer import New, StructuredConv2d, draw_uniform, number
 from basis.layers.structured.separable import Separable
 
 SEED = 0x5EED
@@ -26,21 +26,22 @@ def hashes(n: int, device: torch.device | str | None) -> Tensor:
     return x ^ (x >> 15)
 
 
-class _Hashed(StructuredConv2d):
-    """A table of numbers, each used at many places, without signs (Chen et al. 2015, HashedNets, arXiv 1504.04788).
+class HashedConv2d(StructuredConv2d):
+    """A ``table`` of numbers, each used at many places, without signs (Chen et al. 2015, arXiv 1504.04788).
 
-    Always has a bias, as in Gray et al., even with ``bias=False``. Their last number is never used; here all are.
-
-    Parameters and buffers:
-        table: (int(s places),), uniform in +-1 / sqrt(fan-in).
-        indices: (places,), the entry of the table at each place; computed, not stored.
+    int(s C_out C_in kh kw) numbers and as many MACs as a dense layer. Always has a bias, as in Gray et al., even with
+    ``bias=False``. Their last number is never used; here all are. ``indices`` are the table's entries at each place.
     """
 
+    kind = "hashed"
     sizes = "FRACTION: that fraction of the dense numbers is stored"
     indices: Tensor
 
+    def _build(self, new: New) -> None:
+        self._build_table(new, self.out_channels * math.prod(self.filter_shape))
+
     def _build_table(self, new: New, places: int) -> None:
-        budget = int(fraction(self.size, self.kind) * places)
+        budget = int(number(self.size, self.kind) * places)
         if not budget:
             raise ValueError(f"{self.text} stores none of {places} numbers, but it must store at least 1")
         self.table = new(budget)
@@ -49,22 +50,6 @@ class _Hashed(StructuredConv2d):
 
     def _derive(self) -> None:
         self._refill("indices", hashes(len(self.indices), self.table.device) % len(self.table))
-
-    def _fit_table(self, values: Tensor, squares: Tensor) -> None:
-        """The mean of the values at each number's places; ``squares`` are their weights."""
-        sums, weights = self.table.new_zeros((2, len(self.table)), dtype=torch.float64)
-        sums.index_add_(0, self.indices, (values * squares).flatten())
-        weights.index_add_(0, self.indices, squares.flatten())
-        self.table.copy_(torch.where(weights > 0, sums / weights, 0))
-
-
-class HashedConv2d(_Hashed):
-    """A convolution with a hashed weight of int(s C_out C_in kh kw) numbers; as many MACs as a dense one."""
-
-    kind = "hashed"
-
-    def _build(self, new: New) -> None:
-        self._build_table(new, self.out_channels * math.prod(self.filter_shape))
 
     def _draw(self) -> None:
         draw_uniform(self.table, math.prod(self.filter_shape))
@@ -75,8 +60,15 @@ class HashedConv2d(_Hashed):
     def _fit(self, weight: Tensor) -> None:
         self._fit_table(weight.double(), torch.ones_like(weight, dtype=torch.float64))
 
+    def _fit_table(self, values: Tensor, squares: Tensor) -> None:
+        """The mean of the values at each number's places; ``squares`` are their weights."""
+        sums, weights = self.table.new_zeros((2, len(self.table)), dtype=torch.float64)
+        sums.index_add_(0, self.indices, (values * squares).flatten())
+        weights.index_add_(0, self.indices, squares.flatten())
+        self.table.copy_(torch.where(weights > 0, sums / weights, 0))
 
-class SepHashedConv2d(Separable, _Hashed):
+
+class SepHashedConv2d(Separable, HashedConv2d):
     """Depthwise and hashed pointwise convolution of int(s C_out C_in) numbers; as many MACs as ``sep``."""
 
     kind = "sep_hashed"
@@ -100,12 +92,11 @@ class TridiagonalConv2d(Separable):
     """Depthwise convolution and a map with diagonals -p, 0 and +q, and e more entries.
 
     After Mousavi Janbeh Sarayi and Nikkhah Bahrami 2022 (arXiv 2207.00903), who have such matrices but no
-    convolutions; not a reproduction. The diagonals go on at the other end, so every output channel (or input channel,
-    where there are more) has three. Input channels are riffled first, even before odd ones, so that a stack of layers
-    mixes all of them. A hash function places the further entries. Saves numbers, not MACs.
+    convolutions. The diagonals go on at the other end, so every output channel (or input channel, where there are
+    more) has three. Input channels are riffled first, so that a stack of layers mixes all of them. Saves no MACs.
 
     Parameters and buffers:
-        entries: (3 max(C_in, C_out) + e,), the diagonals and the others; drawn from N(0, 2 / entries in a row).
+        entries: (3 max(C_in, C_out) + e,), drawn from N(0, 2 / entries in a row).
         indices: their places in the map, row by row; computed, not stored.
     """
 

@@ -24,20 +24,13 @@ New = Callable[..., nn.Parameter]  # shape -> a parameter with the layer's devic
 
 @dataclass(frozen=True)
 class Product:
-    """One linear map within a layer, applied at every pixel.
+    """One linear map within a layer, applied at every pixel of the layer's "output" (after the stride) or "input"."""
 
-    Attributes:
-        macs: multiply-accumulates per pixel.
-        reads: channels of its input, kept for its weight's gradient; 0 for the layer's own input.
-        at, reads_at: whose pixels these are, the layer's "output" (after the stride) or its "input".
-        trained: whether its weight is trained.
-    """
-
-    macs: int
-    reads: int = 0
+    macs: int  # multiply-accumulates per pixel
+    reads: int = 0  # channels of its input, kept for its weight's gradient; 0 for the layer's own input
     at: Literal["output", "input"] = "output"
     reads_at: Literal["output", "input"] = "output"
-    trained: bool = True
+    trained: bool = True  # its weight
 
 
 class Kind:
@@ -60,10 +53,9 @@ class Kind:
 class StructuredConv2d(Kind, ConvLike):
     """A drop-in for ``nn.Conv2d`` with a structured weight: the base of all layers in this package.
 
-    Takes every argument of ``nn.Conv2d`` in the same order; ``groups`` is 1. Every layer is linear: it is the
-    convolution with :attr:`weight`, however it computes it. A subclass allocates its parameters in ``_build``,
-    draws them in ``_draw``, fits them in ``_fit`` and makes the weight of them in ``_weight``. One that does not
-    convolve with the weight says how in ``_convolve``.
+    Takes every argument of ``nn.Conv2d`` in the same order; ``groups`` is 1. Every layer is the convolution with
+    :attr:`weight`, however it computes it. A subclass allocates its parameters in ``_build``, draws them in ``_draw``,
+    fits them in ``_fit`` and makes the weight of them in ``_weight``; ``_convolve`` executes it.
 
     Args:
         size: the text after the colon in ``tucker:0.41``; see :attr:`sizes`.
@@ -73,8 +65,8 @@ class StructuredConv2d(Kind, ConvLike):
         building: multiply-accumulates that make the weight, once per step, however many images.
 
     Raises:
-        ValueError: for a size or shape that the structure cannot take, or a layer that would store no numbers, or
-            as many as the dense weight or more.
+        ValueError: for a size or shape that the structure cannot take, or a layer that would store as many numbers as
+            the dense weight or more.
     """
 
     shared: ClassVar[tuple[str, ...]] = ()  # parameters that layers of equal `key` hold together
@@ -117,8 +109,6 @@ class StructuredConv2d(Kind, ConvLike):
         check_saves(self.text, self.stored - sum(map(self.bits, self.shared)) // 32, dense)
         self.reset_parameters()
 
-    # -- for subclasses -------------------------------------------------------------------------
-
     def _build(self, new: New) -> None:
         """Read ``self.size``, allocate parameters and buffers, and say what is multiplied."""
         raise NotImplementedError
@@ -132,8 +122,26 @@ class StructuredConv2d(Kind, ConvLike):
         """Compute what is not stored from what is: after drawing, and after loading a state."""
 
     def _fit(self, weight: Tensor) -> None:
-        """Fit the parameters to the weight: by L-BFGS from the present ones, if there is no closed solution."""
-        descend(list(self.parts.values()), lambda: self.weight, weight)
+        """Fit the parameters to the weight: by L-BFGS in float64 from the present ones, if nothing is simpler."""
+        parts, goal = list(self.parts.values()), weight.double()
+        before = [(p.dtype, p.requires_grad) for p in parts]
+        for p in parts:
+            p.data = p.data.double()
+            p.requires_grad_(True)
+        options: Any = {"max_iter": FIT_STEPS, "line_search_fn": "strong_wolfe", "tolerance_change": 1e-12}
+        optimizer = torch.optim.LBFGS(parts, **options)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = (self.weight - goal).square().sum() / goal.square().sum().clamp_min(1e-30)
+            loss.backward()
+            return loss
+
+        with torch.enable_grad():
+            optimizer.step(closure)
+        for p, (dtype, trains) in zip(parts, before, strict=True):
+            p.data, p.grad = p.data.to(dtype), None
+            p.requires_grad_(trains)
 
     def _weight(self) -> Tensor:
         """See :attr:`weight`."""
@@ -151,8 +159,6 @@ class StructuredConv2d(Kind, ConvLike):
         """How many entries of the parameter of that name training changes: all, where no fixed mask hides some."""
         return getattr(self, name).numel()
 
-    # -- the same for all -----------------------------------------------------------------------
-
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw new parameters as the source does (or the class says), and the bias as ``nn.Conv2d`` does."""
@@ -168,7 +174,7 @@ class StructuredConv2d(Kind, ConvLike):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``x``, (N, C_in, H, W) or (C_in, H, W), as ``nn.Conv2d`` with :attr:`weight` would."""
-        return self._convolve(*self._pad(x))
+        return self.forward(x[None])[0] if x.dim() == 3 else self._convolve(*self._pad(x))
 
     @property
     def weight(self) -> Tensor:
@@ -245,60 +251,28 @@ def _stored_channels_last(weight: Tensor) -> bool:
 
 
 def check_saves(what: str, stored: int, dense: int) -> None:
-    """Raise ``ValueError`` where ``what`` would store no numbers, or as many as the dense weights or more."""
-    if not stored:
-        raise ValueError(f"{what} would have no numbers to train")
+    """Raise ``ValueError`` where ``what`` would store as many numbers as the dense weights or more."""
     if stored >= dense:
         raise ValueError(f"{what} would store {stored:,} numbers, and the dense weight has {dense:,}: nothing to save")
 
 
-def number(text: str, what: str, *, most: int = LARGEST) -> Fraction:
-    """A number in (0, most] such as ``0.41``, ``1/8`` or ``3``; ``ValueError`` names ``what`` should be one."""
+def number(text: str, kind: str, *, most: int = 1) -> Fraction:
+    """The number in (0, most] that ``text`` is, such as ``0.41``, ``1/8`` or ``3``; ``ValueError`` if it is none."""
     try:
-        if re.search(r"e[+-]?\d{4}", text.lower()):  # would take for ever
-            raise ValueError
-        value = Fraction(text)
+        value = Fraction("0" if re.search(r"e[+-]?\d{4}", text.lower()) else text)  # 1e99999999 would take for ever
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f"{what} is {text!r}, but it must be a number such as 0.25 or 1/4") from None
+        value = Fraction(0)
     if not 0 < value <= most:
-        raise ValueError(f"{what} is {text}, but it must lie in (0, {most:,}]")
+        raise ValueError(f"the size of {kind} is {text!r}, but it must be a number in (0, {most:,}], as 0.25 or 1/4")
     return value
 
 
-def fraction(text: str, kind: str) -> Fraction:
-    """The size of a kind of layer, a number in (0, 1]."""
-    return number(text, f"the size of {kind}", most=1)
-
-
 def whole(text: str, kind: str) -> int:
-    """The size of a kind of layer, a whole number of at least 1."""
+    """The whole number of at least 1 that ``text`` is."""
     value = int(text) if text.isdecimal() and len(text) < 20 else 0
     if not 1 <= value <= LARGEST:
         raise ValueError(f"the size of {kind} is {text!r}, but it must be a whole number from 1 to {LARGEST:,}")
     return value
-
-
-def descend(parameters: Sequence[nn.Parameter], value: Callable[[], Tensor], target: Tensor) -> None:
-    """Bring ``value()``, made from the parameters, near ``target`` by L-BFGS in float64, from where they are."""
-    before = [(p.dtype, p.requires_grad) for p in parameters]
-    goal = target.double()
-    options: Any = {"max_iter": FIT_STEPS, "line_search_fn": "strong_wolfe", "tolerance_change": 1e-12}
-    with torch.enable_grad():
-        for p in parameters:
-            p.data = p.data.double()
-            p.requires_grad_(True)
-        optimizer = torch.optim.LBFGS(parameters, **options)
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = (value() - goal).square().sum() / goal.square().sum().clamp_min(1e-30)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-    for p, (dtype, trains) in zip(parameters, before, strict=True):
-        p.data, p.grad = p.data.to(dtype), None
-        p.requires_grad_(trains)
 
 
 def draw_normal(parameter: Tensor) -> None:

@@ -1,7 +1,6 @@
 """Separable layers (Gray, Crowley and Storkey 2019, arXiv 1906.00859): depthwise filters, then a pointwise map.
 
-A 1x1 convolution becomes the map alone. Their repository (BayesWatch/deficient-efficient) decides what the paper
-leaves open.
+A 1x1 convolution becomes the map alone. Their repository (BayesWatch/deficient-efficient) decides open questions.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from basis.layers.base import full_precision
-from basis.layers.structured.layer import New, Product, StructuredConv2d, draw_normal, fraction, whole
+from basis.layers.structured.layer import New, Product, StructuredConv2d, draw_normal, number, whole
 
 TINY = 1e-30  # below any squared norm that is divided by
 
@@ -43,7 +42,6 @@ class Separable(StructuredConv2d):
             self.products = (Product(self.depthwise.numel()), first, *others)
 
     def _matrix(self) -> Tensor:
-        """See :attr:`matrix`."""
         raise NotImplementedError
 
     def _draw_map(self) -> None:
@@ -106,11 +104,7 @@ class Separable(StructuredConv2d):
 
 
 class SepConv2d(Separable):
-    """Depthwise and full pointwise convolution (Sifre 2014; MobileNets, Howard et al. 2017).
-
-    Parameters:
-        pointwise: (C_out, C_in, 1, 1).
-    """
+    """Depthwise and full ``pointwise`` convolution, (C_out, C_in, 1, 1) (MobileNets, Howard et al. 2017)."""
 
     kind = "sep"
     rounds = 1
@@ -129,22 +123,30 @@ class SepConv2d(Separable):
         return F.conv2d(x, self.pointwise, self.bias)
 
 
-class _LowRank(Separable):
-    """A map ``up down`` of rank int(s max(C_in, C_out)), executed as two 1x1 convolutions."""
+class GenericConv2d(Separable):
+    """Depthwise convolution, then 1x1 ones of C_in -> rank -> C_out ("generic low rank", "RF" in the figures).
 
+    Parameters:
+        down, up: (rank, C_in, 1, 1) and (C_out, rank, 1, 1), with rank = int(s max(C_in, C_out)).
+    """
+
+    kind = "generic"
     sizes = "FRACTION: the rank is that fraction of the larger number of channels"
+    rounds = 5
 
     def _build(self, new: New) -> None:
         super()._build(new)
-        self.rank = rank = int(fraction(self.size, self.kind) * max(self.in_channels, self.out_channels))
+        rank = int(number(self.size, self.kind) * max(self.in_channels, self.out_channels))
         if not rank:
             raise ValueError(f"{self.text} gives rank 0 with {self.in_channels} -> {self.out_channels} channels")
-        first = Product(rank * self.in_channels, self.in_channels)
-        self._set_products(first, Product(rank * self.out_channels, rank))
+        self._set_products(Product(rank * self.in_channels, self.in_channels), Product(rank * self.out_channels, rank))
+        self._allocate(new, rank)
+
+    def _allocate(self, new: New, rank: int) -> None:
+        self.down, self.up = new(rank, self.in_channels, 1, 1), new(self.out_channels, rank, 1, 1)
 
     def _pair(self) -> tuple[Tensor, Tensor]:
-        """down (rank, C_in, 1, 1) and up (C_out, rank, 1, 1)."""
-        raise NotImplementedError
+        return self.down, self.up
 
     def _matrix(self) -> Tensor:
         down, up = self._pair()
@@ -154,53 +156,31 @@ class _LowRank(Separable):
         down, up = self._pair()
         return F.conv2d(F.conv2d(x, down), up, self.bias)
 
-
-class GenericConv2d(_LowRank):
-    """Depthwise convolution, then 1x1 ones of C_in -> rank -> C_out ("generic low rank", "RF" in the figures).
-
-    Parameters:
-        down: (rank, C_in, 1, 1).
-        up: (C_out, rank, 1, 1).
-    """
-
-    kind = "generic"
-    rounds = 5
-
-    def _build(self, new: New) -> None:
-        super()._build(new)
-        self.down, self.up = new(self.rank, self.in_channels, 1, 1), new(self.out_channels, self.rank, 1, 1)
-
-    def _pair(self) -> tuple[Tensor, Tensor]:
-        return self.down, self.up
-
     def _fit_map(self, matrix: Tensor, scale: Tensor) -> None:
         u, s, vh = torch.linalg.svd(matrix * scale, full_matrices=False)
-        rank = min(self.rank, len(s))
+        rank = min(len(self.down), len(s))
         root = s[:rank].sqrt()
         self.up.zero_()[:, :rank, 0, 0] = u[:, :rank] * root
         root = torch.where(root > TINY, root, 1)  # a zero map can still learn
         self.down.zero_()[:rank, :, 0, 0] = root[:, None] * vh[:rank] / scale.clamp_min(TINY)
 
 
-class TiedConv2d(_LowRank):
-    """Depthwise convolution, then a map of low rank with one factor, ``V' V`` ("low rank" of Gray et al.).
+class TiedConv2d(GenericConv2d):
+    """A map of low rank whose two factors are one, ``V' V`` ("low rank" of Gray et al.).
 
-    They repeat the channels C_out / C_in times before V. Here V is summed over the copies instead, which gives the
-    same with fewer multiplications.
+    They repeat the channels C_out / C_in times before V; here V is summed over the copies, which gives the same.
 
     Parameters:
         factor: V, (rank, C_out, 1, 1).
     """
 
     kind = "tied"
+    rounds = 0
 
-    def _build(self, new: New) -> None:
-        super()._build(new)
+    def _allocate(self, new: New, rank: int) -> None:
         if self.out_channels % self.in_channels:
-            raise ValueError(
-                f"tied needs C_in to divide C_out, but there are {self.in_channels} -> {self.out_channels}"
-            )
-        self.factor = new(self.rank, self.out_channels, 1, 1)
+            raise ValueError(f"tied needs C_in to divide C_out, not {self.in_channels} -> {self.out_channels} channels")
+        self.factor = new(rank, self.out_channels, 1, 1)
 
     def _pair(self) -> tuple[Tensor, Tensor]:
         return self.factor.unflatten(1, (-1, self.in_channels)).sum(1), self.factor.transpose(0, 1)
@@ -213,31 +193,27 @@ class ShuffleConv2d(StructuredConv2d):
     the first one takes the stride. Gray et al. after ShuffleNet (Zhang et al. 2017), here without nonlinearities.
 
     Parameters:
-        down: (C_out // 4, C_in / g, 1, 1).
+        down, up: (C_out // 4, C_in / g, 1, 1) and (C_out, C_out // 4 / g, 1, 1).
         depthwise: (C_out // 4, 1, kh, kw), or None for 1x1 kernels.
-        up: (C_out, C_out // 4 / g, 1, 1).
     """
 
     kind = "shuffle"
     sizes = "N: the number of groups, lowered until it divides the channels"
 
     def _build(self, new: New) -> None:
-        inner = self.out_channels // 4
+        inner, wanted = self.out_channels // 4, whole(self.size, self.kind)
         if not inner:
             raise ValueError(f"shuffle needs at least 4 output channels, and there are {self.out_channels}")
         common = math.gcd(self.in_channels, self.out_channels, inner)
-        self.conv_groups = g = next(
-            g for g in range(min(whole(self.size, "shuffle"), common), 0, -1) if common % g == 0
-        )
+        self.conv_groups = g = next(g for g in range(min(wanted, common), 0, -1) if common % g == 0)
         self.down = new(inner, self.in_channels // g, 1, 1)
         self.depthwise = new(inner, 1, *self.kernel_size) if self.kernel_size != (1, 1) else None
         self.up = new(self.out_channels, inner // g, 1, 1)
-        last = Product(self.up.numel(), inner)
-        if self.depthwise is None:
-            self.products = (Product(self.down.numel()), last)
-        else:
+        first, last = self.down.numel(), Product(self.up.numel(), inner)
+        self.products = (Product(first), last)
+        if self.depthwise is not None:
             middle = Product(self.depthwise.numel(), inner, reads_at="input")
-            self.products = (Product(self.down.numel(), at="input"), middle, last)
+            self.products = (Product(first, at="input"), middle, last)
 
     def _shuffled(self, x: Tensor) -> Tensor:
         """The channels of x, (N, C_out // 4, H, W): the first of every group, the second of every group, ..."""
@@ -251,11 +227,9 @@ class ShuffleConv2d(StructuredConv2d):
         return torch.einsum("om,mhw,mc->ochw", up, self.depthwise[:, 0], down)
 
     def _convolve(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        x = x[None] if (single := x.dim() == 3) else x
         if self.depthwise is None:
             x = self._shuffled(F.conv2d(x, self.down, None, self.stride, padding, groups=self.conv_groups))
         else:
             x = self._shuffled(F.conv2d(x, self.down, groups=self.conv_groups))
             x = F.conv2d(x, self.depthwise, None, self.stride, padding, self.dilation, len(self.depthwise))
-        x = F.conv2d(x, self.up, self.bias, groups=self.conv_groups)
-        return x[0] if single else x
+        return F.conv2d(x, self.up, self.bias, groups=self.conv_groups)

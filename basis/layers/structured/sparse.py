@@ -8,7 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from basis.layers.structured.layer import New, StructuredConv2d, fraction
+from basis.layers.structured.layer import New, StructuredConv2d, number
 
 ROUNDS = 40  # of the double sparse factorization, in which each factor is solved for once
 STEPS = 5  # of ADMM for one factor
@@ -18,10 +18,9 @@ DAMPING = 1e-2  # of the mean diagonal of the Gram matrix
 class PemnConv2d(StructuredConv2d):
     """Fixed random values, of which a trained mask keeps half (Bai et al. 2022, arXiv 2210.06699, RP).
 
-    The mask keeps the values whose scores have absolute values above the median of the layer; its gradient goes
-    straight through to the absolute scores, as in Ramanujan et al. 2020 (edge-popup). A fraction below 1 is the
-    paper's random vector with padding: that part of the values is drawn and repeated. Here every layer has its own
-    values, of N(0, 2 / fan-in), from a seed, so that only the mask is stored, one bit for each weight.
+    The mask keeps the values whose absolute scores are above their median; its gradient goes straight through to the
+    absolute scores (edge-popup, Ramanujan et al. 2020). Every layer has its own values, of N(0, 2 / fan-in), from a
+    seed, so that only the mask is stored, one bit for each weight. A fraction below 1 is the paper's padding.
 
     Parameters and buffers:
         scores: (C_out, C_in, kh, kw), drawn as ``nn.Conv2d`` draws its weight.
@@ -35,7 +34,7 @@ class PemnConv2d(StructuredConv2d):
     values: Tensor
 
     def _build(self, new: New) -> None:
-        self.fraction = fraction(self.size, self.kind)
+        self.fraction = number(self.size, self.kind)
         self.scores = new(self.out_channels, *self.filter_shape)
         self.register_buffer("seed", self.scores.new_zeros((), dtype=torch.int64))
         self.register_buffer("values", torch.empty_like(self.scores, requires_grad=False), persistent=False)
@@ -77,13 +76,12 @@ class DsfConv2d(StructuredConv2d):
     """A weight ``outer inner`` of two sparse matrices (Boza and Macko 2024, arXiv 2409.18850).
 
     The weight as a matrix of n rows and m columns is the product of a square factor of the smaller size, on the
-    side of the outputs where C_out <= kh kw C_in, and one of n x m. Together they have density n m entries that are
-    not zero. The square one has the fraction max(0.05, density / 2) of its entries, as in the authors' ResNets, but
-    at least as many as it has rows, so that thin layers lose no outputs. It is executed as the dense convolution.
+    side of the outputs where C_out <= kh kw C_in, and one of n x m, together with density n m entries that are not
+    zero. The square one has the fraction max(0.05, density / 2) of its entries, as in the authors' ResNets, but at
+    least one for each row. It is executed as the dense convolution; training leaves the zeros as they are.
 
-    ``fit`` is the method of the paper, without data; afterwards the entries are trained and the zeros stay. From
-    scratch the paper has no scheme: here the zeros are drawn at random, the same number in each row, but for the
-    diagonal of the square factor, and the weight has He's variance, 2 / (kh kw C_in).
+    The paper only fits. New layers here have random zeros, equally many in each row, but none on the diagonal of the
+    square factor, and He's variance, 2 / (kh kw C_in).
 
     Parameters and buffers:
         inner: (min(C_out, kh kw C_in), C_in, kh, kw).
@@ -98,7 +96,7 @@ class DsfConv2d(StructuredConv2d):
 
     def _build(self, new: New) -> None:
         rows, columns = self.out_channels, math.prod(self.filter_shape)
-        middle, density = min(rows, columns), fraction(self.size, self.kind)
+        middle, density = min(rows, columns), number(self.size, self.kind)
         square = max(middle, int(max(Fraction(1, 20), density / 2) * middle**2))
         other = int(density * rows * columns) - square
         if other < middle:

@@ -5,12 +5,10 @@ The map is built from its factors at every step, which saves parameters but no m
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import torch
 from torch import Tensor
 
-from basis.layers.structured.layer import New, draw_uniform, fraction
+from basis.layers.structured.layer import New, draw_uniform, number
 from basis.layers.structured.separable import Separable
 
 
@@ -41,10 +39,6 @@ class _Decomposed(Separable):
     def _build(self, new: New) -> None:
         super()._build(new)
         self.dimensions = three_dimensions(self.out_channels * self.in_channels)
-        self._build_factors(fraction(self.size, self.kind), new)
-
-    def _build_factors(self, size: Fraction, new: New) -> None:
-        raise NotImplementedError
 
     def _build_train(self, new: New, a: int, first: int, b: int, last: int, c: int) -> None:
         self.core1, self.core2, self.core3 = new(a, first), new(first, b, last), new(last, c)
@@ -79,18 +73,13 @@ class _Decomposed(Separable):
 
 
 class TensorTrainConv2d(_Decomposed):
-    """Depthwise convolution and a tensor train of ranks max(1, round(s min(d, d'))) between dimensions d and d'.
-
-    Oseledets 2011; Garipov et al. 2016.
-
-    Parameters:
-        core1, core2, core3: (d1, R1), (R1, d2, R2) and (R2, d3).
-    """
+    """A tensor train of ranks max(1, round(s min(d, d'))) between dimensions d and d' (Garipov et al. 2016)."""
 
     kind = "tensor_train"
 
-    def _build_factors(self, size: Fraction, new: New) -> None:
-        a, b, c = self.dimensions
+    def _build(self, new: New) -> None:
+        super()._build(new)
+        size, (a, b, c) = number(self.size, self.kind), self.dimensions
         first, last = (max(1, round(size * min(pair))) for pair in ((a, b), (b, c)))
         self._build_train(new, a, first, b, last, c)
 
@@ -102,17 +91,17 @@ class TuckerConv2d(_Decomposed):
     """Depthwise convolution and a tensor in Tucker form of ranks r = max(1, round(s d)), fitted by HOSVD.
 
     The core (r1, r2, r3) is itself a train, of ranks min(d1, r2 r3) and r3, as in Gray et al., which may be more
-    numbers than the core has. Tucker 1966; De Lathauwer et al. 2000.
+    numbers than the core has. De Lathauwer et al. 2000.
 
     Parameters:
         factor1, factor2, factor3: (r, d) of each dimension.
-        core1, core2, core3: (r1, R1), (R1, r2, R2) and (R2, r3).
     """
 
     kind = "tucker"
 
-    def _build_factors(self, size: Fraction, new: New) -> None:
-        d1, d2, d3 = self.dimensions
+    def _build(self, new: New) -> None:
+        super()._build(new)
+        size, (d1, d2, d3) = number(self.size, self.kind), self.dimensions
         r1, r2, r3 = (max(1, round(size * d)) for d in self.dimensions)
         self.factor1, self.factor2, self.factor3 = new(r1, d1), new(r2, d2), new(r3, d3)
         self._build_train(new, r1, min(d1, r2 * r3), r2, r3, r3)

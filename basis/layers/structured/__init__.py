@@ -10,15 +10,26 @@ from typing import Any
 from torch import nn
 
 from basis.layers.base import ConvLike
-from basis.layers.structured.acdc import ACDCConv2d
 from basis.layers.structured.butterfly import DebutConv2d
-from basis.layers.structured.filters import BasisLayer, DCFConv2d, FixedBasisConv2d, LinearConvLayer
-from basis.layers.structured.hashed import HashedConv2d, SepHashedConv2d, TridiagonalConv2d
+from basis.layers.structured.filters import (
+    BasisLayer,
+    DCFConv2d,
+    DSFBConv2d,
+    FixedBasisConv2d,
+    LFBConv2d,
+    LinearConvLayer,
+)
 from basis.layers.structured.layer import Product, StructuredConv2d
+from basis.layers.structured.maps import (
+    ACDCConv2d,
+    HashedConv2d,
+    SepHashedConv2d,
+    TensorTrainConv2d,
+    TridiagonalConv2d,
+    TuckerConv2d,
+)
 from basis.layers.structured.separable import GenericConv2d, SepConv2d, ShuffleConv2d, TiedConv2d
-from basis.layers.structured.shared import DSFBConv2d, LFBConv2d
 from basis.layers.structured.sparse import DsfConv2d, PemnConv2d
-from basis.layers.structured.tensors import TensorTrainConv2d, TuckerConv2d
 
 __all__ = ["LAYERS", "Product", "Structure", "StructuredConv2d"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Hashable, Sequence
@@ -123,25 +124,19 @@ class StructuredConv2d(Kind, ConvLike):
 
     def _fit(self, weight: Tensor) -> None:
         """Fit the parameters to the weight: by L-BFGS in float64 from the present ones, if nothing is simpler."""
-        parts, goal = list(self.parts.values()), weight.double()
-        before = [(p.dtype, p.requires_grad) for p in parts]
-        for p in parts:
-            p.data = p.data.double()
-            p.requires_grad_(True)
+        wide, goal = copy.deepcopy(self).double().requires_grad_(True), weight.double()
         options: Any = {"max_iter": FIT_STEPS, "line_search_fn": "strong_wolfe", "tolerance_change": 1e-12}
-        optimizer = torch.optim.LBFGS(parts, **options)
+        optimizer = torch.optim.LBFGS(list(wide.parts.values()), **options)
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            loss = (self.weight - goal).square().sum() / goal.square().sum().clamp_min(1e-30)
+            loss = (wide.weight - goal).square().sum() / goal.square().sum().clamp_min(1e-30)
             loss.backward()
             return loss
 
         with torch.enable_grad():
             optimizer.step(closure)
-        for p, (dtype, trains) in zip(parts, before, strict=True):
-            p.data, p.grad = p.data.to(dtype), None
-            p.requires_grad_(trains)
+        self.load_state_dict(wide.state_dict())
 
     def _weight(self) -> Tensor:
         """See :attr:`weight`."""

@@ -5,11 +5,10 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from basis import cost, count_parameters
+from basis import cost
 from basis.layers.structured import LAYERS, Structure
 from basis.substitution import Plan
 from tests.layers.structured.kinds import TEXTS, conv_of, error, fitted_to, make
@@ -187,17 +186,16 @@ def test_a_fit_is_better_than_zero_and_leaves_flags_alone(text, monkeypatch):
     assert all(p.grad is None and p.dtype == torch.float32 for p in layer.parameters())
 
 
-EXACT = (
-    "sep", "generic:0.25", "sep_hashed:0.2", "hashed:0.2", "tensor_train:0.4", "tucker:0.5", "tridiagonal:1,2,9",
-    "lfb:0.5", "dsfb:1/4,1/8", "basisconv:0.4", "dcf:3", "debut:0.4",
-)  # fmt: skip
+EXACT = [text for text in TEXTS if text.partition(":")[0] not in ("tied", "shuffle", "acdc", "pemn", "dsf")]
 
 
-@pytest.mark.parametrize("shape", [(16, 16, 3), (16, 32, 3), (32, 16, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(16, 16, 3), (16, 32, 3), (16, 32, 1)], ids=str)
 @pytest.mark.parametrize("text", EXACT)
 def test_the_fit_of_a_weight_of_the_structure_is_that_weight(text, shape):
     conv = conv_of(*shape)
     if not Plan.uniform(conv, layer=text).layers:
+        return
+    if text == "basisconv:0.7" and shape[2] == 1:  # fitted filters have to be stored, which saves nothing
         return
     source = make(text, conv)
     if getattr(source, "depthwise", None) is not None:  # those that the fit begins with
@@ -255,10 +253,3 @@ def test_unknown_kinds_and_grouped_convolutions_are_refused():
     for text in TEXTS:
         assert "grouped" in Structure.parse(text).obstacle(nn.Conv2d(8, 16, 3, groups=2))
     assert Structure.parse("basis:1/4").obstacle(nn.Conv2d(8, 16, 3, groups=2)) is None
-
-
-def test_parameters_are_what_is_in_the_state():
-    for text in ("sep", "sep_hashed:0.2", "tucker:0.5", "shuffle:2", "tridiagonal:1,2", "acdc:3"):
-        layer = make(text, conv_of())
-        assert sum(value.numel() for value in layer.state_dict().values()) == count_parameters(layer)
-    assert F.conv2d(torch.ones(1, 8, 3, 3, dtype=torch.float64), layer.weight).shape == (1, 16, 1, 1)

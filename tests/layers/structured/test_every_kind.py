@@ -195,7 +195,7 @@ def test_the_fit_of_a_weight_of_the_structure_is_that_weight(text, shape):
     conv = conv_of(*shape)
     if not Plan.uniform(conv, layer=text).layers:
         return
-    if text == "basisconv:0.7" and shape[2] == 1:  # fitted filters have to be stored, which saves nothing
+    if "basisconv" in text and shape[2] == 1:  # fitted filters have to be stored, which saves nothing
         return
     source = make(text, conv)
     if getattr(source, "depthwise", None) is not None:  # those that the fit begins with

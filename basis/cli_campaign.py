@@ -119,7 +119,7 @@ def _do(todo: Sequence[Task], options: argparse.Namespace, folder: Path, deadlin
     if not ray:
         place = device_for(options.profile, options.device)
         if todo[0].run.data == "cifar10":
-            load_cifar10(progress=not options.quiet)  # says what is wrong with it, once for all processes
+            load_cifar10()  # says what is wrong with it, once for all processes
         number = number or jobs_for([task.run for task in todo], place)
         pace = Pace.of(sound_records(folder), environment(place)["device"], number)
         print(f"{number} at a time on {place}", flush=True)

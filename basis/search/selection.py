@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import groupby, pairwise
@@ -56,10 +56,11 @@ def select(
 
     The rules choose among the candidates of the table that have a finite sensitivity:
 
-    - "optimal": the smallest sum of sensitivities, exactly (HiGHS), without what saves nothing;
+    - "optimal": the smallest sum of sensitivities, exactly (HiGHS), without what saves nothing; the one
+      rule that chooses among structured layers;
     - "threshold": every layer's smallest candidate that loses at most epsilon, for the smallest epsilon that meets
       the budget (Alekseev et al. 2024, arXiv 2408.06024);
-    - "uniform": all layers at the largest common ratio, or by the largest common structured layer, that meets it;
+    - "uniform": all layers at the largest common ratio that meets it;
     - "random", "largest_first", "ranking" (least sensitive first), "reverse", "first" and "last": one layer after
       another gets its smallest candidate until the budget is met, and the last of them the largest k that still does.
 
@@ -87,11 +88,9 @@ def select(
             raise ValueError(f"exclude has {pattern!r}, but no layer of the table has such a name")
     dense = {name: reason for name in names if (reason := left_out([name], (), patterns))}
     scores = _scores(table, dense, ratio)
-    texts = {k: None for own in scores.values() for k in own if isinstance(k, str)}
-    if texts and latency is not None:
-        raise ValueError(f"latency reports know basis channels alone, but the table has {few(texts)} to choose from")
-    if rule == "uniform" and texts and any(not isinstance(k, str) for own in scores.values() for k in own):
-        raise ValueError(f"the rule 'uniform' takes ratios or structured layers, but the table has both ({few(texts)})")
+    texts = dict.fromkeys(k for own in scores.values() for k in own if isinstance(k, str))
+    if texts and (rule != "optimal" or ratio is not None or latency is not None):
+        raise ValueError(f"structured layers ({few(texts)}) are chosen by 'optimal', without ratio and latency, alone")
     times, totals = _times(latency, step, table, scores)
     total = np.array([totals[unit] for unit in budget], float)
     limit = np.array(list(budget.values()), float) * (1 if absolute else total)
@@ -160,9 +159,7 @@ def _scores(table: SensitivityTable, dense: Mapping[str, str], ratio: float | No
     values, scores = table.values, {}
     for at in (layer for layer in table.layers if layer.name not in dense):
         own: list[Any] = [k for k in at.candidates if math.isfinite(values[at.name, k])]
-        if ratio is not None:
-            if any(isinstance(k, str) for k in own):
-                raise ValueError(f"ratio chooses among basis channels, but {at.name} has structured layers")
+        if ratio is not None and not any(isinstance(k, str) for k in own):
             own = sorted(own, key=lambda k: (abs(k - ratio * at.out_channels), k))[:1]
         scores[at.name] = {k: values[at.name, k] for k in own}
     return scores
@@ -226,18 +223,6 @@ class _Problem:
             return sorted(self.times[layer.name], reverse=True)
         c, step = layer.out_channels, math.lcm(layer.groups, self.multiple)
         return [c, *range((c - 1) // step * step, 0, -step)]
-
-    def smallest(self, layer: Layer, among: Iterable[Any]) -> Size:
-        """The smallest k; where there are texts, too, the candidate of the least cost."""
-        ks = list(among)
-        return min(ks, key=lambda k: self.share(layer, k)) if any(isinstance(k, str) for k in ks) else min(ks)
-
-    def larger(self, layer: Layer, k: Any) -> list[Size]:
-        """What the layer may get instead of its candidate k that costs more, the most expensive first."""
-        if not any(isinstance(other, str) for other in layer.candidates):
-            return [other for other in self.grid(layer) if other > k]
-        price = {other: self.share(layer, other) for other in self.scores[layer.name]}
-        return sorted((other for other in price if price[other] > price[k]), key=price.__getitem__, reverse=True)
 
     def excess(self, used: np.ndarray) -> float:
         """By what factor a cost of the network is above the budget, in the worst unit."""
@@ -307,43 +292,34 @@ def _minimise(values: np.ndarray, constraints: list[Any], whole: Any = 1) -> np.
 
 
 def _threshold(problem: _Problem) -> Choice:
-    def under(epsilon: float) -> Choice:
-        small = {at: [k for k, value in problem.scores[at.name].items() if value <= epsilon] for at in problem.layers}
-        return {at.name: problem.smallest(at, own) for at, own in small.items() if own}
-
     epsilons = {value for own in problem.scores.values() for value in own.values()}
-    return problem.first_met(map(under, (-math.inf, *sorted(epsilons))))
+    allowed = (
+        {name: [k for k, value in own.items() if value <= epsilon] for name, own in problem.scores.items()}
+        for epsilon in (-math.inf, *sorted(epsilons))
+    )
+    return problem.first_met({name: min(ks) for name, ks in one.items() if ks} for one in allowed)
 
 
 def _uniform(problem: _Problem) -> Choice:
-    texts = dict.fromkeys(k for own in problem.scores.values() for k in own if isinstance(k, str))
-    if texts:
-        alike: list[Choice] = [{at: text for at, own in problem.scores.items() if text in own} for text in texts]
-        return problem.first_met(sorted([{}, *alike], key=lambda one: problem.excess(problem.used(one)), reverse=True))
-
-    def choices() -> Iterator[Choice]:
-        # The common ratio falls, and at each of these boundaries the k of some layers falls with it.
-        pairs = [(at, *pair) for at in problem.layers for pair in pairwise(problem.grid(at))]
-        steps = [((high + low) / (2 * at.out_channels), at.name, low) for at, high, low in pairs]
-        chosen: dict[str, Size] = {}
-        yield chosen
-        for _, group in groupby(sorted(steps, reverse=True), key=lambda one: one[0]):
-            chosen = chosen | {name: low for _, name, low in group}
-            yield chosen
-
-    return problem.first_met(choices())
+    # The common ratio falls, and at each of these boundaries the k of some layers falls with it.
+    pairs = [(at, *pair) for at in problem.layers for pair in pairwise(problem.grid(at))]
+    steps = [((high + low) / (2 * at.out_channels), at.name, low) for at, high, low in pairs]
+    choices: list[Choice] = [{}]
+    for _, group in groupby(sorted(steps, reverse=True), key=lambda one: one[0]):
+        choices.append({**choices[-1], **{name: low for _, name, low in group}})
+    return problem.first_met(choices)
 
 
 def _one_by_one(problem: _Problem) -> Choice:
     scores = problem.scores
-    goals = {at.name: problem.smallest(at, scores[at.name]) for at in problem.layers if scores[at.name]}
+    goals = {at.name: min(scores[at.name]) for at in problem.layers if scores[at.name]}
     useful = [at for at in problem.layers if at.name in goals and (problem.saving(at, goals[at.name]) > 0).any()]
     order = _ORDERS[problem.rule](problem, useful, lambda at: scores[at.name][goals[at.name]])
     chosen = problem.first_met({at.name: goals[at.name] for at in order[:n]} for n in range(len(order) + 1))
     if not chosen:
         return chosen
     last = order[len(chosen) - 1]
-    larger = ({**chosen, last.name: k} for k in problem.larger(last, goals[last.name]))
+    larger = ({**chosen, last.name: k} for k in problem.grid(last) if k > goals[last.name])
     return problem.first_met([*larger, chosen])
 
 

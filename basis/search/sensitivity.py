@@ -17,8 +17,17 @@ from torch.nn.modules.conv import _ConvNd
 from tqdm.auto import tqdm
 
 from basis.batches import (
-    Batch, Batches, Loss, calibration_inputs, cross_entropy, even, held_out, outputs_of, read_batches, with_labels,
-)  # fmt: skip
+    Batch,
+    Batches,
+    Loss,
+    calibration_inputs,
+    cross_entropy,
+    even,
+    held_out,
+    outputs_of,
+    read_batches,
+    with_labels,
+)
 from basis.costs import Cost, cost, cost_alone, trace_calls
 from basis.data import Data, Images
 from basis.layers.base import ConvLike

@@ -37,8 +37,7 @@ class Layer:
     """A convolution that can be substituted, and what it costs.
 
     Attributes:
-        fan_in: F = C_in/groups x kh x kw.
-        bias: number of bias parameters, C_out or 0.
+        fan_in: F = C_in/groups x kh x kw; ``bias``: C_out or 0.
         positions: output pixels of one image, summed over calls; None where no image was seen.
         input_gradient: whether training computes the gradient of the layer's input (not for the first).
         candidates: numbers of basis channels k below C_out, descending, then texts of structured layers.
@@ -97,7 +96,7 @@ class Cell:
 class Trial:
     """One training: of the dense network (``layer`` None, k = 0), or with one layer substituted.
 
-    ``loss`` is the final validation loss, NaN where the training diverged; costs are those of :class:`Cell`.
+    ``loss`` is the final validation loss, NaN where the training diverged.
     """
 
     layer: str | None
@@ -173,38 +172,29 @@ class SensitivityTable:
         found = dict.fromkeys(ratio_of(layer, k) for layer in self.layers for k in layer.candidates)
         return tuple(sorted(found, key=lambda one: (1, 0) if isinstance(one, str) else (0, -one)))
 
-    def at(self, ratio: float | str) -> dict[str, Cell | None]:
-        """Each layer's cell at the k nearest to ``ratio`` (the larger of two), or at this text; None where missing.
+    def at(self, ratio: float) -> dict[str, Cell | None]:
+        """Each layer's cell at the k nearest to ``ratio`` (the larger of two), which is None where missing.
 
-        Layers without such candidates are left out. Raises ``ValueError`` for a ratio outside (0, 1) or a text that
-        no layer has.
+        Layers without a k are left out. Raises ``ValueError`` for a ratio outside (0, 1).
         """
-        if isinstance(ratio, str) and ratio not in self.columns:
-            raise ValueError(f"no layer of the table has the candidate {ratio!r}; there are {self.columns}")
-        if not isinstance(ratio, str) and not 0 < ratio < 1:
+        if not 0 < ratio < 1:
             raise ValueError(f"ratio is {ratio}, but it is k / C_out and must lie between 0 and 1")
         cells = {(cell.layer, cell.basis_channels): cell for cell in self.cells}
         found = {}
         for layer in self.layers:
-            if isinstance(ratio, str):
-                among: list[Any] = [k for k in layer.candidates if k == ratio]
-            else:
-                ks = [k for k in layer.candidates if not isinstance(k, str)]
-                among = sorted(ks, key=lambda k: (abs(k / layer.out_channels - ratio), -k))
-            if among:
-                found[layer.name] = cells.get((layer.name, among[0]))
+            ks = [k for k in layer.candidates if not isinstance(k, str)]
+            if ks:
+                nearest = min(ks, key=lambda k: (abs(k / layer.out_channels - ratio), -k))
+                found[layer.name] = cells.get((layer.name, nearest))
         return found
 
-    def ranking(self, ratio: float | str) -> tuple[str, ...]:
+    def ranking(self, ratio: float) -> tuple[str, ...]:
         """Layer names from the least to the most sensitive at :meth:`at`, without those that have no finite value."""
         values = {name: cell.value for name, cell in self.at(ratio).items() if cell and math.isfinite(cell.value)}
         return tuple(sorted(values, key=values.__getitem__))
 
     def by_kl(self) -> SensitivityTable:
-        """The same table with the divergence from the dense predictions as value, which has no interval.
-
-        Raises ``ValueError`` where it was not measured: oneshot and oneshot_bn do, where the loss is cross-entropy.
-        """
+        """The same table with the divergence from the dense predictions as value, where oneshot(_bn) measured it."""
         if not any(math.isfinite(cell.kl) for cell in self.cells):
             raise ValueError(f"this table of {self.measure} holds no divergences; oneshot and oneshot_bn measure them")
         cells = tuple(replace(cell, value=cell.kl, low=math.nan, high=math.nan, n=0) for cell in self.cells)
@@ -278,10 +268,7 @@ class SensitivityTable:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> SensitivityTable:
-        """Read what :meth:`save` or ``sensitivity(..., resume=path)`` wrote, but for a last line that was cut short.
-
-        Raises ``FileNotFoundError``, or ``ValueError`` for a file that is no sensitivity table.
-        """
+        """Read what :meth:`save` or ``sensitivity(..., resume=path)`` wrote, but for a last line that was cut short."""
         if not Path(path).exists():
             raise FileNotFoundError(f"there is no sensitivity table at {os.fspath(path)}")
         text = Path(path).read_text(encoding="utf-8", errors="replace")

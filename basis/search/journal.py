@@ -111,8 +111,10 @@ class Journal:
 
     def append(self, item: Any) -> None:
         """Keep one measurement, a cell or a trial, on the disk before this returns."""
-        field = "trials" if isinstance(item, Trial) else "cells"
-        self.table = replace(self.table, **{field: (*getattr(self.table, field), item)})
+        if isinstance(item, Trial):
+            self.table = replace(self.table, trials=(*self.table.trials, item))
+        else:
+            self.table = replace(self.table, cells=(*self.table.cells, item))
         if self.path is not None:
             with self.path.open("ab") as file:
                 file.write(json.dumps(plain(asdict(item))).encode() + b"\n")

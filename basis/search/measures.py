@@ -60,7 +60,8 @@ def activation(model: nn.Module, candidates: Mapping[str, Sequence[int]], batche
     sqrt(tail / total) of the eigenvalues of the centred covariance of the output channels, over all samples and
     pixels (X. Zhang et al. 2016, arXiv 1411.4229, section 2.1). An output that never varies has error 0.
     """
-    began, values = time.perf_counter(), {}
+    began = time.perf_counter()
+    values: dict[tuple[str, Size], Any] = {}
     moments = output_moments(model, list(candidates), (x for x, _ in batches))
     for name, ks in candidates.items():
         own = moments[name]
@@ -216,9 +217,7 @@ def _evaluate(
 
 
 def _fitted(model: nn.Module, candidates: Candidates, fit: Sequence[Tensor]) -> Fitted:
-    if not len(fit):
-        return {}, {}
-    return output_moments(model, untied(model, candidates), iter(fit)), taking_means(model)
+    return (output_moments(model, untied(model, candidates), iter(fit)), taking_means(model)) if len(fit) else ({}, {})
 
 
 def _components(model: nn.Module, name: str, fitted: Fitted) -> tuple[Tensor, Tensor | None]:
@@ -270,7 +269,8 @@ def structured_weight(text: str, conv: nn.Conv2d) -> Tensor:
     if not conv.weight.isfinite().all():
         return torch.full_like(conv.weight, math.nan)
     torch.manual_seed(0)  # fitting may begin at random: the same for every order of the candidates
-    return Structure.parse(text).make([conv], fitted=True)[0].weight.detach()
+    layer: Any = Structure.parse(text).make([conv], fitted=True)[0]
+    return layer.weight.detach()
 
 
 def _conv(model: nn.Module, name: str) -> Any:

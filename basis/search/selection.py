@@ -26,17 +26,14 @@ UNITS = ("params", "macs", "backward_macs", "milliseconds")
 ROUNDING = 1 + 1e-12  # a budget is met up to the rounding of floating-point numbers
 
 Choice = Mapping[str, Size]  # layer -> k, or the text of a structured layer
-Scores = Mapping[str, Mapping[Any, float]]  # layer -> k or text -> sensitivity
-Times = Mapping[str, Mapping[Any, float]]  # layer -> k -> milliseconds; its largest k is the dense layer
+Numbers = Mapping[str, Mapping[Any, float]]  # layer -> k or text -> sensitivity or milliseconds
 
 
 class InfeasibleBudget(ValueError):
     """No plan of the rule meets the budget.
 
-    Attributes:
-        fractions: unit -> the smallest budget that can be met, as a fraction of the dense network's; of several units,
-            budgets that can be met together, of which none is smaller than the one asked for.
-        numbers: the same as absolute numbers.
+    ``fractions`` gives for each unit the smallest budget that can be met, as a fraction of the dense network's (of
+    several units, budgets that can be met together, none smaller than was asked for); ``numbers`` the same absolutely.
     """
 
     def __init__(self, message: str, fractions: Mapping[str, float], numbers: Mapping[str, float]) -> None:
@@ -56,8 +53,7 @@ def select(
 
     The rules choose among the candidates of the table that have a finite sensitivity:
 
-    - "optimal": the smallest sum of sensitivities, exactly (HiGHS), without what saves nothing; the one
-      rule that chooses among structured layers;
+    - "optimal": the exact smallest sum of sensitivities, the one rule that chooses among structured layers, too;
     - "threshold": every layer's smallest candidate that loses at most epsilon, for the smallest epsilon that meets
       the budget (Alekseev et al. 2024, arXiv 2408.06024);
     - "uniform": all layers at the largest common ratio that meets it;
@@ -98,7 +94,11 @@ def select(
     layers = tuple(layer for layer in table.layers if layer.name in scores)
     problem = _Problem(rule, layers, scores, times, tuple(budget), total, limit, multiple, seed)
     chosen = _SOLVERS.get(rule, _one_by_one)(problem)
-    skipped = {at.name: dense.get(at.name) or _why_dense(table, at) for at in table.layers if at.name not in chosen}
+    skipped, values = {}, table.values
+    for at in (at for at in table.layers if at.name not in chosen):
+        strange = [str(k) for k in at.candidates if not math.isfinite(values.get((at.name, k), 0))]
+        why = "kept dense by the selection" + (f"; not finite at {few(strange)}" if strange else "")
+        skipped[at.name] = dense.get(at.name, why)
     ordered = {at.name: chosen[at.name] for at in table.layers if at.name in chosen}
     return Plan(ordered, skipped | dict(table.skipped), {at.name: at.out_channels for at in table.layers})
 
@@ -130,7 +130,7 @@ def predicted(
     return {"sensitivity": loss} | {unit: 1 - saved[unit] / (totals[unit] or math.nan) for unit in totals}
 
 
-def _cost(layer: Layer, k: Size, unit: str, times: Times) -> float:
+def _cost(layer: Layer, k: Size, unit: str, times: Numbers) -> float:
     """What the layer costs with k basis channels, or as the structured layer k; NaN where it is not known."""
     known = times.get(layer.name, {}).get(k) if unit == "milliseconds" else layer.cost(k)[unit]
     return math.nan if known is None else known
@@ -149,7 +149,7 @@ def _check_budget(budget: Mapping[str, float], table: SensitivityTable, absolute
         raise ValueError("a budget in milliseconds and a latency report go together: give both or neither")
 
 
-def _scores(table: SensitivityTable, dense: Mapping[str, str], ratio: float | None) -> Scores:
+def _scores(table: SensitivityTable, dense: Mapping[str, str], ratio: float | None) -> Numbers:
     """The finite sensitivities of all layers that need not stay dense; with ``ratio`` at most one of each."""
     lacking = [f"{name} {k}" for name, k in table.missing if name not in dense]
     if lacking:
@@ -166,8 +166,8 @@ def _scores(table: SensitivityTable, dense: Mapping[str, str], ratio: float | No
 
 
 def _times(
-    latency: BenchReport | None, step: str, table: SensitivityTable, scores: Scores
-) -> tuple[Times, dict[str, Any]]:
+    latency: BenchReport | None, step: str, table: SensitivityTable, scores: Numbers
+) -> tuple[Numbers, dict[str, Any]]:
     """The milliseconds of every layer of the report, after checking that it covers ``scores``; the dense totals."""
     if latency is None:
         return {}, dict(table.total)
@@ -184,19 +184,14 @@ def _times(
     return times, {**table.total, "milliseconds": sum(own[max(own)] for own in times.values())}
 
 
-def _why_dense(table: SensitivityTable, layer: Layer) -> str:
-    strange = [str(k) for k in layer.candidates if not math.isfinite(table.values.get((layer.name, k), 0))]
-    return "kept dense by the selection" + (f"; not finite at {few(strange)}" if strange else "")
-
-
 @dataclass(frozen=True)
 class _Problem:
     """What a rule works on; costs are arrays with one number for each unit of the budget."""
 
     rule: str
     layers: tuple[Layer, ...]
-    scores: Scores
-    times: Times
+    scores: Numbers
+    times: Numbers
     units: tuple[str, ...]
     total: np.ndarray
     limit: np.ndarray

@@ -73,16 +73,14 @@ def sensitivity(
         include, exclude: shell patterns of layer names, as in :meth:`basis.Plan.uniform`.
         loss: of (outputs, targets): of each sample (N,), or the mean, without intervals; default: cross-entropy.
         calibration: batches for "oneshot_bn" and ``fit``; ``data``, or the first 2,000 training images of ``Data``.
-        fit: basis layers fitted to the "weight", or, as by ``substitute(model, plan, calibration=...)``, to the
+        fit: basis layers nearest to the "weight", or, as by ``substitute(model, plan, calibration=...)``, to the
             outputs ("activation") on ``calibration``; of taylor, fisher, oneshot and oneshot_bn.
-        recipe: of the measures that train; "fine_tuning" starts at the weights of ``model``, the others from scratch.
-        seeds: how many trainings of each network.
+        recipe, seeds: of the measures that train; "fine_tuning" starts at the weights of ``model``, others anew.
         resume: file to which each measurement is appended. What it holds already is not measured again.
         progress: True or a title draws a bar; or a function that is called with each new measurement.
 
-    Raises:
-        ValueError: for arguments or data that do not fit together or the model; a dense network whose loss is not
-            finite; a ``resume`` file of another measurement.
+    Raises ``ValueError`` for arguments or data that do not fit together or the model, a dense loss that is not finite,
+    and a ``resume`` file of another measurement.
     """
     texts = (layers,) if isinstance(layers, str) else tuple(layers)
     if isinstance(ratios, (int, float)) or not (len(ratios) or texts) or not all(0 < ratio < 1 for ratio in ratios):
@@ -187,7 +185,7 @@ def candidate_layers(
     skipped = {
         name: "; ".join(dict.fromkeys(plan.skipped[name] for plan in last))
         for name in last[0].skipped
-        if all(name in plan.skipped for plan in last) and name not in {layer.name for layer in layers}
+        if name not in {layer.name for layer in layers}
     }
     if not layers:
         reasons = few((f"{name or 'the model itself'}: {reason}" for name, reason in skipped.items()), "; ")
@@ -197,12 +195,10 @@ def candidate_layers(
 
 def _alone(model: nn.Module, plan: Plan) -> Plan:
     """The plan without those structured layers that would save nothing by themselves, as shared ones may."""
-    reasons = {}
-    for name, text in plan.layers.items():
-        conv: Any = model.get_submodule(name)
-        reasons[name] = Structure.parse(str(text)).obstacle_together([conv])
-    layers = {name: text for name, text in plan.layers.items() if reasons[name] is None}
-    return Plan(layers, {**plan.skipped, **{name: reason for name, reason in reasons.items() if reason is not None}})
+    convolutions: dict[str, Any] = {name: model.get_submodule(name) for name in plan.layers}
+    reasons = {n: Structure.parse(str(plan.layers[n])).obstacle_together([conv]) for n, conv in convolutions.items()}
+    kept = {name: text for name, text in plan.layers.items() if reasons[name] is None}
+    return Plan(kept, {**plan.skipped, **{name: str(reason) for name, reason in reasons.items() if reason}})
 
 
 def layer_costs(
@@ -222,22 +218,22 @@ def layer_costs(
             report = cost(trained, size)
             calls = {name: of for name, _, of in trace_calls(trained, (1, *size))}
     rows = {} if report is None else {row.name: row.cost for row in report.layers}
-    unknown = {"macs": None, "backward_macs": None}
+    unknown = {} if rows else {"macs": None, "backward_macs": None}
     counted = []
     for layer in layers:
-        costs: dict[str, dict[str, int | None]] = {}
-        for text in (k for k in layer.candidates if isinstance(k, str)):
-            conv: Any = trained.get_submodule(layer.name)
-            own = _units(cost_alone(Structure.parse(text).check(conv), calls.get(layer.name, ())))
-            costs[text] = own if rows else {**own, **unknown}
+        conv: Any = trained.get_submodule(layer.name)
+        texts = [str(k) for k in layer.candidates if isinstance(k, str)]
+        alone = {text: cost_alone(Structure.parse(text).check(conv), calls.get(layer.name, ())) for text in texts}
+        costs = {text: {**_units(own), **unknown} for text, own in alone.items()}
         if rows:
             row = rows[layer.name]
             positions, needed = row.forward_macs // (layer.out_channels * layer.fan_in), row.input_gradient_macs > 0
             layer = replace(layer, positions=positions, input_gradient=needed)
         counted.append(replace(layer, costs=costs))
-    if report is None:
-        return tuple(counted), {"params": sum(p.numel() for p in model.parameters()), **unknown}, {}
-    return tuple(counted), _units(report.total), {name: row.forward_macs for name, row in rows.items()}
+    total = (
+        {"params": sum(p.numel() for p in model.parameters()), **unknown} if report is None else _units(report.total)
+    )
+    return tuple(counted), total, {name: row.forward_macs for name, row in rows.items()}
 
 
 def _units(found: Cost) -> dict[str, int | None]:
@@ -338,8 +334,7 @@ def _trainings(model: nn.Module, data: Batches | None, measure: str, recipe: Rec
         raise ValueError(f"{measure} trains parameters of float32, but the model has others, or none to train")
     seen = f"{samples([(data.train.x, data.train.y)])}; {samples([(held.x, held.y)])}"
     fingerprint = {"seeds": ", ".join(map(str, seeds)), "data": seen, "recipe": repr(recipe)}
-    if not scratch:
-        fingerprint["weights"] = weights(model)
+    fingerprint |= {} if scratch else {"weights": weights(model)}
     there = data.to(device)
 
     def trial(layer: str | None, k: Size, seed: int) -> Trial:

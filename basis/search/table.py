@@ -209,7 +209,7 @@ class SensitivityTable:
         for cell in self.cells:
             layer, k = layers[cell.layer], cell.basis_channels
             head = {"layer": cell.layer, "out_channels": layer.out_channels, "basis_channels": k}
-            head |= {"ratio": math.nan if isinstance(k, str) else k / layer.out_channels}
+            head["ratio"] = math.nan if isinstance(k, str) else k / layer.out_channels
             dense: dict[str, Any] = layer.cost(layer.out_channels)
             saved = {f"saved_{u}": None if one is None else dense[u] - one for u, one in layer.cost(k).items()}
             rows.append(head | asdict(cell) | saved)
@@ -236,7 +236,7 @@ class SensitivityTable:
         return "\n".join(lines)
 
     def to_lines(self) -> list[dict[str, Any]]:
-        """Plain values: all but the measurements, then one entry for each measurement. NaN becomes None."""
+        """Plain values: all but the measurements, then an entry for each. NaN becomes None."""
         content = plain(asdict(self))
         cells, trials = content.pop("cells"), content.pop("trials")
         for layer in content["layers"]:

@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from basis.layers.coefficients import Coefficients, Form, Frozen, LowRank, Repeat, Sparse
+from basis.layers.coefficients import Coefficients, Form, LowRank, Repeat, Sparse
 from basis.layers.conv import MODES, BasisConv2d
 
 C_IN, C_OUT, K = 8, 24, 8
 EXPLICIT = ("factorized", "composed", "hybrid")
 FORMS = ("dense", "low_rank:3", "low_rank:1/4", "grouped:2", "sparse:3", "sparse:1/2", "shared", "frozen", "repeat")
 CLASSES = {
-    "dense": Coefficients, "shared": Coefficients, "grouped": Coefficients, "low_rank": LowRank, "sparse": Sparse,
-    "frozen": Frozen, "repeat": Repeat,
+    "dense": Coefficients, "shared": Coefficients, "grouped": Coefficients, "frozen": Coefficients,
+    "low_rank": LowRank, "sparse": Sparse, "repeat": Repeat,
 }  # fmt: skip
 
 

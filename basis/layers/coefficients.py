@@ -24,7 +24,7 @@ _PLAIN = ("dense", "shared", "frozen", "repeat")
 
 @dataclass(frozen=True)
 class Form:
-    """A form of A, with a short text such as ``low_rank:10``: :meth:`parse` reads it, ``str`` writes it.
+    """A form of A; :meth:`parse` reads its text, ``str`` writes it.
 
     - ``dense``: every entry is trained; ``shared``: the same, one A for all layers of equal shape;
     - ``frozen``: drawn at random and never trained;

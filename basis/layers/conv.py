@@ -265,8 +265,8 @@ class BasisConv2d(ConvLike):
 
     @classmethod
     def from_conv(
-        cls, conv: nn.Conv2d, *, basis_channels: int | None = None, ratio: float | None = None, mode: Mode = "auto",
-        coefficients: str | Form | Coefficients = "dense", moments: Moments | None = None,
+        cls, conv: nn.Conv2d, *, coefficients: str | Form | Coefficients = "dense", moments: Moments | None = None,
+        **options: Any,
     ) -> BasisConv2d:  # fmt: skip
         """The basis convolution nearest to ``conv``: the best approximation of rank k, exact at k = C_out.
 
@@ -274,12 +274,11 @@ class BasisConv2d(ConvLike):
         kept instead (:mod:`basis.layers.moments`), and a bias takes the mean of what that loses. Pivoted QR picks the
         rows that become B, which costs no accuracy and keeps A small; for an A that cannot hold every matrix, B is the
         least-squares solution. Keeps device, dtype, memory format, ``training``, ``requires_grad``; copies the bias.
+        ``options``: ``basis_channels`` or ``ratio``, and ``mode``.
 
-        Raises:
-            TypeError: when ``conv`` is not an ``nn.Conv2d``.
-            ValueError: as the class; for moments of another layer, or of outputs that were not finite.
+        Raises ``TypeError`` when ``conv`` is not an ``nn.Conv2d``; ``ValueError`` as the class, for moments of another
+        layer, or of outputs that were not finite.
         """
-        options: dict[str, Any] = {"basis_channels": basis_channels, "ratio": ratio, "mode": mode}
         return cls.from_convs([conv], coefficients=coefficients, moments=[moments], **options)[0]
 
     @classmethod
@@ -365,7 +364,7 @@ class BasisConv2d(ConvLike):
             self._order_changed(permuted=not torch.equal(self.order.cpu(), torch.arange(self.out_channels)))
 
     def extra_repr(self) -> str:
-        """The arguments that matter, as ``nn.Conv2d`` prints them."""
+        """As ``nn.Conv2d`` prints its arguments."""
         text = f"basis_channels={self.basis_channels} (r={self.ratio:.4g}), mode={self.mode}"
         if self.mode == "auto" and self.measured_mode:
             text += " (measured on {}: {})".format(*self.measured_mode)

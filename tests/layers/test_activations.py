@@ -33,7 +33,6 @@ def inputs(n=12, channels=8, size=9, seed=0):
     [
         {"padding": 1},
         {"groups": 2, "padding": "same", "padding_mode": "reflect"},
-        {"stride": (2, 1), "dilation": 2},
         {"groups": 4, "padding": 1, "padding_mode": "circular"},
     ],
 )
@@ -186,8 +185,6 @@ def test_every_form_keeps_the_mean_and_is_no_worse_than_by_weight(form):
     if form != "sparse":  # whose pattern is a heuristic
         assert error(own[2], net[2], z) <= error(other[2], net[2], z) * (1 + 1e-5)
     if form == "shared":
-        both = substitute(nn.Sequential(net[2], net[2].__class__(12, 12, 1)), ratio=0.5, coefficients="shared")
-        assert both[0].coefficients is both[1].coefficients
         pair = nn.Sequential(nn.Conv2d(12, 12, 3), nn.Conv2d(12, 12, 1))
         tied = substitute(pair, ratio=0.5, calibration=[z], coefficients="shared")
         assert tied[0].coefficients is tied[1].coefficients
@@ -198,14 +195,8 @@ def test_bad_calibration_is_refused(net):
     x = torch.randn(2, 3, 8, 8)
     with pytest.raises(ValueError, match="calibration holds no samples"):
         substitute(net, {"first": 4}, calibration=[])
-    with pytest.raises(ValueError, match="batch 0 of calibration is a str"):
-        substitute(net, {"first": 4}, calibration=["no"])
-    with pytest.raises(ValueError, match="must be an iterable of batches"):
-        substitute(net, {"first": 4}, calibration=3)
     with pytest.raises(ValueError, match=r"first: .*not finite"):
         substitute(net, {"first": 4}, calibration=[x * math.nan])
-    with pytest.raises(ValueError, match="cannot run on inputs of shape"):
-        substitute(net, {"first": 4}, calibration=[x[:, :2]])
     with pytest.raises(ValueError, match="fits nothing"):
         substitute(net, {"first": 4}, calibration=[x], init="random")
     with pytest.raises(ValueError, match="structured layers alone"):

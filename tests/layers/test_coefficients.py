@@ -279,6 +279,18 @@ def test_a_fit_finds_a_layer_of_its_form_again(form, groups):
         assert_same(again(x), layer(x))
 
 
+@pytest.mark.parametrize(("form", "groups"), [("low_rank:8", 1), ("low_rank:1", 2), ("sparse:8", 1), ("sparse:1", 2)])
+def test_a_fit_is_better_than_cutting_the_dense_one(form, groups):
+    conv, size = some_conv(groups), Form.parse(form).size
+    dense = BasisConv2d.from_conv(conv, basis_channels=24)
+    fitted = error_of(BasisConv2d.from_conv(conv, basis_channels=24, coefficients=form), conv)
+    a, best = dense.coefficients.values.data, error_of(dense, conv)
+    u, s, vh = torch.linalg.svd(dense.coefficients.blocks().detach(), full_matrices=False)
+    low = ((u[..., :size] * s[:, None, :size]) @ vh[:, :size]).flatten(0, 1)
+    a.copy_(low if form.startswith("low_rank") else a * top(a, size))
+    assert best <= fitted < error_of(dense, conv)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("form", ["frozen", "repeat"])
 def test_where_a_is_fixed_the_basis_is_the_least_squares_solution(form, groups):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from basis.layers.structured.layer import New, StructuredConv2d, number
 
-Chain = tuple[tuple[int, int, int], ...]  # (r, s, t) of each factor, the first to be applied first
+Chain = tuple[tuple[int, int, int, int], ...]  # (blocks, r, s, t) of each factor, the first to be applied first
 
 SWEEPS = 5  # of alternating least squares
 
@@ -35,7 +35,7 @@ class DebutConv2d(StructuredConv2d):
         shape = self.out_channels, math.prod(self.filter_shape)
         limit = int(number(self.size, self.kind) * math.prod(shape))
         self.chain = largest_chain(*shape, math.prod(self.kernel_size), limit)
-        for i, factor in enumerate(_shapes(self.chain), start=1):
+        for i, factor in enumerate(self.chain, start=1):
             self.register_parameter(f"factor_{i}", new(*factor))
 
     def _draw(self) -> None:
@@ -56,11 +56,6 @@ class DebutConv2d(StructuredConv2d):
             parameter.copy_(factor)
 
 
-def _shapes(chain: Chain) -> list[tuple[int, int, int, int]]:
-    """(blocks, r, s, t) of each factor: there are as many blocks as the s of all later factors give."""
-    return [(math.prod(s for _, s, _ in chain[i + 1 :]), *one) for i, one in enumerate(chain)]
-
-
 def _multiply(factors: Sequence[Tensor]) -> Tensor:
     """R_N ... R_1, (rows, columns)."""
     product = factors[-1][0]  # (r, s, t) of R_N ... R_i: rows of equal remainder by t, columns likewise, t
@@ -74,7 +69,7 @@ def _multiply(factors: Sequence[Tensor]) -> Tensor:
 def _split(matrix: Tensor, chain: Chain) -> list[Tensor]:
     """Factors whose product is near ``matrix``, by matrices of rank 1; equal to it if it is such a product."""
     factors, rest = [], matrix.unsqueeze(-1)
-    for blocks, r, s, t in _shapes(chain)[:-1]:
+    for blocks, r, s, t in chain[:-1]:
         parts = rest.view(-1, r, blocks, s, t).permute(2, 1, 4, 0, 3)  # (blocks, r, t) matrices of s columns
         left, sizes, right = torch.linalg.svd(parts, full_matrices=False)
         root = sizes[..., :1].sqrt()
@@ -101,18 +96,18 @@ def largest_chain(rows: int, columns: int, positions: int, limit: int) -> Chain:
     factor on to C_out (backwards, where C_out is larger than kh kw C_in), and so of full rank, go before all others.
     """
     chains = {_chain(pairs) for pairs in _family(rows, columns // positions, positions)}
-    counts = {chain: sum(map(math.prod, _shapes(chain))) for chain in chains}
+    counts = {chain: sum(map(math.prod, chain)) for chain in chains}
     fitting = [chain for chain in chains if counts[chain] <= limit]
     if not fitting:
         smallest = min(counts.values(), default=rows * columns)
         least = math.ceil(10_000 * smallest / (rows * columns)) / 10_000
         raise ValueError(f"no chain for {rows} x {columns} has only {limit:,} numbers; the least fraction is {least}")
 
-    def merit(chain: Chain) -> tuple[bool, int, int, Chain]:
-        pairs = [(r, s) for r, s, _ in chain] if columns >= rows else [(s, r) for r, s, _ in reversed(chain)]
+    def merit(chain: Chain) -> tuple[bool, int, int, list[tuple[int, ...]]]:
+        pairs = [(r, s) for _, r, s, _ in chain] if columns >= rows else [(s, r) for _, r, s, _ in reversed(chain)]
         shrinks = all(s > 1 for _, s in pairs) and all(s >= r for r, s in pairs[1:])
-        rank = min(columns, *(blocks * r * t for blocks, r, _, t in _shapes(chain)))
-        return shrinks, rank, counts[chain], chain
+        rank = min(columns, *(blocks * r * t for blocks, r, _, t in chain))
+        return shrinks, rank, counts[chain], [shape[1:] for shape in chain]
 
     return max(fitting, key=merit)
 
@@ -138,8 +133,9 @@ def _small(r: int, s: int) -> list[tuple[int, int]]:
 
 
 def _chain(pairs: Sequence[tuple[int, int]]) -> Chain:
-    """The factors with their t."""
-    return tuple((r, s, math.prod(before for before, _ in pairs[:i])) for i, (r, s) in enumerate(pairs))
+    """As many blocks as the s of all later factors give, and t the product of the r of all earlier ones."""
+    outputs, inputs = zip(*pairs, strict=True)
+    return tuple((math.prod(inputs[i + 1 :]), r, s, math.prod(outputs[:i])) for i, (r, s) in enumerate(pairs))
 
 
 @lru_cache

@@ -94,22 +94,17 @@ class FilterBasis(StructuredConv2d):
         else:
             self.products = (first, Product(self.mixing.numel(), reads=maps))
 
-    def _filters(self) -> Tensor:
-        """All m filters."""
-        return self.basis
-
-    def _matrix(self) -> Tensor:
-        """What mixes their maps, (C_out, splits m)."""
-        return self.mixing[:, :, 0, 0]
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        """All m filters, and what mixes their maps, (C_out, splits m)."""
+        return self.basis, self.mixing[:, :, 0, 0]
 
     def _weight(self) -> Tensor:
-        filters = self._filters()
-        rows = self._matrix().reshape(-1, len(filters)) @ filters.flatten(1)
+        filters, matrix = self._pair()
+        rows = matrix.reshape(-1, len(filters)) @ filters.flatten(1)
         return rows.view(self.out_channels, *self.filter_shape)
 
     def _maps(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        filters = self._filters()
-        filters = filters.repeat(self.splits, 1, 1, 1) if self.splits > 1 else filters
+        filters = self.basis.repeat(self.splits, 1, 1, 1) if self.splits > 1 else self.basis
         return F.conv2d(x, filters, None, self.stride, padding, self.dilation, self.splits)
 
     def _convolve(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
@@ -131,7 +126,7 @@ class FilterBasis(StructuredConv2d):
 
     def _fit_rest(self, rows: Tensor) -> None:
         """Fit all but the basis to the rows of the weight, (C_out splits, C_in / splits kh kw) in float64."""
-        self.mixing.copy_(_combination(rows, self._filters()).view_as(self.mixing))
+        self.mixing.copy_(_combination(rows, self._pair()[0]).view_as(self.mixing))
 
 
 class FixedBasisConv2d(FilterBasis):
@@ -242,20 +237,18 @@ class DSFBConv2d(FilterBasis):
         nn.init.kaiming_normal_(self.mixing, mode="fan_out")
         self.norm.reset_parameters()
 
-    def _filters(self) -> Tensor:
-        return torch.cat([self.basis, self.unique])
-
     def _scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """The normalisation in evaluation mode, (m,) each."""
         norm: Any = self.norm
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         return scale, norm.bias - scale * norm.running_mean
 
-    def _matrix(self) -> Tensor:
-        return self.mixing[:, :, 0, 0] * self._scale_and_shift()[0]
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.basis, self.unique]), self.mixing[:, :, 0, 0] * self._scale_and_shift()[0]
 
     def _maps(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        return self.norm(super()._maps(x, padding))
+        filters = torch.cat([self.basis, self.unique])
+        return self.norm(F.conv2d(x, filters, None, self.stride, padding, self.dilation))
 
     def _fit_rest(self, rows: Tensor) -> None:
         """Own filters: the leading right singular vectors of what the shared ones leave."""
@@ -276,7 +269,7 @@ class DSFBConv2d(FilterBasis):
 
     def penalty(self) -> Tensor:
         """mean((B B^T - I)^2) of all filters B of the layer, shared and own; a scalar that can be differentiated."""
-        rows = self._filters().flatten(1)
+        rows = torch.cat([self.basis, self.unique]).flatten(1)
         with full_precision(rows):
             return (rows @ rows.mT - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)).square().mean()
 

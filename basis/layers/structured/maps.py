@@ -58,15 +58,13 @@ class TensorTrainConv2d(Separable):
     def _draw(self) -> None:
         super()._draw()
         if not self.core1.is_meta:
-            drawn = torch.empty(self.dimensions, dtype=torch.float64, device=self.core1.device)
+            shape, device = (self.out_channels, self.in_channels), self.core1.device
+            drawn = torch.empty(shape, dtype=torch.float64, device=device)
             draw_uniform(drawn, self.in_channels)
-            self._fit_tensor(drawn)
+            self._fit_map(drawn, drawn.new_ones(()))
 
     def _fit_map(self, matrix: Tensor, scale: Tensor) -> None:
-        self._fit_tensor(matrix.reshape(self.dimensions))
-
-    def _fit_tensor(self, tensor: Tensor) -> None:
-        self._fit_train(tensor)
+        self._fit_train(matrix.reshape(self.dimensions))
 
     def _fit_train(self, tensor: Tensor, turn: Tensor | None = None) -> None:
         """Fit by TT-SVD (Oseledets 2011, algorithm 1) from the last dimension to the first; ``turn`` the first one."""
@@ -100,7 +98,8 @@ class TuckerConv2d(TensorTrainConv2d):
             tensor = torch.tensordot(tensor, factor, dims=([0], [0]))
         return tensor
 
-    def _fit_tensor(self, tensor: Tensor) -> None:
+    def _fit_map(self, matrix: Tensor, scale: Tensor) -> None:
+        tensor = matrix.reshape(self.dimensions)
         bases = []  # (d, r), of each dimension's leading singular vectors
         for i, factor in enumerate((self.factor1, self.factor2, self.factor3)):
             unfolded = tensor.movedim(i, 0).flatten(1)
@@ -195,11 +194,8 @@ class HashedConv2d(StructuredConv2d):
         super()._draw()
         draw_uniform(self.table, math.prod(self.table_shape[1:]))
 
-    def _filled(self) -> Tensor:
-        return self.table.index_select(0, self.indices).view(self.table_shape)
-
     def _weight(self) -> Tensor:
-        return self._filled()
+        return self.table.index_select(0, self.indices).view(self.table_shape)
 
     def _fit(self, weight: Tensor) -> None:
         self._fit_table(weight.double(), torch.ones_like(weight, dtype=torch.float64))
@@ -222,7 +218,7 @@ class SepHashedConv2d(Separable, HashedConv2d):
         self._build_table(new, self.out_channels, self.in_channels)
 
     def _map(self) -> Tensor:
-        return self._filled()
+        return HashedConv2d._weight(self)
 
     def _fit_map(self, matrix: Tensor, scale: Tensor) -> None:
         self._fit_table(matrix, scale.square().expand_as(matrix))

@@ -91,7 +91,7 @@ class DsfConv2d(StructuredConv2d):
             raise ValueError(f"{self.text} leaves {max(other, 0)} numbers for a factor that needs at least {middle}")
         self.kept = {"outer": square, "inner": other} if rows <= columns else {"inner": square, "outer": other}
         self.inner, self.outer = new(middle, *self.filter_shape), new(rows, middle, 1, 1)
-        for name in self.kept:
+        for name in ("inner", "outer"):
             mask = torch.empty_like(getattr(self, name), dtype=torch.bool, requires_grad=False)
             self.register_buffer(f"{name}_mask", mask)
         self.building = self.outer.numel() * columns

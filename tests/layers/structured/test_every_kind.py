@@ -205,12 +205,6 @@ def test_the_fit_of_a_weight_of_the_structure_is_that_weight(text, shape):
     assert error(fitted_to(text, source.weight), source.weight) < 1e-7
 
 
-@pytest.mark.parametrize("text", ["tied:1/4", "shuffle:2", "acdc:3"])
-def test_descent_comes_near_a_1x1_weight_of_the_structure(text):
-    source = make(text, conv_of(16, 16, 1))
-    assert error(fitted_to(text, source.weight), source.weight) < 1e-3
-
-
 @pytest.mark.parametrize(
     ("text", "shape"),
     [

@@ -21,9 +21,6 @@ def convolutions(count=4, **options):
     return nn.Sequential(*(conv_of(8, 8, dtype=torch.float32, **options) for _ in range(count))).eval()
 
 
-# -- what was published -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("row", GRAY, ids=lambda row: row.setting)
 def test_parameters_and_mult_adds_are_those_of_gray_et_al(row):
     with torch.device("meta"):
@@ -70,9 +67,6 @@ def test_published_counts_of_shared_bases():
         assert len({id(m.basis) for m in new.modules() if isinstance(m, FilterBasis)}) == 3
 
 
-# -- costs by hand ----------------------------------------------------------------------------------
-
-
 def test_generic_by_hand_and_frozen_layers():
     model = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1))
     report = cost(substitute(model, {"2": "generic:0.25"}), (8, 12, 12), batch_size=2)
@@ -85,9 +79,6 @@ def test_generic_by_hand_and_frozen_layers():
     first, second = (row.cost for row in cost(network, (8, 12, 12)).layers)
     assert (second.input_gradient_macs, second.weight_gradient_macs) == (36 * (16 * 9 + 16 * 32), 0)
     assert first.input_gradient_macs == 144 * 8 * 16  # of the map alone: it follows the trained depthwise filters
-
-
-# -- sharing ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ["lfb:0.5,2", "dsfb:1/3,1/12"])
@@ -119,15 +110,6 @@ def test_a_basis_is_worth_it_only_where_it_is_shared():
     new = substitute(model, {"0": "lfb:1/2", "1": " lfb: 1/2", "2": "lfb:1/2 "}, init="random")  # spaces
     assert new[0].basis is new[1].basis is new[2].basis
     assert set(plan_of(new).layers.values()) == {"lfb:1/2"}
-
-
-def test_layers_that_do_not_train_share_nothing_with_those_that_do():
-    model = convolutions()
-    model[3].requires_grad_(False)
-    new = substitute(model, layer="lfb:1,2")
-    assert new[0].basis is new[1].basis is new[2].basis is not new[3].basis
-    assert not any(p.requires_grad for p in new[3].parameters())
-    assert not any(module.training for module in new.modules())
 
 
 def test_a_bias_is_merged_with_a_normalisation_but_one_tied_elsewhere_stays():

@@ -112,6 +112,14 @@ def test_a_basis_is_worth_it_only_where_it_is_shared():
     assert set(plan_of(new).layers.values()) == {"lfb:1/2"}
 
 
+def test_layers_that_do_not_train_share_nothing_with_those_that_do():
+    model = convolutions()
+    model[3].requires_grad_(False)
+    new = substitute(model, layer="lfb:1,2")
+    assert new[0].basis is new[1].basis is new[2].basis is not new[3].basis
+    assert not any(p.requires_grad for p in new[3].parameters())
+
+
 def test_a_bias_is_merged_with_a_normalisation_but_one_tied_elsewhere_stays():
     model = convolutions()
     model[1].bias = model[2].bias = model[0].bias

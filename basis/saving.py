@@ -82,7 +82,7 @@ class Saved:
             if not isinstance(content, dict) or content.pop(f"basis_{cls.kind}", None) != VERSION:
                 raise ValueError(f"this JSON is no {cls.kind} of version {VERSION}")
             return _made(cls, content)
-        except (TypeError, KeyError, AttributeError) as error:
+        except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"the {cls.kind} is damaged: {error}") from error
 
     def save(self, path: str | os.PathLike) -> None:

@@ -48,14 +48,14 @@ def substitute(
     """A copy of ``model`` in which the convolutions that the plan names are basis convolutions or structured layers.
 
     A convolution with several names is replaced once, and any of its names will do. A bare ``nn.Conv2d`` comes back
-    as a ``BasisConv2d``. :func:`plan_of` tells what was substituted.
+    as one layer. :func:`plan_of` tells what was substituted.
 
     Args:
         plan: a :class:`Plan`, or a mapping of layer names to basis channels, or to texts of structured
             layers such as ``"tucker:0.41"``. Give this, ``ratio`` or ``layer``.
         ratio: every convolution that does not grow at this ratio, see :meth:`Plan.uniform`, whose ``include`` and
             ``exclude`` go with it.
-        layer: the same with a structured layer. Beside a plan: the kind, whose sizes are in the plan.
+        layer: the same with a structured layer.
         mode: the mode of the new basis layers, see :class:`BasisConv2d`.
         init: ``"svd"`` approximates each weight; ``"random"`` draws new ones for training from scratch.
         calibration: batches, read once, on which basis layers are fitted to the outputs of the dense ones instead of
@@ -68,8 +68,8 @@ def substitute(
     Raises ``ValueError`` for a layer that is not there or cannot be substituted (with the reason), a k or form that
     does not fit, another argument out of range, and calibration data that are empty or give no finite outputs.
     """
-    if [plan, ratio].count(None) == 0 or [plan, ratio, layer].count(None) == 3 or (layer and ratio is not None):
-        raise ValueError("give one of plan, ratio and layer (or a plan of sizes and the kind of layer)")
+    if [plan, ratio, layer].count(None) != 2:
+        raise ValueError("give one of plan, ratio and layer")
     for name, value, known in (("mode", mode, MODES), ("init", init, INITS), ("batch_norm", batch_norm, BATCH_NORMS)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}, but it must be one of {', '.join(known)}")
@@ -80,18 +80,9 @@ def substitute(
     form = Form.parse(coefficients)
     if plan is None:
         plan = Plan.uniform(model, ratio=ratio, layer=layer, coefficients=form, include=include, exclude=exclude)
-        layer = None
     elif as_patterns(include) or as_patterns(exclude):
         raise ValueError("include and exclude go with a ratio or a layer; a plan names its layers itself")
-    sizes: Mapping[str, Any] = plan.layers if isinstance(plan, Plan) else plan
-    if layer is not None:
-        structure = Structure.parse(layer)
-        if structure.size:
-            raise ValueError(
-                f"layer is {str(layer)!r} beside a plan, but then it is a kind, whose sizes the plan gives"
-            )
-        sizes = {name: str(Structure(structure.kind, str(size))) for name, size in sizes.items()}
-    chosen = _resolve(model, sizes)
+    chosen = _resolve(model, plan.layers if isinstance(plan, Plan) else plan)
     texts = [size for size in chosen.values() if isinstance(size, str)]
     if texts and len(texts) == len(chosen) and (mode != "auto" or form.kind != "dense"):
         raise ValueError(f"mode and coefficients are for basis channels k, but every layer of the plan is a {texts[0]}")

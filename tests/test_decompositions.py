@@ -70,7 +70,7 @@ def test_pairs_meet_the_budget_as_nearly_as_one_rank_allows(share):
 
 def test_what_makes_no_sense_is_refused():
     for q, groups in ((0, 1), (7, 1), (1, 2)):
-        with pytest.raises(ValueError, match="groups is .* and q is"):
+        with pytest.raises(ValueError, match="groups is"):
             pair_of(nn.Conv2d(4, 6, 3, groups=groups), q)
     with pytest.raises(ValueError, match="above 500"):
         svd_pairs(network(), 500)

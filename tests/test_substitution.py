@@ -64,25 +64,16 @@ def state_of(model):
 
 # -- the acceptance matrix: every option, at the rank the weight has ----------------------------
 
-OPTIONS = {
-    "no bias, kernel (3, 5)": {"bias": False, "kernel_size": (3, 5)},
-    "stride (2, 1)": {"stride": (2, 1)},
-    "dilation": {"dilation": 2},
-    "groups": {"groups": 4},
-    "same": {"padding": "same"},
-    "same, even kernel": {"padding": "same", "kernel_size": 2},
-    "valid": {"padding": "valid"},
-    "padding (2, 0)": {"padding": (2, 0)},
-    "reflect": {"padding": 1, "padding_mode": "reflect"},
-    "replicate": {"padding": 1, "padding_mode": "replicate"},
-    "circular": {"padding": 1, "padding_mode": "circular"},
-    "1x1": {"kernel_size": 1},
-}
+OPTIONS = (
+    {"bias": False, "kernel_size": (3, 5)}, {"stride": (2, 1), "dilation": 2}, {"groups": 4}, {"padding": "same"},
+    {"padding": "same", "kernel_size": 2}, {"padding": "valid"}, {"padding": (2, 0)},
+    {"padding": 1, "padding_mode": "reflect"}, {"padding": 1, "padding_mode": "circular"}, {"kernel_size": 1},
+)  # fmt: skip
 
 
-@pytest.mark.parametrize(("option", "mode"), list(zip(OPTIONS, MODES * len(OPTIONS), strict=False)))
-def test_at_full_rank_the_network_is_the_same(option, mode):
-    model = Net(**OPTIONS[option]).double()
+@pytest.mark.parametrize(("options", "mode"), list(zip(OPTIONS, MODES * len(OPTIONS), strict=False)))
+def test_at_full_rank_the_network_is_the_same(options, mode):
+    model = Net(**options).double()
     lower_rank(model.conv2)
     small = substitute(model, {"conv2": K}, mode=mode)
     assert isinstance(small.conv2, BasisConv2d)
@@ -119,56 +110,40 @@ def test_flags_and_formats_are_kept(init):
         training = {name: m.training for name, m in changed.named_modules()}
         assert all(training[name] == m.training for name, m in model.named_modules())
         assert not training.get("conv2.coefficients")
-        trained = {name: p.requires_grad for name, p in changed.named_parameters()}
-        assert not any(trained[name] for name in trained if name.startswith("conv2") and name != "conv2.bias")
-        assert trained["conv2.bias"]
-        assert not trained["conv1.bias"]
+        frozen = {name for name, p in changed.named_parameters() if not p.requires_grad}
+        assert {"conv1.bias"} == {name for name in frozen if not name.startswith("conv2")}
+        assert frozen >= {name for name, _ in changed.named_parameters() if name.startswith("conv2")} - {"conv2.bias"}
+        assert "conv2.bias" not in frozen
         assert all(p.dtype == torch.float16 for p in changed.parameters())
     assert small.conv2.basis.is_contiguous(memory_format=torch.channels_last)
-    assert small.conv1.basis.requires_grad
     assert merge(small).conv2.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def with_every_hook(model, log):
-    """Hooks of every kind on conv2; each writes its name and the kind of module it sees."""
-
-    def note(name):
-        return lambda module, *_: log.append((name, type(module).__name__))
-
-    conv = model.conv2
-    conv.register_forward_pre_hook(note("forward pre"))
-    conv.register_forward_pre_hook(lambda m, args, kwargs: note("forward pre, kwargs")(m), with_kwargs=True)
-    conv.register_forward_hook(note("forward"))
-    conv.register_forward_hook(lambda m, args, kwargs, y: note("forward, kwargs")(m), with_kwargs=True)
-    conv.register_forward_hook(note("always"), always_call=True)
-    conv.register_full_backward_pre_hook(note("backward pre"))
-    conv.register_full_backward_hook(note("backward"))
-    conv.register_state_dict_pre_hook(note("state pre"))
-    conv._register_state_dict_hook(note("state"))
-    conv._register_load_state_dict_pre_hook(note("load pre"), with_module=True)
-    conv.register_load_state_dict_post_hook(note("load post"))
-    return [
-        "forward pre", "forward pre, kwargs", "always", "forward", "forward, kwargs", "backward pre", "backward",
-        "state pre", "state", "load pre", "load post",
-    ]  # fmt: skip
-
-
 def test_hooks_of_every_kind_are_kept():
-    log = []
-    model = Net()
-    kinds = with_every_hook(model, log)
+    log, model = [], Net()
+
+    def note(kind):
+        return lambda module, *_, **__: log.append((kind, type(module).__name__))
+
+    kinds = (
+        "forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook", "state_dict_pre_hook",
+        "load_state_dict_post_hook",
+    )  # fmt: skip
+    for kind in kinds:
+        getattr(model.conv2, f"register_{kind}")(note(kind))
+    model.conv2.register_forward_hook(note("kwargs"), with_kwargs=True)
+    model.conv2.register_forward_hook(note("always"), always_call=True)
+    model.conv2._register_load_state_dict_pre_hook(note("load pre"), with_module=True)
     small = substitute(model, ratio=0.5)
-    dense = merge(small)
-    for changed, seen in ((small, "BasisConv2d"), (dense, "Conv2d"), (model, "Conv2d")):
+    for changed, seen in ((small, "BasisConv2d"), (merge(small), "Conv2d"), (model, "Conv2d")):
         log.clear()
         changed(images()).sum().backward()
         changed.load_state_dict(changed.state_dict())
-        assert sorted(log) == sorted((kind, seen) for kind in kinds)
+        assert sorted(log) == sorted((kind, seen) for kind in (*kinds, "kwargs", "always", "load pre"))
         log.clear()
         with pytest.raises(RuntimeError):
             changed.conv2(torch.zeros(1, 1, 5, 5))
-        assert ("always", seen) in log
-        assert ("forward", seen) not in log
+        assert log == [("forward_pre_hook", seen), ("always", seen)]
 
 
 def test_a_module_with_several_names_stays_shared():
@@ -211,9 +186,6 @@ def test_models_that_keep_computed_tensors_can_be_substituted():
     assert small.fc.weight_g.grad.any()
 
 
-# -- how it is done -----------------------------------------------------------------------------
-
-
 def test_batch_normalisation_through_the_basis():
     model = build("resnet18", width=8).double()
     ordinary = substitute(model, ratio=0.5)
@@ -251,9 +223,6 @@ def test_the_form_reaches_every_layer_and_merge_undoes_it(form, init):
     assert dense.state_dict().keys() == model.state_dict().keys()
     assert_same(dense(x), small(x), 1e-8)
     assert_same(twin(x), small(x))
-    other = substitute(build("resnet20", width=8).double().eval(), ratio=0.5, coefficients=form, exclude="conv1")
-    other.load_state_dict(small.state_dict())
-    assert_same(other(x), small(x))
 
 
 def twins():
@@ -315,7 +284,7 @@ def test_every_convolution_that_stays_dense_has_its_reason():
         "head": (nn.Conv2d(8, 8, 3), "excluded by 'head'"),
     }
     model = nn.ModuleDict({name: module for name, (module, _) in reasons.items()})
-    model |= {"plain": nn.Conv2d(8, 8, 3), "multiplier": nn.Conv2d(8, 16, 3, groups=8), "linear": nn.Linear(8, 8)}
+    model.update({"plain": nn.Conv2d(8, 8, 3), "multiplier": nn.Conv2d(8, 16, 3, groups=8), "linear": nn.Linear(8, 8)})
     model["twin"].weight = model["tied"].weight
     model["patched"].forward = lambda x: x
     plan = Plan.uniform(model, ratio=0.7, exclude="head")
@@ -424,7 +393,7 @@ def test_what_is_not_a_plan_is_refused(text, says, tmp_path):
     ("arguments", "says"),
     [
         ({"plan": {"conv9": 8}}, r"no convolution.* near it are conv"), ({"plan": {"bn1": 8}}, "names bn1"),
-        ({"plan": {"conv1": 600}}, "conv1: basis_channels is 600"), ({"plan": Plan({"conv1": 0})}, "basis_channels is 0"),
+        ({"plan": {"conv1": 600}}, "conv1: basis_channels is 600"), ({"plan": {"conv1": 0}}, "basis_channels is 0"),
         ({"plan": {"conv1": 0.5}}, "basis_channels is 0.5"), ({}, "give one of"),
         ({"plan": {"conv1": 4}, "ratio": 0.5}, "give one of"), ({"ratio": 0.5, "layer": "sep"}, "give one of"),
         ({"ratio": 0.0}, "ratio is 0"), ({"ratio": 1.0, "mode": "fast"}, "mode is 'fast'"),
@@ -452,13 +421,12 @@ def make_saved(folder, ratio=0.5, **options):
     return small.eval()
 
 
-@pytest.mark.parametrize("init", ["svd", "random"])
-def test_what_is_saved_comes_back_without_an_svd(tmp_path, monkeypatch, init):
-    small = make_saved(tmp_path / "new" / "folder", init=init, exclude="conv1")
+def test_what_is_saved_comes_back_without_an_svd(tmp_path, monkeypatch):
+    small = make_saved(tmp_path / "new" / "folder", exclude="conv1")
     dense = build("resnet20", width=4).eval()
     dense.conv1.weight.requires_grad_(False)
     before, rng = state_of(dense), torch.get_rng_state()
-    monkeypatch.setattr(BasisConv2d, "from_conv", None)
+    monkeypatch.setattr(BasisConv2d, "from_convs", None)
     loaded = load(dense, tmp_path / "new" / "folder")
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())

@@ -49,14 +49,12 @@ class Cost:
 
     Attributes:
         parameters: trained numbers that are stored; a tied one counts where it appears first. A sparse A counts the
-            entries it keeps, a frozen A none. Structured layers count their bits, 32 to a number, rounded up.
+            entries it keeps, a frozen A none, a structured layer its bits, 32 to a number.
         input_gradient_macs: of gradients that flow on towards the input: dX, and dZ of the basis channels.
-        weight_gradient_macs: of the gradients of the trained parameters.
         identity_forward_macs, identity_backward_macs: what is multiplied by the identity in M, on top.
         activation_bytes: what the layer keeps for its own backward pass: its input (without padding), Z, and the M or
-            W it builds. Layers without parameters (ReLU) are not counted.
-        building_macs: what makes a structured layer's weight from its factors, once per step; not in
-            ``forward_macs``. (Of a basis convolution in composed or hybrid mode it is.)
+            W it builds; layers without parameters are not counted.
+        building_macs: what makes a structured layer's weight from its factors, once per step, beside ``forward_macs``.
     """
 
     parameters: int = 0

@@ -80,22 +80,15 @@ def export_onnx(
         return [torch.from_numpy(session.run(None, {"images": x.numpy()})[0]) for x in images]
 
     runner = run if is_installed("onnxruntime") else None
-    return _write(uncouple(model).eval().cpu(), path, input_size, batch, tolerance, overwrite, export, runner)
+    options: dict[str, Any] = {"batch": batch, "tolerance": tolerance, "overwrite": overwrite}
+    return _write(uncouple(model).eval().cpu(), path, input_size, export, runner, **options)
 
 
-def export_program(
-    model: nn.Module,
-    path: str | os.PathLike,
-    input_size: Sequence[int],
-    *,
-    batch: Batch = "dynamic",
-    tolerance: float = 1e-4,
-    overwrite: bool = False,
-) -> Exported:
+def export_program(model: nn.Module, path: str | os.PathLike, input_size: Sequence[int], **options: Any) -> Exported:
     """Write ``model``, best folded first (:func:`basis.fold`), as a program of ``torch.export`` (a ``.pt2`` file).
 
-    From a copy in evaluation mode, on the model's device. ``torch.export.load`` reads it. Arguments and errors are
-    those of :func:`export_onnx`.
+    From a copy in evaluation mode, on the model's device. ``torch.export.load`` reads it. ``options`` and errors
+    are those of :func:`export_onnx`.
     """
 
     def export(copied: nn.Module, example: Tensor, shapes: Any) -> bytes:
@@ -107,7 +100,7 @@ def export_program(
         program = torch.export.load(io.BytesIO(content)).module()
         return [program(x) for x in images]
 
-    return _write(uncouple(model).eval(), path, input_size, batch, tolerance, overwrite, export, run)
+    return _write(uncouple(model).eval(), path, input_size, export, run, **options)
 
 
 def is_installed(package: str) -> bool:
@@ -118,8 +111,8 @@ def is_installed(package: str) -> bool:
 
 
 def _write(
-    model: nn.Module, path: str | os.PathLike, input_size: Sequence[int], batch: Batch, tolerance: float,
-    overwrite: bool, export: Exporter, run: Runner | None,
+    model: nn.Module, path: str | os.PathLike, input_size: Sequence[int], export: Exporter, run: Runner | None,
+    *, batch: Batch = "dynamic", tolerance: float = 1e-4, overwrite: bool = False,
 ) -> Exported:  # fmt: skip
     """Export, run and compare; the file appears last, whole."""
     target = Path(path)

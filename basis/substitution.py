@@ -145,14 +145,15 @@ def _new_layers(
     new: dict[nn.Module, nn.Module] = {}
     for names in tied(model, chosen, form):
         convs: list[Any] = [model.get_submodule(name) for name in names]
-        size, layers = chosen[names[0]], []
+        size = chosen[names[0]]
+        layers: list[Any] = []
         try:
             if isinstance(size, str):
-                layers = Structure.parse(size).make(convs, fitted=init == "svd")
+                layers += Structure.parse(size).make(convs, fitted=init == "svd")
             elif init == "svd":
                 seen = [moments[name].centred() if name in norms else moments.get(name) for name in names]
                 options |= {"basis_channels": size, "coefficients": form}
-                layers = BasisConv2d.from_convs(convs, moments=seen, **options)
+                layers += BasisConv2d.from_convs(convs, moments=seen, **options)
             else:
                 for conv in convs:
                     options |= {"basis_channels": size, "coefficients": layers[0].coefficients if layers else form}

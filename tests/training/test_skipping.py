@@ -44,7 +44,6 @@ def test_the_schedule(skip, expected):
     ("options", "words"),
     [
         ({"basis_every": 0}, "basis_every is 0"),
-        ({"coefficients_every": 1.5}, "coefficients_every is 1.5"),
         ({"basis_until": 1.5}, "basis_until is 1.5"),
         ({"basis_until": 0, "coefficients_until": 0}, "never train anything"),
         ({"alternate": True, "basis_every": 2}, "alternate"),

@@ -273,6 +273,24 @@ def test_compiled_training_is_the_same_up_to_rounding():
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.weekly
+def test_more_networks_of_one_class_are_compiled_than_torch_allows(monkeypatch):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(
+        basis.training.stepping, "compiled", lambda model, last: torch.compile(model, backend="aot_eager")
+    )
+    x, y = torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.long)
+    for k in range(1, 11):
+        model = nn.Sequential(basis.BasisConv2d(3, 16, 8, basis_channels=k), nn.Flatten())
+        step = make_step(model, dataclasses.replace(RECIPE, step="compiled"), device="cpu")
+        step(x, y)
+    assert counters["stats"]["unique_graphs"] == 10
+    torch._dynamo.reset()
+
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 

@@ -96,13 +96,6 @@ def test_an_identity_survives_new_names_of_fields_and_classes():
     assert default.id == "2c62f0152f503e8c"
 
 
-def test_runs_of_one_study_and_profile_differ():
-    for study in STUDIES.values():
-        for profile in runs.PROFILES:
-            planned = study.runs(profile)
-            assert len({run.id for run in planned}) == len(planned)
-
-
 # -- records ------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from basis.experiments.runner import Order, Task, in_processes, jobs_for, on_ray
 from basis.experiments.runs import PROFILES, device_for, parse_duration, record_path
 from basis.experiments.studies import STUDIES, status
 from basis.experiments.tidy import csv, runs_frame, sound_records, write_tables
-from basis.saving import RecordError, Unwritable, replacing
+from basis.saving import replacing
 
 
 def add_commands(commands: Any) -> None:
@@ -42,7 +41,7 @@ def add_commands(commands: Any) -> None:
     option("--archive", type=Path, metavar="FILE", help="pack what is done into it, or add it to it")
     option("--profile", default="smoke", choices=PROFILES, help="how large (default: smoke)")
     option("--time-limit", type=duration, default=math.inf, metavar="TIME", help="stop after 90s, 9m, 1h30m")
-    option("--jobs", type=int, default=0, metavar="N", help="processes (default: what the device can take)")
+    option("--jobs", type=int, metavar="N", help="processes (default: what the device can take)")
     option("--executor", default="local", choices=("local", "ray"), help="ray: on $RAY_ADDRESS's cluster")
     option("--device", type=device, metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: profile's)")
     option("--quiet", action="store_true", help="no progress bars")
@@ -85,7 +84,8 @@ def do_runs(options: argparse.Namespace) -> int:
     check_place(folder / "record.json")
     if options.archive:
         check_place(options.archive)
-        _ = packed(options.archive) if options.archive.exists() else None
+        if options.archive.exists():
+            packed(options.archive)  # refuses what is no archive of records
     todo = missing(tasks, folder)
     print(f"{len(todo)} of {len(tasks)} runs are missing", flush=True)
     former = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -125,21 +125,14 @@ def _do(todo: Sequence[Task], options: argparse.Namespace, folder: Path, deadlin
 
 def import_archives(options: argparse.Namespace) -> int:
     """Check every record of the archives and file the sound ones; records that are there already stay."""
-    outcomes = Counter[str]()
+    refused = 0
     for archive in options.archives:
-        try:
-            found = list(take_in(archive, options.results or results_folder()))
-        except Unwritable:
-            raise  # the others could not be filed either
-        except RecordError as error:
-            outcomes["unread"] += 1
-            print(f"basis: {error}", file=sys.stderr)
-            continue
+        found = list(take_in(archive, options.results or results_folder()))
         counts = Counter(outcome for _, outcome, _ in found)
-        outcomes += counts
+        refused += counts["refused"]
         print(f"{archive}: {', '.join(f'{number} {outcome}' for outcome, number in counts.items()) or 'nothing'}")
         print(*(f"  {name}: {outcome}: {reason}\n" for name, outcome, reason in found if reason), sep="", end="")
-    return 2 if outcomes["unread"] else 1 if outcomes["refused"] else 0
+    return 1 if refused else 0
 
 
 def write_table(options: argparse.Namespace) -> int:

@@ -246,7 +246,9 @@ def on_ray(order: Order, jobs: int | None = None) -> Generator[Progress, None, N
     ray: Any = importlib.import_module("ray")
     if not ray.is_initialized():
         passed = {name: os.environ[name] for name in ("BASIS_DATA", "PYTHONPATH") if name in os.environ}
-        started: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": jobs, "include_dashboard": False}
+        started: dict[str, Any] = (
+            {} if "RAY_ADDRESS" in os.environ else {"num_cpus": jobs or None, "include_dashboard": False}
+        )
         ray.init(log_to_driver=False, logging_level=40, runtime_env={"env_vars": passed}, **started)
     there = ray.cluster_resources()
     gpus, size = there.get("GPU", 0), jobs or int(there.get("GPU", 0) or there.get("CPU", 1))

@@ -14,7 +14,7 @@ from basis.experiments.archives import pack, take_in
 from basis.experiments.runs import load_records, read_record, record_path
 from basis.experiments.studies import check_records
 from basis.saving import RecordError
-from tests.experiments.test_runs import DENSE, STUDY, put_record
+from tests.experiments.test_runs import DENSE, put_record
 
 RUN = DENSE[0]
 
@@ -102,7 +102,7 @@ def test_records_of_no_study_profile_or_rule_or_that_were_changed_are_refused(tm
     assert main(["import", str(tmp_path / "records.tar.gz"), "--results", str(tmp_path / "here")]) == 1
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE])
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.DIRTYPE])
 def test_what_is_no_plain_file_is_never_read(tmp_path, kind):
     member = tarfile.TarInfo(f"headline/smoke/{RUN.id}.json")
     member.type, member.linkname = kind, "/etc/hostname"
@@ -122,14 +122,11 @@ def test_where_a_name_in_an_archive_leads_does_not_matter(tmp_path, there):
     assert list((tmp_path / "a").rglob("*.json")) == [record_path(tmp_path / "a" / "here", RUN)]
 
 
-def test_after_an_archive_that_is_cut_the_others_are_read(tmp_path, there, capsys):
-    whole, cut, text = archive_of(there), tmp_path / "cut.tar.gz", tmp_path / "text.tar.gz"
-    cut.write_bytes(whole.read_bytes()[:-100])
+def test_what_is_no_whole_archive_is_refused_and_named(tmp_path, there, capsys):
+    cut, text = tmp_path / "cut.tar.gz", tmp_path / "text.tar.gz"
+    cut.write_bytes(archive_of(there).read_bytes()[:-100])
     text.write_bytes(gzip.compress(b"not a tar"))
-    bad = [str(cut), str(text), str(tmp_path / "absent.tar.gz")]
-    assert main(["import", *bad, str(whole), "--results", str(tmp_path / "here")]) == 2
-    said = capsys.readouterr()
-    assert said.out == f"{whole}: 2 taken\n"
-    assert [line.split(" is no whole archive")[0] for line in said.err.splitlines()] == [f"basis: {one}" for one in bad]
-    assert load_records(tmp_path / "here") == load_records(there)
-    assert STUDY.name in {path.name for path in (tmp_path / "here").iterdir()}
+    for bad in (cut, text, tmp_path / "absent.tar.gz"):
+        assert main(["import", str(bad), "--results", str(tmp_path / "here")]) == 2
+        assert f"{bad} is no whole archive" in capsys.readouterr().err
+    assert not (tmp_path / "here").exists()

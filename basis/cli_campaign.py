@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -17,40 +16,40 @@ import torch
 
 from basis.bench.timing import check_place
 from basis.data import load_cifar10
-from basis.environment import environment, results_folder
+from basis.environment import results_folder
 from basis.experiments.archives import pack, packed, take_in
 from basis.experiments.campaign import in_order, missing
-from basis.experiments.pace import Pace, in_hours
+from basis.experiments.pace import in_hours
 from basis.experiments.runner import Order, Task, in_processes, jobs_for, on_ray
 from basis.experiments.runs import PROFILES, device_for, parse_duration, record_path
 from basis.experiments.studies import STUDIES, status
 from basis.experiments.tidy import csv, runs_frame, sound_records, write_tables
-from basis.saving import RecordError, Unwritable, replacing
+from basis.saving import replacing
 
 
 def add_commands(commands: Any) -> None:
     """Add these commands to the parser of ``basis``."""
 
-    def add(name: str, does: Any, **options: Any) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, description=does.__doc__, **options)
+    def add(name: str, does: Any, about: str) -> Any:
+        command = commands.add_parser(name, description=does.__doc__, help=about)
         command.add_argument("--results", type=Path, metavar="DIR", help="where records are (default: results)")
         command.set_defaults(command=does)
-        return command
+        return command.add_argument
 
-    run = add("run", do_runs, help="do the missing runs of studies", aliases=["campaign"])
-    run.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)} (default: all, by value)")
-    run.add_argument("--archive", type=Path, metavar="FILE", help="pack what is done into it, or add it to it")
-    run.add_argument("--profile", default="smoke", choices=PROFILES, help="how large (default: smoke)")
-    run.add_argument("--time-limit", type=duration, default=math.inf, metavar="TIME", help="stop after 90s, 9m, 1h30m")
-    run.add_argument("--jobs", type=jobs, metavar="N", help="processes (default: what the device can take)")
-    run.add_argument("--executor", default="local", choices=("local", "ray"), help="ray: on $RAY_ADDRESS's cluster")
-    run.add_argument("--device", type=device, metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: profile's)")
-    run.add_argument("--quiet", action="store_true", help="no progress bars")
-    taking = add("import", import_archives, help="check and file records of others")
-    taking.add_argument("archives", nargs="+", type=Path, metavar="ARCHIVE", help="of basis run --archive")
-    table = add("table", write_table, help="all records as tidy tables")
-    table.add_argument("--out", type=Path, metavar="DIR", help="write both tables there, packed")
-    add("status", show_status, help="which runs are done and which are missing")
+    option = add("run", do_runs, "do the missing runs of studies")
+    option("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)} (default: all, by value)")
+    option("--archive", type=Path, metavar="FILE", help="pack what is done into it, or add it to it")
+    option("--profile", default="smoke", choices=PROFILES, help="how large (default: smoke)")
+    option("--time-limit", type=duration, default=math.inf, metavar="TIME", help="stop after 90s, 9m, 1h30m")
+    option("--jobs", type=int, metavar="N", help="processes (default: what the device can take)")
+    option("--executor", default="local", choices=("local", "ray"), help="ray: on $RAY_ADDRESS's cluster")
+    option("--device", type=device, metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: profile's)")
+    option("--quiet", action="store_true", help="no progress bars")
+    option = add("import", import_archives, "check and file records of others")
+    option("archives", nargs="+", type=Path, metavar="ARCHIVE", help="of basis run --archive")
+    option = add("table", write_table, "all records as tidy tables")
+    option("--out", type=Path, metavar="DIR", help="write both tables there, packed")
+    add("status", show_status, "which runs are done and which are missing")
 
 
 def duration(text: str) -> float:
@@ -59,13 +58,6 @@ def duration(text: str) -> float:
         return parse_duration(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def jobs(text: str) -> int | None:
-    """An argument that is a number of processes, or auto."""
-    if text != "auto" and not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"jobs is {text}, but it must be at least 1, or auto")
-    return None if text == "auto" else int(text)
 
 
 def device(text: str) -> str:
@@ -84,21 +76,21 @@ def device(text: str) -> str:
 def do_runs(options: argparse.Namespace) -> int:
     """Do the missing runs of the studies named, or of all, the most valuable first; may be stopped and repeated.
 
-    With a time limit no run is begun that would not end in time; the last line says what is next. With an archive,
-    new records are packed into it, to be filed elsewhere by `basis import`.
+    A run under way at the time limit stops after its epoch and goes on next time. With an archive, new records are
+    packed into it, to be filed elsewhere by `basis import`.
     """
     deadline, folder = time.time() + options.time_limit, options.results or results_folder()
     tasks, failed = in_order(options.profile, options.studies), 0
-    for file in (folder / "record.json", options.archive):
-        if file is not None:
-            check_place(file)
-    if options.archive and options.archive.exists():
-        packed(options.archive)
+    check_place(folder / "record.json")
+    if options.archive:
+        check_place(options.archive)
+        if options.archive.exists():
+            packed(options.archive)  # refuses what is no archive of records
     todo = missing(tasks, folder)
     print(f"{len(todo)} of {len(tasks)} runs are missing", flush=True)
     former = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        failed = _do(todo, options, folder, deadline)
+        failed = _do(todo, options, folder, deadline) if todo else 0
     finally:
         signal.signal(signal.SIGTERM, former)
         left = missing(todo, folder)
@@ -113,58 +105,47 @@ def do_runs(options: argparse.Namespace) -> int:
 
 def _do(todo: Sequence[Task], options: argparse.Namespace, folder: Path, deadline: float) -> int:
     """Do the tasks where and with as many processes as the options say; how many failed."""
-    if not todo:
-        return 0
-    pace, number, ray = Pace(), options.jobs, options.executor == "ray"
-    if not ray:
+    order = Order(tasks=todo, folder=folder, device=options.device, progress=not options.quiet, deadline=deadline)
+    if options.executor == "ray":
+        steps = on_ray(order, options.jobs)
+    else:
         place = device_for(options.profile, options.device)
         if todo[0].run.data == "cifar10":
             load_cifar10()  # says what is wrong with it, once for all processes
-        number = number or jobs_for([task.run for task in todo], place)
-        pace = Pace.of(sound_records(folder), environment(place)["device"], number)
+        number = options.jobs or jobs_for([task.run for task in todo], place)
         print(f"{number} at a time on {place}", flush=True)
-    order = Order(
-        tasks=todo, folder=folder, device=options.device, progress=not options.quiet, deadline=deadline, pace=pace
-    )
-    outcomes: Counter[str] = Counter()
-    steps = on_ray(order, number) if ray else in_processes(order, number or 1)
+        steps = in_processes(order, number)
+    failed = 0
     with closing(steps):
         for run, outcome, message, seconds in steps:
-            outcomes[outcome] += 1
+            failed += outcome == "failed"
             print(f"{run.study}, {run.variant}, seed {run.seed}: {outcome} in {seconds:.0f} s, {message}", flush=True)
-    return outcomes["failed"]
+    return failed
 
 
 def import_archives(options: argparse.Namespace) -> int:
     """Check every record of the archives and file the sound ones; records that are there already stay."""
-    outcomes: Counter[str] = Counter()
+    refused = 0
     for archive in options.archives:
-        try:
-            found = list(take_in(archive, options.results or results_folder()))
-        except Unwritable:
-            raise  # the others could not be filed either
-        except RecordError as error:
-            outcomes["unread"] += 1
-            print(f"basis: {error}", file=sys.stderr)
-            continue
-        counts = Counter(one.outcome for one in found)
-        outcomes += counts
-        print(f"{archive}: " + (", ".join(f"{number} {outcome}" for outcome, number in counts.items()) or "nothing"))
-        for one in found:
-            if one.reason:
-                print(f"  {one.name}: {one.outcome}: {one.reason}")
-    return 2 if outcomes["unread"] else 1 if outcomes["refused"] else 0
+        found = list(take_in(archive, options.results or results_folder()))
+        counts = Counter(outcome for _, outcome, _ in found)
+        refused += counts["refused"]
+        print(f"{archive}: {', '.join(f'{number} {outcome}' for outcome, number in counts.items()) or 'nothing'}")
+        print(*(f"  {name}: {outcome}: {reason}\n" for name, outcome, reason in found if reason), sep="", end="")
+    return 1 if refused else 0
 
 
 def write_table(options: argparse.Namespace) -> int:
     """Write all runs as one tidy table, runs.csv beside the records; with --out that and every measured sensitivity."""
     path, records = (options.results or results_folder()) / "runs.csv", sound_records(options.results)
     check_place(options.out / "runs.csv.gz" if options.out else path)
-    if not options.out:
+    if options.out:
+        written = write_tables(options.out, records)
+    else:
+        written = [path]
         with replacing(path) as file:
             file.write(csv(runs_frame(records)))
-    for written in write_tables(options.out, records) if options.out else [path]:
-        print(f"saved {written}")
+    print(*(f"saved {one}" for one in written), sep="\n")
     return 0
 
 

@@ -1,21 +1,16 @@
 """The study of chapters 3 and 5: its variants, its verdicts, and how its runs are done without waste."""
 
 import dataclasses
-import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from basis.costs import cost, count_parameters
-from basis.experiments import execution, runner, runs
-from basis.experiments.runner import Order, Task, in_processes, jobs_for
-from basis.experiments.runs import execute
+from basis.experiments import execution
+from basis.experiments.execution import execute
 from basis.experiments.studies import STUDIES, headline
 from basis.experiments.studies.headline import HALF, STAGES, variant
-from basis.experiments.pace import Pace
 from basis.models import build
-from basis.training.loop import Recipe
 from basis.training.reuse import Reuse
 from tests.experiments.test_search_studies import record
 
@@ -107,28 +102,3 @@ def test_a_network_that_is_reused_learns_the_same_to_the_bit():
     assert execution.reusable(base)
     assert not execution.reusable(dataclasses.replace(base, coefficients="sparse:1/8"))
     assert not execution.reusable(dataclasses.replace(base, layer="sep"))
-
-
-def test_no_run_is_begun_that_would_not_end_in_time(tmp_path, monkeypatch):
-    first, second = STUDY.runs("smoke")[1], STUDY.runs("smoke")[1 + 5]
-    tasks = [Task(run, STUDY.definition) for run in (first, second)]
-    pace = Pace()
-    pace.learn(first.config, 100.0)
-    order = Order(tasks=tasks, folder=tmp_path, device="cpu", deadline=time.monotonic() + 60, pace=pace)
-    with pytest.raises(ValueError, match="time-limit"):
-        list(in_processes(order, 1))
-    assert not list(tmp_path.rglob("*.json"))
-    done = SimpleNamespace(run=first, outcome="done", seconds=100.0)
-    monkeypatch.setattr(runner, "attempt", lambda run, definition, **_: done)
-    order = dataclasses.replace(order, deadline=time.monotonic() + 60, pace=Pace())
-    assert list(in_processes(order, 1)) == [done]  # measured to be short; after the first, known to be long
-
-
-@pytest.mark.parametrize(
-    ("device", "width", "cores", "jobs"),
-    [("cuda", 16, 16, 8), ("cuda", 16, 2, 1), ("cuda", None, 16, 1), ("cpu", None, 4, 4)],
-)
-def test_small_networks_share_a_gpu_and_full_ones_do_not(device, width, cores, jobs, monkeypatch):
-    monkeypatch.setattr(runner, "cores", lambda: cores)
-    run = dataclasses.replace(STUDY.runs("paper")[1], width=width, recipe=Recipe())
-    assert jobs_for([run] * 20, torch.device(device)) == jobs

@@ -24,12 +24,12 @@ from basis.experiments.records import digest, read_record
 from basis.experiments.runs import Choice, Ladder, Run, plain, spectrum
 from basis.models import build
 from basis.plan import Plan
+from basis.saving import replacing
 from basis.search.selection import predicted, select
 from basis.search.sensitivity import sensitivity
 from basis.search.table import SensitivityTable
 from basis.substitution import substitute
-from basis.training.epochs import read_checkpoint, write_checkpoint
-from basis.training.loop import Recipe, TrainingPaused, choose_precision, train
+from basis.training.loop import Recipe, TrainingError, TrainingPaused, choose_precision, train
 from basis.training.reuse import Reuse
 
 Stop = Callable[[], bool] | None
@@ -155,9 +155,13 @@ def teacher_of(
                         trained, data, recipe, device=device, seed=run.seed, test=False, checkpoint=part,
                         should_stop=should_stop, progress=progress,
                     )  # fmt: skip
-                write_checkpoint(kept, {"identity": name, "weights": trained.state_dict()})
+                with replacing(kept) as file:
+                    torch.save(trained.state_dict(), file)
                 part.unlink(missing_ok=True)
-            teacher.load_state_dict(read_checkpoint(kept, name)["weights"])
+            try:
+                teacher.load_state_dict(torch.load(kept, map_location="cpu", weights_only=True))
+            except Exception as error:  # torch.load raises many kinds for a damaged file
+                raise TrainingError(f"{kept} cannot be read ({error}); delete it to train the teacher again") from error
         finally:
             lock.release()
     return teacher

@@ -17,7 +17,7 @@ def device_seconds(record: Record) -> float:
     Reading data, evaluation and a teacher's training are not timed.
     """
     tables = record.result.get("tables") or {}
-    measuring = sum(SensitivityTable.from_lines(lines).seconds for lines in tables.values())
+    measuring = sum(cell.seconds for lines in tables.values() for cell in SensitivityTable.from_lines(lines).cells)
     training = record.result["train_seconds"] + record.result.get("setup_seconds", 0.0)
     return float(training + measuring) / record.environment.get("jobs", 1)
 

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 
 from basis.decompositions import NotInstalled
-from basis.experiments import runs
 from basis.experiments.runs import execute, work
 from basis.experiments.studies import STUDIES
 from basis.experiments.studies import own as study_of

@@ -53,8 +53,7 @@ def _matrix(part: Tensor, rows: int = CHANNELS) -> Tensor:
 def draw_layers(theme: Theme, layers: Sequence[tuple[str, str, str]]) -> Figure:
     """One row for each layer: its stored tensors at the left, the weight that they make at the right.
 
-    Args:
-        layers: (text of a structured layer, title, formula), drawn for a 3x3 convolution of 16 to 16 channels.
+    ``layers``: (text of a structured layer, title, formula), drawn for a 3x3 convolution of 16 to 16 channels.
     """
     figure = canvas(0.3 + 0.66 * len(layers))
     rows: Any = figure.subplots(len(layers), 1, squeeze=False)
@@ -94,7 +93,8 @@ def _draw_matrix(
 
 
 def plain_ticks(axes: Axes) -> None:
-    """Label a logarithmic axis at 1, 2, 5, 10, ... in plain numbers."""
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    """Label a logarithmic x-axis at 1, 2, 5, 10, ... in plain numbers, a short one more densely."""
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 4 * low else (1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())

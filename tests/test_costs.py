@@ -255,7 +255,6 @@ def test_batch_normalisation_through_the_basis(mode):
     small = 10 * 16 * 5 * 5  # products of matrices alone
     forward, backward = executed_macs(coupled, torch.randn(4, 8, 20, 20))
     assert 0 <= forward - after.total.forward_macs - after.total.identity_forward_macs < small
-    backward += pixels * 16 * 5  # what is added in place (baddbmm_) the counter does not see
     assert 0 <= backward - after.total.backward_macs - after.total.identity_backward_macs < small
     assert coupled[1].mixed_later
 

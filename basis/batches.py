@@ -1,4 +1,4 @@
-"""What a user's data are: batches read once onto the model's device, checked before anything is measured."""
+"""A user's data: batches brought to the model's device and checked."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from basis.modules import is_channels_last
 from basis.text import few
 
 Batch = tuple[Tensor, Tensor]
-
-
+Batches = Iterable[Any] | Images | Data
 Loss = Callable[[Any, Tensor], Tensor]
+BATCH = 250  # images in a batch, where the data come as one piece
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -29,16 +29,11 @@ def sample_losses(loss: Loss, outputs: Any, targets: Tensor) -> tuple[Tensor, bo
     """The loss of each sample, (N,), and whether ``loss`` tells them apart; else each is the batch's mean."""
     values = loss(outputs, targets)
     if not isinstance(values, Tensor) or tuple(values.shape) not in ((), (len(targets),)):
-        found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
         raise ValueError(
-            f"the loss returned {found}, but it must return a tensor: one value for each of the {len(targets)} "
-            "samples of the batch, or their mean"
+            f"the loss returned {described(values)}, but it must be one value for each of the {len(targets)} samples, "
+            "or their mean"
         )
     return (values, True) if values.dim() else (values.expand(len(targets)), False)
-
-
-Batches = Iterable[Any] | Images | Data
-BATCH = 250  # images in a batch, where the data come as one piece
 
 
 def held_out(data: Data) -> Images:
@@ -48,18 +43,20 @@ def held_out(data: Data) -> Images:
     return data.validation
 
 
-def stream_batches(data: Iterable[Any] | Images, model: nn.Module, what: str, *, bare: bool = False) -> Iterator[Batch]:
-    """The batches one after the other, on the model's device, each read when it is its turn; empty ones are left out.
+def stream_batches(
+    data: Iterable[Any] | Images, model: nn.Module, what: str, *, bare: bool = False, batch_size: int = BATCH
+) -> Iterator[Batch]:
+    """The batches (inputs, targets) that are not empty, one by one on the model's device.
 
-    With ``bare``, targets may be absent; the inputs stand for them. Images are normalised, in the model's dtype and
+    With ``bare``, targets may be absent; the inputs stand for them. Images come normalised, in the model's dtype and
     memory format.
 
     Raises:
         ValueError: for a batch of another kind, and at the end where there was no sample.
     """
-    weight = first_weight(model)
-    found = False
-    for pair in _images(data, weight) if isinstance(data, Images) else _pairs(data, weight, what, bare):
+    weight, found = first_weight(model), False
+    pairs = _images(data, weight, batch_size) if isinstance(data, Images) else _pairs(data, weight, what, bare)
+    for pair in pairs:
         if len(pair[0]):
             found = True
             yield pair
@@ -88,9 +85,9 @@ def first_weight(model: nn.Module) -> Tensor:
     return next((p for p in parameters if p.dim() == 4), parameters[0])
 
 
-def _images(images: Images, weight: Tensor) -> Iterator[Batch]:
+def _images(images: Images, weight: Tensor, size: int) -> Iterator[Batch]:
     last = weight.dim() == 4 and is_channels_last(weight)
-    for x, y in zip(images.x.to(weight.device).split(BATCH), images.y.to(weight.device).split(BATCH), strict=True):
+    for x, y in zip(images.x.to(weight.device).split(size), images.y.to(weight.device).split(size), strict=True):
         image = normalise(x).to(weight.dtype) if len(x) else x
         yield (image if last else image.contiguous(), y)
 
@@ -112,11 +109,7 @@ def _pairs(data: Iterable[Any], weight: Tensor, what: str, bare: bool) -> Iterat
 
 
 def calibration_inputs(data: Batches, model: nn.Module) -> Iterator[Tensor]:
-    """The inputs of calibration data one batch after the other; of :class:`basis.data.Data` the training images.
-
-    Raises:
-        ValueError: as :func:`stream_batches` does.
-    """
+    """The inputs of :func:`stream_batches`; of :class:`basis.data.Data` those of the training images."""
     given = data.train if isinstance(data, Data) else data
     return (x for x, _ in stream_batches(given, model, "calibration", bare=True))
 
@@ -135,10 +128,19 @@ def outputs_of(model: nn.Module, x: Tensor) -> Any:
     """The outputs for one batch, or a ``ValueError`` that says what the model cannot run on."""
     try:
         return model(x.clone())
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise ValueError(
             f"the model cannot run on inputs of shape {tuple(x.shape)} and type {x.dtype}: {error}"
         ) from error
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The outputs, where they are logits (N, classes); else a ``ValueError``."""
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or not outputs.is_floating_point():
+        raise ValueError(f"the model returns {described(outputs)}, but it must return logits (N, classes)")
+    return outputs
 
 
 def with_labels(batches: list[Batch], outputs: Any) -> list[Batch]:
@@ -164,9 +166,7 @@ def with_labels(batches: list[Batch], outputs: Any) -> list[Batch]:
 
 
 def even(inputs: list[Tensor]) -> list[Tensor]:
-    """The same inputs in as many batches of (nearly) equal size, so that each sample has the same weight in a mean
-    over batches. Where their shapes differ they stay as they are.
-    """
+    """The same inputs in as many batches of (nearly) equal size; where their shapes differ they stay as they are."""
     if len({len(x) for x in inputs}) == 1 or len({x.shape[1:] for x in inputs}) > 1:
         return inputs
     return list(torch.cat(inputs).tensor_split(len(inputs)))

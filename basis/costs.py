@@ -1,61 +1,32 @@
 """What a model costs: parameters, multiply-accumulates (MACs) forward and backward, activation bytes.
 
-Everything is counted from shapes, beside the same layer as a dense convolution. With n = images x
-output pixels, F = C_in/groups x kh x kw, C = C_out, k basis channels and g groups:
-
-==========  =====================  ========================================  ======================
-mode        forward                input gradients                           weight gradients
-==========  =====================  ========================================  ======================
-dense       n C F                  dX: n C F                                 dW: n C F
-factorized  n (k F + (C-k) k/g)    dZ: n (C-k) k/g and dX: n k F             dA: n (C-k) k/g, dB: n k F
-composed    n C F + (C-k) k/g F    dX: n C F                                 dW: n C F, dA and dB:
-                                                                             (C-k) k/g F each
-hybrid      as composed            as factorized                             as factorized
-==========  =====================  ========================================  ======================
-
-These count the algebra of ``W = [B; A B]``. The 1x1 convolution with M = [I; A] that is executed also
-multiplies by the identity, n k k/g for each of its (up to) three products; that stands apart, as
-``identity_*``, and algebra plus identity is what ``torch.utils.flop_counter`` counts (as 2 per MAC). A CPU
-does not execute it from k = C / 2 on, where Z is multiplied with A alone (:func:`basis.layers.conv.derives_apart`).
-
-That is for a dense A. Of the other forms is counted what is executed:
-
-- grouped in h groups: the (C-k) k/g and k k/g above are divided by h;
-- low-rank, A = U V of rank q in each group: q (k + C-k) in place of (C-k) k/g, in two products and with
-  no identity; hybrid builds M for q (C-k) k/g more, and twice that for the gradients of U and V;
-- repeat: nothing is multiplied but B (in hybrid, M is multiplied like a dense one);
-- sparse: as dense, since the zeros are multiplied too; frozen: as dense, without dA.
-
-A batch normalisation that is taken through the basis (:mod:`basis.layers.batchnorm`) counts n k^2 forward, for the
-covariance of Z, and n k^2 with the input gradients; it keeps none of the C channels.
-
-Other structured layers (:mod:`basis.layers.structured`) count each of their products at its own resolution. What makes
-a weight from factors, once per step however many images there are, stands apart, as ``building_macs``.
+Everything is counted from shapes, beside the same layer as a dense convolution. The 1x1 convolution with M = [I; A]
+also multiplies by the identity, which stands apart as ``identity_*``; algebra plus identity is what
+``torch.utils.flop_counter`` counts (as 2 per MAC). From k = C_out / 2 on, a CPU does without the identity. Of sparse
+and frozen forms of A we count what is executed, and of structured layers each product at its own resolution.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from basis.layers.base import ConvLike
-from basis.layers.batchnorm import BasisBatchNorm2d, uncouple
+from basis.layers.batchnorm import BasisBatchNorm2d, copy_of, uncouple
 from basis.layers.coefficients import Coefficients, LowRank, Sparse
 from basis.layers.conv import BasisConv2d
 from basis.layers.structured import StructuredConv2d
-from basis.saving import Saved
 
 if TYPE_CHECKING:
-    pass
+    import pandas as pd
 
 Counted = Literal["factorized", "composed", "hybrid"]
 
@@ -65,24 +36,15 @@ class Cost:
     """Numbers of one layer, or of a whole model, for one training step.
 
     Attributes:
-        parameters: trained numbers that are stored; a tied one counts where it appears first. A sparse A
-            counts the entries it keeps. A frozen A counts none, though it is stored: a seed could be.
-            Structured layers count their bits, 32 to a number, rounded up in each layer.
-        forward_macs: MACs of the forward pass.
-        input_gradient_macs: backward MACs of gradients that flow on towards the input (dX, and dZ of
-            the basis channels). A layer whose input needs no gradient, as the first one, has no dX.
-        weight_gradient_macs: backward MACs of the gradients of the trained parameters.
-        identity_forward_macs: what the executed forward pass multiplies by the identity in M, on top.
-        identity_backward_macs: the same of the backward pass.
-        activation_bytes: bytes that the layer keeps for its own backward pass, in the model's dtype:
-            its input as convolved (padded, where the layer pads it itself), the k basis channels
-            (factorized and hybrid), and the M or W it builds; parameters are not counted. Batch
-            normalisation keeps its input and two statistics per channel. An input that two layers keep
-            counts for both, and layers without parameters (ReLU) are not counted. Structured layers keep
-            their input and that of each later product; weights that they build are not counted.
-        building_macs: MACs of the forward pass that make a structured layer's weight from its factors, once
-            per step however many images; they are not in ``forward_macs``. (Of a basis convolution in
-            composed or hybrid mode they are.)
+        parameters: trained numbers that are stored; a tied one counts where it appears first. A sparse A counts the
+            entries it keeps, a frozen A none. Structured layers count their bits, 32 to a number, rounded up.
+        input_gradient_macs: of gradients that flow on towards the input: dX, and dZ of the basis channels.
+        weight_gradient_macs: of the gradients of the trained parameters.
+        identity_forward_macs, identity_backward_macs: what is multiplied by the identity in M, on top.
+        activation_bytes: what the layer keeps for its own backward pass: its input as convolved (padded, where the
+            layer pads it itself), Z, and the M or W it builds. Layers without parameters (ReLU) are not counted.
+        building_macs: what makes a structured layer's weight from its factors, once per step; not in
+            ``forward_macs``. (Of a basis convolution in composed or hybrid mode it is.)
     """
 
     parameters: int = 0
@@ -105,13 +67,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer: its ``cost`` as it is, and as a ``dense`` layer of the same shape.
+    """One layer: its ``cost`` as it is (a basis convolution in ``mode``), and as a ``dense`` layer of the same shape.
 
-    ``mode`` is how a basis convolution is counted, empty for other layers; ``counted`` is False where
-    the layer holds weights but is never called, or is of a kind not known here: its MACs are missing.
+    ``counted`` is False where it holds weights but is never called, or is of an unknown kind: its MACs are missing.
     """
-
-    parts: ClassVar[Mapping[str, type]] = {"cost": Cost, "dense": Cost}
 
     name: str
     kind: str
@@ -122,11 +81,8 @@ class LayerCost:
 
 
 @dataclass(frozen=True)
-class CostReport(Saved):
+class CostReport:
     """What :func:`cost` returns. Prints as a table; :meth:`to_frame` gives all numbers."""
-
-    kind: ClassVar[str] = "cost_report"
-    parts: ClassVar[Mapping[str, type]] = {"layers": LayerCost}
 
     layers: tuple[LayerCost, ...]
     input_size: tuple[int, int, int]
@@ -144,10 +100,15 @@ class CostReport(Saved):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per layer, indexed by name; the columns of the dense layer begin with ``dense_``."""
+        import pandas as pd
+
+        def numbers(cost: Cost, prefix: str = "") -> dict[str, Any]:
+            return {prefix + key: n for key, n in (asdict(cost) | {"backward_macs": cost.backward_macs}).items()}
+
         rows = [
             {"layer": layer.name, "kind": layer.kind, "mode": layer.mode}
-            | _columns(layer.cost)
-            | {f"dense_{key}": value for key, value in _columns(layer.dense).items()}
+            | numbers(layer.cost)
+            | numbers(layer.dense, "dense_")
             for layer in self.layers
         ]
         return pd.DataFrame(rows).set_index("layer")
@@ -164,47 +125,51 @@ class CostReport(Saved):
         rows.append(("total / dense", "", *ratios))
         rows = rows if total.building_macs else [row[:-1] for row in rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        images = "image" if self.batch_size == 1 else "images"
-        lines = [f"one step of {self.batch_size} {images} of {self.input_size}"]
+        lines = [f"one step of {self.batch_size} image{'s' * (self.batch_size > 1)} of {self.input_size}"]
         for row in rows:
             cells = zip(row, "<<>>>>>>>", widths, strict=False)
-            lines.append("  ".join(f"{cell:{align}{width}}" for cell, align, width in cells))
-        unknown = [layer.name for layer in self.layers if not layer.counted]
-        if unknown:
+            lines.append("  ".join(f"{cell:{align}{width}}" for cell, align, width in cells).rstrip())
+        if unknown := [layer.name for layer in self.layers if not layer.counted]:
             lines.append(f"MACs not counted (not called, or of an unknown kind): {', '.join(unknown)}")
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(lines)
+
+
+def _shown(cost: Cost) -> tuple[int, ...]:
+    identity = cost.identity_forward_macs + cost.identity_backward_macs
+    macs = (cost.forward_macs, cost.input_gradient_macs, cost.weight_gradient_macs, identity)
+    return (cost.parameters, *macs, cost.activation_bytes, cost.building_macs)
+
+
+def _cells(cost: Cost) -> tuple[str, ...]:
+    parameters, *others = _shown(cost)
+    return (f"{parameters:,}", *map(_short, others))
+
+
+def _short(number: float) -> str:
+    """1234567 as ``1.235 M``; 0 as an empty cell."""
+    for unit in ("", " k", " M", " G"):
+        if number < 1000:
+            return f"{number:.4g}{unit}" if number else ""
+        number /= 1000
+    return f"{number:,.4g} T"
 
 
 def cost(
-    model: nn.Module,
-    input_size: Sequence[int],
-    *,
-    batch_size: int = 1,
-    mode: Counted | None = None,
+    model: nn.Module, input_size: Sequence[int], *, batch_size: int = 1, mode: Counted | None = None
 ) -> CostReport:
     """Count what ``model`` costs in one training step of ``batch_size`` images, layer by layer.
 
-    Every module that holds parameters gets a row; coefficients belong to the row of their layer. MACs
-    are those of convolutions and linear layers; normalisation, activations and additions count none.
-    Gradients are counted where training computes them: for parameters that require a gradient, and for
-    inputs that depend on one (so not for the network's input). With ``batch_size=1`` the numbers are per
-    image, except that the composed and hybrid modes build their weight once per step, however many
-    images there are.
-
-    Shapes come from one run of a copy on the meta device, in evaluation mode and without its hooks, so
-    that nothing is computed and ``model`` is untouched; a model that cannot run there (because it looks
-    at values, say) runs once on its own device, on zeros.
+    Every module that holds parameters gets a row. MACs are those of convolutions and linear layers; gradients are
+    counted where training computes them. Shapes come from one run of a copy on the meta device, in evaluation mode
+    and without hooks; a model that cannot run there runs once on its own device, on zeros.
 
     Args:
         input_size: (C, H, W) of one image.
-        batch_size: images in a step.
-        mode: how basis convolutions are counted: ``"factorized"``, ``"composed"`` or ``"hybrid"``.
-            None counts each in its own mode, and ``"auto"``, which executes whatever is faster, as
-            factorized: the algebra of the layer.
+        batch_size: images in a step; composed and hybrid modes build their weight once per step.
+        mode: how basis convolutions are counted. None: each in its own mode, and ``"auto"`` as factorized.
 
     Raises:
-        ValueError: for an input size, batch size or mode that makes no sense, and when the model cannot
-            be run on such an input.
+        ValueError: for an argument out of range, lazy layers, and a model that cannot be run on such an input.
     """
     size = tuple(input_size) if isinstance(input_size, Sequence) else ()
     if len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
@@ -215,51 +180,33 @@ def cost(
         raise ValueError(f"mode is {mode!r}, but it must be factorized, composed, hybrid or None")
     if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("model has lazy layers, whose shapes are not known yet; run it once first")
-
-    through = {name: module.conv for name, module in model.named_modules() if isinstance(module, BasisBatchNorm2d)}
-    mixed = {name for name, module in model.named_modules() if isinstance(module, BasisConv2d) and module.mixed_later}
-    parts = {p for m in model.modules() if isinstance(m, StructuredConv2d) for p in m.modules() if p is not m}
-    inside = {name for name, module in model.named_modules() if module in parts}
+    named = dict(model.named_modules())
+    through = {name: module.conv for name, module in named.items() if isinstance(module, BasisBatchNorm2d)}
+    mixed = {name for name, module in named.items() if isinstance(module, BasisConv2d) and module.mixed_later}
+    parts = {p for m in named.values() if isinstance(m, StructuredConv2d) for p in m.modules() if p is not m}
     seen: set[int] = set()
     layers = []
     for name, module, calls in trace_calls(uncouple(model) if through else model, (batch_size, *size)):
-        own = list(module.parameters(recurse=False))
-        weight_is_new = isinstance(module, BasisConv2d) and id(module.basis) not in seen
-        bias = sum(p.numel() for n, p in module.named_parameters(recurse=False) if n == "bias" and id(p) not in seen)
-        parameters = _count_new(module, seen)
-        as_is, dense, counted = Cost(parameters), Cost(parameters), ""
-        if isinstance(module, StructuredConv2d):
-            dense = Cost(bias + module.out_channels * math.prod(module.filter_shape))
-            for call in calls:
-                as_is += _structured_cost(module, call)
-                dense += _dense_cost(module, call)
-        elif isinstance(module, BasisConv2d):
-            parameters += _count_new(module.coefficients, seen)
+        counted: Any = ""
+        if isinstance(module, BasisConv2d):
             counted = mode or ("factorized" if module.mode == "auto" or name in mixed else module.mode)
-            saved = module.out_channels * module.basis[0].numel() - module.basis.numel()
-            as_is, dense = Cost(parameters), dense + Cost(saved * weight_is_new)
-            for call in calls:
-                as_is += _basis_cost(module, call, counted)
-                dense += _dense_cost(module, call)
-        else:
-            for call in calls:
-                dense += _dense_cost(module, call)
-            as_is = dense
+        as_is, dense = _stored(module, seen)
+        for call in calls:
+            dense += _dense_cost(module, call)
             if name in through:
-                as_is = sum((_through_basis_cost(through[name], call) for call in calls), Cost(parameters))
-        if name in inside:  # a normalisation within a structured layer, which a dense one has not
+                as_is += _through_basis_cost(through[name], call)
+            else:
+                as_is += _called_cost(module, call, counted)
+        if named[name] in parts:  # a normalisation within a structured layer, which a dense one has not
             dense = Cost()
-        known = bool(calls) if _is_matmul(module) else all(p.dim() < 2 for p in own)
+        known = bool(calls) if _is_matmul(module) else all(p.dim() < 2 for p in module.parameters(recurse=False))
         layers.append(LayerCost(name, type(module).__name__, counted, as_is, dense, known))
     return CostReport(tuple(layers), size, batch_size)
 
 
 def cost_alone(layer: ConvLike, calls: Sequence[Call], mode: Counted = "factorized") -> Cost:
     """What a basis convolution or structured layer costs in such calls (see :func:`trace_calls`), all its own."""
-    total = Cost(count_parameters(layer))
-    for call in calls:
-        total += _basis_cost(layer, call, mode) if isinstance(layer, BasisConv2d) else _structured_cost(layer, call)
-    return total
+    return sum((_called_cost(layer, call, mode) for call in calls), Cost(count_parameters(layer)))
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -290,6 +237,18 @@ def _count_new(module: nn.Module, seen: set[int]) -> int:
     return sum(p.numel() for p in new.values())
 
 
+def _stored(module: nn.Module, seen: set[int]) -> tuple[Cost, Cost]:
+    """The parameters of a layer as it is, and of a dense one in its place, without those already ``seen``."""
+    bias = sum(p.numel() for n, p in module.named_parameters(recurse=False) if n == "bias" and id(p) not in seen)
+    new_weight = not isinstance(module, BasisConv2d) or id(module.basis) not in seen
+    own = _count_new(module, seen)
+    if not isinstance(module, (BasisConv2d, StructuredConv2d)):
+        return Cost(own), Cost(own)
+    if isinstance(module, BasisConv2d):
+        own += _count_new(module.coefficients, seen)
+    return Cost(own), Cost(bias + new_weight * module.out_channels * math.prod(module.filter_shape))
+
+
 # -- shapes -------------------------------------------------------------------------------------
 
 
@@ -309,7 +268,7 @@ def trace_calls(model: nn.Module, size: tuple[int, ...]) -> list[tuple[str, nn.M
         return _run(_meta_copy(model), size)
     except Exception:  # whatever the meta device cannot do, or a wrong input: the real run tells
         try:
-            return _run(copy.deepcopy(model), size)
+            return _run(copy_of(model), size)
         except Exception as error:
             raise ValueError(f"the model cannot be run on an input of {size} (images, C, H, W): {error}") from error
 
@@ -324,30 +283,24 @@ def _meta_copy(model: nn.Module) -> nn.Module:
 
 
 def _run(model: nn.Module, size: tuple[int, ...]) -> list[tuple[str, nn.Module, list[Call]]]:
-    model.eval()
-    for module in model.modules():
-        for key, value in vars(module).items():
-            if "hook" in key and isinstance(value, dict):
-                value.clear()
-    layers = [
-        (name, m)
-        for name, m in model.named_modules()
-        if _is_matmul(m) or (next(m.parameters(False), None) is not None and not isinstance(m, Coefficients))
-    ]
-    calls: dict[nn.Module, list[Call]] = {module: [] for _, module in layers}
+    calls: dict[nn.Module, list[Call]] = {}
 
     def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
         if x is not None and isinstance(output, Tensor):
-            shapes = tuple(x.shape), tuple(output.shape)
-            calls[module].append(Call(*shapes, x.element_size(), x.requires_grad))
+            calls[module].append(Call(tuple(x.shape), tuple(output.shape), x.element_size(), x.requires_grad))
 
-    for _, module in layers:
-        module.register_forward_hook(record, with_kwargs=True)
-    floating = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    for module in model.eval().modules():
+        for hooks in (value for key, value in vars(module).items() if "hook" in key and isinstance(value, dict)):
+            hooks.clear()
+        holds = next(module.parameters(False), None) is not None and not isinstance(module, Coefficients)
+        if holds or _is_matmul(module):
+            calls[module] = []
+            module.register_forward_hook(record, with_kwargs=True)
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     with torch.enable_grad():
-        model(torch.zeros(size, dtype=floating.dtype, device=floating.device))
-    return [(name, module, calls[module]) for name, module in layers]
+        model(torch.zeros(size, dtype=like.dtype, device=like.device))
+    return [(name, module, calls[module]) for name, module in model.named_modules() if module in calls]
 
 
 # -- counting -----------------------------------------------------------------------------------
@@ -357,8 +310,15 @@ def _is_matmul(module: nn.Module) -> bool:
     return isinstance(module, (_ConvNd, nn.Linear, ConvLike))
 
 
+def _called_cost(module: Any, call: Call, mode: str) -> Cost:
+    """One call of any layer; without parameters."""
+    if isinstance(module, BasisConv2d):
+        return _basis_cost(module, call, mode)
+    return _structured_cost(module, call) if isinstance(module, StructuredConv2d) else _dense_cost(module, call)
+
+
 def _dense_cost(module: nn.Module, call: Call) -> Cost:
-    """Any layer of torch, and a basis convolution or structured layer as if it were dense; without parameters."""
+    """Any layer of torch, and a basis convolution or structured layer as if it were dense."""
     trains = any(p.requires_grad for p in module.parameters())
     kept = _kept_input(module, call) if trains or call.needs_dx else 0
     if not _is_matmul(module):
@@ -372,16 +332,11 @@ def _dense_cost(module: nn.Module, call: Call) -> Cost:
         parameter: Any = module.weight
         weight, trains_weight = parameter.numel(), parameter.requires_grad
     macs = _positions(module, call) * weight
-    return Cost(
-        forward_macs=macs,
-        input_gradient_macs=call.needs_dx * macs,
-        weight_gradient_macs=trains_weight * macs,
-        activation_bytes=kept,
-    )
+    return Cost(0, macs, call.needs_dx * macs, trains_weight * macs, activation_bytes=kept)
 
 
 def _basis_cost(layer: BasisConv2d, call: Call, mode: str) -> Cost:
-    """A basis convolution in one of the three modes; without parameters."""
+    """A basis convolution in one of the three modes: n C F, n k F and the products of A, as the code says."""
     n, f, a = _positions(layer, call), layer.basis[0].numel(), layer.coefficients
     c, k, rank = layer.out_channels, layer.basis_channels, a.rank if isinstance(a, LowRank) else 0
     dx, db, da = call.needs_dx, layer.basis.requires_grad, a.trains
@@ -393,31 +348,25 @@ def _basis_cost(layer: BasisConv2d, call: Call, mode: str) -> Cost:
 
     build = _products(a.products, f, dz=db, da=da)
     if mode == "composed":
-        return Cost(
-            forward_macs=n * c * f + build.forward_macs,
-            input_gradient_macs=dx * n * c * f,
-            weight_gradient_macs=(da or db) * n * c * f + build.backward_macs,
-            activation_bytes=(x + w) * (trains or dx) + f * hidden * da + own * (db and isinstance(a, Sparse)),
-        )
+        kept = (x + w) * (trains or dx) + f * hidden * da + own * (db and isinstance(a, Sparse))
+        weights = (da or db) * n * c * f + build.backward_macs
+        return Cost(0, n * c * f + build.forward_macs, dx * n * c * f, weights, activation_bytes=kept)
     convolve = Cost(0, n * k * f, dx * n * k * f, db * n * k * f)
     if mode == "factorized" and not a.mixes:
         kept = x * dz + (bool(rank) * z + n * hidden) * (dz or da)
         return convolve + _products(a.products, n, dz=dz, da=da) + Cost(activation_bytes=kept)
     identity = n * k * a.columns
     backward = (dz + da) * identity
-    mix = _products((a.rows * a.columns,), n, dz=dz, da=da)
+    mix = convolve + _products((a.rows * a.columns,), n, dz=dz, da=da)
     if mode == "factorized":
-        kept = x * dz + (z + m) * (trains or dx)
-        return convolve + mix + Cost(0, 0, 0, 0, identity, backward, kept)
+        return mix + Cost(0, 0, 0, 0, identity, backward, x * dz + (z + m) * (trains or dx))
     assembly = a.rows * rank * a.columns  # U V
-    return replace(
-        convolve + mix + Cost(0, 0, 0, 2 * da * assembly, 0, backward, (x + m) * (dz or da) + z * da),
-        forward_macs=n * c * f + build.forward_macs + assembly,
-    )
+    hybrid = mix + Cost(0, 0, 0, 2 * da * assembly, 0, backward, (x + m) * (dz or da) + z * da)
+    return replace(hybrid, forward_macs=n * c * f + build.forward_macs + assembly)
 
 
 def _structured_cost(layer: Any, call: Call) -> Cost:
-    """A structured layer, product after product; without parameters."""
+    """A structured layer, product after product."""
     *images, _, height, width = call.x
     pixels = {"output": _positions(layer, call), "input": math.prod(images) * height * width}
     learns = any(p.requires_grad for p in layer.parts.values())
@@ -433,10 +382,9 @@ def _structured_cost(layer: Any, call: Call) -> Cost:
 
 
 def _through_basis_cost(conv: BasisConv2d, call: Call) -> Cost:
-    """A batch normalisation that is taken through the basis, beside the mixing, which counts as its convolution's."""
-    images, c, *spatial = call.y
-    k = conv.basis_channels
-    macs = images * math.prod(spatial) * k * k  # the covariance, and its part in the gradient of Z
+    """A batch normalisation through the basis: n k^2 for the covariance of Z, and as much in the gradient of Z."""
+    c, k = call.y[1], conv.basis_channels
+    macs = call.y[0] * math.prod(call.y[2:]) * k * k
     return Cost(0, macs, call.needs_dx * macs, activation_bytes=4 * (c * k + c + k))
 
 
@@ -470,30 +418,3 @@ def _kept_input(module: nn.Module, call: Call) -> int:
     padded = math.prod(outer) * (height + top + bottom) * (width + left + right) * call.itemsize
     keeps_both = module.padding_mode in ("reflect", "replicate") and call.needs_dx
     return padded + plain * keeps_both
-
-
-# -- the table ----------------------------------------------------------------------------------
-
-
-def _columns(cost: Cost) -> dict[str, int]:
-    return asdict(cost) | {"backward_macs": cost.backward_macs}
-
-
-def _shown(cost: Cost) -> tuple[int, ...]:
-    identity = cost.identity_forward_macs + cost.identity_backward_macs
-    macs = (cost.forward_macs, cost.input_gradient_macs, cost.weight_gradient_macs, identity)
-    return (cost.parameters, *macs, cost.activation_bytes, cost.building_macs)
-
-
-def _cells(cost: Cost) -> tuple[str, ...]:
-    parameters, *others = _shown(cost)
-    return (f"{parameters:,}", *map(_short, others))
-
-
-def _short(number: float) -> str:
-    """1234567 as ``1.235 M``; 0 as an empty cell."""
-    for unit in ("", " k", " M", " G"):
-        if number < 1000:
-            return f"{number:.4g}{unit}" if number else ""
-        number /= 1000
-    return f"{number:,.4g} T"

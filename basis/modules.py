@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -22,25 +22,22 @@ def hooked(model: nn.Module, hooks: Mapping[str, Callable]) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode; every module's own flag comes back."""
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
+def keeping(modules: Iterable[nn.Module], *names: str) -> Iterator[None]:
+    """Whatever happens to these attributes of each module, they come back."""
+    kept = [(module, name, getattr(module, name)) for module in modules for name in names]
     try:
         yield
     finally:
-        for module, flag in flags.items():
-            module.training = flag
+        for module, name, value in kept:
+            setattr(module, name, value)
 
 
-def is_channels_last(weight: Tensor) -> bool:
-    """Whether a 4-d weight is stored channels-last and not (also) contiguous in the ordinary sense."""
-    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-
-
-def tracking_norms(model: nn.Module) -> list[_BatchNorm]:
-    """The batch normalisations with running statistics, each once."""
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode; every module's own flag comes back."""
+    with keeping(model.modules(), "training"):
+        model.eval()
+        yield
 
 
 @contextmanager
@@ -50,14 +47,20 @@ def training_norms(norms: Sequence[_BatchNorm], *, afresh: bool = False) -> Iter
     With ``afresh`` their statistics start at zero and become the plain average over the batches to come, whatever
     their momentum (EagleEye: Li et al. 2020, arXiv 2007.02491, section 3.2).
     """
-    kept = [(norm.training, norm.momentum) for norm in norms]
-    for norm in norms:
-        norm.train()
-        if afresh:
-            norm.momentum = None
-            norm.reset_running_stats()
-    try:
+    with keeping(norms, "training", "momentum"):
+        for norm in norms:
+            norm.train()
+            if afresh:
+                norm.momentum = None
+                norm.reset_running_stats()
         yield
-    finally:
-        for norm, (flag, momentum) in zip(norms, kept, strict=True):
-            norm.training, norm.momentum = flag, momentum
+
+
+def tracking_norms(model: nn.Module) -> list[_BatchNorm]:
+    """The batch normalisations with running statistics, each once."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+def is_channels_last(weight: Tensor) -> bool:
+    """Whether a 4-d weight is stored channels-last and not (also) contiguous in the ordinary sense."""
+    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()

@@ -29,8 +29,7 @@ class Unwritable(RecordError):
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A temporary file beside ``path`` that takes its place when the block ends well, and else vanishes.
 
-    Whoever reads ``path`` therefore sees the old content or the new, never a part, also after a crash or
-    on a full disk (``OSError``). The folder is made if need be.
+    Readers see the old content or the new, never a part, also on a full disk (``OSError``). Makes the folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp", delete=False)  # noqa: SIM115
@@ -47,11 +46,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON under a temporary name and rename it, so that the file is whole or not there.
-
-    Raises:
-        RecordError: when it cannot be written, as on a full disk; nothing is left behind.
-    """
+    """Write JSON, whole or not at all. Raises :class:`Unwritable` when that fails, as on a full disk."""
     try:
         with replacing(path) as file:
             file.write(json.dumps(value, indent=1).encode() + b"\n")
@@ -60,6 +55,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def unwritable(path: Path, error: OSError) -> Unwritable:
+    """What to raise where ``path`` could not be written."""
     return Unwritable(
         f"{path} could not be written ({error.strerror}); make room there and run the command again: "
         "finished runs are kept and the rest goes on from its checkpoints"
@@ -69,9 +65,7 @@ def unwritable(path: Path, error: OSError) -> Unwritable:
 class Saved:
     """What a frozen dataclass inherits to be saved and loaded.
 
-    Attributes:
-        kind: what the file says it is.
-        parts: names of fields that hold another dataclass, or a tuple of them, with its class.
+    ``kind`` is what the file says it is; ``parts`` are the fields that hold another dataclass, or a tuple of them.
     """
 
     kind: ClassVar[str]
@@ -85,17 +79,17 @@ class Saved:
     @classmethod
     def from_json(cls: type[Own], text: str) -> Own:
         """The result that :meth:`to_json` wrote. Raises ``ValueError`` where ``text`` is not one."""
+        what = cls.kind.replace("_", " ")
         try:
             content = json.loads(text)
         except ValueError as error:
             raise ValueError(f"this is not readable JSON: {error}") from error
-        key = f"basis_{cls.kind}"
-        if not isinstance(content, dict) or content.get(key) != VERSION:
-            raise ValueError(f"this JSON is no {cls.kind.replace('_', ' ')} of version {VERSION}")
+        if not isinstance(content, dict) or content.pop(f"basis_{cls.kind}", None) != VERSION:
+            raise ValueError(f"this JSON is no {what} of version {VERSION}")
         try:
-            return _made(cls, {name: value for name, value in content.items() if name != key})
+            return _made(cls, content)
         except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"the {cls.kind.replace('_', ' ')} is damaged: {error}") from error
+            raise ValueError(f"the {what} is damaged: {error}") from error
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the result as JSON to ``path``, whole or not at all."""

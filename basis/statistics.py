@@ -1,4 +1,4 @@
-"""Means and differences with 95 % intervals, for small numbers of independent runs."""
+"""Means, proportions and differences with 95 % intervals, for small numbers of independent runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -31,30 +30,35 @@ class Estimate:
         return value if math.isnan(self.low) else f"{value} [{low}, {high}]"
 
 
+def _student(value: float, error: float, freedom: int, n: int, *, comparisons: int = 1) -> Estimate:
+    """``value`` with Student's interval for its standard error; no interval without degrees of freedom."""
+    from scipy import stats
+
+    half = float(stats.t.ppf(1 - 0.025 / comparisons, freedom)) * error if freedom else math.nan
+    return Estimate(value, value - half, value + half, n)
+
+
 def mean_estimate(values: Sequence[float]) -> Estimate:
     """The mean with Student's interval. Raises ``ValueError`` for no values."""
     if not len(values):
         raise ValueError("there are no values to take a mean of")
     x = np.asarray(values, dtype=float)
-    if len(x) < 2:
-        return Estimate(float(x.mean()), math.nan, math.nan, len(x))
-    half = float(stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
-    return Estimate(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half, len(x))
+    error = float(x.std(ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else math.nan
+    return _student(float(x.mean()), error, len(x) - 1, len(x))
 
 
 def proportion_estimate(successes: float, n: int) -> Estimate:
-    """The share ``successes / n`` of independent trials, with Wilson's score interval (1927), which holds near 0 and 1.
+    """The share ``successes / n`` of independent trials with Wilson's score interval (1927), which holds near 0 and 1.
 
     Raises:
         ValueError: for no trials, or successes outside 0 to n.
     """
+    from scipy import stats
+
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"{successes} successes in {n} trials make no proportion")
-    z2 = float(stats.norm.ppf(0.975)) ** 2
-    p = successes / n
-    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n**2))) / (1 + z2 / n)
-    return Estimate(p, min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half)), n)
+    interval = stats.binomtest(int(successes), n).proportion_ci(0.95, method="wilson")
+    return Estimate(successes / n, float(interval.low), float(interval.high), n)
 
 
 def difference_estimate(first: Sequence[float], second: Sequence[float], *, comparisons: int = 1) -> Estimate:
@@ -63,6 +67,8 @@ def difference_estimate(first: Sequence[float], second: Sequence[float], *, comp
     Runs are independent even at equal seeds (Jordan 2023, arXiv 2304.01910), so nothing is paired. With
     ``comparisons`` > 1 it is one of that many intervals that hold together with 95 % (Bonferroni).
     """
+    from scipy import stats
+
     if not len(first) or not len(second):
         raise ValueError("a difference needs runs on both sides")
     a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
@@ -85,11 +91,7 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
 
 @dataclass(frozen=True)
 class Spread:
-    """The standard deviation between equal runs, pooled over variants, and its degrees of freedom.
-
-    For variants of few runs each, whose own deviations say little (two runs give one degree of freedom). It takes
-    the spread to be the same in all variants.
-    """
+    """The standard deviation between equal runs, pooled over variants of few runs each, and its degrees of freedom."""
 
     value: float
     freedom: int
@@ -103,17 +105,11 @@ class Spread:
         return self.contrast([(1, first), (-1, second)], comparisons=comparisons)
 
     def contrast(self, variants: Sequence[tuple[float, Sequence[float]]], *, comparisons: int = 1) -> Estimate:
-        """The sum of weight x mean over the variants; n is the smallest of their numbers of runs.
-
-        With ``comparisons`` > 1 the interval is one of that many that hold together with 95 % (Bonferroni).
-        """
+        """The sum of weight x mean over the variants, with n and ``comparisons`` as in :func:`difference_estimate`."""
         value = float(sum(weight * np.mean(values) for weight, values in variants))
-        n = min(len(values) for _, values in variants)
-        if not self.freedom:
-            return Estimate(value, math.nan, math.nan, n)
         variance = sum(weight**2 / len(values) for weight, values in variants)
-        half = float(stats.t.ppf(1 - 0.025 / comparisons, self.freedom)) * self.value * math.sqrt(variance)
-        return Estimate(value, value - half, value + half, n)
+        n = min(len(values) for _, values in variants)
+        return _student(value, self.value * math.sqrt(variance), self.freedom, n, comparisons=comparisons)
 
 
 def pooled_spread(variants: Iterable[Sequence[float]]) -> Spread:

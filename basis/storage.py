@@ -13,9 +13,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from basis.layers.conv import BasisConv2d, Mode
+from basis.layers.coefficients import Form
+from basis.layers.conv import BasisConv2d
+from basis.plan import Plan, plan_of
 from basis.saving import replacing
-from basis.substitution import Plan, plan_of, substitute
+from basis.substitution import substitute
 from basis.text import few
 
 PLAN_FILE, STATE_FILE = "plan.json", "model.safetensors"
@@ -24,11 +26,8 @@ PLAN_FILE, STATE_FILE = "plan.json", "model.safetensors"
 def save(model: nn.Module, folder: str | os.PathLike) -> None:
     """Write ``model`` to ``folder``: ``model.safetensors`` (its state) and ``plan.json``; no pickle.
 
-    A tensor that the state holds under several names is written once. The forms of the coefficients are
-    written too; modes are not: they belong to the machine, not to the model.
-
-    Raises:
-        ValueError: for a state with entries that are not tensors with values.
+    A tensor with several names is written once. Modes are not written: they belong to the machine, not to the model.
+    Raises ``ValueError`` for a state with entries that are not tensors with values.
     """
     tensors: dict[str, Tensor] = {}
     alias: dict[str, str] = {}
@@ -36,50 +35,49 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor) or is_lazy(value) or value.is_meta:
             raise ValueError(f"the state's entry {name!r} is not a tensor with values and cannot be saved")
-        if id(value) in first:
+        if first.setdefault(id(value), name) != name:
             alias[name] = first[id(value)]
         else:
-            first[id(value)] = name
             tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     folder, plan = Path(folder), plan_of(model)
-    ks = [name for name, size in plan.layers.items() if not isinstance(size, str)]
-    forms = {name: str(_layer(model, name).coefficients.form) for name in ks}
+    layers = {name: _layer(model, name) for name, size in plan.layers.items() if not isinstance(size, str)}
+    forms = {name: str(layer.coefficients.form) for name, layer in layers.items()}
     about = {"alias": json.dumps(alias), "coefficients": json.dumps(forms)}
     with replacing(folder / STATE_FILE) as file:
         file.write(safetensors.torch.save(tensors, about))
     plan.save(folder / PLAN_FILE)
 
 
-def load(model: nn.Module, folder: str | os.PathLike, *, mode: Mode = "auto") -> nn.Module:
+def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     """The model that :func:`save` wrote to ``folder``, on the architecture of the dense ``model``.
 
-    The weights of ``model`` are not used and it is left alone; device, dtype, flags, hooks and sharing
-    are its own, but for coefficients, which are held and shared as in the saved model. Structured layers share
-    as :func:`basis.substitute` lets them.
+    The weights of ``model`` are not used and it is left alone; device, dtype, flags, hooks and sharing are its own,
+    but for coefficients, which are held and shared as in the saved model.
 
     Raises:
         FileNotFoundError: when a file is missing.
-        ValueError: when a file is damaged, or the plan or state does not fit ``model``; names what
-            differs.
+        ValueError: when a file is damaged, or the plan or state does not fit ``model``; names what differs.
     """
     folder = Path(folder)
     plan = Plan.load(folder / PLAN_FILE)
     state, alias, forms = _read_state(folder / STATE_FILE)
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("model is on the meta device; give it storage first: model.to_empty(device='cpu')")
+    kinds = {name: "" if isinstance(size, str) else forms.get(name, "dense") for name, size in plan.layers.items()}
+    loaded = model
     with torch.random.fork_rng(devices=[]):  # the random start is overwritten: leave no trace of it
-        loaded = substitute(model, {n: size for n, size in plan.layers.items() if isinstance(size, str)}, init="random")
-        ks = {name: size for name, size in plan.layers.items() if not isinstance(size, str)}
-        for form in dict.fromkeys(forms.get(name, "dense") for name in ks):
-            held = {name: k for name, k in ks.items() if forms.get(name, "dense") == form}
+        for kind in dict.fromkeys(kinds.values()) or ("",):
+            part = {name: size for name, size in plan.layers.items() if kinds[name] == kind}
             # Which layers share coefficients is told by the names of the tensors, so here each gets its own.
-            for part in ({name: k} for name, k in held.items()) if form == "shared" else (held,):
-                loaded = substitute(loaded, part, mode=mode, init="random", coefficients=form)
+            form = "dense" if kind in ("", "shared") else kind
+            loaded = substitute(loaded, part, init="random", coefficients=form)
+    for name in (name for name, kind in kinds.items() if kind == "shared"):
+        _layer(loaded, name).coefficients.form = Form("shared")
     for name, other in alias.items():
         if ".coefficients." in name:
-            _layer(loaded, _owner(name)).coefficients = _layer(loaded, _owner(other)).coefficients
-    problems = misfits(loaded.state_dict(keep_vars=True), state)
-    if problems:
+            owner, source = (entry.rpartition(".coefficients.")[0] for entry in (name, other))
+            _layer(loaded, owner).coefficients = _layer(loaded, source).coefficients
+    if problems := misfits(loaded.state_dict(keep_vars=True), state):
         raise ValueError(
             f"{folder / STATE_FILE} does not fit this {type(model).__name__}: {few(problems, '; ')}. "
             "load takes the architecture that the saved model was made from"
@@ -89,13 +87,25 @@ def load(model: nn.Module, folder: str | os.PathLike, *, mode: Mode = "auto") ->
 
 
 def put_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """``load_state_dict`` of tensors without the versions of their modules, which are taken to be those of ``model``.
-
-    Files of safetensors hold no versions, and some modules (torchvision's MNASNet) refuse a state without.
-    """
+    """``load_state_dict`` with the versions of ``model``, without which torchvision's MNASNet refuses a state."""
     versioned = model.state_dict()
     versioned.update(state)
     model.load_state_dict(versioned)
+
+
+def misfits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """What differs between the entries of a model and of a file, in words."""
+    problems = [f"{name} is missing from the file" for name in expected if name not in state]
+    problems += [f"{name} is in the file but not in the model" for name in state if name not in expected]
+    first: dict[int, str] = {}
+    for name in (name for name in expected if name in state):
+        here, there = tuple(expected[name].shape), tuple(state[name].shape)
+        if here != there:
+            problems.append(f"{name} is {there} in the file, but {here} in the model")
+        twin = first.setdefault(id(expected[name]), name)
+        if twin in state and not torch.equal(state[twin], state[name]):
+            problems.append(f"{twin} and {name} are one tensor in the model, but differ in the file")
+    return problems
 
 
 def _layer(model: nn.Module, name: str) -> BasisConv2d:
@@ -103,11 +113,6 @@ def _layer(model: nn.Module, name: str) -> BasisConv2d:
     if not isinstance(layer, BasisConv2d):
         raise ValueError(f"{name} is a basis convolution in the file, but a {type(layer).__name__} in the model")
     return layer
-
-
-def _owner(entry: str) -> str:
-    """The layer whose coefficients an entry of the state belongs to."""
-    return entry.rpartition(".coefficients.")[0]
 
 
 def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
@@ -122,18 +127,3 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str
         return state | {name: state[other] for name, other in alias.items()}, alias, forms
     except (SafetensorError, ValueError, KeyError, AttributeError, OSError) as error:
         raise ValueError(f"{path} is damaged or no state that save() wrote: {error}") from error
-
-
-def misfits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """What differs between the entries of a model and of a file, in words."""
-    problems = [f"{name} is missing from the file" for name in expected if name not in state]
-    problems += [f"{name} is in the file but not in the model" for name in state if name not in expected]
-    first: dict[int, str] = {}
-    for name in (name for name in expected if name in state):
-        here, there = tuple(expected[name].shape), tuple(state[name].shape)
-        if here != there:
-            problems.append(f"{name} is {there} in the file, but {here} in the model")
-        tied = first.setdefault(id(expected[name]), name)
-        if tied in state and not torch.equal(state[tied], state[name]):
-            problems.append(f"{tied} and {name} are one tensor in the model, but differ in the file")
-    return problems

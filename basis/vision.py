@@ -1,11 +1,8 @@
-"""The libraries of other people's networks, torchvision and timm, imported in a way that works beside any torch.
+"""torchvision and timm, imported beside any build of torch.
 
-The torchvision of PyPI holds operators compiled against the torch of PyPI, with CUDA. Beside another build of
-the same torch, such as the one for CPUs alone, they do not load; ``import torchvision`` goes on without them and
-then fails where it gives two of them, ``nms`` and ``qnms``, a shape rule: ``operator torchvision::nms does not
-exist``. Networks for classification need no such operator. :func:`import_torchvision` declares the two in that
-case, and in that case only, so that all of torchvision but those operators can be used. timm imports torchvision,
-so it goes the same way.
+Beside another build of torch than that of PyPI, as the one for CPUs, torchvision's compiled operators do not load, and
+its import fails where it gives two of them, ``nms`` and ``qnms``, a shape rule. Classification needs neither, so they
+are declared in that case. timm imports torchvision.
 """
 
 from __future__ import annotations
@@ -15,17 +12,11 @@ from types import ModuleType
 
 import torch
 
-# The operators that torchvision speaks of while it is imported, as its own source declares them.
 _SCHEMAS = {name: "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor" for name in ("nms", "qnms")}
 
 
 def import_torchvision() -> ModuleType:
-    """The module ``torchvision``, with its compiled operators where they fit this torch, else without them.
-
-    Raises:
-        ModuleNotFoundError: where it is not installed; says how to install it.
-        RuntimeError: where it cannot be imported beside this torch for any other reason.
-    """
+    """The module ``torchvision``, with its compiled operators where they fit this torch, else without them."""
     try:
         return _import("torchvision")
     except RuntimeError as error:
@@ -38,7 +29,7 @@ def import_torchvision() -> ModuleType:
 
 
 def import_timm() -> ModuleType:
-    """The module ``timm``. Raises what :func:`import_torchvision` raises."""
+    """The module ``timm``."""
     import_torchvision()
     return _import("timm")
 

@@ -88,5 +88,5 @@ def test_every_colour_stands_out_from_its_background(theme):
 
 
 def test_a_label_keeps_its_colour():
-    assert figures.colour("r = 1/2") == figures.colour("r=1/2") != figures.colour("dense")
-    assert figures.colour("something else") == figures.colour("something else")
+    assert figures.LIGHT.colour("r = 1/2") == figures.LIGHT.colour("r=1/2") != figures.LIGHT.colour("dense")
+    assert figures.DARK.colour("something else") == figures.DARK.colour("something else")

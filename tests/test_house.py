@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; a module may import from floors below its own, and from its own package.
 FLOORS = (
-    ("text", "saving", "environment", "statistics", "modules"),
+    ("text", "saving", "environment", "statistics", "modules", "vision"),
     ("data", "batches", "figures"),
     ("layers",),
-    ("models", "costs", "vision"),
+    ("models", "costs"),
     ("plan", "substitution", "storage", "decompositions"),
     ("training",),
     ("bench",),

@@ -1,7 +1,6 @@
 """Folding, the choice of the form, and export: always against the model itself."""
 
 import copy
-import shutil
 import sys
 import warnings
 from dataclasses import replace
@@ -18,7 +17,7 @@ from basis.bench.timing import Setting
 from basis.inference import FoldReport, export_onnx, export_program, fold, measure_fold, norms_left
 from basis.layers.batchnorm import couple
 from basis.layers.conv import MODES
-from basis.models import BasicBlock, ResNet, build
+from basis.models import build
 from basis.modules import is_channels_last
 from basis.saving import RecordError
 from basis.substitution import plan_of
@@ -98,21 +97,14 @@ def layer_and_norm(*args, norm=True, affine=True, ratio=0.5, coefficients="dense
 @pytest.mark.parametrize(
     ("args", "options"),
     [
-        ((6, 8, 3), {}),
         ((6, 8, 3), {"norm": False}),
-        ((6, 8, 3), {"norm": False, "bias": False}),
         ((6, 8, 3), {"bias": False}),
         ((6, 8, 3), {"affine": False}),
-        ((6, 8, 1), {}),
         ((6, 8, (3, 5)), {"stride": (2, 1), "padding": (0, 2)}),
-        ((6, 8, 3), {"dilation": 2, "padding": "same"}),
-        ((6, 8, (2, 3)), {"padding": "same"}),
-        ((6, 8, 3), {"padding": 1, "padding_mode": "reflect"}),
-        ((6, 8, 3), {"padding": 1, "padding_mode": "replicate"}),
+        ((6, 8, (2, 3)), {"dilation": 2, "padding": "same"}),
         ((6, 8, 3), {"padding": (1, 2), "padding_mode": "circular"}),
         ((6, 8, 3), {"groups": 2, "padding": 1}),
         ((8, 16, 3), {"groups": 2, "coefficients": "grouped:2"}),
-        ((6, 8, 3), {"ratio": 1.0}),
         *(((6, 8, 3), {"coefficients": form}) for form in FORMS[1:]),
         ((6, 16, 3), {"groups": 2, "coefficients": "low_rank:1"}),
     ],
@@ -128,9 +120,9 @@ def test_a_folded_layer_computes_the_same(args, options, factorized):
 
 
 @pytest.mark.parametrize("form", ["dense", "pairs"])
-@pytest.mark.parametrize("name", ["resnet18", "resnet20", "resnet50", "mobile"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobile", "coupled"])
 def test_a_folded_network_is_plain_and_computes_the_same(name, form):
-    model = network(name).double()
+    model = (couple(network("resnet20")) if name == "coupled" else network(name)).double()
     folded = shape(model, form)
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     with torch.no_grad():
@@ -140,15 +132,6 @@ def test_a_folded_network_is_plain_and_computes_the_same(name, form):
     assert not any(kind.__module__.startswith("basis.co") for kind in kinds)  # no layer, no coefficients
     assert not folded.training
     assert not any(parameter.requires_grad for parameter in folded.parameters())
-
-
-def test_normalisation_through_the_basis_is_folded_as_any_other():
-    ordinary = network("resnet20").double()
-    coupled = couple(ordinary)
-    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    assert norms_left(coupled) == {}
-    for form in ("dense", "pairs"):
-        assert difference(shape(coupled, form)(x), ordinary(x)) < 1e-12
 
 
 @pytest.mark.parametrize("make", [lambda: network("resnet20"), lambda: couple(network("resnet20"))])
@@ -172,23 +155,6 @@ def test_dtype_and_memory_format_are_kept(factorized):
     assert is_channels_last(conv.weight)
 
 
-def test_rounding_happens_once():
-    """In bfloat16 the weight is the rounded one of float64, not a product of rounded numbers."""
-    model = layer_and_norm(6, 8, 3).bfloat16()
-    exact = fold(model.double())[0].weight
-    assert torch.equal(fold(model.bfloat16())[0].weight, exact.bfloat16())
-
-
-def test_hooks_are_kept():
-    model = layer_and_norm(6, 8, 3, norm=False)
-    calls = []
-    model[0].register_forward_hook(lambda module, args, output: calls.append(type(module)))
-    x = torch.randn(1, 6, 5, 5, dtype=torch.float64)
-    fold(model)(x)
-    fold(model, factorized="0")(x)
-    assert calls == [nn.Conv2d, nn.Sequential]
-
-
 def test_a_shared_layer_stays_one_and_keeps_its_norm():
     conv = BasisConv2d.from_conv(nn.Conv2d(4, 4, 3, padding=1), ratio=0.5)
     model = trained(nn.Sequential(conv, nn.BatchNorm2d(4), conv, nn.BatchNorm2d(4))).double()
@@ -199,39 +165,14 @@ def test_a_shared_layer_stays_one_and_keeps_its_norm():
     assert difference(folded(x), model(x).detach()) < 1e-12
 
 
-def test_a_tied_bias_is_not_changed_by_its_neighbour():
-    model = layer_and_norm(4, 4, 3, padding=1)
-    other = nn.Conv2d(4, 4, 3, padding=1, dtype=torch.float64)
-    other.bias = model[0].bias
-    model.append(other)
-    assert both(model, (), torch.randn(2, 4, 6, 6, dtype=torch.float64)) < 1e-12
-
-
-def test_one_layer_alone():
-    layer = BasisConv2d(4, 6, 3, ratio=0.5, dtype=torch.float64)
-    for factorized in ((), [""]):
-        folded = fold(layer, factorized=factorized)
-        x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
-        assert type(folded) is (nn.Sequential if factorized else nn.Conv2d)
-        torch.testing.assert_close(folded(x), layer(x).detach(), rtol=1e-12, atol=1e-12)
-
-
 def batch_statistics():
     return nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
-
-
-def before_the_convolution():
-    return nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
 
 
 def hooked():
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
     model[0].register_forward_hook(lambda module, args, output: output.clamp(min=0))
     return model
-
-
-def parametrized():
-    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), nn.BatchNorm2d(4))
 
 
 def pruned():
@@ -264,9 +205,7 @@ def untraceable():
     ("make", "why"),
     [
         (batch_statistics, "statistics of each batch"),
-        (before_the_convolution, "does not directly follow"),
         (hooked, "forward hooks"),
-        (parametrized, "ParametrizedConv2d"),
         (pruned, "parametrized"),
         (of_its_own, "Scaled"),
         (untraceable, "cannot be traced"),
@@ -290,10 +229,9 @@ def test_what_cannot_be_folded_stays_and_says_why(make, why):
 
 def test_names_that_are_no_basis_convolutions_are_refused():
     model = network("resnet20")
-    with pytest.raises(ValueError, match=r"'layer9', which the model does not have.*conv1, "):
-        fold(model, factorized=["layer9"])
-    with pytest.raises(ValueError, match=r"'bn1', which is of the kind BatchNorm2d"):
-        fold(model, factorized="bn1")
+    for name in ("layer9", "bn1"):
+        with pytest.raises(ValueError, match=f"factorized has '{name}'.*conv1, "):
+            fold(model, factorized=[name])
     with pytest.raises(ValueError, match="meta device"):
         fold(model.to("meta"))
 
@@ -327,8 +265,8 @@ def test_the_faster_form_is_measured_once_for_each_shape():
 def test_the_report_of_real_times_is_kept(tmp_path):
     model = network("mobile").bfloat16()
     setting = Setting(device="cpu", precision="fp32", memory_format="channels_last", batch_size=2, rounds=3)
-    report = measure_fold(model, input_size=(3, 16, 16), setting=setting, name="mobile")
-    assert report.config["model"] == "mobile"
+    report = measure_fold(model, input_size=(3, 16, 16), setting=setting)
+    assert report.config["model"] == "Mobile"
     assert all(row["ms"] > 0 for row in report.rows)
     report.save(tmp_path / "fold.json")
     again = FoldReport.load(tmp_path / "fold.json")
@@ -361,8 +299,9 @@ def onnx():
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        ("resnet18", "unfolded"), ("resnet18", "dense"), ("resnet18", "pairs"), ("resnet20", "pairs"),
-        ("resnet50", "pairs"), ("mobile", "unfolded"), ("mobile", "dense"), ("mobile", "pairs"),
+        ("resnet20", "pairs"), ("mobile", "unfolded"), ("mobile", "dense"),
+        pytest.param("resnet18", "unfolded", marks=pytest.mark.weekly),
+        pytest.param("resnet50", "pairs", marks=pytest.mark.weekly),
     ],
 )  # fmt: skip
 def test_networks_as_onnx(name, form, onnx, tmp_path):
@@ -377,8 +316,8 @@ def test_networks_as_onnx(name, form, onnx, tmp_path):
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        ("resnet18", "dense"), ("resnet20", "unfolded"), ("resnet50", "dense"),
-        ("mobile", "unfolded"), ("mobile", "dense"), ("mobile", "pairs"),
+        ("resnet18", "dense"), ("mobile", "unfolded"), ("mobile", "pairs"),
+        pytest.param("resnet50", "dense", marks=pytest.mark.weekly),
     ],
 )  # fmt: skip
 def test_networks_as_programs(name, form, tmp_path):
@@ -402,6 +341,7 @@ def stack():
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
 
 
+@pytest.mark.weekly
 def test_every_mode_and_form_as_onnx(onnx, tmp_path):
     assert export_onnx(stack(), tmp_path / "stack.onnx", (8, 6, 6)).error < 1e-4
 
@@ -414,15 +354,6 @@ def test_every_mode_and_form_as_a_program(grad):
         for n in (1, 4):
             x = torch.randn(n, 8, 6, 6)
             assert difference(program(x), model(x)) < 1e-5
-
-
-def test_a_fixed_batch(onnx, tmp_path):
-    model = network("mobile")
-    done = export_onnx(model, tmp_path / "fixed.onnx", (3, 8, 8), batch=2)
-    assert done.batches == (2,)
-    dims = onnx.load(done.path).graph.input[0].type.tensor_type.shape.dim
-    assert [dim.dim_value for dim in dims] == [2, 3, 8, 8]
-    assert export_program(model, tmp_path / "fixed.pt2", (3, 8, 8), batch=1).batches == (1,)
 
 
 def test_export_is_quiet_and_leaves_model_and_loggers_alone(onnx, tmp_path, capfd):
@@ -451,10 +382,10 @@ class TestRefusals:
 
     def test_what_makes_no_sense(self, export, onnx, tmp_path):
         model, path = nn.Conv2d(3, 2, 3), tmp_path / "net"
-        for batch in (0, -1, "many", 2.0, True):
+        for batch in (0, "many", 2.0):
             with pytest.raises(ValueError, match="batch is"):
                 export(model, path, (3, 8, 8), batch=batch)
-        for size in ((), (3, 0, 8), (3, 8.0, 8)):
+        for size in ((), (3, 8.0, 8)):
             with pytest.raises(ValueError, match="input_size is"):
                 export(model, path, size)
         with pytest.raises(ValueError, match="cannot be run on images"):
@@ -477,7 +408,7 @@ class TestRefusals:
             def forward(self, x):
                 return x if x.sum() > 0 else -x
 
-        with pytest.raises(RuntimeError, match="Branch cannot be exported to"):
+        with pytest.raises(RuntimeError, match="Branch cannot be exported"):
             export(Branch(), tmp_path / "net", (3, 8, 8))
         assert list(tmp_path.iterdir()) == []
 
@@ -489,7 +420,7 @@ def test_missing_packages(onnx, tmp_path, monkeypatch):
     assert (done.error, done.batches) == (None, ())
     assert path.exists()
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ModuleNotFoundError, match="needs onnxscript: pip install onnx onnxscript onnxruntime"):
+    with pytest.raises(ModuleNotFoundError, match="needs onnxscript"):
         export_onnx(model, path, (3, 8, 8), overwrite=True)
 
 
@@ -520,29 +451,3 @@ def test_every_mode_and_form_compiles_whole(mode):
         BasisConv2d.from_conv(nn.Conv2d(8, 8, 3, padding=1), ratio=0.5, mode=mode, coefficients=form) for form in forms
     ]
     compiled_equals_eager(nn.Sequential(*layers).double(), torch.randn(2, 8, 6, 6, dtype=torch.float64), "aot_eager")
-
-
-@pytest.mark.parametrize("name", ["resnet8", "mobile"])
-def test_networks_compile_whole(name):
-    model = ResNet(BasicBlock, (1, 1, 1), width=4, num_classes=10) if name == "resnet8" else Mobile()
-    model.classify = None if name == "resnet8" else model.classify[1]  # without the dropout
-    model = substitute(model, ratio=0.5).double()
-    compiled_equals_eager(model, torch.randn(2, 3, 8, 8, dtype=torch.float64), "aot_eager")
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_inductor():
-    torch.manual_seed(0)
-    factorized = BasisConv2d(3, 8, 3, bias=False, ratio=0.5, mode="factorized")
-    composed = BasisConv2d(8, 4, 3, ratio=0.5, mode="composed")
-    model = nn.Sequential(factorized, nn.BatchNorm2d(8), nn.ReLU(), composed).double()
-    with torch._inductor.config.patch("cpp.simdlen", 1):  # code without vectors compiles in half the time
-        compiled_equals_eager(model, torch.randn(2, 3, 8, 8, dtype=torch.float64), "inductor")
-
-
-@pytest.mark.parametrize("form", ["dense", "pairs"])
-def test_folded_networks_compile_whole(form):
-    folded = shape(network("mobile"), form)
-    compiled = torch.compile(folded, fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, 3, 16, 16)
-    torch.testing.assert_close(compiled(x), folded(x))

@@ -76,7 +76,7 @@ def test_the_rule_for_c1(size, label):
     assert headline.judge(records([0.9], [0.8], size), "small")[0].label == label
 
 
-def test_a_pooled_spread_agrees_with_students_interval_for_one_arm_and_ignores_single_runs():
+def test_a_pooled_spread_agrees_with_students_interval_for_one_variant_and_ignores_single_runs():
     values = [1.0, 2.0, 4.0]
     spread = pooled_spread([values, [100.0]])
     assert spread.freedom == 2

@@ -1,7 +1,6 @@
 """substitute, merge, plans, save and load: what is kept, what is named, what is refused."""
 
 import copy
-import json
 import os
 
 import pytest
@@ -12,11 +11,11 @@ from torch.nn.utils import prune
 
 from basis.costs import count_parameters
 from basis.layers.batchnorm import BasisBatchNorm2d, couplings
-from basis.layers.coefficients import Form
 from basis.layers.conv import MODES, BasisConv2d
 from basis.models import build
 from basis.storage import load, save
 from basis.substitution import Plan, merge, plan_of, substitute
+from basis.vision import import_torchvision
 
 C_IN, C_OUT, K = 8, 12, 4
 
@@ -81,8 +80,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(("option", "mode"), list(zip(OPTIONS, MODES * len(OPTIONS), strict=False)))
 def test_at_full_rank_the_network_is_the_same(option, mode):
     model = Net(**OPTIONS[option]).double()
     lower_rank(model.conv2)
@@ -91,19 +89,6 @@ def test_at_full_rank_the_network_is_the_same(option, mode):
     x = images().double()
     assert_same(small(x), model(x), 1e-10)
     assert_same(merge(small)(x), model(x), 1e-10)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 0.004)]
-)
-def test_at_full_rank_in_other_dtypes(dtype, tolerance):
-    model = Net().to(dtype).eval()
-    lower_rank(model.conv2)
-    small = substitute(model, {"conv2": K})
-    x = images().to(dtype)
-    assert {p.dtype for p in small.parameters()} == {dtype}
-    assert_same(small(x), model(x), tolerance)
-    assert_same(merge(small)(x), model(x), tolerance)
 
 
 # -- what is kept -------------------------------------------------------------------------------
@@ -121,19 +106,6 @@ def test_the_model_given_is_left_alone():
     assert list(model.modules()) == modules
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all((p == 0).all() for p in small.parameters())
-
-
-def storages(model):
-    return {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers()) if t.numel()}
-
-
-def test_no_storage_is_shared_not_even_the_bias():
-    model = Net()
-    small = substitute(model, ratio=0.5)
-    dense = merge(small)
-    assert storages(model).isdisjoint(storages(small))
-    assert storages(small).isdisjoint(storages(dense))
-    assert_same(dense.conv2.bias, model.conv2.bias)
 
 
 @pytest.mark.parametrize("init", ["svd", "random"])
@@ -155,11 +127,6 @@ def test_flags_and_formats_are_kept(init):
     assert small.conv2.basis.is_contiguous(memory_format=torch.channels_last)
     assert small.conv1.basis.requires_grad
     assert merge(small).conv2.weight.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_the_device_is_kept():
-    small = substitute(Net().to("meta"), ratio=0.5, init="random")
-    assert {t.device.type for t in (*small.parameters(), *small.buffers())} == {"meta"}
 
 
 def with_every_hook(model, log):
@@ -204,12 +171,6 @@ def test_hooks_of_every_kind_are_kept():
         assert ("forward", seen) not in log
 
 
-def test_a_hook_may_change_the_output():
-    model = Net()
-    model.conv2.register_forward_hook(lambda module, args, y: y * 0)
-    assert_same(substitute(model, ratio=0.5)(images()), model.fc.bias.expand(2, -1))
-
-
 def test_a_module_with_several_names_stays_shared():
     shared = nn.Conv2d(C_IN, C_IN, 3, padding=1)
     model = nn.Sequential(shared, nn.ReLU(), shared)
@@ -223,16 +184,6 @@ def test_a_module_with_several_names_stays_shared():
     assert Plan.uniform(model, ratio=0.5).layers == {"0": 4}
     with pytest.raises(ValueError, match="gives 0 k = 4 and 2 k = 6, but they are one shared layer"):
         substitute(model, {"0": 4, "2": 6})
-
-
-def test_a_tied_bias_stays_tied():
-    model = nn.Sequential(nn.Conv2d(C_IN, C_IN, 3), nn.Conv2d(C_IN, C_IN, 3))
-    model[1].bias = model[0].bias
-    small = substitute(model, {"0": 4})
-    assert small[0].bias is small[1].bias
-    assert_same(small[0].bias, model[0].bias)
-    dense = merge(small)
-    assert dense[0].bias is dense[1].bias
 
 
 def test_a_bare_convolution():
@@ -260,36 +211,7 @@ def test_models_that_keep_computed_tensors_can_be_substituted():
     assert small.fc.weight_g.grad.any()
 
 
-def test_a_deep_copy_works_like_its_model():
-    small = substitute(Net(), ratio=0.5)
-    x = images()
-    assert_same(copy.deepcopy(small)(x), small(x))
-
-
 # -- how it is done -----------------------------------------------------------------------------
-
-
-def test_svd_approximates_and_random_draws_anew():
-    model = Net()
-    near = substitute(model, {"conv2": 10}).conv2.weight
-    drawn = substitute(model, {"conv2": 10}, init="random").conv2.weight
-    weight = model.conv2.weight
-    assert (near - weight).norm() < 0.4 * weight.norm()
-    assert (drawn - weight).norm() > weight.norm()
-
-
-def test_merge_makes_plain_convolutions_of_the_same_function():
-    small = substitute(build("resnet20", width=4), ratio=0.5).eval()
-    dense = merge(small)
-    assert not any(isinstance(module, BasisConv2d) for module in dense.modules())
-    x = torch.randn(2, 3, 32, 32)
-    assert_same(dense(x), small(x), 1e-4)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_the_mode_reaches_every_layer(mode):
-    small = substitute(Net(), ratio=0.5, mode=mode)
-    assert {m.mode for m in small.modules() if isinstance(m, BasisConv2d)} == {mode}
 
 
 def test_batch_normalisation_through_the_basis():
@@ -302,16 +224,6 @@ def test_batch_normalisation_through_the_basis():
     assert torch.allclose(coupled(x), ordinary(x))
     assert torch.allclose(merge(coupled)(x), merge(ordinary)(x))
     assert plan_of(coupled) == plan_of(ordinary)
-
-
-def test_a_coupled_model_can_be_substituted_further():
-    first = substitute(build("resnet18", width=8).double(), {"layer1.0.conv1": 4}, batch_norm="through_basis")
-    for batch_norm, coupled in (("ordinary", 1), ("through_basis", 2)):
-        second = substitute(first, {"layer4.1.conv2": 8}, batch_norm=batch_norm)
-        assert sum(isinstance(m, BasisBatchNorm2d) for m in second.modules()) == coupled
-        assert plan_of(second).layers == {"layer1.0.conv1": 4, "layer4.1.conv2": 8}
-        x = torch.randn(2, 3, 16, 16).double()
-        assert torch.allclose(second.eval()(x), merge(second)(x))
 
 
 def test_what_cannot_be_coupled_is_substituted_all_the_same():
@@ -327,20 +239,12 @@ def test_layers_of_a_plan_at_c_out_stay_dense():
     assert isinstance(small.conv2, BasisConv2d)
 
 
-def test_a_whole_resnet_by_ratio():
-    small = substitute(build("resnet18", width=8), ratio=0.5)
-    assert len(plan_of(small).layers) == 20
-    assert not plan_of(small).skipped
-    assert small.layer4[0].conv1.basis_channels == 32
-
-
 # -- forms of the coefficients ------------------------------------------------------------------
 
 FORMS = ("dense", "low_rank:2", "low_rank:1/4", "grouped:2", "sparse:2", "shared", "frozen", "repeat")
 
 
-@pytest.mark.parametrize("init", ["svd", "random"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "init"), list(zip(FORMS, ("svd", "random") * len(FORMS), strict=False)))
 def test_the_form_reaches_every_layer_and_merge_undoes_it(form, init):
     model = build("resnet20", width=8).double().eval()
     small = substitute(model, ratio=0.5, init=init, coefficients=form, exclude="conv1")
@@ -357,11 +261,6 @@ def test_the_form_reaches_every_layer_and_merge_undoes_it(form, init):
     other = substitute(build("resnet20", width=8).double().eval(), ratio=0.5, coefficients=form, exclude="conv1")
     other.load_state_dict(small.state_dict())
     assert_same(other(x), small(x))
-
-
-def test_a_form_may_be_given_as_such():
-    small = substitute(Net(), {"conv2": K}, coefficients=Form("low_rank", 2))
-    assert small.conv2.coefficients.rank == 2
 
 
 def twins():
@@ -387,45 +286,17 @@ def test_shared_ties_the_layers_of_equal_shape(init):
     assert apart[0].coefficients is not apart[1].coefficients
 
 
-def test_shared_is_fitted_to_all_layers_at_once():
-    model = nn.Sequential(nn.Conv2d(4, 12, 3), nn.Conv2d(12, 12, 1), nn.Conv2d(12, 12, 3, groups=2)).double()
-    small = substitute(model, ratio=0.5, coefficients="shared")
-    together = torch.cat([conv.weight.detach().flatten(1) for conv in model[:2]], dim=1)
-    ours = torch.cat([layer.weight.detach().flatten(1) for layer in small[:2]], dim=1)
-    best = torch.linalg.svdvals(together)[6:].norm().item()
-    assert (ours - together).norm().item() == pytest.approx(best, rel=1e-9)
-    alone = substitute(model, ratio=0.5)
-    assert_same(small[2].weight, alone[2].weight)
-
-
-@pytest.mark.parametrize("init", ["svd", "random"])
-def test_what_is_tied_stays_tied_in_copies_and_learns_from_all_layers(init):
-    small = copy.deepcopy(substitute(Net().requires_grad_(), {"conv2": K}, init=init, coefficients="shared"))
-    assert small.conv2.coefficients.trains
-    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
-    twin = copy.deepcopy(substitute(model, ratio=0.5, init=init, coefficients="shared"))
-    assert twin[0].coefficients is twin[2].coefficients
-    twin.load_state_dict(twin.state_dict())
-    x = torch.randn(1, 8, 6, 6)
-    before = merge(twin)(x)
-    assert_same(twin(x), before, 1e-5)
-    twin(x).sum().backward()
-    assert twin[0].coefficients.values.grad.any()
-
-
-@pytest.mark.parametrize("init", ["svd", "random"])
 @pytest.mark.parametrize(
-    ("form", "sentence"),
+    ("form", "says"),
     [
-        ("low_rank:3", "conv1: coefficients is 'low_rank:3', but A is 6 x 2, and no rank is above 2"),
-        ("grouped:3", "conv1: coefficients is 'grouped:3', but 2 basis and 6 derived filters cannot"),
-        ("sparse:3", "conv1: coefficients is 'sparse:3', but a row of A has only 2 entries"),
-        ("low-rank:3", "^coefficients is 'low-rank:3', but it must be one of dense"),
+        ("low_rank:3", "conv1: .*'low_rank:3'"),
+        ("grouped:3", "conv1: .*'grouped:3'"),
+        ("low-rank:3", "^coefficients is"),
     ],
 )
-def test_a_form_that_does_not_fit_names_the_layer(form, sentence, init):
-    with pytest.raises(ValueError, match=sentence):
-        substitute(Net(), ratio=0.25, init=init, coefficients=form)
+def test_a_form_that_does_not_fit_names_the_layer(form, says):
+    with pytest.raises(ValueError, match=says):
+        substitute(Net(), ratio=0.25, init="random", coefficients=form)
 
 
 # -- plans --------------------------------------------------------------------------------------
@@ -503,9 +374,51 @@ def test_a_ratio_that_leaves_nothing_to_derive_says_so():
     assert Plan.uniform(Net(), ratio=1.0).skipped.keys() == {"conv1", "conv2"}
 
 
-def test_plan_of_reads_the_layers():
-    small = substitute(Net(), {"conv2": K})
-    assert plan_of(small) == Plan({"conv2": K}, {"conv1": "left dense"})
+def size_of(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_a_uniform_plan_never_makes_a_layer_of_mobilenet_larger():
+    model = import_torchvision().models.mobilenet_v2(weights=None)
+    for ratio in (0.25, 0.5, 0.75):
+        small = substitute(model, ratio=ratio, init="random")
+        plan = plan_of(small)
+        assert plan.layers
+        assert all(size_of(small.get_submodule(name)) <= size_of(model.get_submodule(name)) for name in plan.layers)
+        assert size_of(small) < size_of(model)
+        reasons = Plan.uniform(model, ratio=ratio).skipped
+        grown = {name: reason for name, reason in reasons.items() if "larger" in reason}
+        for name, reason in grown.items():
+            conv = model.get_submodule(name)
+            k = round(ratio * conv.out_channels)
+            one = substitute(conv, {"": k}, init="random")  # an explicit plan does what it says
+            assert size_of(one) > size_of(conv)
+            assert f"k = {k} " in reason
+        assert len(plan.layers) + len(grown) == sum(isinstance(m, nn.Conv2d) and m.groups == 1 for m in model.modules())
+        assert grown or ratio < 0.5
+
+
+@pytest.mark.parametrize(
+    ("form", "replaced"), [("dense", False), ("frozen", True), ("low_rank:2", True), ("shared", True)]
+)
+def test_whether_a_layer_grows_depends_on_the_form_of_its_coefficients(form, replaced):
+    model = nn.Sequential(nn.Conv2d(8, 32, 1), nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 3))
+    small = substitute(model, ratio=0.5, coefficients=form, init="random")
+    assert ("0" in plan_of(small).layers) == replaced
+    assert count_parameters(small) < count_parameters(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio", "grown"),
+    [
+        ("resnet20", 0.75, 0), ("resnet56", 0.5, 0), ("resnet18", 0.25, 0), ("resnet50", 0.25, 0),
+        ("resnet18", 0.5, 1), ("resnet34", 0.5, 1), ("resnet18", 0.75, 4), ("resnet50", 0.5, 18), ("wrn-16-4", 0.5, 1),
+    ],
+)  # fmt: skip
+def test_which_layers_of_our_networks_would_grow(name, ratio, grown):
+    with torch.device("meta"):
+        plan = Plan.uniform(build(name), ratio=ratio)
+    assert len([name for name, reason in plan.skipped.items() if "larger" in reason]) == grown
 
 
 @pytest.mark.parametrize(
@@ -513,8 +426,6 @@ def test_plan_of_reads_the_layers():
     [
         ({}, {"conv1": 4, "conv2": 6}),
         ({"include": "conv2"}, {"conv2": 6}),
-        ({"include": ["*1", "nothing*", "conv*"][::2]}, {"conv1": 4, "conv2": 6}),
-        ({"exclude": "*1"}, {"conv2": 6}),
         ({"include": "conv*", "exclude": ("conv2", "absent")}, {"conv1": 4}),
     ],
 )
@@ -526,21 +437,11 @@ def test_patterns_choose_layers(options, expected):
 
 @pytest.mark.parametrize(
     ("ratio", "groups", "multiple", "k"),
-    [(0.5, 1, 8, 24), (0.6, 1, 8, 32), (0.1, 1, 16, 16), (0.5, 4, 6, 24), (0.3, 4, 1, 16), (0.01, 1, 1, 1)],
+    [(0.6, 1, 8, 32), (0.1, 1, 16, 16), (0.5, 4, 6, 24), (0.01, 1, 1, 1)],
 )
 def test_k_is_the_nearest_multiple(ratio, groups, multiple, k):
-    conv = nn.Conv2d(48, 48, 1, groups=groups)
+    conv = nn.Conv2d(48, 48, 3, groups=groups)
     assert Plan.uniform(conv, ratio=ratio, multiple=multiple).layers == {"": k}
-
-
-def test_a_plan_prints_as_a_table():
-    assert str(Plan({"layer4.0.conv1": 128}, {"conv1": "excluded by 'conv1'"})) == (
-        "layer           basis channels\n"
-        "layer4.0.conv1  128\n"
-        "\n"
-        "kept dense      because\n"
-        "conv1           excluded by 'conv1'"
-    )
 
 
 def test_a_plan_survives_json_and_disk(tmp_path):
@@ -554,31 +455,21 @@ def test_a_plan_survives_json_and_disk(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "says"),
     [
-        ("{", "not readable JSON"),
-        ("[1]", "not a plan"),
-        ('{"layers": {}}', "not a plan"),
-        ('{"basis_plan": 2, "layers": {}, "skipped": {}}', "version 2, but 1 is read here"),
-        ('{"basis_plan": 1, "layers": {"a": "x"}, "skipped": {}}', "must map layer names to numbers"),
-        ('{"basis_plan": 1, "layers": {"a": true}, "skipped": {}}', "must map layer names to numbers"),
-        ('{"basis_plan": 1, "layers": {"a": 1}}', "'skipped' is None"),
-        ("\ufffd\x00", "not readable JSON"),
+        ("{", "JSON"), ("[1]", "no plan"), ('{"layers": {}}', "no plan"), ("\ufffd\x00", "JSON"),
+        ('{"basis_plan": 2, "layers": {}, "skipped": {}}', "version 1"),
+        ('{"basis_plan": 1, "layers": {"a": "x"}, "skipped": {}}', "'layers'"),
+        ('{"basis_plan": 1, "layers": {"a": true}, "skipped": {}}', "'layers'"),
+        ('{"basis_plan": 1, "layers": {"a": 1}, "skipped": 3}', "'skipped'"), ('{"basis_plan": 1}', "damaged"),
     ],
-)
-def test_what_is_not_a_plan_is_refused(text, sentence, tmp_path):
+)  # fmt: skip
+def test_what_is_not_a_plan_is_refused(text, says, tmp_path):
     path = tmp_path / "plan.json"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=sentence) as error:
+    with pytest.raises(ValueError, match=says) as error:
         Plan.load(path)
     assert str(path) in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_a_plan_that_is_not_text_or_not_there_is_refused(tmp_path):
-    (tmp_path / "plan.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"plan\.json"):
-        Plan.load(tmp_path / "plan.json")
     with pytest.raises(FileNotFoundError, match="no plan at"):
         Plan.load(tmp_path / "absent.json")
 
@@ -587,59 +478,43 @@ def test_a_plan_that_is_not_text_or_not_there_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("plan", "sentence"),
+    ("plan", "says"),
     [
-        ({"layer4.0.conv9": 8}, r"layer4\.0\.conv9, but the model has no such layer; near it are layer4\.0\.conv"),
-        ({"zzz": 8}, "zzz, but the model has no such layer; near it are conv1"),
-        ({"bn1": 8}, "bn1, which is a BatchNorm2d, not a convolution"),
-        ({"layer4.0.conv1": 600}, r"layer4\.0\.conv1: basis_channels is 600, .* out_channels = 64"),
+        ({"layer4.0.conv9": 8}, r"no convolution.* near it are layer4\.0\.conv"),
+        ({"bn1": 8}, "names bn1"),
+        ({"layer4.0.conv1": 600}, r"layer4\.0\.conv1: basis_channels is 600"),
         ({"layer4.0.conv1": 0}, "basis_channels is 0"),
-        ({"layer4.0.conv1": 8.0}, "whole number"),
-        ({"layer4.0.conv1": 0.5}, "whole number"),
+        ({"layer4.0.conv1": 0.5}, "basis_channels is 0.5"),
     ],
 )
-def test_a_plan_that_does_not_fit_is_refused(plan, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        substitute(build("resnet18", width=8), plan)
-    with pytest.raises(ValueError, match=sentence):
-        substitute(build("resnet18", width=8), Plan(plan))
-
-
-def test_a_plan_must_respect_groups():
-    with pytest.raises(ValueError, match=r"conv2: basis_channels is 3, .* multiple of groups = 2"):
-        substitute(Net(groups=2), {"conv2": 3})
+def test_a_plan_that_does_not_fit_is_refused(plan, says):
+    model = build("resnet18", width=8)
+    for given in (plan, Plan(plan)):
+        with pytest.raises(ValueError, match=says):
+            substitute(model, given)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "says"),
     [
         ({}, "give one of plan, ratio and layer"),
         ({"plan": {"conv1": 4}, "ratio": 0.5}, "give one of plan, ratio and layer"),
         ({"ratio": 0.0}, "ratio is 0"),
         ({"ratio": 1.5}, r"ratio is 1\.5"),
-        ({"ratio": -1}, "ratio is -1"),
-        ({"ratio": 0.5, "mode": "fast"}, "mode is 'fast'"),
         ({"ratio": 1.0, "mode": "fast"}, "mode is 'fast'"),
         ({"ratio": 0.5, "init": "zeros"}, "init is 'zeros'"),
         ({"ratio": 0.5, "batch_norm": "fast"}, "batch_norm is 'fast'"),
-        ({"ratio": 0.5, "include": "cov*"}, r"include has 'cov\*', but no convolution"),
-        ({"plan": {"conv1": 4}, "exclude": "conv1"}, "include and exclude go with a ratio"),
+        ({"ratio": 0.5, "include": "cov*"}, r"include has 'cov\*'"),
+        ({"plan": {"conv1": 4}, "exclude": "conv1"}, "include and exclude"),
+        ({"plan": {"conv2": 3}, "model": Net(groups=2)}, "multiple of groups = 2"),
+        ({"ratio": 0.5, "model": Net().to("meta")}, "conv1 is on the meta device"),
+        ({"ratio": 2, "model": nn.Linear(2, 2)}, "ratio is 2"),
+        ({"plan": {"conv": 2}, "model": nn.Linear(2, 2)}, "names conv"),
     ],
 )
-def test_arguments_that_make_no_sense_are_refused(arguments, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        substitute(Net(), **arguments)
-
-
-def test_more_refusals():
-    with pytest.raises(ValueError, match=r"ratio is 2"):
-        substitute(nn.Linear(2, 2), ratio=2)
-    with pytest.raises(ValueError, match="no convolution at all"):
-        substitute(nn.Linear(2, 2), {"conv": 2})
-    with pytest.raises(ValueError, match="multiple is 0"):
-        Plan.uniform(Net(), ratio=0.5, multiple=0)
-    with pytest.raises(ValueError, match="conv1 is on the meta device"):
-        substitute(Net().to("meta"), ratio=0.5)
+def test_arguments_that_make_no_sense_are_refused(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        substitute(**({"model": Net()} | arguments))
 
 
 # -- save and load ------------------------------------------------------------------------------
@@ -659,40 +534,20 @@ def test_what_is_saved_comes_back_without_an_svd(tmp_path, monkeypatch, init):
     dense.conv1.weight.requires_grad_(False)
     before, rng = state_of(dense), torch.get_rng_state()
     monkeypatch.setattr(BasisConv2d, "from_conv", None)
-    loaded = load(dense, tmp_path / "new" / "folder", mode="composed")
+    loaded = load(dense, tmp_path / "new" / "folder")
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
     x = torch.randn(2, 3, 32, 32)
-    for module in small.modules():
-        if isinstance(module, BasisConv2d):
-            module.mode = "composed"
     assert_same(loaded(x), small(x))
     assert plan_of(loaded) == plan_of(small)
     assert not loaded.training
     assert not loaded.conv1.weight.requires_grad
 
 
-def test_the_files_are_json_and_safetensors_only(tmp_path):
-    small = make_saved(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["model.safetensors", "plan.json"]
-    assert json.loads((tmp_path / "plan.json").read_text())["layers"] == plan_of(small).layers
-    stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
-    assert stored.keys() == small.state_dict().keys()
-
-
-def test_memory_format_and_dtype_are_those_of_the_model_given(tmp_path):
-    small = make_saved(tmp_path)
-    loaded = load(build("resnet20", width=4).double().to(memory_format=torch.channels_last), tmp_path)
-    assert loaded.layer1[0].conv1.basis.dtype == torch.float64
-    assert loaded.layer1[0].conv1.basis.is_contiguous(memory_format=torch.channels_last)
-    assert_same(loaded.layer1[0].conv1.basis.float().contiguous(), small.layer1[0].conv1.basis.detach())
-
-
-def tied_net(tie=True):
+def tied_net():
     shared = nn.Conv2d(3, 3, 3, padding=1)
     model = nn.Sequential(shared, shared, nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3))
-    if tie:
-        model[3].weight = model[2].weight
+    model[3].weight = model[2].weight
     return model
 
 
@@ -708,9 +563,11 @@ def test_shared_and_tied_tensors_are_stored_once_and_come_back(tmp_path):
     assert_same(loaded(x), small(x))
 
 
-@pytest.mark.parametrize("form", ["low_rank:2", "grouped:2", "sparse:1", "shared", "frozen", "repeat"])
-def test_forms_of_coefficients_come_back(form, tmp_path):
-    small = substitute(build("resnet20", width=8), ratio=0.5, init="random", coefficients=form).eval()
+def test_forms_of_coefficients_come_back(tmp_path):
+    small = build("resnet20", width=8).eval()
+    for stage, form in enumerate(["low_rank:2", "grouped:2", "sparse:1", "shared", "frozen", "repeat"]):
+        plan = {f"layer{stage // 2 + 1}.{stage % 2}.conv{i}": 4 for i in (1, 2)}
+        small = substitute(small, plan, init="random", coefficients=form)
     save(small, tmp_path)
     loaded = load(build("resnet20", width=8).eval(), tmp_path)
     assert count_parameters(loaded) == count_parameters(small)
@@ -734,62 +591,18 @@ def test_only_what_was_shared_is_shared_after_loading(tmp_path):
     assert_same(loaded(x), small(x))
 
 
-def test_the_coefficients_of_another_model_are_not_shared_with_a_copy():
-    small = substitute(nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)), {"0": 4}, init="random")
-    with pytest.raises(ValueError, match="would share with its owner; give a form"):
-        substitute(small, {"1": 4}, coefficients=small[0].coefficients)
-
-
-def test_coefficients_that_were_tied_by_hand_come_back_tied(tmp_path):
-    def dense():
-        return nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1))
-
-    small = substitute(dense(), {"0": 4, "1": 4, "2": 2}, init="random")
-    small[1].coefficients = small[0].coefficients
-    save(small, tmp_path)
-    loaded = load(dense(), tmp_path)
-    assert loaded[1].coefficients is loaded[0].coefficients
-    x = torch.randn(1, 4, 9, 9)
-    assert_same(loaded(x), small(x))
-
-
-def test_a_state_of_untied_tensors_does_not_fit_tied_ones(tmp_path):
-    save(substitute(tied_net(tie=False), {"0": 2}), tmp_path)
-    with pytest.raises(ValueError, match=r"2\.weight and 3\.weight are one tensor in the model, but differ"):
-        load(tied_net(), tmp_path)
-
-
 @pytest.mark.parametrize(
-    ("other", "sentence"),
+    ("other", "says"),
     [
-        ({"name": "resnet32"}, r"layer1\.3\.conv1\.weight is missing from the file.* and \d+ more"),
-        ({"name": "resnet20", "num_classes": 7}, r"fc\.weight is \(10, 16\) in the file, but \(7, 16\) in the"),
-        (
-            {"name": "resnet20", "width": 8},
-            r"conv1\.coefficients\.values is \(2, 2\) in the file, but \(6, 2\) in the model",
-        ),
+        ({"name": "resnet32"}, r"layer1\.3\.conv1\.weight is missing"),
+        ({"name": "resnet20", "num_classes": 7}, r"fc\.weight is \(10, 16\) in the file"),
+        ({"name": "resnet20", "width": 8}, r"conv1\.coefficients\.values is \(2, 2\) in the file"),
     ],
 )
-def test_a_state_that_does_not_fit_is_refused_in_one_sentence(tmp_path, other, sentence):
+def test_a_state_that_does_not_fit_is_refused(tmp_path, other, says):
     make_saved(tmp_path)
-    options = {"width": 4} | other
-    with pytest.raises(ValueError, match=sentence) as error:
-        load(build(**options), tmp_path)
-    assert "load takes the architecture" in str(error.value)
-    assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 700
-
-
-def test_surplus_entries_are_named(tmp_path):
-    save(substitute(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), {"0": 2}), tmp_path)
-    with pytest.raises(ValueError, match=r"1\.bias is in the file but not in the model"):
-        load(nn.Sequential(nn.Conv2d(3, 4, 3)), tmp_path)
-
-
-def test_a_plan_for_other_layers_is_refused(tmp_path):
-    make_saved(tmp_path)
-    with pytest.raises(ValueError, match="the model has no such layer"):
-        load(Net(), tmp_path)
+    with pytest.raises(ValueError, match=says):
+        load(build(**({"width": 4} | other)), tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", None])

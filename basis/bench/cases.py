@@ -1,130 +1,27 @@
-"""Speed, measured: basis layers, blocks with batch normalisation, and whole training steps, against dense twins.
-
-How a time is taken is told in :mod:`basis.bench.timing`; what a user would take instead is measured in
-:mod:`basis.bench.rivals`.
-"""
+"""Speed of single layers and blocks against dense twins: one function, and a table of kinds with their candidates."""
 
 from __future__ import annotations
 
-import copy
 import itertools
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from importlib import util
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from basis.bench.timing import (
-    PASSES,
-    RATIOS,
-    RESNET18_SHAPES,
-    BenchReport,
-    Pass,
-    PeakCapture,
-    Progress,
-    Setting,
-    Shape,
-    Step,
-    check_known,
-    check_options,
-    compare,
-    forget_compiled,
-    interleave,
-    layer_steps,
-    tell,
-)
-from basis.costs import cost, count_parameters, trace_calls
+from basis.bench.report import BenchReport
+from basis.bench.shapes import RATIOS, RESNET18_SHAPES, WRN_SHAPES, Shape
+from basis.bench.timing import PASSES, Pass, Progress, Setting, check_known, forget_compiled, layer_steps, tell
+from basis.costs import count_parameters
+from basis.decompositions import tensorly_conv
 from basis.layers.batchnorm import activate
-from basis.layers.conv import MODES, BasisConv2d, Mode, basis_channels_for
-from basis.models import build
-from basis.substitution import Plan, plan_of, substitute
-from basis.training.loop import Recipe, make_step
-from basis.training.skipping import Parts, Trained
-from basis.training.stepping import Capture, TrainingStep, means_for
-from basis.training.stepping import Step as Stepping
+from basis.layers.conv import MODES, BasisConv2d, basis_channels_for
+from basis.layers.structured import LAYERS, Structure
+from basis.substitution import substitute
+from basis.training.stepping import compiled
 
-__all__ = [
-    "NORMS", "PASSES", "RATIOS", "RESNET18_SHAPES", "STEPS", "TRAINED", "BenchReport", "Setting", "Shape",
-    "bench_blocks", "bench_latency", "bench_layers", "bench_training", "compare", "interleave",
-]  # fmt: skip
-
-Norms = Literal["ordinary", "through_basis"]
-NORMS: tuple[Norms, ...] = get_args(Norms)
-STEPS: tuple[Stepping, ...] = get_args(Stepping)
-# What a training step may train of the basis layers; everything else is always trained.
-TRAINED: Mapping[str, Trained] = {
-    "both": Trained(basis=True, coefficients=True),
-    "basis": Trained(basis=True, coefficients=False),
-    "coefficients": Trained(basis=False, coefficients=True),
-    "neither": Trained(basis=False, coefficients=False),
-}
-
-
-def bench_layers(
-    *,
-    shapes: Sequence[str] = RESNET18_SHAPES,
-    ratios: Sequence[float] = RATIOS,
-    modes: Sequence[Mode] = ("factorized", "composed", "hybrid", "auto"),
-    passes: Sequence[Pass] = PASSES,
-    setting: Setting | None = None,
-    progress: Progress | None = None,
-) -> BenchReport:
-    """Measure single layers against ``nn.Conv2d``; a cell is a shape, a pass and a ratio.
-
-    "forward" is inference, without gradients; "forward+backward" takes the gradients of the input and of
-    all parameters. A row also has ``mac_ratio``, what the multiplications alone would give as speed-up,
-    and ``resolved``, the mode that "auto" stands for: where that is measured too, the row of "auto" is the same
-    measurement, named in ``same_as``. ``shapes`` are written as in :class:`Shape`; ``progress`` is told one line
-    per row.
-
-    Raises:
-        ValueError: for a shape, ratio, mode, pass or setting that makes no sense.
-    """
-    parsed = [Shape.parse(text) for text in shapes]
-    check_options(ratios, modes, passes)
-    setting = (setting or Setting()).settled_for(parsed)
-    rows = []
-    for shape, one, ratio in itertools.product(parsed, passes, ratios):
-        k = basis_channels_for(ratio, shape.out_channels)
-        with setting.globals():
-            layers: dict[str, nn.Module] = {"dense": shape.conv(), "control": shape.conv()}
-            for mode in modes:
-                layers[mode] = BasisConv2d.shaped_like(shape.conv(), basis_channels=k, mode=mode)
-            placed = {name: setting.place(layer) for name, layer in layers.items()}
-            executed = {name: getattr(layer, "resolved_mode", "dense") for name, layer in placed.items()}
-            measured = _measure_modes(placed, executed, shape, one, setting)
-        for name, values in measured.items():
-            resolved = executed[name]
-            apart = resolved == "factorized" and getattr(layers[name], "derives_apart", False)
-            macs = [shape.macs(k, m, setting.batch_size, one) for m in ("dense", "cat" if apart else resolved)]
-            row = {"shape": str(shape), "pass": one, "ratio": ratio, "basis_channels": k, "mode": name}
-            rows.append({**row, "resolved": resolved, **values, "mac_ratio": macs[0] / macs[1]})
-            tell(progress, rows[-1], str(shape))
-    options = {"shapes": [str(s) for s in parsed], "ratios": list(ratios), "modes": list(modes)}
-    return setting.report("bench-layer", rows, **options, passes=list(passes))
-
-
-def _measure_modes(
-    placed: Mapping[str, nn.Module],
-    executed: Mapping[str, str],
-    shape: Shape,
-    one: Pass,
-    setting: Setting,
-    *,
-    shortcut: bool = False,
-) -> dict[str, dict[str, Any]]:
-    """What is measured of each layer but "dense"; of "auto" only where the mode it executes is not measured itself."""
-    twin = executed.get("auto")
-    twin = twin if twin in MODES and twin in placed else None
-    own = {name: layer for name, layer in placed.items() if name != "auto" or not twin}
-    steps = layer_steps(own, [(shape.in_channels, shape.size, shape.size)], one, setting, shortcut=shortcut)
-    optional = [name for name in own if name not in ("dense", "control")]
-    measured = setting.measure(steps, versus={"through_basis": twin or "auto"}, may_fail=optional)
-    if twin:
-        measured["auto"] = {**measured[twin], "same_as": twin}
-    return {name: measured[name] for name in placed if name != "dense"}
+ABOVE = 0.01  # a baseline may have that part more parameters than the basis layer, where its rank is coarse
 
 
 class Block(nn.Module):
@@ -139,345 +36,188 @@ class Block(nn.Module):
         return activate(self.bn, self.conv(x), shortcut)
 
 
-def bench_blocks(
+def svd_pair(shape: Shape, parameters: int) -> nn.Sequential:
+    """A 3x3 convolution C_in -> q, then one q -> C_out of 1x1, as a truncated SVD of the weight gives them.
+
+    q is the largest with at most 1 % more weights than ``parameters`` (X. Zhang et al. 2016, arXiv 1505.06798).
+    """
+    conv = shape.conv()
+    q = int((1 + ABOVE) * parameters / (conv.weight[0].numel() + conv.out_channels))
+    if q < 1:
+        raise ValueError(f"no pair of convolutions has as few as {parameters} parameters")
+    first = nn.Conv2d(conv.in_channels, q, 3, shape.stride, 1, bias=False)
+    return nn.Sequential(first, nn.Conv2d(q, conv.out_channels, 1, bias=False))
+
+
+def tucker_conv(shape: Shape, parameters: int, *, implementation: str = "factorized") -> nn.Module:
+    """tensorly-torch's Tucker convolution with at most 1 % more parameters than ``parameters``, new weights."""
+    conv = shape.conv()
+    layer: Any = tensorly_conv(conv, (1 + ABOVE) * parameters, implementation=implementation, fitted=False)
+    layer.reset_parameters(std=(3 * conv.weight[0].numel()) ** -0.5)  # the spread of nn.Conv2d's own weights
+    return layer
+
+
+# What a user would take instead, with as many parameters as the basis layer.
+BASELINES: Mapping[str, Callable[[Shape, int], nn.Module]] = {
+    "dense": lambda shape, parameters: shape.conv(),
+    "svd": svd_pair,
+    "tucker": tucker_conv,
+    "tucker reconstructed": lambda shape, n: tucker_conv(shape, n, implementation="reconstructed"),
+}
+
+
+def layer_of(name: str, shape: Shape, ratio: float) -> nn.Module:
+    """The layer that a candidate's name stands for: a mode, "basis" (mode auto), a baseline, a structured layer's text."""
+    k = basis_channels_for(ratio, shape.out_channels)
+    if name in (*MODES, "basis"):
+        mode: Any = "auto" if name == "basis" else name
+        return BasisConv2d.shaped_like(shape.conv(), basis_channels=k, mode=mode)
+    if name in BASELINES:
+        return BASELINES[name](shape, count_parameters(BasisConv2d.shaped_like(shape.conv(), basis_channels=k)))
+    structure = Structure.parse(name)
+    return LAYERS[structure.kind].shaped_like(shape.conv(), size=structure.size)
+
+
+def block_of(name: str, shape: Shape, ratio: float) -> nn.Module:
+    """The block of a candidate: "dense", a mode, or "through_basis" (batch normalisation through the basis)."""
+    block = Block(shape.conv(), nn.BatchNorm2d(shape.out_channels))
+    if name == "dense":
+        return block
+    norm: Any = "through_basis" if name == "through_basis" else "ordinary"
+    mode: Any = "auto" if name == "through_basis" else name
+    return substitute(block, ratio=ratio, mode=mode, init="random", batch_norm=norm)
+
+
+class Case(NamedTuple):
+    """A kind of benchmark: how its candidates are made, which there are by default, and where."""
+
+    make: Callable[[str, Shape, float], nn.Module]
+    candidates: Sequence[str]
+    shapes: Sequence[str]
+    passes: Sequence[Pass]
+
+
+USUAL = ("dense compiled", "basis", "basis compiled", "svd", "tucker", "tucker reconstructed")
+CASES: Mapping[str, Case] = {
+    "layer": Case(layer_of, MODES, RESNET18_SHAPES, PASSES),
+    "rivals": Case(layer_of, USUAL, RESNET18_SHAPES, PASSES),
+    "block": Case(block_of, (*MODES, "through_basis"), RESNET18_SHAPES, PASSES[1:]),
+    "structured": Case(layer_of, (), WRN_SHAPES, PASSES[1:]),
+}
+Kind = Literal["layer", "rivals", "block", "structured"]
+
+
+def bench_layers(
+    kind: Kind = "layer",
     *,
-    shapes: Sequence[str] = RESNET18_SHAPES,
+    shapes: Sequence[str] | None = None,
     ratios: Sequence[float] = RATIOS,
-    modes: Sequence[Mode] = ("factorized", "composed", "hybrid", "auto"),
-    norms: Sequence[Norms] = NORMS,
-    residual: bool = False,
+    passes: Sequence[Pass] | None = None,
+    candidates: Sequence[str] | None = None,
     setting: Setting | None = None,
     progress: Progress | None = None,
 ) -> BenchReport:
-    """Measure :class:`Block` in training mode, forward and backward, against the one with ``nn.Conv2d``.
+    """Measure layers or blocks against the one with ``nn.Conv2d``; a cell is a shape, a pass and a ratio.
 
-    A cell is a shape and a ratio. Gradients are taken of the input, of the shortcut and of all parameters.
-    The candidates are the modes with the ordinary batch normalisation, and "through_basis", where it is
-    taken from the basis channels (:mod:`basis.layers.batchnorm`); its ``versus_basis`` is against mode auto.
+    "forward" is inference; "forward+backward" takes the gradients of the input and of all parameters. Rows have
+    ``mode`` (the candidate), ``parameters`` and ``resolved``, the mode that "auto" stands for (where that is
+    measured too, "auto" is the same measurement, named in ``same_as``); of kind "layer" ``mac_ratio``, what the
+    multiplications alone would give. ``versus_basis`` is basis / candidate within a round, compiled with compiled,
+    and "through_basis" against mode auto. ``left_out`` in the options names what is not installed.
 
     Args:
-        norms: whether to measure the modes ("ordinary"), "through_basis", or both.
-        residual: whether a shortcut is added before the ReLU.
+        kind: of :data:`CASES`, which gives what else is not given.
+        shapes: 3x3 convolutions, see :class:`Shape`.
+        candidates: see :func:`layer_of` and :func:`block_of`; "X compiled" is X after torch.compile(fullgraph=True).
+            One that cannot be made in a shape or run has ``error``.
 
     Raises:
-        ValueError: for a shape, ratio, mode, norm or setting that makes no sense.
+        ValueError: for a kind, shape, ratio, pass, candidate or setting that makes no sense.
     """
-    parsed = [Shape.parse(text) for text in shapes]
-    check_options(ratios, modes, ())
-    check_known("norms", norms, NORMS)
-    setting = (setting or Setting()).settled_for(parsed)
-    rows = []
+    check_known("kind", [kind], CASES)
+    case = CASES[kind]
+    passes, given = passes or case.passes, case.candidates if candidates is None else candidates
+    check_known("pass", passes, PASSES)
+    if kind == "block":
+        check_known("candidate", given, case.candidates)
+    for name in given if kind != "block" else ():
+        if (plain := name.removesuffix(" compiled")) not in (*MODES, "basis", *BASELINES):
+            Structure.parse(plain)  # refuses what is no candidate
+    parsed = [Shape.parse(text) for text in shapes or case.shapes]
     for shape, ratio in itertools.product(parsed, ratios):
-        with setting.globals():
-            dense = Block(shape.conv(), nn.BatchNorm2d(shape.out_channels))
-            blocks: dict[str, nn.Module] = {"dense": dense, "control": copy.deepcopy(dense)}
-            for mode in modes if "ordinary" in norms else ():
-                blocks[mode] = substitute(dense, ratio=ratio, mode=mode, init="random")
-            if "through_basis" in norms:
-                blocks["through_basis"] = substitute(dense, ratio=ratio, init="random", batch_norm="through_basis")
-            placed = {name: setting.place(block) for name, block in blocks.items()}
-            executed = {name: getattr(block.conv, "resolved_mode", "dense") for name, block in placed.items()}
-            measured = _measure_modes(placed, executed, shape, "forward+backward", setting, shortcut=residual)
-        for name, values in measured.items():
-            row: dict[str, Any] = {"shape": str(shape), "pass": "forward+backward", "ratio": ratio}
-            row |= {"basis_channels": basis_channels_for(ratio, shape.out_channels), "mode": name}
-            rows.append(row | {"resolved": executed[name], **values})
-            tell(progress, rows[-1], f"block {shape}")
-    options = {"shapes": [str(s) for s in parsed], "ratios": list(ratios), "modes": list(modes)}
-    return setting.report("bench-block", rows, **options, norms=list(norms), residual=residual)
-
-
-@dataclass(frozen=True)
-class TimedLayer:
-    """A convolution as far as its time depends on it; equal ones are measured once."""
-
-    options: tuple[Any, ...]  # the first arguments of nn.Conv2d, up to padding_mode
-    inputs: tuple[tuple[int, ...], ...]  # (C, H, W) of each call in one forward pass
-    input_gradient: bool
-
-    @classmethod
-    def of(cls, conv: Any, inputs: Iterable[tuple[int, ...]], *, input_gradient: bool) -> TimedLayer:
-        """``conv`` on these inputs."""
-        padding = conv.padding if isinstance(conv.padding, str) else tuple(conv.padding)
-        options = (
-            conv.in_channels, conv.out_channels, tuple(conv.kernel_size), tuple(conv.stride), padding,
-            tuple(conv.dilation), conv.groups, conv.bias is not None, conv.padding_mode,
-        )  # fmt: skip
-        return cls(options, tuple(inputs), input_gradient)
-
-    def __str__(self) -> str:
-        c_in, c_out, kernel, stride, _, dilation, groups, *_ = self.options
-        sizes = "+".join("x".join(map(str, size[1:])) for size in self.inputs)
-        text = f"{c_in}-{c_out}@{sizes} {'x'.join(map(str, kernel))}"
-        for mark, value in (("/", stride), (" dilation ", dilation)):
-            text += f"{mark}{'x'.join(map(str, dict.fromkeys(value)))}" if set(value) != {1} else ""
-        return text + (f" groups {groups}" if groups > 1 else "")
-
-    def conv(self) -> nn.Conv2d:
-        """The dense layer."""
-        return nn.Conv2d(*self.options)
-
-
-def _timed(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, TimedLayer]:
-    """Every convolution that can be substituted and is called, as it is called in one forward pass."""
-    free = {name for name, why in plan_of(model).skipped.items() if why == "left dense"}
-    found = {}
-    for name, conv, calls in trace_calls(model, (1, *input_size)):
-        if name in free and calls and isinstance(conv, nn.Conv2d):
-            needs_dx = any(call.needs_dx for call in calls)
-            found[name] = TimedLayer.of(conv, (call.x[1:] for call in calls), input_gradient=needs_dx)
-    return found
-
-
-def bench_latency(
-    model: nn.Module,
-    *,
-    input_size: Sequence[int] = (3, 32, 32),
-    ratios: Sequence[float] = RATIOS,
-    multiple: int = 8,
-    passes: Sequence[Pass] = PASSES,
-    setting: Setting | None = None,
-    progress: Progress | None = None,
-    name: str | None = None,
-) -> BenchReport:
-    """Measure every convolution of ``model`` that can be substituted, alone, dense and in mode auto.
-
-    For :func:`basis.select`. A cell is a layer and a pass; all its candidates are measured together: k
-    nearest to each ratio, a multiple of ``multiple`` and of the layer's groups, and below C_out. Layers
-    are of the model's shapes but with fresh weights, on the inputs that they get in one forward pass on
-    images of ``input_size``; the first layer takes no gradient of its input. Of layers with equal shapes
-    the first is measured; the rows of the others say so in ``same_as``.
-
-    Rows also have ``layer``, ``shape``, ``basis_channels`` (C_out in the control row) and ``resolved``.
-
-    Args:
-        model: dense, or with layers that are substituted already, which are left out.
-        input_size: (C, H, W) of one image.
-        multiple: what every k is a multiple of.
-        name: what the report calls the model; its class unless given.
-
-    Raises:
-        ValueError: for a model without such a layer, or that cannot be run on such images; for a ratio,
-            multiple, pass or setting that makes no sense.
-    """
-    check_options(ratios, (), passes)
-    if multiple < 1:
-        raise ValueError(f"multiple is {multiple}, but must be at least 1")
-    found = _timed(model, tuple(input_size))
-    if not found:
-        raise ValueError("the model has no convolution that can be substituted and is called")
-    setting = (setting or Setting()).settled(model)
-    cells: dict[tuple[TimedLayer, Pass], list[dict[str, Any]]] = {}
-    rows = []
-    for (layer, timed), one in itertools.product(found.items(), passes):
-        cell = cells.get((timed, one))
-        if cell is None:
-            cell = cells[timed, one] = _latency_rows(layer, timed, one, ratios, multiple, setting, progress)
-        first = cell[0]["layer"]
-        rows += [{**row, "layer": layer, "same_as": None if layer == first else first} for row in cell]
-    options = {"model": name or type(model).__name__, "input_size": list(input_size), "multiple": multiple}
-    options["macs"] = cost(model, input_size).total.forward_macs
-    return setting.report("bench-latency", rows, **options, ratios=list(ratios), passes=list(passes))
-
-
-def _latency_rows(
-    layer: str,
-    timed: TimedLayer,
-    one: Pass,
-    ratios: Sequence[float],
-    multiple: int,
-    setting: Setting,
-    progress: Progress | None,
-) -> list[dict[str, Any]]:
-    _, width, *_, groups, _, _ = timed.options
-    candidates = {basis_channels_for(r, width, math.lcm(groups, multiple)) for r in ratios}
-    ks = {"control": width} | {str(k): k for k in sorted(candidates) if k < width}
-    with setting.globals():
-        layers: dict[str, nn.Module] = {"dense": timed.conv(), "control": timed.conv()}
-        for key, k in ks.items():
-            if key != "control":
-                layers[key] = BasisConv2d.shaped_like(timed.conv(), basis_channels=k, mode="auto")
-        placed = {key: setting.place(module) for key, module in layers.items()}
-        steps = layer_steps(placed, timed.inputs, one, setting, input_gradient=timed.input_gradient)
-        measured = setting.measure(steps, may_fail=[key for key in ks if key != "control"])
-    rows = []
-    for key, k in ks.items():
-        row: dict[str, Any] = {"layer": layer, "shape": str(timed), "pass": one, "ratio": k / width}
-        row |= {"basis_channels": k, "mode": "control" if key == "control" else "auto"}
-        rows.append(row | {"resolved": getattr(placed[key], "resolved_mode", "dense"), **measured[key]})
-        tell(progress, rows[-1], layer)
-    return rows
-
-
-def bench_training(
-    *,
-    model: str = "resnet18",
-    width: int | None = None,
-    ratios: Sequence[float] = RATIOS,
-    plans: Mapping[float, Plan] | None = None,
-    modes: Sequence[Mode] = ("auto",),
-    coefficients: Sequence[str] = ("dense",),
-    trained: Sequence[str] = ("both",),
-    norms: Sequence[Norms] = ("ordinary",),
-    steps: Sequence[Stepping] = ("eager",),
-    dense_steps: Sequence[Stepping] = (),
-    setting: Setting | None = None,
-    progress: Progress | None = None,
-) -> BenchReport:
-    """Measure whole training steps (forward, loss, backward, SGD) of a network of :func:`basis.models.build`.
-
-    All eligible convolutions are substituted at one ratio; a cell is a ratio, and all its candidates, which
-    are those of mode, coefficients, trained parts, norms and steps, are measured together. Images are random,
-    3x32x32, and already on the device. A row also has ``parameters``, ``parameter_ratio`` (dense / candidate),
-    ``images_per_second``, ``means``: what its kind of step came to on this device, and ``coupled``: the number of
-    layers with batch normalisation through the basis.
-
-    Each candidate is compared with the dense network by the same kind of step; one whose step could be made that
-    kind where the dense network's could not, or the other way round, has failed. The rows of mode "dense" are
-    that network by the other kinds, compared with itself by the first of ``steps``. The peaks
-    of a CUDA graph are those of its capture, which fixes what it takes of the memory.
-
-    Args:
-        plans: measured in place of ``ratios``: the share of a budget, which is ``share`` in its rows -> plan. The
-            report is of kind "bench-plans" then.
-        coefficients: forms of the coefficient matrix, see :class:`basis.layers.coefficients.Form`.
-        trained: what a step trains of the basis layers, of :data:`TRAINED`.
-        norms: "through_basis" takes batch normalisation from the basis channels (:mod:`basis.layers.batchnorm`).
-        steps: how a step is run: "eager", "compiled", "graphed" or "fast" (:mod:`basis.training.stepping`).
-        dense_steps: further kinds of step of the dense network alone. With a compiled one among them rows also have
-            ``versus_compiled``: that dense network / candidate within a round, with quartiles.
-
-    Raises:
-        ValueError: for an unknown model, or a ratio, plan, mode, form, part, norm, step or setting that makes no sense.
-    """
-    check_options(ratios, modes, ())
-    check_known("trained", trained, tuple(TRAINED))
-    check_known("norms", norms, NORMS)
-    check_known("step", [*steps, *dense_steps], STEPS)
-    if not steps:
-        raise ValueError("steps is empty, but must name at least one kind of step")
-    setting = setting or Setting()
-    what = "ratio" if plans is None else "share"
-    cells: dict[float, dict[str, Any]] = {r: {"ratio": r} for r in ratios}
-    if plans is not None:
-        cells = {share: {"plan": plan} for share, plan in plans.items()}
+        basis_channels_for(ratio, shape.out_channels)  # refuses a ratio that makes no sense
     with torch.device("meta"):
-        shape = build(model, width=width)
-    for sizes, form, norm in itertools.product(cells.values(), coefficients, norms):  # refused before any is measured
-        substitute(shape, **sizes, init="random", coefficients=form, batch_norm=norm)
-    with setting.globals():
-        dense = build(model, width=width)
-    setting = setting.settled(dense)
-    kinds = _training_candidates(modes, coefficients, trained, norms, steps, dense_steps)
+        setting = (setting or Setting()).settled(nn.ModuleList([shape.conv() for shape in parsed]))
+    installed = all(map(util.find_spec, ("tltorch", "tensorly")))  # the one does not ask for the other
+    left_out = {} if installed else {n: "tensorly-torch is not installed" for n in given if "tucker" in n}
+    names = [name for name in given if name not in left_out]
     rows = []
-    for value, sizes in cells.items():
-        for values in _training_rows(dense, sizes, kinds, setting):
-            rows.append({"model": model, what: value, **values})
-            tell(progress, rows[-1], model)
-        if {"compiled", "fast"} & {*steps, *dense_steps}:
+    for shape, one, ratio in itertools.product(parsed, passes, ratios if kind != "structured" else (1,)):
+        with setting.globals():
+            about, measured = _measure(case, names, shape, ratio, one, setting)
+        for name in ("control", *names):
+            row: dict[str, Any] = {"shape": str(shape), "pass": one}
+            if kind == "structured":
+                row |= {"layer": "dense" if name == "control" else name}
+                row |= {"mode": "control" if name == "control" else "layer"}
+            else:
+                k = basis_channels_for(ratio, shape.out_channels)
+                row |= {"ratio": ratio, "basis_channels": k, "mode": name}
+            row |= about.get(name, {})
+            executed = row.pop("executed", None)
+            if kind == "layer" and executed:
+                dense, macs = (shape.macs(k, m, setting.batch_size, one) for m in ("dense", executed))
+                row["mac_ratio"] = dense / macs
+            rows.append(row | measured[name])
+            tell(progress, rows[-1], f"{kind} {shape}")
+        if any(name.endswith("compiled") for name in names):
             forget_compiled()
-    listed: dict[str, Iterable[Any]] = {f"{what}s": cells, "modes": modes, "coefficients": coefficients}
-    listed |= {"trained": trained, "norms": norms, "steps": steps, "dense_steps": dense_steps}
-    options = {name: list(values) for name, values in listed.items()}
-    return setting.report(f"bench-{'train' if plans is None else 'plans'}", rows, model=model, width=width, **options)
+    options = {"shapes": [str(s) for s in parsed], "ratios": list(ratios), "passes": list(passes)}
+    return setting.report(f"bench-{kind}", rows, **options, candidates=list(given), left_out=left_out)
 
 
-def _training_rows(
-    dense: nn.Module, sizes: Mapping[str, Any], kinds: Mapping[str, Mapping[str, Any]], setting: Setting
-) -> list[dict[str, Any]]:
-    """What is measured of the networks of a cell."""
-    references = _references(kinds)
-    others = (name for name, kind in kinds.items() if kind["mode"] == "dense" and name != "dense")
-    compiled = next((name for name in others if kinds[name]["step"] in ("compiled", "fast")), None)
-    with setting.globals():
-        networks = {name: _candidate(dense, sizes, kind) for name, kind in kinds.items()}
-        counts = {name: count_parameters(network) for name, network in networks.items()}
-        for name, network in networks.items():
-            Parts(network).train(TRAINED[kinds[name]["trained"]])
-        x = setting.place(torch.randn(setting.batch_size, 3, 32, 32))
-        labels = torch.randint(10, (setting.batch_size,), device=x.device)
-        captures = {
-            name: PeakCapture(setting.where, capture)
-            for name, kind in kinds.items()
-            if means_for(kind["step"], setting.where).graphed and (capture := setting.new_capture())
-        }
-        trainers = {
-            name: make_trainer(network, setting, kinds[name]["step"], captures.get(name))
-            for name, network in networks.items()
-        }
-        measured = setting.measure(
-            {name: training_step(trainer, x, labels) for name, trainer in trainers.items()},
-            reference=references,
-            versus=dict.fromkeys(kinds, compiled) if compiled else {},
-            may_fail=[name for name in kinds if name != "dense"],
-        )
-    rows = []
-    for name, values in measured.items():
-        means, other = trainers[name].means, references.get(name, "dense")
-        alike = kinds[name]["step"] != kinds[other]["step"] or means.graphed == trainers[other].means.graphed
-        if "error" not in values and not alike:
-            values = {"error": f"its step is {means}, that of the dense network {trainers[other].means}"}
-        row: dict[str, Any] = {**kinds[name], "parameters": counts[name]}
-        if compiled and not trainers[compiled].means.compiled:
-            values = {key: value for key, value in values.items() if not key.startswith("versus")}
-        row |= {key.replace("versus_basis", "versus_compiled"): value for key, value in values.items()}
-        row |= {"parameter_ratio": counts["dense"] / counts[name], "means": str(means)}
-        row["coupled"] = sum(getattr(module, "mixed_later", False) for module in networks[name].modules())
-        if "ms" in row:
-            row["images_per_second"] = setting.batch_size / row["ms"] * 1000
-        for key, side in (("peak_mib", name), ("dense_peak_mib", other)):
-            if key in row and trainers[side].means.graphed:
-                row[key] = captures[side].peak / 2**20
-        if "timed" in row and means.graphed:
-            row["timed"] = "graph"
-        rows.append(row)
-    return rows
+Found = dict[str, dict[str, Any]]
 
 
-def _training_candidates(
-    modes: Sequence[str],
-    coefficients: Sequence[str],
-    trained: Sequence[str],
-    norms: Sequence[str],
-    steps: Sequence[str],
-    dense_steps: Sequence[str] = (),
-) -> dict[str, dict[str, str]]:
-    """Name -> what the rows of a candidate say of it; "dense" is what others are compared with."""
-    plain = {"coefficients": "", "trained": "both", "norms": "ordinary"}
-    found = {name: {"mode": name, **plain, "step": steps[0]} for name in ("dense", "control")}
-    others = [step for step in [*steps, *dense_steps] if step != steps[0]]
-    found |= {f"dense {step}": {"mode": "dense", **plain, "step": step} for step in others}
-    for mode, form, part, norm, step in itertools.product(modes, coefficients, trained, norms, steps):
-        kind = {"mode": mode, "coefficients": form, "trained": part, "norms": norm, "step": step}
-        found[" ".join(kind.values())] = kind
+def _measure(
+    case: Case, names: Sequence[str], shape: Shape, ratio: float, one: Pass, setting: Setting
+) -> tuple[Found, Found]:
+    """What is known of each layer, and what was measured of it; "auto" shares the measurement of its mode."""
+    layers: dict[str, nn.Module] = {}
+    about: Found = {}
+    measured: Found = {}
+    for name in ("dense", "control", *names):
+        try:
+            plain = "dense" if name == "control" else name.removesuffix(" compiled")
+            layer = setting.place(case.make(plain, shape, ratio))
+        except Exception as error:  # another package's layer may raise anything
+            measured[name] = {"error": f"{type(error).__name__}: {error}"}
+            continue
+        conv = getattr(layer, "conv", layer)
+        mode = getattr(conv, "resolved_mode", "dense")
+        apart = mode == "factorized" and getattr(conv, "derives_apart", False)
+        about[name] = {"resolved": mode, "executed": "cat" if apart else mode, "parameters": count_parameters(layer)}
+        if name.endswith(" compiled"):
+            layer = compiled(layer, setting.memory_format == "channels_last", fullgraph=True)
+        layers[name] = layer
+    twin = about["auto"]["resolved"] if "auto" in layers else None
+    if twin in layers:
+        del layers["auto"]
+    steps = layer_steps(layers, [shape.input_size], one, setting)
+    optional = [name for name in layers if name not in ("dense", "control")]
+    measured |= setting.measure(steps, versus=_versus(layers, twin), may_fail=optional)
+    if twin in layers:
+        measured["auto"] = {**measured[twin], "same_as": twin}
+    return about, measured
+
+
+def _versus(layers: Mapping[str, nn.Module], twin: str | None) -> dict[str, str]:
+    """Candidate -> the basis layer that it is compared with: compiled with compiled."""
+    found: dict[str, str] = (
+        {"through_basis": twin if twin in layers else "auto"} if "through_basis" in layers and twin else {}
+    )
+    for name in layers:
+        like = "basis compiled" if name.endswith(" compiled") and "basis compiled" in layers else "basis"
+        if like in layers and name not in (like, "dense", "control"):
+            found[name] = like
     return found
-
-
-def _candidate(dense: nn.Module, sizes: Mapping[str, Any], kind: Mapping[str, Any]) -> nn.Module:
-    if kind["mode"] in ("dense", "control"):
-        return copy.deepcopy(dense)
-    options = {"mode": kind["mode"], "coefficients": kind["coefficients"], "batch_norm": kind["norms"]}
-    return substitute(dense, **sizes, init="random", **options)
-
-
-def _references(kinds: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Candidate -> the dense network by the same kind of step, where that is not "dense" itself."""
-    named = {name: f"dense {kind['step']}" for name, kind in kinds.items() if kind["mode"] != "dense"}
-    return {name: dense for name, dense in named.items() if dense in kinds}
-
-
-def make_trainer(
-    network: nn.Module, setting: Setting, step: Any = "eager", capture: Capture | None = None
-) -> TrainingStep:
-    # A learning rate at which no network diverges: infinities and denormals have other speeds.
-    recipe = Recipe(lr=1e-3, step=step, precision=setting.precision, memory_format=setting.memory_format)
-    return make_step(network, recipe, device=setting.where, capture=capture)
-
-
-def training_step(trainer: TrainingStep, x: Tensor, labels: Tensor) -> Step:
-    def step() -> None:
-        trainer(x, labels)
-        if not trainer.means.graphed:  # a graph keeps its gradients where it has captured them
-            trainer.optimizer.zero_grad()
-
-    return step

@@ -1,11 +1,8 @@
 """The roofline of a basis convolution: what each mode computes and moves, and how long that has to take.
 
-A mode is a list of kernels. A kernel takes at least max(multiply-accumulates / rate, bytes / bandwidth) of a
-machine, and a mode takes the sum over its kernels: they do not overlap, and nothing stays in a cache between
-them. The bytes of a kernel are the minimum: every operand is read once and every result is written once.
-(Williams, Waterman and Patterson 2009, "Roofline", doi 10.1145/1498765.1498785.) On a GPU a kernel can come close
-to this time. It is no bound where the rates, of one matrix product and one copy, are not the highest that the machine
-has: on a CPU small maps stay in its caches, and dense layers there took as little as half of it.
+A mode is a list of kernels, one after the other. A kernel takes at least max(multiply-accumulates / rate, bytes /
+bandwidth) of a machine (Williams, Waterman and Patterson 2009, doi 10.1145/1498765.1498785); its bytes are the
+minimum, every operand read and every result written once. On a CPU small maps stay in the caches, and it is no bound.
 """
 
 from __future__ import annotations
@@ -17,7 +14,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from basis.bench.timing import PASSES, BenchReport, Pass, Setting, Shape, time_on_cpu, time_on_gpu
+from basis.bench.report import BenchReport
+from basis.bench.shapes import Shape
+from basis.bench.timing import PASSES, Pass, Setting, check_known, time_on_cpu, time_on_gpu
 from basis.training.loop import DTYPES, choose_precision
 
 ROOFLINE_MODES = ("dense", "factorized", "cat", "composed", "hybrid")
@@ -54,26 +53,18 @@ class Kernel(NamedTuple):
 def measure_machine(
     setting: Setting | None = None, *, side: int | None = None, copied: int | None = None, rounds: int = 7
 ) -> Machine:
-    """Measure how fast the setting's device multiplies (in its precision) and copies.
+    """Measure how fast the setting's device multiplies (in its precision) and copies: the quickest of ``rounds``.
 
-    A roof is the most that was seen: the quickest of ``rounds``, and of a product of square matrices and a wide
-    3x3 convolution the one of the higher rate, since libraries differ in how near they come to the processor.
-    float32 on a GPU is multiplied as matrix products are set up to be (``torch.get_float32_matmul_precision``).
+    Of a product of square matrices and a wide 3x3 convolution the one of the higher rate counts.
 
     Args:
         side: of the square matrices; 8192 on a GPU and 1024 on a CPU unless given.
         copied: bytes of the tensor that is copied; 2 GiB on a GPU and 256 MiB on a CPU unless given.
-
-    Raises:
-        ValueError: for a side, number of bytes or number of rounds below 1.
     """
     setting = setting or Setting()
     cuda = setting.where.type == "cuda"
     side = (8192 if cuda else 1024) if side is None else side
     copied = (2**31 if cuda else 2**28) if copied is None else copied
-    for name, value in (("side", side), ("copied", copied), ("rounds", rounds)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, but must be at least 1")
     precision = choose_precision(setting.where) if setting.precision == "auto" else setting.precision
     timer = setting.timer or (time_on_gpu if cuda else time_on_cpu)
     with setting.globals(), torch.no_grad():
@@ -130,10 +121,8 @@ def kernels(shape: Shape, k: int, mode: str, *, batch_size: int, passes: Pass) -
     Raises:
         ValueError: for an unknown mode or pass, or a k outside 1 .. C_out.
     """
-    if mode not in ROOFLINE_MODES:
-        raise ValueError(f"mode is {mode!r}, but must be one of {', '.join(ROOFLINE_MODES)}")
-    if passes not in PASSES:
-        raise ValueError(f"pass is {passes!r}, but must be one of {', '.join(PASSES)}")
+    check_known("mode", [mode], ROOFLINE_MODES)
+    check_known("pass", [passes], PASSES)
     if not 1 <= k <= shape.out_channels:
         raise ValueError(f"k is {k}, but must lie between 1 and C_out = {shape.out_channels}")
     forward, backward = _kernels(shape, k, mode, batch_size)

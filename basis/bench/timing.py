@@ -1,41 +1,34 @@
-"""How speed is measured: settings, interleaved rounds, peak memory, and the report that a benchmark leaves.
+"""How speed is measured: settings, interleaved rounds and peak memory.
 
-Other work on a machine, its clock and its caches change from one second to the next, so candidates are
-never timed one after the other. Every round runs each candidate once, in a fresh random order, and what
-is reported is the median over rounds of dense / candidate *within* a round, with its quartiles. A second
-dense layer or network runs along as a negative control: the quartiles of its ratio have to enclose 1.
-Both sides always have the same shape, batch, precision and memory format.
+Other work on a machine, its clock and its caches change from one second to the next, so candidates are never
+timed one after the other. Every round runs each candidate once, in a fresh random order, and what is reported is
+the median over rounds of dense / candidate *within* a round, with its quartiles. A second dense layer or network
+runs along as a negative control: the quartiles of its ratio have to enclose 1.
 
-On a GPU a layer or network is timed as a CUDA graph, so that what counts is the work of the GPU, not that of
-the host which launches it, and on several sets of inputs in rotation, too many for the L2 cache to hold.
+On a GPU a layer is timed as a CUDA graph, so that the work of the GPU counts and not that of the host which
+launches it, on several sets of inputs in rotation, too many for the L2 cache.
 """
 
 from __future__ import annotations
 
 import gc
 import itertools
-import json
 import math
 import random
-import re
-import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.autograd import _disable_profiler_legacy, _enable_profiler_legacy, profiler_legacy
 
+from basis.bench.report import BenchReport, check_place
 from basis.environment import environment
-from basis.layers.conv import MODES, basis_channels_for
-from basis.saving import RecordError, write_json
 from basis.training.loop import (
     DTYPES,
     MemoryFormat,
@@ -47,10 +40,8 @@ from basis.training.loop import (
 )
 from basis.training.stepping import WARM_UPS, Capture, CudaCapture, on_side_stream
 
-VERSION = 1
-RATIOS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
-# Every 3x3 convolution of the CIFAR ResNet-18 but its first.
-RESNET18_SHAPES = ("64@32", "128@16", "256@8", "512@4", "64-128@32/2", "128-256@16/2", "256-512@8/2")
+__all__ = ["BenchReport", "Pass", "Precision", "Progress", "Setting", "check_place", "layer_steps", "tell"]
+
 Pass = Literal["forward", "forward+backward"]
 PASSES: tuple[Pass, ...] = get_args(Pass)
 # In rotation on a GPU, whose L2 cache holds 50 MB; the most keep the step of a small layer from taking seconds.
@@ -61,176 +52,6 @@ Timer = Callable[[Step], float]  # runs a step, returns its seconds
 Progress = Callable[[str], object]  # is told each row as it is measured
 
 
-class Shape(NamedTuple):
-    """A 3x3 convolution with padding 1 on square images of ``size`` pixels; written ``64-128@32/2``."""
-
-    in_channels: int
-    out_channels: int
-    size: int
-    stride: int
-
-    @classmethod
-    def parse(cls, text: str) -> Shape:
-        """``IN-OUT@SIZE/STRIDE``; OUT may be left out where it is IN, STRIDE where it is 1."""
-        found = re.fullmatch(r"(\d+)(?:-(\d+))?@(\d+)(?:/(\d+))?", text)
-        shape = found and cls(int(found[1]), int(found[2] or found[1]), int(found[3]), int(found[4] or 1))
-        if not shape or min(shape) < 1:
-            raise ValueError(f"shape is {text!r}, but must read IN-OUT@SIZE/STRIDE, like 64@32 or 64-128@32/2")
-        return shape
-
-    def __str__(self) -> str:
-        out = f"-{self.out_channels}" if self.out_channels != self.in_channels else ""
-        stride = f"/{self.stride}" if self.stride > 1 else ""
-        return f"{self.in_channels}{out}@{self.size}{stride}"
-
-    def conv(self) -> nn.Conv2d:
-        """The dense layer."""
-        return nn.Conv2d(self.in_channels, self.out_channels, 3, self.stride, 1, bias=False)
-
-    def macs(self, k: int, mode: str, batch_size: int, passes: Pass) -> int:
-        """Multiply-accumulates of one step with ``k`` basis channels; ``mode`` "dense" is ``nn.Conv2d``.
-
-        What is really executed, so with the identity in M = [I; A], which :func:`basis.costs.cost`
-        lists by itself; mode "cat" is factorized without it, [Z; A Z]. A backward pass has twice those of
-        its forward pass.
-        """
-        c, f, m = self.out_channels, 9 * self.in_channels, self.out_channels - k
-        pixels = batch_size * ((self.size - 1) // self.stride + 1) ** 2
-        compose = 0 if mode == "dense" else m * k * f
-        full, thin = pixels * c * f + compose, pixels * k * (f + (m if mode == "cat" else c))
-        forward = thin if mode in ("factorized", "cat") else full
-        if passes == "forward":
-            return forward
-        return forward + 2 * (thin if mode in ("factorized", "cat", "hybrid") else full)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchReport:
-    """What a benchmark found: ``kind`` ("bench-layer", "bench-train", ...), options, machine, rows.
-
-    Every row has ``ratio`` (or ``layer``, the text of a structured layer, or ``share``, a budget) and ``mode``
-    ("control" is the second dense one), ``n`` rounds, ``ms`` and ``dense_ms`` (medians) with quartiles, and
-    ``speedup``, the median over rounds of dense / candidate, with quartiles ``speedup_q1`` and ``speedup_q3``.
-    ``peak_mib`` is the memory that one step takes beyond what was resident (:func:`peak_bytes`); older records have
-    it on GPUs only. A candidate that failed has ``error``, its message, and no times. On a GPU ``timed`` is "graph"
-    (replays of a CUDA graph) or "host-bound" (eager: the host may take longer to launch a step than the GPU to run
-    it), the dense side being timed the same way; ``sets`` of inputs were in rotation, and the times are those of one.
-    ``reason`` says why a layer is host-bound.
-
-    Rivals and blocks also have ``versus_basis``: basis / candidate within a round, above 1 where the
-    candidate is faster than the basis layer that it is compared with, with quartiles. Structured layers have
-    ``versus_composition``, see :func:`basis.bench.structured.bench_structured`.
-    """
-
-    kind: str
-    config: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    rows: Sequence[Mapping[str, Any]]
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row per candidate and cell."""
-        return pd.DataFrame(list(self.rows))
-
-    def controls(self) -> list[Mapping[str, Any]]:
-        """The rows of the second dense one that was timed, each measurement once."""
-        rows = [row for row in self.rows if row["mode"] == "control" and not row.get("same_as")]
-        return [row for row in rows if not row.get("error")]
-
-    def failed_controls(self) -> list[Mapping[str, Any]]:
-        """The control rows whose quartiles do not enclose 1; chance alone does it to 6 in 100 at 15 rounds."""
-        return [row for row in self.controls() if not row["speedup_q1"] <= 1 <= row["speedup_q3"]]
-
-    def faster_than_basis(self) -> list[Mapping[str, Any]]:
-        """The rows of candidates that beat the basis layer: the lower quartile of ``versus_basis`` is above 1."""
-        return [row for row in self.rows if (row.get("versus_basis_q1") or 0) > 1]
-
-    def latencies(self, step: str) -> dict[str, dict[int, float]]:
-        """The milliseconds that :func:`bench_latency` found: layer -> k -> ms, and dense as k = C_out.
-
-        Raises:
-            ValueError: for a report of another kind, or a ``step`` that is no pass of this one; where some layers
-                are graph-timed and some host-bound, which do not add up.
-        """
-        if self.kind != "bench-latency":
-            raise ValueError(f"latency is a report of kind {self.kind!r}, but it must be one of `basis bench latency`")
-        passes = dict.fromkeys(row["pass"] for row in self.rows)
-        if step not in passes:
-            raise ValueError(f"step is {step!r}, but the latency report has only {', '.join(passes)}")
-        rows = [row for row in self.rows if row["pass"] == step and not row.get("error")]
-        if len({row.get("timed") for row in rows}) > 1:
-            raise ValueError("some layers of the latency report are host-bound and some are not; measure it again")
-        found: dict[str, dict[int, float]] = {}
-        for row in rows:
-            ms = row["dense_ms" if row["mode"] == "control" else "ms"]
-            found.setdefault(row["layer"], {})[row["basis_channels"]] = ms
-        return found
-
-    def save(self, path: str | Path) -> None:
-        """Write the report as one JSON file, whole or not at all."""
-        write_json(Path(path), {"version": VERSION, **asdict(self)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> BenchReport:
-        """Read what :meth:`save` wrote; :class:`basis.experiments.runs.RecordError` says what is wrong with a bad file."""
-        try:
-            content = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
-            raise RecordError(f"{path} is not a JSON benchmark ({error}); measure it again") from error
-        version = content.pop("version", None) if isinstance(content, dict) else None
-        if version != VERSION:
-            raise RecordError(f"{path} has benchmark version {version!r}, but this package reads version {VERSION}")
-        if set(content) != set(cls.__dataclass_fields__):
-            raise RecordError(f"{path} lacks one of {', '.join(cls.__dataclass_fields__)}; measure it again")
-        return cls(**content)
-
-    def __str__(self) -> str:
-        c, e = self.config, self.environment
-        head = f"{e['device']}, {c['precision']}, {c['memory_format']}, batch {c['batch_size']}"
-        candidate = (
-            "width",
-            "ratio",
-            "share",
-            "mode",
-            "coefficients",
-            "trained",
-            "norms",
-            "step",
-            "timed",
-            "resolved",
-            "parameters",
-            "predicted",
-        )
-        named = ("layer", "shape", "model", "pass", *candidate, "n", "ms", "dense_ms", "speedup")
-        quartiles = ("speedup_q1", "speedup_q3", "versus_basis", "versus_composition", "versus_compiled")
-        shown = (*named, *quartiles, "mac_ratio", "peak_mib", "dense_peak_mib")
-        frame = self.to_frame()
-        frame = frame[[name for name in shown if name in frame and frame[name].notna().any()]]
-        table = frame.to_string(index=False, na_rep="-", float_format=lambda value: f"{value:.4g}")
-        bad, controls = len(self.failed_controls()), len(self.controls())
-        verdict = f"dense against itself: 1 is within the quartiles in {controls - bad} of {controls} cells"
-        wrong = [row for row in self.rows if row.get("error")]
-        failed = [f"{row.get('layer', '')} {row['mode']} failed: {row['error']}".lstrip() for row in wrong]
-        others = [f"{row['step']} was {row['means']}" for row in self.rows if "(" in row.get("means", "")]
-        bound = [(row.get("shape", row["mode"]), row["reason"]) for row in self.rows if row.get("reason")]
-        others += [f"{what} was host-bound, not graph-timed ({why})" for what, why in bound]
-        return "\n".join([head, table, *dict.fromkeys(failed + others), verdict])
-
-
-def check_place(path: Path) -> None:
-    """Make the folder of ``path``, and raise ``ValueError`` where no file could be written there."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent) as file:
-            file.write(b"0")
-    except OSError as error:
-        raise ValueError(f"nothing can be written to the folder {path.parent} ({error.strerror})") from error
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, but must be the name of a file")
-
-
-# -- timing --
-
-
 def time_on_cpu(step: Step) -> float:
     """Seconds of one call, by the wall clock."""
     start = time.perf_counter()
@@ -239,10 +60,7 @@ def time_on_cpu(step: Step) -> float:
 
 
 def time_on_gpu(step: Step, *, seconds: float = 0.01) -> float:
-    """Seconds per call between two CUDA events around as many calls as fill ``seconds``, at most 50.
-
-    One call before them tells how many, so that the queue stays filled. The L2 cache is not flushed between calls.
-    """
+    """Seconds per call between two CUDA events around as many calls as fill ``seconds``, at most 50."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     calls, each = 1, 0.0
     for _ in range(2):
@@ -261,8 +79,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of every step in every round; a round runs each step once, in a random order of its own.
 
-    After two rounds of warm-up there are ``rounds`` rounds, or fewer, but at least three, once
-    ``seconds`` are over.
+    Two rounds of warm-up, then ``rounds`` rounds, or at least three once ``seconds`` are over.
     """
     order, shuffle = list(steps), random.Random(seed).shuffle
     for _ in range(2):
@@ -330,7 +147,7 @@ class PeakCapture:
 
 
 class LayerStep(partial[None]):
-    """A step of a layer: it can be captured, and runs once on each of its ``sets`` of inputs."""
+    """A step of a layer that can be captured, once on each of its ``sets`` of inputs."""
 
     sets: int
 
@@ -341,15 +158,13 @@ class Setting:
 
     Args:
         device: "cpu", "cuda", "cuda:1" ...; the GPU where there is one unless given.
-        precision: "fp32", "bf16" or "fp16", by autocast; "auto": as training chooses.
-        memory_format: "contiguous" or "channels_last"; "auto": as training chooses.
+        precision: "fp32", "bf16" or "fp16", by autocast; memory_format: "contiguous" or "channels_last"; both as
+            training chooses where "auto".
         batch_size: images per step.
-        rounds: measurements of each candidate, at least 3.
-        seconds: no further round of a cell begins after that many, from the third on.
+        rounds: measurements of each candidate, at least 3; none begins after ``seconds``, from the third on.
         seed: of the weights, the inputs and the order within rounds.
         timer: runs a step and returns its seconds, instead of the device's own clock.
-        capture: runs a function so that what it returns repeats it, see :class:`basis.training.stepping.TrainingStep`; a CUDA
-            graph on a GPU, and nothing is captured on a CPU, unless given.
+        capture: runs a function so that what it returns repeats it; a CUDA graph on a GPU unless given.
 
     Raises:
         ValueError: for an option outside these.
@@ -371,11 +186,10 @@ class Setting:
         for name, known in (("precision", get_args(Precision)), ("memory_format", get_args(MemoryFormat))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(known)}")
-        for name, least in (("batch_size", 1), ("rounds", 3)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {least}")
-        if self.seconds is not None and not self.seconds >= 0:
-            raise ValueError(f"seconds is {self.seconds}, but must be at least 0")
+        for name, least in (("batch_size", 1), ("rounds", 3), ("seconds", 0)):
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"{name} is {value}, but must be at least {least}")
 
     @property
     def where(self) -> torch.device:
@@ -388,11 +202,6 @@ class Setting:
         layout: Any = self.memory_format
         layout = choose_memory_format(model, self.where, precision) if layout == "auto" else layout
         return replace(self, device=str(self.where), precision=precision, memory_format=layout)
-
-    def settled_for(self, shapes: Sequence[Shape]) -> Setting:
-        """:meth:`settled` for the layers of these shapes, together."""
-        with torch.device("meta"):
-            return self.settled(nn.ModuleList([shape.conv() for shape in shapes]))
 
     def place(self, value: Any) -> Any:
         """A tensor of images or a module, on the device and in the memory format."""
@@ -513,42 +322,38 @@ def layer_steps(
     setting: Setting,
     *,
     input_gradient: bool = True,
-    shortcut: bool = False,
 ) -> dict[str, LayerStep]:
     """One step for each layer: a call on images of each of the ``inputs``, (C, H, W), and its backward pass.
 
-    The gradients are set free after each call, so that they count as memory that it takes. With ``shortcut`` the
-    second argument is a tensor of the output's shape. Where steps are captured there are several sets of inputs.
+    The gradients are set free after each call, so that they count as memory that it takes. Where steps are captured
+    there are several sets of inputs.
     """
     train = one != "forward"
 
-    def make(size: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
+    def make(size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         x = setting.place(torch.randn(setting.batch_size, *size, device=setting.where).to(DTYPES[setting.precision]))
         with torch.no_grad(), setting.autocast():
             dy = torch.randn_like(layers["dense"](x))
-        given = [x, torch.randn_like(dy)] if shortcut else [x]
-        return [tensor.requires_grad_(train and input_gradient) for tensor in given], dy
+        return x.requires_grad_(train and input_gradient), dy
 
-    def call(layer: nn.Module, given: Sequence[Tensor], dy: Tensor) -> None:
+    def call(layer: nn.Module, x: Tensor, dy: Tensor) -> None:
         with torch.set_grad_enabled(train), setting.autocast():
-            y = layer(*given)
+            y = layer(x)
         if train:
             y.backward(dy)
             layer.zero_grad()
-            for tensor in given:
-                tensor.grad = None
+            x.grad = None
 
     calls = [make(size) for size in inputs]
     sets = 1
     if setting.new_capture():
-        tensors = [tensor for given, dy in calls for tensor in [*given, *([dy] if train else [])]]
-        moved = sum(tensor.nbytes * (1 + tensor.requires_grad) for tensor in tensors)
+        moved = sum(x.nbytes * (1 + x.requires_grad) + (dy.nbytes if train else 0) for x, dy in calls)
         sets = min(max(LEAST_SETS, math.ceil(ROTATED_BYTES / moved)), MOST_SETS)
         calls += [make(size) for _ in range(sets - 1) for size in inputs]
 
     def step(layer: nn.Module) -> None:
-        for given, dy in calls:
-            call(layer, given, dy)
+        for x, dy in calls:
+            call(layer, x, dy)
 
     steps = {name: LayerStep(step, layer) for name, layer in layers.items()}
     for one_step in steps.values():
@@ -556,30 +361,22 @@ def layer_steps(
     return steps
 
 
-def check_known(what: str, values: Sequence[str], known: Sequence[str]) -> None:
-    """Raise ``ValueError`` for a value that is not among the known ones."""
-    for value in values:
-        if value not in known:
-            raise ValueError(f"{what} is {value!r}, but must be one of {', '.join(known)}")
-
-
-def check_options(ratios: Sequence[float], modes: Sequence[str], passes: Sequence[str]) -> None:
-    """Raise ``ValueError`` for a ratio, mode or pass that makes no sense."""
-    check_known("mode", modes, MODES)
-    check_known("pass", passes, PASSES)
-    for ratio in ratios:
-        basis_channels_for(ratio, 1)  # refuses a ratio that makes no sense
-
-
 def tell(progress: Progress | None, row: Mapping[str, Any], what: str) -> None:
     """One line about a row, for whoever wants to see the progress."""
     if not progress:
         return
-    parts = (row["mode"], *(row.get(key) for key in ("coefficients", "trained", "norms", "step")))
-    cell = f"r={row['ratio']:g}" if "ratio" in row else f"in {row['share']:.0%} of the time"
-    place = f"{what} {row.get('pass', 'training step')} {cell} {' '.join(filter(None, parts))}"
+    cell = f"r={row['ratio']:g}" if "ratio" in row else f"in {row['share']:.0%} of the time" if "share" in row else ""
+    named = (row.get(key) for key in ("mode", "coefficients", "trained", "norms", "step"))
+    place = " ".join(str(part) for part in (what, row.get("pass"), cell, *named) if part)
     if "error" in row:
         progress(f"{place}: failed, {row['error']}")
-        return
-    spread = f"[{row['speedup_q1']:.2f}, {row['speedup_q3']:.2f}]"
-    progress(f"{place}: {row['speedup']:.2f}x {spread}, {row['ms']:.3g} ms")
+    else:
+        spread = f"[{row['speedup_q1']:.2f}, {row['speedup_q3']:.2f}]"
+        progress(f"{place}: {row['speedup']:.2f}x {spread}, {row['ms']:.3g} ms")
+
+
+def check_known(what: str, values: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ``ValueError`` for a value that is not among the known ones."""
+    for value in values:
+        if value not in known:
+            raise ValueError(f"{what} is {value!r}, but must be one of {', '.join(known)}")

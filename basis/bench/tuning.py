@@ -1,35 +1,130 @@
-"""Modes by measurement: every basis convolution of a network, timed in each way on the machine at hand.
+"""Every layer of a network, timed where it stands: latencies for a budget, and the fastest mode of each basis layer.
 
     table = tune(network, input_size=(3, 32, 32), setting=Setting(batch_size=500))
-    print(table)
-    table.save("modes.json")
     use_modes(network, table)  # mode "auto" now stands for what was fastest
 
-Where a batch normalisation directly follows, both are timed together, with the ReLU after them, and taking
-the normalisation through the basis (:mod:`basis.layers.batchnorm`) is one of the ways. What is fastest depends on the
-processor, the number format, the memory format and the batch, so a table holds for one machine and one
-setting. Layers that no table names follow the rule of :func:`basis.layers.conv.resolve_mode`.
+A table holds for one machine and one setting. Layers that no table names follow the rule of
+:func:`basis.layers.conv.resolve_mode`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import nn
 
 from basis.bench.cases import Block
-from basis.bench.timing import BenchReport, Pass, Progress, Setting, layer_steps, tell
-from basis.costs import trace_calls
+from basis.bench.report import BenchReport
+from basis.bench.shapes import RATIOS, TimedLayer
+from basis.bench.timing import PASSES, Pass, Progress, Setting, check_known, layer_steps, tell
+from basis.costs import cost, trace_calls
 from basis.layers.batchnorm import couple, couple_in_place, couplings, uncouple, uncouple_in_place
-from basis.layers.conv import BasisConv2d, ExplicitMode
+from basis.layers.conv import BasisConv2d, ExplicitMode, basis_channels_for
+from basis.substitution import plan_of
 from basis.text import few
 
-KIND = "bench-modes"
 Way = Literal["factorized", "composed", "hybrid", "through_basis"]
 EXPLICIT: tuple[ExplicitMode, ...] = get_args(ExplicitMode)
 WAYS: tuple[Way, ...] = get_args(Way)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer of a network; those of equal ``key`` are measured once."""
+
+    key: Hashable
+    inputs: tuple[tuple[int, ...], ...]  # (C, H, W) of each call in one forward pass
+    input_gradient: bool
+    make: Callable[[Pass], dict[str, nn.Module]]  # its candidates, with "dense" and "control"
+    about: Callable[[str, nn.Module], dict[str, Any]]  # what the row of a candidate says of it
+
+
+def _measure(
+    layers: Mapping[str, _Layer], passes: Sequence[Pass], setting: Setting, progress: Progress | None
+) -> list[dict[str, Any]]:
+    cells: dict[Hashable, list[dict[str, Any]]] = {}
+    rows: list[dict[str, Any]] = []
+    for (name, layer), one in itertools.product(layers.items(), passes):
+        if (layer.key, one) not in cells:
+            with setting.globals():
+                placed = {key: setting.place(module) for key, module in layer.make(one).items()}
+                steps = layer_steps(placed, layer.inputs, one, setting, input_gradient=layer.input_gradient)
+                optional = [key for key in placed if key not in ("dense", "control")]
+                measured = setting.measure(steps, may_fail=optional)
+            found = cells[layer.key, one] = []
+            for key, values in measured.items():
+                found.append({"layer": name, "pass": one, **layer.about(key, placed[key]), **values})
+                tell(progress, found[-1], name)
+        cell = cells[layer.key, one]
+        first = cell[0]["layer"]
+        rows += [{**row, "layer": name, "same_as": None if name == first else first} for row in cell]
+    return rows
+
+
+def bench_latency(
+    model: nn.Module,
+    *,
+    input_size: Sequence[int] = (3, 32, 32),
+    ratios: Sequence[float] = RATIOS,
+    multiple: int = 8,
+    passes: Sequence[Pass] = PASSES,
+    setting: Setting | None = None,
+    progress: Progress | None = None,
+    name: str | None = None,
+) -> BenchReport:
+    """Measure every convolution of ``model`` that can be substituted, alone, dense and in mode auto.
+
+    For :func:`basis.select`. A cell is a layer and a pass; its candidates are k nearest to each ratio, a multiple of
+    ``multiple`` and of the layer's groups, below C_out. Layers have the model's shapes but fresh weights, on the
+    inputs of one forward pass on images of ``input_size``, (C, H, W); the first layer takes no gradient of its input.
+    Equal shapes are measured once: the rows of the others name the first in ``same_as``. Rows have ``layer``,
+    ``shape``, ``basis_channels`` (C_out in the control row) and ``resolved``.
+
+    Raises:
+        ValueError: for a model without such a layer, or that cannot be run on such images; for a ratio, multiple,
+            pass or setting that makes no sense.
+    """
+    check_known("pass", passes, PASSES)
+    if multiple < 1:
+        raise ValueError(f"multiple is {multiple}, but must be at least 1")
+    for ratio in ratios:
+        basis_channels_for(ratio, 1)  # refuses a ratio that makes no sense
+    free = {layer for layer, why in plan_of(model).skipped.items() if why == "left dense"}
+    found = {}
+    for layer, conv, calls in trace_calls(model, (1, *input_size)):
+        if layer in free and calls and isinstance(conv, nn.Conv2d):
+            timed = TimedLayer.of(conv, (c.x[1:] for c in calls), input_gradient=any(c.needs_dx for c in calls))
+            ks = {basis_channels_for(r, conv.out_channels, math.lcm(conv.groups, multiple)) for r in ratios}
+            make = partial(_thinner, timed, sorted(k for k in ks if k < conv.out_channels))
+            found[layer] = _Layer(timed, timed.inputs, timed.input_gradient, make, partial(_about, timed))
+    if not found:
+        raise ValueError("the model has no convolution that can be substituted and is called")
+    setting = (setting or Setting()).settled(model)
+    rows = _measure(found, passes, setting, progress)
+    options = {"model": name or type(model).__name__, "input_size": list(input_size), "multiple": multiple}
+    options["macs"] = cost(model, input_size).total.forward_macs
+    return setting.report("bench-latency", rows, **options, ratios=list(ratios), passes=list(passes))
+
+
+def _thinner(timed: TimedLayer, ks: Sequence[int], one: Pass) -> dict[str, nn.Module]:
+    layers: dict[str, nn.Module] = {"dense": timed.conv(), "control": timed.conv()}
+    return layers | {str(k): BasisConv2d.shaped_like(timed.conv(), basis_channels=k, mode="auto") for k in ks}
+
+
+def _about(timed: TimedLayer, key: str, layer: nn.Module) -> dict[str, Any]:
+    width: int = timed.options[1]
+    k = width if key == "control" else int(key)
+    about = {"shape": str(timed), "ratio": k / width, "basis_channels": k}
+    return about | {
+        "mode": "control" if key == "control" else "auto",
+        "resolved": getattr(layer, "resolved_mode", "dense"),
+    }
 
 
 def tune(
@@ -43,36 +138,49 @@ def tune(
 ) -> BenchReport:
     """Time every basis convolution of ``model`` in every way, beside its dense layer; all of a layer together.
 
-    Each layer, with the batch normalisation that directly follows it, is timed alone, as a copy with its own
-    values, on the inputs that it gets in one forward pass on images of ``input_size``, (C, H, W); in evaluation
-    mode where ``one`` is "forward", and in the number format of the setting. Layers that time cannot tell apart
-    are measured once; the rows of the others name the first in ``same_as``. ``model`` itself is not changed:
-    that is :func:`use_modes`.
+    Each layer, with the batch normalisation that directly follows it and a ReLU, is timed alone, as a copy, on the
+    inputs that it gets in one forward pass on images of ``input_size``, (C, H, W); taking the normalisation through
+    the basis (:mod:`basis.layers.batchnorm`) is one of the ways. ``model`` is not changed: that is :func:`use_modes`.
 
     Raises:
         ValueError: for a model without such a layer, or that cannot be run on such images; for a setting
             that makes no sense.
     """
     norms, plain = couplings(model).norms, uncouple(model)
-    layers = {name: module for name, module in plain.named_modules() if isinstance(module, BasisConv2d)}
-    calls = {n: calls for n, _, calls in trace_calls(plain, (1, *input_size)) if n in layers and calls}
-    if not calls:
+    found = {}
+    for layer, _, calls in trace_calls(plain, (1, *input_size)):
+        module = plain.get_submodule(layer)
+        if isinstance(module, BasisConv2d) and calls:
+            bn = plain.get_submodule(norms[layer]) if layer in norms else None
+            inputs, needs_dx = tuple(call.x[1:] for call in calls), any(call.needs_dx for call in calls)
+            trains = [parameter.requires_grad for parameter in module.parameters()]
+            key = f"{module.extra_repr()} {module.coefficients.form} {module.derives_apart} {trains} {bn} {inputs} {needs_dx}"
+            sizes = "+".join("x".join(map(str, size[1:])) for size in inputs)
+            kernel, stride = ("x".join(map(str, pair)) for pair in (module.kernel_size, module.stride))
+            shape = f"{module.in_channels}-{module.out_channels}@{sizes} {kernel}/{stride}"
+            about = {"shape": shape, "ratio": module.ratio, "basis_channels": module.basis_channels}
+            found[layer] = _Layer(key, inputs, needs_dx, partial(_ways, module, bn), partial(_way, about))
+    if not found:
         raise ValueError("the model has no basis convolution that is called, so there is no mode to choose")
     setting = (setting or Setting()).settled(plain)
-    cells: dict[tuple, list[dict[str, Any]]] = {}
-    rows: list[dict[str, Any]] = []
-    for layer, traced in calls.items():
-        bn = plain.get_submodule(norms[layer]) if layer in norms else None
-        inputs = tuple(call.x[1:] for call in traced)
-        needs_dx = any(call.needs_dx for call in traced)
-        key = (_kind(layers[layer]), str(bn), inputs, needs_dx)
-        cell = cells.get(key)
-        if cell is None:
-            cell = cells[key] = _measure(layers[layer], bn, layer, inputs, one, needs_dx, setting, progress)
-        first = cell[0]["layer"]
-        rows += [{**row, "layer": layer, "same_as": None if layer == first else first} for row in cell]
+    rows = _measure(found, [one], setting, progress)
     options = {"model": name or type(model).__name__, "input_size": list(input_size), "passes": [one]}
-    return setting.report(KIND, rows, **options)
+    return setting.report("bench-modes", rows, **options)
+
+
+def _ways(layer: BasisConv2d, bn: nn.Module | None, one: Pass) -> dict[str, nn.Module]:
+    found: dict[str, Any] = {"dense": layer.to_conv(), "control": layer.to_conv()}
+    found |= {mode: copy.deepcopy(layer) for mode in EXPLICIT}
+    for mode in EXPLICIT:
+        found[mode].mode = mode
+    if bn is not None:
+        found = {key: Block(conv, copy.deepcopy(bn)) for key, conv in found.items()}
+        found["through_basis"] = couple(found["factorized"], ["conv"])
+    return {key: module.float().train(one != "forward") for key, module in found.items()}
+
+
+def _way(about: Mapping[str, Any], key: str, layer: nn.Module) -> dict[str, Any]:
+    return {**about, "mode": key}
 
 
 def fastest(table: BenchReport) -> dict[str, Way]:
@@ -81,7 +189,7 @@ def fastest(table: BenchReport) -> dict[str, Way]:
     Raises:
         ValueError: for a report of another kind.
     """
-    if table.kind != KIND:
+    if table.kind != "bench-modes":
         raise ValueError(f"the table is a report of kind {table.kind!r}, but it must be one of `basis bench modes`")
     best: dict[str, Mapping[str, Any]] = {}
     for row in table.rows:
@@ -95,8 +203,8 @@ def fastest(table: BenchReport) -> dict[str, Way]:
 def use_modes(model: nn.Module, table: BenchReport) -> None:
     """Let mode "auto" of the layers that ``table`` names stand for what was fastest, on such a device.
 
-    Changes ``model`` in place: its layers show their mode when printed, and those for which it is fastest are
-    coupled to their batch normalisation; all others are not. Layers whose mode is not "auto" keep theirs.
+    Changes ``model`` in place: layers for which it is fastest are coupled to their batch normalisation, the other
+    named ones are not. Layers whose mode is not "auto" keep theirs.
 
     Raises:
         ValueError: where the table is of another kind, or names a layer that is not there, that has another
@@ -117,41 +225,3 @@ def use_modes(model: nn.Module, table: BenchReport) -> None:
     couple_in_place(uncouple_in_place(model), wanted)
     for layer, way in free.items():
         modules[layer].measured_mode = None if way == "through_basis" else (device, way)
-
-
-def _kind(layer: BasisConv2d) -> str:
-    """Everything about a layer that its time depends on."""
-    trains = [parameter.requires_grad for parameter in layer.parameters()]
-    return f"{layer.extra_repr()} {layer.coefficients.form} {layer.derives_apart} {trains}"
-
-
-def _measure(
-    layer: BasisConv2d,
-    bn: nn.Module | None,
-    name: str,
-    inputs: tuple[tuple[int, ...], ...],
-    one: Pass,
-    needs_dx: bool,
-    setting: Setting,
-    progress: Progress | None,
-) -> list[dict[str, Any]]:
-    with setting.globals():
-        found: dict[str, Any] = {"dense": layer.to_conv(), "control": layer.to_conv()}
-        found |= {mode: copy.deepcopy(layer) for mode in EXPLICIT}
-        for mode in EXPLICIT:
-            found[mode].mode = mode
-        if bn is not None:
-            found = {key: Block(conv, copy.deepcopy(bn)) for key, conv in found.items()}
-            found["through_basis"] = couple(found["factorized"], ["conv"])
-        placed = {key: setting.place(module.float().train(one != "forward")) for key, module in found.items()}
-        steps = layer_steps(placed, inputs, one, setting, input_gradient=needs_dx)
-        measured = setting.measure(steps, may_fail=[way for way in WAYS if way in placed])
-    sizes = "+".join("x".join(map(str, size[1:])) for size in inputs)
-    kernel, stride = ("x".join(map(str, pair)) for pair in (layer.kernel_size, layer.stride))
-    shape = f"{layer.in_channels}-{layer.out_channels}@{sizes} {kernel}/{stride}"
-    rows = []
-    for way, values in measured.items():
-        row = {"layer": name, "shape": shape, "pass": one, "ratio": layer.ratio}
-        rows.append({**row, "basis_channels": layer.basis_channels, "mode": way, **values})
-        tell(progress, rows[-1], name)
-    return rows

@@ -1,440 +1,390 @@
-"""From a trained network to a smaller one, in stages: the work behind ``basis compress``.
+"""From a trained network to a smaller one: the stages of ``basis compress``.
 
-Every stage leaves what it found in the folder of the run (:mod:`basis.compression.workplace`), so that a run which was interrupted
-goes on where it was. Layers are chosen on images held out from the training images; the test images are looked at for
-the last numbers only.
+A finished stage leaves ``OUT/stages/NAME.json`` and is not done again. Layers are chosen on images held out from the
+training images; the test images serve the last numbers alone.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
-import math
-import shutil
 import time
-import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from basis.bench.cases import bench_latency
-from basis.bench.timing import BenchReport, Setting, layer_steps
-from basis.compression.facts import as_json, facts_of
-from basis.compression.images import Split, check_images
-from basis.compression.job import Job, Say, Settings, absolute, check_budget, prepare, total_of
+from basis.batches import outputs_of
+from basis.bench.report import BenchReport
+from basis.bench.timing import Setting, layer_steps
+from basis.bench.tuning import bench_latency
+from basis.compression.images import ImageData, Part, check_images, open_images
+from basis.compression.networks import build_network, load_weights, transform_for
 from basis.compression.report import render
 from basis.costs import cost
 from basis.environment import environment
-from basis.inference import Exported, export_onnx, export_program, fold, measure_fold
-from basis.layers.conv import BasisConv2d
-from basis.saving import replacing
+from basis.inference import export_onnx, export_program, fold, is_installed, measure_fold
+from basis.modules import tracking_norms
+from basis.saving import plain, replacing, write_json
 from basis.search.selection import select
 from basis.search.sensitivity import sensitivity
 from basis.search.table import SensitivityTable
 from basis.statistics import mean_estimate, proportion_estimate
 from basis.storage import load, save
-from basis.substitution import Plan, substitute
+from basis.substitution import Plan, plan_of, substitute
+from basis.text import few, first_line
 from basis.training.finetuning import finetune
+from basis.training.loop import choose_device
 from basis.training.recalibration import recalibrate
+from basis.vision import import_torchvision
 
-# The measures that replace layers as they will be replaced: fitted to their outputs on the calibration images.
-FITTED = ("taylor", "fisher", "oneshot", "oneshot_bn")
+COSTS = {"params": "parameters", "macs": "forward_macs", "backward_macs": "backward_macs"}  # -> fields of a cost
+UNITS = (*COSTS, "milliseconds")
+MEASURES = ("spectrum", "activation", "taylor", "fisher", "oneshot", "oneshot_bn")
+EXPORTS: Mapping[str, tuple[str, Any]] = {"onnx": ("model.onnx", export_onnx), "program": ("model.pt2", export_program)}
+INSTALLED = tuple(name for name in EXPORTS if name != "onnx" or (is_installed("onnx") and is_installed("onnxscript")))
+MULTIPLE = 8  # of every number of basis channels
+MANY = 500  # images from which on worker processes decode them
 
-Stage = dict[str, Any]  # what a stage found, with its seconds
+Say = Callable[[str], object]
+Stage = dict[str, Any]
+
+
+def option(default: Any, text: str, **options: Any) -> Any:
+    """A field of :class:`Settings`, with what ``argparse`` is told about it."""
+    return field(default=default, metadata={"help": text, **options})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compressed:
-    """What :func:`compress` made.
+class Settings:
+    """What to do. ``budget``: params, macs, backward_macs or milliseconds -> the share that may stay, in (0, 1]."""
 
-    Attributes:
-        folder: where everything is.
-        model: the small network, of basis convolutions, in evaluation mode.
-        plan: what was replaced, and why the rest was not.
-        report: every number, as in ``report.json``.
+    model: str
+    weights: str
+    data: str
+    budget: Mapping[str, float]
+    out: str
+    classes: int | None = option(None, "outputs of the network (default: as the data)", type=int)
+    measure: str | None = option(None, "of the sensitivity (default: oneshot_bn, or oneshot)", choices=MEASURES)
+    ratios: Sequence[float] = option((0.5, 0.25), "of basis filters to filters", nargs="+", type=float)
+    epochs: int = option(1, "of fine-tuning, 0 for none", type=int)
+    lr: float = option(0.01, "peak learning rate of fine-tuning", type=float)
+    batch_size: int = option(64, "also of the latencies", type=int)
+    image_size: int | None = option(None, "side in pixels (default: the network's own)", type=int)
+    mean: Sequence[float] | None = option(None, "per channel, in [0, 1] (default: known)", nargs="+", type=float)
+    std: Sequence[float] | None = option(None, "as for mean", nargs="+", type=float)
+    validation: int | None = option(None, "training images held out to choose on (default: a tenth)", type=int)
+    export: Sequence[str] = option(
+        INSTALLED, "files to write (default: onnx where it is installed, program)", nargs="+", choices=tuple(EXPORTS)
+    )
+    device: str | None = option(None, "cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
+    seed: int = option(0, "of all randomness", type=int)
+
+    def __post_init__(self) -> None:
+        if not self.budget or not all(unit in UNITS and 0 < share <= 1 for unit, share in self.budget.items()):
+            raise ValueError(f"budget is {dict(self.budget)}, but must have shares in (0, 1] of {', '.join(UNITS)}")
+        least = {"epochs": 0, "seed": 0, "batch_size": 2, "validation": 1, "image_size": 1, "lr": 1e-9}
+        wrong = [n for n, low in least.items() if getattr(self, n) is not None and not getattr(self, n) >= low]
+        wrong += ["measure"] * (self.measure not in (None, *MEASURES))
+        wrong += ["export"] * (not set(self.export) <= set(EXPORTS))
+        wrong += ["std"] * ((self.mean is None) != (self.std is None))
+        if wrong:
+            raise ValueError(f"{wrong[0]} cannot be {getattr(self, wrong[0])}; see basis compress --help")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Settings that were checked, and what was made from them.
+
+    ``parts``: "train" (augmented), "calibration" of it, "held" out, "scored" of these, and "test". ``identity``: the
+    settings with digests of the files, which make a run this one.
     """
 
-    folder: Path
+    settings: Settings
+    out: Path
+    say: Say | None
     model: nn.Module
-    plan: Plan
-    report: Mapping[str, Any]
+    data: ImageData
+    parts: Mapping[str, Part]
+    input_size: tuple[int, ...]  # (C, H, W) of one image
+    device: torch.device
+    measure: str
+    identity: Mapping[str, Any]
 
-    def __str__(self) -> str:
-        params, macs = (self.report["cost"][unit]["ratio"] for unit in ("params", "macs"))
-        rows = self.report["latency"]["rows"]
-        last = [_percent(row) for row in self.report["accuracy"] if row["images"] == "test"]
-        return (
-            f"{self.report['replaced']} of {self.report['convolutions']} convolutions replaced: {params:.1%} of the "
-            f"parameters, {macs:.1%} of the MACs; test accuracy {last[0]} before, {last[1]} after; "
-            f"{rows['exported']['speedup']:.2f} times as fast; all of it in {self.folder}"
-        )
+    @property
+    def setting(self) -> Setting:
+        """How times are measured."""
+        s = self.settings
+        return Setting(device=str(self.device), precision="fp32", batch_size=s.batch_size, seconds=60, seed=s.seed)
+
+    def batches(self, name: str) -> DataLoader:
+        """Batches (inputs, labels) of a part, on the CPU."""
+        part, size, train = self.parts[name], self.settings.batch_size, name == "train"
+        workers = torch.get_num_threads() if len(part) > MANY else 0
+        order = torch.Generator().manual_seed(self.settings.seed)
+        last = train and len(part) >= size
+        return DataLoader(part, size, shuffle=train, drop_last=last, num_workers=workers, generator=order)
+
+    def small(self) -> nn.Module:
+        """The substituted network, as the last stage left it."""
+        return load(self.model, self.out).eval()
 
 
-def compress(settings: Settings, *, say: Say | None = None, command: str = "") -> Compressed:
+def compress(settings: Settings, *, say: Say | None = None, command: str = "") -> dict[str, Any]:
     """Find the layers that can take it, replace, repair and measure them, and export the network.
 
-    ``settings.out`` receives ``plan.json`` and ``model.safetensors`` (for :func:`basis.load`), ``model.onnx`` and
-    ``model.pt2``, which were run and compared with the network, ``sensitivity.jsonl``, ``report.json`` and
-    ``report.html``. Called again with the same settings it goes on where it was.
-
-    Args:
-        say: is told what is going on; with it, bars are drawn too.
-        command: what a user typed, for the report.
-
-    Raises:
-        ValueError: for input that is wrong, before any long work: see :func:`basis.compression.job.prepare`.
-        InfeasibleBudget: for a budget that no choice of layers meets.
+    ``settings.out`` receives ``plan.json`` and ``model.safetensors`` (for :func:`basis.load`), the exported files,
+    ``sensitivity.jsonl``, ``report.html`` and ``report.json``, whose content is returned. Called again with the same
+    settings it goes on where it was. ``say`` receives lines about the progress; ``command`` is for the report. Raises
+    what :func:`prepare` raises, before any long work.
     """
     job = prepare(settings, say=say)
-    with job.place.held():
-        if job.place.done("dense") is None:
-            check_pictures(job)
-        job.place.begin()
-        dense = evaluate_dense(job)
-        times, timed = time_layers(job)
-        table, analysed = analyse(job, dense)
-        plan, chosen = choose(job, table, times)
-        small, repaired = repair(job, plan)
-        small, tuned = tune_finely(job, small)
-        last = evaluate_last(job, small)
-        form = choose_form(job, small)
-        latency = time_networks(job, small, form)
-        exported = export(job, small, form)
-        stages = {"dense": dense, "sensitivity": analysed, "layer times": timed, "selection": chosen}
-        stages |= {"repair": repaired, "fine-tuning": tuned, "last numbers": last, "form": form}
-        stages |= {"latency": latency, "export": exported}
-        report = write(job, small, table, plan, stages, command)
-    return Compressed(folder=job.out, model=small, plan=plan, report=report)
+    write_json(job.out / "run.json", job.identity)
+    done: dict[str, Stage] = {}
+    for stage in STAGES:
+        done[stage.__name__] = _finished(job, stage, done)
+    return _report(job, done, command)
 
 
-# -- the stages -------------------------------------------------------------------------------------
+def prepare(settings: Settings, *, say: Say | None = None) -> Job:
+    """Read and check everything that was given.
 
-
-def check_pictures(job: Job) -> None:
-    """Decode every image that will be used, before any is; :func:`basis.compression.images.check_images` names those that fail."""
-    used = [job.validation, job.pictures.test, job.pictures.train if job.settings.epochs else job.calibration]
-    if any(split.files for split in used):
-        check_images(used, progress=partial(_bar, job, what="reading every image once"))
-
-
-def evaluate_dense(job: Job) -> Stage:
-    """The accuracy of the dense network on the held out images."""
-
-    def work() -> Stage:
-        rows, _ = _accuracies(job, job.validation, dense=job.model)
-        told = (
-            "the dense network is hardly better than guessing; do the weights, the order of the classes, and --mean "
-            "and --std fit these data?"
-        )
-        guessing = rows[0]["low"] <= 1 / len(job.pictures.classes)
-        return {"accuracy": rows, "warnings": [told] if guessing else []}
-
-    found = job.place.stage("dense", work)
-    (row,) = found["accuracy"]
-    job.say(f"dense network: {_percent(row)} right of {row['n']:,} held out images")
-    _warn(job, found)
-    return found
-
-
-def analyse(job: Job, dense: Stage) -> tuple[SensitivityTable, Stage]:
-    """What each layer loses alone, on the held out images; every measurement is kept as it is made."""
-    s, path = job.settings, job.out / "sensitivity.jsonl"
-    given = s.table is not None and not path.exists()
-    fitted = job.measure in FITTED
-    if job.place.done("sensitivity") is None and job.measure.startswith("oneshot"):
-        images = len(job.scored) + (len(job.calibration) if job.measure == "oneshot_bn" else 0)
-        (row,) = dense["accuracy"]  # replacing a layer, the half behind it is run again, more or less
-        minutes = len(job.candidates.candidates) * images / 2 * row["seconds"] / row["n"] / 60
-        if minutes > 2:
-            job.say(
-                f"sensitivity: {len(job.candidates.candidates)} candidates, in about {minutes:,.0f} min; the measure "
-                "fisher takes one pass forward and backward"
-            )
-
-    def measure() -> SensitivityTable:
-        if given:
-            with replacing(path) as file:
-                file.write(Path(str(s.table)).read_bytes())
-        return sensitivity(
-            job.model, list(job.loader(job.scored)), measure=job.measure, ratios=tuple(s.ratios), multiple=s.multiple,
-            include=tuple(s.include), exclude=tuple(s.exclude), resume=path,
-            calibration=[x for x, _ in job.loader(job.calibration)] if fitted else None,
-            fit="activation" if fitted else "weight",
-            progress="sensitivity of layers" if job.progress else None,
-        )  # fmt: skip
-
-    try:
-        found = job.place.stage("sensitivity", lambda: {"cells": len(measure().cells)})
-    except ValueError as error:
-        if given:  # it was measured on other images
-            path.unlink(missing_ok=True)
-            why = str(error).partition(";")[0].replace(str(path), "it")
-            raise ValueError(f"the table {s.table} cannot be gone on from: {why}") from error
-        raise
-    table = SensitivityTable.load(path)
-    job.say(f"sensitivity: {len(table.cells)} candidates of {len(table.layers)} layers by {table.measure}")
-    return table, found
-
-
-def time_layers(job: Job) -> tuple[BenchReport | None, Stage]:
-    """The milliseconds of every layer with every k, for a budget in them."""
-    if "milliseconds" not in job.settings.budget:
-        return None, {}
-    path, s = job.out / "layers.json", job.settings
-
-    def measure() -> Stage:
-        report = bench_latency(
-            job.model, input_size=job.input_size, ratios=tuple(s.ratios), multiple=s.multiple, passes=("forward",),
-            setting=job.setting, progress=job.say, name=s.model,
-        )  # fmt: skip
-        report.save(path)
-        return {"layers": len({row["layer"] for row in report.rows})}
-
-    found = job.place.stage("times", measure)
-    times = BenchReport.load(path)
-    check_budget(job, times)
-    return times, found
-
-
-def choose(job: Job, table: SensitivityTable, times: BenchReport | None) -> tuple[Plan, Stage]:
-    """The plan of the smallest sum of sensitivities within the budget."""
-    totals = {**table.total, **({} if times is None else total_of(times))}
-
-    def work() -> Stage:
-        budget = absolute(job.settings.budget, totals)
-        plan = select(table, budget=budget, absolute=True, latency=times, step="forward")
-        share = {unit: value / (totals[unit] or math.nan) for unit, value in budget.items()}
-        return {"budget": share, "plan": json.loads(plan.to_json())}
-
-    found = job.place.stage("selection", work)
-    plan = Plan.from_json(json.dumps(found["plan"]))
-    plan.save(job.out / "plan.json")
-    job.say(f"selection: {len(plan.layers)} layers are replaced, {len(plan.skipped)} stay as they are")
-    return plan, found
-
-
-def repair(job: Job, plan: Plan) -> tuple[nn.Module, Stage]:
-    """The network with its layers replaced, fitted to what they give on the calibration images."""
-    folder = job.out / "stages" / "repaired"
-
-    def work() -> Stage:
-        inputs = [x for x, _ in job.loader(job.calibration)]
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            small = substitute(job.model, plan, calibration=inputs).eval()
-        rows, _ = _accuracies(job, job.validation, replaced=small)
-        if recalibrate(small, inputs).norms:
-            rows += _accuracies(job, job.validation, recalibrated=small)[0]
-        save(small, folder)
-        return {"accuracy": rows, "warnings": list(dict.fromkeys(str(one.message) for one in caught))}
-
-    found = job.place.stage("repair", work)
-    _warn(job, found)
-    for row in found["accuracy"]:
-        job.say(f"{row['stage']}: {_percent(row)} right of the held out images")
-    return _held(job, folder), found
-
-
-def tune_finely(job: Job, small: nn.Module) -> tuple[nn.Module, Stage]:
-    """The network after a few epochs on the training images; its checkpoint goes away when it is done."""
-    s = job.settings
-    if not s.epochs:
-        return small, {}
-    folder, checkpoint = job.out / "stages" / "tuned", job.out / "stages" / "finetuning.pt"
-
-    def work() -> Stage:
-        result = finetune(
-            small, job.loader(job.pictures.train, augment=True), teacher=job.model if s.distil else None,
-            epochs=s.epochs, lr=s.lr, checkpoint=checkpoint, progress="fine-tuning" if job.progress else False,
-        )  # fmt: skip
-        small.eval()
-        save(small, folder)
-        rows, _ = _accuracies(job, job.validation, **{"fine-tuned": small})
-        return {"accuracy": rows, "curves": list(result.curves)}
-
-    found = job.place.stage("tuning", work)
-    checkpoint.unlink(missing_ok=True)
-    (row,) = found["accuracy"]
-    job.say(f"fine-tuned: {_percent(row)} right of the held out images")
-    return _held(job, folder), found
-
-
-def evaluate_last(job: Job, small: nn.Module) -> Stage:
-    """The accuracy of both networks on the test images, which nothing has seen before."""
-
-    def work() -> Stage:
-        rows, change = _accuracies(job, job.pictures.test, dense=job.model, compressed=small)
-        return {"accuracy": rows, "change": change}
-
-    found = job.place.stage("last", work)
-    before, after = found["accuracy"]
-    job.say(f"last numbers: {_percent(before)} right before, {_percent(after)} after, of {after['n']:,} test images")
-    return found
-
-
-def choose_form(job: Job, small: nn.Module) -> Stage:
-    """Which replaced layers are exported as a pair of convolutions, and which as one dense convolution.
-
-    A pair is smaller; where the budget is in milliseconds, it is taken only where it was measured to be faster.
+    Raises:
+        ValueError: in one sentence, for whatever is missing, unreadable, impossible, or of another run.
     """
+    s = settings
+    missing = [name for name in ("onnx", "onnxscript") if "onnx" in s.export and not is_installed(name)]
+    if missing:
+        raise ValueError(f"export to ONNX needs {few(missing)}: pip install onnx onnxscript; or export program alone")
+    try:
+        data = open_images(s.data)
+        model = build_network(s.model, classes=s.classes or len(data.classes))
+        load_weights(model, s.weights)
+        device = choose_device(s.device)
+        model = model.float().to(device).eval()
+    except (ModuleNotFoundError, RuntimeError, AssertionError) as error:  # of a library, or of a device
+        raise ValueError(first_line(error)) from error
+    if not (Path(s.out) / "stages").exists():
+        check_images(data.files)
+    parts = _split(s, model, data)
+    measure = s.measure or ("oneshot_bn" if tracking_norms(model) else "oneshot")
+    identity = asdict(s) | {"out": "", "device": str(device), "measure": measure, "data": data.digest}
+    identity["weights"] = hashlib.sha256(Path(s.weights).read_bytes()).hexdigest()
+    job = Job(settings=s, out=Path(s.out), say=say, model=model, data=data, parts=parts, device=device, measure=measure,
+              input_size=tuple(parts["held"][0][0].shape), identity=json.loads(json.dumps(identity)))  # fmt: skip
+    _check_network(job)
+    _check_budget(job)
+    _check_folder(job.out, job.identity)
+    return job
 
-    def work() -> Stage:
-        names = [name for name, module in small.named_modules() if isinstance(module, BasisConv2d)]
-        if not names:
-            return {"pairs": [], "faster": []}
-        report = measure_fold(small, input_size=job.input_size, setting=job.setting, progress=job.say)
-        faster = list(report.faster())
-        return {"pairs": faster if "milliseconds" in job.settings.budget else names, "faster": faster}
 
-    return job.place.stage("form", work)
+def _split(s: Settings, model: nn.Module, data: ImageData) -> dict[str, Part]:
+    size, bands = s.image_size or data.side, len(data.train[0][0].getbands())
+    if bands != len(s.mean or "RGB"):
+        raise ValueError(f"mean and std must have a number for each of the {bands} channels of the images")
+    evaluate = transform_for(s.model, model, size=size, mean=s.mean, std=s.std, whole=data.side is not None)
+    make = import_torchvision().transforms
+    augment = make.Compose([make.RandomHorizontalFlip(), evaluate])  # as in evaluation: arXiv 1906.06423, section 3
+    total, most = len(data.train), 2000 if size and size <= 64 else 256  # small images are cheap
+    held = s.validation or min(2000, max(1, total // 10))
+    if held >= total:
+        raise ValueError(f"validation is {held}, but must be below the number of training images, {total}")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(s.seed)).tolist()
+    index = {"held": order[:held], "scored": order[:held][:most], "calibration": order[held:][:most]}
+    parts = {name: Part(data.train, own, evaluate) for name, own in index.items()}
+    return parts | {"train": Part(data.train, order[held:], augment), "test": Part(data.test, None, evaluate)}
 
 
-def time_networks(job: Job, small: nn.Module, form: Stage) -> Stage:
-    """Whole networks by turns, at the batch size and on the device of the job."""
+def _check_network(job: Job) -> None:
+    """Refuse a network that gives no logits of these classes, or cannot be fine-tuned when it should be."""
+    classes, x = len(job.data.classes), torch.zeros(2, *job.input_size, device=job.device)
+    y = outputs_of(job.model, x[:1])
+    if not isinstance(y, Tensor) or y.shape != (1, job.settings.classes or classes) or y.shape[1] < classes:
+        raise ValueError(f"the network must return logits (N, classes) for the {classes} classes of the data")
+    trains = any(p.requires_grad for p in job.model.parameters())
+    if job.settings.epochs and not (trains and isinstance(outputs_of(copy.deepcopy(job.model).train(), x), Tensor)):
+        raise ValueError("the network is frozen or returns more than logits in training, so epochs must be 0")
+    if job.measure == "oneshot_bn" and not tracking_norms(job.model):
+        raise ValueError("measure oneshot_bn needs batch normalisation, which the network has not; use oneshot")
 
-    def work() -> Stage:
-        setting = job.setting.settled(job.model)
-        pairs = fold(small, factorized=form["pairs"])
-        networks = {"as given": copy.deepcopy(job.model), "as given, again": copy.deepcopy(job.model)}
-        networks |= {"folded": fold(job.model)}
-        networks |= {"exported": pairs}
-        if form["faster"] != form["pairs"]:
-            networks["fastest"] = fold(small, factorized=form["faster"])
-        with setting.globals():
-            placed = {name: setting.place(network) for name, network in networks.items()}
-            steps = layer_steps({"dense": job.model, **placed}, [job.input_size], "forward", setting)
-            del steps["dense"]  # it told the shape of the outputs
-            rows = setting.measure(steps, reference=dict.fromkeys(steps, "as given"))
-        slower = rows["exported"]["speedup_q3"] < 1
-        told = "in the exported form the network is slower here than it was; a budget in milliseconds would mind that"
-        return {
-            "rows": rows, "setting": _plain_setting(setting), "environment": environment(job.device),
-            "warnings": [told] if slower else [],
-        }  # fmt: skip
 
-    job.say("latency: whole networks by turns")
-    found = job.place.stage("latency", work)
-    given, exported = found["rows"]["as given"], found["rows"]["exported"]
-    job.say(f"latency: {given['ms']:.3g} ms before, {exported['ms']:.3g} ms exported, a batch of "
-            f"{job.settings.batch_size}: {exported['speedup']:.2f} times as fast "
-            f"[{exported['speedup_q1']:.2f}, {exported['speedup_q3']:.2f}]")  # fmt: skip
-    _warn(job, found)
+def _check_budget(job: Job) -> None:
+    """Refuse a budget that not even the smallest candidates meet."""
+    plan = Plan.uniform(job.model, ratio=min(job.settings.ratios), multiple=MULTIPLE)
+    if not plan.layers:
+        raise ValueError(f"no convolution of the network can be replaced ({few(set(plan.skipped.values()), '; ')})")
+    with torch.random.fork_rng(devices=[]):
+        costs = _costs(job, substitute(job.model, plan, init="random"))
+    _check_shares(job, {unit: after / max(1, before) for unit, (before, after) in costs.items()})
+
+
+def _check_shares(job: Job, least: Mapping[str, float]) -> None:
+    for unit, share in least.items():
+        if job.settings.budget.get(unit, 1) < share:
+            raise ValueError(f"budget {unit} cannot be met: at least {share:.3f} stays; give smaller ratios")
+
+
+def _check_folder(out: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds anything but a run of these settings."""
+    run = out / "run.json"
+    if not run.exists() and out.exists() and (out.is_file() or any(p.suffix != ".tmp" for p in out.iterdir())):
+        raise ValueError(f"{out} holds other things, and nothing is overwritten; name another folder")
+    known = json.loads(run.read_text()) if run.exists() else identity
+    differing = [key for key in identity if known.get(key) != identity[key]]
+    if differing:
+        raise ValueError(f"{out} holds a run with other {few(differing)}; name another folder")
+
+
+def evaluate_dense(job: Job, done: Mapping[str, Stage]) -> Stage:
+    """The accuracy of the dense network on the held-out images."""
+    row = _row("dense", "held-out", _hits(job, "held", job.model))
+    wrong = "the dense network hardly beats guessing; do weights, order of classes, mean and std fit these images?"
+    return {"accuracy": [row], "warning": wrong if row["low"] <= 1 / len(job.data.classes) else None}
+
+
+def time_layers(job: Job, done: Mapping[str, Stage]) -> Stage:
+    """The milliseconds of every layer with every k, for a budget in them, which is checked."""
+    if "milliseconds" not in job.settings.budget:
+        return {}
+    report = bench_latency(job.model, input_size=job.input_size, ratios=tuple(job.settings.ratios), multiple=MULTIPLE,
+                           passes=("forward",), setting=job.setting, progress=job.say)  # fmt: skip
+    report.save(job.out / "layers.json")
+    times = report.latencies("forward").values()
+    dense, least = sum(ms[max(ms)] for ms in times), sum(min(ms.values()) for ms in times)
+    _check_shares(job, {"milliseconds": least / dense})
+    return {"dense_ms": dense}
+
+
+def measure_sensitivity(job: Job, done: Mapping[str, Stage]) -> Stage:
+    """What the network loses when one layer alone is replaced, on held-out images; resumes between candidates."""
+    fitted = job.measure not in ("spectrum", "activation")
+    table = sensitivity(
+        job.model, job.batches("scored"), measure=job.measure, ratios=tuple(job.settings.ratios), multiple=MULTIPLE,
+        resume=job.out / "sensitivity.jsonl", calibration=job.batches("calibration") if fitted else None,
+        fit="activation" if fitted else "weight", progress="sensitivity of layers" if job.say else None,
+    )  # fmt: skip
+    return {"measure": table.measure, "unit": table.unit, "candidates": len(table.cells)}
+
+
+def replace_layers(job: Job, done: Mapping[str, Stage]) -> Stage:
+    """The layers of the smallest sum of sensitivities replaced, fitted to the dense outputs, and recalibrated."""
+    table = SensitivityTable.load(job.out / "sensitivity.jsonl")
+    times = BenchReport.load(job.out / "layers.json") if "milliseconds" in job.settings.budget else None
+    plan = select(table, budget=job.settings.budget, latency=times, step="forward")
+    small = substitute(job.model, plan, calibration=job.batches("calibration")).eval()
+    recalibrate(small, job.batches("calibration"))
+    save(small, job.out)
+    rows = [_row("replaced", "held-out", _hits(job, "held", small))]
+    return {"accuracy": rows, "layers": plan.layers, "kept": plan.skipped}
+
+
+def fine_tune(job: Job, done: Mapping[str, Stage]) -> Stage:
+    """The network after some epochs on the training images; resumes after its last epoch."""
+    if not job.settings.epochs:
+        return {}
+    small, checkpoint = job.small(), job.out / "stages" / "finetuning.pt"
+    with torch.random.fork_rng():
+        torch.manual_seed(job.settings.seed)  # of the augmentation
+        finetune(small, job.batches("train"), epochs=job.settings.epochs, lr=job.settings.lr,
+                 checkpoint=checkpoint, progress="fine-tuning" if job.say else False)  # fmt: skip
+    save(small.eval(), job.out)
+    return {"accuracy": [_row("fine-tuned", "held-out", _hits(job, "held", small))]}
+
+
+def evaluate_last(job: Job, done: Mapping[str, Stage]) -> Stage:
+    """The accuracy of both networks on the test images, which nothing has seen before."""
+    before, after = (_hits(job, "test", model) for model in (job.model, job.small()))
+    rows = [_row("dense", "test", before), _row("compressed", "test", after)]
+    return {"accuracy": rows, "change": asdict(mean_estimate((after - before).tolist()))}
+
+
+def measure_latency(job: Job, done: Mapping[str, Stage]) -> Stage:
+    """Whole networks by turns; and which replaced layers are exported as pairs of convolutions.
+
+    A pair is smaller than one dense convolution; for a budget in milliseconds it is used only where it is faster.
+    """
+    small, setting = job.small(), job.setting.settled(job.model)
+    pairs = list(plan_of(small).layers)
+    if pairs and "milliseconds" in job.settings.budget:
+        pairs = list(measure_fold(small, input_size=job.input_size, setting=job.setting).faster())
+    networks = {"dense": copy.deepcopy(job.model), "control": copy.deepcopy(job.model), "folded": fold(job.model)}
+    networks["exported"] = fold(small, factorized=pairs)
+    with setting.globals():
+        placed = {name: setting.place(network) for name, network in networks.items()}
+        rows = setting.measure(layer_steps(placed, [job.input_size], "forward", setting))
+    slower = "as exported the network is slower on this device than it was; a budget in milliseconds minds that"
+    return {"rows": rows, "pairs": pairs, "batch_size": setting.batch_size, "environment": environment(job.device),
+            "warning": slower if rows["exported"]["speedup_q3"] < 1 else None}  # fmt: skip
+
+
+def export(job: Job, done: Mapping[str, Stage]) -> Stage:
+    """Write the network as plain convolutions; each file is run and compared with it."""
+    folded = fold(job.small(), factorized=done["measure_latency"]["pairs"]).cpu()
+    files: dict[str, Stage] = {}
+    for name, writer in (EXPORTS[kind] for kind in job.settings.export):
+        for batch in ("dynamic", job.settings.batch_size):  # some networks have a fixed batch
+            try:
+                made = writer(folded, job.out / name, job.input_size, batch=batch, overwrite=True)
+                files[name] = {"batch": batch, "error": made.error}
+                break
+            except (RuntimeError, ValueError) as error:  # other people's exporters: the rest is not lost
+                files[name] = {"failed": first_line(error)}
+    return {"files": files}
+
+
+STAGES = (evaluate_dense, time_layers, measure_sensitivity, replace_layers, fine_tune, evaluate_last, measure_latency,
+          export)  # fmt: skip
+
+
+def _finished(job: Job, stage: Callable[[Job, Mapping[str, Stage]], Stage], done: Mapping[str, Stage]) -> Stage:
+    """What the stage found, doing its work only where no file says so."""
+    path, name = job.out / "stages" / f"{stage.__name__}.json", stage.__name__.replace("_", " ")
+    if not path.exists():
+        began = time.perf_counter()
+        write_json(path, plain(stage(job, done) | {"seconds": time.perf_counter() - began}))
+    found: Stage = json.loads(path.read_text())
+    if job.say:
+        rows = [f"{r['stage']} {r['value']:.2%} of {r['n']:,} {r['images']} images" for r in found.get("accuracy", ())]
+        job.say(f"{name}: {', '.join(rows) or 'done'} ({found['seconds']:.1f} s)")
+        job.say(f"warning: {found['warning']}") if found.get("warning") else None
     return found
 
 
-def export(job: Job, small: nn.Module, form: Stage) -> Stage:
-    """Write the weights, the ONNX file and the program; both were run and compared with the network."""
-
-    def work() -> Stage:
-        save(small, job.out)
-        plain = fold(small, factorized=form["pairs"]).cpu()
-        files, failed = [], dict(job.left_out)
-        writers: dict[str, tuple[str, Callable[..., Exported]]] = {
-            "ONNX": ("model.onnx", export_onnx), "torch.export": ("model.pt2", export_program),
-        }  # fmt: skip
-        for what, (name, writer) in writers.items():
-            if what in failed:
-                continue
-            job.say(f"export: {name}")
-            try:
-                files.append(_written(job, plain, what, name, writer))
-            except (RuntimeError, ValueError) as error:  # other people's exporters and layers: the rest is not lost
-                failed[what] = str(error)
-                job.say(f"left out: {what}, since {error}")
-        x = next(iter(job.loader(job.scored)))[0]
-        with torch.no_grad():
-            wanted = small(x).cpu()
-            apart = (plain(x.cpu()) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
-        return {"files": files, "left_out": failed, "apart": apart.item()}
-
-    return job.place.stage("export", work)
+@torch.no_grad()
+def _hits(job: Job, name: str, model: nn.Module) -> Tensor:
+    """Which images of a part the network gets right, (N,) of 0 and 1."""
+    batches = tqdm(job.batches(name), desc=f"evaluating on {name} images", disable=not job.say, leave=False)
+    return torch.cat([model(x.to(job.device)).argmax(1).cpu() == y for x, y in batches]).double()
 
 
-def _written(job: Job, plain: nn.Module, what: str, name: str, writer: Callable[..., Exported]) -> dict[str, Any]:
-    """One exported file, for any number of images, or where that fails for the batch size of the job."""
-    sizes: tuple[Any, ...] = ("dynamic", job.settings.batch_size)
-    for batch in sizes:
-        try:
-            made = writer(plain, job.out / name, job.input_size, batch=batch, overwrite=True)
-            break
-        except RuntimeError:
-            if batch == sizes[-1]:
-                raise
-    return {
-        "name": name, "what": what, "batch": batch, "batches": list(made.batches), "error": made.error,
-        "bytes": made.path.stat().st_size,
+def _row(stage: str, images: str, hits: Tensor) -> Stage:
+    return {"stage": stage, "images": images, **asdict(proportion_estimate(hits.sum().item(), len(hits)))}
+
+
+def _costs(job: Job, small: nn.Module) -> dict[str, tuple[int, int]]:
+    """Parameters and MACs of one image, dense and small."""
+    before, after = (cost(model, job.input_size).total for model in (job.model, small))
+    return {unit: (getattr(before, name), getattr(after, name)) for unit, name in COSTS.items()}
+
+
+def _report(job: Job, done: Mapping[str, Stage], command: str) -> dict[str, Any]:
+    small, table = job.small(), SensitivityTable.load(job.out / "sensitivity.jsonl")
+    Plan(done["replace_layers"]["layers"], done["replace_layers"]["kept"]).save(job.out / "plan.json")  # with reasons
+    report = {
+        "command": command, "settings": asdict(job.settings), "identity": job.identity, "classes": job.data.classes,
+        "cost": _costs(job, small), "images": {name: len(part) for name, part in job.parts.items()},
+        "input_size": job.input_size, "whole": job.data.side is not None, "folder": str(job.out.absolute()),
+        "cells": table.to_frame().to_dict("records"), "stages": done,
     }  # fmt: skip
-
-
-def write(
-    job: Job, small: nn.Module, table: SensitivityTable, plan: Plan, stages: Mapping[str, Stage], command: str
-) -> dict[str, Any]:
-    """The report, as JSON and as a page; what only an unfinished run needs goes away."""
-    plan.save(job.out / "plan.json")  # once more, since save() knows no reasons
-    costs = {name: cost(model, job.input_size).total for name, model in (("dense", job.model), ("compressed", small))}
-    report = facts_of(job, table, plan, costs, stages, command)
-    with replacing(job.out / "report.json") as file:
-        file.write(as_json(report))
+    report = plain(report)
+    write_json(job.out / "report.json", report)
     with replacing(job.out / "report.html") as file:
         file.write(render(report, table).encode())
-    for name in ("repaired", "tuned"):
-        shutil.rmtree(job.out / "stages" / name, ignore_errors=True)
-    job.say(f"the report is at {(job.out / 'report.html').absolute()}")
+    (job.out / "stages" / "finetuning.pt").unlink(missing_ok=True)
     return report
-
-
-# -- shared by stages -------------------------------------------------------------------------------
-
-
-def _accuracies(job: Job, split: Split, **networks: nn.Module) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """A row for each network, and of two the change from the first to the second, paired image by image."""
-    began = time.perf_counter()
-    losses: dict[str, list[Tensor]] = {name: [] for name in networks}
-    right: dict[str, list[Tensor]] = {name: [] for name in networks}
-    with torch.no_grad():
-        for x, y in _bar(job, job.loader(split), what=f"evaluating {' and '.join(networks)}"):
-            for name, model in networks.items():
-                logits = model(x).float()
-                losses[name].append(F.cross_entropy(logits, y, reduction="none"))
-                right[name].append(logits.argmax(1) == y)
-    seconds = (time.perf_counter() - began) / len(networks)
-    hits = {name: torch.cat(parts).double().cpu() for name, parts in right.items()}
-    rows = []
-    for name, own in hits.items():
-        share = proportion_estimate(own.sum().item(), len(own))
-        row = {"stage": name, "images": "test" if split is job.pictures.test else "held out", "accuracy": share.value}
-        row |= {"low": share.low, "high": share.high, "n": share.n, "seconds": seconds}
-        rows.append(row | {"loss": torch.cat(losses[name]).double().mean().item()})
-    if len(hits) < 2:
-        return rows, None
-    before, after = hits.values()
-    return rows, asdict(mean_estimate((after - before).tolist()))
-
-
-def _held(job: Job, folder: Path) -> nn.Module:
-    """The network that a stage kept; the last one, where that is done or the stage's is gone."""
-    return load(job.model, job.out if job.place.done("export") or not folder.exists() else folder).eval()
-
-
-def _bar(job: Job, items: Iterable, *, what: str, total: int | None = None) -> Iterable:
-    return tqdm(items, desc=what, total=total, disable=not job.progress, leave=False, dynamic_ncols=True)
-
-
-def _warn(job: Job, found: Stage) -> None:
-    for line in found["warnings"]:
-        job.say(f"warning: {line}")
-
-
-def _percent(row: Mapping[str, Any]) -> str:
-    return f"{100 * row['accuracy']:.2f} % [{100 * row['low']:.2f}, {100 * row['high']:.2f}]"
-
-
-def _plain_setting(setting: Setting) -> dict[str, Any]:
-    return {name: getattr(setting, name) for name in ("batch_size", "precision", "memory_format")}

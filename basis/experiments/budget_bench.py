@@ -8,8 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from basis.bench.cases import NORMS, Norms, bench_latency, bench_training
-from basis.bench.timing import BenchReport, Pass, Progress, Setting, layer_steps, tell
+from torch import nn
+
+from basis.bench.networks import NORMS, Norms, bench_training
+from basis.bench.report import BenchReport
+from basis.bench.timing import Pass, Progress, Setting, layer_steps, tell
+from basis.bench.tuning import bench_latency
 from basis.costs import count_parameters
 from basis.inference import fold, measure_fold
 from basis.models import build
@@ -32,35 +36,21 @@ def bench_budget(
     setting: Setting | None = None,
     progress: Progress | None = None,
 ) -> BenchReport:
-    """Measure the forward pass, in evaluation mode, of networks that were selected to take so many milliseconds.
+    """Measure the forward pass of networks that were selected to take a share of the convolutions' milliseconds.
 
-    Every layer of a network of :func:`basis.models.build` is timed alone (:func:`basis.bench.cases.bench_latency`); for
-    each share of the convolutions' time, :func:`basis.select` finds the plan, by the spectrum of the weights, and the
-    network is folded, with pairs where :func:`measure_fold` finds them faster. A cell is a share. Modes: "dense
-    folded", the dense network without its batch normalisations; and "selected". Weights and images are random, since
-    times do not depend on them; images are 3x32x32.
-
-    Rows also have ``share``, the budget; of "selected" ``predicted``, the share of the convolutions' time that the
-    layers alone add up to, ``parameters``, as a share of the dense network's, and ``layers`` and ``pairs``, of
-    how many layers are substituted and how many of those are pairs.
-
-    Args:
-        shares: what the convolutions may take, as a share of their time in the dense network.
-        ratios: of the candidates.
+    Every layer is timed alone (:func:`bench_latency`); for each share :func:`basis.select` finds the plan, by the
+    spectrum of the weights, and the network is folded, with pairs where :func:`measure_fold` finds them faster. Modes
+    are "dense folded" and "selected". Rows of "selected" have ``predicted``, the share that the layers alone add up
+    to, ``parameters`` as a share of the dense network's, and ``layers`` and ``pairs``, how many there are.
 
     Raises:
-        InfeasibleBudget: where the candidates reach none of the shares. Of several the others are measured;
-            those out of reach stand in ``config["beyond"]``.
+        InfeasibleBudget: where no share can be reached; otherwise those out of reach stand in ``config["beyond"]``.
         ValueError: for an unknown model, or a share, ratio or setting that makes no sense.
     """
-    setting = setting or Setting()
-    with setting.globals():
-        dense = build(model, width=width).eval()
-    setting = setting.settled(dense)
-    _check_shares(shares)
-    table = sensitivity(dense, measure="spectrum", ratios=ratios)
+    dense, setting, table = _start(model, width, shares, ratios, setting)
+    dense.eval()
     times = bench_latency(dense, ratios=ratios, passes=("forward",), setting=setting, progress=progress)
-    plans, beyond = _plans(table, times, shares, "forward", model, progress)
+    plans, beyond = _plans(table, times, shares, "forward")
     rows: list[dict[str, Any]] = []
     for share, plan in plans.items():
         with setting.globals():
@@ -70,9 +60,8 @@ def bench_budget(
             networks |= {"selected": fold(small, factorized=pairs)}
             placed = {name: setting.place(network) for name, network in networks.items()}
             measured = setting.measure(layer_steps(placed, [(3, 32, 32)], "forward", setting))
-        expected = predicted(table, plan, times, step="forward")["milliseconds"]
-        about = {"predicted": expected, "parameters": count_parameters(small) / count_parameters(dense)}
-        about |= {"layers": len(plan.layers), "pairs": len(pairs)}
+        about = {"predicted": predicted(table, plan, times, step="forward")["milliseconds"], "pairs": len(pairs)}
+        about |= {"parameters": count_parameters(small) / count_parameters(dense), "layers": len(plan.layers)}
         for name, values in measured.items():
             row = {"model": model, "pass": "forward", "share": share, "mode": name, **values}
             rows.append(row | (about if name == "selected" else {}))
@@ -94,30 +83,21 @@ def bench_plans(
     setting: Setting | None = None,
     progress: Progress | None = None,
 ) -> BenchReport:
-    """Measure whole training steps of networks that were selected to take so many milliseconds forward and backward.
+    """Measure whole training steps of networks that were selected to take a share of the milliseconds of a step.
 
-    As :func:`bench_budget` selects, but every layer counts with its backward pass; then
-    :func:`basis.bench.cases.bench_training` of each plan. Rows also have ``predicted``, as there, and ``layers``, the plan.
+    As :func:`bench_budget`, but layers count with their backward pass. ``layers`` is the plan.
 
     Args:
-        shares: what the convolutions may take, as a share of their time in the dense network.
-        ratios: of the candidates.
-        norms, steps: as in :func:`basis.bench.cases.bench_training`.
-        smallest: in place of the shares out of reach the smallest one that can be met is measured.
+        smallest: in place of the shares out of reach measure the smallest one that can be met.
         latency: of the network, forward and backward; measured unless given.
 
     Raises:
         InfeasibleBudget, ValueError: as :func:`bench_budget`.
     """
-    _check_shares(shares)
-    setting = setting or Setting()
-    with setting.globals():
-        dense = build(model, width=width)
-    setting = setting.settled(dense)
-    table = sensitivity(dense, measure="spectrum", ratios=ratios)
+    dense, setting, table = _start(model, width, shares, ratios, setting)
     one: Pass = "forward+backward"
     latency = latency or bench_latency(dense, ratios=ratios, passes=(one,), setting=setting, progress=progress)
-    plans, beyond = _plans(table, latency, shares, one, model, progress, smallest=smallest)
+    plans, beyond = _plans(table, latency, shares, one, smallest=smallest)
     report = bench_training(
         model=model, width=width, plans=plans, norms=norms, steps=steps, setting=setting, progress=progress
     )
@@ -129,21 +109,20 @@ def bench_plans(
     return replace(report, config={**report.config, "beyond": beyond, "candidates": list(ratios)}, rows=rows)
 
 
-def _check_shares(shares: Sequence[float]) -> None:
+def _start(
+    model: str, width: int | None, shares: Sequence[float], ratios: Sequence[float], setting: Setting | None
+) -> tuple[nn.Module, Setting, SensitivityTable]:
     for share in shares:
         if not 0 < share <= 1:
             raise ValueError(f"a share is {share}, but must be in (0, 1]")
+    setting = setting or Setting()
+    with setting.globals():
+        dense = build(model, width=width)
+    return dense, setting.settled(dense), sensitivity(dense, measure="spectrum", ratios=ratios)
 
 
 def _plans(
-    table: SensitivityTable,
-    times: BenchReport,
-    shares: Sequence[float],
-    one: Pass,
-    model: str,
-    progress: Progress | None,
-    *,
-    smallest: bool = False,
+    table: SensitivityTable, times: BenchReport, shares: Sequence[float], one: Pass, *, smallest: bool = False
 ) -> tuple[Mapping[float, Plan], list[float]]:
     """The plan of each share, and the shares out of reach; raises ``InfeasibleBudget`` where all are."""
     plans: dict[float, Plan] = {}
@@ -153,8 +132,6 @@ def _plans(
             plans[share] = select(table, budget={"milliseconds": share}, latency=times, step=one)
         except InfeasibleBudget as error:
             beyond[share] = error
-            if progress:
-                progress(f"{model}: {error}")
     for refused in list(beyond.values())[:1] if smallest else ():
         least = math.ceil(refused.fractions["milliseconds"] * 1e4) / 1e4
         if least < 1:

@@ -1,8 +1,4 @@
-"""Ways to make a trained network smaller, on one footing: one budget of parameters, one calibration set, one repair.
-
-:func:`shrink` makes the smaller network by a method of :data:`METHODS`; :func:`compare` follows it through its
-repair: as it is, with the statistics of batch normalisation measured anew, and after a short fine-tuning.
-"""
+"""Ways to make a trained network smaller, on one footing: one budget of parameters, one calibration set, one repair."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,13 +29,11 @@ class Compression:
     """How a trained network is made smaller and repaired.
 
     Args:
-        method: one of :data:`METHODS`.
-        budget: the fraction of the dense network's parameters that may be left.
+        method, budget: one of :data:`METHODS`, and the fraction of the parameters that may be left, in (0, 1].
         measure, ratios: of :func:`basis.sensitivity`, for the methods that select.
         multiple: what every number of basis channels is a multiple of.
-        calibration: how many training images (the first, not augmented) layers are fitted to and batch
-            normalisation is recalibrated on.
-        held: how many held-out images sensitivities are measured on.
+        calibration, held: how many training images (the first, not augmented) layers are fitted to and batch
+            normalisation is recalibrated on, and how many held-out images sensitivities are measured on.
         epochs, lr, batch_size: of :func:`basis.finetune`.
     """
 
@@ -58,76 +52,78 @@ class Compression:
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}, but it must be one of {', '.join(METHODS)}")
         if not 0 < self.budget <= 1:
-            raise ValueError(f"budget is {self.budget}, but it is a fraction of the parameters and must lie in (0, 1]")
+            raise ValueError(f"budget is {self.budget}, but it must lie in (0, 1]")
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What a method is given: the dense network, the task, and the two sets of images."""
-
-    model: nn.Module
-    task: Compression
-    calibration: Images
-    held: Images
-
-    @property
-    def parameters(self) -> int:
-        return int(self.task.budget * count_parameters(self.model))
-
-    @property
-    def first(self) -> str:
-        """The convolution that sees the images. Methods of one setting for all layers leave it alone: it has few
-        parameters, and they are the better for it."""
-        return self._named(lambda conv: True)[0]
-
-    @property
-    def small(self) -> list[str]:
-        """That one and the 1x1 convolutions, which Tucker convolutions had better leave alone, too."""
-        return list(dict.fromkeys([self.first, *self._named(lambda conv: conv.kernel_size == (1, 1))]))
-
-    def _named(self, wanted: Callable[[nn.Conv2d], bool]) -> list[str]:
-        return [n for n, m in self.model.named_modules() if isinstance(m, nn.Conv2d) and wanted(m)]
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A smaller network; its plan where it has one, and seconds that the search alone took."""
+class Made(NamedTuple):
+    """A smaller network; its plan where it has one, and the seconds that the search alone took."""
 
     model: nn.Module
     plan: Plan | None = None
     searching: float = 0.0
 
 
-def _selected(asked: _Asked, units: Sequence[str] = ("params",)) -> _Made:
-    task, began = asked.task, time.perf_counter()
+class Given(NamedTuple):
+    """What a method is given: the dense network, the task, and both sets of images."""
+
+    model: nn.Module
+    task: Compression
+    data: Data
+
+    @property
+    def parameters(self) -> int:
+        """How many may be left."""
+        return int(self.task.budget * count_parameters(self.model))
+
+    def convolutions(self, wanted: Callable[[nn.Conv2d], bool] = lambda conv: True) -> list[str]:
+        """The names of those that are wanted."""
+        return [n for n, m in self.model.named_modules() if isinstance(m, nn.Conv2d) and wanted(m)]
+
+
+def _selected(given: Given, units: Sequence[str] = ("params",)) -> Made:
+    task, train, held = given.task, given.data.train, given.data.validation
     how: dict[str, Any] = {"fit": "activation"} if task.measure.startswith("oneshot") else {}
+    began = time.perf_counter()
     table = sensitivity(
-        asked.model, asked.held, measure=task.measure, ratios=task.ratios, multiple=task.multiple,
-        calibration=asked.calibration, **how,
-    )  # fmt: skip
+        given.model, held, measure=task.measure, ratios=task.ratios, multiple=task.multiple, calibration=train, **how
+    )
     plan = select(table, budget=dict.fromkeys(units, task.budget))
     searching = time.perf_counter() - began
-    return _Made(substitute(asked.model, plan, calibration=asked.calibration), plan, searching)
+    return Made(substitute(given.model, plan, calibration=train), plan, searching)
 
 
-def _uniform(asked: _Asked, *, fitted: bool) -> _Made:
-    shapes = sensitivity(asked.model, measure="spectrum", ratios=(0.5,), multiple=asked.task.multiple)
-    plan = select(shapes, budget={"params": asked.task.budget}, rule="uniform", exclude=asked.first)
-    return _Made(substitute(asked.model, plan, calibration=asked.calibration if fitted else None), plan)
+# Methods with one setting for all layers leave the first convolution alone: it has few parameters, and they are the
+# better for it. Tucker convolutions leave 1x1 convolutions alone, too.
+
+
+def _uniform(given: Given, *, fitted: bool) -> Made:
+    shapes = sensitivity(given.model, measure="spectrum", ratios=(0.5,), multiple=given.task.multiple)
+    budget, first = {"params": given.task.budget}, given.convolutions()[0]
+    plan = select(shapes, budget=budget, rule="uniform", exclude=first)
+    return Made(substitute(given.model, plan, calibration=given.data.train if fitted else None), plan)
+
+
+def _tensorly(given: Given) -> Made:
+    small = [given.convolutions()[0], *given.convolutions(lambda conv: conv.kernel_size == (1, 1))]
+    return Made(tensorly_network(given.model, given.parameters, list(dict.fromkeys(small))))
+
+
+def _fasterai(given: Given, **options: Any) -> Made:
+    return Made(fasterai_network(given.model, given.parameters, given.convolutions()[:1], **options))
 
 
 # Name -> what makes the smaller network. The first four are this package's; "both" halves multiplications, too, where
 # the budget is a half.
-METHODS: Mapping[str, Callable[[_Asked], _Made]] = {
+METHODS: Mapping[str, Callable[[Given], Made]] = {
     "selected": _selected,
-    "selected by both": lambda asked: _selected(asked, ("params", "macs")),
-    "uniform": lambda asked: _uniform(asked, fitted=True),
-    "uniform, fitted to weights": lambda asked: _uniform(asked, fitted=False),
-    "svd": lambda asked: _Made(svd_pairs(asked.model, asked.parameters, [asked.first])),
-    "tensorly": lambda asked: _Made(tensorly_network(asked.model, asked.parameters, asked.small)),
-    "fasterai svd": lambda asked: _Made(fasterai_network(asked.model, asked.parameters, [asked.first], method="svd")),
-    "fasterai tucker": lambda asked: _Made(fasterai_network(asked.model, asked.parameters, [asked.first])),
-    "dense": lambda asked: _Made(copy.deepcopy(asked.model)),
+    "selected by both": lambda given: _selected(given, ("params", "macs")),
+    "uniform": lambda given: _uniform(given, fitted=True),
+    "uniform, fitted to weights": lambda given: _uniform(given, fitted=False),
+    "svd": lambda given: Made(svd_pairs(given.model, given.parameters, given.convolutions()[:1])),
+    "tensorly": _tensorly,
+    "fasterai svd": lambda given: _fasterai(given, method="svd"),
+    "fasterai tucker": _fasterai,
+    "dense": lambda given: Made(copy.deepcopy(given.model)),
 }
 
 
@@ -135,73 +131,61 @@ def shrink(model: nn.Module, task: Compression, data: Data) -> tuple[nn.Module, 
     """The network that the method of ``task`` makes of the trained ``model``, which is left alone, and facts about it.
 
     The facts are ``plan`` (layer -> basis channels, or None), ``seconds`` that making it took and ``searching``, the
-    part of it that measuring sensitivities took.
-
-    Args:
-        data: training images to fit to, and validation images to measure on.
+    part of it that measuring sensitivities took. Methods fit to the training images of ``data`` and measure on its
+    validation images.
 
     Raises:
         ValueError: for too few images, and what the methods raise, among it
             :class:`basis.decompositions.NotInstalled`.
     """
-    there = len(data.validation or ())
-    for name, needed, given in (("calibration", task.calibration, len(data.train)), ("held", task.held, there)):
-        if needed > given:
-            raise ValueError(f"{name} is {needed}, but there are only {given} such images")
     held = data.validation or data.train
-    asked = _Asked(model, task, _first(data.train, task.calibration), _first(held, task.held))
+    for name, needed, there in (("calibration", task.calibration, data.train), ("held", task.held, held)):
+        if needed > len(there):
+            raise ValueError(f"{name} is {needed}, but there are only {len(there)} such images")
     began = time.perf_counter()
-    made = METHODS[task.method](asked)
-    about = {"plan": None if made.plan is None else dict(made.plan.layers), "searching": made.searching}
-    return made.model, about | {"seconds": time.perf_counter() - began}
+    images = replace(data, train=first(data.train, task.calibration), validation=first(held, task.held))
+    made = METHODS[task.method](Given(model, task, images))
+    plan = None if made.plan is None else dict(made.plan.layers)
+    return made.model, {"plan": plan, "searching": made.searching, "seconds": time.perf_counter() - began}
 
 
 def compare(model: nn.Module, task: Compression, data: Data, *, seed: int = 0, progress: bool | str = False) -> dict:
     """Compress the trained ``model``, repair it, and test it at every stage.
 
-    Returns:
-        Plain values. ``stages`` holds loss and accuracy on the test images of the smaller network as it is ("made"; of
-        the method "dense" that is the network given), after recalibration and after fine-tuning ("tuned"); ``test``
-        is the last of them. ``parameters``,
-        ``macs`` (counted by torch, multiply-accumulates of one image), ``dense_parameters`` and ``dense_macs``;
-        ``curves`` of the fine-tuning; what :func:`shrink` tells.
+    Returns plain values. ``stages`` holds loss and accuracy on the test images of the smaller network as it is
+    ("made"), after recalibration and after fine-tuning ("tuned"); ``test`` is the last of them. ``macs`` and
+    ``dense_macs`` are counted by torch, multiply-accumulates of one image, basis layers factorized.
     """
     place = next(model.parameters()).device
-    data = data.to(place)
-    precision = choose_precision(place)
-
-    def tested(network: nn.Module) -> dict[str, float]:
-        return evaluate(network, data.test, precision=precision)
-
+    data, precision = data.to(place), choose_precision(place)
     last = choose_memory_format(model, place, precision) == "channels_last"
-    layout = torch.channels_last if last else torch.contiguous_format
+    layout: Any = torch.channels_last if last else torch.contiguous_format
     model = model.eval().to(memory_format=layout)  # type: ignore[call-overload]
     smaller, about = shrink(model, task, data)
     smaller.to(memory_format=layout)  # type: ignore[call-overload]
-    size = data.train.x[:1]
-    stages = {"made": tested(smaller)}
-    macs = [_macs(network, size) for network in (smaller, model)]
-    recalibrate(smaller, _first(data.train, task.calibration))
-    stages["recalibrated"] = tested(smaller)
+    stages = {"made": evaluate(smaller, data.test, precision=precision)}
+    sizes = {
+        f"{name}{count}": counted
+        for name, network in (("", smaller), ("dense_", model))
+        for count, counted in (("parameters", count_parameters(network)), ("macs", _macs(network, data.train.x[:1])))
+    }
+    recalibrate(smaller, first(data.train, task.calibration))
+    stages["recalibrated"] = evaluate(smaller, data.test, precision=precision)
     tuning = finetune(
         smaller, replace(data, validation=None), epochs=task.epochs, lr=task.lr, batch_size=task.batch_size, seed=seed,
         progress=progress,
     )  # fmt: skip
-    stages["tuned"] = tested(smaller)
+    stages["tuned"] = evaluate(smaller, data.test, precision=precision)
     return {
-        **about,
-        "stages": stages,
-        "test": stages["tuned"],
-        "validation": None,
-        "curves": [dict(row) for row in tuning.curves],
-        "train_seconds": tuning.seconds,
-        "precision": precision,
+        **about, **sizes, "stages": stages, "test": stages["tuned"], "validation": None,
+        "curves": [dict(row) for row in tuning.curves], "train_seconds": tuning.seconds, "precision": precision,
         "settings": asdict(tuning.settings),
-        "parameters": count_parameters(smaller),
-        "dense_parameters": count_parameters(model),
-        "macs": macs[0],
-        "dense_macs": macs[1],
-    }
+    }  # fmt: skip
+
+
+def first(images: Images, n: int) -> Images:
+    """The first ``n`` images."""
+    return Images(images.x[:n], images.y[:n])
 
 
 @torch.no_grad()
@@ -214,7 +198,3 @@ def _macs(model: nn.Module, image: torch.Tensor) -> int:
     with counter:
         copied(normalise(image).contiguous())
     return counter.get_total_flops() // 2
-
-
-def _first(images: Images, n: int) -> Images:
-    return Images(images.x[:n], images.y[:n])

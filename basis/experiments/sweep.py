@@ -16,10 +16,13 @@ from typing import Any
 
 import torch
 
-from basis.bench.cases import NORMS, bench_blocks, bench_latency, bench_layers, bench_training
-from basis.bench.rivals import USUAL, bench_rivals
+from basis.bench.cases import USUAL, bench_layers
+from basis.bench.networks import NORMS, bench_training
+from basis.bench.report import BenchReport, check_place
 from basis.bench.roofline import measure_machine, with_machine
-from basis.bench.timing import RESNET18_SHAPES, BenchReport, Progress, Setting, check_place
+from basis.bench.shapes import RESNET18_SHAPES
+from basis.bench.timing import Progress, Setting
+from basis.bench.tuning import bench_latency
 from basis.experiments.budget_bench import bench_plans
 from basis.models import build
 from basis.saving import RecordError
@@ -67,13 +70,13 @@ def measurements(*, tiny: bool = False) -> tuple[Measurement, ...]:
         partial(bench_plans, **network, shares=(share,), ratios=candidates, smallest=share == 0.5) for share in shares
     ]
     eager = tuple(one for one in USUAL if not one.endswith("compiled"))
-    rivals = by_shape(bench_rivals, passes=("forward+backward",), candidates=eager)
+    rivals = by_shape(bench_layers, kind="rivals", passes=("forward+backward",), candidates=eager)
     compiled = partial(step, **network, ratios=(1 / 4,), norms=NORMS, dense_steps=("fast",))
     # Equal batches where possible: cuDNN chooses its algorithms anew for each other, which takes longer than timing.
     return (
         Measurement(name="layer", share=0.2, parts=by_shape(bench_layers, passes=("forward+backward",)), cells=2),
         Measurement(name=f"train-norms-steps-{name}", share=0.14, parts=steps),
-        Measurement(name="block", share=0.12, parts=by_shape(bench_blocks, modes=("auto",)), cells=2),
+        Measurement(name="block", share=0.12, parts=by_shape(bench_layers, kind="block", candidates=("auto", "through_basis")), cells=2),
         Measurement(name=f"latency-{name}", share=0.1, parts=[latency], cells=11),
         Measurement(name=f"plans-{name}", share=0.12, parts=plans, latency=f"latency-{name}"),
         Measurement(
@@ -95,14 +98,13 @@ def bench_gpu(
     tiny: bool = False,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Measure the machine, layers, whole training steps, blocks, plans and rivals; the files that were written.
+    """Measure the machine, layers, whole training steps, blocks, plans and baselines; returns the files written.
 
-    The time that is left is shared out among the measurements that are left. A part that has begun is
-    finished, whatever it takes (compiling a network does), and none begins when its time is up; ``progress``
-    is told how many parts of each were made, which failed and why, and what could not be saved.
+    The time left is shared out among the measurements left. A part that has begun is finished, and none begins when
+    its time is up; ``progress`` is told how many parts were made, which failed and why.
 
     Args:
-        folder: where the reports go; of equal names, those of another time are replaced by this one's first part.
+        folder: where the reports go; reports of equal names are replaced.
         setting: 1024 images, channels-last, 11 rounds, unless given; wide networks have batches of their own.
         time_limit: seconds for all of it.
         tiny: tiny shapes and networks, to see that it runs; needs no GPU.

@@ -1,8 +1,7 @@
-"""What all layers of this package that stand for an ``nn.Conv2d`` have in common: its arguments."""
+"""What all layers that stand for an ``nn.Conv2d`` have in common: its arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,29 +12,17 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class ConvLike(nn.Module):
-    """A layer with the arguments of ``nn.Conv2d``, which checks and normalises them.
-
-    Attributes:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as those
-            of ``nn.Conv2d``.
-        bias: (C_out,) or None; for the subclass to set.
-    """
+    """A layer with the arguments and attributes of ``nn.Conv2d``; the subclass sets ``bias``, (C_out,) or None."""
 
     bias: nn.Parameter | None
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        padding_mode: PaddingMode = "zeros",
-    ) -> None:
+        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1, padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1, groups: int = 1, padding_mode: PaddingMode = "zeros",
+    ) -> None:  # fmt: skip
         super().__init__()
-        # nn.Conv2d itself does it, so that both accept the same arguments.
+        # nn.Conv2d checks and normalises the arguments, so that both accept the same.
         conv = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode,
             device="meta",
@@ -43,8 +30,7 @@ class ConvLike(nn.Module):
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
         self.padding, self.padding_mode = conv.padding, padding_mode
-        # left, right, top, bottom, as F.pad wants them
-        self._pads: tuple[int, ...] = tuple(conv._reversed_padding_repeated_twice)
+        self._pads: tuple[int, ...] = tuple(conv._reversed_padding_repeated_twice)  # left, right, top, bottom
 
     @property
     def filter_shape(self) -> tuple[int, int, int]:
@@ -52,7 +38,7 @@ class ConvLike(nn.Module):
         return (self.in_channels // self.groups, *self.kernel_size)  # type: ignore[return-value]
 
     def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Pad ``x`` where the convolution cannot do it itself; what is left for it to pad."""
+        """Pad ``x`` where the convolution cannot; also the (height, width) that the convolution still has to pad."""
         left, right, top, bottom = self._pads
         if self.padding_mode == "zeros" and left == right and top == bottom:
             return x, (top, left)
@@ -72,13 +58,10 @@ class ConvLike(nn.Module):
         return conv.train(self.training)
 
     def _shown_arguments(self) -> list[str]:
-        """The arguments that matter, the way ``nn.Conv2d`` prints its own."""
+        """The arguments that matter, as ``nn.Conv2d`` prints them."""
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
-        defaults: Sequence[tuple[str, object]] = (
-            ("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1),
-            ("padding_mode", "zeros"),
-        )  # fmt: skip
-        parts += [f"{name}={getattr(self, name)}" for name, usual in defaults if getattr(self, name) != usual]
+        usual = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
+        parts += [f"{name}={getattr(self, name)}" for name, value in usual.items() if getattr(self, name) != value]
         return [*parts, "bias=False"] if self.bias is None else parts
 
 

@@ -1,42 +1,31 @@
-"""Batch normalisation taken through the basis: C channels normalised, k of them looked at.
+"""Batch normalisation through the basis: the statistics of all C channels from the k basis channels.
 
-A basis convolution makes C channels ``y = M z + c`` from k basis channels z (M: the mixing matrix C x k,
-c: the bias), and a batch normalisation follows it. Both maps are affine, so the statistics of y follow
-from those of z, and the two of them are one affine map of z: y is never made, nor kept for the backward
-pass. Kept are z and, where a ReLU follows, the output, which the next layer keeps anyway.
-
-**Forward.** Over the P = N H W pixels let m be the mean of z, S = mean of (z - m)(z - m)^T (k x k), and
-s = 1 / sqrt(var + eps) per channel. Then::
+A basis convolution makes C channels ``y = M z + c`` from k basis channels z (M: the mixing matrix C x k, c: the bias),
+and a batch normalisation follows it. Both are affine, so the two are one affine map of z, and y is never made nor kept.
+Over the P = N H W pixels let m be the mean of z, S its covariance (k x k), and s = 1 / sqrt(var + eps). Then::
 
     mean of y = M m + c        var of y = diag(M S M^T)
     out = relu(W z + b + residual)    with    W = diag(gamma s) M,    b = beta - W m
 
-so c has no effect but on the running mean, and its gradient is zero.
-
-**Backward.** Let dO be the gradient before the ReLU, t = sum of dO over the pixels (C) and
-G = sum of dO (z - m)^T (C x k). With the normalised channels x = s M (z - m) of the ordinary backward
-pass, ``dy = gamma s (dO - t / P - x q)`` where ``q = (sum of dO x) / P = s rowsum(G * M) / P``. Since
-dz = M^T dy and dM = sum of dy z^T, where dy sums to zero::
+With dO the gradient before the ReLU, t = sum of dO over the pixels (C), G = sum of dO (z - m)^T (C x k) and
+q = s rowsum(G * M) / P, the derivatives of batch normalisation (Ioffe and Szegedy 2015, arXiv 1502.03167) become::
 
     dbeta = t        dgamma = P q        dresidual = dO        dc = 0
     dz = W^T dO - E z + e    with    E = M^T diag(gamma s^2 q) M,    e = E m - W^T t / P
     dM = diag(gamma s) (G - P diag(s q) M S)
 
-The passes over whole maps are four: :func:`moments`, :func:`apply`, :func:`gradient_sums` and
-:func:`input_gradient`; all the rest is as small as M. ``basis.layers.kernels`` has the same four for GPUs.
-
-Rounding: normalisation does not see a constant added to z, so where the four are those of this file,
-z is first centred on its mean, rounded to the precision of z. b is then small, and W is rounded before
-b is made of it, so that low precision shifts no channel. A channel in which M cancels large basis channels
-down to a fraction f of their spread loses digits of its variance in float32, where the ordinary pair loses
-none: it is off by 1e-7 / f^2 to twice that, 1e-5 at f = 0.1, 1e-3 at 0.01 and all of it at 3e-4.
+The passes over whole maps are four: :func:`moments`, :func:`apply`, :func:`gradient_sums` and :func:`input_gradient`;
+:mod:`basis.layers.kernels` has the same four for GPUs. Here z is first centred on its mean, rounded to the precision of
+z, and W is rounded before b is made of it, so that low precision shifts no channel. A channel in which M cancels large
+basis channels down to a fraction f of their spread is off by 1e-7 / f^2 to twice that in float32.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
 from collections.abc import Iterable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -47,29 +36,24 @@ from basis.layers.base import autocast_device
 from basis.layers.conv import BasisConv2d
 from basis.layers.norm_pairs import Pairs, afterwards, norm_pairs
 
+kernels: Any = None  # where there is no GPU, importing Triton would only take time
+if torch.cuda.device_count() or os.environ.get("TRITON_INTERPRET") == "1":
+    with contextlib.suppress(ImportError):  # Triton has no build for this platform
+        from basis.layers import kernels
+
 # -- the four passes over whole maps ---------------------------------------------------------------
 #
-# Maps of n channels are rows (P, n) or (N, n, H, W) in either memory format. Small tensors are float32,
-# or float64 where the maps are.
+# Maps are (N, n, H, W) in either memory format. Small tensors are float32, or float64 where the maps are.
 
 
-def moments(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (k,) and covariance (k, k) of maps z of k channels, centred in two passes, divided by P."""
-    z = z.to(accumulated(z.dtype))
-    mean = _total(z) / _pixels(z)
-    rest, covariance = _moments_about_zero(z - _per_channel(mean, z))
-    return mean + rest, covariance
+def moments(centred: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (k,) and covariance (k, k) of maps whose mean is zero up to rounding, divided by P."""
+    mean = _total(centred) / _pixels(centred)
+    return mean, _outer(centred, centred) / _pixels(centred) - torch.outer(mean, mean)
 
 
 def apply(z: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """relu(weight z + bias + residual), maps of C channels in the dtype and memory format of z.
-
-    Args:
-        z: maps of k channels.
-        weight, bias: (C, k) and (C,).
-        residual: maps of C channels, or None for none.
-        relu: whether the ReLU is taken.
-    """
+    """relu(weight z + bias + residual), maps of C channels in the dtype and memory format of z."""
     out = _mix(z, weight, bias)
     if residual is not None:
         out += residual
@@ -79,11 +63,7 @@ def apply(z: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu
 def gradient_sums(dout: Tensor, out: Tensor | None, z: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """The sums of dO (C,) and of dO (z - mean)^T (C, k) over all pixels.
 
-    Args:
-        dout: the gradient of the output, maps of C channels.
-        out: the output; dO is ``dout`` where it is positive. None: dO is ``dout``.
-        z: maps of k channels.
-        mean: (k,).
+    dO is ``dout`` (C channels) where the output ``out``, if given, is positive.
     """
     dout = _before_relu(dout, out)
     total = _total(dout)
@@ -93,13 +73,12 @@ def gradient_sums(dout: Tensor, out: Tensor | None, z: Tensor, mean: Tensor) -> 
 def input_gradient(
     dout: Tensor, out: Tensor | None, z: Tensor, weight: Tensor, quadratic: Tensor, constant: Tensor
 ) -> Tensor:
-    """dO weight - z quadratic + constant, row by row: maps of k channels in the dtype of z.
-
-    Args:
-        dout, out, z: as in :func:`gradient_sums`.
-        weight, quadratic, constant: (C, k), (k, k) and (k,).
-    """
-    return _mix_onto(_mix(z, -quadratic.t(), constant), _before_relu(dout, out), weight.t())
+    """weight^T dO - quadratic^T z + constant, maps of k channels in the dtype of z."""
+    start, dout, weight = _mix(z, -quadratic.t(), constant), _before_relu(dout, out), weight.t().to(z.dtype)
+    if not _by_image(dout):
+        return start.add_(F.conv2d(dout, weight[:, :, None, None]))
+    start.flatten(2).baddbmm_(weight.expand(len(dout), *weight.shape), dout.flatten(2))
+    return start
 
 
 def accumulated(dtype: torch.dtype) -> torch.dtype:
@@ -108,17 +87,11 @@ def accumulated(dtype: torch.dtype) -> torch.dtype:
 
 
 def _pixels(maps: Tensor) -> int:
-    return maps.numel() // maps.shape[1]
+    return maps.numel() // maps.shape[1] if maps.dim() == 4 else len(maps)
 
 
-def _per_channel(values: Tensor, maps: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (maps.dim() - 2))
-
-
-def _moments_about_zero(centred: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of maps whose mean is zero up to rounding."""
-    mean = _total(centred) / _pixels(centred)
-    return mean, _outer(centred, centred) / _pixels(centred) - torch.outer(mean, mean)
+def _total(maps: Tensor) -> Tensor:
+    return maps.sum((0, 2, 3), dtype=accumulated(maps.dtype))
 
 
 def _before_relu(dout: Tensor, out: Tensor | None) -> Tensor:
@@ -127,33 +100,17 @@ def _before_relu(dout: Tensor, out: Tensor | None) -> Tensor:
 
 def _by_image(maps: Tensor) -> bool:
     """Whether one product per image is quickest: NCHW and images that are not small (measured on a CPU)."""
-    return maps.dim() == 4 and maps.stride(1) == maps.shape[2] * maps.shape[3] >= 64
+    return maps.stride(1) == maps.shape[2] * maps.shape[3] >= 64
 
 
 def _mix(maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """weight maps + bias."""
     weight, bias = weight.to(maps.dtype), bias.to(maps.dtype)
-    if maps.dim() == 2:
-        return F.linear(maps, weight, bias)
     if not _by_image(maps):
         return F.conv2d(maps, weight[:, :, None, None], bias)
     out = torch.baddbmm(bias[:, None], weight.expand(maps.shape[0], *weight.shape), maps.flatten(2))
     # No view: autograd lets nobody write into a view that a Function returns, as an in-place ReLU would.
     return torch.ops.aten._unsafe_view(out, [*out.shape[:2], *maps.shape[2:]])
-
-
-def _mix_onto(start: Tensor, maps: Tensor, weight: Tensor) -> Tensor:
-    """start + weight maps, in place where ``start`` is rows or one product per image is taken."""
-    weight = weight.to(maps.dtype)
-    if maps.dim() == 2:
-        return start.addmm_(maps, weight.t())
-    if _by_image(maps):
-        start.view(*start.shape[:2], -1).baddbmm_(weight.expand(maps.shape[0], *weight.shape), maps.flatten(2))
-        return start
-    if (rows := _rows_if_last(start)) is not None:
-        rows.addmm_(_rows(maps), weight.t())
-        return start
-    return start.add_(F.conv2d(maps, weight[:, :, None, None]))
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
@@ -163,16 +120,11 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
         a, b = a.to(dtype), b.to(dtype)
     if _by_image(a):
         return torch.bmm(a.flatten(2), b.flatten(2).transpose(1, 2)).sum(0, dtype=dtype)
-    if a.dim() == 4:
-        a, b = _rows(a), _rows(b)
+    a, b = _rows(a), _rows(b)
     # A sum of products over parts: one product over all pixels would round more, all the more in low precision.
     enough = max(256, 4 * b.shape[1])
     parts = next(n for n in (64, 32, 16, 8, 4, 2, 1) if n == 1 or (a.shape[0] % n == 0 and a.shape[0] >= n * enough))
     return torch.bmm(a.view(parts, -1, a.shape[1]).mT, b.view(parts, -1, b.shape[1])).sum(0, dtype=dtype)
-
-
-def _total(maps: Tensor) -> Tensor:
-    return maps.sum([d for d in range(maps.dim()) if d != 1], dtype=accumulated(maps.dtype))
 
 
 def _rows(maps: Tensor) -> Tensor:
@@ -180,27 +132,21 @@ def _rows(maps: Tensor) -> Tensor:
     return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
 
 
-# -- one normalisation -----------------------------------------------------------------------------
-
-
-def _kernels(rows: Tensor) -> ModuleType | None:
-    """``basis.layers.kernels`` where it can be used on these rows; a compiler gets plain operations instead."""
-    if torch.compiler.is_compiling():
-        return None
-    from basis.layers import kernels
-
-    return kernels if kernels.usable(rows) else None
-
-
-def _rows_if_last(maps: Tensor) -> Tensor | None:
-    """The rows (P, n) of maps (N, n, H, W) where they are a view."""
-    last = maps.permute(0, 2, 3, 1)
-    return last.flatten(0, 2) if last.is_contiguous() else None
-
-
 def _as_maps(rows: Tensor, like: Tensor) -> Tensor:
     """Rows (P, n) as maps (N, n, H, W), channels-last; N, H and W are those of ``like``."""
     return rows.view(like.shape[0], *like.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+# -- one normalisation -----------------------------------------------------------------------------
+
+
+def _rows_for_kernels(z: Tensor) -> Tensor | None:
+    """The rows (P, k) of z where the kernels can be used on them; a compiler gets plain operations instead."""
+    last = z.permute(0, 2, 3, 1)
+    if kernels is None or torch.compiler.is_compiling() or not last.is_contiguous():
+        return None
+    rows = last.flatten(0, 2)
+    return rows if kernels.usable(rows) else None
 
 
 def _folded(mixing: Tensor, gamma: Tensor | None, inverse: Tensor, dtype: torch.dtype) -> Tensor:
@@ -218,28 +164,16 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        z: Tensor,
-        mixing: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        maps: Tensor,
-        mean: Tensor,
-        spread: Tensor,
-        inverse: Tensor,
-        relu: bool,
-    ) -> Tensor:
+        ctx: Any, z: Tensor, mixing: Tensor, gamma: Tensor | None, beta: Tensor | None, bias: Tensor | None,
+        residual: Tensor | None, maps: Tensor, mean: Tensor, spread: Tensor, inverse: Tensor, relu: bool,
+    ) -> Tensor:  # fmt: skip
         weight = _folded(mixing, gamma, inverse, z.dtype)
         shift = -(weight @ mean) if beta is None else torch.addmv(beta, weight, mean, alpha=-1)
         if maps.dim() == 4:
             out = apply(maps, weight, shift, residual, relu)
         else:
-            from basis.layers import kernels
-
             out = kernels.apply(maps, weight, shift, None if residual is None else _rows(residual), relu)
-            out = out.new_empty(0).set_(_as_maps(out, z))  # type: ignore[call-overload]  # no view, as in _mix
+            out = out.new_empty(0).set_(_as_maps(out, z))  # no view, as in _mix
         ctx.memory_format = torch.contiguous_format if out.is_contiguous() else torch.channels_last
         ctx.save_for_backward(maps, out if relu else None, mixing, gamma, bias, mean, spread, inverse)
         return out
@@ -249,10 +183,7 @@ class _Normalise(torch.autograd.Function):
         if torch.compiler.is_compiling():  # which loses count of autocast contexts in backward passes
             return _gradients(ctx, dout)
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "batch normalisation through the basis has first derivatives only, but create_graph=True asks for "
-                "a gradient that can be differentiated again; basis.layers.batchnorm.uncouple gives the ordinary layers for that"
-            )
+            raise RuntimeError("batch normalisation through the basis has no second derivatives; uncouple the model")
         with torch.autocast(autocast_device(dout), enabled=False):
             return _gradients(ctx, dout)
 
@@ -262,11 +193,7 @@ def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     maps, out, mixing, gamma, bias, mean, spread, inverse = ctx.saved_tensors
     need_z, need_mixing, need_gamma, need_beta, need_bias, need_residual, *_ = ctx.needs_input_grad
     in_rows = maps.dim() == 2
-    sums, to_z = gradient_sums, input_gradient
-    if in_rows:
-        from basis.layers import kernels
-
-        sums, to_z = kernels.gradient_sums, kernels.input_gradient
+    sums, to_z = (kernels.gradient_sums, kernels.input_gradient) if in_rows else (gradient_sums, input_gradient)
     dout = dout.contiguous(memory_format=ctx.memory_format)
     if out is not None and (need_residual or not in_rows):
         dout, out = _before_relu(dout, out), None
@@ -301,8 +228,7 @@ def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 class BasisBatchNorm2d(nn.BatchNorm2d):
     """An ``nn.BatchNorm2d`` that takes the k basis channels of a :class:`BasisConv2d` and does its mixing too.
 
-    :func:`couple` makes it, in place of an ``nn.BatchNorm2d`` with the same parameters and buffers. Called with
-    Z alone it gives what the batch normalisation gave; :func:`activate` has it take residual and ReLU as well.
+    :func:`couple` makes it, in place of an ``nn.BatchNorm2d`` with the same parameters and buffers.
     """
 
     _kind: type[nn.BatchNorm2d]  # what it was before
@@ -314,56 +240,44 @@ class BasisBatchNorm2d(nn.BatchNorm2d):
         return self._conv
 
     def forward(self, z: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
-        """Normalise M z + c of the basis channels z: (N, k, H, W) to (N, C, H, W).
-
-        Args:
-            z: the basis channels, as the convolution gives them.
-            residual: added after normalisation, (N, C, H, W), or None for none.
-            relu: whether the ReLU is taken at the end.
+        """relu(normalised (M z + c) + residual), (N, C, H, W), of the basis channels z, (N, k, H, W).
 
         Raises:
             ValueError: where z is not 4-d or has not k channels, and in training where it has one pixel only.
             RuntimeError: in a backward pass with ``create_graph=True``.
         """
         self._check_input_dim(z)
-        conv = self._conv
-        if z.shape[1] != conv.basis_channels:
-            raise ValueError(
-                f"expected the {conv.basis_channels} basis channels of the convolution before it, got {z.shape[1]} "
-                "channels; basis.layers.batchnorm.uncouple gives back an ordinary nn.BatchNorm2d"
-            )
+        if z.shape[1] != self._conv.basis_channels:
+            raise ValueError(f"expected {self._conv.basis_channels} basis channels, got {z.shape[1]} channels")
         shape = (z.shape[0], self.num_features, *z.shape[2:])
         if residual is not None and (residual.shape != shape or residual.dtype != z.dtype):
             return _added(self.forward(z), residual, relu)  # by PyTorch's rules of broadcasting and of mixed dtypes
         with torch.autocast(autocast_device(z), enabled=False):
-            mean, variance = self.running_mean, self.running_var
-            if self.training or mean is None or variance is None:
-                return self._by_batch(z, residual, relu)
-            return self._by_running(z, residual, relu, mean, variance)
+            dtype = accumulated(z.dtype)
+            parameters: Any = [self._conv.mixing, self.weight, self.bias, self._conv.bias]
+            parameters = [None if t is None else t.to(dtype) for t in parameters]
+            if self.training or self.running_mean is None or self.running_var is None:
+                return self._by_batch(z, residual, relu, *parameters)
+            return _added(self._by_running(z, *parameters), residual, relu)
 
-    def _parameters_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """M, gamma, beta and the bias of the convolution."""
-        gamma, beta, bias = (None if t is None else t.to(dtype) for t in (self.weight, self.bias, self._conv.bias))
-        return self._conv.mixing.to(dtype), gamma, beta, bias
-
-    def _by_batch(self, z: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        pixels = z.shape[0] * z.shape[2] * z.shape[3]
+    def _by_batch(
+        self, z: Tensor, residual: Tensor | None, relu: bool,
+        mixing: Tensor, gamma: Tensor | None, beta: Tensor | None, bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        pixels = _pixels(z)
         if pixels < 2:  # nothing to normalise, or too little: what PyTorch does, for one pixel an error
-            bias = None if self._conv.bias is None else self._conv.bias.to(z.dtype)
-            y = F.conv2d(z, self._conv.mixing.to(z.dtype)[:, :, None, None], bias)
-            return _added(super().forward(y), residual, relu)
-        mixing, gamma, beta, bias = self._parameters_in(accumulated(z.dtype))
+            bias = None if bias is None else bias.to(z.dtype)
+            return _added(super().forward(F.conv2d(z, mixing.to(z.dtype)[:, :, None, None], bias)), residual, relu)
         with torch.no_grad():
-            rows = _rows_if_last(z)
-            kernels = None if rows is None else _kernels(rows)
-            if rows is not None and kernels is not None:
+            rows = _rows_for_kernels(z)
+            if rows is not None:
                 maps = rows
                 mean, covariance = kernels.moments(rows)
                 mean_of_z = mean
             else:
-                mean_of_z = _total(z.to(mixing.dtype)) / pixels
-                maps = z - _per_channel(mean_of_z.to(z.dtype), z)
-                mean, covariance = _moments_about_zero(maps.to(mixing.dtype))
+                mean_of_z = _total(z) / pixels
+                maps = z - mean_of_z.to(z.dtype)[:, None, None]
+                mean, covariance = moments(maps.to(mixing.dtype))
             spread = mixing @ covariance
             variance = (spread * mixing).sum(1).clamp_min(0)
             if self.training and self.track_running_stats:
@@ -383,16 +297,18 @@ class BasisBatchNorm2d(nn.BatchNorm2d):
             if running is not None:
                 running.copy_((1 - factor) * running + factor * new)
 
-    def _by_running(self, z: Tensor, residual: Tensor | None, relu: bool, mean: Tensor, variance: Tensor) -> Tensor:
+    def _by_running(
+        self, z: Tensor, mixing: Tensor, gamma: Tensor | None, beta: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
         """One mixing into which the running statistics are folded."""
-        mixing, gamma, beta, bias = self._parameters_in(accumulated(z.dtype))
+        mean: Any = self.running_mean
+        variance: Any = self.running_var
         scale = (variance.to(mixing.dtype) + self.eps).rsqrt()
         scale = scale if gamma is None else scale * gamma
         shift = scale * (-mean if bias is None else bias - mean)
         shift = shift if beta is None else shift + beta
         weight = (scale[:, None] * mixing).to(z.dtype)
-        out = F.conv2d(z, weight[:, :, None, None], shift.to(z.dtype))
-        return _added(out, residual, relu)
+        return F.conv2d(z, weight[:, :, None, None], shift.to(z.dtype))
 
 
 class BasisBatchNormAct2d(BasisBatchNorm2d):
@@ -414,8 +330,7 @@ def _added(out: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
 def activate(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """``relu(norm(x) + residual)``, or ``relu(norm(x))``, in one pass where ``norm`` is a :class:`BasisBatchNorm2d`.
 
-    A :class:`BasisBatchNorm2d` with hooks is called alone, so that those on its output see, and those on its input
-    may replace, what they always did.
+    One with hooks is called alone, so that they see what they always did.
     """
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if isinstance(norm, BasisBatchNorm2d) and not any(getattr(norm, kind) for kind in hooks):
@@ -429,16 +344,13 @@ def activate(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tens
 def copy_of(model: nn.Module) -> nn.Module:
     """A deep copy, also of modules that keep computed tensors (pruning, the older weight_norm).
 
-    Raises ``ValueError`` for a model that is, or has within it, a ``DistributedDataParallel``: that would go on
-    sending the gradients of the parameters that it was given, and no others, between the processes.
+    Raises ``ValueError`` for ``DistributedDataParallel``, also within the model: it knows only the parameters that it
+    was given.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             what = f"its layer {name}" if name else "the model"
-            raise ValueError(
-                f"{what} is wrapped in DistributedDataParallel, which knows only the parameters that it was given; "
-                "change what it wraps, its .module, and wrap the result"
-            )
+            raise ValueError(f"{what} is wrapped in DistributedDataParallel; change its .module, and wrap the result")
     computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
     return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
 
@@ -446,9 +358,8 @@ def copy_of(model: nn.Module) -> nn.Module:
 def couplings(model: nn.Module) -> Pairs:
     """Which basis convolutions of ``model`` are, or can be, coupled to the batch normalisation after them.
 
-    Returns:
-        ``norms``, the name of the convolution -> that of its batch normalisation, and ``alone``, the name of
-        every other basis convolution -> why it cannot be coupled.
+    Returns ``norms``, the name of the convolution -> that of its batch normalisation, and ``alone``, the name of every
+    other basis convolution -> why it cannot be coupled.
     """
     layers = {module: name for name, module in model.named_modules() if isinstance(module, BasisConv2d)}
     norms, alone = {}, {}
@@ -483,12 +394,11 @@ def _obstacle(layer: BasisConv2d, norm: nn.Module) -> str | None:
 
 
 def couple(model: nn.Module, layers: Iterable[str] | None = None) -> nn.Module:
-    """A copy of ``model`` in which batch normalisation is taken through the basis.
+    """A copy of ``model`` in which batch normalisation is taken through the basis; :func:`uncouple` is the way back.
 
-    Basis convolutions that are directly followed by an ``nn.BatchNorm2d`` give their k basis channels alone, and
-    the batch normalisation, a :class:`BasisBatchNorm2d`, does the mixing. Output, gradients, running statistics
-    and the state are those of ``model``. A hook on such a convolution sees its basis channels. What cannot be
-    coupled is left as it is; :func:`couplings` has the reasons. :func:`uncouple` is the way back.
+    Basis convolutions that are directly followed by an ``nn.BatchNorm2d`` give their k basis channels alone, and the
+    batch normalisation, a :class:`BasisBatchNorm2d`, does the mixing. Output, gradients, running statistics and state
+    stay the same. What cannot be coupled is left as it is, with a reason in :func:`couplings`.
 
     Args:
         layers: names of the basis convolutions to couple; None: all that can be.

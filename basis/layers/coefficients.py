@@ -1,9 +1,8 @@
 """The coefficient matrix A of a basis convolution in several forms: dense, low-rank, grouped, sparse, ...
 
-A layer with k basis filters and ``rows`` = C_out - k derived ones mixes within ``groups`` mixing groups:
-a derived filter is a combination of the ``columns`` = k / groups basis filters of its group. A is
-(rows, columns), one block per mixing group stacked by rows. A mixing group is a group of the
-convolution or, in the form ``grouped``, a part of one.
+With k basis filters and ``rows`` = C_out - k derived ones, a derived filter is a combination of the
+``columns`` = k / groups basis filters of its mixing group: a group of the convolution or, in the form ``grouped``,
+a part of one. A is (rows, columns), one block per mixing group, stacked by rows.
 """
 
 from __future__ import annotations
@@ -30,36 +29,31 @@ KINDS = {
 class Form:
     """A form of A, with a short text such as ``low_rank:10``: :meth:`parse` reads it, ``str`` writes it.
 
-    ==============================  =====================================================================
-    ``dense``                       every entry is trained
-    ``low_rank:10``                 A = U V of rank 10 in each group of the convolution
-    ``low_rank:1/8``                the rank as a fraction of the columns (rounded, at least 1)
-    ``grouped:4``                   each group of the convolution mixes within 4 groups of its own
-    ``sparse:8``, ``sparse:1/8``    8 entries, or an eighth of the columns, in each row
-    ``shared``                      dense, one A for all layers of equal shape (``substitute`` ties them)
-    ``frozen``                      dense, drawn at random and never trained
-    ``repeat``                      no A: derived filter i of a group repeats basis filter i mod columns
-    ==============================  =====================================================================
+    - ``dense``: every entry is trained; ``shared``: the same, one A for all layers of equal shape;
+    - ``frozen``: drawn at random and never trained;
+    - ``low_rank:10``, ``low_rank:1/8``: A = U V of this rank, or this fraction of the columns, in each group;
+    - ``grouped:4``: each group of the convolution mixes within 4 groups of its own;
+    - ``sparse:8``, ``sparse:1/8``: so many entries, or this fraction of the columns, in each row;
+    - ``repeat``: no A; derived filter i of a group repeats basis filter i mod columns.
 
-    Raises:
-        ValueError: for an unknown kind, or a size that the kind does not take.
+    Raises ``ValueError`` for an unknown kind, or a size that the kind does not take.
     """
 
     kind: str
     size: int | Fraction | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            known = ", ".join(kind + size for kind, size in KINDS.items())
-            raise ValueError(f"coefficients is {str(self)!r}, but it must be one of {known}")
-        if not KINDS[self.kind] and self.size is not None:
-            raise ValueError(f"coefficients is {str(self)!r}, but {self.kind} takes no size")
-        fractions = self.kind in ("low_rank", "sparse")
+        wanted, fractions = KINDS.get(self.kind), self.kind in ("low_rank", "sparse")
         whole = type(self.size) is int and self.size >= 1
-        part = fractions and isinstance(self.size, Fraction) and 0 < self.size < 1
-        if KINDS[self.kind] and not (whole or part):
-            wanted = "a whole number of at least 1" + ", or a fraction below 1 such as 1/8" * fractions
-            raise ValueError(f"coefficients is {str(self)!r}, but the size of {self.kind} must be {wanted}")
+        problem = ""
+        if wanted is None:
+            problem = f"must be one of {', '.join(kind + size for kind, size in KINDS.items())}"
+        elif not wanted and self.size is not None:
+            problem = f"{self.kind} takes no size"
+        elif wanted and not whole and not (fractions and isinstance(self.size, Fraction) and 0 < self.size < 1):
+            problem = "its size must be a whole number of at least 1" + ", or a fraction below 1" * fractions
+        if problem:
+            raise ValueError(f"coefficients is {str(self)!r}, but {problem}")
 
     @classmethod
     def parse(cls, text: str | Form) -> Form:
@@ -77,13 +71,9 @@ class Form:
         return self.size if isinstance(self.size, int) else max(1, round((self.size or 0) * columns))
 
     def make(self, out_channels: int, basis_channels: int, groups: int = 1, **factory: Any) -> Coefficients:
-        """A of this form for such a layer, allocated but not yet drawn (``reset_parameters`` does that).
+        """A of this form for such a layer, allocated (on ``device``, of ``dtype``) but not yet drawn.
 
-        Args:
-            factory: ``device`` and ``dtype``.
-
-        Raises:
-            ValueError: for a size that does not fit the shape.
+        Raises ``ValueError`` for a size that does not fit the shape.
         """
         rows, columns = out_channels - basis_channels, basis_channels // groups
         size, height = self.count(columns), rows // groups
@@ -98,7 +88,7 @@ class Form:
             problem = f"a row of A has only {columns} entries"
         if problem:
             raise ValueError(f"coefficients is {str(self)!r}, but {problem}")
-        kind = {"low_rank": LowRank, "sparse": Sparse, "frozen": Frozen, "repeat": Repeat}.get(self.kind, Dense)
+        kind = {"low_rank": LowRank, "sparse": Sparse, "frozen": Frozen, "repeat": Repeat}.get(self.kind, Coefficients)
         return kind(self, rows, columns, groups, **factory)
 
 
@@ -112,20 +102,20 @@ def _number(text: str) -> Any:
 
 
 class Coefficients(nn.Module):
-    """A of one layer, or of several layers that share it.
+    """A of one layer, or of several layers that share it: ``matrix()`` is A, (rows, columns).
+
+    This class is the dense A, also a shared or grouped one: ``values``, (rows, columns).
 
     Attributes:
-        form: the :class:`Form`.
-        rows, columns, groups: the shape of A, and its number of mixing groups.
+        form, rows, columns, groups: the :class:`Form`, the shape of A, and its number of mixing groups.
         stored: how many trained numbers it holds.
-        products: MACs of each product, one after the other, that makes the derived maps from the basis
-            maps (for one pixel), or the derived filters from the basis filters (for one weight).
+        products: MACs of each of the :meth:`factors`, for one pixel of maps or one weight of filters.
         mixes: whether the maps are made by one 1x1 convolution with M = [I; A]; else by :meth:`derive`.
-        free: whether every dense A can be held.
-        fits: whether A can be chosen, by :meth:`fit`.
+        free, fits: whether every dense A can be held; whether A can be chosen, by :meth:`fit`.
     """
 
-    mixes, free, fits = True, False, True
+    mixes = free = fits = True
+    values: Tensor
 
     def __init__(self, form: Form, rows: int, columns: int, groups: int, **factory: Any) -> None:
         super().__init__()
@@ -140,82 +130,56 @@ class Coefficients(nn.Module):
         return any(parameter.requires_grad for parameter in self.parameters())
 
     def _allocate(self, **factory: Any) -> None:
-        raise NotImplementedError
+        self.values = nn.Parameter(torch.empty((self.rows, self.columns), **factory))
 
     def reset_parameters(self) -> None:
-        """Draw new values so that every row of A B has the variance of a row of B."""
-        raise NotImplementedError
+        """Draw new values (uniform), so that every row of A B has the variance of a row of B."""
+        _draw(self.values, self.columns)
 
     def fit(self, dense: Tensor, basis: Tensor) -> None:
-        """Take values whose derived filters are near to those of a dense A.
-
-        Args:
-            dense: (groups, rows / groups, columns), float64.
-            basis: B, (groups, columns, F), float64.
-        """
-        raise NotImplementedError
+        """Take values near to a dense A (groups, rows / groups, columns), for B (groups, columns, F); float64."""
+        self.values.copy_(dense.reshape(self.values.shape))
 
     def matrix(self) -> Tensor:
         """A, (rows, columns)."""
-        raise NotImplementedError
+        return self.values
 
     def blocks(self) -> Tensor:
         """A by mixing groups, (groups, rows / groups, columns)."""
-        return self.matrix().view(self.groups, self.rows // self.groups, self.columns)
+        return self._by_groups(self.matrix())
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """A as a product, the last factor first."""
+        return (self.matrix(),)
 
     def combine(self, filters: Tensor) -> Tensor:
         """The derived filters, (groups, rows / groups, F), of basis filters (groups, columns, F)."""
-        if self.groups == 1:  # one plain product, not a batch of one
-            return (self.matrix() @ filters[0])[None]
-        return self.blocks() @ filters
+        for factor in self.factors():  # of one group a plain product, not a batch of one
+            filters = (factor @ filters[0])[None] if self.groups == 1 else self._by_groups(factor) @ filters
+        return filters
 
     def derive(self, z: Tensor) -> Tensor:
-        """The maps of [B; A B], of the basis maps z (N, k, H, W); with several groups as :meth:`sources` says."""
-        raise NotImplementedError
+        """The derived maps (N, rows, H, W) of the basis maps z (N, k, H, W), group by group."""
+        for factor in self.factors():
+            z = F.conv2d(z, factor[:, :, None, None], groups=self.groups)
+        return z
 
-    def sources(self, places: Tensor) -> Tensor:
-        """Which map of :meth:`derive` belongs at these places of [B; A B], one mixing group after the other."""
-        raise NotImplementedError
+    def _by_groups(self, rows: Tensor) -> Tensor:
+        return rows.view(self.groups, len(rows) // self.groups, rows.shape[1])
 
     def extra_repr(self) -> str:
         """Form and shape."""
         return f"{self.form}, {self.rows} x {self.columns}" + f", groups={self.groups}" * (self.groups > 1)
 
 
-class Dense(Coefficients):
-    """A itself, ``values`` (rows, columns). Shared and grouped ones are of this class, too."""
-
-    free = True
-
-    def _allocate(self, **factory: Any) -> None:
-        self.values = nn.Parameter(torch.empty((self.rows, self.columns), **factory))
-
-    def reset_parameters(self) -> None:
-        """Uniform with variance 1 / columns."""
-        bound = math.sqrt(3 / self.columns)
-        nn.init.uniform_(self.values, -bound, bound)
-
-    def fit(self, dense: Tensor, basis: Tensor) -> None:
-        """The dense A itself."""
-        self.values.copy_(dense.reshape(self.values.shape))
-
-    def matrix(self) -> Tensor:
-        """The values."""
-        return self.values
-
-
 class Frozen(Coefficients):
     """A dense A that is drawn at random and never trained: ``values`` is a buffer."""
 
-    fits = False
-    values: Tensor
+    free = fits = False
 
     def _allocate(self, **factory: Any) -> None:
         self.register_buffer("values", torch.empty((self.rows, self.columns), **factory))
         self.stored = 0
-
-    reset_parameters = Dense.reset_parameters
-    matrix = Dense.matrix
 
 
 class LowRank(Coefficients):
@@ -224,7 +188,7 @@ class LowRank(Coefficients):
     The low-rank variant of LinearConv (Kahatapitiya and Rodrigo, WACV 2021), there with rank 10.
     """
 
-    mixes = False
+    mixes = free = False
 
     def _allocate(self, **factory: Any) -> None:
         self.rank = min(self.form.count(self.columns), self.columns, self.rows // self.groups)
@@ -235,9 +199,8 @@ class LowRank(Coefficients):
 
     def reset_parameters(self) -> None:
         """Uniform with variance 1 / columns for V, and 1 / rank for U."""
-        for factor, terms in ((self.right, self.columns), (self.left, max(1, self.rank))):
-            bound = math.sqrt(3 / terms)
-            nn.init.uniform_(factor, -bound, bound)
+        _draw(self.right, self.columns)
+        _draw(self.left, max(1, self.rank))
 
     def fit(self, dense: Tensor, basis: Tensor) -> None:
         """The best of this rank: A B truncated by SVD. U and V get the same singular values."""
@@ -246,52 +209,32 @@ class LowRank(Coefficients):
         self.left.copy_(left.reshape(self.left.shape))
         self.right.copy_(right.reshape(self.right.shape))
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        left = self.left.view(self.groups, self.rows // self.groups, self.rank)
-        return left, self.right.view(self.groups, self.rank, self.columns)
-
     def matrix(self) -> Tensor:
         """U V, in full precision even under autocast."""
-        left, right = self._factors()
-        with full_precision(left):
-            return (left @ right).flatten(0, 1)
+        with full_precision(self.left):
+            return (self._by_groups(self.left) @ self._by_groups(self.right)).flatten(0, 1)
 
-    def combine(self, filters: Tensor) -> Tensor:
-        """U (V B)."""
-        left, right = self._factors()
-        return left @ (right @ filters)
-
-    def derive(self, z: Tensor) -> Tensor:
-        """The basis maps, and the derived ones by two 1x1 convolutions: (N, k + rows, H, W)."""
-        if not self.rows:
-            return z
-        hidden = F.conv2d(z, self.right[:, :, None, None], groups=self.groups)
-        return torch.cat([z, F.conv2d(hidden, self.left[:, :, None, None], groups=self.groups)], dim=-3)
-
-    def sources(self, places: Tensor) -> Tensor:
-        """All basis maps stand before all derived ones."""
-        k, rows = self.columns, self.rows // self.groups
-        group, row = places // (k + rows), places % (k + rows)
-        return torch.where(row < k, group * k + row, self.groups * k + group * rows + row - k)
+    def factors(self) -> tuple[Tensor, ...]:
+        """V and U."""
+        return self.right, self.left
 
 
 class Sparse(Coefficients):
     """A = ``values`` * ``mask``, which keeps the largest entries of every row.
 
-    Until :meth:`settle`, each forward pass in training mode takes the mask from the current values, and
-    all values get the gradient of A as if none were masked (straight through), so that dropped entries
-    can come back. The idea is that of LinearConv's sparse variant; there the mask is a percentile, taken
-    anew every 500 steps, and an L1 penalty makes the entries small.
+    Until :meth:`settle`, each forward pass in training mode takes the mask from the current values, and all values
+    get the gradient of A as if none were masked (straight through), so that dropped entries can come back. After
+    LinearConv's sparse variant; there the mask is a percentile, taken anew every 500 steps, with an L1 penalty.
     """
 
-    values: Tensor
+    free = False
     mask: Tensor
     settled: Tensor
 
     def _allocate(self, **factory: Any) -> None:
+        super()._allocate(**factory)
         self.entries = min(self.form.count(self.columns), self.columns)
         self.stored = self.rows * self.entries
-        self.values = nn.Parameter(torch.empty((self.rows, self.columns), **factory))
         self.register_buffer("mask", torch.ones_like(self.values, dtype=torch.bool))
         self.register_buffer("settled", torch.zeros((), dtype=torch.bool, device=factory.get("device")))
         self._settled = False  # the same, so that a forward pass need not wait for a GPU
@@ -312,7 +255,7 @@ class Sparse(Coefficients):
         for a, b, g, at in zip(values, dense, gram, kept, strict=True):
             right = (b @ g).gather(1, at)[:, :, None]
             a.scatter_(1, at, (torch.linalg.pinv(g[at[:, :, None], at[:, None]], hermitian=True) @ right)[:, :, 0])
-        self.values.copy_(values.reshape(self.values.shape))
+        super().fit(values, basis)
         self._settle(False)
 
     def settle(self) -> None:
@@ -347,7 +290,7 @@ class Sparse(Coefficients):
 class Repeat(Coefficients):
     """No numbers at all: derived filter i of a group is its basis filter i mod columns."""
 
-    mixes = fits = False
+    mixes = free = fits = False
     _like: Tensor
 
     def _allocate(self, **factory: Any) -> None:
@@ -357,27 +300,27 @@ class Repeat(Coefficients):
     def reset_parameters(self) -> None:
         """Nothing to draw."""
 
-    def combine(self, filters: Tensor) -> Tensor:
-        """The basis filters of each group again and again."""
-        rows = self.rows // self.groups
-        return filters.repeat(1, math.ceil(rows / self.columns), 1)[:, :rows]
-
     def matrix(self) -> Tensor:
         """Rows of the identity."""
         eye = torch.eye(self.columns, dtype=self._like.dtype, device=self._like.device)
-        return self.combine(eye.expand(self.groups, -1, -1)).flatten(0, 1)
+        return self.derive(eye.repeat(self.groups, 1), 0)
 
-    def derive(self, z: Tensor) -> Tensor:
-        """All basis maps again and again."""
-        copies, rest = divmod(self.columns + self.rows // self.groups, self.columns)
-        last = z.narrow(-3, 0, rest) if self.groups == 1 else z
-        return torch.cat([z] * copies + [last] * (rest > 0), dim=-3)
+    def combine(self, filters: Tensor) -> Tensor:
+        """Copies of the basis filters of each group."""
+        return self._by_groups(self.derive(filters.flatten(0, 1), 0))
 
-    def sources(self, places: Tensor) -> Tensor:
-        """Every copy holds the maps of all groups."""
-        width = self.columns + self.rows // self.groups
-        group, row = places // width, places % width
-        return (row // self.columns * self.groups + group) * self.columns + row % self.columns
+    def derive(self, z: Tensor, dim: int = -3) -> Tensor:
+        """Copies of the basis maps of each group, which stand in dimension ``dim``."""
+        copies, rest = divmod(self.rows // self.groups, self.columns)
+        parts: list[Tensor] = []
+        for own in z.split(self.columns, dim):
+            parts += [own] * copies + [own.narrow(dim, 0, rest)] * (rest > 0)
+        return torch.cat(parts, dim) if parts else z.narrow(dim, 0, 0)
+
+
+def _draw(values: Tensor, terms: int) -> None:
+    """Uniform with variance 1 / terms."""
+    nn.init.uniform_(values, -math.sqrt(3 / terms), math.sqrt(3 / terms))
 
 
 def _truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

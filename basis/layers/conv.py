@@ -1,15 +1,9 @@
 """The basis convolution: a layer that trains k of its C_out filters and mixes the others from them.
 
-With ``B`` the basis filters (k x C_in/groups x kh x kw) and ``A`` the coefficient matrix
-((C_out - k) x k), the layer is a convolution with the weight ``W = [B; A B]``. The form is the one
-of Alekseev et al. 2024 (arXiv 2408.06024); LinearConv (Kahatapitiya and Rodrigo, WACV 2021) is the
-special case k = C_out / 2 in composed mode. ``A`` may also be low-rank, sparse, shared, ...; see
-:mod:`basis.layers.coefficients`.
-
-With ``groups`` > 1 every group has k / groups basis filters of its own, since filters of different
-groups see different input channels; ``A`` then holds one block per group, stacked by rows, just as
-``nn.Conv2d.weight`` stacks its groups. The form ``grouped`` splits these groups further, for the mixing
-alone: W is [B; A B] in each of these mixing groups.
+With ``B`` the basis filters (k x C_in/groups x kh x kw) and ``A`` the coefficient matrix ((C_out - k) x k), the layer
+is a convolution with the weight ``W = [B; A B]`` (Alekseev et al. 2024, arXiv 2408.06024; LinearConv, Kahatapitiya and
+Rodrigo, WACV 2021, is the case k = C_out / 2 in composed mode). Each group, or each mixing group of the form
+``grouped``, has k / groups basis filters of its own; A holds one block per group, stacked by rows.
 """
 
 from __future__ import annotations
@@ -18,15 +12,16 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-import scipy.linalg
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from basis.layers.base import ConvLike, PaddingMode, arguments_of, autocast_device
+from basis.layers.base import ConvLike, PaddingMode, arguments_of, autocast_device, full_precision
 from basis.layers.coefficients import Coefficients, Form
-from basis.layers.moments import Moments, directions, lost_mean
+from basis.layers.factorize import factorize as factorize
+from basis.layers.factorize import fit, principal_directions
+from basis.layers.hybrid import HybridConv
+from basis.layers.moments import Moments, lost_mean
 from basis.modules import is_channels_last
 
 Mode = Literal["auto", "factorized", "composed", "hybrid"]
@@ -35,11 +30,7 @@ MODES: tuple[str, ...] = get_args(Mode)
 
 
 def basis_channels_for(ratio: float, out_channels: int, groups: int = 1) -> int:
-    """The number of basis channels k nearest to ``ratio * out_channels``.
-
-    k is a multiple of ``groups`` and at least ``groups``. Raises ``ValueError`` for a ratio outside
-    (0, 1].
-    """
+    """The k nearest to ``ratio * out_channels``, a multiple of ``groups``; ``ratio`` lies in (0, 1]."""
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio is {ratio}, but it is k / C_out and must lie in (0, 1]")
     return groups * max(1, round(ratio * out_channels / groups))
@@ -47,41 +38,30 @@ def basis_channels_for(ratio: float, out_channels: int, groups: int = 1) -> int:
 
 def check_basis_channels(basis_channels: int, out_channels: int, groups: int = 1) -> None:
     """Raise ``ValueError`` where ``basis_channels`` cannot be the k of such a layer."""
+    problem = ""
     if isinstance(basis_channels, bool) or not isinstance(basis_channels, int):
-        raise ValueError(f"basis_channels is {basis_channels!r}, but it must be a whole number of filters")
-    if not 1 <= basis_channels <= out_channels:
-        raise ValueError(
-            f"basis_channels is {basis_channels}, but it must lie between 1 and out_channels = {out_channels}"
-        )
-    if basis_channels % groups:
-        raise ValueError(
-            f"basis_channels is {basis_channels}, but it must be a multiple of groups = {groups}, "
-            "because filters of different groups cannot be mixed"
-        )
+        problem = "be a whole number of filters"
+    elif not 1 <= basis_channels <= out_channels:
+        problem = f"lie between 1 and out_channels = {out_channels}"
+    elif basis_channels % groups:
+        problem = f"be a multiple of groups = {groups}, because filters of different groups cannot be mixed"
+    if problem:
+        raise ValueError(f"basis_channels is {basis_channels!r}, but it must {problem}")
 
 
 def resolve_mode(
-    mode: Mode,
-    *,
-    device: torch.device,
-    fan_in: int,
-    out_channels: int,
-    basis_channels: int,
-    groups: int = 1,
+    mode: Mode, *, device: torch.device, fan_in: int, out_channels: int, basis_channels: int, groups: int = 1,
     apart: bool = False,
-) -> ExplicitMode:
+) -> ExplicitMode:  # fmt: skip
     """What ``mode`` stands for on this device and shape; all but ``"auto"`` stand for themselves.
 
-    Factorized mode saves multiplications and pays with a second pass over the activations, which costs
-    about the same everywhere. So ``"auto"`` is
+    ``"auto"`` is the heuristic used until :func:`basis.bench.tuning.tune` has timed the layer: factorized
 
-    - on a CPU: factorized where it saves at least 110 multiplications per output value, else composed
-      (measured, ``basis bench layer``: float32 and bfloat16, both memory formats);
-    - on a GPU: factorized where it saves at least 300, with at least 128 output channels and with k, rounded up to
-      a multiple of 8, at most half of them, else composed (the faster of both for every layer of ResNet-18 at
-      r = 1/2 and 1/4, measured on an H200: bfloat16, channels-last, forward and backward, CUDA graphs).
+    - on a CPU, where it saves at least 110 multiplications per output value (measured, ``basis bench layer``);
+    - on a GPU, where it saves at least 300 and k, rounded up to a multiple of 8, is at most half of at least 128 output
+      channels (the faster mode for every layer of ResNet-18 at r = 1/2 and 1/4, measured on an H200);
 
-    This rule is for layers that nobody has timed; :func:`basis.bench.tuning.tune` does.
+    else composed.
 
     Args:
         fan_in: C_in/groups * kh * kw, the multiplications of one output value of the dense layer.
@@ -89,10 +69,8 @@ def resolve_mode(
     """
     if mode != "auto":
         return mode
-    # Per group: a grouped convolution is that many narrow ones.
-    width, k = out_channels // groups, basis_channels // groups
-    mixed = (width - k if apart else width) * k
-    saved = ((width - k) * fan_in - mixed) / width
+    width, k = out_channels // groups, basis_channels // groups  # a grouped convolution is that many narrow ones
+    saved = ((width - k) * fan_in - (width - k if apart else width) * k) / width
     pays = saved >= 110
     if device.type != "cpu":
         pays = saved >= 300 and width >= 128 and 2 * 8 * math.ceil(k / 8) <= width
@@ -102,127 +80,57 @@ def resolve_mode(
 def derives_apart(device: torch.device, *, out_channels: int, basis_channels: int) -> bool:
     """Whether factorized mode convolves Z with A alone and joins both, rather than with M = [I; A].
 
-    That saves k of C_out rows and costs one more pass over the output. On a CPU it pays from
-    k = C_out / 2 on (measured); on a GPU, where the pass costs more than the rows, it never should.
+    That saves k of C_out rows for one more pass over the output: on a CPU it pays from k = C_out / 2 on (measured).
     """
     return device.type == "cpu" and out_channels <= 2 * basis_channels < 2 * out_channels
 
 
-def padded_channels(device: torch.device, dtype: torch.dtype, basis_channels: int) -> int:
-    """How many basis channels factorized mode computes with; zero filters and coefficients fill up.
+def uses_tensor_cores(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether factorized mode suits its products to tensor cores: on a GPU in half precision.
 
-    On a GPU in half precision, rows of maps that are no multiple of 16 bytes keep a convolution from the
-    tensor cores or are copied (cuDNN developer guide, "tensor core operations"), so k is rounded up to a
-    multiple of 8 there; elsewhere it is k. Not yet measured.
-    """
-    half = device.type == "cuda" and dtype.itemsize == 2
-    return 8 * math.ceil(basis_channels / 8) if half else basis_channels
-
-
-def mixes_rows(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether factorized mode mixes channels-last maps as the rows of a matrix, rather than by a 1x1 convolution.
-
-    On a GPU in half precision (not yet measured). In float32 PyTorch uses TF32 for convolutions only, unless it
-    is told otherwise.
+    Then k is filled up to a multiple of 8 with zero filters (cuDNN developer guide, "tensor core operations"), and
+    channels-last maps are mixed as the rows of a matrix. In float32 PyTorch uses TF32 for convolutions only.
     """
     return device.type == "cuda" and dtype.itemsize == 2
-
-
-class _HybridConv(torch.autograd.Function):
-    """Dense forward with W = M B, factorized backward: dZ = M^T dY, then k-channel gradients."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        basis: Tensor,
-        mixing: Tensor,
-        rows: Tensor | None,
-        conv: tuple,
-        mixing_groups: int,
-    ) -> Tensor:
-        y = F.conv2d(x, weight, None, *conv)
-        # The basis channels are copied out: a view of y would fail under an in-place activation. The
-        # copy keeps the memory format of y (index_select would give NCHW, dear in the backward pass).
-        z = y.new_empty(0)
-        if mixing.requires_grad:
-            first = y[:, : len(basis)]
-            z = torch.empty_like(first).copy_(first if rows is None else y[:, rows])
-        ctx.save_for_backward(x, basis, mixing, z)
-        ctx.conv, ctx.mixing_groups = conv, mixing_groups
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, basis, mixing, z = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.conv
-        need_x, _, need_basis, need_mixing, *_ = ctx.needs_input_grad
-        mix = ((1, 1), (0, 0), (1, 1), False, (0, 0), ctx.mixing_groups)
-        dx = d_basis = d_mixing = None
-        if need_mixing:
-            _, d_mixing, _ = torch.ops.aten.convolution_backward(dy, z, mixing, None, *mix, (False, True, False))
-        if need_x or need_basis:
-            z = z if z.numel() else torch.empty_like(dy[:, : len(basis)])
-            dz, _, _ = torch.ops.aten.convolution_backward(dy, z, mixing, None, *mix, (True, False, False))
-            dx, d_basis, _ = torch.ops.aten.convolution_backward(
-                dz, x, basis, None, stride, padding, dilation, False, (0, 0), groups, (need_x, need_basis, False)
-            )
-        return dx, None, d_basis, d_mixing, None, None, None
 
 
 class BasisConv2d(ConvLike):
     """A drop-in for ``nn.Conv2d`` that trains ``basis_channels`` filters and mixes the rest from them.
 
-    Takes every argument of ``nn.Conv2d`` in the same order. Input (N, C_in, H, W) or (C_in, H, W),
-    output as ``nn.Conv2d`` gives it.
+    Takes every argument of ``nn.Conv2d`` in the same order. Input (N, C_in, H, W) or (C_in, H, W).
 
     Args:
-        basis_channels: k, the number of filters trained as filters; 1 <= k <= out_channels and a
-            multiple of ``groups``. Give this or ``ratio``.
-        ratio: r = k / out_channels in (0, 1].
-        mode: how the layer is computed; all modes give the same numbers.
-            ``"factorized"`` convolves with B and mixes with M = [I; A] as a 1x1 convolution;
-            ``"composed"`` builds W = [B; A B] and convolves once; ``"hybrid"`` does the forward pass
-            composed and the backward pass factorized (first derivatives only); ``"auto"`` picks by
-            device and shape (see :attr:`resolved_mode`). Low-rank A is applied as two 1x1 convolutions
-            in factorized mode, and repeated filters by copying maps.
+        basis_channels: k, 1 <= k <= out_channels and a multiple of ``groups``; or give ``ratio``, k / out_channels.
+        mode: how the layer is computed; all modes give the same numbers. ``"factorized"`` convolves with B and
+            mixes with M = [I; A] as a 1x1 convolution; ``"composed"`` builds W and convolves once; ``"hybrid"``
+            is composed forward and factorized backward (first derivatives only); ``"auto"`` picks by device and
+            shape (:attr:`resolved_mode`).
         coefficients: the form of A as text or as a :class:`Form`, e.g. ``"low_rank:10"``; or the
             :class:`Coefficients` of another layer of the same shape, which both layers then share.
 
-    Parameters, buffers and modules:
-        basis: B, (k, C_in/groups, kh, kw).
+    Attributes:
+        basis: B, (k, C_in/groups, kh, kw); bias: (C_out,) or None.
         coefficients: the module that holds A; ``coefficients.matrix()`` is A, (C_out - k, k/groups).
-        bias: (C_out,) or None.
-        order: (C_out,), where output channel c stands among the rows of [B; A B] (mixing group by
-            mixing group). The identity at random initialisation; :meth:`from_conv` chooses other rows
-            as the basis.
+        order: (C_out,), where output channel c stands among the rows of [B; A B], group by group.
+        measured_mode: (type of device, mode) as :func:`basis.bench.tuning.use_modes` sets it, or None.
+        mixed_later: the forward pass gives Z alone, for :mod:`basis.layers.batchnorm` to mix.
 
     Raises:
-        ValueError: for a ratio or basis_channels that make no sense, an unknown mode, or a form of A
-            that is unknown or does not fit the shape.
+        ValueError: for a ratio, basis_channels, mode or form of A that is unknown or does not fit the shape.
     """
 
+    order: Tensor
+    _identity: Tensor
+    _sources: Tensor | None
+
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: PaddingMode = "zeros",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        basis_channels: int | None = None,
-        ratio: float | None = None,
-        mode: Mode = "auto",
+        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1, padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1, groups: int = 1, bias: bool = True, padding_mode: PaddingMode = "zeros",
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
+        basis_channels: int | None = None, ratio: float | None = None, mode: Mode = "auto",
         coefficients: str | Form | Coefficients = "dense",
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         if (basis_channels is None) == (ratio is None):
             raise ValueError("give one of basis_channels (k) and ratio (k / out_channels)")
@@ -231,10 +139,8 @@ class BasisConv2d(ConvLike):
         check_basis_channels(basis_channels, out_channels, groups)
         self.basis_channels = basis_channels
         self.mode = mode
-        self.measured_mode: tuple[str, ExplicitMode] | None = None  # (type of device, mode); see basis.bench.tuning
-        self.mixed_later = (
-            False  # the forward pass gives Z alone, for a batch normalisation that mixes; see basis.layers.batchnorm
-        )
+        self.measured_mode: tuple[str, ExplicitMode] | None = None
+        self.mixed_later = False
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.coefficients = _coefficients_for(coefficients, (out_channels, basis_channels, groups), **factory)
@@ -242,10 +148,8 @@ class BasisConv2d(ConvLike):
         self.bias = nn.Parameter(torch.empty(out_channels, **factory)) if bias else None
         self.register_buffer("order", torch.arange(out_channels, device=device))
         self.register_buffer("_sources", None, persistent=False)
+        # The I of M; made anew at each call it would cost a GPU two more kernels.
         self.register_buffer("_identity", torch.eye(self.coefficients.columns, **factory), persistent=False)
-        self.order: Tensor
-        self._sources: Tensor | None
-        self._identity: Tensor  # the I of M; made anew at each call it would cost a GPU two more kernels
         self._draw(coefficients=self.coefficients is not coefficients)
 
     @property
@@ -267,10 +171,8 @@ class BasisConv2d(ConvLike):
     def reset_parameters(self) -> None:
         """Draw new parameters so that activations keep the variance that ``nn.Conv2d`` gives.
 
-        B and the bias are drawn as ``nn.Conv2d`` draws them (Kaiming-uniform with a = sqrt(5), which
-        is U(-1, 1) / sqrt(fan_in)). A is drawn so that every row of A B has the variance of a row of B
-        (dense: uniform with variance groups / k), for all layers that share it. ``order`` becomes the
-        identity.
+        B and the bias are drawn as ``nn.Conv2d`` draws them, A (for all layers that share it) so that every row of
+        A B has the variance of a row of B. ``order`` becomes the identity.
         """
         self._draw(coefficients=True)
 
@@ -286,13 +188,14 @@ class BasisConv2d(ConvLike):
         self._order_changed(permuted=False)
 
     def _order_changed(self, *, permuted: bool) -> None:
-        """Keep what follows from ``order``."""
+        """Keep what follows from ``order``: which of all basis maps, then all derived ones, each output channel is."""
         self._permuted = permuted
-        a = self.coefficients
-        in_order = a.groups == 1 and not permuted
-        self._sources = None if a.mixes or in_order else a.sources(self.order)
-
-    # -- the weight and its parts ---------------------------------------------------------------
+        a, k = self.coefficients, self.coefficients.columns
+        self._sources = None
+        if not a.mixes and (permuted or a.groups > 1):
+            group, row = self.order // (self.out_channels // a.groups), self.order % (self.out_channels // a.groups)
+            derived = a.groups * k + group * (a.rows // a.groups) + row - k
+            self._sources = torch.where(row < k, group * k + row, derived)
 
     @property
     def mixing(self) -> Tensor:
@@ -304,12 +207,10 @@ class BasisConv2d(ConvLike):
     @property
     def weight(self) -> Tensor:
         """W = [B; A B] per mixing group, (C_out, C_in/groups, kh, kw), in the memory format of B."""
-        # Channels-last filters are flattened in their own order, so that no copy is needed.
-        last = is_channels_last(self.basis)
+        last = is_channels_last(self.basis)  # flattened in their own order, so that no copy is needed
         b = self.basis.permute(0, 2, 3, 1) if last else self.basis
         flat = b.reshape(self.coefficients.groups, self.coefficients.columns, -1)
-        # In full precision even under autocast, which rounds the finished weight once.
-        with torch.autocast(autocast_device(b), enabled=False):
+        with full_precision(b):
             rows = torch.cat([flat, self.coefficients.combine(flat)], dim=1).flatten(0, 1)
         weight = self._ordered(rows).view(self.out_channels, *b.shape[1:])
         return weight.permute(0, 3, 1, 2) if last else weight
@@ -317,32 +218,16 @@ class BasisConv2d(ConvLike):
     def _ordered(self, rows: Tensor) -> Tensor:
         return rows.index_select(0, self.order) if self._permuted else rows
 
-    def _basis_rows(self) -> Tensor:
-        """The output channels that are the basis filters themselves, in the order of B: (k,)."""
-        position = torch.argsort(self.order) if self._permuted else self.order
-        return position.view(self.coefficients.groups, -1)[:, : self.coefficients.columns].reshape(-1)
-
-    # -- forward --------------------------------------------------------------------------------
-
     @property
     def resolved_mode(self) -> ExplicitMode:
-        """The mode that a forward pass uses now; differs from :attr:`mode` where that is ``"auto"``.
-
-        That one is the fastest by measurement, where :func:`basis.bench.tuning.use_modes` has set it for this type
-        of device, else what the rule says.
-        """
+        """The mode that a forward pass uses now: the measured one for ``"auto"``, else by :func:`resolve_mode`."""
         mode: Mode = "factorized" if self.mixed_later else self.mode
         if mode == "auto" and self.measured_mode and self.measured_mode[0] == self.basis.device.type:
             return self.measured_mode[1]
         return resolve_mode(
-            mode,
-            device=self.basis.device,
-            fan_in=self.basis[0].numel(),
-            out_channels=self.out_channels,
-            basis_channels=self.basis_channels,
-            groups=self.groups,
-            apart=self.derives_apart,
-        )
+            mode, device=self.basis.device, fan_in=self.basis[0].numel(), out_channels=self.out_channels,
+            basis_channels=self.basis_channels, groups=self.groups, apart=self.derives_apart,
+        )  # fmt: skip
 
     @property
     def derives_apart(self) -> bool:
@@ -359,108 +244,80 @@ class BasisConv2d(ConvLike):
         mode = self.resolved_mode
         x, padding = self._pad(x)
         conv = (self.stride, padding, self.dilation, self.groups)
+        if self.mixed_later:
+            return F.conv2d(x, self.basis, None, *conv)
         if mode == "factorized":
             return self._factorized(x, conv)
         if mode == "hybrid" and torch.is_grad_enabled():
-            return self._hybrid(x, conv)
+            return self._hybrid(x, conv) if x.dim() == 4 else self._hybrid(x[None], conv)[0]
         return F.conv2d(x, self.weight, self.bias, *conv)
 
     def _factorized(self, x: Tensor, conv: tuple) -> Tensor:
-        a, k = self.coefficients, self.basis_channels
-        mixes_all = a.mixes and a.groups == 1 and not self.mixed_later
-        extra = padded_channels(x.device, self._computed_in(x), k) - k if mixes_all else 0
-        basis = F.pad(self.basis, (0, 0, 0, 0, 0, 0, 0, extra)) if extra else self.basis
+        a = self.coefficients
+        if not a.mixes or self.derives_apart:
+            z = F.conv2d(x, self.basis, None, *conv)
+            y = torch.cat([z, a.derive(z)], dim=-3) if a.rows else z
+            y = y if self._sources is None else _channels(y, self._sources)
+            return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+        basis: Tensor = self.basis
+        mixing = self.mixing
+        suited = a.groups == 1 and uses_tensor_cores(x.device, _computed_in(x))
+        if extra := -self.basis_channels % 8 * suited:
+            basis, mixing = F.pad(basis, (0, 0, 0, 0, 0, 0, 0, extra)), F.pad(mixing, (0, extra))
         z = F.conv2d(x, basis, None, *conv)
-        if self.mixed_later:
-            return z
-        if a.mixes and not self.derives_apart:
-            mixing = F.pad(self.mixing, (0, extra)) if extra else self.mixing
-            if a.groups == 1 and z.dim() == 4 and mixes_rows(z.device, z.dtype):
-                rows = z.permute(0, 2, 3, 1)
-                if rows.is_contiguous():  # channels-last, asked in a way that vmap knows
-                    return F.linear(rows, mixing, self.bias).permute(0, 3, 1, 2)
-            return F.conv2d(z, mixing[:, :, None, None], self.bias, groups=a.groups)
-        y = torch.cat([z, F.conv2d(z, a.matrix()[:, :, None, None])], dim=-3) if a.mixes else a.derive(z)
-        if self._sources is not None:
-            y = _channels(y, self._sources)
-        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
-
-    @staticmethod
-    def _computed_in(x: Tensor) -> torch.dtype:
-        device = autocast_device(x)
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if suited and z.dim() == 4:
+            rows = z.permute(0, 2, 3, 1)
+            if rows.is_contiguous():  # channels-last, asked in a way that vmap knows
+                return F.linear(rows, mixing, self.bias).permute(0, 3, 1, 2)
+        return F.conv2d(z, mixing[:, :, None, None], self.bias, groups=a.groups)
 
     def _hybrid(self, x: Tensor, conv: tuple) -> Tensor:
-        if x.dim() == 3:
-            return self._hybrid(x[None], conv)[0]
         with torch.no_grad():
             weight = self.weight
-        mixing = self.mixing[:, :, None, None]
         basis: Tensor = self.basis
+        mixing, groups = self.mixing[:, :, None, None], self.coefficients.groups
         if torch.is_autocast_enabled(autocast_device(x)):
-            dtype = self._computed_in(x)
+            dtype = _computed_in(x)
             x, weight, basis, mixing = x.to(dtype), weight.to(dtype), basis.to(dtype), mixing.to(dtype)
-        groups = self.coefficients.groups
-        rows = self._basis_rows() if self._permuted or groups > 1 else None  # None: the first k
-        y = _HybridConv.apply(x, weight, basis, mixing, rows, conv, groups)
+        rows = None
+        if self._permuted or groups > 1:  # the output channels that are basis filters, in the order of B
+            position = torch.argsort(self.order) if self._permuted else self.order
+            rows = position.view(groups, -1)[:, : self.coefficients.columns].reshape(-1)
+        y = HybridConv.apply(x, weight, basis, mixing, rows, conv, groups)
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
-
-    # -- from and to a dense convolution --------------------------------------------------------
 
     @classmethod
     def from_conv(
-        cls,
-        conv: nn.Conv2d,
-        *,
-        basis_channels: int | None = None,
-        ratio: float | None = None,
-        mode: Mode = "auto",
-        coefficients: str | Form | Coefficients = "dense",
-        moments: Moments | None = None,
-    ) -> BasisConv2d:
+        cls, conv: nn.Conv2d, *, basis_channels: int | None = None, ratio: float | None = None, mode: Mode = "auto",
+        coefficients: str | Form | Coefficients = "dense", moments: Moments | None = None,
+    ) -> BasisConv2d:  # fmt: skip
         """The basis convolution nearest to ``conv``: the best approximation of rank k, exact at k = C_out.
 
-        The weight is truncated by SVD, group by group; or, with ``moments``, its outputs are projected on their
-        k principal components (see :mod:`basis.layers.moments`), and a bias takes the mean of what that loses.
-        Without a bias the components are those about zero: the layer never gets a parameter that ``conv``
-        has not. Pivoted QR on the left singular vectors, or the components, then
-        picks k rows whose truncated filters become B, and all other rows are combinations of them:
-        ``[I; T] B`` equals the truncated matrix, so this gauge costs no accuracy (and the pivoting
-        keeps it well conditioned). Keeps device, dtype, memory format, ``training`` and
-        ``requires_grad`` of ``conv``; copies its bias.
+        The weight is truncated by SVD, group by group; or, with ``moments`` of the outputs of ``conv`` on data, its
+        outputs are projected on their k principal components (:mod:`basis.layers.moments`), and a bias takes the mean
+        of what that loses. Pivoted QR picks k rows whose truncated filters become B, and all other rows are
+        combinations of them: this choice costs no accuracy, and the pivoting keeps A small. Low-rank and sparse A are
+        fitted to that dense one, then B is the least-squares solution for this A, as it is where A is not for the
+        layer to choose (frozen, repeat, or a module that is given).
 
-        Low-rank and sparse A are fitted to that dense one (see their ``fit``), or to the one with the
-        first k rows as B where that halves the squared error, as it does for a weight that had this form;
-        B is then the least-squares solution for this A. Where A is not for the layer to choose (frozen,
-        repeat, or a module that is given), B is the least-squares solution for the rows in their order.
-
-        Args:
-            moments: of the outputs of ``conv`` on data, as :func:`basis.layers.moments.output_moments` takes them.
+        Keeps device, dtype, memory format, ``training`` and ``requires_grad`` of ``conv``; copies its bias.
 
         Raises:
             TypeError: when ``conv`` is not an ``nn.Conv2d``.
-            ValueError: for a ratio, basis_channels or form of A that make no sense; for moments of another
-                layer, or of outputs that were not finite.
+            ValueError: as the class; for moments of another layer, or of outputs that were not finite.
         """
         options: dict[str, Any] = {"basis_channels": basis_channels, "ratio": ratio, "mode": mode}
         return cls.from_convs([conv], coefficients=coefficients, moments=[moments], **options)[0]
 
     @classmethod
     def from_convs(
-        cls,
-        convs: Sequence[nn.Conv2d],
-        *,
-        basis_channels: int | None = None,
-        ratio: float | None = None,
-        mode: Mode = "auto",
-        coefficients: str | Form | Coefficients = "shared",
-        moments: Sequence[Moments | None] = (),
-    ) -> list[BasisConv2d]:
+        cls, convs: Sequence[nn.Conv2d], *, coefficients: str | Form | Coefficients = "shared",
+        moments: Sequence[Moments | None] = (), **options: Any,
+    ) -> list[BasisConv2d]:  # fmt: skip
         """The basis convolutions nearest to ``convs`` that hold one A: :meth:`from_conv` of all at once.
 
-        The convolutions have equal C_out and groups; their filters are laid end to end. With ``moments``, one
-        for each, what is least is the sum of their relative errors; where one is None or was never called, its
-        inputs count as white.
+        The convolutions have equal C_out and groups; their filters are laid end to end. With ``moments``, one for
+        each, the sum of their relative errors is least; the inputs of a layer without moments count as white.
         """
         for conv in convs:
             if not isinstance(conv, nn.Conv2d):
@@ -468,42 +325,34 @@ class BasisConv2d(ConvLike):
         layers: list[BasisConv2d] = []
         for conv in convs:
             a = layers[0].coefficients if layers else coefficients
-            layers.append(cls.shaped_like(conv, basis_channels=basis_channels, ratio=ratio, mode=mode, coefficients=a))
+            layers.append(cls.shaped_like(conv, coefficients=a, **options))
         a = layers[0].coefficients
         weights = [conv.weight.detach().reshape(a.groups, -1, conv.weight[0].numel()) for conv in convs]
         given = isinstance(coefficients, Coefficients)
-        seen = [m if m is not None and m.n else None for m in moments]
-        left = _principal(convs, weights, seen) if any(seen) else None
-        basis, order = _fit(torch.cat(weights, dim=2), a, given=given, left=left)
+        seen = [m if m is not None and m.n else None for m in moments] or [None] * len(convs)
+        left = principal_directions(convs, weights, seen) if any(seen) else None
+        basis, order = fit(torch.cat(weights, dim=2), a, given=given, left=left)
         parts = basis.split([weight.shape[2] for weight in weights], dim=2)
         with torch.no_grad():
-            for layer, conv, part in zip(layers, convs, parts, strict=True):
+            for layer, conv, part, own in zip(layers, convs, parts, seen, strict=True):
                 layer.basis.copy_(part.reshape(layer.basis.shape))
                 layer.order.copy_(order)
                 layer._order_changed(permuted=a.fits and not given)
-                if conv.bias is not None and layer.bias is not None:
+                if layer.bias is not None and conv.bias is not None:
                     layer.bias.copy_(conv.bias)
-            for layer, own in zip(layers, seen, strict=False):
-                if own is not None and layer.bias is not None:
-                    layer.bias.copy_(layer.bias.double() + layer.lost_mean(own))
+                    if own is not None:
+                        layer.bias.copy_(layer.bias.double() + layer.lost_mean(own))
         return layers
 
     @classmethod
     def shaped_like(
-        cls,
-        conv: nn.Conv2d,
-        *,
-        basis_channels: int | None = None,
-        ratio: float | None = None,
-        mode: Mode = "auto",
-        coefficients: str | Form | Coefficients = "dense",
+        cls, conv: nn.Conv2d, *, coefficients: str | Form | Coefficients = "dense", **options: Any
     ) -> BasisConv2d:
-        """A freshly initialised basis convolution of the shape of ``conv``.
+        """A freshly initialised basis convolution of the shape of ``conv``, with the ``options`` of the class.
 
-        Keeps device, dtype, memory format, ``training`` and ``requires_grad``; none of its values.
-        Coefficients that are given as a module stay as they are.
+        Keeps device, dtype, memory format, ``training`` and ``requires_grad``. Coefficients that are given as a module
+        stay as they are.
         """
-        options: dict[str, Any] = {"basis_channels": basis_channels, "ratio": ratio, "mode": mode}
         layer = cls(*arguments_of(conv), **options, coefficients=coefficients)
         if is_channels_last(conv.weight):
             layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -523,8 +372,7 @@ class BasisConv2d(ConvLike):
         """
         mean = moments.mean.flatten()
         mean = mean if self.bias is None else mean - self.bias.double()
-        a = self.coefficients
-        position = torch.argsort(self.order).view(a.groups, -1)  # of each row of [I; A], its channel
+        position = torch.argsort(self.order).view(self.coefficients.groups, -1)  # of each row of [I; A], its channel
         rows = self.mixing.double()[position]
         lost = torch.zeros_like(mean)
         lost[position.flatten()] = lost_mean(rows, mean[position][..., None]).flatten()
@@ -536,8 +384,6 @@ class BasisConv2d(ConvLike):
         if is_channels_last(self.basis):
             weight = weight.contiguous(memory_format=torch.channels_last)
         return self._dense(weight, trains=self.basis.requires_grad or self.coefficients.trains)
-
-    # -- bookkeeping ----------------------------------------------------------------------------
 
     def _apply(self, *args: Any, **kwargs: Any) -> BasisConv2d:
         super()._apply(*args, **kwargs)
@@ -552,33 +398,32 @@ class BasisConv2d(ConvLike):
             self._order_changed(permuted=not torch.equal(self.order.cpu(), torch.arange(self.out_channels)))
 
     def extra_repr(self) -> str:
-        """The arguments that matter, the way ``nn.Conv2d`` prints its own."""
-        parts = self._shown_arguments()
-        parts.append(f"basis_channels={self.basis_channels} (r={self.ratio:.4g}), mode={self.mode}")
+        """The arguments that matter, as ``nn.Conv2d`` prints them."""
+        text = f"basis_channels={self.basis_channels} (r={self.ratio:.4g}), mode={self.mode}"
         if self.mode == "auto" and self.measured_mode:
-            parts[-1] += " (measured on {}: {})".format(*self.measured_mode)
+            text += " (measured on {}: {})".format(*self.measured_mode)
         if self.coefficients.form.kind != "dense":
-            parts.append(f"coefficients={self.coefficients.form}")
-        return ", ".join(parts)
+            text += f", coefficients={self.coefficients.form}"
+        return ", ".join([*self._shown_arguments(), text])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"  # one line: not the module inside
 
 
-def _coefficients_for(
-    coefficients: str | Form | Coefficients, shape: tuple[int, int, int], **factory: Any
-) -> Coefficients:
+def _coefficients_for(given: str | Form | Coefficients, shape: tuple[int, int, int], **factory: Any) -> Coefficients:
     """A new module of this form for (C_out, k, groups), or the one given where it fits."""
-    if not isinstance(coefficients, Coefficients):
-        return Form.parse(coefficients).make(*shape, **factory)
-    wanted = coefficients.form.make(*shape, device="meta")
-    theirs, ours = ((a.rows, a.columns, a.groups) for a in (coefficients, wanted))
+    if not isinstance(given, Coefficients):
+        return Form.parse(given).make(*shape, **factory)
+    wanted = given.form.make(*shape, device="meta")
+    theirs, ours = ((a.rows, a.columns, a.groups) for a in (given, wanted))
     if theirs != ours:
-        raise ValueError(
-            "shared coefficients between layers of different shape: rows, columns and groups are "
-            f"{theirs} in the coefficients given, but {ours} in this layer"
-        )
-    return coefficients
+        raise ValueError(f"shared coefficients have rows, columns and groups {theirs}, but this layer needs {ours}")
+    return given
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    device = autocast_device(x)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _channels(maps: Tensor, index: Tensor) -> Tensor:
@@ -586,117 +431,3 @@ def _channels(maps: Tensor, index: Tensor) -> Tensor:
     if maps.dim() == 4 and is_channels_last(maps):  # not index_select, which is slow there on a CPU
         return maps.permute(0, 2, 3, 1)[..., index].permute(0, 3, 1, 2)
     return maps.index_select(-3, index)
-
-
-@torch.no_grad()
-def _principal(convs: Sequence[nn.Conv2d], weights: Sequence[Tensor], moments: Sequence[Moments | None]) -> Tensor:
-    """The directions that keep most of the outputs of these layers: (mixing groups, width, width)."""
-    if len(moments) != len(convs):
-        raise ValueError(f"there are moments of {len(moments)} layers for {len(convs)} convolutions; give one for each")
-    total = torch.zeros((), dtype=torch.float64)
-    for conv, weight, own in zip(convs, weights, moments, strict=True):
-        shape = (conv.groups, conv.out_channels // conv.groups, 1)
-        if own is None:
-            second = weight.double() @ weight.double().mT
-        elif tuple(own.mean.shape) != shape:
-            raise ValueError(
-                f"the moments are those of outputs (groups, channels of a group) = {tuple(own.mean.shape[:2])}, but "
-                f"the convolution's are {shape[:2]}"
-            )
-        elif not own.finite:
-            raise ValueError("the outputs on the calibration data are not finite, so they have no principal components")
-        else:
-            second = own.second(about_mean=conv.bias is not None, groups=len(weight)).to(weight.device)
-        trace = second.diagonal(dim1=1, dim2=2).sum()
-        total = total.to(second.device) + second / (trace if trace > 0 else 1)
-    return directions(total, torch.cat(list(weights), dim=2))
-
-
-def _fit(weight: Tensor, a: Coefficients, *, given: bool, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Fit ``a``, unless it is given, to a weight (mixing groups, C_out / groups, F).
-
-    ``left`` are the directions to keep, from most to least; those of the SVD unless given.
-
-    Returns B (mixing groups, columns, F) and ``order`` (C_out,).
-    """
-    groups, width, _ = weight.shape
-    if given or not a.fits:
-        order = torch.arange(groups * width, device=weight.device)
-        return _least_squares_basis(weight, a, order[:width].expand(groups, width)), order
-    if a.free:
-        return _fit_from(weight, a, pivot=True, left=left)
-
-    @torch.no_grad()
-    def error(pivot: bool) -> Tensor:
-        basis, order = _fit_from(weight, a, pivot=pivot, left=left)
-        rows = torch.cat([basis, a.blocks().double() @ basis], dim=1).flatten(0, 1)
-        return (rows[order] - weight.double().flatten(0, 1)).square().sum()
-
-    rounding = 1e-12 * weight.double().square().sum()
-    return _fit_from(weight, a, pivot=bool(error(True) <= 2 * error(False) + rounding), left=left)
-
-
-@torch.no_grad()
-def _fit_from(weight: Tensor, a: Coefficients, *, pivot: bool, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """:func:`_fit` for A that is learned, from one dense factorization."""
-    parts: Sequence[Tensor | None] = [None] * len(weight) if left is None else list(left)
-    factors = [
-        factorize(block.double(), a.columns, pivot=pivot, left=own) for block, own in zip(weight, parts, strict=True)
-    ]
-    basis, dense, order = (torch.stack(parts) for parts in zip(*factors, strict=True))
-    a.fit(dense, basis)
-    if not a.free:
-        basis = _least_squares_basis(weight, a, order)
-    start = torch.arange(len(weight), device=weight.device)[:, None] * weight.shape[1]
-    return basis, (start + torch.argsort(order)).flatten()
-
-
-@torch.no_grad()
-def _least_squares_basis(weight: Tensor, a: Coefficients, order: Tensor) -> Tensor:
-    """B nearest to ``weight`` for this A, where row i of [B; A B] is row ``order[i]`` of its group, in float64."""
-    blocks = a.blocks().double()
-    eye = torch.eye(a.columns, dtype=blocks.dtype, device=blocks.device).expand(a.groups, -1, -1)
-    rows = weight.double().gather(1, order[:, :, None].expand(weight.shape))
-    return torch.linalg.lstsq(torch.cat([eye, blocks], dim=1), rows).solution
-
-
-def factorize(
-    matrix: Tensor, k: int, *, pivot: bool = True, left: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Split the best rank-k approximation of ``matrix`` (C_out x F) as ``[I; A] B`` in a row order.
-
-    Returns B (k x F), A ((C_out - k) x k) and ``p`` (C_out,), such that row ``p[i]`` of the
-    approximation is row i of ``[B; A B]``: with ``pivot`` the rows that keep A small come first, else
-    the order is that of ``matrix``. At k = C_out the rows are returned as they are. Computed
-    in float64 and returned in the dtype of ``matrix``. Where the rank of ``matrix`` is below k, the
-    rows that are left over get coefficients of the pseudo-inverse.
-
-    With ``left`` (C_out x C_out, orthonormal columns) the approximation is the projection on its first k columns.
-    """
-    rows, dtype = matrix.shape[0], matrix.dtype
-    identity = torch.arange(rows, device=matrix.device)
-    if k >= rows:
-        return matrix, matrix.new_empty((0, k)), identity
-    if left is None:
-        u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-        rank = min(k, s.shape[0])
-        left, right = u[:, :rank], s[:rank, None] * vh[:rank]
-    else:
-        rank, left = k, left[:, :k].double()
-        right = left.mT @ matrix.double()
-    order = _pivots(left) if pivot else identity[:k]
-    if len(order) < k:  # fewer singular vectors than basis filters: F < k, the matrix is already exact
-        order = torch.cat([order, identity[~torch.isin(identity, order)][: k - rank]])
-    rest = identity[~torch.isin(identity, order)]
-    coefficients = left[rest] @ torch.linalg.pinv(left[order])
-    return (
-        (left @ right)[order].to(dtype),
-        coefficients.to(dtype),
-        torch.cat([order, rest]),
-    )
-
-
-def _pivots(left: Tensor) -> Tensor:
-    """Indices of the rows of ``left`` (C x k, orthonormal columns) that pivoted QR of its transpose picks."""
-    _, pivots = scipy.linalg.qr(left.T.cpu().numpy(), mode="r", pivoting=True)
-    return torch.from_numpy(pivots[: left.shape[1]].astype("int64")).to(left.device)

@@ -1,16 +1,10 @@
-"""What the outputs of convolutions look like on data, and the subspaces that keep most of them.
+"""Moments of what convolutions give on data, and the subspaces that keep most of it.
 
-A basis convolution of k filters gives outputs in a subspace of k dimensions (of each group). With y the outputs of
-the dense one, over all images and pixels, and U_k the k leading eigenvectors of their covariance S::
-
-    W_k = U_k U_k^T W        b_k = b + (I - U_k U_k^T) (mean of y - b)
-    mean of |y - y_k|^2 = the sum of the C_out - k smallest eigenvalues of S
-
-and no other k filters come nearer (X. Zhang et al. 2016, arXiv 1411.4229, section 2.1, whose projection of the
-responses this is; the bias is theirs, too). The truncated SVD of W is the special case of white inputs, S = W W^T.
-
-Where the layer can hold no constant, having no bias and no batch normalisation behind it to take the mean that is
-lost, S is the second moment about zero instead, which is best among the layers without a constant.
+A basis convolution of k filters gives outputs in a subspace of k dimensions. With y the outputs of the dense one over
+all images and pixels, and U_k the k leading eigenvectors of their covariance, ``W_k = U_k U_k^T W`` with the bias
+``b + (I - U_k U_k^T) (mean of y - b)`` is nearest (X. Zhang et al. 2016, arXiv 1411.4229, section 2.1); the squared
+error is the sum of the other eigenvalues. The truncated SVD of W is the special case of white inputs. Where no bias
+and no batch normalisation can hold a constant, the second moment about zero takes the place of the covariance.
 """
 
 from __future__ import annotations
@@ -43,9 +37,16 @@ class Moments:
     def __init__(self) -> None:
         self.n, self.mean, self.scatter = 0, torch.zeros(()), torch.zeros(())
 
-    def add(self, rows: Tensor) -> None:
-        """``rows``: (g, width, n), a column for each observation."""
-        rows = rows if rows.dtype == torch.float64 else rows.float()
+    def add_maps(self, y: Tensor, groups: int) -> None:
+        """``y``: maps (N, C_out, H, W) or (C_out, H, W)."""
+        maps = y.detach() if y.dim() == 4 else y.detach()[None]
+        for part in maps.split(max(1, CHUNK // max(1, maps[:1].numel()))):
+            rows = part.movedim(1, 0).reshape(groups, maps.shape[1] // groups, -1)
+            if rows.numel():
+                self._add(rows if rows.dtype == torch.float64 else rows.float())
+
+    def _add(self, rows: Tensor) -> None:
+        """``rows``: (groups, width, n)."""
         n, mean = rows.shape[-1], rows.mean(-1, keepdim=True)
         centred = rows - mean
         scatter, mean = (centred @ centred.mT).double(), mean.double()
@@ -54,14 +55,6 @@ class Moments:
             scatter = self.scatter + scatter + apart @ apart.mT * (self.n * n / (self.n + n))
             mean = self.mean + apart * (n / (self.n + n))
         self.n, self.mean, self.scatter = self.n + n, mean, scatter
-
-    def add_maps(self, y: Tensor, groups: int) -> None:
-        """``y``: maps (N, C_out, H, W) or (C_out, H, W)."""
-        maps = y.detach() if y.dim() == 4 else y.detach()[None]
-        for part in maps.split(max(1, CHUNK // max(1, maps[:1].numel()))):
-            rows = part.movedim(1, 0).reshape(groups, maps.shape[1] // groups, -1)
-            if rows.numel():
-                self.add(rows)
 
     @property
     def finite(self) -> bool:
@@ -75,11 +68,7 @@ class Moments:
         return other
 
     def second(self, *, about_mean: bool, groups: int | None = None) -> Tensor:
-        """The covariance, or the second moment about zero: (groups, width, width).
-
-        Args:
-            groups: a multiple of the layer's own groups, into which its channels are split.
-        """
+        """The covariance, or the second moment about zero: (groups, width, width); ``groups`` may split those of y."""
         moment = self.scatter / self.n
         if not about_mean:
             moment = moment + self.mean @ self.mean.mT
@@ -91,10 +80,7 @@ class Moments:
 
 @torch.no_grad()
 def output_moments(model: nn.Module, layers: Sequence[str], inputs: Iterator[Tensor]) -> dict[str, Moments]:
-    """The moments of the outputs of these convolutions, in one forward pass in evaluation mode.
-
-    Nothing but the (C_out x C_out) matrices is kept, and each batch is read when it is its turn.
-    """
+    """The moments of the outputs of these convolutions, in one forward pass in evaluation mode."""
     moments = {name: Moments() for name in layers}
 
     def watch(name: str) -> Callable:
@@ -119,7 +105,7 @@ def taking_means(model: nn.Module) -> dict[str, str]:
 
 
 def untied(model: nn.Module, layers: Iterable[str]) -> list[str]:
-    """Those of the layers whose bias, if they have one, belongs to no other module too, which it would shift."""
+    """Those of the layers whose bias, if they have one, belongs to no other module too."""
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     return [name for name in layers if owners[id(model.get_submodule(name).bias)] < 2]
 
@@ -130,15 +116,13 @@ def directions(second: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         second: (groups, width, width).
-        weight: (groups, width, F); it ranks the directions in which the outputs do not vary, so that these are
-            those of the SVD of what is left of the weight. (With few samples, or inputs of low dimension.)
+        weight: (groups, width, F); directions in which the outputs do not vary are those of the SVD of its rest.
 
     Returns:
         (groups, width, width), float64; directions are columns.
     """
     second, weight = second.double(), weight.double()
-    energies, vectors = torch.linalg.eigh(second)
-    energies, vectors = energies.flip(-1), vectors.flip(-1)
+    energies, vectors = (values.flip(-1) for values in torch.linalg.eigh(second))
     bound = energies[:, :1].clamp_min(0) * second.shape[1] * torch.finfo(torch.float32).eps
     ranks = (energies > bound).sum(1).tolist()  # of what is more than rounding in the products of float32
     turned = []

@@ -1,8 +1,4 @@
-"""Which convolution is directly followed by which batch normalisation.
-
-Read from the traced graph of the model (:mod:`torch.fx`), so it holds for every input. A pair is a
-convolution whose output goes into one ``nn.BatchNorm2d`` and nowhere else, both of them called once.
-"""
+"""Which convolution is directly followed by which batch normalisation, read from the graph of :mod:`torch.fx`."""
 
 from __future__ import annotations
 
@@ -56,29 +52,21 @@ class _Tracer(fx.Tracer):
 def norm_pairs(model: nn.Module, *, both_modes: bool = False) -> Pairs:
     """The pairs of a convolution (dense, basis or structured) and the ``nn.BatchNorm2d`` that directly follows it.
 
-    Both are named as in ``model.named_modules()``. A subclass of ``nn.BatchNorm2d`` with a forward pass of
-    its own makes no pair, but for the one that :func:`afterwards` knows.
+    In a pair, the output of the convolution goes into the batch normalisation and nowhere else, and both are called
+    once. What is within a layer that cannot be traced is in no pair.
 
     Args:
-        both_modes: name those that are pairs in training and in evaluation, or in one of the two where the
-            other calls neither; else the mode in which ``model`` is decides.
-
-    What is within a layer that cannot be traced, because what it computes depends on values, is in no pair.
+        both_modes: pairs in training and in evaluation, or in one of the two where the other calls neither; else the
+            mode in which ``model`` is decides.
 
     Raises:
-        ValueError: where that is the model itself.
+        ValueError: where the model itself cannot be traced.
     """
     follows: dict[nn.Module, set[nn.Module | None]] = {}
     precedes: dict[nn.Module, set[nn.Module | None]] = {}
     calls: Counter[nn.Module] = Counter()
     read: set[nn.Module] = set()
     graphs, opaque = _graphs(model, (True, False) if both_modes else (None,))
-    name_of = {module: name for name, module in model.named_modules()}
-    hidden = {
-        inner: f"it is within {name_of[outer]}, which cannot be traced by torch.fx"
-        for outer in opaque
-        for inner in outer.modules()
-    }
     for graph in graphs:
         modules = {node: model.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
         calls |= Counter(modules.values())  # in the graph that calls it most
@@ -87,6 +75,8 @@ def norm_pairs(model: nn.Module, *, both_modes: bool = False) -> Pairs:
             users, inputs = ([modules.get(other) for other in nodes] for nodes in (node.users, node.all_input_nodes))
             follows.setdefault(module, set()).add(users[0] if len(users) == 1 else None)
             precedes.setdefault(module, set()).add(inputs[0] if len(inputs) == 1 else None)
+    name_of = {module: name for name, module in model.named_modules()}
+    hidden = {m: f"it is within {name_of[o]}, which cannot be traced by torch.fx" for o in opaque for m in o.modules()}
     norms: dict[str, str] = {}
     alone: dict[str, str] = {}
     for module, name in name_of.items():
@@ -127,12 +117,12 @@ def afterwards(norm: nn.Module) -> tuple[nn.Module, ...] | None:
 def _graphs(model: nn.Module, modes: Iterable[bool | None]) -> tuple[list[fx.Graph], set[nn.Module]]:
     """What ``model`` computes in training (True), in evaluation (False) or as it is (None).
 
-    And the layers that could not be traced, which the graphs call as a whole.
+    Also the layers that could not be traced, which the graphs call as a whole.
     """
     flags = {module: module.training for module in model.modules()}
     opaque: set[nn.Module] = set()
+    graphs: list[fx.Graph] = []
     try:
-        graphs = []
         for mode in modes:
             for module, flag in flags.items():
                 module.training = flag if mode is None else mode
@@ -140,10 +130,7 @@ def _graphs(model: nn.Module, modes: Iterable[bool | None]) -> tuple[list[fx.Gra
         return graphs, opaque
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{type(model).__name__} cannot be traced by torch.fx ({first}), "
-            "so what follows its convolutions is unknown"
-        ) from error
+        raise ValueError(f"{type(model).__name__} cannot be traced by torch.fx ({first})") from error
     finally:
         for module, flag in flags.items():
             module.training = flag

@@ -1,23 +1,16 @@
-"""Choose layers under a budget: from sensitivities to a plan.
-
-The exact optimiser is the rule "optimal"; the others are the paper's own rule and the baselines that a
-selection has to beat. Each adds up what single layers lose: whether the sum holds for the layers together
-is to be measured, and :func:`predicted` gives the number to hold against it.
-"""
+"""Choose layers under a budget: from sensitivities to a plan, by an exact optimiser, the paper's rule or baselines."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-from scipy.optimize import LinearConstraint, milp
 
 from basis.layers.conv import basis_channels_for, check_basis_channels
 from basis.search.table import Layer, SensitivityTable
@@ -25,14 +18,11 @@ from basis.substitution import Plan, Size, as_patterns, left_out, size_text
 from basis.text import few
 
 if TYPE_CHECKING:
-    from basis.bench.cases import BenchReport
+    from basis.bench.report import BenchReport
 
-Rule = Literal[
-    "optimal", "threshold", "uniform", "random", "largest_first", "ranking", "reverse", "first", "last"
-]  # fmt: skip
+Rule = Literal["optimal", "threshold", "uniform", "random", "largest_first", "ranking", "reverse", "first", "last"]
 RULES: tuple[str, ...] = get_args(Rule)
 UNITS = ("params", "macs", "backward_macs", "milliseconds")
-DENSE = "kept dense by the selection"
 ROUNDING = 1 + 1e-12  # a budget is met up to the rounding of floating-point numbers
 
 Choice = dict[str, Size]  # layer -> k, or the text of a structured layer
@@ -44,8 +34,8 @@ class InfeasibleBudget(ValueError):
     """No plan of the rule meets the budget.
 
     Attributes:
-        fractions: unit -> the smallest budget that can be met, as a fraction of the dense network's. With
-            several units: budgets that can be met together, of which none is smaller than the one asked for.
+        fractions: unit -> the smallest budget that can be met, as a fraction of the dense network's; of several units,
+            budgets that can be met together, of which none is smaller than the one asked for.
         numbers: the same as absolute numbers.
     """
 
@@ -58,71 +48,42 @@ class InfeasibleBudget(ValueError):
 
 
 def select(
-    table: SensitivityTable,
-    *,
-    budget: Mapping[str, float],
-    rule: Rule = "optimal",
-    ratio: float | None = None,
-    latency: BenchReport | None = None,
-    step: str = "forward+backward",
-    include: str | Iterable[str] = (),
-    exclude: str | Iterable[str] = (),
-    absolute: bool = False,
-    multiple: int | None = None,
-    seed: int = 0,
-) -> Plan:
-    """Choose which layers are substituted, with how many basis channels k or as which structured layer, on a budget.
+    table: SensitivityTable, *, budget: Mapping[str, float], rule: Rule = "optimal", ratio: float | None = None,
+    latency: BenchReport | None = None, step: str = "forward+backward", exclude: str | Iterable[str] = (),
+    absolute: bool = False, seed: int = 0,
+) -> Plan:  # fmt: skip
+    """Choose on a budget which layers are substituted, with how many basis channels or as which structured layer.
 
-    The rules, of which all but "uniform" choose among the candidates in the table that have a finite
-    sensitivity, and the dense layer:
+    The rules choose among the candidates of the table that have a finite sensitivity:
 
-    - "optimal": the smallest sum of sensitivities, by mixed-integer optimisation (HiGHS), exactly. What saves nothing
-      in any unit of the budget is not chosen, however good it looks: that would be chance;
-    - "threshold": :func:`threshold` at the smallest epsilon that meets the budget;
-    - "uniform": all layers at the largest common ratio that meets it, whatever their sensitivity; in a table of
-      structured layers alone, all by the one text that keeps most of the network and meets it;
-    - "random", "largest_first" (most of the budget's unit first), "ranking" (least sensitive first),
-      "reverse" (most sensitive first), "first" and "last" (from the front or the back of the network): one
-      layer after another gets its smallest candidate (the one nearest to ``ratio``, if that is given) until
-      the budget is met. The last of them gets the largest k that still meets it, so that rules are compared
-      at nearly equal size. Layers whose candidate saves nothing are passed over.
-
-    Where a layer has structured layers among its candidates, the smallest one is that of the least cost in the
-    units of the budget, and larger ones are its other candidates.
+    - "optimal": the smallest sum of sensitivities, exactly, by mixed-integer optimisation (HiGHS), without what saves
+      nothing in any unit of the budget;
+    - "threshold": every layer's smallest candidate that loses at most epsilon, for the smallest epsilon that meets
+      the budget (Alekseev et al. 2024, arXiv 2408.06024);
+    - "uniform": all layers at the largest common ratio, or by the largest common structured layer, that meets it;
+    - "random", "largest_first", "ranking" (least sensitive first), "reverse", "first" and "last" (from the front or
+      the back of the network): one layer after another gets its smallest candidate until the budget is met, and the
+      last of them the largest k that still meets it. Layers whose candidate saves nothing are passed over.
 
     Args:
-        table: of :func:`basis.sensitivity`.
-        budget: unit -> what the network may still have, as a fraction in (0, 1] of the dense network's.
-            Units are "params", "macs" and "backward_macs" (factorized mode, as :func:`basis.cost` counts
-            them) and "milliseconds" (of all convolutions in ``latency``). Several are all met.
-        rule: one of those above.
-        ratio: r in (0, 1]; only the candidate nearest to r C_out is used of each layer. Not with structured layers.
-        latency: a report of :func:`basis.bench.cases.bench_latency`, for a budget in milliseconds. Only
-            what it has measured is chosen then. Not with structured layers.
-        step: the pass in ``latency`` that counts, "forward" or "forward+backward".
-        include: shell patterns (``fnmatch``) of layer names; none means all layers.
-        exclude: patterns of layers that stay dense.
-        absolute: the budget is in parameters, MACs per image and milliseconds instead of fractions.
-        multiple: what every k that is not a candidate is a multiple of; unless given, the greatest common
-            divisor of all candidates.
+        budget: unit ("params", "macs", "backward_macs", "milliseconds") -> what the network may still have, as a
+            fraction in (0, 1] of the dense network's, or ``absolute``. Several are all met.
+        ratio: only the candidate nearest to ratio x C_out is used of each layer.
+        latency: a report of :func:`basis.bench.cases.bench_latency`, for a budget in milliseconds. Only what it has
+            measured is chosen then. Its pass ``step`` counts, "forward" or "forward+backward".
+        exclude: shell patterns (``fnmatch``) of layers that stay dense.
         seed: of the order of "random".
-
-    Returns:
-        The plan; ``skipped`` says of each other layer why it stays dense.
 
     Raises:
         InfeasibleBudget: when the rule has no plan that meets the budget; it gives the smallest that one does.
-        ValueError: for arguments that make no sense, an incomplete table, or a latency report that does
-            not fit the table.
+        ValueError: for arguments that make no sense, an incomplete table, or a latency report of another network.
     """
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}, but it must be one of {', '.join(RULES)}")
     if rule == "uniform" and ratio is not None:
         raise ValueError("the rule 'uniform' finds the ratio itself; leave out ratio")
-    if multiple is not None and (isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1):
-        raise ValueError(f"multiple is {multiple!r}, but it must be a whole number of at least 1")
     _check_budget(budget, table, absolute, latency)
-    dense = _dense(table, include, exclude)
+    dense = _excluded(table, exclude)
     scores = _scores(table, dense, ratio)
     texts = {k: None for own in scores.values() for k in own if isinstance(k, str)}
     if texts and latency is not None:
@@ -133,87 +94,55 @@ def select(
     totals = {**table.total, "milliseconds": sum(ms[max(ms)] for ms in times.values())}
     total = np.array([totals[unit] for unit in budget], float)
     limit = np.array(list(budget.values()), float) * (1 if absolute else total)
-    common = multiple or math.gcd(*(k for _, k in table.candidates if not isinstance(k, str))) or 1
+    multiple = math.gcd(*(k for _, k in table.candidates if not isinstance(k, str))) or 1
     layers = tuple(layer for layer in table.layers if layer.name in scores)
-    problem = _Problem(rule, layers, scores, times, tuple(budget), total, limit, common, seed)
-    return _plan(table, dense, _SOLVERS[rule](problem))
-
-
-def threshold(
-    table: SensitivityTable,
-    *,
-    epsilon: float,
-    ratio: float | None = None,
-    include: str | Iterable[str] = (),
-    exclude: str | Iterable[str] = (),
-) -> Plan:
-    """The largest set of layers of which each alone loses at most ``epsilon``.
-
-    So Alekseev et al. 2024 (arXiv 2408.06024) choose. Each such layer gets the smallest of its candidates
-    that loses at most ``epsilon``, of structured layers and k the one of the fewest parameters; with ``ratio``,
-    only the candidate nearest to it is considered.
-
-    Args:
-        epsilon: in the unit of the table's measure.
-        ratio, include, exclude: as in :func:`select`.
-
-    Raises:
-        ValueError: for an epsilon that is no number, an incomplete table, and as :func:`select`.
-    """
-    if not isinstance(epsilon, (int, float)) or math.isnan(epsilon):
-        raise ValueError(f"epsilon is {epsilon!r}, but it must be a number in the unit of the table's measure")
-    dense = _dense(table, include, exclude)
-    scores = _scores(table, dense, ratio)
-    return _plan(table, dense, _under(table.layers, scores, epsilon, _fewest_parameters))
+    problem = _Problem(rule, layers, scores, times, tuple(budget), total, limit, multiple, seed)
+    chosen = _SOLVERS.get(rule, _one_by_one)(problem)
+    skipped = {at.name: dense.get(at.name) or _why_dense(table, at) for at in table.layers if at.name not in chosen}
+    ordered = {at.name: chosen[at.name] for at in table.layers if at.name in chosen}
+    return Plan(ordered, skipped | dict(table.skipped), {at.name: at.out_channels for at in table.layers})
 
 
 def predicted(
     table: SensitivityTable, plan: Plan, latency: BenchReport | None = None, *, step: str = "forward+backward"
 ) -> dict[str, float]:
-    """What the single layers of ``plan`` add up to.
+    """What the single layers of ``plan`` add up to: their "sensitivity", and what they leave of the dense network.
 
-    Returns:
-        "sensitivity", the sum over layers, and the fractions of the dense network's "params", "macs" and
-        "backward_macs", and with ``latency`` "milliseconds". The sensitivity of a k between two measured
-        ones is interpolated linearly in k, the dense layer counting as 0; a structured layer must be a
-        candidate. NaN stands for what the table
-        does not know: a k below the smallest or beside one that was not finite, MACs without images, and
-        a k that was not timed.
+    The latter as fractions of "params", "macs", "backward_macs" and, with ``latency``, "milliseconds". The sensitivity
+    of a k between two measured ones is interpolated linearly, the dense layer counting as 0. NaN stands for what the
+    table does not know.
 
     Raises:
-        ValueError: for a plan that names a layer or a structured layer that is not in the table, or with a k
-            that makes no sense.
+        ValueError: for a plan with a layer or a structured layer that is not in the table, or a k that makes no sense.
     """
-    layer_of = {layer.name: layer for layer in table.layers}
-    values = _values(table)
-    times = None if latency is None else _times(latency, step, table, {})
-    saved = {unit: 0.0 for unit in UNITS}
-    loss = 0.0
+    layer_of, values = {layer.name: layer for layer in table.layers}, table.values
+    times: Times = {}
+    totals: dict[str, Any] = dict(table.total)
+    if latency is not None:
+        times = _times(latency, step, table, {})
+        totals["milliseconds"] = sum(ms[max(ms)] for ms in times.values())
+    saved, loss = dict.fromkeys(totals, 0.0), 0.0
     for name, k in plan.layers.items():
-        if name not in layer_of:
-            raise ValueError(f"the plan names {name!r}, but the table has no such layer")
-        layer = layer_of[name]
+        layer = layer_of.get(name)
+        if layer is None or (isinstance(k, str) and k not in layer.candidates):
+            raise ValueError(f"the plan names {name!r} with {size_text(k)}, which is not in the table")
         if isinstance(k, str):
-            if k not in layer.candidates:
-                raise ValueError(f"the plan makes {name} {k}, which is not among its candidates in the table")
             loss += values.get((name, k), math.nan)
         else:
             check_basis_channels(k, layer.out_channels, layer.groups)
-            known = {j: value for (at, j), value in values.items() if at == name and not isinstance(j, str)}
+            known = {j: values[name, j] for j in layer.candidates if not isinstance(j, str) and (name, j) in values}
             ks, losses = zip(*sorted((known | {layer.out_channels: 0.0}).items()), strict=True)
             loss += float(np.interp(k, ks, losses, left=math.nan))
-        whole, thin = layer.cost(layer.out_channels), layer.cost(k)
-        for unit in UNITS[:3]:
-            saved[unit] += math.nan if thin[unit] is None else whole[unit] - thin[unit]  # type: ignore[operator]
-        if times is not None:
-            if isinstance(k, str):
-                raise ValueError(f"latency reports know basis channels alone, but the plan makes {name} {k}")
-            own = times.get(name, {})
-            saved["milliseconds"] += own.get(layer.out_channels, math.nan) - own.get(k, math.nan)
-    totals = {unit: math.nan if value is None else value for unit, value in table.total.items()}
-    if times is not None:
-        totals["milliseconds"] = sum(ms[max(ms)] for ms in times.values())
-    return {"sensitivity": loss} | {unit: 1 - saved[unit] / totals[unit] for unit in UNITS if unit in totals}
+        for unit in saved:
+            saved[unit] += _cost(layer, layer.out_channels, unit, times) - _cost(layer, k, unit, times)
+    return {"sensitivity": loss} | {unit: 1 - saved[unit] / (totals[unit] or math.nan) for unit in totals}
+
+
+def _cost(layer: Layer, k: Size, unit: str, times: Times) -> float:
+    """What the layer costs with k basis channels, or as the structured layer k; NaN where it is not known."""
+    own: Mapping[Any, float] = times.get(layer.name, {})
+    known = own.get(k) if unit == "milliseconds" else layer.cost(k)[unit]
+    return math.nan if known is None else known
 
 
 # -- what there is to choose from -----------------------------------------------------------------
@@ -222,11 +151,9 @@ def predicted(
 def _check_budget(
     budget: Mapping[str, float], table: SensitivityTable, absolute: bool, latency: BenchReport | None
 ) -> None:
-    if not isinstance(budget, Mapping) or not budget:
+    if not isinstance(budget, Mapping) or not budget or not set(budget) <= set(UNITS):
         raise ValueError(f"budget is {budget!r}, but it must map at least one of {', '.join(UNITS)} to a number")
     for unit, value in budget.items():
-        if unit not in UNITS:
-            raise ValueError(f"budget has the unit {unit!r}, but it must be one of {', '.join(UNITS)}")
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not number or value <= 0 or (value > 1 and not absolute):
             right = "a number above 0" if absolute else "a fraction of the dense network's, in (0, 1]"
@@ -237,84 +164,53 @@ def _check_budget(
         raise ValueError("a budget in milliseconds and a latency report go together: give both or neither")
 
 
-def _dense(table: SensitivityTable, include: str | Iterable[str], exclude: str | Iterable[str]) -> dict[str, str]:
-    """The layers that the patterns leave out, each with the reason."""
-    patterns = {"include": as_patterns(include), "exclude": as_patterns(exclude)}
-    names = [layer.name for layer in table.layers]
-    for what, given in patterns.items():
-        for pattern in given:
-            if not any(fnmatchcase(name, pattern) for name in (*names, *table.skipped)):
-                raise ValueError(f"{what} has {pattern!r}, but no layer of the table has such a name")
-    reasons = {name: left_out([name], patterns["include"], patterns["exclude"]) for name in names}
-    return {name: reason for name, reason in reasons.items() if reason}
-
-
-def _values(table: SensitivityTable) -> dict[tuple[str, Size], float]:
-    return {(cell.layer, cell.basis_channels): cell.value for cell in table.cells}
+def _excluded(table: SensitivityTable, exclude: str | Iterable[str]) -> dict[str, str]:
+    """The layers that stay dense, each with the reason."""
+    names, patterns = [layer.name for layer in table.layers], as_patterns(exclude)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in (*names, *table.skipped)):
+            raise ValueError(f"exclude has {pattern!r}, but no layer of the table has such a name")
+    return {name: reason for name in names if (reason := left_out([name], (), patterns))}
 
 
 def _scores(table: SensitivityTable, dense: Mapping[str, str], ratio: float | None) -> Scores:
     """The finite sensitivities of all layers that need not stay dense; with ``ratio`` at most one of each."""
-    if ratio is not None:
-        basis_channels_for(ratio, 1)  # refuses a ratio that makes no sense
-    values = _values(table)
-    layers = [layer for layer in table.layers if layer.name not in dense]
-    lacking = [f"{at.name} with {size_text(k)}" for at in layers for k in at.candidates if (at.name, k) not in values]
+    lacking = [f"{name} {k}" for name, k in table.missing if name not in dense]
     if lacking:
-        raise ValueError(
-            f"the table is not complete: it lacks {len(lacking)} of its candidates ({few(lacking)}); "
-            "call sensitivity with the same resume file again, and it measures the rest"
-        )
-    scores = {}
-    for at in layers:
-        finite: Sequence[Size] = [k for k in at.candidates if math.isfinite(values[at.name, k])]
+        raise ValueError(f"the table lacks {len(lacking)} of its candidates ({few(lacking)}); resume its measurement")
+    values, scores = table.values, {}
+    for at in (layer for layer in table.layers if layer.name not in dense):
+        own = {k: values[at.name, k] for k in at.candidates if math.isfinite(values[at.name, k])}
         if ratio is not None:
-            ks = [k for k in finite if not isinstance(k, str)]
-            if len(ks) < len(finite):
-                raise ValueError(
-                    f"ratio chooses among basis channels, but {at.name} has structured layers; leave out ratio"
-                )
-            aim = ratio * at.out_channels
-            finite = sorted(ks, key=lambda k: (abs(k - aim), k))[:1]
-        scores[at.name] = {k: values[at.name, k] for k in finite}
+            basis_channels_for(ratio, 1)  # refuses a ratio that makes no sense
+            if any(isinstance(k, str) for k in own):
+                raise ValueError(f"ratio chooses among basis channels, but {at.name} has structured layers")
+            nearest = sorted(own, key=lambda k: (abs(k - ratio * at.out_channels), k))[:1]  # type: ignore[operator]
+            own = {k: own[k] for k in nearest}
+        scores[at.name] = own
     return scores
 
 
 def _times(latency: BenchReport, step: str, table: SensitivityTable, scores: Scores) -> Times:
     """The milliseconds of every layer of the report, after checking that it covers all of ``scores``."""
     times = latency.latencies(step)
-    there, here = latency.config.get("macs"), table.total["macs"]
-    if there and here and there != here:
-        raise ValueError(
-            f"the latency report is of another network or image size: {there:,} MACs per image there, {here:,} in the "
-            "table; measure it with the input_size of the table's images"
-        )
     known = {layer.name: layer.out_channels for layer in table.layers}
-    for name, own in times.items():
-        if name not in known and name not in table.skipped:
-            raise ValueError(f"the latency report is of another network: the table has no layer {name}")
-        if max(own) != known.get(name, max(own)):
-            sizes = f"{max(own)} channels there, {known[name]} in the table"
-            raise ValueError(f"the latency report is of another network: {name} has {sizes}")
+    strange = [name for name in times if name not in known and name not in table.skipped]
+    strange += [name for name, own in times.items() if max(own) != known.get(name, max(own))]
+    macs = latency.config.get("macs"), table.total["macs"]
+    if strange or (all(macs) and macs[0] != macs[1]):
+        raise ValueError(f"the latency report is of another network or image size ({few(strange) or 'other MACs'})")
     for name, ks in scores.items():
         lacking = [str(k) for k in ks if k not in times.get(name, {})]
         if lacking or name not in times:
-            what = f" with k = {few(lacking)}" if name in times else ""
-            raise ValueError(f"the latency report lacks {name}{what}; measure it, or exclude the layer")
+            raise ValueError(f"the latency report lacks {name} with k = {few(lacking)}; measure or exclude it")
     return times
 
 
-def _plan(table: SensitivityTable, dense: Mapping[str, str], chosen: Mapping[str, Size]) -> Plan:
-    values = _values(table)
-    reasons = {}
-    for at in table.layers:
-        bad = [k for k in at.candidates if not math.isfinite(values.get((at.name, k), 0))]
-        ks = "k = " if bad and not isinstance(bad[0], str) else ""
-        note = f"; not finite at {ks}{few(map(str, bad))}" if bad else "" if at.candidates else "; it has no candidate"
-        reasons[at.name] = dense.get(at.name, DENSE + note)
-    layers = {at.name: chosen[at.name] for at in table.layers if at.name in chosen}
-    skipped = {name: why for name, why in reasons.items() if name not in layers} | dict(table.skipped)
-    return Plan(layers, skipped, {at.name: at.out_channels for at in table.layers})
+def _why_dense(table: SensitivityTable, layer: Layer) -> str:
+    values = table.values
+    strange = [str(k) for k in layer.candidates if not math.isfinite(values.get((layer.name, k), 0))]
+    return "kept dense by the selection" + (f"; not finite at {few(strange)}" if strange else "")
 
 
 # -- the rules ------------------------------------------------------------------------------------
@@ -336,9 +232,7 @@ class _Problem:
 
     def price(self, layer: Layer, k: Size) -> np.ndarray:
         """What the layer costs with k basis channels, or as the structured layer k."""
-        times: Mapping[Any, float] = self.times.get(layer.name, {})
-        cost = {**layer.cost(k), "milliseconds": times.get(k)}
-        return np.array([cost[unit] for unit in self.units], float)
+        return np.array([_cost(layer, k, unit, self.times) for unit in self.units], float)
 
     def share(self, layer: Layer, k: Size) -> float:
         """The same as one number: of the dense network's cost, in all units together."""
@@ -360,12 +254,14 @@ class _Problem:
         c, step = layer.out_channels, math.lcm(layer.groups, self.multiple)
         return [c, *range((c - 1) // step * step, 0, -step)]
 
-    def smallest(self, layer: Layer, ks: Iterable[Size]) -> Size:
-        """Of these candidates of the layer that of the least cost."""
-        return _smallest(ks, lambda k: self.share(layer, k))
+    def smallest(self, layer: Layer, candidates: Iterable[Size]) -> Size:
+        """The smallest k; where there are texts, too, the candidate of the least cost."""
+        candidates = list(candidates)
+        ks = [k for k in candidates if not isinstance(k, str)]
+        return min(ks) if len(ks) == len(candidates) else min(candidates, key=lambda k: self.share(layer, k))
 
     def larger(self, layer: Layer, k: Size) -> list[Size]:
-        """What the layer may get instead of its candidate k that costs more, the dearest first."""
+        """What the layer may get instead of its candidate k that costs more, the most expensive first."""
         if not any(isinstance(other, str) for other in layer.candidates):
             return [other for other in self.grid(layer) if other > k]  # type: ignore[operator]
         price = {other: self.share(layer, other) for other in self.scores[layer.name]}
@@ -388,27 +284,20 @@ class _Problem:
     def infeasible(self, used: np.ndarray) -> InfeasibleBudget:
         """The error to raise, where ``used`` is the least that the rule can reach."""
         least = np.maximum(used, self.limit)
-        wish, answer = self._text(self.limit), self._text(least)
-        return InfeasibleBudget(
-            f"no plan of the rule {self.rule!r} meets a budget of {wish}; the smallest that can be met is {answer}",
-            dict(zip(self.units, (least / self.total).tolist(), strict=True)),
-            dict(zip(self.units, least.tolist(), strict=True)),
-        )
+        fractions, numbers = (dict(zip(self.units, x.tolist(), strict=True)) for x in (least / self.total, least))
 
-    def _text(self, budget: np.ndarray) -> str:
-        """A budget in words, rounded up, so that it can be met as it is printed."""
-        parts = []
-        for unit, number, fraction in zip(self.units, budget, budget / self.total, strict=True):
-            shown = f"{_up(number, 4):g}" if unit == "milliseconds" else f"{_up(number, 0):,.0f}"
-            parts.append(f"{_up(fraction, 4):g} of the {unit} ({shown})")
-        return " and ".join(parts)
+        def text(budget: np.ndarray) -> str:  # rounded up, so that it can be met as it is printed
+            shares = np.ceil(budget / self.total * 1e4 / ROUNDING) / 1e4
+            parts = zip(shares, self.units, budget, strict=True)
+            return " and ".join(f"{share:g} of the {unit} ({number:,.10g})" for share, unit, number in parts)
 
-
-def _up(number: float, digits: int) -> float:
-    return math.ceil(number * 10**digits / ROUNDING) / 10**digits
+        says = f"meets a budget of {text(self.limit)}; the smallest that can be met is {text(least)}"
+        return InfeasibleBudget(f"no plan of the rule {self.rule!r} {says}", fractions, numbers)
 
 
 def _optimal(problem: _Problem) -> Choice:
+    from scipy.optimize import LinearConstraint
+
     options = [(at, k) for at in problem.layers for k in problem.scores[at.name] if (problem.saving(at, k) > 0).any()]
     if not options:
         return problem.first_met([{}])
@@ -434,10 +323,10 @@ def _optimal(problem: _Problem) -> Choice:
     raise problem.infeasible(problem.total if x is None else problem.total - savings.T @ x[:-1])
 
 
-def _minimise(
-    values: np.ndarray, constraints: list[LinearConstraint], whole: np.ndarray | None = None
-) -> np.ndarray | None:
+def _minimise(values: np.ndarray, constraints: list[Any], whole: np.ndarray | None = None) -> np.ndarray | None:
     """The x that minimises values . x, each 0 or 1 (where not ``whole``: at least 0); None where there is none."""
+    from scipy.optimize import milp
+
     whole = np.ones(len(values)) if whole is None else whole
     upper = np.where(whole, 1, np.inf)
     result = milp(values, integrality=whole, bounds=(0, upper), constraints=constraints, options={"mip_rel_gap": 0})
@@ -446,29 +335,17 @@ def _minimise(
     return None if result.x is None else np.where(whole, np.round(result.x), result.x)
 
 
-def _smallest(candidates: Iterable[Size], price: Callable[[Size], float]) -> Size:
-    """The smallest k; where there are texts, too, what has the lowest price."""
-    candidates = list(candidates)
-    ks = [k for k in candidates if not isinstance(k, str)]
-    return min(ks) if len(ks) == len(candidates) else min(candidates, key=price)
-
-
-def _fewest_parameters(layer: Layer, candidates: Iterable[Size]) -> Size:
-    return _smallest(candidates, lambda k: layer.cost(k)["params"] or 0)
-
-
-def _under(
-    layers: Iterable[Layer], scores: Scores, epsilon: float, smallest: Callable[[Layer, list[Size]], Size]
-) -> Choice:
-    """The smallest candidate of each layer whose sensitivity is at most epsilon."""
-    small = ((at, [k for k, value in scores.get(at.name, {}).items() if value <= epsilon]) for at in layers)
-    return {at.name: smallest(at, own) for at, own in small if own}
-
-
 def _threshold(problem: _Problem) -> Choice:
     epsilons = sorted({value for own in problem.scores.values() for value in own.values()})
-    of = partial(_under, problem.layers, problem.scores, smallest=problem.smallest)
-    return problem.first_met(of(epsilon) for epsilon in (-math.inf, *epsilons))
+
+    def choices() -> Iterator[Choice]:
+        for epsilon in (-math.inf, *epsilons):
+            small = {
+                at: [k for k, value in problem.scores[at.name].items() if value <= epsilon] for at in problem.layers
+            }
+            yield {at.name: problem.smallest(at, own) for at, own in small.items() if own}
+
+    return problem.first_met(choices())
 
 
 def _uniform(problem: _Problem) -> Choice:
@@ -497,7 +374,7 @@ def _one_by_one(problem: _Problem) -> Choice:
     scores = problem.scores
     goals = {at.name: problem.smallest(at, scores[at.name]) for at in problem.layers if scores[at.name]}
     useful = [at for at in problem.layers if at.name in goals and (problem.saving(at, goals[at.name]) > 0).any()]
-    order = _ORDERS[problem.rule](problem, useful)
+    order = _in_order(problem, useful, {name: scores[name][k] for name, k in goals.items()})
     chosen = problem.first_met({at.name: goals[at.name] for at in order[:n]} for n in range(len(order) + 1))
     if not chosen:
         return chosen
@@ -506,21 +383,18 @@ def _one_by_one(problem: _Problem) -> Choice:
     return problem.first_met([*larger, chosen])
 
 
-def _sensitivity(problem: _Problem, layer: Layer) -> float:
-    """That of the smallest candidate."""
-    own = problem.scores[layer.name]
-    return own[problem.smallest(layer, own)]
+def _in_order(problem: _Problem, layers: list[Layer], values: Mapping[str, float]) -> list[Layer]:
+    """The layers in the order of the rule; ``values`` are the sensitivities of their smallest candidates."""
+    if problem.rule == "random":
+        return random.Random(problem.seed).sample(layers, len(layers))
+    keys: dict[str, Callable[[Layer], float]] = {
+        "largest_first": lambda at: -problem.share(at, at.out_channels),
+        "ranking": lambda at: values[at.name],
+        "reverse": lambda at: -values[at.name],
+        "first": lambda at: layers.index(at),
+        "last": lambda at: -layers.index(at),
+    }
+    return sorted(layers, key=keys[problem.rule])
 
 
-# Ties are in the order of the network.
-_ORDERS: Mapping[str, Callable[[_Problem, list[Layer]], list[Layer]]] = {
-    "random": lambda problem, layers: random.Random(problem.seed).sample(layers, len(layers)),
-    "largest_first": lambda problem, layers: sorted(layers, key=lambda at: -problem.share(at, at.out_channels)),
-    "ranking": lambda problem, layers: sorted(layers, key=lambda at: _sensitivity(problem, at)),
-    "reverse": lambda problem, layers: sorted(layers, key=lambda at: -_sensitivity(problem, at)),
-    "first": lambda problem, layers: layers,
-    "last": lambda problem, layers: layers[::-1],
-}
-_SOLVERS: Mapping[str, Callable[[_Problem], Choice]] = {
-    "optimal": _optimal, "threshold": _threshold, "uniform": _uniform, **dict.fromkeys(_ORDERS, _one_by_one)
-}  # fmt: skip
+_SOLVERS = {"optimal": _optimal, "threshold": _threshold, "uniform": _uniform}

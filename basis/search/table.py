@@ -1,4 +1,4 @@
-"""Sensitivity tables: what each layer loses with k basis channels, or as a structured layer, and would save."""
+"""Sensitivity tables: what each layer loses with k basis channels, or as a structured layer, and what it would save."""
 
 from __future__ import annotations
 
@@ -8,19 +8,12 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-import pandas as pd
-
-from basis.saving import number, plain, replacing
+from basis.saving import columns, number, plain, replacing
 from basis.statistics import difference_estimate
 from basis.substitution import Size, size_text
-from basis.text import few, shown_name
-
-if TYPE_CHECKING:
-    pass
-
-Unit = Literal["params", "macs", "backward_macs"]
+from basis.text import shown_name
 
 TABLE_VERSION = 1
 
@@ -40,19 +33,15 @@ MEASURES: Mapping[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A convolution that can be substituted, its candidates, and what any k would cost.
+    """A convolution that can be substituted, with ``groups`` g and C_out ``out_channels``, and what it costs.
 
     Attributes:
-        name: as in ``model.named_modules()``.
-        out_channels, groups: C_out and g of the convolution.
         fan_in: F = C_in/groups x kh x kw.
         bias: number of bias parameters, C_out or 0.
-        positions: how often the weight is applied for one image (output pixels, summed over calls);
-            None where no image was seen.
+        positions: output pixels of one image, summed over calls; None where no image was seen.
         input_gradient: whether training computes the gradient of the layer's input (not for the first).
-        candidates: what is measured: numbers of basis channels k below C_out, descending, then texts of
-            structured layers, such as "tucker:0.41".
-        costs: what the layer costs as each of these texts, see :meth:`cost`.
+        candidates: numbers of basis channels k below C_out, descending, then texts of structured layers.
+        costs: what the layer costs as each of these texts.
     """
 
     name: str
@@ -66,48 +55,38 @@ class Layer:
     costs: Mapping[str, Mapping[str, int | None]] = field(default_factory=dict, hash=False)
 
     def cost(self, k: Size) -> dict[str, int | None]:
-        """``params``, ``macs`` and ``backward_macs`` (per image, factorized mode) with k basis channels.
+        """``params``, ``macs`` and ``backward_macs`` (per image, factorized) with k basis channels, or as a text.
 
-        Equal to :func:`basis.cost` of the substituted layer; k = C_out is the dense layer. In place of k also
-        the text of a structured layer among the candidates: parameters that it would share with other layers
-        count as if it were alone, and the MACs that build a weight from factors do not count.
+        Equal to :func:`basis.cost` of the substituted layer as if it shared no parameter; k = C_out is the dense layer.
         """
         if isinstance(k, str):
             return dict(self.costs[k])
         mix = (self.out_channels - k) * k // self.groups
         thin = k * self.fan_in + mix
-        n = self.positions
+        if self.positions is None:
+            return {"params": thin + self.bias, "macs": None, "backward_macs": None}
         backward = thin + mix + self.input_gradient * k * self.fan_in
-        return {
-            "params": thin + self.bias,
-            "macs": None if n is None else n * thin,
-            "backward_macs": None if n is None else n * backward,
-        }
+        return {"params": thin + self.bias, "macs": self.positions * thin, "backward_macs": self.positions * backward}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One layer substituted, all others dense.
+    """One layer substituted, with ``basis_channels`` k or as the text of a structured layer, all others dense.
 
     Attributes:
-        basis_channels: k, or the text of a structured layer.
-        value: the sensitivity, in the unit of the table's measure; NaN where it was not finite.
-        low, high: its 95 % interval, NaN where there is none.
-        n: the images or seeds that the interval rests on, 0 where there is none.
-        kl: mean Kullback-Leibler divergence from the dense network's predictions, in nats; NaN where
-            not measured.
-        forward, backward: passes through the whole network that this cell took, in images (the suffix
-            of a network counts for its share of MACs). A pass that scores many cells is shared evenly.
-        seconds: wall-clock time, shared in the same way.
+        value, low, high: the sensitivity in the unit of the table's measure and its 95 % interval; NaN for none.
+        n: the images or seeds that the interval rests on.
+        kl: mean Kullback-Leibler divergence from the dense network's predictions, in nats; NaN where not measured.
+        forward, backward, seconds: passes, in images, and time. What many cells need is shared evenly.
     """
 
     layer: str
     basis_channels: Size
     value: float
-    low: float = float("nan")
-    high: float = float("nan")
+    low: float = math.nan
+    high: float = math.nan
     n: int = 0
-    kl: float = float("nan")
+    kl: float = math.nan
     forward: float = 0.0
     backward: float = 0.0
     seconds: float = 0.0
@@ -115,12 +94,9 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One training from scratch: of the dense network (``layer`` None), or with one layer substituted.
+    """One training: of the dense network (``layer`` None, k = 0), or with one layer substituted.
 
-    Attributes:
-        basis_channels: k, or the text of a structured layer; 0 for the dense network.
-        loss: the final validation loss, NaN where the training diverged.
-        forward, backward, seconds: as in :class:`Cell`.
+    ``loss`` is the final validation loss, NaN where the training diverged; costs are those of :class:`Cell`.
     """
 
     layer: str | None
@@ -137,13 +113,12 @@ class SensitivityTable:
     """What :func:`basis.sensitivity` returns.
 
     Attributes:
-        measure: its name, one of ``MEASURES``; ``_kl`` is appended by :meth:`by_kl`.
+        measure: one of ``MEASURES``; :meth:`by_kl` appends ``_kl``.
         layers: every convolution that can be substituted, in the order of the model.
         cells: what has been measured so far, layer after layer.
-        skipped: name of every other convolution -> why it cannot be substituted. It has no sensitivity.
-        total: ``params``, ``macs`` and ``backward_macs`` of the whole dense network (MACs per image;
-            None where no image was seen).
-        fingerprint: what the cells were measured on; tables of equal fingerprint can be merged.
+        skipped: every other convolution -> why it cannot be substituted. It has no sensitivity.
+        total: ``params``, ``macs`` and ``backward_macs`` of the dense network (per image; None without images).
+        fingerprint: what the cells were measured on.
         baseline: what was measured of the dense network, such as its ``loss``.
         seeds, trials: of the measures that train; the cells follow from the trials.
     """
@@ -161,19 +136,17 @@ class SensitivityTable:
     def __post_init__(self) -> None:
         """Put the cells, or those that the trials give, in the order of the layers, each once."""
         order: dict[tuple[str | None, Size], int] = {pair: i for i, pair in enumerate(self.candidates)}
-        trials = sorted(self.trials, key=lambda t: (order.get((t.layer, t.basis_channels), -1), t.seed))
-        object.__setattr__(self, "trials", tuple(trials))
-        cells = cells_of(self.layers, self.seeds, self.trials) if self.seeds else self.cells
-        unique = {(cell.layer, cell.basis_channels): cell for cell in reversed(cells)}
-        ordered = sorted((pair for pair in unique if pair in order), key=order.__getitem__)
-        object.__setattr__(self, "cells", tuple(unique[pair] for pair in ordered))
+        trials = tuple(sorted(self.trials, key=lambda t: (order.get((t.layer, t.basis_channels), -1), t.seed)))
+        cells = self.cells
         if self.seeds:
-            dense = {trial.seed: trial.loss for trial in self.trials if trial.layer is None}
-            there = set(self.seeds) <= set(dense)
-            mean = {"loss": sum(dense[seed] for seed in self.seeds) / len(self.seeds)} if there else {}
+            cells = _cells_of(self.candidates, self.seeds, trials)
+            dense = {trial.seed: trial.loss for trial in trials if trial.layer is None}
+            known = set(self.seeds) <= set(dense)
+            mean = {"loss": sum(dense[seed] for seed in self.seeds) / len(self.seeds)} if known else {}
             object.__setattr__(self, "baseline", mean)
-
-    # -- what is there --------------------------------------------------------------------------
+        unique = {(cell.layer, cell.basis_channels): cell for cell in reversed(cells)}
+        object.__setattr__(self, "trials", trials)
+        object.__setattr__(self, "cells", tuple(unique[pair] for pair in self.candidates if pair in unique))
 
     @property
     def candidates(self) -> tuple[tuple[str, Size], ...]:
@@ -181,15 +154,24 @@ class SensitivityTable:
         return tuple((layer.name, k) for layer in self.layers for k in layer.candidates)
 
     @property
-    def missing(self) -> tuple[tuple[str, Size], ...]:
-        """The candidates (layer, k) that have not been measured yet."""
-        there = {(cell.layer, cell.basis_channels) for cell in self.cells}
-        return tuple(pair for pair in self.candidates if pair not in there)
+    def values(self) -> dict[tuple[str, Size], float]:
+        """(layer, k or text) -> the sensitivity, of all that has been measured."""
+        return {(cell.layer, cell.basis_channels): cell.value for cell in self.cells}
 
     @property
-    def not_finite(self) -> tuple[tuple[str, Size], ...]:
-        """The candidates (layer, k) whose value is not finite; they have no rank."""
-        return tuple((cell.layer, cell.basis_channels) for cell in self.cells if not math.isfinite(cell.value))
+    def missing(self) -> tuple[tuple[str, Size], ...]:
+        """The candidates that have not been measured yet."""
+        values = self.values
+        return tuple(pair for pair in self.candidates if pair not in values)
+
+    @property
+    def pending(self) -> tuple[tuple[str | None, Size, int], ...]:
+        """What is still to be measured: (layer, k or text, seed); the layer None is the dense network's training."""
+        if not self.seeds:
+            return tuple((name, k, 0) for name, k in self.missing)
+        known = {(t.layer, t.basis_channels, t.seed) for t in self.trials}
+        pairs: tuple[tuple[str | None, Size], ...] = ((None, 0), *self.candidates)
+        return tuple((name, k, seed) for name, k in pairs for seed in self.seeds if (name, k, seed) not in known)
 
     @property
     def unit(self) -> str:
@@ -197,30 +179,10 @@ class SensitivityTable:
         return MEASURES.get(self.measure, "divergence from the dense predictions, nats")
 
     @property
-    def ratios(self) -> tuple[float, ...]:
-        """Every ratio k / C_out that some layer has, descending, to three digits."""
-        ks = ((layer, k) for layer in self.layers for k in layer.candidates if not isinstance(k, str))
-        return tuple(sorted({ratio_of(layer, k) for layer, k in ks}, reverse=True))
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """Every structured layer that some layer has as a candidate."""
-        return tuple(dict.fromkeys(k for _, k in self.candidates if isinstance(k, str)))
-
-    @property
     def columns(self) -> tuple[float | str, ...]:
-        """The ratios, then the texts."""
-        return (*self.ratios, *self.texts)
-
-    @property
-    def forward(self) -> float:
-        """Forward passes of all cells together, in images."""
-        return sum(cell.forward for cell in self.cells)
-
-    @property
-    def backward(self) -> float:
-        """Backward passes of all cells together, in images."""
-        return sum(cell.backward for cell in self.cells)
+        """Every ratio k / C_out that some layer has, descending, to three digits, then the texts."""
+        found = dict.fromkeys(ratio_of(layer, k) for layer in self.layers for k in layer.candidates)
+        return tuple(sorted(found, key=lambda one: (1, 0) if isinstance(one, str) else (0, -one)))
 
     @property
     def seconds(self) -> float:
@@ -228,96 +190,72 @@ class SensitivityTable:
         return sum(cell.seconds for cell in self.cells)
 
     def at(self, ratio: float | str) -> dict[str, Cell | None]:
-        """Each layer's cell at the k nearest to ``ratio`` (the larger of two); None where missing.
+        """Each layer's cell at the k nearest to ``ratio`` (the larger of two), or at this text; None where missing.
 
-        ``ratio`` may be the text of a structured layer, too; then it is the layer's cell at that text. Layers
-        without such candidates are left out.
-
-        Raises:
-            ValueError: for a ratio outside (0, 1), or a text that no layer has as a candidate.
+        Layers without such candidates are left out. Raises ``ValueError`` for a ratio outside (0, 1) or a text that
+        no layer has.
         """
-        cells = {(cell.layer, cell.basis_channels): cell for cell in self.cells}
-        if isinstance(ratio, str):
-            if ratio not in self.texts:
-                raise ValueError(f"no layer of the table has the candidate {ratio!r}; there are {few(self.texts)}")
-            return {layer.name: cells.get((layer.name, ratio)) for layer in self.layers if ratio in layer.candidates}
-        if not 0 < ratio < 1:
+        if isinstance(ratio, str) and ratio not in self.columns:
+            raise ValueError(f"no layer of the table has the candidate {ratio!r}; there are {self.columns}")
+        if not isinstance(ratio, str) and not 0 < ratio < 1:
             raise ValueError(f"ratio is {ratio}, but it is k / C_out and must lie between 0 and 1")
-        ks = {layer: [k for k in layer.candidates if not isinstance(k, str)] for layer in self.layers}
-        nearest = {
-            layer.name: min(own, key=lambda k: (abs(k / layer.out_channels - ratio), -k))
-            for layer, own in ks.items()
-            if own
-        }
-        return {name: cells.get((name, k)) for name, k in nearest.items()}
+        cells = {(cell.layer, cell.basis_channels): cell for cell in self.cells}
+        found = {}
+        for layer in self.layers:
+            best: Size | None = ratio if isinstance(ratio, str) and ratio in layer.candidates else None
+            if not isinstance(ratio, str):
+                ks = [k for k in layer.candidates if not isinstance(k, str)]
+                best = min(ks, key=lambda k: (abs(k / layer.out_channels - ratio), -k), default=None)
+            if best is not None:
+                found[layer.name] = cells.get((layer.name, best))
+        return found
 
     def ranking(self, ratio: float | str) -> tuple[str, ...]:
-        """Layer names from the least to the most sensitive, each at its cell of :meth:`at`.
-
-        Layers that have not been measured there, or whose value is not finite, are left out.
-        """
+        """Layer names from the least to the most sensitive at :meth:`at`, without those that have no finite value."""
         values = {name: cell.value for name, cell in self.at(ratio).items() if cell and math.isfinite(cell.value)}
         return tuple(sorted(values, key=values.__getitem__))
 
     def by_kl(self) -> SensitivityTable:
         """The same table with the divergence from the dense predictions as value, which has no interval.
 
-        Raises:
-            ValueError: where it was not measured.
+        Raises ``ValueError`` where it was not measured: oneshot and oneshot_bn do, where the loss is cross-entropy.
         """
         if not any(math.isfinite(cell.kl) for cell in self.cells):
-            raise ValueError(
-                f"this table of {self.measure} holds no divergences; oneshot and oneshot_bn measure them, "
-                "where the loss is cross-entropy of logits (N, classes)"
-            )
-        cells = (replace(cell, value=cell.kl, low=math.nan, high=math.nan, n=0) for cell in self.cells)
+            raise ValueError(f"this table of {self.measure} holds no divergences; oneshot and oneshot_bn measure them")
+        cells = tuple(replace(cell, value=cell.kl, low=math.nan, high=math.nan, n=0) for cell in self.cells)
         measure = f"{self.measure}_kl"
-        return replace(self, measure=measure, cells=tuple(cells), fingerprint={**self.fingerprint, "measure": measure})
+        return replace(self, measure=measure, cells=cells, fingerprint={**self.fingerprint, "measure": measure})
 
-    def to_frame(self) -> pd.DataFrame:
-        """One row per cell: what it measured, what it cost, and what it would save of the dense layer.
+    def to_frame(self) -> Any:
+        """A pandas frame with a row per cell: what it measured, what it cost, and what it saves of the dense layer."""
+        import pandas as pd
 
-        ``basis_channels`` is k or the text of a structured layer, whose ``ratio`` is NaN.
-        """
-        rows = []
-        layers = {layer.name: layer for layer in self.layers}
+        rows, layers = [], {layer.name: layer for layer in self.layers}
         for cell in self.cells:
             layer, k = layers[cell.layer], cell.basis_channels
-            dense, thin = layer.cost(layer.out_channels), layer.cost(k)
-            saved = {f"saved_{unit}": _less(dense[unit], thin[unit]) for unit in dense}
-            own = asdict(cell)
-            head = {"layer": own.pop("layer"), "out_channels": layer.out_channels}
-            head |= {"basis_channels": own.pop("basis_channels")}
+            head = {"layer": cell.layer, "out_channels": layer.out_channels, "basis_channels": k}
             head |= {"ratio": math.nan if isinstance(k, str) else k / layer.out_channels}
-            rows.append(head | own | saved)
+            dense, thin = layer.cost(layer.out_channels), layer.cost(k)
+            saved = {f"saved_{u}": None if thin[u] is None else dense[u] - thin[u] for u in dense}  # type: ignore[operator]
+            rows.append(head | asdict(cell) | saved)
         return pd.DataFrame(rows)
 
-    # -- printed and drawn ----------------------------------------------------------------------
-
     def __str__(self) -> str:
-        dense = f"; dense loss {self.baseline['loss']:.4g}" if "loss" in self.baseline else ""
-        values = {(cell.layer, cell.basis_channels): cell.value for cell in self.cells}
-        columns: dict[float | str, dict[str, float | None]] = {one: {} for one in self.columns}
+        values = self.values
+        grid = {
+            (at.name, ratio_of(at, k)): values.get((at.name, k), "...") for at in self.layers for k in at.candidates
+        }
+        rows = [("layer", "C_out", *(one if isinstance(one, str) else f"r = {one:.3g}" for one in self.columns))]
         for layer in self.layers:
-            for k in layer.candidates:
-                columns[ratio_of(layer, k)][layer.name] = values.get((layer.name, k))
-        least = {one: min(filter(_finite, column.values()), default=None) for one, column in columns.items()}  # type: ignore[type-var]
-        titles = (one if isinstance(one, str) else f"r = {one:.3g}" for one in columns)
-        rows = [("layer", "C_out", *titles)]
-        for layer in self.layers:
-            shown = (_text(column, layer.name, least[one]) for one, column in columns.items())
+            found = (grid.get((layer.name, column), "") for column in self.columns)
+            shown = (one if isinstance(one, str) else f"{one:.3g}" for one in found)
             rows.append((shown_name(layer.name), str(layer.out_channels), *shown))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [f"{self.measure}: {self.unit}{dense}"]
-        for name, *cells in rows:
-            right = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
-            lines.append("  ".join((f"{name:<{widths[0]}}", *right)).rstrip())
-        lines.append(f"* least sensitive {'in this column' if self.texts else 'at this ratio'}")
-        lines.append(
-            f"cost: {self.forward:,.0f} forward passes, {self.backward:,.0f} backward passes (in images), "
-            f"{self.seconds:,.3g} s"
-        )
-        for what, pairs in (("not measured yet", self.missing), ("not finite, so not ranked", self.not_finite)):
+        forward, backward = (sum(getattr(cell, key) for cell in self.cells) for key in ("forward", "backward"))
+        dense = f"; dense loss {self.baseline['loss']:.4g}" if "loss" in self.baseline else ""
+        passes = f"{forward:,.0f} forward passes, {backward:,.0f} backward passes (in images)"
+        lines = [f"{self.measure}: {self.unit}{dense}", *columns(rows), f"cost: {passes}, {self.seconds:,.3g} s"]
+        strange = [pair for pair, value in values.items() if not math.isfinite(value)]
+        for what, pairs in (("not measured yet", self.missing), ("not finite, so not ranked", strange)):
             if pairs:
                 lines.append(f"{what}: " + ", ".join(f"{shown_name(name)} ({size_text(k)})" for name, k in pairs))
         for reason in dict.fromkeys(self.skipped.values()):
@@ -325,35 +263,31 @@ class SensitivityTable:
             lines.append(f"kept dense ({reason}): {', '.join(names)}")
         return "\n".join(lines)
 
-    # -- kept -----------------------------------------------------------------------------------
-
     def to_lines(self) -> list[dict[str, Any]]:
         """Plain values: all but the measurements, then one entry for each measurement. NaN becomes None."""
-        held = self.trials if self.seeds else self.cells
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("cells", "trials")}
         rows = [asdict(layer) for layer in self.layers]
         content["layers"] = [{key: value for key, value in row.items() if key != "costs" or value} for row in rows]
-        return [{"basis_sensitivity": TABLE_VERSION} | plain(content), *map(line_of, held)]
+        measured: Sequence[Cell | Trial] = self.trials if self.seeds else self.cells
+        return [{"basis_sensitivity": TABLE_VERSION} | plain(content), *(plain(asdict(item)) for item in measured)]
 
     @classmethod
     def from_lines(cls, lines: Sequence[Mapping[str, Any]]) -> SensitivityTable:
         """The table that :meth:`to_lines` gave. Raises ``ValueError`` where ``lines`` are not one."""
-        head = dict(lines[0]) if lines and isinstance(lines[0], Mapping) else {}
-        version = head.pop("basis_sensitivity", None)
-        if version is None:
-            raise ValueError("this is no sensitivity table: it does not begin with an entry 'basis_sensitivity'")
-        if version != TABLE_VERSION:
-            raise ValueError(f"the sensitivity table has version {version!r}, but {TABLE_VERSION} is read here")
         try:
-            layers = tuple(Layer(**{**entry, "candidates": tuple(entry["candidates"])}) for entry in head["layers"])
-            head |= {"layers": layers, "seeds": tuple(head["seeds"])}
-            head["baseline"] = {key: number(value) for key, value in head["baseline"].items()}
-            head["trials" if head["seeds"] else "cells"] = tuple(
-                _measurement(line, Trial if head["seeds"] else Cell) for line in lines[1:]
-            )
-            return cls(**{"cells": (), **head})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"the sensitivity table is damaged: {error!r}") from error
+            head = dict(lines[0])
+            version = head.pop("basis_sensitivity")
+            if version != TABLE_VERSION:
+                raise ValueError(f"the sensitivity table has version {version!r}, but {TABLE_VERSION} is read here")
+            layers = tuple(Layer(**entry | {"candidates": tuple(entry["candidates"])}) for entry in head["layers"])
+            baseline = {key: number(value) for key, value in head["baseline"].items()}
+            kind: Any = Trial if head["seeds"] else Cell
+            entries = ({key: one if key == "layer" else number(one) for key, one in e.items()} for e in lines[1:])
+            measured = {"trials" if head["seeds"] else "cells": tuple(kind(**entry) for entry in entries)}
+            head |= {"layers": layers, "baseline": baseline, "seeds": tuple(head["seeds"]), "cells": ()}
+            return cls(**head | measured)
+        except (IndexError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"this is no sensitivity table, or damaged: {error!r}") from error
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the table as JSON lines to ``path``, whole or not at all."""
@@ -362,63 +296,39 @@ class SensitivityTable:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> SensitivityTable:
-        """Read what :meth:`save` or ``sensitivity(..., resume=path)`` wrote, also while it is being written.
+        """Read what :meth:`save` or ``sensitivity(..., resume=path)`` wrote, but for a last line that was cut short.
 
-        An incomplete last line is left out.
-
-        Raises:
-            FileNotFoundError: where there is no such file.
-            ValueError: for a file that is no sensitivity table.
+        Raises ``FileNotFoundError``, or ``ValueError`` for a file that is no sensitivity table.
         """
+        if not Path(path).exists():
+            raise FileNotFoundError(f"there is no sensitivity table at {os.fspath(path)}")
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
         try:
-            text = Path(path).read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"there is no sensitivity table at {os.fspath(path)}") from error
-        try:
-            lines = [json.loads(line) for line in text.split("\n")[:-1]]
+            return cls.from_lines([json.loads(line) for line in text.split("\n")[:-1]])
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)} is no sensitivity table, or damaged: {error}") from error
-        try:
-            return cls.from_lines(lines)
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from error
 
     @classmethod
     def merge(cls, tables: Iterable[SensitivityTable]) -> SensitivityTable:
-        """One table of what several workers measured, each a part; what two have is taken from the first.
+        """One table of what several processes measured; what two have is taken from the first.
 
-        Raises:
-            ValueError: for no tables, for tables that were measured on different things, whose dense
-                networks differ, or that hold different losses of one training.
+        Raises ``ValueError`` for no tables, or tables measured on different things or with different dense losses.
         """
         tables = list(tables)
         if not tables:
             raise ValueError("there are no tables to merge")
-        first = tables[0]
-        for table in tables[1:]:
-            differing = different(first.fingerprint, table.fingerprint)
-            if differing:
-                raise ValueError(f"the tables cannot be merged, because they differ in {', '.join(differing)}")
-            for key in () if first.seeds else {*first.baseline} & {*table.baseline}:
-                a, b = first.baseline[key], table.baseline[key]
-                if not math.isclose(a, b, rel_tol=1e-4):
-                    raise ValueError(
-                        f"the tables cannot be merged: the dense network's {key} is {a:.6g} in one, {b:.6g} in another"
-                    )
-        trials: dict[tuple, Trial] = {}
-        for trial in (trial for table in tables for trial in table.trials):
-            known = trials.setdefault((trial.layer, trial.basis_channels, trial.seed), trial)
-            if not (known.loss == trial.loss or (math.isnan(known.loss) and math.isnan(trial.loss))):
-                raise ValueError(
-                    f"the tables cannot be merged: {known.layer or 'the dense network'} with seed {known.seed} "
-                    f"ended at {known.loss:.6g} in one, at {trial.loss:.6g} in another"
-                )
+        differing = dict.fromkeys(key for one in tables for key in different(tables[0].fingerprint, one.fingerprint))
+        if differing:
+            raise ValueError(f"the tables cannot be merged, because they differ in {', '.join(differing)}")
+        losses = [table.baseline["loss"] for table in tables if "loss" in table.baseline]
+        if losses and not math.isclose(min(losses), max(losses), rel_tol=1e-4):
+            raise ValueError(
+                f"the tables cannot be merged: the dense network's loss is {min(losses)} and {max(losses)}"
+            )
+        trials = {(t.layer, t.basis_channels, t.seed): t for table in reversed(tables) for t in table.trials}
         cells = tuple(cell for table in tables for cell in table.cells)
         baseline = {key: value for table in reversed(tables) for key, value in table.baseline.items()}
-        return replace(first, cells=cells, trials=tuple(trials.values()), baseline=baseline)
-
-
-# -- helpers ------------------------------------------------------------------------------------
+        return replace(tables[0], cells=cells, trials=tuple(trials.values()), baseline=baseline)
 
 
 def different(first: Mapping[str, str], second: Mapping[str, str]) -> list[str]:
@@ -426,62 +336,30 @@ def different(first: Mapping[str, str], second: Mapping[str, str]) -> list[str]:
     return [key for key in dict.fromkeys((*first, *second)) if first.get(key) != second.get(key)]
 
 
-def cells_of(layers: Iterable[Layer], seeds: Sequence[int], trials: Iterable[Trial]) -> tuple[Cell, ...]:
-    """Mean loss with one layer substituted minus the dense network's, with Welch's 95 % interval.
-
-    Only where every seed has been trained, of the candidate and of the dense network, whose cost all
-    candidates share.
-    """
-    runs: dict[tuple[str | None, Size], dict[int, Trial]] = {}
-    for trial in trials:
-        runs.setdefault((trial.layer, trial.basis_channels), {})[trial.seed] = trial
-    pairs = [(layer.name, k) for layer in layers for k in layer.candidates]
-    dense = runs.get((None, 0), {})
-    cells = []
-    for name, k in pairs:
-        own = runs.get((name, k), {})
-        if not seeds or not set(seeds) <= set(own) & set(dense):
-            continue
-        losses, others = ([side[seed].loss for seed in seeds] for side in (own, dense))
-        cost = {
-            key: sum(getattr(trial, key) for trial in own.values())
-            + sum(getattr(trial, key) for trial in dense.values()) / len(pairs)
-            for key in ("forward", "backward", "seconds")
-        }
-        if all(map(math.isfinite, losses + others)):
-            found = difference_estimate(losses, others)
-            value = {"value": found.value, "low": found.low, "high": found.high, "n": len(seeds)}
-        else:
-            value = {"value": math.nan}
-        cells.append(Cell(layer=name, basis_channels=k, **value, **cost))  # type: ignore[arg-type]
-    return tuple(cells)
-
-
-def line_of(item: Cell | Trial) -> dict[str, Any]:
-    """One measurement as plain values; NaN and infinity become None."""
-    return plain(asdict(item))
-
-
-def _measurement(line: Mapping[str, Any], kind: type) -> Any:
-    return kind(**{key: value if key == "layer" else number(value) for key, value in line.items()})
-
-
 def ratio_of(layer: Layer, k: Size) -> Any:
     """k / C_out to three digits; the text of a structured layer as it is."""
     return k if isinstance(k, str) else round(k / layer.out_channels, 3)
 
 
-def _less(dense: int | None, thin: int | None) -> int | None:
-    return None if dense is None or thin is None else dense - thin
+def _cells_of(pairs: Sequence[tuple[str, Size]], seeds: Sequence[int], trials: Sequence[Trial]) -> tuple[Cell, ...]:
+    """Mean loss with one layer substituted minus the dense network's, with Welch's 95 % interval.
 
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _text(column: Mapping[str, float | None], name: str, least: float | None) -> str:
-    """The value as printed: empty where the ratio is no candidate, an ellipsis where not measured."""
-    if name not in column:
-        return ""
-    value = column[name]
-    return "..." if value is None else f"{'*' if value == least else ''}{value:.3g}"
+    Only where every seed has been trained, of the pair and of the dense network, whose cost all pairs share.
+    """
+    runs: dict[tuple[str | None, Size], dict[int, Trial]] = {}
+    for trial in trials:
+        runs.setdefault((trial.layer, trial.basis_channels), {})[trial.seed] = trial
+    dense, cells = runs.get((None, 0), {}), []
+    for name, k in pairs:
+        own = runs.get((name, k), {})
+        if not set(seeds) <= set(own) & set(dense):
+            continue
+        found = difference_estimate([own[seed].loss for seed in seeds], [dense[seed].loss for seed in seeds])
+        value: dict[str, Any] = {"value": found.value, "low": found.low, "high": found.high, "n": found.n}
+        if not math.isfinite(found.value):
+            value = {"value": math.nan}
+        for key in ("forward", "backward", "seconds"):
+            alone, shared = (sum(getattr(trial, key) for trial in side.values()) for side in (own, dense))
+            value[key] = alone + shared / len(pairs)
+        cells.append(Cell(layer=name, basis_channels=k, **value))
+    return tuple(cells)

@@ -1,16 +1,16 @@
 """Attention transfer: a network learns where the activations of a teacher are large.
 
-Zagoruyko and Komodakis, "Paying More Attention to Attention" (ICLR 2017, arXiv 1612.03928), as Gray, Crowley
-and Storkey 2019 (arXiv 1906.00859) train structured networks: to the loss is added a weight times the sum over
-some modules, the taps, of the mean squared difference of the two networks' attention maps.
+Zagoruyko and Komodakis (ICLR 2017, arXiv 1612.03928), as Gray, Crowley and Storkey 2019 (arXiv 1906.00859) train
+structured networks: to the loss is added a weight times the sum over some modules, the taps, of the mean squared
+difference of the two networks' attention maps.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,47 +18,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from basis.batches import described
 from basis.layers.batchnorm import accumulated
+from basis.modules import evaluating
 
 
 def attention_map(features: Tensor) -> Tensor:
-    """Where activations are large: the mean over channels of their squares, of unit norm for each image.
-
-    Args:
-        features: (N, C, H, W).
-
-    Returns:
-        (N, H W), at least in float32.
-    """
+    """The mean over channels of squared features (N, C, H, W), of unit norm for each image: (N, H W), at least fp32."""
     return F.normalize(features.to(accumulated(features.dtype)).square().mean(1).flatten(1))
 
 
 class Attention:
-    """Runs a network beside its teacher and compares their attention maps.
-
-    The teacher is run in evaluation mode and without gradients, and is as before afterwards.
+    """Runs a network beside its teacher, in evaluation mode and without gradients, and compares attention maps.
 
     Args:
-        student: the network that is trained.
-        teacher: from the same images, too; it shares no parameters with the student.
+        student, teacher: networks from the same images, without common parameters.
         taps: names of modules that both have, each called once, with outputs of (N, C, H, W); None: the
             ``stages`` of the student, such as those of a :class:`basis.models.ResNet`.
         weight: of the sum over the taps; Gray et al.: 1000.
-        autocast: a context manager, made anew for each forward pass.
+        autocast: makes the context of a forward pass.
 
     Raises:
         ValueError: for taps that one of the networks lacks, and a teacher that training would change.
     """
 
     def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        taps: Sequence[str] | None = None,
-        *,
-        weight: float,
+        self, student: nn.Module, teacher: nn.Module, taps: Sequence[str] | None = None, *, weight: float,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if taps is None and not hasattr(student, "stages"):
             raise ValueError(f"{type(student).__name__} has no stages to compare; name modules by taps=[...]")
         taps = (taps,) if isinstance(taps, str) else tuple(student.stages if taps is None else taps)  # type: ignore[arg-type]
@@ -69,7 +56,7 @@ class Attention:
             for tap in taps:
                 if tap not in modules:
                     near = ", ".join(map(repr, difflib.get_close_matches(tap, modules, n=3) or modules[:3]))
-                    raise ValueError(f"the {who} has no module {tap!r} to compare; near it are {near or 'none'}")
+                    raise ValueError(f"the {who} has no module {tap!r} to compare, but {near or 'none'}")
         if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
             raise ValueError("the teacher shares parameters with the model, so training would change it; give a copy")
         self.student, self.teacher, self.taps, self.weight = student, teacher, taps, weight
@@ -83,20 +70,14 @@ class Attention:
         return logits, self.weight * torch.stack(differences).sum()
 
     def check(self, x: Tensor) -> None:
-        """Run both networks on images x, (N, C, H, W), to see whether their maps can be compared.
-
-        Raises:
-            ValueError: for a tap that is not called once, or gives no images, or those of another size.
-        """
+        """Raise ``ValueError`` for a tap that is not called once on images x, or whose maps differ in size."""
         with torch.no_grad(), evaluating(self.student):
             _, ours = self._watched(self.student, x)
         theirs = self._of_teacher(x)
         for tap in self.taps:
             if ours[tap].shape != theirs[tap].shape:
-                raise ValueError(
-                    f"the attention maps of {tap!r} have {ours[tap].shape[1]} pixels in the model and "
-                    f"{theirs[tap].shape[1]} in the teacher, but must have equally many"
-                )
+                sizes = f"{ours[tap].shape[1]} pixels in the model and {theirs[tap].shape[1]} in the teacher"
+                raise ValueError(f"the attention maps of {tap!r} have {sizes}, but must have equally many")
 
     def _of_teacher(self, x: Tensor) -> dict[str, Tensor]:
         with torch.no_grad(), evaluating(self.teacher):
@@ -108,8 +89,7 @@ class Attention:
 
         def keep(tap: str, module: nn.Module, args: tuple, output: Any) -> None:
             if not isinstance(output, Tensor) or output.dim() != 4:
-                what = f"of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
-                raise ValueError(f"the output of {tap!r} is {what}, but attention maps are taken of (N, C, H, W)")
+                raise ValueError(f"the output of {tap!r} is {described(output)}, but must be images (N, C, H, W)")
             found.append((tap, attention_map(output)))
 
         handles = [network.get_submodule(tap).register_forward_hook(partial(keep, tap)) for tap in self.taps]
@@ -125,15 +105,3 @@ class Attention:
                 who = "teacher" if network is self.teacher else "model"
                 raise ValueError(f"the {who} calls {tap!r} {calls[tap]} times, but a tap must be called once")
         return output, dict(found)
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """In evaluation mode; afterwards each module is in the mode in which it was."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

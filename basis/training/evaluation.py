@@ -1,37 +1,36 @@
-"""How good a model is on a user's own batches, with intervals."""
+"""How good a model is, on images or on a user's own batches."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from basis.batches import described, length_of, outputs_of, stream_batches, with_labels
-from basis.data import Images
+from basis.batches import first_weight, length_of, logits_of, outputs_of, stream_batches, with_labels
+from basis.data import Data, Images
 from basis.modules import evaluating
 from basis.saving import Saved
 from basis.statistics import Estimate, proportion_estimate
+from basis.training.recipe import Precision, autocast_in, choose_precision
 
 TOP = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Saved, Mapping[str, float]):
-    """What :func:`basis.evaluate` finds on batches. As a mapping it holds ``loss``, ``accuracy`` and ``top5``.
+    """What :func:`evaluate` finds on batches. As a mapping it holds ``loss``, ``accuracy`` and ``top5``.
 
     Attributes:
         loss: mean cross-entropy in nats.
-        accuracy: the share of samples that are classified rightly, with Wilson's 95 % interval over samples.
-        top5: the share whose label is among the five largest logits; None for five classes or fewer.
-        n, classes: the number of samples and of classes.
-        seconds: wall-clock time.
+        accuracy, top5: the share of samples whose label is the largest logit, or among the five largest (None for five
+            classes or fewer), with Wilson's 95 % interval.
+        n, classes, seconds: samples, classes, wall-clock time.
     """
 
     kind: ClassVar[str] = "evaluation"
@@ -59,53 +58,66 @@ class Evaluation(Saved, Mapping[str, float]):
 
     def __str__(self) -> str:
         top5 = "" if self.top5 is None else f", top-5 {self.top5.text(scale=100)} %"
-        accuracy = f"accuracy {self.accuracy.text(scale=100)} %{top5}"
-        return (
-            f"{accuracy} ({self.accuracy.support}), loss {self.loss:.4g}; {self.classes} classes, {self.seconds:.1f} s"
-        )
+        accuracy = f"accuracy {self.accuracy.text(scale=100)} %{top5} ({self.accuracy.support})"
+        return f"{accuracy}, loss {self.loss:.4g}; {self.classes} classes, {self.seconds:.1f} s"
 
 
-def logits_of(outputs: Any) -> Tensor:
-    """The outputs, where they are logits (N, classes); else a ``ValueError``."""
-    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or not outputs.is_floating_point():
-        raise ValueError(f"the model returns {described(outputs)}, but it must return logits (N, classes)")
-    return outputs
-
-
+@overload
+def evaluate(
+    model: nn.Module, data: Images, *, precision: Precision = ..., batch_size: int = ..., flip: bool = ...
+) -> dict[str, float]: ...
+@overload
+def evaluate(
+    model: nn.Module, data: Iterable[Any], *, precision: Precision = ..., progress: bool | str = ...
+) -> Evaluation: ...
 @torch.no_grad()
-def evaluate_batches(
-    model: nn.Module,
-    batches: Iterable[Any] | Images,
-    *,
-    autocast: AbstractContextManager,
-    progress: bool | str = False,
-) -> Evaluation:
-    """See :func:`basis.evaluate`."""
-    began, n, classes = time.perf_counter(), 0, 0
-    loss = right = among = torch.zeros((), dtype=torch.float64)
-    bar = tqdm(
-        stream_batches(batches, model, "data"),
-        total=None if isinstance(batches, Images) else length_of(batches),
-        disable=not progress,
-        desc=progress if isinstance(progress, str) else "evaluate",
-        dynamic_ncols=True,
-    )
-    with evaluating(model), bar:
+def evaluate(
+    model: nn.Module, data: Images | Iterable[Any], *, precision: Precision = "fp32", batch_size: int = 1000,
+    flip: bool = False, progress: bool | str = False,
+) -> dict[str, float] | Evaluation:  # fmt: skip
+    """Mean loss and accuracy (a fraction) of ``model`` in evaluation mode; every module's flag is put back.
+
+    Args:
+        data: :class:`basis.data.Images`, or any iterable of batches (inputs, labels), such as a ``DataLoader``.
+        precision: of activations, see :class:`Recipe`.
+        batch_size, flip: for ``Images``; with ``flip`` also ``accuracy_flip``, the logits averaged over each image and
+            its mirror image.
+        progress: whether to draw a bar, or what to write beside it.
+
+    Returns:
+        A dictionary for ``Images``; an :class:`Evaluation`, which has the same keys, for batches.
+
+    Raises:
+        ValueError: for batches that are empty, that the model cannot run on, or whose labels do not fit.
+    """
+    if isinstance(data, Data):
+        raise ValueError("data are training, validation and test images; give one of them, such as data.test")
+    images = isinstance(data, Images)
+    if flip and not images:
+        raise ValueError("flip goes with basis.data.Images; give batches of mirrored images yourself")
+    began, device, n, classes = time.perf_counter(), first_weight(model).device, 0, 0
+    autocast = autocast_in(device, choose_precision(device) if precision == "auto" else precision)
+    loss = torch.zeros((), dtype=torch.float32 if images else torch.float64)
+    right = right_flip = among = 0
+    batches = stream_batches(data, model, "data", batch_size=batch_size)
+    title = progress if isinstance(progress, str) else "evaluate"
+    total = None if images else length_of(data)
+    with evaluating(model), tqdm(batches, total=total, disable=not progress, desc=title, dynamic_ncols=True) as bar:
         for x, y in bar:
             with autocast:
                 logits = logits_of(outputs_of(model, x)).float()
-            [(_, labels)] = with_labels([(x, y)], logits)
+                mirrored = logits_of(outputs_of(model, x.flip(3))).float() if flip else logits
+            [(_, y)] = with_labels([(x, y)], logits)
             n, classes = n + len(x), logits.shape[1]
-            loss = loss + F.cross_entropy(logits, labels, reduction="sum").double().cpu()
-            hard = labels if labels.dim() == 1 else labels.argmax(1)
+            loss += F.cross_entropy(logits, y, reduction="sum").to(loss)
+            hard = y if y.dim() == 1 else y.argmax(1)
             ranked = logits.topk(min(TOP, classes)).indices == hard[:, None]
-            right, among = right + ranked[:, 0].sum().cpu(), among + ranked.any(1).sum().cpu()
-    top5 = proportion_estimate(among.item(), n) if classes > TOP else None
+            right, among = right + int(ranked[:, 0].sum()), among + int(ranked.any(1).sum())
+            right_flip += int(((logits + mirrored).argmax(1) == hard).sum())
+    if images:
+        metrics = {"loss": loss.item() / n, "accuracy": right / n}
+        return metrics | {"accuracy_flip": right_flip / n} if flip else metrics
     return Evaluation(
-        loss=loss.item() / n,
-        accuracy=proportion_estimate(right.item(), n),
-        top5=top5,
-        n=n,
-        classes=classes,
-        seconds=time.perf_counter() - began,
-    )
+        loss=loss.item() / n, accuracy=proportion_estimate(right, n), n=n, classes=classes,
+        top5=proportion_estimate(among, n) if classes > TOP else None, seconds=time.perf_counter() - began,
+    )  # fmt: skip

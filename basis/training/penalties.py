@@ -1,7 +1,4 @@
-"""Terms that a recipe adds for basis convolutions: decay of the product, scaled decay, decorrelation.
-
-Scaled decay is for the other structured layers, too.
-"""
+"""Terms that a recipe adds for single layers: decay of the product, scaled decay, decorrelation."""
 
 from __future__ import annotations
 
@@ -20,20 +17,15 @@ EPSILON = 1e-8  # on squared norms of centred filters: a filter of zero variance
 
 
 def product_norm(basis: Tensor, matrix: Tensor, groups: int = 1) -> Tensor:
-    """The squared Frobenius norm of ``W = [B; A B]``, without building W.
+    """The squared Frobenius norm of ``W = [B; A B]`` without building W: tr(G) + tr(A G A^T) with G = B B^T.
 
-    With G = B B^T it is tr(G) + tr(A G A^T), summed over the groups that are mixed apart. Half of it
-    times the weight decay is Frobenius decay (Khodak, Tenenholtz, Mackey and Fusi, "Initialization and
-    Regularization of Factorized Neural Layers", ICLR 2021): what plain decay does to a dense layer.
+    Half of it times the weight decay is Frobenius decay (Khodak et al., "Initialization and Regularization of
+    Factorized Neural Layers", ICLR 2021): what plain decay does to a dense layer.
 
     Args:
         basis: B, (k, C_in/groups, kh, kw).
         matrix: A, (C_out - k, k/groups), the blocks of the groups stacked by rows.
-        groups: into how many blocks of rows and of filters A and B are cut (not only by the convolution:
-            coefficients can be blockwise, too).
-
-    Returns:
-        A scalar that can be differentiated.
+        groups: into how many blocks A and B are cut.
     """
     b = basis.reshape(groups, len(basis) // groups, -1)
     a = matrix.reshape(groups, -1, b.shape[1])
@@ -41,18 +33,9 @@ def product_norm(basis: Tensor, matrix: Tensor, groups: int = 1) -> Tensor:
 
 
 def decorrelation(basis: Tensor, groups: int = 1) -> Tensor:
-    """How much the basis filters of a layer correlate: the sum of ``|corr(B) - I|``.
+    """The sum of ``|corr(B) - I|`` over pairs of basis filters (k, C_in/groups, kh, kw) of the same group.
 
-    The penalty of LinearConv (Kahatapitiya and Rodrigo, "Exploiting the Redundancy in Convolutional
-    Filters for Parameter Reduction", WACV 2021): corr is Pearson's correlation between flattened filters,
-    and every pair of filters counts twice, as (i, j) and (j, i). Filters of different groups are not compared.
-
-    Args:
-        basis: B, (k, C_in/groups, kh, kw).
-        groups: of the convolution.
-
-    Returns:
-        A scalar that can be differentiated; 0 for one filter per group.
+    The penalty of LinearConv (Kahatapitiya and Rodrigo, WACV 2021); corr is Pearson's correlation.
     """
     b = basis.reshape(groups, len(basis) // groups, -1)
     centred = b - b.mean(2, keepdim=True)
@@ -62,11 +45,9 @@ def decorrelation(basis: Tensor, groups: int = 1) -> Tensor:
 
 
 def compression(model: nn.Module) -> float:
-    """Parameters of the network, as a fraction of those of the same network with dense convolutions.
+    """Stored trainable parameters, as a fraction of those of the same network with dense convolutions.
 
-    Of a sparse A the entries count that it keeps, and a frozen one counts nothing; of other structured layers
-    what they store. The factor of the "compression ratio scaled" weight decay of Gray, Crowley and Storkey,
-    "Separable Layers Enable Structured Efficient Linear Substitutions" (2019): one number for the whole network.
+    The factor of the "compression ratio scaled" weight decay of Gray, Crowley and Storkey (2019, arXiv 1906.00859).
     """
     layers = {id(m.basis): m for m in model.modules() if isinstance(m, BasisConv2d)}.values()
     structured = [m for m in model.modules() if isinstance(m, StructuredConv2d)]
@@ -82,9 +63,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer (``part``): all other parameters, B, A, and the ``factors`` of structured layers.
 
-    The decay of B and A is multiplied by ``factor``, that of the factors by ``structured``. B and A stand apart
-    also where they decay alike, since :class:`~basis.training.skipping.Skip` may give each a learning rate of its own.
-    What requires no gradient is in no group.
+    The decay of B and A is multiplied by ``factor``, that of the factors by ``structured``.
     """
     parts = Parts(model)
     scaled = {id(p) for m in model.modules() if isinstance(m, StructuredConv2d) for p in m.factors}

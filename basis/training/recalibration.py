@@ -1,4 +1,4 @@
-"""What makes a substituted model good again without training: statistics of batch normalisation, measured anew."""
+"""Repair without training: statistics of batch normalisation, measured anew."""
 
 from __future__ import annotations
 
@@ -6,31 +6,25 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
-from basis.batches import Batches, calibration_inputs, length_of, outputs_of
+from basis.batches import Batches, calibration_inputs, outputs_of
 from basis.modules import evaluating, tracking_norms, training_norms
 from basis.saving import Saved, columns
 from basis.text import few, shown_name
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True, kw_only=True)
 class NormShift:
-    """How far the statistics of one batch normalisation moved.
+    """How far the statistics of the batch normalisation ``name`` moved.
 
     Attributes:
-        name: as in ``model.named_modules()``.
-        channels: how many.
-        mean: root mean square over channels of the change of the mean, in units of the old deviation
-            (sqrt(running_var + eps)).
+        mean: root mean square over channels of the change of the mean, in units of the old deviation.
         deviation: geometric mean over channels of the new deviation / the old one.
     """
 
@@ -45,10 +39,9 @@ class Recalibration(Saved):
     """What :func:`recalibrate` did.
 
     Attributes:
-        norms: the batch normalisations whose statistics were measured anew, in the order of the model.
-        skipped: names of the others -> why they have none.
-        batches, images: how many went through the model.
-        seconds: wall-clock time.
+        norms: the batch normalisations that were measured anew, in the order of the model.
+        skipped: names of the others -> why.
+        batches, images, seconds: how much went through the model; wall-clock time.
     """
 
     kind: ClassVar[str] = "recalibration"
@@ -61,70 +54,53 @@ class Recalibration(Saved):
     seconds: float
 
     def __str__(self) -> str:
-        lines = ["there is no batch normalisation with running statistics: nothing was changed"]
-        if self.norms:
-            lines = [
-                f"statistics of {len(self.norms)} batch normalisations from {self.images:,} images in {self.batches:,} "
-                f"batches, {self.seconds:.1f} s"
-            ]
-            rows = [("batch normalisation", "channels", "mean moved by", "deviation times")]
-            rows += [(shown_name(n.name), str(n.channels), f"{n.mean:.3g}", f"{n.deviation:.3g}") for n in self.norms]
-            lines += columns(rows)
-            lines.append("the mean moved in units of the old deviation, root mean square over channels")
-        for reason in dict.fromkeys(self.skipped.values()):
-            names = [shown_name(name) for name, why in self.skipped.items() if why == reason]
-            lines.append(f"left alone ({reason}): {', '.join(names)}")
-        return "\n".join(lines)
+        rows = [("batch normalisation", "channels", "mean moved by (old deviations)", "deviation times")]
+        rows += [(shown_name(n.name), str(n.channels), f"{n.mean:.3g}", f"{n.deviation:.3g}") for n in self.norms]
+        head = f"statistics of {len(self.norms)} batch normalisations from {self.images:,} images, {self.seconds:.1f} s"
+        left = [f"left alone: {shown_name(name)} ({reason})" for name, reason in self.skipped.items()]
+        return "\n".join([head, *(columns(rows) if self.norms else ()), *left])
 
 
 def recalibrate(model: nn.Module, batches: Batches, *, progress: bool | str = False) -> Recalibration:
     """Measure the running statistics of all batch normalisation of ``model`` anew, in place.
 
-    They become the plain average over the batches, each normalised by its own statistics (EagleEye: Li et al.
-    2020, arXiv 2007.02491, section 3.2), whatever the momentum. A last batch that is smaller than the others is
-    joined with the one before it and both are halved, so that it does not count for more than it should. All
-    else (dropout, flags, momentum, parameters) stays as it is. Also for batch normalisation through the basis,
-    and where its parameters are frozen or absent. A model without running statistics is left alone, and the
-    result says so.
+    They become the plain average over the batches, each normalised by its own statistics (EagleEye: Li et al. 2020,
+    arXiv 2007.02491, section 3.2), whatever the momentum. A last batch that is smaller than the one before shares both
+    evenly. All else stays as it is. A model without running statistics is left alone.
 
     Args:
-        batches: inputs, or (inputs, targets), read one after the other; :class:`basis.data.Images`; or
-            :class:`basis.data.Data`, whose training images are used. On the model's device.
+        batches: inputs, or (inputs, targets); :class:`basis.data.Images`; or :class:`basis.data.Data`, whose training
+            images are used.
         progress: whether to draw a bar, or what to write beside it.
 
     Raises:
-        ValueError: for batches that are empty or that the model cannot run on; for statistics that are not
-            finite. The old statistics are put back.
+        ValueError: for batches that are empty or that the model cannot run on, and statistics that are not finite;
+            the old ones are put back.
     """
-    began = time.perf_counter()
+    began, images, count = time.perf_counter(), 0, 0
     norms = tracking_norms(model)
-    name_of = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in model.named_modules()}
     skipped = {
         name: "it has no running statistics"
-        for name, module in model.named_modules()
+        for module, name in names.items()
         if isinstance(module, _BatchNorm) and module not in norms
     }
     if not norms:
         return Recalibration(norms=(), skipped=skipped, batches=0, images=0, seconds=0.0)
     before = [{name: b.detach().clone() for name, b in norm.named_buffers()} for norm in norms]
-    count = images = 0
-    total = length_of(batches) if not hasattr(batches, "train") and not hasattr(batches, "x") else None
-    title = progress if isinstance(progress, str) else "recalibrate"
-    bar = tqdm(total=total, disable=not progress, desc=title, dynamic_ncols=True)
+    title, shifts = progress if isinstance(progress, str) else "recalibrate", []
     try:
-        with bar, torch.no_grad(), evaluating(model), training_norms(norms, afresh=True):
-            for x in _balanced(calibration_inputs(batches, model)):
+        with torch.no_grad(), evaluating(model), training_norms(norms, afresh=True):
+            inputs = _balanced(calibration_inputs(batches, model))
+            for x in tqdm(inputs, disable=not progress, desc=title, dynamic_ncols=True):
                 outputs_of(model, x)
                 count, images = count + 1, images + len(x)
-                bar.update()
-        called = [norm.num_batches_tracked is None or norm.num_batches_tracked.item() > 0 for norm in norms]
-        for norm, old, there in zip(norms, before, called, strict=True):
-            if not there:
+        for norm, old in zip(norms, before, strict=True):
+            if norm.num_batches_tracked is not None and norm.num_batches_tracked.item() == 0:
                 _put_back(norm, old)
-                skipped[name_of[norm]] = "it was never called"
-        shifts = tuple(
-            _shift(name_of[norm], norm, old) for norm, old, there in zip(norms, before, called, strict=True) if there
-        )
+                skipped[names[norm]] = "it was never called"
+            else:
+                shifts.append(_shift(names[norm], norm, old))
         strange = [shown_name(shift.name) for shift in shifts if not math.isfinite(shift.mean + shift.deviation)]
         if strange:
             raise ValueError(f"on these batches the statistics of {few(strange)} are not finite")
@@ -132,9 +108,8 @@ def recalibrate(model: nn.Module, batches: Batches, *, progress: bool | str = Fa
         for norm, old in zip(norms, before, strict=True):
             _put_back(norm, old)
         raise
-    return Recalibration(
-        norms=shifts, skipped=skipped, batches=count, images=images, seconds=time.perf_counter() - began
-    )
+    seconds = time.perf_counter() - began
+    return Recalibration(norms=tuple(shifts), skipped=skipped, batches=count, images=images, seconds=seconds)
 
 
 @torch.no_grad()

@@ -1,8 +1,7 @@
 """What one process keeps from run to run: data on their device, and networks whose training step is captured.
 
-Uploading CIFAR-10, letting cuDNN choose its algorithms and capturing a CUDA graph take seconds, as long as a small
-network trains. Runs that differ in their seed alone have the same network, so the first one's is kept, and the weights
-of the next are written into it.
+Runs that differ in their seed alone have the same network, so that of the first is kept, and the weights of the next
+are written into it: uploading data and capturing a CUDA graph take as long as training a small network.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ KEPT = 16  # networks: as many as a study has variants
 
 @dataclass
 class Reuse:
-    """What is kept; of the networks those of the last :data:`KEPT` kinds, whose graphs share their memory."""
+    """The last data, and the networks of the last :data:`KEPT` kinds, whose graphs share their memory."""
 
     _data: tuple[Hashable, Data] | None = None
     _steps: OrderedDict[Hashable, TrainingStep] = field(default_factory=OrderedDict)

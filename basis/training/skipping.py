@@ -1,9 +1,7 @@
 """Skip-training: steps that update only the basis filters B, only the coefficients A, or neither.
 
-Alekseev et al. 2024 (arXiv 2408.06024) name "a practical skip-training scheme" without saying which, so
-:class:`Skip` can express the plausible readings: update a part at every n-th step only, freeze it after
-a while or never train it, train the two parts in turns. What a step does not update is not computed
-either: its gradient is left out of the backward pass, and SGD neither decays it nor moves it by momentum.
+Alekseev et al. 2024 (arXiv 2408.06024) name "a practical skip-training scheme" without saying which, so :class:`Skip`
+expresses the plausible readings. What a step does not update gets no gradient, no decay and no momentum.
 """
 
 from __future__ import annotations
@@ -19,6 +17,8 @@ from torch import nn
 from basis.costs import Cost, cost
 from basis.layers.conv import BasisConv2d
 
+CountedMode = Literal["factorized", "composed", "hybrid"]
+
 
 class Trained(NamedTuple):
     """Which parts of the basis convolutions a step trains."""
@@ -29,21 +29,16 @@ class Trained(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Skip:
-    """Which steps update the basis filters B and the coefficients A.
-
-    All other parameters are updated at every step. The momentum of a skipped part stands still.
+    """Which steps update the basis filters B and the coefficients A; all other parameters are updated at every step.
 
     Args:
-        basis_every: B is updated at the steps 0, n, 2n, ... of the training.
-        coefficients_every: the same for A.
-        basis_until: the fraction of all steps after which B is frozen; 0: it is never trained.
-        coefficients_until: the same for A.
-        alternate: by epochs, B and A in turns: B in the first, A in the second, and so on.
-        rescale: give a part that is updated at every n-th step n times the learning rate; else it is that
-            of all others.
+        basis_every, coefficients_every: the part is updated at the steps 0, n, 2n, ... of the training.
+        basis_until, coefficients_until: the fraction of all steps after which the part is frozen; 0: never trained.
+        alternate: by epochs, B and A in turns.
+        rescale: give a part that is updated at every n-th step n times the learning rate.
 
     Raises:
-        ValueError: for numbers that make no sense, and settings that would never train anything.
+        ValueError: for a value out of range, and settings that would train nothing or have no effect.
     """
 
     basis_every: int = 1
@@ -54,14 +49,12 @@ class Skip:
     rescale: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("basis_every", "coefficients_every"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, but it must be a whole number of steps, at least 1")
-        for name in ("basis_until", "coefficients_until"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value!r}, but it is a fraction of the training and must lie in [0, 1]")
+        for part in ("basis", "coefficients"):
+            every, until = getattr(self, f"{part}_every"), getattr(self, f"{part}_until")
+            if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+                raise ValueError(f"{part}_every is {every!r}, but it must be a whole number of steps, at least 1")
+            if not 0 <= until <= 1:
+                raise ValueError(f"{part}_until is {until!r}, but it must lie in [0, 1]")
         if self.basis_until == self.coefficients_until == 0:
             raise ValueError("basis_until and coefficients_until are both 0, which would never train anything")
         if self.alternate and (self.touches("basis") or self.touches("coefficients")):
@@ -73,7 +66,7 @@ class Skip:
         """The factor on the learning rate of "basis" or "coefficients"; 1 for all others."""
         return getattr(self, f"{part}_every", 1) if self.rescale else 1
 
-    def touches(self, part: Literal["basis", "coefficients"]) -> bool:
+    def touches(self, part: str) -> bool:
         """Whether an ``every`` or ``until`` of this part is not the default."""
         return getattr(self, f"{part}_every") != 1 or getattr(self, f"{part}_until") != 1
 
@@ -89,24 +82,17 @@ class Skip:
         )
 
     def shares(self, *, steps_per_epoch: int, total_steps: int) -> dict[Trained, float]:
-        """The fraction of all steps that train each combination of parts, of those that occur.
-
-        Raises:
-            ValueError: when a part that should be trained would not be, in a training as short as this.
-        """
+        """The fraction of steps that train each combination of parts; ``ValueError`` where one's turn never comes."""
+        if self.alternate and total_steps <= steps_per_epoch:
+            raise ValueError("alternate trains the coefficients in every second epoch, but there is only one epoch")
         steps = Counter(
             self.trains(step, steps_per_epoch=steps_per_epoch, total_steps=total_steps) for step in range(total_steps)
         )
-        if self.alternate and total_steps <= steps_per_epoch:
-            raise ValueError("alternate trains the coefficients in every second epoch, but there is only one epoch")
         return {trained: count / total_steps for trained, count in steps.items()}
 
 
 class Parts:
-    """The parameters of a model that require a gradient: B and A of all basis convolutions, and ``others``.
-
-    What is frozen already belongs to none, so that it stays frozen; what layers share is there once.
-    """
+    """The parameters that require a gradient, each once: B and A of all basis convolutions, and ``others``."""
 
     def __init__(self, model: nn.Module) -> None:
         layers = [module for module in model.modules() if isinstance(module, BasisConv2d)]
@@ -136,7 +122,7 @@ def check_skip(model: nn.Module, skip: Skip, *, steps_per_epoch: int, total_step
     """Raise ``ValueError`` where ``skip`` has no effect on ``model``, or would leave it untrained."""
     parts = Parts(model)
     for part, parameters in (("basis", parts.basis), ("coefficients", parts.coefficients)):
-        if not parameters and (skip.alternate or skip.touches(part)):  # type: ignore[arg-type]
+        if not parameters and (skip.alternate or skip.touches(part)):
             raise ValueError(f"skip says when to train the {part}, but the model has no {part} that are trained at all")
     shares = skip.shares(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     ever = any((t.basis and parts.basis) or (t.coefficients and parts.coefficients) for t in shares)
@@ -145,13 +131,9 @@ def check_skip(model: nn.Module, skip: Skip, *, steps_per_epoch: int, total_step
 
 
 def step_cost(
-    model: nn.Module,
-    trained: Trained,
-    *,
-    input_size: Sequence[int],
-    batch_size: int = 1,
-    mode: Literal["factorized", "composed", "hybrid"] | None = "factorized",
-) -> Cost:
+    model: nn.Module, trained: Trained, *, input_size: Sequence[int], batch_size: int = 1,
+    mode: CountedMode | None = "factorized",
+) -> Cost:  # fmt: skip
     """What one step costs that trains these parts, counted by :func:`basis.costs.cost`."""
     parts = Parts(model)
     with parts.restored():
@@ -160,18 +142,10 @@ def step_cost(
 
 
 def predicted_step(
-    model: nn.Module,
-    skip: Skip,
-    *,
-    input_size: Sequence[int],
-    batch_size: int,
-    steps_per_epoch: int,
-    total_steps: int,
-    mode: Literal["factorized", "composed", "hybrid"] | None = "factorized",
-) -> float:
-    """Mean MACs of a step under ``skip``, as a fraction of those of a step that trains everything.
-
-    Forward and backward pass, the algebra of the layers (without the identity in M that is executed too).
+    model: nn.Module, skip: Skip, *, input_size: Sequence[int], batch_size: int, steps_per_epoch: int,
+    total_steps: int, mode: CountedMode | None = "factorized",
+) -> float:  # fmt: skip
+    """Mean MACs (forward and backward) of a step under ``skip``, as a fraction of those of a step that trains all.
 
     Args:
         input_size: (C, H, W) of one image.

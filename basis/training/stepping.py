@@ -1,10 +1,8 @@
-"""The training step as fast as a machine lets it be: compiled, or captured as a CUDA graph, or both.
+"""The training step, eager, compiled, captured as a CUDA graph, or both.
 
-A step is the forward pass, the loss, the backward pass and the update; it reads nothing back from the
-device. On a GPU its hundreds of kernels take longer to launch than to run for all but large batches. A
-CUDA graph launches them at once. What it has captured, it repeats: the same kernels on the same memory.
-So images and labels are copied to fixed places, learning rates are tensors that are filled anew before
-each step, and steps that compute different things, such as those of skip-training, get a graph each.
+A step is the forward pass, the loss, the backward pass and the update; it reads nothing back from the device. A graph
+launches its hundreds of kernels at once. It repeats the same kernels on the same memory, so images and labels are
+copied to fixed places, learning rates are tensors, and each kind of step (as of skip-training) has its own graph.
 """
 
 from __future__ import annotations
@@ -18,8 +16,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._triton import has_triton
 
-from basis.training.attention import Attention
+from basis.batches import logits_of
 
 Step = Literal["eager", "compiled", "graphed", "fast"]
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
@@ -29,7 +28,7 @@ VARIANTS = 64  # networks of one class that one process can compile; torch gives
 
 
 class Means(NamedTuple):
-    """What a step is made fast by, and why not by more. As text for people: ``eager (needs a GPU)``."""
+    """Active accelerations, and why the others are off; as text: ``eager (needs a GPU)``."""
 
     compiled: bool = False
     graphed: bool = False
@@ -46,12 +45,10 @@ class Means(NamedTuple):
 
 
 def means_for(step: Step | None, device: torch.device) -> Means:
-    """What ``step`` comes to on this device.
+    """What ``step`` comes to on this device: what it does not support is left out, with the reason.
 
-    None is graphed on a GPU, which needs no compiler and takes seconds to prepare, else eager. "fast" is compiled
-    and graphed on a GPU, else eager: on one core of a CPU compiling ResNet-20 took 35 s and made a step 1.3 times
-    as fast (0.53 s to 0.40 s, batches of 125), so it pays after some 300 steps.
-    What a device does not support is left out, with the reason.
+    None is graphed on a GPU, else eager. "fast" on a CPU is eager: compiling ResNet-20 took 35 s on one core and made
+    a step 1.3 times as fast, so it pays after some 300 steps.
     """
     gpu = device.type == "cuda"
     if step is None:
@@ -62,56 +59,48 @@ def means_for(step: Step | None, device: torch.device) -> Means:
         return Means(reason=f"on {device.type} compiling takes longer than a short training gains")
     if step == "graphed":
         return Means(graphed=True) if gpu else Means(reason=f"CUDA graphs need a GPU, not {device.type}")
-    missing = "torch.compile needs Triton" if gpu and not _has_triton() else ""
+    missing = "torch.compile needs Triton" if gpu and not has_triton() else ""
     return Means(compiled=not missing, graphed=step == "fast" and gpu, reason=missing)
 
 
 class TrainingStep:
     """One step of a training, to be called again and again: ``step(x, labels, kind)``.
 
-    The first step of each kind takes longer, since it is compiled or captured then, after trial steps
-    whose every effect on the training is undone. Those seconds add up in ``setup_seconds``. Where that
-    fails the step is eager, and ``means`` says so.
+    The first step of each kind is compiled or captured, after trial steps whose effects are undone; those seconds add
+    up in ``setup_seconds``. Where that fails the step is eager, and ``means`` says so.
 
     Args:
-        model: from images to logits; on its device, in training mode when a step is called.
-        optimizer: over parameters of ``model``; for CUDA graphs a fused one, which reads a learning rate
-            on the device. Its learning rates are set by :meth:`set_rates`.
+        model: from images to logits (N, classes); on its device, in training mode when a step is called.
+        optimizer: over parameters of ``model``; for CUDA graphs a fused one. :meth:`set_rates` sets its rates.
         scaler: of the loss.
-        objective: of (loss, kind): what is differentiated.
+        objective: (loss, kind) to what is differentiated.
         means: see :func:`means_for`.
-        autocast: a context manager, made anew for each forward pass.
+        autocast: makes the context of a forward pass.
         label_smoothing: of the cross-entropy.
         channels_last: the memory format of ``model``, which a compiler has to be made to keep.
-        capture: runs a function so that what it returns repeats it; a CUDA graph unless given.
-        attention: runs ``model`` beside a teacher, whose term is added to what is differentiated. It is not
-            compiled: torch compiles modules of one class once, whatever hooks they have.
+        capture: runs a function and returns what repeats it; a CUDA graph unless given.
+        beside: runs ``model`` beside a teacher, (N, C, H, W) to logits and a term that is added to what is
+            differentiated. Not compiled: torch compiles modules of one class once, whatever hooks they have.
+        clip: the largest norm of the gradient of all parameters together.
+        sums_objective: whether :attr:`loss` sums what is differentiated instead of the cross-entropy.
 
     Attributes:
-        loss, correct: sums over the steps since :meth:`start_epoch`, scalars on the device: the mean
-            losses of the batches, and the images that were classified rightly.
-        means: how the step is run; text for people by ``str``.
-        setup_seconds: spent on compiling and capturing so far.
+        loss, correct: sums over the steps since :meth:`start_epoch`, on the device: mean losses of the batches, and
+            images that were classified rightly.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.SGD,
-        scaler: torch.amp.GradScaler,
-        objective: Callable[[Tensor, Any], Tensor],
-        *,
-        means: Means,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
-        label_smoothing: float = 0.0,
-        channels_last: bool = False,
-        capture: Capture | None = None,
-        attention: Attention | None = None,
-    ) -> None:
-        if attention and means.compiled:
+        self, model: nn.Module, optimizer: torch.optim.SGD, scaler: torch.amp.GradScaler,
+        objective: Callable[[Tensor, Any], Tensor], *, means: Means,
+        autocast: Callable[[], AbstractContextManager] = nullcontext, label_smoothing: float = 0.0,
+        channels_last: bool = False, capture: Capture | None = None,
+        beside: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None, clip: float | None = None,
+        sums_objective: bool = False,
+    ) -> None:  # fmt: skip
+        if beside and means.compiled:
             means = means._replace(compiled=False, reason="attention transfer is not compiled")
         self.model, self.optimizer, self.scaler, self.means = model, optimizer, scaler, means
-        self.attention = attention
+        self.beside, self._clip, self._sums_objective = beside, clip, sums_objective
         self.setup_seconds = 0.0
         self._objective, self._autocast, self._label_smoothing = objective, autocast, label_smoothing
         self._device = next(model.parameters()).device
@@ -125,10 +114,7 @@ class TrainingStep:
         self.forget()
 
     def __call__(self, x: Tensor, labels: Tensor, kind: Hashable = None) -> None:
-        """Train on one batch of images (N, C, H, W) and labels (N,).
-
-        ``kind`` tells apart the steps that compute different things (and is given to ``objective``).
-        """
+        """Train on one batch; ``kind`` tells apart steps that compute different things, and goes to ``objective``."""
         if not self.means.prepares:
             return self._run(x, labels, kind=kind)
         key = (kind, x.shape)
@@ -150,7 +136,7 @@ class TrainingStep:
         self.correct.zero_()
 
     def forget(self) -> None:
-        """Drop what is captured, because the optimizer's state was replaced (by ``load_state_dict``)."""
+        """Drop what is captured, after ``optimizer.load_state_dict``."""
         self._prepared.clear()
         if self.means.prepares:  # momentum has its place before anything is captured
             for group in self.optimizer.param_groups:
@@ -158,7 +144,7 @@ class TrainingStep:
                     self.optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
 
     def restart(self) -> None:
-        """Make ready for another training of the same model: no momentum, the first loss scale, no sums."""
+        """Make ready for another training of the same model."""
         for state in self.optimizer.state.values():
             state["momentum_buffer"].zero_()
         self.scaler.load_state_dict(self._fresh_scaler)
@@ -167,23 +153,27 @@ class TrainingStep:
         self.start_epoch()
 
     def _run(self, x: Tensor, labels: Tensor, *, kind: Hashable) -> None:
-        transfer: Tensor | None = None
-        if self.attention:
-            logits, transfer = self.attention(x)
+        term: Tensor | None = None
+        if self.beside:
+            logits, term = self.beside(x)
         else:
             with self._autocast():
-                logits = self._network(x)
+                logits = logits_of(self._network(x))
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self._label_smoothing)
         objective = self._objective(loss, kind)
-        if transfer is not None:
-            objective = objective + transfer
+        if term is not None:
+            objective = objective + term
         self.optimizer.zero_grad(set_to_none=True)
         if objective.requires_grad:  # a step may train nothing, where all but a skipped part is frozen
             self.scaler.scale(objective).backward()
+            if self._clip is not None:
+                self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], self._clip)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        self.loss += loss.detach()
-        self.correct += (logits.detach().argmax(1) == labels).sum()
+        self.loss += (objective if self._sums_objective else loss).detach()
+        right = labels if labels.dim() == 1 else labels.argmax(1)  # labels may be probabilities
+        self.correct += (logits.detach().argmax(1) == right).sum()
 
     def _prepare(self, x: Tensor, labels: Tensor, kind: Hashable) -> Callable[[Tensor, Tensor], None]:
         run = partial(self._run, kind=kind)
@@ -248,10 +238,7 @@ class CudaCapture:
         self._device, self._pool, self._stream = device, torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Capture what ``function`` does on the GPU and return what repeats it.
-
-        Raises ``RuntimeError`` where it waits for the GPU.
-        """
+        """Capture what ``function`` does on the GPU; ``RuntimeError`` where it waits for the GPU."""
         graph = torch.cuda.CUDAGraph()
         try:
             # The outer context goes back to the present stream, which a capture that fails does not.
@@ -268,17 +255,11 @@ class CudaCapture:
 def compiled(model: nn.Module, channels_last: bool, *, fullgraph: bool = False) -> Any:
     """``model`` compiled for fixed shapes, as a function; it keeps channels-last where the model is.
 
-    Without ``force_layout_optimization`` inductor gives up channels-last for a whole graph in which one
-    3x3 convolution has at most half as many outputs as inputs, as that with B has at r <= 1/2.
+    Without ``force_layout_optimization`` inductor gives up channels-last for a whole graph in which one 3x3
+    convolution has at most half as many outputs as inputs, as that with B has at r <= 1/2.
     """
     options: Any = {"force_layout_optimization": True} if channels_last else None
     return torch.compile(model, fullgraph=fullgraph, dynamic=False, options=options)
-
-
-def _has_triton() -> bool:
-    from torch.utils._triton import has_triton  # asks the driver, so not before there is a GPU to ask about
-
-    return has_triton()
 
 
 def _many_variants() -> AbstractContextManager:

@@ -21,7 +21,7 @@ from typing import Any
 
 import nbformat
 
-from basis.experiments import runs
+from basis.environment import repository_root, results_folder
 from basis.experiments.studies import STUDIES, check_records
 from basis.experiments.tidy import sound_records, write_tables
 from book.tools import gates
@@ -114,9 +114,7 @@ def build(
     build. The pages are in `book/_build/html`, and in `html_dir` too if that is given. If
     anything is wrong, everything that is wrong is named in one `BookError`.
     """
-    root = runs.repository_root()
-    if root is None:
-        raise BookError(["the book is built in a checkout of the repository, and this package is not in one"])
+    root = checkout()
     say = progress or (lambda message: None)
     sources = {path.stem: path for path in sorted((root / "notebooks").glob("*.ipynb"))}
     problems = source_gates(root, sources)
@@ -160,6 +158,41 @@ def build(
     return (html_dir or html) / "index.html"
 
 
+def export_figures(names: Sequence[str], out: Path, *, progress: Callable[[str], None] | None = None) -> list[Path]:
+    """Draw figures of the book anew, by name (all unless named), into ``out``: SVG (light, dark) and PDF.
+
+    Raises:
+        BookError: for a name that no chapter draws, or a chapter that fails.
+    """
+    root = checkout()
+    sources = {path.stem: path for path in sorted((root / "notebooks").glob("*.ipynb"))}
+    drawn = {
+        name: stem
+        for stem, path in sources.items()
+        for cell in nbformat.read(path, as_version=4).cells
+        for name in re.findall(r"figures\.show\(.*?name=\"([a-z0-9-]+)\"", cell.source, re.DOTALL)
+    }
+    unknown = [name for name in names if name not in drawn]
+    if unknown:
+        raise BookError([f"there is no figure {name!r}; there are {', '.join(sorted(drawn))}" for name in unknown])
+    wanted = list(names) or sorted(drawn)
+    stems = sorted({drawn[name] for name in wanted})
+    if progress:
+        progress(f"executing {len(stems)} notebooks")
+    execute_all({stem: sources[stem] for stem in stems}, None, root)
+    out.mkdir(parents=True, exist_ok=True)
+    files = [root / "book" / "figures" / f"{name}{end}" for name in wanted for end in (".svg", "-dark.svg", ".pdf")]
+    return [Path(shutil.copy(path, out)) for path in files if path.is_file()]
+
+
+def checkout() -> Path:
+    """The checkout of the repository that the package runs from."""
+    root = repository_root()
+    if root is None:
+        raise BookError(["the book is built in a checkout of the repository, and this package is not in one"])
+    return root
+
+
 def source_gates(root: Path, sources: Mapping[str, Path]) -> list[str]:
     """All gates that need nothing to be executed."""
     problems = gates.contents_problems((root / "book" / "_toc.yml").read_text(encoding="utf-8"), sources)
@@ -171,7 +204,7 @@ def source_gates(root: Path, sources: Mapping[str, Path]) -> list[str]:
     for path in sorted((root / "book").glob("*.md")):
         problems += gates.number_problems(path.read_text(encoding="utf-8"), f"book/{path.name}")
     problems += sync(root, check=True, example=False)
-    problems += check_records(runs.results_folder())
+    problems += check_records(results_folder())
     return problems
 
 
@@ -214,7 +247,8 @@ def render(root: Path) -> list[str]:
     shutil.rmtree(root / "book" / "_build", ignore_errors=True)
     code = "from jupyter_book.cli.main import main; main()"
     command = [sys.executable, "-c", code, "build", "book", "-W", "-n", "--keep-going", "-q"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}  # for book.tools
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     if done.returncode == 0:
         return []
     output = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + "\n" + done.stderr).replace(f"{root}{os.sep}", "")

@@ -30,11 +30,11 @@ import nbformat
 import pandas as pd
 from nbformat.v4 import new_markdown_cell
 
+from basis.environment import commit
 from basis.experiments import front_page as headline
-from basis.experiments import runs
+from basis.experiments.pace import KINDS
 from basis.experiments.studies import CLAIMS, STUDIES, Study, Verdict, status, valid_records
 from basis.experiments.studies.cost import load_benches
-from basis.experiments.studies.hours import KINDS
 from basis.experiments.tidy import sound_records
 from basis.figures import CAPTION_KEY, FIGURE_KEY, HEADLINE, table
 from book.tools import gates
@@ -269,7 +269,7 @@ def page_facts(stem: str, seconds: float, root: Path, profile: str | None = None
     times.append(("this page", "reads records" if study else "no training", duration_class(seconds), machine()))
     provenance = {
         "package": f"basis {metadata.version(DISTRIBUTION)}",
-        "commit": runs.commit() or "unknown",
+        "commit": commit() or "unknown",
         "python, torch": f"{platform.python_version()}, {metadata.version('torch')}",
         "executed on": machine(),
         "execution time": duration_class(seconds),
@@ -376,7 +376,7 @@ def fragments(pages: Mapping[str, Notebook], profile: str | None = None) -> dict
     tested = [claim for claim, items in found.items() if any(v.label != "not tested" for _, v in items)]
     numbers = {
         "version": metadata.version(DISTRIBUTION),
-        "commit": runs.commit() or "unknown",
+        "commit": commit() or "unknown",
         "repository_link": f"[{here.owner}/{here.name}]({here.repository})",
         "book_link": f"[{here.pages}]({here.pages})",
         "runs_done": str(sum(int(row[2].split()[0]) for row in states)),

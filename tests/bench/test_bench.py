@@ -6,35 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from basis import substitute
-from basis.bench.cases import (
-    RESNET18_SHAPES,
-    TRAINED,
-    BenchReport,
-    Block,
-    Setting,
-    Shape,
-    _references,
-    _training_candidates,
-    bench_blocks,
-    bench_latency,
-    bench_layers,
-    bench_training,
-    compare,
-    interleave,
-    make_trainer,
-    training_step,
-)
+from basis.bench.cases import Block, bench_layers
+from basis.bench.networks import bench_training
+from basis.bench.report import BenchReport
 from basis.bench.roofline import machine_of
-from basis.bench.timing import MOST_SETS, ROTATED_BYTES, layer_steps, peak_bytes
+from basis.bench.shapes import Shape
+from basis.bench.timing import MOST_SETS, Setting, compare, interleave, peak_bytes
+from basis.bench.tuning import bench_latency
 from basis.cli import main
-from basis.experiments.studies.cost import load_benches
-from basis.experiments.sweep import Measurement, bench_gpu, measurements
+from basis.experiments.sweep import Measurement, bench_gpu
 from basis.layers.conv import BasisConv2d
-from basis.models import build
 from basis.saving import RecordError
 from basis.substitution import Plan
-from basis.training.skipping import Parts
 from basis.training.stepping import Means
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,20 +62,6 @@ def test_every_round_runs_each_step_once_in_changing_order():
     assert {n: [i + 1 for i, o in enumerate(order) if o == n] for n in "abcd"} == times
 
 
-def test_the_same_seed_gives_the_same_order():
-    orders = []
-    for seed in (0, 0, 1):
-        ran = []
-        interleave({n: lambda n=n, r=ran: r.append(n) for n in "abc"}, timer=Clock(lambda _: 1), rounds=9, seed=seed)
-        orders.append(ran)
-    assert orders[0] == orders[1] != orders[2]
-
-
-def test_a_spent_budget_stops_after_three_rounds():
-    times = interleave({"a": lambda: None}, timer=Clock(lambda _: 1), rounds=1000, seconds=0)
-    assert len(times["a"]) == 3
-
-
 def test_speedup_is_the_median_of_ratios_within_rounds():
     # A machine that slows down tenfold half-way: medians taken apart would not see the factor 2.
     dense, candidate = [0.002, 0.002, 0.02, 0.02, 0.02], [0.001, 0.001, 0.001, 0.01, 0.01]
@@ -100,13 +69,6 @@ def test_speedup_is_the_median_of_ratios_within_rounds():
     assert row["speedup"] == pytest.approx(2)
     assert (row["speedup_q1"], row["speedup_q3"]) == pytest.approx((2, 2))
     assert (row["ms"], row["dense_ms"], row["n"]) == pytest.approx((1, 20, 5))
-
-
-def test_versus_basis_is_the_median_of_ratios_within_rounds():
-    row = compare([0.004, 0.004, 0.04], [0.002, 0.002, 0.02], [0.001, 0.002, 0.02])
-    assert row["versus_basis"] == pytest.approx(0.5)
-    assert (row["versus_basis_q1"], row["versus_basis_q3"]) == pytest.approx((0.375, 0.5))
-    assert "versus_basis" not in compare([1], [1])
 
 
 def test_peak_memory_counts_what_is_alive_at_once_and_nothing_else():
@@ -137,15 +99,6 @@ def test_peak_memory_of_a_backward_pass_holds_what_it_saves_and_the_gradients():
     assert 2 * 4 * n <= peak_bytes(step, torch.device("cpu")) <= 4 * 4 * n + 1024
 
 
-def test_the_profiler_is_off_again_after_a_step_that_fails():
-    def fails():
-        raise RuntimeError("no")
-
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="no"):
-            peak_bytes(fails, torch.device("cpu"))
-
-
 def test_a_step_that_may_fail_becomes_an_error(setting):
     def fails():
         raise RuntimeError("no such kernel\nand a long story")
@@ -174,7 +127,7 @@ def test_rows_cover_all_cells_and_each_has_a_control(report):
 
 
 def test_a_control_that_is_off_is_reported(setting):
-    report = bench_layers(shapes=["4@4"], ratios=[0.5], modes=[], passes=["forward"], setting=setting)
+    report = bench_layers(shapes=["4@4"], ratios=[0.5], candidates=[], passes=["forward"], setting=setting)
     assert "1 is within the quartiles in 1 of 1 cells" in str(report)
     off = BenchReport(**{**vars(report), "rows": [{**report.rows[0], "speedup_q1": 1.1, "speedup_q3": 1.2}]})
     assert off.failed_controls() == list(off.rows)
@@ -195,7 +148,7 @@ def test_passes_run_what_they_say(monkeypatch, setting):
     for one, backward in (("forward", False), ("forward+backward", True)):
         seen.clear()
         gradients.clear()
-        bench_layers(shapes=["4-8@6/2"], ratios=[0.5], modes=["composed"], passes=[one], setting=setting)
+        bench_layers(shapes=["4-8@6/2"], ratios=[0.5], candidates=["composed"], passes=[one], setting=setting)
         assert set(seen) == {(backward, (2, 4, 6, 6), None, None)}  # no step leaves gradients to the next
         assert set(gradients) == ({(2, 4, 6, 6)} if backward else set())
 
@@ -216,7 +169,7 @@ def test_both_sides_have_the_same_layout_and_precision(monkeypatch, memory_forma
 
         monkeypatch.setattr(kind, "forward", spy)
     bench_layers(
-        shapes=["8@4"], ratios=[0.5], modes=["factorized", "composed"], passes=["forward+backward"],
+        shapes=["8@4"], ratios=[0.5], candidates=["factorized", "composed"], passes=["forward+backward"],
         setting=Setting(device="cpu", precision=precision, memory_format=memory_format, batch_size=2, rounds=3),
     )  # fmt: skip
     expected = (dtype, dtype, torch.float32, last, last, last)
@@ -240,19 +193,6 @@ def test_shapes_read_back_as_written(text):
     assert str(Shape.parse(text)) == text
 
 
-def test_training_measures_whole_steps(setting):
-    told = []
-    report = bench_training(model="resnet20", width=4, ratios=[0.5], setting=setting, progress=told.append)
-    assert [row["mode"] for row in report.rows] == ["control", "auto"]
-    control, auto = report.rows
-    assert control["parameter_ratio"] == 1 < auto["parameter_ratio"]
-    assert auto["images_per_second"] == pytest.approx(2 / 0.002)
-    assert report.config["model"] == "resnet20"
-    assert len(told) == 2
-    assert "resnet20" in told[0]
-    assert "resnet20" in str(report)
-
-
 def test_training_measures_forms_and_parts_together(setting):
     report = bench_training(
         model="resnet20", width=8, ratios=[0.5], modes=["factorized"], coefficients=["dense", "repeat"],
@@ -267,20 +207,6 @@ def test_training_measures_forms_and_parts_together(setting):
     assert "coefficients" in str(report)
 
 
-def test_what_a_step_does_not_train_stays_as_it_is():
-    torch.manual_seed(0)
-    network = substitute(build("resnet20", width=4), ratio=0.5, init="random", mode="factorized")
-    Parts(network).train(TRAINED["coefficients"])
-    before = {name: p.detach().clone() for name, p in network.named_parameters()}
-    setting = Setting(device="cpu", precision="fp32").settled(network)
-    trainer = make_trainer(network, setting)
-    training_step(trainer, torch.randn(4, 3, 32, 32), torch.randint(10, (4,)))()
-    assert all(p.grad is None for p in network.parameters())
-    moved = {name for name, p in network.named_parameters() if not torch.equal(p, before[name])}
-    assert not any(name.endswith(".basis") for name in moved)
-    assert sum(".coefficients." in name for name in moved) == sum(".coefficients." in name for name in before)
-
-
 def test_a_form_that_fits_not_every_layer_is_refused_before_anything_is_measured(setting):
     told = []
     with pytest.raises(ValueError, match=r"conv1: .* A is 3 x 1, and no rank is above 1"):
@@ -289,13 +215,6 @@ def test_a_form_that_fits_not_every_layer_is_refused_before_anything_is_measured
             progress=told.append,
         )  # fmt: skip
     assert told == []
-
-
-def test_an_unknown_part_or_form_is_refused(setting):
-    with pytest.raises(ValueError, match="trained is 'all', but must be one of both, basis, coefficients, neither"):
-        bench_training(model="resnet20", width=4, trained=["all"], setting=setting)
-    with pytest.raises(ValueError, match="'thin'"):
-        bench_training(model="resnet20", width=4, ratios=[0.5], coefficients=["thin"], setting=setting)
 
 
 def test_training_measures_norms_and_steps_against_the_dense_network_by_the_same_step(setting):
@@ -321,35 +240,17 @@ def test_training_measures_norms_and_steps_against_the_dense_network_by_the_same
     assert len(report.controls()) == 1
 
 
-def test_each_kind_of_step_has_a_dense_network_of_its_own():
-    kinds = _training_candidates(["auto"], ["dense"], ["both"], ["ordinary"], ["eager", "fast"])
-    references = _references(kinds)
-    named = {name: references.get(name, "dense") for name in kinds}
-    assert named == {
-        "dense": "dense", "control": "dense", "dense fast": "dense",
-        "auto dense both ordinary eager": "dense", "auto dense both ordinary fast": "dense fast",
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ({"norms": ["none"]}, "norms is 'none', but must be one of ordinary, through_basis"),
         ({"steps": ["slow"]}, "step is 'slow', but must be one of eager, compiled, graphed, fast"),
-        ({"steps": []}, "steps is empty"),
     ],
 )
 def test_an_unknown_norm_or_step_is_refused(options, says, setting):
     with pytest.raises(ValueError, match=says):
         bench_training(model="resnet20", width=4, **options, setting=setting)
     assert setting.timer.calls == 0
-
-
-def test_a_control_that_failed_is_not_counted(report):
-    rows = [{"mode": "control", "ratio": 0.5, "error": "RuntimeError: out of memory"}, report.rows[0]]
-    broken = BenchReport(**{**vars(report), "rows": rows})
-    assert broken.controls() == [report.rows[0]]
-    assert "control failed: RuntimeError: out of memory" in str(broken)
 
 
 def rehearse(function):
@@ -372,7 +273,7 @@ def refuse(*modes):
 @pytest.fixture
 def graphing(monkeypatch):
     """Training steps are graphed as if there were a GPU."""
-    for module in ("bench", "training"):
+    for module in ("bench.networks", "training.loop"):
         monkeypatch.setattr(
             f"basis.{module}.means_for",
             lambda step, device: Means(graphed=step in ("graphed", "fast"), compiled=step == "fast"),
@@ -403,7 +304,7 @@ def test_layers_are_timed_as_graphs_on_inputs_in_rotation(setting):
 
     graphed = replace(setting, capture=capture)
     modes = ["factorized", "composed", "auto"]
-    report = bench_layers(shapes=["8@4"], ratios=[0.5], modes=modes, passes=["forward+backward"], setting=graphed)
+    report = bench_layers(shapes=["8@4"], ratios=[0.5], candidates=modes, passes=["forward+backward"], setting=graphed)
     assert len(captured) == 4  # dense, control and two modes, of which auto is one
     assert {row["timed"] for row in report.rows} == {"graph"}
     assert {row["sets"] for row in report.rows} == {MOST_SETS}  # such small inputs never fill the cache
@@ -414,26 +315,13 @@ def test_layers_are_timed_as_graphs_on_inputs_in_rotation(setting):
     assert auto["same_as"] == auto["resolved"] in modes
 
 
-@pytest.mark.parametrize(("one", "maps"), [("forward", 1), ("forward+backward", 3)])
-def test_so_many_inputs_rotate_that_no_cache_holds_them(monkeypatch, one, maps, setting):
-    size, moved = (8, 16, 16), maps * 2 * 8 * 16 * 16 * 4  # x, and with a backward pass its gradient and that of y
-    seen = []
-    layer = nn.Conv2d(8, 8, 3, padding=1)
-    layer.register_forward_hook(lambda layer, args, y: seen.append((args[0].data_ptr(), args[0].grad)))
-    for least, sets in ((7.5 * moved, 8), (moved, 4), (1e9 * moved, MOST_SETS)):
-        monkeypatch.setattr("basis.bench.timing.ROTATED_BYTES", least)
-        step = layer_steps({"dense": layer}, [size], one, replace(setting, capture=rehearse))["dense"]
-        seen.clear()
-        step()
-        assert step.sets == len(seen) == len(set(seen)) == sets
-        assert {gradient for _, gradient in seen} == {None}
-    assert layer.weight.grad is None  # replays do not accumulate
-    assert layer_steps({"dense": layer}, [size], one, setting)["dense"].sets == 1  # nothing rotates on a CPU
-    assert ROTATED_BYTES >= 150e6
-
-
 def test_a_layer_that_cannot_be_captured_is_never_mixed_with_graphs(setting):
-    options = {"shapes": ["8@4"], "ratios": [0.5], "modes": ["factorized", "hybrid"], "passes": ["forward+backward"]}
+    options = {
+        "shapes": ["8@4"],
+        "ratios": [0.5],
+        "candidates": ["factorized", "hybrid"],
+        "passes": ["forward+backward"],
+    }
     control, factorized, hybrid = bench_layers(**options, setting=replace(setting, capture=refuse("hybrid"))).rows
     assert control["timed"] == factorized["timed"] == "graph"
     assert hybrid["error"] == "could not be captured: RuntimeError: operation not permitted when stream is capturing"
@@ -507,46 +395,29 @@ def test_latencies_of_graphs_and_of_the_host_do_not_add_up(latency):
     assert {len(ks) for ks in replace(latency, rows=failed).latencies("forward").values()} == {1}
 
 
-@pytest.mark.parametrize("residual", [False, True])
-def test_blocks_are_measured_with_and_through_batch_normalisation(monkeypatch, residual, setting):
+def test_blocks_are_measured_with_and_through_batch_normalisation(monkeypatch, setting):
     seen, gradients = set(), []
     forward = Block.forward
 
     def spy(self, x, shortcut=None):
-        seen.add((self.training, type(self.bn).__name__, shortcut is not None))
-        for tensor in (x, shortcut):
+        seen.add((self.training, type(self.bn).__name__))
+        for tensor in (x,):
             if type(tensor) is torch.Tensor and tensor.requires_grad:  # not while the block is traced
                 tensor.register_hook(lambda gradient: gradients.append(tuple(gradient.shape)))
         return forward(self, x, shortcut)
 
     monkeypatch.setattr(Block, "forward", spy)
-    report = bench_blocks(shapes=["8-16@6/2"], ratios=[0.5], modes=["auto"], residual=residual, setting=setting)
+    report = bench_layers(
+        "block", shapes=["8-16@6/2"], ratios=[0.5], candidates=["auto", "through_basis"], setting=setting
+    )
     assert [row["mode"] for row in report.rows] == ["control", "auto", "through_basis"]
-    assert {(True, "BatchNorm2d", residual), (True, "BasisBatchNorm2d", residual)} <= seen
-    assert set(gradients) == {(2, 8, 6, 6)} | ({(2, 16, 3, 3)} if residual else set())
+    assert {(True, "BatchNorm2d"), (True, "BasisBatchNorm2d")} <= seen
+    assert set(gradients) == {(2, 8, 6, 6)}
     assert report.rows[-1]["versus_basis"] == 1
     assert report.rows[-1]["peak_mib"] < report.rows[-1]["dense_peak_mib"]
-    assert report.config["residual"] == residual
 
 
-def test_the_kinds_of_normalisation_can_be_measured_alone(setting):
-    for norms, modes in ((["ordinary"], ["control", "hybrid"]), (["through_basis"], ["control", "through_basis"])):
-        report = bench_blocks(shapes=["8@4"], ratios=[0.5], modes=["hybrid"], norms=norms, setting=setting)
-        assert [row["mode"] for row in report.rows] == modes
-    with pytest.raises(ValueError, match="norms is 'batch'"):
-        bench_blocks(norms=["batch"], setting=setting)
-
-
-def test_reports_made_before_peaks_norms_and_steps_are_read(tmp_path):
-    stored = [BenchReport.load(path) for path in sorted((ROOT / "results" / "bench").glob("*.json"))]
-    old = [report for report in stored if report.kind == "bench-train" and "steps" not in report.config]
-    if not old:
-        pytest.skip("no such report is stored any more")
-    for report in old:
-        assert report.faster_than_basis() == []
-        assert "dense against itself" in str(report)
-
-
+@pytest.mark.weekly
 def test_the_sweep_measures_everything_and_saves_each_report(tmp_path, monkeypatch):
     monkeypatch.setattr("basis.bench.timing.MOST_SETS", 2)
     told = []
@@ -607,41 +478,6 @@ def test_the_sweep_begins_nothing_when_the_time_is_up(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
-def test_the_full_sweep_is_within_its_means():
-    plan = measurements()
-    assert sum(one.share for one in plan) == pytest.approx(1)
-    assert len({one.name for one in plan}) == len(plan)
-    parts = {one.name: len(one.parts) for one in plan}
-    assert list(parts.items())[:5] == [
-        ("layer", len(RESNET18_SHAPES)), ("train-norms-steps-resnet18", 2), ("block", len(RESNET18_SHAPES)),
-        ("latency-resnet18", 1), ("plans-resnet18", 3),
-    ]  # fmt: skip
-    compiling = [one.name for one in plan for part in one.parts if "dense_steps" in getattr(part, "keywords", {})]
-    assert compiling == ["train-compiled-resnet18"]
-    assert {one.name: one.needs for one in plan if one.needs} == {"train-compiled-resnet18": 70}
-    assert all(one.latency in list(parts)[:i] for i, one in enumerate(plan) if one.latency)
-
-
-def test_what_needs_more_time_than_is_left_does_not_begin(tmp_path, monkeypatch):
-    made = []
-
-    def measure(*, setting, progress):
-        made.append(setting.batch_size)
-        return report_of("a")
-
-    plan = (
-        Measurement(name="compiled", share=0.5, parts=[measure], needs=70),
-        Measurement(name="other", share=0.5, parts=[measure], batch_size=7),
-    )
-    monkeypatch.setattr("basis.experiments.sweep.measurements", lambda tiny: plan)
-    told = []
-    setting = Setting(device="cpu", batch_size=2, timer=Clock(lambda _: 1))
-    (path,) = bench_gpu(tmp_path, setting=setting, time_limit=69, tiny=True, progress=told.append)
-    assert path.name == "other-cpu-fp32-contiguous.json"
-    assert made == [7]
-    assert any("compiled: 0 of 1 parts" in line for line in told)
-
-
 def test_the_sweep_goes_on_without_a_part_that_fails_and_shows_what_cannot_be_saved(tmp_path, monkeypatch):
     def part(name):
         def measure(*, setting, progress):
@@ -683,58 +519,19 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(t
     with pytest.raises(ValueError, match=r"nothing can be written to the folder .*file"):
         bench_gpu(tmp_path / "file", setting=setting, tiny=True)
     assert setting.timer.calls == 0
-    monkeypatch.setattr("basis.cli._measure", None)
+    monkeypatch.setattr("basis.cli._arguments", None)
     for out, says in ((tmp_path / "file" / "a.json", "nothing can be written"), (tmp_path, "is a folder, but must be")):
         assert main(["bench", "layer", "--device", "cpu", "--out", str(out)]) == 2
         assert says in capsys.readouterr().err
 
 
-def test_a_machine_that_cannot_be_measured_loses_nothing(tmp_path, monkeypatch, capsys):
-    def fails(setting):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr("basis.cli.measure_machine", fails)
-    options = "--shapes 8@4 --ratios 0.5 --passes forward --modes auto --device cpu --rounds 3 --batch-size 2"
-    with pytest.raises(RuntimeError, match="out of memory"):
-        main(["bench", "layer", *options.split(), "--out", str(tmp_path / "a.json")])
-    assert len(BenchReport.load(tmp_path / "a.json").rows) == 2
-    assert "dense against itself" in capsys.readouterr().out
-
-
-def test_a_report_that_cannot_be_saved_is_shown(tmp_path, monkeypatch, capsys, report):
-    monkeypatch.setattr("basis.cli._measure", lambda options, shared: (report, "layer"))
-    monkeypatch.setattr(
-        "basis.bench.timing.write_json", lambda path, content: (_ for _ in ()).throw(RecordError("disk full"))
-    )
-    assert main(["bench", "layer", "--device", "cpu", "--out", str(tmp_path / "a.json")]) == 2
-    shown = capsys.readouterr()
-    assert "dense against itself" in shown.out
-    assert "disk full" in shown.err
-
-
-def test_ratios_are_checked_before_the_first_is_measured(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("basis.cli.bench_inference", None)
-    command = ["bench", "inference", "--ratios", "0.5", "2", "--device", "cpu", "--out", str(tmp_path / "a.json")]
-    assert main(command) == 2
-    assert "ratio is 2.0" in capsys.readouterr().err
-
-
-def test_reports_of_other_networks_have_other_names(tmp_path, monkeypatch):
-    monkeypatch.setattr("basis.cli.results_folder", lambda: tmp_path)
-    options = (
-        "--width 4 --ratios 0.5 --device cpu --precision fp32 --memory-format contiguous --rounds 3 --batch-size 2"
-    )
-    assert main(["bench", "train", "--model", "resnet20", *options.split()]) == 0
-    assert [path.name for path in (tmp_path / "bench").iterdir()] == ["train-resnet20-w4-cpu-fp32-contiguous.json"]
-
-
 def test_the_commands_for_blocks_and_rivals_store_the_machine_too(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("basis.cli.results_folder", lambda: tmp_path)
     where = "--device cpu --precision fp32 --memory-format contiguous --rounds 3 --batch-size 2 --ratios 0.5"
-    assert main(["bench", "block", "--shapes", "8@4", "--modes", "auto", "--residual", *where.split()]) == 0
+    assert main(["bench", "block", "--shapes", "8@4", "--candidates", "auto", "through_basis", *where.split()]) == 0
     command = ["bench", "rivals", "--shapes", "16@4", "--passes", "forward", "--candidates", "basis", "svd"]
     assert main([*command, *where.split()]) == 0
-    for name in ("block-residual", "rivals"):
+    for name in ("block", "rivals"):
         report = BenchReport.load(tmp_path / "bench" / f"{name}-cpu-fp32-contiguous.json")
         assert machine_of(report).bytes_per_second > 0
     assert "versus_basis" in capsys.readouterr().out
@@ -810,22 +607,6 @@ def test_latency_rows_cover_all_layers_candidates_and_passes(latency):
     assert latency.latencies("forward")["0.point"] == {k: pytest.approx(2) for k in wide}
 
 
-def test_equal_shapes_are_measured_once(setting):
-    told = []
-    setting.timer.seconds = lambda call: call  # no two times are equal
-    report = bench_latency(
-        nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(4))), input_size=(8, 6, 6),
-        ratios=[0.5], multiple=1, passes=["forward+backward"], setting=setting, progress=told.append,
-    )  # fmt: skip
-    assert setting.timer.calls == 2 * 3 * 3  # the first layer has no gradient of its input, so it stands alone
-    assert len(told) == 2 * 2
-    same = {row["layer"]: row["same_as"] for row in report.rows}
-    assert same == {"0": None, "1": None, "2": "1", "3": "1"}
-    assert len(report.controls()) == 2
-    times = report.latencies("forward+backward")
-    assert times["1"] == times["2"] == times["3"] != times["0"]
-
-
 def test_a_layer_too_narrow_for_the_multiple_is_only_timed_dense(setting):
     report = bench_latency(nn.Conv2d(3, 8, 3), input_size=(3, 6, 6), passes=["forward"], setting=setting)
     assert report.latencies("forward") == {"": {8: pytest.approx(2)}}
@@ -845,28 +626,6 @@ def test_latency_refuses_what_makes_no_sense(model, options, says, setting):
     with pytest.raises(ValueError, match=says):
         bench_latency(model, **{"input_size": (3, 8, 8), **options}, setting=setting)
     assert setting.timer.calls == 0
-
-
-def test_only_a_latency_report_has_latencies(report, latency):
-    with pytest.raises(ValueError, match="kind 'bench-layer', but it must be one of `basis bench latency`"):
-        report.latencies("forward")
-    with pytest.raises(ValueError, match=r"step is 'backward', but the latency report has only forward, forward\+b"):
-        latency.latencies("backward")
-
-
-def test_the_command_stores_latencies_beside_the_other_benchmarks(tmp_path, monkeypatch, capsys, report):
-    monkeypatch.setattr("basis.cli.results_folder", lambda: tmp_path)
-    report.save(tmp_path / "bench" / "layer.json")
-    options = "--model resnet20 --width 4 --ratios 0.5 --multiple 2 --passes forward --rounds 3 --batch-size 2"
-    where = "--device cpu --precision fp32 --memory-format contiguous --input-size 3 8 8"
-    assert main(["bench", "latency", *options.split(), *where.split()]) == 0
-    path = tmp_path / "bench" / "latency-resnet20-w4-3x8x8-cpu-fp32-contiguous.json"
-    assert f"saved in {path}" in capsys.readouterr().out
-    stored = BenchReport.load(path)
-    assert stored.config["model"] == "resnet20-w4"
-    assert len(stored.latencies("forward")) == 19
-    assert load_benches("cpu", folder=tmp_path) == [report]
-    assert load_benches("cpu", kind="bench-latency", folder=tmp_path) == [stored]
 
 
 def test_a_report_survives_its_file(report, tmp_path):
@@ -896,7 +655,7 @@ def test_the_global_random_state_is_left_alone(setting):
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
-    bench_layers(shapes=["4@4"], ratios=[0.5], modes=["auto"], setting=setting)
+    bench_layers(shapes=["4@4"], ratios=[0.5], candidates=["auto"], setting=setting)
     bench_training(model="resnet20", width=4, ratios=[0.5], setting=setting)
     assert torch.rand(1) == expected
 
@@ -925,7 +684,7 @@ def test_bad_settings_are_refused(options, says):
         ({"shapes": ["0@8"]}, "shape is '0@8'"),
         ({"ratios": [0.0]}, "ratio is 0.0"),
         ({"ratios": [1.5]}, "ratio is 1.5"),
-        ({"modes": ["fast"]}, "mode is 'fast'"),
+        ({"candidates": ["fast"]}, "'fast', but its kind"),
         ({"passes": ["backward"]}, "pass is 'backward'"),
     ],
 )
@@ -933,8 +692,3 @@ def test_bad_options_are_refused_before_anything_is_measured(options, says, sett
     with pytest.raises(ValueError, match=says):
         bench_layers(**options, setting=setting)
     assert setting.timer.calls == 0
-
-
-def test_an_unknown_model_is_refused(setting):
-    with pytest.raises(ValueError, match="model is 'resnet19'"):
-        bench_training(model="resnet19", setting=setting)

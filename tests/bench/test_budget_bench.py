@@ -3,7 +3,6 @@
 import pytest
 
 from basis.bench.timing import BenchReport, Setting
-from basis.cli import main
 from basis.experiments.budget_bench import bench_budget, bench_plans
 from basis.search.selection import InfeasibleBudget
 
@@ -47,23 +46,6 @@ def test_every_plan_meets_its_share_and_is_measured_beside_the_dense_network(lay
     assert few["layers"] < many["layers"]
 
 
-def test_what_no_layer_reaches_is_said_before_networks_are_measured(layers_take, monkeypatch):
-    layers_take(0.9)
-    monkeypatch.setattr("basis.experiments.budget_bench.measure_fold", None)
-    with pytest.raises(InfeasibleBudget, match="milliseconds"):
-        bench_budget(**TINY, shares=(0.5,), setting=SETTING)
-
-
-def test_a_share_out_of_reach_loses_none_of_the_others(layers_take):
-    layers_take(0.9)
-    told = []
-    report = bench_budget(**TINY, shares=(0.95, 0.5), setting=SETTING, progress=told.append)
-    assert report.config["shares"] == [0.95]
-    assert report.config["beyond"] == [0.5]
-    assert {row["share"] for row in report.rows} == {0.95}
-    assert any("no plan" in line for line in told)
-
-
 def test_training_steps_of_plans_count_every_layer_with_its_backward_pass(layers_take):
     layers_take(0.3)
     report = bench_plans(**TINY, shares=(0.5,), norms=("ordinary",), setting=SETTING)
@@ -93,13 +75,3 @@ def test_a_share_that_makes_no_sense_is_refused(share, monkeypatch):
     monkeypatch.setattr("basis.experiments.budget_bench.bench_latency", None)
     with pytest.raises(ValueError, match=r"a share is .*, but must be in \(0, 1\]"):
         bench_budget(**TINY, shares=(0.5, share), setting=SETTING)
-
-
-def test_the_command_leaves_the_record(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("basis.cli.results_folder", lambda: tmp_path)
-    command = "bench budget --model resnet20 --width 8 --shares 1 --ratios 0.5 --device cpu --precision fp32 --rounds 3"
-    assert main([*command.split(), "--batch-size", "2", "--memory-format", "contiguous"]) == 0
-    (path,) = (tmp_path / "bench").iterdir()
-    assert path.name == "budget-resnet20-w8-cpu-fp32-contiguous.json"
-    assert BenchReport.load(path).config["shares"] == [1.0]
-    assert "in 100% of the time selected" in capsys.readouterr().out

@@ -3,19 +3,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from basis.bench.cases import Setting, Shape, bench_layers
+from basis.bench.cases import Setting, Shape
 from basis.bench.roofline import (
     ROOFLINE_MODES,
     Machine,
     floor,
     kernels,
-    machine_of,
     measure_machine,
     moved,
     predicted,
-    with_machine,
 )
-from basis.bench.timing import BenchReport
 
 BOTH = "forward+backward"
 
@@ -46,20 +43,6 @@ def test_bytes_are_those_of_the_table(shape, k):
         both = moved(Shape.parse(shape), k, mode, passes=BOTH, **options)
         found.append(f"{forward / 1e6:.0f}/{(both - forward) / 1e6:.0f}")
     assert tuple(found) == TABLE[shape, k]
-
-
-def test_bytes_of_a_strided_layer_by_hand():
-    shape = Shape.parse("4-6@5/2")  # 5 x 5 pixels go in, 3 x 3 come out
-    x, p, f, k, m, c = 2 * 25 * 4, 2 * 9, 36, 2, 4, 6
-    expected = {
-        ("dense", "forward"): x + p * c + f * c,
-        ("dense", BOTH): 3 * (x + p * c + f * c),
-        ("factorized", "forward"): x + p * k + f * k + (p * k + p * c + m * k),
-        ("composed", "forward"): (m * k + f * k + f * m) + x + p * c + f * c,
-        ("cat", "forward"): x + p * k + f * k + (p * k + p * m + m * k) + 2 * p * c,
-    }
-    for (mode, passes), values in expected.items():
-        assert moved(shape, k, mode, batch_size=2, passes=passes, bytes_per_value=4) == 4 * values
 
 
 @pytest.mark.parametrize("passes", ["forward", BOTH])
@@ -117,25 +100,3 @@ def test_a_machine_is_measured_by_its_quickest(convolving, macs):
     assert machine.precision == "bf16"
     assert [tuple(result.shape) for result in ran] == [(8, 8)] * 3 + [(3, 2, 16, 16)] * 3 + [(100,)] * 3
     assert ran[0].dtype == torch.bfloat16
-
-
-def test_a_real_machine_has_finite_rates_and_leaves_the_random_state_alone():
-    before = torch.get_rng_state()
-    machine = measure_machine(Setting(device="cpu", precision="fp32"), side=64, copied=2**16)
-    assert 0 < machine.macs_per_second < float("inf")
-    assert 0 < machine.bytes_per_second < float("inf")
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("name", ["side", "copied", "rounds"])
-def test_sizes_below_one_are_refused(name):
-    with pytest.raises(ValueError, match=f"{name} is 0, but must be at least 1"):
-        measure_machine(Setting(device="cpu"), **{name: 0})
-
-
-def test_a_report_keeps_the_machine(tmp_path, machine):
-    setting = Setting(device="cpu", precision="fp32", batch_size=1, rounds=3)
-    report = bench_layers(shapes=["4@4"], ratios=[0.5], modes=[], passes=["forward"], setting=setting)
-    assert machine_of(report) is None
-    with_machine(report, machine).save(tmp_path / "a.json")
-    assert machine_of(BenchReport.load(tmp_path / "a.json")) == machine

@@ -1,6 +1,5 @@
 """Modes chosen by measurement."""
 
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -69,26 +68,6 @@ def test_equal_layers_are_measured_once():
     assert len({row["same_as"] or row["layer"] for row in again.rows}) == len(measured) + 1
 
 
-def test_a_table_survives_its_file(tmp_path):
-    table = tune(network(), setting=setting(hybrid=0.5), name="thin")
-    table.save(tmp_path / "modes.json")
-    loaded = BenchReport.load(tmp_path / "modes.json")
-    assert fastest(loaded) == fastest(table)
-    assert loaded.config["model"] == "thin"
-    assert "hybrid" in str(loaded)
-
-
-def test_other_modes_and_other_devices_keep_theirs():
-    model = network()
-    table = tune(model, setting=setting(hybrid=0.5))
-    model.layer1[0].conv1.mode = "composed"
-    use_modes(model, table)
-    assert model.layer1[0].conv1.resolved_mode == "composed"
-    layer = model.layer1[0].conv2
-    assert layer.resolved_mode == "hybrid"
-    assert layer.to("meta").resolved_mode == "composed"
-
-
 @pytest.mark.parametrize("coupled", [False, True])
 def test_normalisation_through_the_basis_is_one_of_the_ways(coupled):
     ordinary = network().double()
@@ -154,15 +133,6 @@ def test_wrong_tables_are_refused():
         fastest(BenchReport(kind="bench-layer", config={}, environment={}, rows=[]))
     with pytest.raises(ValueError, match="no basis convolution"):
         tune(nn.Conv2d(3, 4, 3), setting=setting())
-
-
-def test_real_times_are_those_of_the_layer():
-    layer = BasisConv2d(32, 64, 3, padding=1, ratio=0.25)
-    table = tune(nn.Sequential(layer), input_size=(32, 8, 8), setting=Setting(device="cpu", batch_size=4, rounds=3))
-    assert [row["mode"] for row in table.rows] == ["control", *EXPLICIT]
-    assert all(row["ms"] > 0 and row["n"] == 3 for row in table.rows)
-    assert {row["basis_channels"] for row in table.rows} == {16}
-    assert len(list(itertools.groupby(row["shape"] for row in table.rows))) == 1
 
 
 def test_a_table_that_asks_for_what_cannot_be_coupled_changes_nothing():

@@ -13,7 +13,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from basis import figures
-from basis.bench.cases import BenchReport
+from basis.bench.report import BenchReport
 from basis.experiments.studies import STUDIES
 from book.tools import build as book
 from book.tools import derived, gates, pages

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from basis.costs import cost, count_parameters
-from basis.experiments import executors, runs
-from basis.experiments.executors import Order, Task, in_this_process, jobs_for
+from basis.experiments import execution, runner, runs
+from basis.experiments.runner import Order, Task, in_processes, jobs_for
 from basis.experiments.runs import execute
 from basis.experiments.studies import STUDIES, headline
 from basis.experiments.studies.headline import HALF, STAGES, variant
-from basis.experiments.studies.hours import Pace
+from basis.experiments.pace import Pace
 from basis.models import build
 from basis.training.loop import Recipe
 from basis.training.reuse import Reuse
@@ -104,9 +104,9 @@ def test_a_network_that_is_reused_learns_the_same_to_the_bit():
     for run in several:
         again, fresh = execute(run, device=CPU, reuse=reuse), execute(run, device=CPU)
         assert [again["test"], again["validation"]] == [fresh["test"], fresh["validation"]]
-    assert runs.reusable(base)
-    assert not runs.reusable(dataclasses.replace(base, coefficients="sparse:1/8"))
-    assert not runs.reusable(dataclasses.replace(base, layer="sep"))
+    assert execution.reusable(base)
+    assert not execution.reusable(dataclasses.replace(base, coefficients="sparse:1/8"))
+    assert not execution.reusable(dataclasses.replace(base, layer="sep"))
 
 
 def test_no_run_is_begun_that_would_not_end_in_time(tmp_path, monkeypatch):
@@ -116,12 +116,12 @@ def test_no_run_is_begun_that_would_not_end_in_time(tmp_path, monkeypatch):
     pace.learn(first.config, 100.0)
     order = Order(tasks=tasks, folder=tmp_path, device="cpu", deadline=time.monotonic() + 60, pace=pace)
     with pytest.raises(ValueError, match="time-limit"):
-        list(in_this_process(order))
+        list(in_processes(order, 1))
     assert not list(tmp_path.rglob("*.json"))
     done = SimpleNamespace(run=first, outcome="done", seconds=100.0)
-    monkeypatch.setattr(executors, "attempt", lambda run, definition, **_: done)
+    monkeypatch.setattr(runner, "attempt", lambda run, definition, **_: done)
     order = dataclasses.replace(order, deadline=time.monotonic() + 60, pace=Pace())
-    assert list(in_this_process(order)) == [done]  # measured to be short; after the first, known to be long
+    assert list(in_processes(order, 1)) == [done]  # measured to be short; after the first, known to be long
 
 
 @pytest.mark.parametrize(
@@ -129,6 +129,6 @@ def test_no_run_is_begun_that_would_not_end_in_time(tmp_path, monkeypatch):
     [("cuda", 16, 16, 8), ("cuda", 16, 2, 1), ("cuda", None, 16, 1), ("cpu", None, 4, 4)],
 )
 def test_small_networks_share_a_gpu_and_full_ones_do_not(device, width, cores, jobs, monkeypatch):
-    monkeypatch.setattr(executors, "cores", lambda: cores)
+    monkeypatch.setattr(runner, "cores", lambda: cores)
     run = dataclasses.replace(STUDY.runs("paper")[1], width=width, recipe=Recipe())
     assert jobs_for([run] * 20, torch.device(device)) == jobs

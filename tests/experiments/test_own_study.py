@@ -72,14 +72,14 @@ def test_a_run_whose_package_is_missing_waits(tmp_path, monkeypatch):
     def lacking(run, **options):
         raise NotInstalled("fasterai is not installed here")
 
-    monkeypatch.setattr(runs, "execute", lacking)
+    monkeypatch.setattr(runner, "execute", lacking)
     (step,) = work(STUDY.runs("smoke")[:1], STUDY.definition, folder=tmp_path)
     assert (step.outcome, step.message) == ("paused", "fasterai is not installed here")
 
 
 def test_networks_of_one_seed_are_made_of_one_trained_network(tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(runs, "compare", lambda model, *_, **__: given.append(model.state_dict()) or {})
+    monkeypatch.setattr(execution, "compare", lambda model, *_, **__: given.append(model.state_dict()) or {})
     base = STUDY.runs("smoke")[0]
     recipe = dataclasses.replace(base.recipe, epochs=1, batch_size=200)
     for i, run in enumerate(STUDY.runs("smoke")[:2]):

@@ -175,18 +175,18 @@ def test_the_verdict_on_h1(predict, options, label):
 def test_a_choice_waits_for_the_table_of_its_own_definition_but_not_beyond_the_deadline(tmp_path):
     table, *others = HEADLINE.runs("small")
     choice = dataclasses.replace(next(run.choice for run in others if run.choice), budget=0.9)
-    with pytest.raises(runs.TableMissing):
-        runs.choose(choice, tmp_path, "old")
+    with pytest.raises(execution.TableMissing):
+        execution.choose(choice, tmp_path, "old")
     values = {(name, k): 0.1 for name, c in SHAPES.items() for k in (c // 2, c // 4)}
     made = dataclasses.asdict(record(table, tables={"oneshot_bn": sensitivities(values)}))
     path = runs.record_path(tmp_path, table)
     runs.write_json(path, {"version": runs.VERSION, **made, "definition": "old"})
-    plan, told = runs.choose(choice, tmp_path, "old")
+    plan, told = execution.choose(choice, tmp_path, "old")
     assert plan.layers
     assert told["params"] <= 0.9
-    with pytest.raises(runs.TableMissing):
-        runs.choose(choice, tmp_path, "new")
+    with pytest.raises(execution.TableMissing):
+        execution.choose(choice, tmp_path, "new")
     path.unlink()
     lock = filelock.FileLock(path.with_suffix(".lock"), thread_local=False)
     with lock, pytest.raises(TrainingPaused):
-        runs.choose(choice, tmp_path, "old", should_stop=lambda: True)
+        execution.choose(choice, tmp_path, "old", should_stop=lambda: True)

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from basis.bench.cases import BenchReport
+from basis.bench.report import BenchReport
 from basis.experiments import studies
-from basis.experiments.runs import Progress
+from basis.experiments.runner import Progress
 from basis.experiments.studies import CLAIMS, STUDIES, cost, gather
 from basis.saving import RecordError
 from tests.experiments.test_runs import put_record
@@ -22,35 +22,21 @@ def test_every_study_judges_claims_that_are_listed():
         assert {v.label for v in verdicts} == {"not tested"}
 
 
-def test_gathering_says_what_is_missing(tmp_path):
-    put_record(tmp_path, HEADLINE.runs("smoke")[0])
-    gathered = gather("headline", "smoke", folder=tmp_path)
-    assert len(gathered.records) == 1
-    assert not gathered.complete
-    assert gathered.note == (
-        "1 of 27 runs of the profile `smoke` have a record. Set `run_missing = True` to train the others."
-    )
-
-
 def test_gathering_trains_what_is_missing_only_when_asked(tmp_path, monkeypatch):
     def fake_work(runs, definition, *, folder, **options):
-        for run in runs:
+        for run in runs[1:]:
             put_record(folder, run)
-            yield Progress(run, "done", "", 1.0)
-
-    monkeypatch.setattr(studies, "work", fake_work)
-    gathered = gather("headline", "smoke", run_missing=True, folder=tmp_path)
-    assert gathered.complete
-    assert gathered.note == "27 of 27 runs of the profile `smoke` have a record."
-
-
-def test_gathering_reports_failures(tmp_path, monkeypatch):
-    def fake_work(runs, definition, **options):
         yield Progress(runs[0], "failed", "ValueError: nothing worked", 1.0)
 
     monkeypatch.setattr(studies, "work", fake_work)
-    note = gather("headline", "smoke", run_missing=True, folder=tmp_path).note
-    assert "Failed: table, seed 100: ValueError: nothing worked." in note
+    put_record(tmp_path, HEADLINE.runs("smoke")[1])
+    gathered = gather("headline", "smoke", folder=tmp_path)
+    assert (len(gathered.records), gathered.complete) == (1, False)
+    assert "1 of 27" in gathered.note
+    assert "run_missing" in gathered.note
+    gathered = gather("headline", "smoke", run_missing=True, folder=tmp_path)
+    assert len(gathered.records) == 26
+    assert "Failed: table, seed 100: ValueError: nothing worked." in gathered.note
 
 
 def test_nothing_hopeless_is_begun_without_a_gpu(tmp_path, monkeypatch):
@@ -60,16 +46,12 @@ def test_nothing_hopeless_is_begun_without_a_gpu(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "profile", "limit", "says"),
-    [
-        ("headline", "big", "9m", "profile is 'big', but it must be one of smoke, small, cpu, colab, paper"),
-        ("none", "smoke", "9m", "there is no study 'none'"),
-        ("headline", "smoke", "soon", "'soon' is not a duration"),
-    ],
+    ("arguments", "says"),
+    [(("headline", "big"), "profile"), (("none", "smoke"), "study"), (("headline", "smoke", "soon"), "duration")],
 )
-def test_gathering_refuses_unknown_names(name, profile, limit, says, tmp_path):
+def test_gathering_refuses_unknown_names(arguments, says, tmp_path):
     with pytest.raises(ValueError, match=says):
-        gather(name, profile, time_limit=limit, folder=tmp_path)
+        gather(*arguments[:2], time_limit=[*arguments, "9m"][2], folder=tmp_path)
 
 
 def bench(*quartiles, device_type="cpu"):

@@ -109,16 +109,16 @@ def tiny(tmp_path, **changes):
 def test_a_run_is_the_same_with_a_teacher_trained_at_once_kept_or_interrupted(tmp_path):
     run, options = tiny(tmp_path)
     with pytest.raises(TrainingPaused):
-        runs.execute(run, **options, should_stop=lambda: True)
+        execution.execute(run, **options, should_stop=lambda: True)
     results = []
     for _ in range(2):  # trained after an interruption, and kept
-        results.append(runs.execute(run, **options))
+        results.append(execution.execute(run, **options))
         options["checkpoint"].unlink(missing_ok=True)
-    results.append(runs.execute(run, device=options["device"]))
+    results.append(execution.execute(run, device=options["device"]))
     assert results[0]["test"] == results[1]["test"] == results[2]["test"]
     (lock,) = tmp_path.glob("**/teacher-*.lock")
     with filelock.FileLock(lock, thread_local=False), pytest.raises(TrainingPaused, match="teacher"):
-        runs.execute(run, **options, should_stop=lambda: True)
+        execution.execute(run, **options, should_stop=lambda: True)
     (kept,) = tmp_path.glob("**/teacher-*.pt")
     kept.write_bytes(kept.read_bytes()[:2000])
     (step,) = work([run], "", folder=tmp_path, device="cpu")
@@ -137,4 +137,4 @@ def test_a_run_is_the_same_with_a_teacher_trained_at_once_kept_or_interrupted(tm
 def test_a_teacher_goes_with_what_uses_it(tmp_path, changes, message):
     run, options = tiny(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
-        runs.execute(run, **options)
+        execution.execute(run, **options)

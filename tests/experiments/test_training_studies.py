@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from basis import substitute
-from basis.bench.cases import TRAINED, BenchReport
+from basis.bench.networks import TRAINED
+from basis.bench.report import BenchReport
 from basis.costs import count_parameters
 from basis.experiments.runs import execute, load_records, work
 from basis.experiments.studies import STUDIES, coefficients, family, skip

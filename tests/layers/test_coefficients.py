@@ -2,23 +2,21 @@
 
 import copy
 import math
-import shutil
-from fractions import Fraction
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from basis.layers.coefficients import Dense, Form, Frozen, LowRank, Repeat, Sparse
+from basis.layers.coefficients import Coefficients, Form, Frozen, LowRank, Repeat, Sparse
 from basis.layers.conv import MODES, BasisConv2d
 
 C_IN, C_OUT, K = 8, 24, 8
 EXPLICIT = ("factorized", "composed", "hybrid")
 FORMS = ("dense", "low_rank:3", "low_rank:1/4", "grouped:2", "sparse:3", "sparse:1/2", "shared", "frozen", "repeat")
 CLASSES = {
-    "dense": Dense, "shared": Dense, "grouped": Dense, "low_rank": LowRank, "sparse": Sparse, "frozen": Frozen,
-    "repeat": Repeat,
+    "dense": Coefficients, "shared": Coefficients, "grouped": Coefficients, "low_rank": LowRank, "sparse": Sparse,
+    "frozen": Frozen, "repeat": Repeat,
 }  # fmt: skip
 
 
@@ -132,10 +130,6 @@ def test_a_form_gives_its_text_back(text):
     assert form == Form.parse(str(form))
 
 
-def test_a_decimal_is_a_fraction():
-    assert Form.parse("low_rank:0.125") == Form("low_rank", Fraction(1, 8)) == Form.parse("low_rank:1/8")
-
-
 @pytest.mark.parametrize(
     ("text", "columns", "count"), [("1/8", 64, 8), ("1/8", 20, 2), ("1/8", 30, 4), ("0.01", 64, 1), ("10", 4, 10)]
 )
@@ -144,58 +138,41 @@ def test_fractions_are_of_the_columns_rounded_and_at_least_one(text, columns, co
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("", "one of dense, low_rank:RANK, grouped:GROUPS, sparse:ENTRIES, shared, frozen, repeat"),
-        ("lowrank:3", "one of dense, low_rank:RANK"),
-        ("Dense", "one of dense"),
-        (None, "one of dense"),
-        ("dense:3", "dense takes no size"),
-        ("repeat:", "repeat takes no size"),
-        ("low_rank", "size of low_rank must be a whole number of at least 1, or a fraction below 1 such as 1/8"),
-        ("low_rank:", "size of low_rank must be"),
-        ("low_rank:0", "size of low_rank must be"),
-        ("low_rank:-2", "size of low_rank must be"),
-        ("low_rank:1.0", "size of low_rank must be"),
-        ("low_rank:5/4", "size of low_rank must be"),
-        ("low_rank:1/0", "size of low_rank must be"),
-        ("low_rank:ten", "size of low_rank must be"),
-        ("sparse:nan", "size of sparse must be"),
-        ("grouped:1/2", "size of grouped must be a whole number of at least 1$"),
-    ],
-)
-def test_wrong_text_is_refused_with_what_would_be_right(text, sentence):
-    with pytest.raises(ValueError, match=sentence) as error:
+    "text",
+    ["", "lowrank:3", "Dense", None, "dense:3", "repeat:", "low_rank", "low_rank:", "low_rank:0", "low_rank:-2",
+     "low_rank:1.0", "low_rank:5/4", "low_rank:1/0", "sparse:nan", "grouped:1/2"],
+)  # fmt: skip
+def test_wrong_text_is_refused(text):
+    with pytest.raises(ValueError, match=f"coefficients is {str(text)!r}"):
         BasisConv2d(8, 12, 3, ratio=0.5, coefficients=text)
-    assert f"coefficients is {str(text)!r}" in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("form", "options", "sentence"),
+    ("form", "options"),
     [
-        ("low_rank:5", {"basis_channels": 4}, "A is 12 x 4, and no rank is above 4"),
-        ("low_rank:5", {"basis_channels": 12}, "A is 4 x 12, and no rank is above 4"),
-        ("low_rank:3", {"basis_channels": 4, "groups": 2}, "A is 6 x 2, and no rank is above 2"),
-        ("sparse:5", {"basis_channels": 4}, "a row of A has only 4 entries"),
-        ("grouped:3", {"basis_channels": 4}, "4 basis and 12 derived filters cannot both be split into 3 groups"),
-        ("grouped:4", {"basis_channels": 4, "groups": 2}, "2 basis and 6 derived"),
-        ("grouped:5", {"basis_channels": 10}, "10 basis and 6 derived"),
+        ("low_rank:5", {"basis_channels": 4}),
+        ("low_rank:5", {"basis_channels": 12}),
+        ("low_rank:3", {"basis_channels": 4, "groups": 2}),
+        ("sparse:5", {"basis_channels": 4}),
+        ("grouped:3", {"basis_channels": 4}),
+        ("grouped:4", {"basis_channels": 4, "groups": 2}),
+        ("grouped:5", {"basis_channels": 10}),
     ],
 )
-def test_a_size_that_does_not_fit_is_refused(form, options, sentence):
-    with pytest.raises(ValueError, match=sentence) as error:
+def test_a_size_that_does_not_fit_is_refused(form, options):
+    with pytest.raises(ValueError, match=f"coefficients is '{form}'"):
         BasisConv2d(8, 16, 3, coefficients=form, **options)
-    assert f"coefficients is '{form}', but" in str(error.value)
 
 
 # -- in every mode ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["batch", "unbatched", "channels_last"])
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("permuted", [False, True])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("form", FORMS)
+LAYOUTS = (("batch", 1, False), ("unbatched", 2, True), ("channels_last", 1, True), ("channels_last", 2, False))
+# Each form in each mode, with a layout, groups and order that differ between them.
+CASES = [(form, mode, *LAYOUTS[(i + j) % 4]) for i, form in enumerate(FORMS) for j, mode in enumerate(EXPLICIT)]
+
+
+@pytest.mark.parametrize(("form", "mode", "layout", "groups", "permuted"), CASES)
 def test_every_form_is_the_dense_convolution_forward_and_backward(form, mode, permuted, groups, layout):
     layer = make_layer(form, permuted=permuted, groups=groups, mode=mode, stride=(2, 1), padding=1)
     assert type(layer.coefficients) is CLASSES[form.split(":")[0]]
@@ -208,60 +185,14 @@ def test_every_form_is_the_dense_convolution_forward_and_backward(form, mode, pe
     expected, expected_gradients = reference(layer, x)
     assert_same(y, expected)
     assert_all_same(gradients, expected_gradients)
+    if layout == "channels_last":
+        assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("trained", [("basis",), ("A",), ("bias",), ("x",), ("x", "A"), ("basis", "bias"), ()])
-@pytest.mark.parametrize("mode", EXPLICIT)
-@pytest.mark.parametrize("form", FORMS)
-def test_frozen_parts_get_no_gradient_and_the_others_the_right_one(form, mode, trained):
-    layer = make_layer(form, permuted=True, mode=mode)
-    names = [name for name, _ in layer.named_parameters() if name in trained or ("A" in trained and "." in name)]
-    for name, parameter in layer.named_parameters():
-        parameter.requires_grad_(name in names)
-    _, gradients = run(layer, images(requires_grad="x" in trained))
-    assert {name for name, gradient in gradients.items() if gradient is not None} == {*names, *trained} - {"A"}
-    assert layer.weight.requires_grad == any(name != "bias" for name in names)
-
-
-@pytest.mark.parametrize("mode", EXPLICIT)
-@pytest.mark.parametrize("form", FORMS)
-def test_frozen_parts_do_not_change_the_gradients_of_the_others(form, mode):
-    layer, x = make_layer(form, permuted=True, mode=mode), images()
-    _, whole = run(copy.deepcopy(layer), x.clone().requires_grad_())
-    for left_out in whole:
-        part = copy.deepcopy(layer)
-        for name, parameter in part.named_parameters():
-            parameter.requires_grad_(name != left_out)
-        _, gradients = run(part, x.clone().requires_grad_(left_out != "x"))
-        assert_all_same(gradients, whole | {left_out: None}, 0)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_combining_filters_is_the_product_with_the_matrix(form):
-    a = make_layer(form, groups=2).coefficients
-    assert a.matrix().shape == (C_OUT - K, a.columns)
-    filters = torch.randn(a.groups, a.columns, 5, dtype=torch.float64)
-    assert_same(a.combine(filters), a.blocks() @ filters)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_the_mixing_matrix_times_the_basis_is_the_weight(form):
-    layer = make_layer(form, permuted=True, groups=2)
-    groups = layer.coefficients.groups
-    mixing = layer.mixing.view(groups, C_OUT // groups, -1)
-    assert_same((mixing @ layer.basis.view(groups, K // groups, -1)).view(layer.weight.shape), layer.weight)
-
-
-@pytest.mark.parametrize("form", ["low_rank:3", "repeat"])
-def test_maps_are_not_reordered_without_need(form):
-    assert make_layer(form)._sources is None
-    assert make_layer(form, groups=2)._sources is not None
-    assert make_layer(form, permuted=True)._sources is not None
-    assert BasisConv2d.from_conv(nn.Conv2d(8, 24, 3), basis_channels=8, coefficients="repeat")._sources is None
-
-
-@pytest.mark.parametrize("mode", EXPLICIT)
-@pytest.mark.parametrize("form", [*FORMS, "low_rank:99", "sparse:99", "grouped:4"])
+@pytest.mark.parametrize(
+    ("form", "mode"),
+    [(form, EXPLICIT[i % 3]) for i, form in enumerate([*FORMS, "low_rank:99", "sparse:99", "grouped:4"])],
+)
 def test_all_basis_channels_leave_nothing_to_derive(form, mode):
     conv = nn.Conv2d(8, 16, 3, dtype=torch.float64, groups=2)
     layer = BasisConv2d.from_conv(conv, ratio=1, mode=mode, coefficients=form)
@@ -272,11 +203,9 @@ def test_all_basis_channels_leave_nothing_to_derive(form, mode):
     layer(x).sum().backward()
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "mode", "bias"), [(f, MODES[i % 4], i % 2) for i, f in enumerate(FORMS)])
 def test_an_in_place_activation_may_follow(form, bias, mode):
-    layer = make_layer(form, permuted=True, mode=mode, bias=bias)
+    layer = make_layer(form, permuted=True, mode=mode, bias=bool(bias))
     x, parameters = images(), list(layer.parameters())
     expected = torch.autograd.grad(F.relu(layer(x)).square().sum(), parameters)
     ours = torch.autograd.grad(F.relu(layer(x), inplace=True).square().sum(), parameters)
@@ -284,36 +213,10 @@ def test_an_in_place_activation_may_follow(form, bias, mode):
         assert_same(gradient, right, 0)
 
 
-@pytest.mark.parametrize("mode", EXPLICIT)
-@pytest.mark.parametrize("form", FORMS)
-def test_autocast_gives_bf16_close_to_full_precision(form, mode):
-    layer = BasisConv2d(32, 64, 3, padding=1, ratio=0.25, mode=mode, coefficients=form)
-    x = torch.randn(4, 32, 8, 8)
-    exact = layer(x)
-    fixed_loss = torch.randn(exact.shape)
-    gradients = torch.autograd.grad((exact * fixed_loss).sum(), layer.parameters())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(x)
-    assert y.dtype == torch.bfloat16
-    assert (y - exact).norm() / exact.norm() < 0.01
-    rounded = torch.autograd.grad((y * fixed_loss).sum(), layer.parameters())
-    for ours, expected in zip(rounded, gradients, strict=True):
-        assert ours.dtype == torch.float32
-        assert (ours - expected).norm() / expected.norm() < 0.01
-
-
-@pytest.mark.parametrize("mode", EXPLICIT)
-@pytest.mark.parametrize("form", FORMS)
-def test_channels_last_stays_channels_last(form, mode):
-    layer = make_layer(form, permuted=True, mode=mode).to(memory_format=torch.channels_last)
-    assert layer(images().to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
-
-
 # -- as a module --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", EXPLICIT)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "mode"), [(form, EXPLICIT[i % 3]) for i, form in enumerate(FORMS)])
 def test_state_copies_and_functional_calls_carry_the_form(form, mode):
     layer, other, x = make_layer(form, permuted=True, mode=mode), make_layer(form, mode=mode), images()
     assert_same(copy.deepcopy(layer)(x), layer(x), 0)
@@ -326,58 +229,13 @@ def test_state_copies_and_functional_calls_carry_the_form(form, mode):
     assert_same(torch.func.functional_call(third, state, x), layer(x), 0)
 
 
-@pytest.mark.parametrize("mode", EXPLICIT)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "mode"), [(form, EXPLICIT[i % 3]) for i, form in enumerate(FORMS)])
 def test_it_runs_on_the_meta_device_and_can_be_filled_there(form, mode):
     layer = make_layer(form, mode=mode, device="meta")
     assert layer(torch.empty(2, 8, 5, 5, device="meta", dtype=torch.float64)).shape == (2, C_OUT, 3, 3)
     source, x = make_layer(form, mode=mode, permuted=True), images()
     layer.to_empty(device="cpu").load_state_dict(source.state_dict())
     assert_same(layer(x), source(x), 0)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_dtypes_and_flags_reach_the_form(form):
-    conv = nn.Conv2d(8, 24, 3).half().eval()
-    conv.weight.requires_grad_(False)
-    for make in (BasisConv2d.from_conv, BasisConv2d.shaped_like):
-        layer = make(conv, basis_channels=8, coefficients=form)
-        assert layer.coefficients.matrix().dtype == layer.basis.dtype == torch.float16
-        assert not layer.coefficients.training
-        assert not layer.coefficients.trains
-        assert layer.double().coefficients.matrix().dtype == torch.float64
-        assert not layer.to_conv().weight.requires_grad
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_the_layer_prints_as_one_line_and_names_its_form(form):
-    text = repr(make_layer(form))
-    assert text.count("\n") == 0
-    assert (f", coefficients={form})" in text) == (form != "dense")
-    assert repr(make_layer("grouped:2").coefficients) == "Dense(grouped:2, 16 x 4, groups=2)"
-
-
-@pytest.mark.parametrize("mode", EXPLICIT)
-@pytest.mark.parametrize("form", FORMS)
-def test_export_gives_the_same_numbers(form, mode):
-    layer, x = make_layer(form, permuted=True, mode=mode).eval(), images()
-    with torch.no_grad():
-        assert_same(torch.export.export(layer, (x,)).module()(x), layer(x))
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
-@pytest.mark.parametrize("mode", EXPLICIT)
-@pytest.mark.parametrize("form", ["low_rank:3", "grouped:2", "sparse:3", "repeat"])
-def test_compile_takes_the_layer_as_one_graph(form, mode):
-    layer, x = make_layer(form, permuted=True, mode=mode), images()
-    torch._dynamo.reset()  # the limit on recompilations is one of the process
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    parameters = list(layer.parameters())
-    expected = torch.autograd.grad(layer(x).square().sum(), parameters)
-    y = compiled(x)
-    assert_same(y, layer(x))
-    for ours, right in zip(torch.autograd.grad(y.square().sum(), parameters), expected, strict=True):
-        assert_same(ours, right)
 
 
 # -- what is drawn and stored -------------------------------------------------------------------
@@ -501,8 +359,7 @@ def test_a_settled_mask_is_part_of_the_state():
 # -- shared -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("mode", EXPLICIT)
+@pytest.mark.parametrize(("form", "mode"), [(form, EXPLICIT[i % 3]) for i, form in enumerate(FORMS)])
 def test_layers_can_hold_one_a(mode, form):
     first = make_layer(form, mode=mode)
     before = first.coefficients.matrix().clone()
@@ -526,7 +383,7 @@ def test_layers_can_hold_one_a(mode, form):
 @pytest.mark.parametrize("options", [{"basis_channels": 6}, {"basis_channels": 8, "groups": 2}])
 def test_layers_of_different_shape_cannot_hold_one_a(options):
     given = make_layer("shared").coefficients
-    with pytest.raises(ValueError, match=r"shared coefficients between layers of different shape: .*\(16, 8, 1\)"):
+    with pytest.raises(ValueError, match="coefficients"):
         BasisConv2d(8, 24, 3, coefficients=given, **options)
 
 
@@ -573,22 +430,7 @@ def test_a_fit_finds_a_layer_of_its_form_again(form, groups):
         assert_same(again(x), layer(x))
 
 
-@pytest.mark.parametrize("form", ["dense", "shared", "grouped:2"])
-def test_where_all_rows_are_mixed_freely_their_order_does_not_matter(form):
-    layer = make_layer(form, permuted=True, groups=2)
-    again = BasisConv2d.from_conv(layer.to_conv(), basis_channels=K, coefficients=form)
-    assert_same(again.weight, layer.weight)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_with_the_same_coefficients_the_fit_finds_the_basis_again(form):
-    layer = make_layer(form, groups=2)
-    again = BasisConv2d.from_conv(layer.to_conv(), basis_channels=K, coefficients=layer.coefficients)
-    assert_same(again.basis, layer.basis)
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("rank", [1, 3, 8])
+@pytest.mark.parametrize(("rank", "groups"), [(1, 2), (8, 1)])
 def test_a_low_rank_fit_is_no_worse_than_cutting_the_dense_one(rank, groups):
     conv = some_conv(groups)
     dense = BasisConv2d.from_conv(conv, basis_channels=24)
@@ -613,8 +455,7 @@ def test_the_first_rows_become_the_basis_only_where_that_is_clearly_better(form)
     assert exact.coefficients.matrix().abs().max() < 2
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("entries", [1, 3, 8])
+@pytest.mark.parametrize(("entries", "groups"), [(1, 2), (8, 1)])
 def test_a_sparse_fit_is_no_worse_than_cutting_the_dense_one(entries, groups):
     conv = some_conv(groups)
     dense = BasisConv2d.from_conv(conv, basis_channels=24)
@@ -645,12 +486,6 @@ def test_where_a_is_fixed_the_basis_is_the_least_squares_solution(form, groups):
     assert_same(layer.basis.view(groups, 16 // groups, -1), torch.linalg.pinv(mixing) @ weight)
 
 
-def test_a_repeated_fit_averages_the_filters():
-    conv = some_conv()
-    layer = BasisConv2d.from_conv(conv, basis_channels=16, coefficients="repeat")
-    assert_same(layer.basis, conv.weight.view(3, 16, *conv.weight.shape[1:]).mean(0))
-
-
 def test_one_fit_of_several_layers_is_the_best_of_one_matrix():
     convs = [some_conv(), some_conv(inputs=8), nn.Conv2d(4, 48, 1, dtype=torch.float64)]
     layers = BasisConv2d.from_convs(convs, basis_channels=12)
@@ -676,12 +511,3 @@ def test_fits_of_degenerate_weights_are_finite(rank, form):
     assert all(p.isfinite().all() for p in layer.parameters())
     if Form.parse(form).kind in ("dense", "shared", "low_rank", "grouped"):
         assert error_of(layer, conv) < 1e-9
-
-
-@pytest.mark.parametrize("form", [form for form in FORMS if form != "frozen"])
-def test_fits_are_made_in_double_precision(form):
-    conv = nn.Conv2d(C_IN, C_OUT, 3).bfloat16()
-    layer = BasisConv2d.from_conv(conv, basis_channels=K, coefficients=form)
-    double = BasisConv2d.from_conv(conv.double(), basis_channels=K, coefficients=form)
-    error = (layer.weight.double() - double.weight).norm() / double.weight.norm()
-    assert error < 4 * torch.finfo(torch.bfloat16).eps

@@ -1,7 +1,7 @@
 """The Triton kernels against plain formulas in float64, with bounds on the rounding error.
 
 On a GPU they run as they are. Without one they run in Triton's interpreter, which has to be switched on before Triton
-is imported: one test runs this whole file again in a process of its own, so that no other test sees the switch.
+is imported: one test runs this file again in a process of its own.
 """
 
 import os
@@ -11,9 +11,9 @@ import sys
 import pytest
 import torch
 
-from basis.layers import kernels
-
 pytest.importorskip("triton")
+
+from basis.layers import kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -22,16 +22,16 @@ runs = pytest.mark.skipif(
 )
 on_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = (  # P, k, C
-    (1, 1, 10),
-    (7, 8, 64),
-    (300, 24, 130),
-    (1000, 64, 10),
-    (300, 100, 64),
-    (1000, 1, 130),
-    (129, 256, 100),
+# P, k, C, dtype, whether there is an output (a gate, a residual)
+CASES = (
+    (1, 1, 10, torch.float32, True),
+    (7, 8, 64, torch.bfloat16, False),
+    (300, 24, 130, torch.float16, True),
+    (200, 100, 64, torch.float32, False),
+    (129, 256, 100, torch.bfloat16, True),
+    (1000, 1, 130, torch.float16, False),
 )
+cases = pytest.mark.parametrize(("P", "k", "C", "dtype", "gated"), CASES)
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests run in this process")
@@ -55,7 +55,7 @@ def small(*shape):
     return torch.randn(shape).to(DEVICE)
 
 
-def gated(dout, out):
+def before_relu(dout, out):
     return dout.double() if out is None else dout.double() * (out > 0)
 
 
@@ -85,16 +85,9 @@ def assert_moments(z):
 
 
 @runs
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("P", "k", "C"), SHAPES)
-def test_moments(P, k, C, dtype):
-    assert_moments(maps(P, k, dtype))
-
-
-@runs
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_moments_with_a_mean_of_100_deviations(dtype):
-    assert_moments(maps(3000, 24, dtype, mean=100.0))
+@cases
+def test_moments(P, k, C, dtype, gated):
+    assert_moments(maps(P, k, dtype, mean=100.0 if P == 300 else 0.5))  # also a mean of 100 deviations
 
 
 @runs
@@ -105,17 +98,16 @@ def test_moments_of_rows_in_order():
 
 
 @runs
-@pytest.mark.parametrize(("with_residual", "relu"), [(False, False), (False, True), (True, True)])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("P", "k", "C"), SHAPES)
-def test_apply(P, k, C, dtype, with_residual, relu):
+@cases
+def test_apply(P, k, C, dtype, gated):
     z, weight, bias = maps(P, k, dtype), small(C, k), small(C)
-    residual = maps(P, C, dtype) if with_residual else torch.zeros(P, C, dtype=dtype, device=DEVICE)
-    out = kernels.apply(z, weight, bias, residual if with_residual else None, relu)
+    residual = maps(P, C, dtype) if gated else None
+    out = kernels.apply(z, weight, bias, residual, gated or P < 10)
     assert out.dtype == dtype
+    residual = 0 if residual is None else residual.double()
     exact = z.double() @ weight.double().T + bias + residual
-    magnitude = z.double().abs() @ weight.double().abs().T + bias.abs() + residual.abs()
-    assert_within(out, exact.relu() if relu else exact, rounding(dtype, k) * magnitude)
+    magnitude = z.double().abs() @ weight.double().abs().T + bias.abs() + abs(residual)
+    assert_within(out, exact.relu() if gated or P < 10 else exact, rounding(dtype, k) * magnitude)
 
 
 @runs
@@ -125,31 +117,19 @@ def test_relu_keeps_nan():
 
 
 @runs
-@pytest.mark.parametrize("with_out", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("P", "k", "C"), SHAPES)
-def test_gradient_sums(P, k, C, dtype, with_out):
+@cases
+def test_gradients(P, k, C, dtype, gated):
     z, dout, mean = maps(P, k, dtype), maps(P, C, dtype), small(k)
-    out = maps(P, C, dtype).relu() if with_out else None
+    weight, quadratic, constant = small(C, k), small(k, k), small(k)
+    out = maps(P, C, dtype).relu() if gated else None
     total, moment = kernels.gradient_sums(dout, out, z, mean)
     assert total.dtype == moment.dtype == torch.float32
-    dO = gated(dout, out)
+    dO = before_relu(dout, out)
     assert_within(total, dO.sum(0), 2**-20 * dO.abs().sum(0))
     magnitude = dO.abs().T @ z.double().abs() + torch.outer(dO.abs().sum(0), mean.double().abs())
     assert_within(moment, dO.T @ (z.double() - mean), 2**-20 * magnitude)
-
-
-@runs
-@pytest.mark.parametrize("with_out", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("P", "k", "C"), SHAPES)
-def test_input_gradient(P, k, C, dtype, with_out):
-    z, dout = maps(P, k, dtype), maps(P, C, dtype)
-    weight, quadratic, constant = small(C, k), small(k, k), small(k)
-    out = maps(P, C, dtype).relu() if with_out else None
     dz = kernels.input_gradient(dout, out, z, weight, quadratic, constant)
     assert dz.dtype == dtype
-    dO = gated(dout, out)
     exact = dO @ weight.double() - z.double() @ quadratic.double() + constant
     magnitude = dO.abs() @ weight.double().abs() + z.double().abs() @ quadratic.double().abs() + constant.abs()
     assert_within(dz, exact, rounding(dtype, C + k) * magnitude)
@@ -178,17 +158,13 @@ def assert_same(actual, expected):
 
 
 @runs
-def test_two_calls_give_the_same_bits():
-    args = arguments(P=30_000 if DEVICE == "cuda" else 1000, C=10)
-    assert_same(everything(*args), everything(*args))
-
-
-@runs
-def test_rows_may_lie_apart():
-    args = arguments()
+def test_two_calls_and_rows_that_lie_apart_give_the_same_bits():
+    args = arguments(P=30_000 if DEVICE == "cuda" else 700)
+    expected = everything(*args)
+    assert_same(everything(*args), expected)
     apart = [torch.nn.functional.pad(m, (3, i))[:, 3 : 3 + m.shape[1]] for i, m in enumerate(args[:3])]
     assert len({m.stride(0) for m in (*args[:3], *apart)}) == 5
-    assert_same(everything(*apart, *args[3:]), everything(*args))
+    assert_same(everything(*apart, *args[3:]), expected)
 
 
 @runs
@@ -218,7 +194,6 @@ def test_operators_are_declared_correctly():
     ops = torch.ops.basis
     torch.library.opcheck(ops.moments.default, (z,))
     torch.library.opcheck(ops.apply.default, (z, weight, bias, dout, True))
-    torch.library.opcheck(ops.apply.default, (z, weight, bias, None, False))
     torch.library.opcheck(ops.gradient_sums.default, (dout, out, z, constant))
     torch.library.opcheck(ops.input_gradient.default, (dout, None, z, weight, quadratic, constant))
 
@@ -237,59 +212,22 @@ def test_cuda_graph():
     assert_same(results, everything(*others))
 
 
-# -- wrong input --------------------------------------------------------------------------------------------
-
-
 @runs
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "good"),
     [
-        ({"z": lambda z: z.double()}, "must be float32, bfloat16 or float16"),
-        ({"z": lambda z: z[None]}, r"must be \(P, k\)"),
-        ({"z": lambda z: z[:0]}, "P >= 1"),
-        ({"z": lambda z: z.repeat(1, 33)}, "k <= 256"),
-        ({"z": lambda z: z.T.contiguous().T}, "the second must be 1"),
-        ({"dout": lambda d: d.float()}, "dout is .* it must be .* torch.bfloat16"),
-        ({"dout": lambda d: d[:-1]}, r"dout is \(6, 10\).* it must be \(7, 10\)"),
-        ({"dout": lambda d: d.T.contiguous().T}, "dout has strides"),
-        ({"out": lambda d: d[:, :-1]}, r"out is \(7, 9\).* it must be \(7, 10\)"),
-        ({"weight": lambda w: w.bfloat16()}, "weight is .* it must be .* torch.float32"),
-        ({"weight": lambda w: w.T}, r"weight is \(8, 10\).* it must be \(10, 8\)"),
-        ({"quadratic": lambda q: q[1:]}, r"quadratic is \(7, 8\).* it must be \(8, 8\)"),
-        ({"constant": lambda c: c[None]}, r"constant is \(1, 8\).* it must be \(8,\)"),
+        (lambda z: z, True),
+        (lambda z: z.double(), False),
+        (lambda z: z[None], False),
+        (lambda z: z[:0], False),
+        (lambda z: z.repeat(1, 33), False),  # k above 256
+        (lambda z: z.T.contiguous().T, False),
     ],
 )
-def test_wrong_input(change, message):
-    names = ("z", "dout", "out", "weight", "bias", "quadratic", "constant")
-    args = dict(zip(names, arguments(P=7, k=8, C=10), strict=True))
-    args = {name: change.get(name, lambda t: t)(value) for name, value in args.items()}
-    del args["bias"]
-    with pytest.raises(ValueError, match=message):
-        kernels.input_gradient(**args)
-    assert kernels.usable(args["z"]) == ("z" not in change)
-
-
-@runs
-def test_wrong_input_of_the_others():
-    z, dout, out, weight, bias, _, constant = arguments(P=7, k=8, C=10)
-    with pytest.raises(ValueError, match="bias is"):
-        kernels.apply(z, weight, bias[1:], None, True)
-    with pytest.raises(ValueError, match="residual is"):
-        kernels.apply(z, weight, bias, dout.float(), True)
-    with pytest.raises(ValueError, match="mean is"):
-        kernels.gradient_sums(dout, out, z, constant.double())
-    with pytest.raises(ValueError, match="k <= 256"):
-        kernels.moments(z.repeat(1, 40))
+def test_what_is_usable(change, good):
+    assert kernels.usable(change(maps(7, 8, torch.bfloat16))) == good
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes a CPU's tensors")
 def test_not_usable_on_a_cpu():
-    z = torch.zeros(3, 8)
-    assert not kernels.usable(z)
-    with pytest.raises(ValueError, match="must be on a CUDA device"):
-        kernels.moments(z)
-
-
-def test_not_usable_without_triton(monkeypatch):
-    monkeypatch.setattr(kernels, "triton", None)
-    assert not kernels.usable(torch.zeros(3, 8, device=DEVICE if torch.cuda.is_available() else "cpu"))
+    assert not kernels.usable(torch.zeros(3, 8))

@@ -15,13 +15,13 @@ from basis.training.attention import Attention, attention_map
 from basis.training.loop import Kind, Recipe, TrainingError, TrainingPaused, make_step, train
 from basis.training.skipping import Skip
 
-RECIPE = Recipe(epochs=3, batch_size=40, translate=2, cutout=8, precision="fp32", attention=1000.0)  # 4 steps an epoch
+RECIPE = Recipe(epochs=3, batch_size=20, translate=2, cutout=8, precision="fp32", attention=1000.0)  # 4 steps an epoch
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def data():
-    return synthetic(train=160, test=50)
+    return synthetic(train=80, test=20, size=16)
 
 
 def dense(seed=0, width=8):
@@ -39,13 +39,6 @@ def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
-def distance(model, teacher, x, taps=None):
-    """The sum over the taps, in evaluation mode."""
-    attention = Attention(model.eval(), teacher, taps, weight=1.0)
-    with torch.no_grad():
-        return attention(x)[1].item()
-
-
 # -- the term ---------------------------------------------------------------------------------------
 
 
@@ -54,22 +47,11 @@ def test_the_map_is_the_unit_mean_of_squares():
     squares = (features.numpy() ** 2).mean(1).reshape(3, 24)
     expected = squares / np.sqrt((squares**2).sum(1, keepdims=True))
     np.testing.assert_allclose(attention_map(features).numpy(), expected, rtol=1e-12)
-    last = features.contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(attention_map(last), attention_map(features))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_maps_are_taken_in_full_precision(dtype):
-    features = 300 * torch.randn(2, 8, 4, 4)  # whose squares overflow in fp16
-    found = attention_map(features.to(dtype))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, attention_map(features.to(dtype).float()))
-
-
-def test_maps_of_nothing_have_a_gradient():
-    features = torch.zeros(2, 3, 4, 4, requires_grad=True)
-    attention_map(features).sum().backward()
-    assert torch.equal(features.grad, torch.zeros_like(features))
+    large = (300 * features).half()  # whose squares overflow in fp16
+    torch.testing.assert_close(attention_map(large), attention_map(large.float()))
+    zeros = torch.zeros(2, 3, 4, 4, requires_grad=True)
+    attention_map(zeros).sum().backward()
+    assert torch.equal(zeros.grad, torch.zeros_like(zeros))
 
 
 class Scale(nn.Module):
@@ -100,21 +82,6 @@ def test_the_term_is_that_of_a_hand_computation():
     assert ours.weight.grad.tolist() == pytest.approx([by_a, by_b], rel=1e-5)
 
 
-@pytest.mark.parametrize("taps", [None, ["layer1.0", "layer3"]])
-def test_the_taps_are_summed(taps):
-    model, teacher, x = student().eval(), dense().eval(), torch.randn(4, 3, 16, 16)
-    names = taps or ["layer1", "layer2", "layer3"]
-    found = {}
-    for network in (model, teacher):
-        for name in names:
-            network.get_submodule(name).register_forward_hook(
-                lambda module, args, output, key=(network, name): found.update({key: attention_map(output)})
-            )
-        network(x)
-    expected = 1000 * sum(nn.functional.mse_loss(found[model, name], found[teacher, name]) for name in names)
-    torch.testing.assert_close(Attention(model, teacher, taps, weight=1000.0)(x)[1], expected)
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_step_adds_the_term_and_leaves_the_teacher_as_it_is(precision):
     model, teacher = student(), dense()
@@ -143,23 +110,10 @@ def test_the_step_adds_the_term_and_leaves_the_teacher_as_it_is(precision):
 # -- in a training ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_maps_come_nearer_to_those_of_the_teacher(data, precision):
-    x = basis.data.normalise(data.test.x)
-    teacher, far = dense(), []
-    train(teacher, data, dataclasses.replace(RECIPE, attention=None, precision=precision), device="cpu", test=False)
-    for weight in (None, 1000.0):
-        model, recipe = student(), dataclasses.replace(RECIPE, attention=weight, precision=precision, lr=0.05)
-        train(model, data, recipe, device="cpu", test=False, teacher=teacher if weight else None)
-        far.append(distance(model, teacher, x))
-    assert far[1] < 0.6 * far[0]
-
-
 @pytest.mark.parametrize(
     ("terms", "options"),
     [
         ({"decay": "scaled"}, {}),
-        ({"precision": "bf16"}, {}),
         ({"skip": Skip(basis_every=2)}, {"layer": None, "ratio": 0.5, "batch_norm": "through_basis"}),
     ],
     ids=str,
@@ -168,6 +122,7 @@ def test_a_resumed_training_is_bit_identical(data, tmp_path, terms, options):
     recipe, path = dataclasses.replace(RECIPE, **terms), tmp_path / "c.pt"
     whole, parts, plain = student(**options), student(**options), student(**options)
     expected = train(whole, data, recipe, device="cpu", teacher=dense())
+    assert expected.step == "eager"
     with pytest.raises(TrainingPaused):
         train(parts, data, recipe, device="cpu", checkpoint=path, should_stop=lambda: True, teacher=dense())
     torch.manual_seed(99)
@@ -177,21 +132,6 @@ def test_a_resumed_training_is_bit_identical(data, tmp_path, terms, options):
     assert [row["train_loss"] for row in result.curves] == [row["train_loss"] for row in expected.curves]
     train(plain, data, dataclasses.replace(recipe, attention=None), device="cpu")
     assert not same(whole, plain)
-
-
-def test_a_checkpoint_knows_weight_taps_and_teacher(data, tmp_path):
-    path, recipe = tmp_path / "c.pt", dataclasses.replace(RECIPE, epochs=1)
-    train(student(), data, recipe, device="cpu", checkpoint=path, checkpoint_every=0, teacher=dense())
-    train(student(), data, recipe, device="cpu", checkpoint=path, teacher=dense())
-    others = [
-        (dataclasses.replace(recipe, attention=1.0), dense(), None),
-        (dataclasses.replace(recipe, attention=None), None, None),
-        (recipe, dense(), ["layer1"]),
-        (recipe, dense(width=4), None),
-    ]
-    for other, teacher, taps in others:
-        with pytest.raises(TrainingError, match="belongs to a training with another"):
-            train(student(), data, other, device="cpu", checkpoint=path, teacher=teacher, taps=taps)
 
 
 def test_a_step_can_be_used_again(data):
@@ -204,23 +144,9 @@ def test_a_step_can_be_used_again(data):
         model.load_state_dict(start)
         train(model, data, recipe, device="cpu", step=step)
         assert same(model, expected)
-    with pytest.raises(TrainingError, match="a step has a teacher of its own"):
-        train(model, data, recipe, device="cpu", step=step, teacher=dense())
-    with pytest.raises(TrainingError, match=r"made with attention = 1000.0, but the recipe has 5.0"):
-        train(model, data, dataclasses.replace(recipe, attention=5.0), device="cpu", step=step)
-    with pytest.raises(TrainingError, match=r"made with attention = 1000.0, but the recipe has None"):
-        train(model, data, dataclasses.replace(recipe, attention=None), device="cpu", step=step)
-
-
-@pytest.mark.parametrize("how", ["compiled", "graphed", "fast"])
-def test_what_cannot_be_made_fast_is_eager_and_says_so(data, how):
-    models = student(), student()
-    for model, step in zip(models, (None, how), strict=True):
-        recipe = dataclasses.replace(RECIPE, epochs=1, step=step)
-        result = train(model, data, recipe, device="cpu", teacher=dense())
-    assert result.step.startswith("eager (")
-    assert ("attention transfer is not compiled" in result.step) == (how == "compiled")
-    assert same(*models)
+    for weight, teacher in ((1000.0, dense()), (5.0, None), (None, None)):
+        with pytest.raises(TrainingError, match="step"):
+            train(model, data, dataclasses.replace(recipe, attention=weight), device="cpu", step=step, teacher=teacher)
 
 
 # -- what is refused --------------------------------------------------------------------------------
@@ -241,16 +167,16 @@ class Twice(nn.Module):
 @pytest.mark.parametrize(
     ("model", "teacher", "taps", "message"),
     [
-        (student, None, None, "sets attention, but there is no teacher"),
-        (student, dense, [], "taps is empty"),
-        (student, dense, ["layr1"], "the model has no module 'layr1' to compare; near it are 'layer1'"),
+        (student, None, None, "no teacher"),
+        (student, dense, [], "taps"),
+        (student, dense, ["layr1"], "the model has no module 'layr1' .* 'layer1'"),
         (student, lambda: build("resnet18", width=4), ["layer1.2"], "the teacher has no module 'layer1.2'"),
-        (student, dense, ["layer1", "fc"], r"the output of 'fc' is of shape \(1, 10\), but"),
+        (student, dense, ["layer1", "fc"], "the output of 'fc'"),
         (lambda: build("resnet18", width=4), dense, None, "the teacher has no module 'layer4'"),
-        (student, lambda: Strided(), ["layer1"], "attention maps of 'layer1' have 1024 pixels in the model and 256"),
-        (Twice, dense, None, "Twice has no stages to compare"),
-        (Twice, Twice, ["conv"], "the model calls 'conv' 2 times, but a tap must be called once"),
-        (Twice, Twice, ["idle"], "the model calls 'idle' 0 times, but a tap must be called once"),
+        (student, lambda: Strided(), ["layer1"], "attention maps of 'layer1'"),
+        (Twice, dense, None, "stages"),
+        (Twice, Twice, ["conv"], "'conv' 2 times"),
+        (Twice, Twice, ["idle"], "'idle' 0 times"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_any_work(data, model, teacher, taps, message):
@@ -276,17 +202,19 @@ class Strided(nn.Module):
 
 def test_a_teacher_without_attention_is_refused(data):
     for options in ({"teacher": dense()}, {"taps": ["layer1"]}):
-        with pytest.raises(TrainingError, match="teacher or taps are given, but the recipe does not set attention"):
+        with pytest.raises(TrainingError, match="attention"):
             train(student(), data, dataclasses.replace(RECIPE, attention=None), device="cpu", **options)
-
-
-def test_a_teacher_that_training_would_change_is_refused(data):
     model = student()
     for teacher in (model, copy.copy(model)):
-        with pytest.raises(TrainingError, match="the teacher shares parameters with the model"):
+        with pytest.raises(TrainingError, match="shares parameters"):
             train(model, data, RECIPE, device="cpu", teacher=teacher)
 
 
-def test_trainings_that_have_no_teacher_refuse_the_recipe(data):
-    with pytest.raises(TrainingError, match="sets attention, but there is no teacher"):
-        basis.training.loop.check_recipe(student(), RECIPE, 4)
+def test_a_checkpoint_knows_weight_taps_and_teacher(data, tmp_path):
+    path, recipe = tmp_path / "c.pt", dataclasses.replace(RECIPE, epochs=1)
+    train(student(), data, recipe, device="cpu", checkpoint=path, checkpoint_every=0, teacher=dense())
+    train(student(), data, recipe, device="cpu", checkpoint=path, teacher=dense())
+    for weight, teacher, taps in ((1.0, dense(), None), (1000.0, dense(), ["layer1"]), (1000.0, dense(width=4), None)):
+        other = dataclasses.replace(recipe, attention=weight)
+        with pytest.raises(TrainingError, match="belongs to a training with another"):
+            train(student(), data, other, device="cpu", checkpoint=path, teacher=teacher, taps=taps)

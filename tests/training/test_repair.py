@@ -5,9 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from basis import Recalibration, recalibrate, substitute
-from basis.data import Images, synthetic
-from basis.figures import DARK
+from basis import Recalibration, recalibrate
 
 
 class Net(nn.Module):
@@ -88,31 +86,6 @@ def test_a_small_last_batch_counts_for_no_more_than_its_images():
     recalibrate(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(32)), x.split(20))  # a single sample has no variance
 
 
-def test_through_the_basis_it_gives_the_same_statistics(net):
-    x = [torch.randn(16, 3, 6, 6) for _ in range(2)]
-    ordinary, through = (substitute(net, ratio=0.5, batch_norm=how) for how in ("ordinary", "through_basis"))
-    assert recalibrate(ordinary, x).norms[0].mean == pytest.approx(recalibrate(through, x).norms[0].mean, abs=1e-5)
-    for name, value in ordinary.state_dict().items():
-        assert torch.allclose(value, through.state_dict()[name], atol=1e-5)
-
-
-def test_images_and_data_are_taken():
-    data = synthetic(train=40, test=10, size=8)
-    models = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)) for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    recalibrate(models[0], data)
-    recalibrate(models[1], Images(data.train.x, data.train.y))
-    assert torch.equal(models[0][1].running_mean, models[1][1].running_mean)
-
-
-def test_without_batch_normalisation_the_result_says_so():
-    result = recalibrate(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)), [torch.randn(2, 3, 5, 5)])
-    assert result.norms == ()
-    assert "no batch normalisation with running statistics: nothing was changed" in str(result)
-    with pytest.raises(ValueError, match="nothing to draw"):
-        result.plot()
-
-
 def test_where_it_fails_the_old_statistics_are_back(net):
     before = copy.deepcopy(net.state_dict())
     good = torch.randn(4, 3, 6, 6)
@@ -129,19 +102,9 @@ def test_where_it_fails_the_old_statistics_are_back(net):
         assert not net.norm.training
 
 
-def test_it_prints_draws_and_is_kept(net, tmp_path):
+def test_it_prints_and_is_kept(net, tmp_path):
+    assert recalibrate(nn.Sequential(nn.Conv2d(3, 4, 3)), [torch.randn(2, 3, 5, 5)]).norms == ()
     result = recalibrate(net, [torch.randn(8, 3, 6, 6)])
-    text = str(result)
-    assert text.startswith("statistics of 3 batch normalisations from 8 images in 1 batches")
-    assert "left alone (it was never called): idle" in text
+    assert "left alone: idle" in str(result)
     result.save(tmp_path / "r.json")
     assert Recalibration.load(tmp_path / "r.json") == result
-    assert len(result.plot(theme=DARK).axes) == 2
-    (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"bad.json: this JSON is no recalibration of version 1"):
-        Recalibration.load(tmp_path / "bad.json")
-    (tmp_path / "part.json").write_text('{"basis_recalibration": 1, "norms": [{"name": "a"}]}')
-    with pytest.raises(ValueError, match="the recalibration is damaged"):
-        Recalibration.load(tmp_path / "part.json")
-    with pytest.raises(FileNotFoundError, match="there is no recalibration at"):
-        Recalibration.load(tmp_path / "none.json")

@@ -13,12 +13,12 @@ import basis.training.loop
 from basis.data import synthetic
 from basis.models import build
 from basis.substitution import substitute
-from basis.training.loop import Kind, Recipe, TrainingError, TrainingPaused, make_step, train
+from basis.training.loop import Kind, Recipe, TrainingError, make_step, train
 from basis.training.skipping import Skip
 from basis.training.stepping import CudaCapture, Means, means_for
 
 CPU = torch.device("cpu")
-RECIPE = Recipe(epochs=3, batch_size=50, translate=2, cutout=8, precision="fp32")
+RECIPE = Recipe(epochs=3, batch_size=20, translate=2, cutout=8, precision="fp32")
 GRAPHED = dataclasses.replace(RECIPE, step="graphed")
 
 
@@ -76,7 +76,7 @@ def tapes(monkeypatch):
 
 @pytest.fixture(scope="module")
 def data():
-    return synthetic(train=300, test=100, size=16)
+    return synthetic(train=120, test=40, size=16)
 
 
 def network(form=None, seed=0):
@@ -93,20 +93,20 @@ def same(one, other):
     ("form", "terms", "graphs"),
     [
         (None, {}, 1),
-        (None, {"momentum": 0.0}, 1),
         ("dense", {"skip": Skip(basis_every=2, coefficients_every=3), "decorrelation": 0.01}, 5),
-        ("dense", {"skip": Skip(alternate=True, basis_every=1), "decay": "product"}, 2),
-        ("low_rank:1", {"skip": Skip(basis_until=0.5)}, 2),
+        ("dense", {"skip": Skip(alternate=True), "decay": "product"}, 2),
         ("sparse:1/2", {"settle": 0.4, "precision": "bf16"}, 2),
-        ("dense", {"precision": "fp16"}, 1),
+        (None, {"precision": "fp16", "momentum": 0.0}, 1),
+        (None, {"attention": 1000.0}, 1),
     ],
     ids=str,
 )
 def test_graphs_train_the_same_bit_for_bit(data, tapes, form, terms, graphs):
     plain, graphed = network(form), network(form)
-    expected = train(plain, data, dataclasses.replace(RECIPE, **terms), device="cpu")
+    taught = [{"teacher": network(seed=1)} if "attention" in terms else {} for _ in range(2)]
+    expected = train(plain, data, dataclasses.replace(RECIPE, **terms), device="cpu", **taught[0])
     assert not tapes
-    result = train(graphed, data, dataclasses.replace(GRAPHED, **terms), device="cpu")
+    result = train(graphed, data, dataclasses.replace(GRAPHED, **terms), device="cpu", **taught[1])
     assert len(tapes) == graphs  # one for each kind of step
     assert sum(tape.repeated for tape in tapes) == 18
     assert same(plain, graphed)
@@ -114,18 +114,6 @@ def test_graphs_train_the_same_bit_for_bit(data, tapes, form, terms, graphs):
     assert [row["train_loss"] for row in result.curves] == [row["train_loss"] for row in expected.curves]
     assert (expected.step, result.step) == ("eager", "graphed")
     assert result.setup_seconds > 0 == expected.setup_seconds
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_attention_transfer_in_graphs_is_the_same_bit_for_bit(data, tapes, precision):
-    models, recipe = (network(), network()), dataclasses.replace(RECIPE, attention=1000.0, precision=precision)
-    expected = train(models[0], data, recipe, device="cpu", teacher=network(seed=1))
-    assert not tapes
-    recipe = dataclasses.replace(recipe, step="graphed")
-    result = train(models[1], data, recipe, device="cpu", teacher=network(seed=1))
-    assert (len(tapes), tapes[0].repeated, result.step) == (1, 18, "graphed")
-    assert same(*models)
-    assert result.test == expected.test
 
 
 def test_an_overflow_is_handled_within_the_graph(data, tapes):
@@ -144,19 +132,6 @@ def test_an_overflow_is_handled_within_the_graph(data, tapes):
         assert not torch.equal(model.fc.weight, before)
         assert model.fc.weight.isfinite().all()
     assert scales[0] == scales[1] < 2.0**40
-
-
-@pytest.mark.parametrize("terms", [{}, {"skip": Skip(basis_every=2), "decorrelation": 0.01}], ids=str)
-def test_a_resumed_graphed_training_is_bit_identical(data, tapes, tmp_path, terms):
-    recipe = dataclasses.replace(GRAPHED, **terms)
-    whole, parts = network("dense"), network("dense")
-    expected = train(whole, data, recipe, device="cpu")
-    with pytest.raises(TrainingPaused):
-        train(parts, data, recipe, device="cpu", checkpoint=tmp_path / "c.pt", should_stop=lambda: True)
-    parts = network("dense", seed=5)
-    result = train(parts, data, recipe, device="cpu", checkpoint=tmp_path / "c.pt")
-    assert same(whole, parts)
-    assert result.test == expected.test
 
 
 def test_a_step_that_is_used_again_starts_afresh(data, tapes):
@@ -276,13 +251,8 @@ def test_a_capture_that_fails_names_its_cause_and_goes_back_to_the_stream(monkey
     ],
 )
 def test_what_a_device_supports(step, device, triton, expected, monkeypatch):
-    monkeypatch.setattr(basis.training.stepping, "_has_triton", lambda: triton)
+    monkeypatch.setattr(basis.training.stepping, "has_triton", lambda: triton)
     assert str(means_for(step, torch.device(device))) == expected
-
-
-def test_an_unknown_step_is_refused():
-    with pytest.raises(ValueError, match="step is 'quick', but must be one of eager, compiled, graphed, fast"):
-        Recipe(step="quick")
 
 
 def test_a_compiler_that_fails_is_named(data, monkeypatch):
@@ -301,7 +271,7 @@ def test_a_compiler_that_fails_is_named(data, monkeypatch):
     assert same(*models)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_compiled_training_is_the_same_up_to_rounding(data):
     """With the real compiler, and channels-last kept."""
 
@@ -320,6 +290,7 @@ def test_compiled_training_is_the_same_up_to_rounding(data):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.weekly
 def test_more_networks_of_one_class_are_compiled_than_torch_allows(monkeypatch):
     from torch._dynamo.utils import counters
 
@@ -341,14 +312,14 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 @needs_gpu
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("step", ["graphed", "compiled", "fast"])
 @pytest.mark.parametrize(
-    ("form", "terms"),
+    ("step", "precision", "form", "terms"),
     [
-        (None, {}),
-        ("dense", {"skip": Skip(basis_every=2, rescale=True), "decorrelation": 0.01}),
-        ("sparse:1/2", {"settle": 0.4}),
+        ("graphed", "fp32", None, {}),
+        ("compiled", "bf16", None, {}),
+        ("fast", "bf16", "dense", {"skip": Skip(basis_every=2, rescale=True), "decorrelation": 0.01}),
+        ("graphed", "fp16", "sparse:1/2", {"settle": 0.4}),
+        ("graphed", "bf16", None, {"attention": 1000.0}),
     ],
     ids=str,
 )
@@ -356,37 +327,10 @@ def test_on_a_gpu(data, step, precision, form, terms):
     """Sums are in another order there from run to run, so only the course of the training is compared."""
     recipe = dataclasses.replace(RECIPE, lr=0.02, precision=precision, **terms)
     models = network(form), network(form)
-    expected = train(models[0], data, recipe, device="cuda")
-    result = train(models[1], data, dataclasses.replace(recipe, step=step), device="cuda")
+    taught = {"teacher": network(seed=1)} if recipe.attention else {}
+    expected = train(models[0], data, dataclasses.replace(recipe, step="eager"), device="cuda", **taught)
+    result = train(models[1], data, dataclasses.replace(recipe, step=step), device="cuda", **taught)
     assert result.step == {"fast": "compiled and graphed"}.get(step, step)
     losses = [[row["train_loss"] for row in each.curves] for each in (expected, result)]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     assert losses[0][-1] < losses[0][0]
-
-
-@needs_gpu
-@pytest.mark.parametrize("step", ["graphed", "fast"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_attention_transfer_on_a_gpu(data, step, precision):
-    recipe, results = dataclasses.replace(RECIPE, lr=0.02, precision=precision, attention=1000.0), []
-    for how in (None, step):
-        options = {"device": "cuda", "teacher": network(seed=1)}
-        results.append(train(network(), data, dataclasses.replace(recipe, step=how), **options))
-    assert results[1].step.startswith("graphed")
-    losses = [[row["train_loss"] for row in each.curves] for each in results]
-    assert losses[1] == pytest.approx(losses[0], rel=0.02)
-
-
-@needs_gpu
-def test_on_a_gpu_each_step_reads_its_learning_rate(data):
-    model = network()
-    step = make_step(model, dataclasses.replace(GRAPHED, weight_decay=0.0), device="cuda")
-    x, y = torch.randn(50, 3, 16, 16, device="cuda"), torch.zeros(50, dtype=torch.long, device="cuda")
-    model.train()
-    step.set_rates([0.0])
-    before = model.conv1.weight.clone()
-    step(x, y)
-    assert torch.equal(model.conv1.weight, before)  # and the trial steps have left no trace
-    step.set_rates([0.1])
-    step(x, y)
-    assert not torch.equal(model.conv1.weight, before)

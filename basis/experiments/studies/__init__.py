@@ -12,9 +12,10 @@ from pathlib import Path
 import pandas as pd
 
 from basis.environment import results_folder
-from basis.experiments.runs import PROFILES, Record, Run, load_records, parse_duration, read_record, record_path, work
+from basis.experiments.pace import spent
+from basis.experiments.runner import work
+from basis.experiments.runs import PROFILES, Record, Run, load_records, parse_duration, read_record, record_path
 from basis.experiments.studies import coefficients, cost, family, headline, own, sensitivity, skip, speed, substitutes
-from basis.experiments.studies.hours import expected, spent
 from basis.experiments.studies.study import CLAIMS as CLAIMS
 from basis.experiments.studies.study import Study
 from basis.experiments.studies.study import Verdict as Verdict
@@ -82,25 +83,19 @@ def valid_records(study: Study, profile: str, folder: Path | None = None) -> lis
 def status(folder: Path | None = None, *, study: str | None = None) -> pd.DataFrame:
     """One row per study (all, unless one is named) and profile: runs planned, done, missing and started.
 
-    Device ``seconds`` that were spent and are ``expected`` of the missing runs are by kind of device ("cpu", "cuda");
-    ``unknown`` counts the missing runs of which that cannot be told. ``device`` names the devices.
+    Device ``seconds`` that were spent are by kind of device ("cpu", "cuda"); ``device`` names the devices.
     """
     folder = folder or results_folder()
     rows = []
     for one, profile in itertools.product(STUDIES.values() if study is None else [STUDIES[study]], PROFILES):
         runs, records = listed(one, profile), valid_records(one, profile, folder)
-        if not runs:
-            continue
-        done = {record.id for record in records}
-        left, unknown = expected([run for run in runs.values() if run.id not in done], records)
-        checkpoints = (record_path(folder, run).parent.glob(f"checkpoints/{run.id}-*.pt") for run in runs.values())
+        checkpoints = [record_path(folder, run).parent.glob(f"checkpoints/{run.id}-*.pt") for run in runs.values()]
         row = {
             "study": one.name, "profile": profile, "runs": len(runs), "done": len(records),
             "missing": len(runs) - len(records), "started": sum(any(found) for found in checkpoints),
-            "seconds": spent(records), "expected": left, "unknown": unknown,
-            "device": ", ".join(sorted({r.environment["device"] for r in records})),
+            "seconds": spent(records), "device": ", ".join(sorted({r.environment["device"] for r in records})),
         }  # fmt: skip
-        rows.append(row)
+        rows += [row] if runs else []
     return pd.DataFrame(rows)
 
 

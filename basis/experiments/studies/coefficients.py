@@ -86,7 +86,7 @@ def matched_plan(model: str, width: int | None, ratio: float, form: str) -> Mapp
     multiple = int(of.size or 1) if of.kind == "grouped" else 1
 
     def layers(step: int) -> Mapping[str, Any]:
-        return Plan.uniform(network, ratio=ratio + step / 256, multiple=multiple).layers
+        return Plan.uniform(network, ratio=ratio + step / 256, coefficients=form, multiple=multiple).layers
 
     def size(layers: Mapping[str, int], form: str) -> int:
         return count_parameters(substitute(network, layers, init="random", coefficients=form))

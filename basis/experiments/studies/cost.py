@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from basis.bench.cases import BenchReport, Shape
-from basis.bench.timing import RESNET18_SHAPES
+from basis.bench.report import BenchReport
+from basis.bench.shapes import RESNET18_SHAPES, Shape
 from basis.environment import results_folder
 from basis.experiments.runs import DEVICES, Record, Run
 from basis.experiments.studies.study import Study, Verdict, label_of, planner, verdict

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from basis.layers.base import ConvLike
 from basis.layers.structured import StructuredConv2d
-from basis.layers.structured.acdc import ACDCConv2d
+from basis.layers.structured.maps import ACDCConv2d
 from basis.layers.structured.separable import TiedConv2d
 
 INCLUDE = "layer?.*.conv?"  # of WRN-28-10: stem, shortcuts and classifier stay dense

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from basis.bench.cases import TRAINED, BenchReport
+from basis.bench.networks import TRAINED
+from basis.bench.report import BenchReport
 from basis.experiments.runs import Record, Run
 from basis.experiments.studies import study
 from basis.experiments.studies.cost import find_training_bench

@@ -11,7 +11,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from basis.bench.timing import RESNET18_SHAPES, BenchReport, Shape
+from basis.bench.report import BenchReport
+from basis.bench.shapes import RESNET18_SHAPES, Shape
 from basis.experiments.runs import Record
 from basis.experiments.studies.cost import counts, devices, load_benches
 from basis.experiments.studies.study import Study, Verdict, label_of, planner, say, verdict

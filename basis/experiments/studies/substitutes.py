@@ -230,3 +230,10 @@ def _judge_decay(records: Sequence[Record], profile: str) -> Verdict:
 
 
 STUDY = Study.named("substitutes", plan, judge, points=POINTS)
+
+
+def bench_variants(profile: str, model: str | None = None) -> list[tuple[str, int | None]]:
+    """Text and width of each variant that a profile trains from scratch, but the dense network's, for ``basis bench``."""
+    found = [Variant.parse(run.variant) for run in plan(profile)]
+    found = [one for one in found if not one.how and model in (None, one.network)]
+    return list(dict.fromkeys((one.text, one.width) for one in found if one.text != DENSE or one.width))

@@ -10,53 +10,41 @@ from typing import Any
 from torch import nn
 
 from basis.layers.base import ConvLike
-from basis.layers.structured.acdc import ACDCConv2d
 from basis.layers.structured.butterfly import DebutConv2d
-from basis.layers.structured.double_sparse import DsfConv2d
-from basis.layers.structured.filters import BasisLayer, DCFConv2d, FixedBasisConv2d, LinearConvLayer
-from basis.layers.structured.hashed import HashedConv2d, SepHashedConv2d
+from basis.layers.structured.filters import (
+    BasisLayer,
+    DCFConv2d,
+    DSFBConv2d,
+    FixedBasisConv2d,
+    LFBConv2d,
+    LinearConvLayer,
+)
 from basis.layers.structured.layer import Product, StructuredConv2d
-from basis.layers.structured.masks import PemnConv2d
-from basis.layers.structured.separable import GenericConv2d, SepConv2d, TiedConv2d
-from basis.layers.structured.shared import DSFBConv2d, LFBConv2d
-from basis.layers.structured.shuffle import ShuffleConv2d
-from basis.layers.structured.tensors import TensorTrainConv2d, TuckerConv2d
-from basis.layers.structured.tridiagonal import TridiagonalConv2d
+from basis.layers.structured.maps import (
+    ACDCConv2d,
+    HashedConv2d,
+    SepHashedConv2d,
+    TensorTrainConv2d,
+    TridiagonalConv2d,
+    TuckerConv2d,
+)
+from basis.layers.structured.separable import GenericConv2d, SepConv2d, ShuffleConv2d, TiedConv2d
+from basis.layers.structured.sparse import DsfConv2d, PemnConv2d
 
 __all__ = ["LAYERS", "Product", "Structure", "StructuredConv2d"]
 
 # Each layer by the text that names it; all are made by `shaped_like`, `from_conv` and `together`.
-LAYERS: Mapping[str, Any] = {
-    one.kind: one
-    for one in (
-        BasisLayer,
-        LinearConvLayer,
-        SepConv2d,
-        GenericConv2d,
-        TiedConv2d,
-        SepHashedConv2d,
-        HashedConv2d,
-        TensorTrainConv2d,
-        TuckerConv2d,
-        ShuffleConv2d,
-        ACDCConv2d,
-        TridiagonalConv2d,
-        LFBConv2d,
-        DSFBConv2d,
-        FixedBasisConv2d,
-        DCFConv2d,
-        DebutConv2d,
-        PemnConv2d,
-        DsfConv2d,
-    )
-}
+_ALL: tuple[Any, ...] = (
+    BasisLayer, LinearConvLayer, SepConv2d, GenericConv2d, TiedConv2d, SepHashedConv2d, HashedConv2d,
+    TensorTrainConv2d, TuckerConv2d, ShuffleConv2d, ACDCConv2d, TridiagonalConv2d, LFBConv2d, DSFBConv2d,
+    FixedBasisConv2d, DCFConv2d, DebutConv2d, PemnConv2d, DsfConv2d,
+)  # fmt: skip
+LAYERS: Mapping[str, Any] = {one.kind: one for one in _ALL}
 
 
 @dataclass(frozen=True)
 class Structure:
-    """A kind of layer and its size, with a short text such as ``tucker:0.41``.
-
-    :meth:`parse` reads the text, ``str`` writes it.
+    """A kind of layer and its size: ``parse`` reads a text such as ``tucker:0.41``, ``str`` writes it.
 
     Raises:
         ValueError: for a kind that is not one of :data:`LAYERS`.
@@ -72,8 +60,6 @@ class Structure:
     @classmethod
     def parse(cls, text: str | Structure) -> Structure:
         """The structure that ``text`` names; a structure is returned as it is."""
-        if isinstance(text, Structure):
-            return text
         kind, _, size = str(text).partition(":")
         return cls(kind.strip(), size.strip())
 
@@ -95,9 +81,8 @@ class Structure:
     def obstacle_together(self, convs: Sequence[nn.Conv2d]) -> str | None:
         """Why convolutions of equal :meth:`key` cannot share parameters; None where they can, or share nothing."""
         try:
-            if self.key(convs[0]) is None:
-                return None
-            LAYERS[self.kind].together([_on_meta(conv) for conv in convs], size=self.size, fitted=False)
+            if self.key(convs[0]) is not None:
+                LAYERS[self.kind].together([_on_meta(conv) for conv in convs], size=self.size, fitted=False)
         except ValueError as error:
             return str(error)
         return None

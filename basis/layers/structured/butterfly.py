@@ -1,10 +1,8 @@
 """Deformable butterflies (Lin, Ran, Chiu, Chesi and Wong 2021, arXiv 2203.13556).
 
 The weight as a matrix of C_out rows and kh kw C_in columns, kernel positions outside and channels inside, is a
-product R_N ... R_1. A factor (r, s, t) is block diagonal, and each block is an r x s grid of t x t diagonal
-matrices. With t = 1 in the first factor and the product of all r so far in each later one, every output reaches
-every input by exactly one path, so that each entry of the weight is a product of N numbers, one of each factor.
-That is how the weight is made here, in about one multiplication for each of its entries.
+product R_N ... R_1. A factor (r, s, t) is block diagonal, and each block is an r x s grid of t x t diagonal matrices.
+With t the product of all r before, each entry of the weight is a product of N numbers, one of each factor.
 """
 
 from __future__ import annotations
@@ -13,95 +11,57 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from basis.layers.base import full_precision
-from basis.layers.structured.layer import StructuredConv2d, draw_bias, fraction
+from basis.layers.structured.layer import New, StructuredConv2d, number
 
 Chain = tuple[tuple[int, int, int], ...]  # (r, s, t) of each factor, the first to be applied first
 
 SWEEPS = 5  # of alternating least squares
 
-# Those of the paper, by (C_out, kh kw C_in).
-PAPER: dict[tuple[int, int], Chain] = {
-    (64, 576): ((4, 6, 1), (2, 3, 4), (1, 2, 8), (8, 16, 8)),
-    (128, 1152): ((8, 9, 1), (2, 4, 8), (2, 4, 16), (4, 8, 32)),
-    (256, 2304): ((8, 9, 1), (4, 8, 8), (2, 4, 32), (4, 8, 64)),
-    (512, 4608): ((8, 9, 1), (2, 2, 8), (2, 2, 16), (2, 2, 32), (2, 4, 64), (2, 4, 128), (2, 4, 256)),
-}
-
 
 class DebutConv2d(StructuredConv2d):
-    """A convolution whose weight is a deformable butterfly.
+    """A convolution whose weight is a deformable butterfly; executed as the dense convolution, which is faster.
 
-    It is executed as the dense convolution with the weight, which is what ``products`` counts: to apply the
-    factors one after the other to patches of the input takes several times as long on a CPU with 32 x 32 pixels,
-    and about as long with 4 x 4. :attr:`algebra` is the paper's count.
+    Entries are drawn from N(0, 2^(1/N) / s), so that the weight has He's variance, 2 / (kh kw C_in); the paper has
+    N(0, 1 / 2), which lets outputs grow for s above 2.
 
     Parameters:
         factor_1, factor_2, ...: (blocks, r, s, t) each, ``factor_1`` is the first to be applied.
     """
 
     kind = "debut"
-    sizes = (
-        "FRACTION, for the largest chain that has at most that fraction of the dense weight's numbers, or a chain "
-        "such as (4,6,1)(2,3,4)(1,2,8)(8,16,8), the first factor to be applied first"
-    )
-    source = "Lin et al. 2021, Deformable Butterfly"
+    sizes = "FRACTION of the dense weight's numbers that a chain may have, or a chain such as (4,6,1)(2,3,4)(8,32,8)"
 
-    def _build(self, factory: dict[str, Any]) -> None:
+    def _build(self, new: New) -> None:
         shape = self.out_channels, math.prod(self.filter_shape)
         if self.size.startswith("("):
             self.chain = read_chain(self.size, *shape)
         else:
-            limit = fraction(self.size, f"the size of {self.kind}")
-            self.chain = largest_chain(*shape, math.prod(self.kernel_size), int(limit * math.prod(shape)))
+            limit = int(number(self.size, self.kind) * math.prod(shape))
+            self.chain = largest_chain(*shape, math.prod(self.kernel_size), limit)
         for i, factor in enumerate(_shapes(self.chain), start=1):
-            self.register_parameter(f"factor_{i}", nn.Parameter(torch.empty(factor, **factory)))
+            self.register_parameter(f"factor_{i}", new(*factor))
 
-    def reset_parameters(self) -> None:
-        """Entries of N(0, 2^(1/N) / s), so that those of the weight have He's variance, 2 / (kh kw C_in).
+    def _draw(self) -> None:
+        for factor in self.parts.values():
+            nn.init.normal_(factor, std=math.sqrt(2 ** (1 / len(self.chain)) / factor.shape[2]))
 
-        The paper has N(0, 1 / 2), which is 1 / s for the 2 x 2 factors of an ordinary butterfly, and lets the
-        outputs grow where s is larger.
-        """
-        factors = self.parts.values()
-        for factor in factors:
-            nn.init.normal_(factor, std=math.sqrt(2 ** (1 / len(factors)) / factor.shape[2]))
-        draw_bias(self)
-
-    @property
-    def weight(self) -> Tensor:
-        """W[o, i, j, c] with o = (r_N ... r_1) and (i, j, c) = (s_N ... s_1): the product of N entries."""
-        factors = list(self.parts.values())
-        with full_precision(factors[0]):
-            matrix = _multiply(factors)
+    def _weight(self) -> Tensor:
+        matrix = _multiply(list(self.parts.values()))
         return matrix.view(self.out_channels, *self.kernel_size, self.in_channels).permute(0, 3, 1, 2).contiguous()
 
-    @property
-    def algebra(self) -> int:
-        """Multiply-accumulates per pixel of the factors one after the other, as the paper counts: all their entries."""
-        return sum(map(math.prod, _shapes(self.chain)))
-
-    def fit(self, weight: Tensor) -> None:
-        """Split off one factor after the other by matrices of rank 1, then sweeps of alternating least squares.
-
-        The first step finds the factors of a butterfly (Zheng, Riccietti and Gribonval 2021, arXiv 2110.01230).
-        """
-        target = weight.detach().double().permute(0, 2, 3, 1).reshape(self.out_channels, -1)
+    def _fit(self, weight: Tensor) -> None:
+        """Split off one factor after the other (Zheng et al. 2021, arXiv 2110.01230), then alternate least squares."""
+        target = weight.double().permute(0, 2, 3, 1).reshape(self.out_channels, -1)
         factors = _split(target, self.chain)
         for _ in range(SWEEPS):
             for i in range(len(factors)):
                 factors[i] = _solve(target, factors, i)
-        with torch.no_grad():
-            for parameter, factor in zip(self.parts.values(), factors, strict=True):
-                parameter.copy_(factor)
-
-
-# -- the algebra ------------------------------------------------------------------------------------
+        for parameter, factor in zip(self.parts.values(), factors, strict=True):
+            parameter.copy_(factor)
 
 
 def _shapes(chain: Chain) -> list[tuple[int, int, int, int]]:
@@ -120,12 +80,11 @@ def _multiply(factors: Sequence[Tensor]) -> Tensor:
 
 
 def _split(matrix: Tensor, chain: Chain) -> list[Tensor]:
-    """Factors whose product is near ``matrix`` (rows, columns), and equal to it if that is possible."""
+    """Factors whose product is near ``matrix``, by matrices of rank 1; equal to it if it is such a product."""
     factors, rest = [], matrix.unsqueeze(-1)
     for blocks, r, s, t in _shapes(chain)[:-1]:
-        left, sizes, right = torch.linalg.svd(
-            rest.view(-1, r, blocks, s, t).permute(2, 1, 4, 0, 3), full_matrices=False
-        )  # (blocks, r, t) matrices of s columns
+        parts = rest.view(-1, r, blocks, s, t).permute(2, 1, 4, 0, 3)  # (blocks, r, t) matrices of s columns
+        left, sizes, right = torch.linalg.svd(parts, full_matrices=False)
         root = sizes[..., :1].sqrt()
         factors.append((right[..., 0, :] * root.where(root > 0, 1)).transpose(2, 3))  # zero weights can still learn
         rest = (left[..., 0] * root).permute(3, 0, 1, 2).reshape(-1, blocks, r * t)
@@ -137,13 +96,8 @@ def _solve(target: Tensor, factors: Sequence[Tensor], i: int) -> Tensor:
     blocks, r, s, t = factors[i].shape
     others = _multiply([torch.ones_like(f) if j == i else f for j, f in enumerate(factors)])
     others, target = (m.view(-1, r, t, blocks, s, m.shape[1] // (blocks * s)) for m in (others, target))
-    inner = (others * target).sum((0, 5))
-    squares = others.square().sum((0, 5))
-    solved = (inner / squares.clamp_min(1e-30)).permute(2, 0, 3, 1)
-    return solved.where(squares.permute(2, 0, 3, 1) > 0, factors[i])
-
-
-# -- chains -----------------------------------------------------------------------------------------
+    inner, squares = (m.sum((0, 5)).permute(2, 0, 3, 1) for m in (others * target, others.square()))
+    return (inner / squares.clamp_min(1e-30)).where(squares > 0, factors[i])
 
 
 def read_chain(text: str, rows: int, columns: int) -> Chain:
@@ -151,53 +105,41 @@ def read_chain(text: str, rows: int, columns: int) -> Chain:
     if not re.fullmatch(r"(\(\s*[1-9]\d*\s*(,\s*[1-9]\d*\s*){2}\)\s*)+", text):
         raise ValueError(f"the chain is {text!r}, but it must be whole numbers (r,s,t), such as (8,9,1)(2,4,8)")
     numbers = [int(n) for n in re.findall(r"\d+", text)]
-    chain = tuple(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
-    size, outputs = columns, 1
-    for i, (r, s, t) in enumerate(chain, start=1):
-        factor = f"factor {i} of the chain is ({r},{s},{t})"
-        if t != outputs:
-            raise ValueError(f"{factor}, but its t must be the product of the r before it, {outputs}")
-        if size % (s * t) or (i == len(chain) and size != s * t):
-            some = "exactly" if i == len(chain) else "a multiple of"
-            raise ValueError(f"{factor}, which takes {some} s t = {s * t} numbers, but gets {size}")
-        size, outputs = size // s * r, outputs * r
-    if outputs != rows:
-        raise ValueError(f"the chain {text} gives {outputs} numbers, but the layer has {rows} output channels")
+    pairs = list(zip(numbers[::3], numbers[1::3], strict=True))
+    outputs, inputs = (math.prod(side) for side in zip(*pairs, strict=True))
+    if (outputs, inputs) != (rows, columns):
+        raise ValueError(f"the chain {text} is for {outputs} x {inputs} matrices, but the weight is {rows} x {columns}")
+    chain = _chain(pairs)
+    if numbers[2::3] != [t for *_, t in chain]:
+        raise ValueError(f"the chain is {text}, but each t must be the product of the r before it, as in {chain}")
     return chain
 
 
 def largest_chain(rows: int, columns: int, positions: int, limit: int) -> Chain:
-    """The chain of most parameters, at most ``limit``, of the paper's for this shape and of a small family.
+    """The chain of most parameters, at most ``limit``, of a small family; ``ValueError`` if none is so small.
 
     The family is made as the paper makes its chains: a first factor that takes whole kernels (``positions``
-    divides its s), a last one, and between them as many factors as possible, with the larger ones last, such as
-    (2,2,t)(2,2,t)(2,4,t). The first factor may have more outputs than inputs (the paper's "bulging" chains), but
-    from there on the sizes shrink to C_out, so that the rank is full; where C_out is larger than kh kw C_in, this
-    holds backwards. Only if all these have too many parameters are the others taken, those of highest rank.
-
-    Raises:
-        ValueError: when every chain has more parameters.
+    divides its s), a last one, and between them as many factors as possible, with the larger ones last. The first
+    factor may have more outputs than inputs, but from there on the sizes shrink to C_out, so that the rank is full;
+    where C_out is larger than kh kw C_in, this holds backwards. Only if all these have too many parameters are the
+    others taken, those of highest rank.
     """
     known = _chains(rows, columns, positions)
-    fitting = [one for one in known if one[2] <= limit]  # by its number of parameters
+    fitting = [one for one in known if one[2] <= limit]
     if not fitting:
-        have = f"no chain for {rows} x {columns} has at most {limit:,} of the {rows * columns:,} numbers"
-        if not known:
-            raise ValueError(f"{have}: there is none for this shape")
-        smallest = min(count for *_, count, _ in known)
+        smallest = min((count for *_, count, _ in known), default=rows * columns)
         least = math.ceil(10_000 * smallest / (rows * columns)) / 10_000
-        raise ValueError(f"{have}: the smallest has {smallest:,}, for a fraction of {least}")
+        raise ValueError(
+            f"no chain for {rows} x {columns} has at most {limit:,} numbers; the least fraction is {least}"
+        )
     return max(fitting)[3]
 
 
 @lru_cache(maxsize=256)
 def _chains(rows: int, columns: int, positions: int) -> list[tuple[bool, int, int, Chain]]:
     """All chains: whether their sizes shrink, the rank that these allow, the number of parameters, the chain."""
-    every = {_chain(pairs) for pairs in _family(rows, columns, positions)}
-    if (rows, columns) in PAPER:
-        every.add(PAPER[rows, columns])
     found = []
-    for chain in every:
+    for chain in {_chain(pairs) for pairs in _family(rows, columns // positions, positions)}:
         shapes = _shapes(chain)
         pairs = [(r, s) for r, s, _ in chain] if columns >= rows else [(s, r) for r, s, _ in reversed(chain)]
         shrinks = all(s > 1 for _, s in pairs) and all(s >= r for r, s in pairs[1:])
@@ -206,14 +148,14 @@ def _chains(rows: int, columns: int, positions: int) -> list[tuple[bool, int, in
     return found
 
 
-def _family(rows: int, columns: int, positions: int) -> Iterator[list[tuple[int, int]]]:
+def _family(rows: int, channels: int, positions: int) -> Iterator[list[tuple[int, int]]]:
     """(r, s) of the factors of each chain."""
     for first in _divisors(rows):
         for last in _divisors(rows // first):
-            for channels in _divisors(columns // positions):
-                for inputs in _divisors(columns // positions // channels)[1:]:
-                    middle = rows // first // last, columns // positions // channels // inputs
-                    yield [(first, positions * channels), *_small(*middle), (last, inputs)]
+            for taken in _divisors(channels):
+                for inputs in _divisors(channels // taken)[1:]:
+                    middle = _small(rows // first // last, channels // taken // inputs)
+                    yield [(first, positions * taken), *middle, (last, inputs)]
 
 
 def _small(r: int, s: int) -> list[tuple[int, int]]:
@@ -239,7 +181,5 @@ def _divisors(n: int) -> list[int]:
 @lru_cache(maxsize=1024)
 def _primes(n: int) -> list[int]:
     """The prime factors of n, in descending order."""
-    for p in range(2, n + 1):
-        if n % p == 0:
-            return [*_primes(n // p), p]
-    return []
+    smallest = next((p for p in range(2, n + 1) if n % p == 0), None)
+    return [*_primes(n // smallest), smallest] if smallest else []

@@ -1,0 +1,96 @@
+"""Which convolutions are timed: 3x3 layers by their shape, and the layers of a network as it calls them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from basis.bench.timing import Pass
+
+RATIOS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
+# Every 3x3 convolution of the CIFAR ResNet-18 but its first.
+RESNET18_SHAPES = ("64@32", "128@16", "256@8", "512@4", "64-128@32/2", "128-256@16/2", "256-512@8/2")
+# Those of the blocks of WRN-16-4.
+WRN_SHAPES = ("16-64@32", "64@32", "64-128@32/2", "128@16", "128-256@16/2", "256@8")
+
+
+class Shape(NamedTuple):
+    """A 3x3 convolution with padding 1 on square images of ``size`` pixels; written ``64-128@32/2``."""
+
+    in_channels: int
+    out_channels: int
+    size: int
+    stride: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """``IN-OUT@SIZE/STRIDE``; OUT may be left out where it is IN, STRIDE where it is 1."""
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?@(\d+)(?:/(\d+))?", text)
+        shape = found and cls(int(found[1]), int(found[2] or found[1]), int(found[3]), int(found[4] or 1))
+        if not shape or min(shape) < 1:
+            raise ValueError(f"shape is {text!r}, but must read IN-OUT@SIZE/STRIDE, like 64@32 or 64-128@32/2")
+        return shape
+
+    def __str__(self) -> str:
+        out = f"-{self.out_channels}" if self.out_channels != self.in_channels else ""
+        stride = f"/{self.stride}" if self.stride > 1 else ""
+        return f"{self.in_channels}{out}@{self.size}{stride}"
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return self.in_channels, self.size, self.size
+
+    def conv(self) -> nn.Conv2d:
+        """The dense layer."""
+        return nn.Conv2d(self.in_channels, self.out_channels, 3, self.stride, 1, bias=False)
+
+    def macs(self, k: int, mode: str, batch_size: int, passes: Pass) -> int:
+        """Multiply-accumulates of one step with ``k`` basis channels; ``mode`` "dense" is ``nn.Conv2d``.
+
+        What is executed, so with the identity in M = [I; A], which :func:`basis.cost` lists by itself; mode "cat"
+        is factorized without it, [Z; A Z]. A backward pass has twice those of its forward pass.
+        """
+        c, f, m = self.out_channels, 9 * self.in_channels, self.out_channels - k
+        pixels = batch_size * ((self.size - 1) // self.stride + 1) ** 2
+        compose = 0 if mode == "dense" else m * k * f
+        full, thin = pixels * c * f + compose, pixels * k * (f + (m if mode == "cat" else c))
+        forward = thin if mode in ("factorized", "cat") else full
+        if passes == "forward":
+            return forward
+        return forward + 2 * (thin if mode in ("factorized", "cat", "hybrid") else full)
+
+
+@dataclass(frozen=True)
+class TimedLayer:
+    """A convolution as far as its time depends on it; equal ones are measured once."""
+
+    options: tuple[Any, ...]  # the first arguments of nn.Conv2d, up to padding_mode
+    inputs: tuple[tuple[int, ...], ...]  # (C, H, W) of each call in one forward pass
+    input_gradient: bool
+
+    @classmethod
+    def of(cls, conv: Any, inputs: Iterable[tuple[int, ...]], *, input_gradient: bool) -> TimedLayer:
+        """``conv`` on these inputs."""
+        padding = conv.padding if isinstance(conv.padding, str) else tuple(conv.padding)
+        options = (
+            conv.in_channels, conv.out_channels, tuple(conv.kernel_size), tuple(conv.stride), padding,
+            tuple(conv.dilation), conv.groups, conv.bias is not None, conv.padding_mode,
+        )  # fmt: skip
+        return cls(options, tuple(inputs), input_gradient)
+
+    def __str__(self) -> str:
+        c_in, c_out, kernel, stride, _, dilation, groups, *_ = self.options
+        sizes = "+".join("x".join(map(str, size[1:])) for size in self.inputs)
+        text = f"{c_in}-{c_out}@{sizes} {'x'.join(map(str, kernel))}"
+        for mark, value in (("/", stride), (" dilation ", dilation)):
+            text += f"{mark}{'x'.join(map(str, dict.fromkeys(value)))}" if set(value) != {1} else ""
+        return text + (f" groups {groups}" if groups > 1 else "")
+
+    def conv(self) -> nn.Conv2d:
+        """The dense layer."""
+        return nn.Conv2d(*self.options)

@@ -1,0 +1,213 @@
+"""One run, done: data, network, training, sensitivities, and what its record will hold."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+from torch import nn
+
+from basis.costs import cost, count_parameters, count_trained
+from basis.data import Data, first_images, hold_out, load_cifar10, synthetic
+from basis.environment import results_folder
+from basis.experiments.comparison import compare, first
+from basis.experiments.records import digest, read_record
+from basis.experiments.runs import Choice, Ladder, Run, plain, spectrum
+from basis.models import build
+from basis.saving import replacing
+from basis.search.selection import predicted, select
+from basis.search.sensitivity import sensitivity
+from basis.search.table import SensitivityTable
+from basis.substitution import Plan, substitute
+from basis.training.loop import Recipe, TrainingError, TrainingPaused, choose_precision, train
+from basis.training.reuse import Reuse
+
+Stop = Callable[[], bool] | None
+
+
+class TableMissing(RuntimeError):
+    """A run's plan is selected from sensitivities that no record holds yet."""
+
+
+def execute(
+    run: Run, *, device: torch.device, reuse: Reuse | None = None, folder: Path | None = None,
+    checkpoint: Path | None = None, should_stop: Stop = None, progress: bool | str = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Do ``run`` and return its result as plain values: the training's, with size and best rank-k errors.
+
+    The weights of the layers that stay dense are drawn alike in all runs of one seed. ``folder`` is where
+    the records are that a :class:`Choice` refers to; ``reuse`` is what earlier runs have left. Sensitivities and
+    teachers are kept beside the ``checkpoint``.
+
+    Raises:
+        TrainingPaused: when ``should_stop`` says so.
+        TableMissing: where the sensitivities that the plan is selected from are not there.
+    """
+    _check(run)
+    reuse, key = reuse or Reuse(), (run.data, run.validation, run.images, device)
+    data = reuse.data(key, lambda: prepare_data(run).to(device))
+    place: dict[str, Any] = {
+        "device": device,
+        "checkpoint": checkpoint,
+        "should_stop": should_stop,
+        "progress": progress,
+    }
+    torch.manual_seed(run.seed)
+    model: nn.Module = build(run.model, num_classes=data.classes, width=run.width)
+    if run.compression is not None:
+        trained = teacher_of(model, replace(run, teacher=run.recipe), data, **place)
+        return compare(trained.to(device), run.compression, data, seed=run.seed, progress=progress)
+    plan, extra = None if run.plan is None else Plan(run.plan), {}
+    if run.choice is not None:
+        plan, foreseen = choose(run.choice, folder or results_folder())
+        extra = {"plan": dict(plan.layers), "predicted": foreseen}
+    teacher = None if run.teacher is None else teacher_of(model, run, data, **place)
+    dense = plan is None and run.ratio is None and run.layer is None
+    if not dense:
+        model = substitute(
+            model if not run.fitted or teacher is None else teacher, plan, ratio=run.ratio, layer=run.layer,
+            include=run.include or (), mode=run.mode, init="svd" if run.fitted else "random",
+            coefficients=run.coefficients or "dense",
+        )  # fmt: skip
+    height, width, channels = data.train.x.shape[1:]
+    total = cost(model, (channels, height, width), mode="factorized").total
+    extra |= {"macs": total.forward_macs, "backward_macs": total.backward_macs}
+    extra |= {"trained": count_trained(model)} if run.layer is not None else {}
+    step = reuse.step(network_of(run, plan), model, run.recipe, device) if reusable(run) else None
+    model = model if step is None else step.model
+    result = train(
+        model, data, run.recipe, seed=run.seed, test=run.test is not False, step=step,
+        teacher=teacher if run.recipe.attention else None,
+        checkpoint_every=60 if run.ladder is None else 0,  # sensitivities go on with the very same weights
+        **place,
+    )  # fmt: skip
+    if run.ladder is not None:
+        extra |= {"tables": climb(model, data, run.ladder, beside=checkpoint, should_stop=should_stop)}
+    about = {"parameters": count_parameters(model), "spectrum": spectrum(model) if dense else None}
+    return {**asdict(result), **about, **extra}
+
+
+def prepare_data(run: Run) -> Data:
+    """The data that ``run`` trains on, with its validation images held out and its images chosen."""
+    if run.data not in ("synthetic", "cifar10"):
+        raise ValueError(f"data is {run.data!r}, but it must be cifar10 or synthetic")
+    data = hold_out(synthetic() if run.data == "synthetic" else load_cifar10(), run.validation)
+    return data if run.images is None else first_images(data, run.images)
+
+
+def reusable(run: Run) -> bool:
+    """Whether the weights are all that tells this run's network from another of :func:`network_of` equal."""
+    others = (run.teacher, run.compression, run.layer, run.recipe.skip, run.recipe.attention)
+    return others == (None,) * 5 and run.coefficients in (None, "dense")
+
+
+def network_of(run: Run, plan: Plan | None) -> str:
+    """Everything but the seed that a run's network and its training step depend on."""
+    layers = None if plan is None else dict(plan.layers)
+    images = [run.data, run.images, run.validation]
+    return json.dumps([run.model, run.width, run.ratio, layers, run.mode, asdict(run.recipe), images])
+
+
+def _check(run: Run) -> None:
+    if run.compression is not None and (run.ladder, run.layer, run.ratio, run.plan, run.choice) != (None,) * 5:
+        raise ValueError("compression makes the layers itself; it goes with no ladder, layer, ratio, plan or choice")
+    if (run.teacher is not None) != bool(run.fitted or run.recipe.attention):
+        raise ValueError("teacher goes with fitted or recipe.attention, and each of those needs one")
+    if run.fitted and run.ratio is run.plan is run.choice is run.layer is None:
+        raise ValueError("fitted is set for the dense network, but only substituted layers can be fitted; set layer")
+
+
+def teacher_of(
+    model: nn.Module, run: Run, data: Data, *, device: torch.device, checkpoint: Path | None = None,
+    should_stop: Stop = None, progress: bool | str = False,
+) -> nn.Module:  # fmt: skip
+    """A copy of the dense ``model`` trained by ``run.teacher``, the same to the bit whenever it is asked for.
+
+    Runs with equal teachers train it once: it is kept beside their checkpoints.
+
+    Raises:
+        TrainingPaused: when the time is up while it is trained, here or by another process.
+        TrainingError: where the kept one cannot be read.
+    """
+    teacher, recipe = copy.deepcopy(model), run.teacher or Recipe()
+    described = [run.model, run.width, run.data, run.images, run.validation, run.seed, plain(recipe)]
+    with tempfile.TemporaryDirectory() as nowhere:
+        folder = Path(nowhere) if checkpoint is None else checkpoint.parent
+        kept = folder / f"teacher-{digest(described)}-{device.type}-{choose_precision(device)}.pt"
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(kept.with_suffix(".lock"))
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=2)
+            except filelock.Timeout:
+                _pause(should_stop, "waiting for the teacher of another run")
+        try:
+            if not kept.exists():
+                part, trained, packed = kept.with_suffix(".part"), copy.deepcopy(model), io.BytesIO()
+                title = f"{progress}, teacher" if isinstance(progress, str) else progress
+                with torch.random.fork_rng(devices=[]):  # what is drawn after it must not depend on it
+                    train(
+                        trained, data, recipe, device=device, seed=run.seed, test=False, checkpoint=part,
+                        should_stop=should_stop, progress=title,
+                    )  # fmt: skip
+                torch.save(trained.state_dict(), packed)
+                with replacing(kept) as file:
+                    file.write(packed.getbuffer())
+                part.unlink(missing_ok=True)
+            try:
+                teacher.load_state_dict(torch.load(kept, map_location="cpu", weights_only=True))
+            except Exception as error:  # torch.load raises many kinds for a damaged file
+                raise TrainingError(f"teacher {kept} cannot be read ({error}); delete it to train it again") from error
+        finally:
+            lock.release()
+    return teacher
+
+
+def choose(choice: Choice, folder: Path) -> tuple[Plan, dict[str, float]]:
+    """The plan that ``choice`` asks for, and what it is predicted to lose and to keep.
+
+    Raises :class:`TableMissing` where no record holds the sensitivities.
+    """
+    path = next(folder.glob(f"*/*/{choice.table}.json"), None)
+    if path is None:
+        raise TableMissing(f"run {choice.table} has to measure the sensitivities first, and has no record yet")
+    table = SensitivityTable.from_lines(read_record(path).result["tables"][choice.measure])
+    rule: Any = choice.rule
+    plan = select(table, budget={choice.unit: choice.budget}, rule=rule, ratio=choice.ratio)
+    return plan, {key: value for key, value in predicted(table, plan).items() if math.isfinite(value)}
+
+
+def climb(
+    model: nn.Module, data: Data, ladder: Ladder, *, beside: Path | None = None, should_stop: Stop = None
+) -> dict[str, list[dict[str, Any]]]:
+    """The table of every measure of the ladder on the trained ``model``, as lines.
+
+    Measured layers are kept ``beside`` the checkpoint. The measure "fine_tuning" uses all images.
+
+    Raises ``TrainingPaused`` between two layers when ``should_stop`` says so.
+    """
+    if data.validation is None or len(data.validation) < ladder.images:
+        raise ValueError(f"the ladder needs {ladder.images} held-out images; set validation to as many")
+    held, calibration, tables = first(data.validation, ladder.images), first(data.train, ladder.calibration), {}
+    for measure, ratios in ladder.measures.items():
+        tuned: dict[str, Any] = {"recipe": ladder.tuning, "seeds": 1} if measure == "fine_tuning" else {}
+        tables[measure] = sensitivity(
+            model, data if tuned else held, measure=measure, ratios=ratios, multiple=ladder.multiple,
+            calibration=calibration, resume=beside and beside.with_name(f"{beside.stem}-{measure}.jsonl"),
+            progress=lambda _: _pause(should_stop, "measuring sensitivities"), **tuned,
+        ).to_lines()  # fmt: skip
+    return tables
+
+
+def _pause(should_stop: Stop, doing: str) -> None:
+    if should_stop and should_stop():
+        raise TrainingPaused(f"stopped while {doing}; what is done is kept")

@@ -1,0 +1,82 @@
+"""Records: what finished runs leave, one JSON file each, ``results/STUDY/PROFILE/ID.json``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from basis.environment import results_folder
+from basis.saving import RecordError, write_json
+
+VERSION = 1
+PLACE = ("study", "profile")  # entries of a configuration that say where it belongs, not what was done
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished run: its configuration, result, environment, and the study's definition then."""
+
+    id: str
+    config: Mapping[str, Any]
+    result: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    definition: str
+
+
+def digest(value: object) -> str:
+    """Sixteen hexadecimal digits that identify any value made of plain JSON types."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """The digest of what was done: of a configuration without study, profile and entries that are None.
+
+    A field added later must default to None, meaning "as before"; it then changes no older identity.
+    """
+
+    def given(value: Any) -> Any:
+        return {k: given(v) for k, v in value.items() if v is not None} if isinstance(value, Mapping) else value
+
+    return digest(given({key: value for key, value in config.items() if key not in PLACE}))
+
+
+def parse_record(text: bytes, name: Path | str) -> Record:
+    """The record that a file called ``name`` holds; :class:`RecordError` says what is wrong with it."""
+    try:
+        content = json.loads(text)
+        if not isinstance(content, dict) or content.pop("version", None) != VERSION:
+            raise RecordError(f"{name} is not a record of version {VERSION}, which this package reads")
+        record = Record(**content)
+        sound = isinstance(record.result, dict) and isinstance(record.environment, dict)
+        if not sound or record.id != identity(record.config):
+            raise RecordError(f"{name} was changed after it was written: its id does not fit its configuration")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RecordError(f"{name} is not a JSON record ({error}); delete it to have its run done again") from error
+    return record
+
+
+def read_record(path: Path) -> Record:
+    """One record. Raises :class:`RecordError`."""
+    try:
+        return parse_record(path.read_bytes(), path)
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a record, whole or not at all. Raises :class:`basis.saving.Unwritable`."""
+    write_json(path, {"version": VERSION, **asdict(record)})
+
+
+def load_records(folder: Path | None = None, *, study: str | None = None, profile: str | None = None) -> list[Record]:
+    """All records below ``folder``, or those of one study or profile, ordered by variant and seed.
+
+    Raises :class:`RecordError` for the first one that cannot be read.
+    """
+    files = (folder or results_folder()).glob(f"{study or '*'}/{profile or '*'}/*.json")
+    records = [read_record(path) for path in sorted(files) if path.parts[-3] != "bench"]
+    return sorted(records, key=lambda r: tuple(r.config[key] for key in ("study", "profile", "variant", "seed")))

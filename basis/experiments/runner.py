@@ -1,0 +1,316 @@
+"""Doing runs: one at a time here, or side by side in several processes or on a Ray cluster.
+
+A record appears whole or not at all, and only when its run is finished; a lock that dies with its process keeps two
+from doing one run twice. So everything may be killed at any moment and started again, by any number of processes on
+one folder. A worker that dies loses only the run that it had in hand; its checkpoint stays, and it is begun again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+import torch
+
+from basis.data import DataError
+from basis.decompositions import NotInstalled
+from basis.environment import environment, results_folder
+from basis.experiments.execution import TableMissing, execute
+from basis.experiments.pace import Pace
+from basis.experiments.records import Record, read_record, write_record
+from basis.experiments.runs import DEVICES, Run, checkpoint_path, device_for, record_path
+from basis.saving import Unwritable, unwritable
+from basis.training.loop import TrainingPaused
+from basis.training.reuse import Reuse
+
+MARGIN = 1.1  # times the seconds that runs like it took must be left before a run is begun
+TRIES = 3  # how often a run is begun whose worker dies
+THIN = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+
+
+class TooLittleMemory(RuntimeError):
+    """The device cannot hold the network's training, so no run like it could be done."""
+
+
+class Task(NamedTuple):
+    """A run, and the definition of its study that it is made under."""
+
+    run: Run
+    definition: str
+
+
+class Progress(NamedTuple):
+    """What became of a run that was begun: ``outcome`` is "done", "paused" or "failed"."""
+
+    run: Run
+    outcome: str
+    message: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What is to be done.
+
+    Args:
+        tasks: the runs, the most valuable first; those that have a record are passed over.
+        folder: where the records go; all workers must see it.
+        device: of :func:`basis.experiments.runs.device_for`.
+        deadline: a ``time.time()`` after which nothing is begun.
+        progress: whether to draw bars, in this process.
+        pace: how long runs take here; one that would not end before the deadline is not begun.
+    """
+
+    tasks: Sequence[Task]
+    folder: Path
+    device: str | None = None
+    deadline: float = math.inf
+    progress: bool = False
+    pace: Pace = field(default_factory=Pace)
+
+    def begins(self, run: Run) -> bool:
+        """Whether there is time to do ``run``, as far as that is known; one with a checkpoint has begun already."""
+        left = self.deadline - time.time()
+        fits = MARGIN * (self.pace.seconds(run.config) or 0) < left
+        return fits or (left > 0 and checkpoint_path(self.folder, run, device_for(run.profile, self.device)).exists())
+
+
+def work(
+    runs: Sequence[Run], definition: str, *, folder: Path | None = None, device: str | None = None,
+    deadline: float | None = None, progress: bool = False,
+) -> Iterator[Progress]:  # fmt: skip
+    """Do the missing runs of one study here, in the order given, until a ``time.monotonic()``."""
+    until = math.inf if deadline is None else deadline - time.monotonic() + time.time()
+    tasks, folder = [Task(run, definition) for run in runs], folder or results_folder()
+    return in_processes(Order(tasks=tasks, folder=folder, device=device, deadline=until, progress=progress), 1)
+
+
+def attempt(
+    run: Run, definition: str, *, folder: Path, device: str | None = None, deadline: float = math.inf,
+    progress: bool = False, jobs: int = 1,
+) -> Progress | None:  # fmt: skip
+    """Do ``run``, unless it has its record or another process holds it: then None.
+
+    A run under way stops at the end of its epoch at the deadline, leaving a checkpoint. One that fails is reported, as
+    is one whose record cannot be read. A record made under another ``definition`` is replaced. ``jobs``, how many
+    processes share the device, is noted in the record.
+
+    Raises:
+        Unwritable, DataError, TooLittleMemory: what would stop every other run, too.
+    """
+    place, path = device_for(run.profile, device), record_path(folder, run)
+    checkpoint, began = checkpoint_path(folder, run, place), time.monotonic()
+    lock = filelock.FileLock(path.with_suffix(".lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+        if path.exists() and read_record(path).definition == definition:
+            return None
+        _remove(path.parent, f"{path.name}.*.tmp")
+        _remove(checkpoint.parent, f"{checkpoint.name}.*.tmp")
+        result = execute(
+            run, device=place, folder=folder, checkpoint=checkpoint, reuse=_kept(),
+            should_stop=lambda: time.time() >= deadline, progress=progress and f"{run.variant}, seed {run.seed}",
+        )  # fmt: skip
+        write_record(path, Record(run.id, run.config, result, environment(place) | {"jobs": jobs}, definition))
+        _remove(checkpoint.parent, f"{checkpoint.stem}*")
+        images = "validation" if result["test"] is None else "test"
+        outcome, message = "done", f"{images} accuracy {result[images]['accuracy']:.2%}"
+    except filelock.Timeout:
+        return None
+    except (TrainingPaused, TableMissing, NotInstalled) as pause:
+        outcome, message = "paused", str(pause)
+    except (DataError, Unwritable):
+        raise
+    except OSError as error:
+        raise unwritable(path.parent, error) from error
+    except torch.cuda.OutOfMemoryError as error:
+        raise TooLittleMemory(f"{place} has too little free memory to train {run.model} on {run.recipe.batch_size} "
+                              "images a step; end what else uses it, or give fewer --jobs") from error  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        outcome, message = "failed", f"{type(error).__name__}: {error}"
+        _kept().forget_networks()
+    finally:
+        if lock.is_locked and path.exists():
+            path.with_suffix(".lock").unlink(missing_ok=True)  # while it is held: nobody else can hold it then
+        lock.release()
+    return Progress(run, outcome, message, time.monotonic() - began)
+
+
+@cache
+def _kept() -> Reuse:
+    """What a process keeps between its runs."""
+    return Reuse()
+
+
+def _remove(folder: Path, pattern: str) -> None:
+    for file in folder.glob(pattern):
+        file.unlink(missing_ok=True)
+
+
+def dispatch(
+    order: Order,
+    submit: Callable[[int, Task], Future[Progress | None]],
+    size: int,
+    *,
+    died: tuple[type[BaseException], ...] = (BrokenProcessPool,),
+) -> Iterator[Progress]:
+    """Keep ``size`` workers busy until all is done or the deadline has come.
+
+    A run whose plan is selected from another run's sensitivities waits for that run, and no worker waits with it.
+
+    Args:
+        submit: has an idle worker, by its number, begin a task.
+        died: what a future raises whose worker died. What else it raises would stop every run, and is raised.
+    """
+    waiting, deaths = [(task.run.id, task) for task in order.tasks], Counter[str]()
+    busy: dict[Future[Progress | None], tuple[int, str, Task]] = {}
+    if waiting and time.time() < order.deadline and not order.begins(order.tasks[0].run):
+        seconds = math.ceil(MARGIN * (order.pace.seconds(order.tasks[0].run.config) or 0))
+        raise ValueError(f"one run takes about {seconds} s here; give at least --time-limit {seconds + 10}s")
+    while True:
+        for worker in set(range(size)) - {worker for worker, _, _ in busy.values()}:
+            coming = {name for name, _ in waiting} | {name for _, name, _ in busy.values()}
+            ready = (one for one in waiting if one[1].run.choice is None or one[1].run.choice.table not in coming)
+            first = next(ready, None)
+            if first is None or not order.begins(first[1].run):
+                break
+            waiting.remove(first)
+            busy[submit(worker, first[1])] = (worker, *first)
+        if not busy:
+            return
+        for future in wait(busy, return_when=FIRST_COMPLETED).done:
+            _, name, task = busy.pop(future)
+            try:
+                step = future.result()
+            except died as error:
+                deaths[name] += 1
+                if deaths[name] < TRIES:
+                    waiting.insert(0, (name, task))
+                    continue
+                step = Progress(task.run, "failed", f"{TRIES} workers died of it ({type(error).__name__})", 0.0)
+            if step is not None and step.outcome == "done":
+                order.pace.learn(step.run.config, step.seconds)
+            if step is not None:
+                yield step
+
+
+def in_processes(order: Order, jobs: int) -> Generator[Progress, None, None]:
+    """``jobs`` runs side by side on this machine, in processes that share its cores and its GPUs; 1: in this one.
+
+    The processes end with the iteration, and with this process, however that ends. Raises what :func:`attempt` does.
+    """
+    options: dict[str, Any] = {"folder": order.folder, "deadline": order.deadline, "device": order.device}
+
+    if jobs == 1:
+
+        def here(_: int, task: Task) -> Future[Progress | None]:
+            future: Future[Progress | None] = Future()
+            future.set_result(attempt(*task, progress=order.progress, **options))
+            return future
+
+        try:
+            yield from dispatch(order, here, 1)
+        finally:
+            _kept.cache_clear()
+        return
+    context, gpus = multiprocessing.get_context("spawn"), max(1, torch.cuda.device_count())
+    options["jobs"] = -(-jobs // (gpus if order.device is None else 1))
+    alive, ours = context.Pipe(duplex=False)  # ends when `ours` is closed or this process dies
+
+    def pool() -> ProcessPoolExecutor:  # of one, since a process that dies breaks its pool
+        given = (alive, max(1, cores() // jobs))
+        return ProcessPoolExecutor(1, mp_context=context, initializer=_begin_worker, initargs=given)
+
+    pools = [pool() for _ in range(jobs)]
+
+    def submit(worker: int, task: Task) -> Future[Progress | None]:
+        several = order.device is None and gpus > 1 and DEVICES.get(task.run.profile) != "cpu"
+        given = options | ({"device": f"cuda:{worker % gpus}"} if several else {})
+        with suppress(BrokenProcessPool):
+            return pools[worker].submit(attempt, *task, **given)
+        pools[worker] = pool()
+        return pools[worker].submit(attempt, *task, **given)
+
+    try:
+        yield from dispatch(order, submit, jobs)
+        for one in pools:
+            one.shutdown()
+    finally:
+        ours.close()
+        for one in pools:
+            one.shutdown(cancel_futures=True)
+
+
+def _begin_worker(alive: Any, threads: int) -> None:
+    def end_with_parent() -> None:
+        with suppress(EOFError, OSError):
+            alive.recv()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    torch.set_num_threads(threads)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def on_ray(order: Order, jobs: int | None = None) -> Generator[Progress, None, None]:
+    """``jobs`` tasks at a time on the Ray cluster of ``$RAY_ADDRESS``, or on one started here.
+
+    All of its machines must see the folder of the records, and the data. On a cluster with GPUs a task gets one,
+    or its share where there are more jobs than GPUs; else it gets a core. Raises ``ModuleNotFoundError`` without Ray.
+    """
+    ray: Any = importlib.import_module("ray")
+
+    if not ray.is_initialized():
+        passed = {name: os.environ[name] for name in ("BASIS_DATA", "PYTHONPATH") if name in os.environ}
+        started: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": jobs, "include_dashboard": False}
+        ray.init(log_to_driver=False, logging_level=40, runtime_env={"env_vars": passed}, **started)
+    there = ray.cluster_resources()
+    gpus, size = there.get("GPU", 0), jobs or int(there.get("GPU", 0) or there.get("CPU", 1))
+    sharing = max(1, math.ceil(size / gpus)) if gpus else 1
+    remote = ray.remote(num_cpus=1, num_gpus=1 / sharing if gpus else 0, max_retries=0)(attempt)
+    options = {"folder": order.folder.resolve(), "deadline": order.deadline, "device": order.device, "jobs": sharing}
+    begun = []
+
+    def submit(_: int, task: Task) -> Future[Progress | None]:
+        begun.append(remote.remote(*task, **options))
+        return begun[-1].future()
+
+    try:
+        yield from dispatch(order, submit, size, died=(ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError))
+    finally:
+        for task in begun:
+            ray.cancel(task, force=True)
+
+
+def jobs_for(runs: Sequence[Run], device: torch.device) -> int:
+    """How many runs side by side: on a CPU as many as there are cores, on a GPU one, or up to 8 of a narrow network.
+
+    The first run speaks for all. That narrow networks gain by it is an estimate, not a measurement.
+    """
+    most = cores()
+    if device.type == "cuda" and runs:
+        first = runs[0]
+        narrow = (isinstance(first.width, int) and first.width <= 32) or first.model in THIN
+        most = min(8, most // 2) if narrow else 1
+    return max(1, min(most, len(runs)))
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

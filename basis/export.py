@@ -1,0 +1,192 @@
+"""Networks written as files of ONNX and ``torch.export``, which are run and compared before they appear."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from basis.layers.batchnorm import uncouple
+from basis.saving import replacing
+from basis.text import first_line
+
+Batch = int | Literal["dynamic"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """A file that was written, and run with ``batches`` of images (none where onnxruntime is not installed).
+
+    ``error`` is the largest difference to the model's outputs, relative to their largest magnitude.
+    """
+
+    path: Path
+    batches: tuple[int, ...]
+    error: float | None
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike,
+    input_size: Sequence[int],
+    *,
+    batch: Batch = "dynamic",
+    tolerance: float = 1e-4,
+    overwrite: bool = False,
+) -> Exported:
+    """Write ``model``, best folded first (:func:`basis.fold`), as an ONNX file that is checked and run.
+
+    From a copy on the CPU in evaluation mode. The file has one input, "images" (N, \\*input_size), and one output,
+    "logits". Where onnxruntime is installed it is run on random images and compared; only then it appears.
+
+    Args:
+        input_size: (C, H, W) of one image.
+        batch: images per call; "dynamic" leaves it open, and the file is run with 1 and with 3 images.
+        tolerance: largest difference allowed, relative to the largest magnitude of the model's outputs.
+        overwrite: replace a file that is there.
+
+    Raises:
+        FileExistsError: for a file at ``path`` without ``overwrite``, or a folder.
+        ModuleNotFoundError: where onnx or onnxscript is missing.
+        ValueError: for a batch or input_size out of range, or a model that does not return one tensor for it.
+        RuntimeError: where the model cannot be exported, the file cannot be run, or its outputs differ.
+    """
+    missing = [package for package in ("onnx", "onnxscript") if not is_installed(package)]
+    if missing:
+        needed = " and ".join(missing)
+        raise ModuleNotFoundError(f"export to ONNX needs {needed}: pip install onnx onnxscript onnxruntime")
+    import onnx
+
+    def export(copied: nn.Module, example: Tensor, shapes: Any) -> bytes:
+        names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+        program: Any = torch.onnx.export(copied, (example,), dynamo=True, verbose=False, dynamic_shapes=shapes, **names)
+        content: bytes = program.model_proto.SerializeToString()
+        onnx.checker.check_model(content, full_check=True)
+        return content
+
+    run = _run_onnx if is_installed("onnxruntime") else None
+    return _write(uncouple(model).eval().cpu(), path, input_size, batch, tolerance, overwrite, export, run)
+
+
+def export_program(
+    model: nn.Module,
+    path: str | os.PathLike,
+    input_size: Sequence[int],
+    *,
+    batch: Batch = "dynamic",
+    tolerance: float = 1e-4,
+    overwrite: bool = False,
+) -> Exported:
+    """Write ``model``, best folded first (:func:`basis.fold`), as a program of ``torch.export`` (a ``.pt2`` file).
+
+    From a copy in evaluation mode, on the model's device. ``torch.export.load`` reads it. Arguments and errors are
+    those of :func:`export_onnx`.
+    """
+
+    def export(copied: nn.Module, example: Tensor, shapes: Any) -> bytes:
+        buffer = io.BytesIO()
+        torch.export.save(torch.export.export(copied, (example,), dynamic_shapes=shapes), buffer)
+        return buffer.getvalue()
+
+    def run(content: bytes, images: Sequence[Tensor]) -> list[Tensor]:
+        program = torch.export.load(io.BytesIO(content)).module()
+        return [program(x) for x in images]
+
+    return _write(uncouple(model).eval(), path, input_size, batch, tolerance, overwrite, export, run)
+
+
+def is_installed(package: str) -> bool:
+    """Whether ``package`` can be imported."""
+    with contextlib.suppress(ImportError):
+        return bool(__import__(package))
+    return False
+
+
+def _write(
+    model: nn.Module,
+    path: str | os.PathLike,
+    input_size: Sequence[int],
+    batch: Batch,
+    tolerance: float,
+    overwrite: bool,
+    export: Callable[[nn.Module, Tensor, Any], bytes],
+    run: Callable[[bytes, Sequence[Tensor]], list[Tensor]] | None,
+) -> Exported:
+    """Export, run and compare; the file appears last, whole."""
+    target = Path(path)
+    if target.is_dir() or (target.exists() and not overwrite):
+        what = "is a folder" if target.is_dir() else "is there already; overwrite=True replaces it"
+        raise FileExistsError(f"{target} {what}")
+    images, expected = _examples(model, input_size, batch)
+    shapes = ({0: torch.export.Dim("batch")},) if batch == "dynamic" else None
+    try:
+        with torch.no_grad(), _quiet():
+            content = export(model, images[-1], shapes)  # from one image a dynamic batch cannot be seen
+            outputs = expected if run is None else run(content, images)
+    except Exception as error:  # exporters run the model's code and raise errors of many kinds
+        hint = "; a fixed batch may work" if batch == "dynamic" else ""
+        raise RuntimeError(f"{type(model).__name__} cannot be exported: {first_line(error)}{hint}") from error
+    apart = max(map(_difference, outputs, expected))
+    if not apart <= tolerance:
+        raise RuntimeError(f"the file differs from the model by {apart:.1e}, but tolerance is {tolerance:g}")
+    with replacing(target) as file:
+        file.write(content)
+    return Exported(path=target, batches=tuple(map(len, images)) if run else (), error=apart if run else None)
+
+
+def _examples(model: nn.Module, input_size: Sequence[int], batch: object) -> tuple[list[Tensor], list[Tensor]]:
+    """Random images in batches of the sizes to check, and the outputs of the model for them."""
+    size = tuple(input_size)
+    if not size or any(type(n) is not int or n < 1 for n in size):
+        raise ValueError(f"input_size is {input_size!r}, but it must be (C, H, W) in whole numbers of at least 1")
+    if batch != "dynamic" and (type(batch) is not int or batch < 1):
+        raise ValueError(f"batch is {batch!r}, but it must be 'dynamic' or a whole number of at least 1")
+    sizes: tuple[Any, ...] = (1, 3) if batch == "dynamic" else (batch,)
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn((n, *size), generator=generator).to(like) for n in sizes]
+    try:
+        with torch.no_grad():
+            outputs = [model(x) for x in images]
+    except Exception as error:  # the model's own code, which may raise anything
+        raise ValueError(f"the model cannot be run on images of {size}: {first_line(error)}") from error
+    if not all(isinstance(y, Tensor) for y in outputs):
+        raise ValueError(f"the model returns a {type(outputs[0]).__name__}, but one tensor can be exported and checked")
+    return images, outputs
+
+
+def _run_onnx(content: bytes, images: Sequence[Tensor]) -> list[Tensor]:
+    import onnxruntime  # type: ignore[import-untyped]
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(session.run(None, {"images": x.numpy()})[0]) for x in images]
+
+
+def _difference(got: Tensor, wanted: Tensor) -> float:
+    """The largest difference relative to the largest magnitude; infinite for outputs of another shape."""
+    if got.shape != wanted.shape:
+        return float("inf")
+    return float((got.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp_min(1e-30))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back the warnings of the exporters, which concern their own insides; errors are raised all the same."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

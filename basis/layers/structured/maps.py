@@ -1,0 +1,296 @@
+"""Structured pointwise maps of separable layers: tensors, cosine transforms, hashed numbers; and hashed weights.
+
+All maps are built from their parameters at every step, which saves numbers but no multiplications.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+from basis.layers.structured.layer import New, StructuredConv2d, draw_uniform, number, whole
+from basis.layers.structured.separable import Separable
+
+SEED = 0x5EED  # of the hash function
+
+
+def three_dimensions(n: int) -> tuple[int, int, int]:
+    """Sizes near the cube root of ``n`` with that product, as in Gray et al.: 160 x 16 gives (16, 16, 10)."""
+    target = round(n ** (1 / 3))
+    if target**3 == n:
+        return target, target, target
+    first = _divisor(n, target)
+    second = _divisor(n // first, target)
+    return first, second, n // first // second
+
+
+def _divisor(n: int, least: int) -> int:
+    """The smallest divisor of ``n`` that is at least ``least``; ``n`` where none is."""
+    return next((d for d in range(least, n) if n % d == 0), n)
+
+
+class TensorTrainConv2d(Separable):
+    """A tensor train of ranks max(1, round(s min(d, d'))) between dimensions d and d' (Garipov et al. 2016).
+
+    At first the decomposition of a map drawn as PyTorch does.
+
+    Parameters:
+        core1, core2, core3: (d1, R1), (R1, d2, R2) and (R2, d3), for the :attr:`dimensions` (d1, d2, d3).
+    """
+
+    kind = "tensor_train"
+    sizes = "FRACTION: the ranks are that fraction of the dimensions"
+    rounds = 5
+
+    def _build(self, new: New) -> None:
+        super()._build(new)
+        self.dimensions = three_dimensions(self.out_channels * self.in_channels)
+        self._allocate(new, number(self.size, self.kind))
+
+    def _allocate(self, new: New, size: Fraction) -> None:
+        a, b, c = self.dimensions
+        first, last = (max(1, round(size * min(pair))) for pair in ((a, b), (b, c)))
+        self._allocate_train(new, a, first, b, last, c)
+
+    def _allocate_train(self, new: New, a: int, first: int, b: int, last: int, c: int) -> None:
+        self.core1, self.core2, self.core3 = new(a, first), new(first, b, last), new(last, c)
+        self.building = a * first * b * last + a * b * last * c
+
+    def _tensor(self) -> Tensor:
+        """The tensor (a, b, c) of the train."""
+        return (self.core1 @ self.core2.flatten(1)).view(len(self.core1), self.core2.shape[1], -1) @ self.core3
+
+    def _matrix(self) -> Tensor:
+        return self._tensor().view(self.out_channels, self.in_channels)
+
+    def _draw_map(self) -> None:
+        if not self.core1.is_meta:
+            shape = self.out_channels, self.in_channels
+            drawn = torch.empty(shape, dtype=torch.float64, device=self.core1.device)
+            draw_uniform(drawn, self.in_channels)
+            self._fit_map(drawn, drawn.new_ones(()))
+
+    def _fit_map(self, matrix: Tensor, scale: Tensor) -> None:
+        self._fit_train(matrix.reshape(self.dimensions))
+
+    def _fit_train(self, tensor: Tensor, turn: Tensor | None = None) -> None:
+        """Fit by TT-SVD (Oseledets 2011, algorithm 1) from the last dimension to the first; ``turn`` the first one."""
+        (a, b, c), first, last = tensor.shape, len(self.core2), len(self.core3)
+        u, s, third = torch.linalg.svd(tensor.reshape(a * b, c), full_matrices=False)
+        u, s, second = torch.linalg.svd((u[:, :last] * s[:last]).reshape(a, b * last), full_matrices=False)
+        start = u[:, :first] * s[:first]
+        self.core1.copy_(start if turn is None else turn @ start)
+        self.core2.copy_(second[:first].view(first, b, last))
+        self.core3.copy_(third[:last])
+
+
+class TuckerConv2d(TensorTrainConv2d):
+    """A tensor in Tucker form of ranks r = max(1, round(s d)), fitted by HOSVD (De Lathauwer et al. 2000).
+
+    The core (r1, r2, r3) is itself a train, of ranks min(d1, r2 r3) and r3, as in Gray et al., which may be more
+    numbers than the core has; ``factor1``, ``factor2`` and ``factor3`` are (r, d) of each dimension.
+    """
+
+    kind = "tucker"
+
+    def _allocate(self, new: New, size: Fraction) -> None:
+        d1, d2, d3 = self.dimensions
+        r1, r2, r3 = (max(1, round(size * d)) for d in self.dimensions)
+        self.factor1, self.factor2, self.factor3 = new(r1, d1), new(r2, d2), new(r3, d3)
+        self._allocate_train(new, r1, min(d1, r2 * r3), r2, r3, r3)
+        self.building += r1 * r2 * r3 * d1 + r2 * r3 * d1 * d2 + r3 * d1 * d2 * d3
+
+    def _tensor(self) -> Tensor:
+        tensor = super()._tensor()
+        for factor in (self.factor1, self.factor2, self.factor3):  # each takes the first mode away and adds a last
+            tensor = torch.tensordot(tensor, factor, dims=([0], [0]))
+        return tensor
+
+    def _fit_map(self, matrix: Tensor, scale: Tensor) -> None:
+        tensor = matrix.reshape(self.dimensions)
+        bases = []  # (d, r), of each dimension's leading singular vectors
+        for i, factor in enumerate((self.factor1, self.factor2, self.factor3)):
+            unfolded = tensor.movedim(i, 0).flatten(1)
+            bases.append(torch.linalg.eigh(unfolded @ unfolded.T).eigenvectors.flip(1)[:, : len(factor)])
+            factor.copy_(bases[i].T)
+        self._fit_train(torch.einsum("abc,bi,cj->aij", tensor, bases[1], bases[2]), bases[0].T)
+
+
+def riffle(n: int, device: torch.device | str | None = None) -> Tensor:
+    """(n,) the even numbers below ``n``, then the odd ones."""
+    order = torch.arange(n, device=device)
+    return torch.cat([order[::2], order[1::2]])
+
+
+def _transforms(n: int, *, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The cosine transform (DCT-II, not normalised) and its inverse, (n, n), with columns riffled."""
+    order, i = riffle(n, like.device), torch.arange(n, device=like.device)[:, None]
+    angles = torch.arange(4 * n, dtype=torch.float64, device=like.device) * (math.pi / (2 * n))
+    cosines = angles.cos().to(like.dtype)
+    inverse = cosines[i * (2 * order + 1) % (4 * n)] / n
+    return 2 * cosines[(2 * i + 1) * order % (4 * n)], torch.cat([inverse[:1] / 2, inverse[1:]])
+
+
+class ACDCConv2d(Separable):
+    """Depthwise convolution and a map of n - 1 factors A C P D C^-1 P, each of size N = max(C_in, C_out).
+
+    C is the cosine transform, P a riffle of its columns, A and D are diagonal; the name says n, as in Gray et
+    al., whose code drops the last. Input channels are repeated up to N, adjacent output channels are summed.
+
+    Parameters:
+        a, d: (n - 1, N), the diagonals; drawn from N(1, 0.01^2).
+    """
+
+    kind = "acdc"
+    sizes = "N: one more than the number of factors"
+
+    def _build(self, new: New) -> None:
+        super()._build(new)
+        factors, n = whole(self.size, self.kind) - 1, max(self.in_channels, self.out_channels)
+        if not factors:
+            raise ValueError(f"{self.text} has no factors: its size is one more than their number, so at least 2")
+        if n % 2 or n % self.out_channels:
+            shape = f"{self.in_channels} -> {self.out_channels}"
+            raise ValueError(f"acdc needs an even number of channels, and C_out to divide C_in if smaller, not {shape}")
+        self.a, self.d = new(factors, n), new(factors, n)
+        self.building = factors * 2 * n * n * self.in_channels
+
+    def _draw_map(self) -> None:
+        nn.init.normal_(self.a, 1, 0.01)
+        nn.init.normal_(self.d, 1, 0.01)
+
+    def _matrix(self) -> Tensor:
+        n, c = self.a.shape[1], self.in_channels
+        # The first channels again until their number divides N, and all of them again until there are N.
+        padded = next(k for k in range(min(c, n), n + 1) if n % k == 0)
+        repeated = torch.arange(n, device=self.a.device) % padded % c
+        forward, inverse = _transforms(n, like=self.a)
+        matrix = torch.eye(c, dtype=self.a.dtype, device=self.a.device)[repeated]
+        for a, d in zip(reversed(self.a[:, :, None].unbind()), reversed(self.d[:, :, None].unbind()), strict=True):
+            matrix = a * (forward @ (d * (inverse @ matrix)))
+        return matrix.view(self.out_channels, -1, c).sum(1)
+
+
+def hashes(n: int, device: torch.device | str | None) -> Tensor:
+    """(n,) pseudo-random integers in [0, 2^32): those of 0 ... n - 1 by a hash function, on any machine."""
+    x = torch.arange(SEED, SEED + n, device=device) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):  # "lowbias32" of Wellons' hash-prospector
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 15)
+
+
+class HashedConv2d(StructuredConv2d):
+    """A ``table`` of numbers, each used at many places, without signs (Chen et al. 2015, arXiv 1504.04788).
+
+    int(s C_out C_in kh kw) numbers and as many MACs as a dense layer. Always has a bias, as in Gray et al., even with
+    ``bias=False``. Their last number is never used; here all are. ``indices`` are the table's entries at each place.
+    """
+
+    kind = "hashed"
+    sizes = "FRACTION: that fraction of the dense numbers is stored"
+    indices: Tensor
+
+    def _build(self, new: New) -> None:
+        self._build_table(new, self.out_channels * math.prod(self.filter_shape))
+
+    def _build_table(self, new: New, places: int) -> None:
+        budget = int(number(self.size, self.kind) * places)
+        if not budget:
+            raise ValueError(f"{self.text} stores none of {places} numbers, but it must store at least 1")
+        self.table = new(budget)
+        self.register_buffer("indices", self.table.new_empty(places, dtype=torch.int64), persistent=False)
+        self.bias = new(self.out_channels) if self.bias is None else self.bias
+
+    def _derive(self) -> None:
+        self._refill("indices", hashes(len(self.indices), self.table.device) % len(self.table))
+
+    def _draw(self) -> None:
+        draw_uniform(self.table, math.prod(self.filter_shape))
+
+    def _weight(self) -> Tensor:
+        return self.table.index_select(0, self.indices).view(self.out_channels, *self.filter_shape)
+
+    def _fit(self, weight: Tensor) -> None:
+        self._fit_table(weight.double(), torch.ones_like(weight, dtype=torch.float64))
+
+    def _fit_table(self, values: Tensor, squares: Tensor) -> None:
+        """The mean of the values at each number's places; ``squares`` are their weights."""
+        sums, weights = self.table.new_zeros((2, len(self.table)), dtype=torch.float64)
+        sums.index_add_(0, self.indices, (values * squares).flatten())
+        weights.index_add_(0, self.indices, squares.flatten())
+        self.table.copy_(torch.where(weights > 0, sums / weights, 0))
+
+
+class SepHashedConv2d(Separable, HashedConv2d):
+    """Depthwise and hashed pointwise convolution of int(s C_out C_in) numbers; as many MACs as ``sep``."""
+
+    kind = "sep_hashed"
+    rounds = 20
+
+    def _build(self, new: New) -> None:
+        super()._build(new)
+        self._build_table(new, self.out_channels * self.in_channels)
+
+    def _draw_map(self) -> None:
+        draw_uniform(self.table, self.in_channels)
+
+    def _matrix(self) -> Tensor:
+        return self.table.index_select(0, self.indices).view(self.out_channels, self.in_channels)
+
+    def _fit_map(self, matrix: Tensor, scale: Tensor) -> None:
+        self._fit_table(matrix, scale.square().expand_as(matrix))
+
+
+class TridiagonalConv2d(Separable):
+    """Depthwise convolution and a map with diagonals -p, 0 and +q, and e more entries.
+
+    After Mousavi Janbeh Sarayi and Nikkhah Bahrami 2022 (arXiv 2207.00903), who have such matrices but no
+    convolutions. The diagonals go on at the other end, so every output channel (or input channel, where there are
+    more) has three. Input channels are riffled first, so that a stack of layers mixes all of them. Saves no MACs.
+
+    Parameters and buffers:
+        entries: (3 max(C_in, C_out) + e,), drawn from N(0, 2 / entries in a row).
+        indices: their places in the map, row by row; computed, not stored.
+    """
+
+    kind = "tridiagonal"
+    sizes = "P,Q or P,Q,E: how far the outer diagonals are from the main one, and the number of further entries"
+    rounds = 5
+    indices: Tensor
+
+    def _build(self, new: New) -> None:
+        super()._build(new)
+        numbers = self.size.split(",")
+        if len(numbers) not in (2, 3) or not all(n.strip().isdecimal() for n in numbers):
+            raise ValueError(f"the size of {self.kind} is {self.size!r}, but it must be {self.sizes}")
+        p, q, *more = (int(n) for n in numbers)
+        period, cells = min(self.in_channels, self.out_channels), self.in_channels * self.out_channels
+        self.offsets, count = (-p, 0, q), 3 * max(self.in_channels, self.out_channels) + sum(more)
+        if len({offset % period for offset in self.offsets}) < 3:
+            raise ValueError(f"the diagonals -{p}, 0 and {q} of {self.text} are not three among {period} channels")
+        if count > cells:
+            raise ValueError(f"{self.text} has {count:,} entries, but the map has only {cells:,}")
+        self.entries = new(count)
+        self.register_buffer("indices", self.entries.new_empty(count, dtype=torch.int64), persistent=False)
+
+    def _derive(self) -> None:
+        c, o, device = self.in_channels, self.out_channels, self.entries.device
+        along = torch.arange(max(c, o), device=device)
+        offsets = torch.tensor(self.offsets, device=device)[:, None]
+        rows, columns = (along - offsets, along) if c > o else (along, along + offsets)
+        diagonals = (rows % o * c + riffle(c, device)[columns % c]).flatten()
+        order = hashes(c * o, device).index_fill(0, diagonals, 2**32).argsort(stable=True)
+        self._refill("indices", torch.cat([diagonals, order[: len(self.entries) - len(diagonals)]]))
+
+    def _draw_map(self) -> None:
+        nn.init.normal_(self.entries, std=math.sqrt(2 * self.out_channels / len(self.entries)))
+
+    def _matrix(self) -> Tensor:
+        zeros = self.entries.new_zeros(self.out_channels * self.in_channels)
+        return zeros.index_copy(0, self.indices, self.entries).view(self.out_channels, self.in_channels)
+
+    def _fit_map(self, matrix: Tensor, scale: Tensor) -> None:
+        self.entries.copy_(matrix.flatten()[self.indices])

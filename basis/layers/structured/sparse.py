@@ -1,0 +1,194 @@
+"""Weights of few trained numbers or bits: masks over random values, and products of two sparse matrices."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+from basis.layers.structured.layer import New, StructuredConv2d, number
+
+ROUNDS = 40  # of the double sparse factorization, in which each factor is solved for once
+STEPS = 5  # of ADMM for one factor
+DAMPING = 1e-2  # of the mean diagonal of the Gram matrix
+
+
+class PemnConv2d(StructuredConv2d):
+    """Fixed random values, of which a trained mask keeps half (Bai et al. 2022, arXiv 2210.06699, RP).
+
+    The mask keeps the values whose absolute scores are above their median; its gradient goes straight through to the
+    absolute scores (edge-popup, Ramanujan et al. 2020). Every layer has its own values, of N(0, 2 / fan-in), from a
+    seed, so that only the mask is stored, one bit for each weight. A fraction below 1 is the paper's padding.
+
+    Parameters and buffers:
+        scores: (C_out, C_in, kh, kw), drawn as ``nn.Conv2d`` draws its weight.
+        seed: () of int64, from which the values are drawn again when a state is loaded.
+        values: (C_out, C_in, kh, kw), not part of the state.
+    """
+
+    kind = "pemn"
+    sizes = "FRACTION: that part of the weight's random values is drawn and repeated, 1 for all of them"
+    seed: Tensor
+    values: Tensor
+
+    def _build(self, new: New) -> None:
+        self.fraction = number(self.size, self.kind)
+        self.scores = new(self.out_channels, *self.filter_shape)
+        self.register_buffer("seed", self.scores.new_zeros((), dtype=torch.int64))
+        self.register_buffer("values", torch.empty_like(self.scores, requires_grad=False), persistent=False)
+
+    def _draw(self) -> None:
+        nn.init.kaiming_uniform_(self.scores, a=math.sqrt(5))
+        if not self.seed.is_meta:
+            self.seed.copy_(torch.randint(2**62, (), device="cpu"))
+
+    def _derive(self) -> None:
+        if self.seed.is_meta:
+            return
+        length = self.values.numel()
+        drawn = min(length, int(self.fraction * length) + 1)  # as the authors round
+        generator = torch.Generator("cpu").manual_seed(int(self.seed))  # the same ones on every device
+        values = torch.randn(drawn, generator=generator, dtype=torch.float32, device="cpu")
+        values = values.mul_(math.sqrt(2 / math.prod(self.filter_shape))).repeat(math.ceil(length / drawn))
+        self._refill("values", torch.empty_like(self.scores).copy_(values[:length].view(self.values.shape)))
+
+    def _weight(self) -> Tensor:
+        size = self.scores.abs()
+        kept = size.detach() > size.detach().median()
+        return self.values * (kept + (size - size.detach()))  # adds 0, with the gradient of ``size``
+
+    def bits(self, name: str) -> int:
+        """One for each score: what remains of them is the mask."""
+        return getattr(self, name).numel()
+
+    def _fit(self, weight: Tensor) -> None:
+        """Keep the half of the values that is nearest to the weight; the scores change places."""
+        gain = (2 * weight - self.values) * self.values  # w^2 - (w - v)^2
+        order = gain.flatten().argsort()
+        scores = torch.empty_like(order, dtype=self.scores.dtype)
+        scores[order] = self.scores.abs().flatten().sort().values
+        self.scores.copy_(scores.view(self.scores.shape))
+
+
+class DsfConv2d(StructuredConv2d):
+    """A weight ``outer inner`` of two sparse matrices (Boza and Macko 2024, arXiv 2409.18850).
+
+    The weight as a matrix of n rows and m columns is the product of a square factor of the smaller size, on the
+    side of the outputs where C_out <= kh kw C_in, and one of n x m, together with density n m entries that are not
+    zero. The square one has the fraction max(0.05, density / 2) of its entries, as in the authors' ResNets, but at
+    least one for each row. It is executed as the dense convolution; training leaves the zeros as they are.
+
+    The paper only fits. New layers here have random zeros, equally many in each row, but none on the diagonal of the
+    square factor, and He's variance, 2 / (kh kw C_in).
+
+    Parameters and buffers:
+        inner: (min(C_out, kh kw C_in), C_in, kh, kw).
+        outer: (C_out, min(C_out, kh kw C_in), 1, 1).
+        inner_mask, outer_mask: of the same shapes, bool, stored as one bit each.
+    """
+
+    kind = "dsf"
+    sizes = "FRACTION: the numbers that are not zero in both factors, of those of the dense weight"
+    inner_mask: Tensor
+    outer_mask: Tensor
+
+    def _build(self, new: New) -> None:
+        rows, columns = self.out_channels, math.prod(self.filter_shape)
+        middle, density = min(rows, columns), number(self.size, self.kind)
+        square = max(middle, int(max(Fraction(1, 20), density / 2) * middle**2))
+        other = int(density * rows * columns) - square
+        if other < middle:
+            raise ValueError(f"{self.text} leaves {max(other, 0)} numbers for a factor that needs at least {middle}")
+        self.kept = {"outer": square, "inner": other} if rows <= columns else {"outer": other, "inner": square}
+        self.inner, self.outer = new(middle, *self.filter_shape), new(rows, middle, 1, 1)
+        for name in ("inner", "outer"):
+            mask = torch.empty_like(getattr(self, name), dtype=torch.bool, requires_grad=False)
+            self.register_buffer(f"{name}_mask", mask)
+        self.building = self.outer.numel() * columns
+
+    def _draw(self) -> None:
+        for name, gain in (("inner", 2), ("outer", 1)):
+            parameter, mask = getattr(self, name), getattr(self, f"{name}_mask")
+            mask.copy_(_spread(self.kept[name], parameter.flatten(1)).view(parameter.shape))
+            nn.init.normal_(parameter, std=math.sqrt(gain * len(parameter) / self.kept[name])).mul_(mask)
+
+    def _weight(self) -> Tensor:
+        outer, inner = (self.outer * self.outer_mask).flatten(1), (self.inner * self.inner_mask).flatten(1)
+        return (outer @ inner).view(self.out_channels, *self.filter_shape)
+
+    def bits(self, name: str) -> int:
+        """32 for what is not zero, and one for every entry to say whether it is."""
+        return 32 * self.kept[name] + getattr(self, name).numel()
+
+    def trained(self, name: str) -> int:
+        """Those that are not zero."""
+        return self.kept[name]
+
+    def _fit(self, weight: Tensor) -> None:
+        matrix = weight.flatten(1).float()
+        if not matrix.any():  # of zeros nothing is found, but the drawn factor can still learn
+            self.outer.zero_()
+            return
+        if len(self.outer) <= matrix.shape[1]:
+            outer, inner = factorize(matrix, self.kept["outer"], self.kept["inner"])
+        else:
+            inner, outer = (factor.T for factor in factorize(matrix.T, self.kept["inner"], self.kept["outer"]))
+        for name, factor in (("inner", inner), ("outer", outer)):
+            parameter = getattr(self, name)
+            parameter.copy_(factor.reshape(parameter.shape))
+            getattr(self, f"{name}_mask").copy_(_largest(parameter, self.kept[name]))
+
+
+def factorize(matrix: Tensor, square: int, other: int) -> tuple[Tensor, Tensor]:
+    """Sparse factors A (n, n), with ``square`` entries, and B (n, m), with ``other``, and A B near ``matrix`` (n, m).
+
+    Alternates between the factors: steps of ADMM for one of a fixed number of entries, with the other fixed. The
+    columns of A and the rows of B are scaled to equal norms.
+    """
+    a, b = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device), _largest(matrix, other) * matrix
+    dual_a, dual_b = torch.zeros_like(a), torch.zeros_like(b)
+    for i in range(ROUNDS):
+        start = min(1.0, i / (ROUNDS - 3)) ** 3
+        a, dual_a = (x.T for x in _solve(b.T, matrix.T, a.T, dual_a.T, square, start))
+        b, dual_b = _solve(a, matrix, b, dual_b, other, start)
+    scale = (b.norm(dim=1) / a.norm(dim=0)).sqrt()
+    scale = torch.where(scale.isfinite() & (scale > 0), scale, 1)
+    return a * scale, b / scale[:, None]
+
+
+def _solve(left: Tensor, target: Tensor, sparse: Tensor, dual: Tensor, count: int, start: float) -> tuple[Tensor, ...]:
+    """ADMM for a matrix of ``count`` entries so that ``left`` times it is near ``target``; it and its dual."""
+    norms = left.norm(dim=0)[:, None] + 1e-8
+    left, sparse, dual = left / norms.T, sparse * norms, dual * norms
+    gram, eye = left.T @ left, torch.eye(left.shape[1], dtype=left.dtype, device=left.device)
+    gram = gram + (DAMPING * gram.diagonal().mean()).clamp_min(1e-8) * eye
+    right = left.T @ target
+    inverse = torch.linalg.inv(gram + eye)
+    dense = torch.linalg.solve(gram + start * eye, right + start * (sparse - dual))
+    for step in range(STEPS):
+        both = dense + dual
+        if step < 2:
+            mask = _largest(both, count)
+        sparse = both * mask
+        dual = both - sparse
+        if step < STEPS - 1:
+            dense = inverse @ (right + sparse - dual)
+    return sparse / norms, dual / norms
+
+
+def _largest(matrix: Tensor, count: int) -> Tensor:
+    """A mask of the ``count`` entries of largest absolute value."""
+    mask = torch.zeros(matrix.numel(), dtype=torch.bool, device=matrix.device)
+    mask[matrix.abs().flatten().topk(count, sorted=False).indices] = True
+    return mask.view(matrix.shape)
+
+
+def _spread(count: int, like: Tensor) -> Tensor:
+    """A random mask of ``count`` entries, equally many in each row (up to 1); of a square matrix the diagonal first."""
+    order = torch.rand(like.shape, device=like.device).argsort(1).float()
+    order += torch.rand(like.shape, device=like.device)
+    if like.shape[0] == like.shape[1]:
+        order.fill_diagonal_(-1)
+    return _largest(order.max() - order, count)

@@ -1,0 +1,230 @@
+"""Plans: which convolutions become basis convolutions or other structured layers, and why the others stay dense."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+
+from basis.layers.base import ConvLike
+from basis.layers.coefficients import Form
+from basis.layers.conv import BasisConv2d, basis_channels_for
+from basis.layers.structured import LAYERS, Structure, StructuredConv2d
+from basis.saving import Saved
+from basis.text import shown_name
+
+Size = int | str  # basis channels k of a basis convolution, or the text of a structured layer, "tucker:0.41"
+
+
+@dataclass(frozen=True)
+class Plan(Saved):
+    """Which layers of a model become basis convolutions or other structured layers, and why the others do not.
+
+    ``layers`` maps names to basis channels k, where k = C_out keeps the layer dense, or to texts of structured layers
+    (:class:`basis.layers.structured.Structure`); ``skipped`` maps every other convolution to the reason why it stays
+    dense; ``out_channels`` holds C_out, which a plan written by hand need not know.
+    """
+
+    kind: ClassVar[str] = "plan"
+
+    layers: Mapping[str, Size]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    out_channels: Mapping[str, int] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def uniform(
+        cls,
+        model: nn.Module,
+        *,
+        ratio: float | None = None,
+        layer: str | Structure | None = None,
+        coefficients: str | Form = "dense",
+        include: str | Iterable[str] = (),
+        exclude: str | Iterable[str] = (),
+        multiple: int = 1,
+    ) -> Plan:
+        """Every convolution of ``model`` that can be substituted, all at one ratio or by one structured layer.
+
+        A layer that would then store more parameters than the dense one stays dense; ``skipped`` says so.
+
+        Args:
+            ratio: r in (0, 1]; k is the nearest to r C_out among the multiples of ``groups`` and of
+                ``multiple`` (8 for tensor cores, say). Give this or ``layer``.
+            layer: the text of a structured layer; a layer that cannot take it is skipped with the reason.
+            coefficients: the form of A, which decides how many parameters a basis layer stores.
+            include, exclude: shell patterns (``fnmatch``) of layer names; to include none means all layers.
+
+        Raises ``ValueError`` for an argument out of range, or an ``include`` pattern that no convolution matches.
+        """
+        if (ratio is None) == (layer is None):
+            raise ValueError("give one of ratio and layer")
+        if multiple < 1 or (layer is not None and multiple > 1):
+            raise ValueError(f"multiple is {multiple}, but it must be at least 1, and goes with a ratio")
+        form = Form.parse(coefficients)
+        choice: float | Structure = Structure.parse(layer) if layer is not None else ratio or 0.0
+        if not isinstance(choice, Structure):
+            basis_channels_for(choice, 1)  # refuses a bad ratio, whatever the layers are
+        included, excluded = as_patterns(include), as_patterns(exclude)
+        found = convolutions(model)
+        for pattern in included:
+            if not any(fnmatchcase(name, pattern) for names in found.values() for name in names):
+                raise ValueError(f"include has {pattern!r}, but no convolution has such a name")
+        layers: dict[str, Size] = {}
+        skipped: dict[str, str] = {}
+        for module, (name, *others) in found.items():
+            reason = obstacle(model, module) or left_out([name, *others], included, excluded)
+            size, why = (None, reason) if reason else _size_for(module, choice, multiple)
+            if size is None:
+                skipped[name] = str(why)
+            else:
+                layers[name] = size
+        for names in tied(model, layers, form):
+            reason = _growth([model.get_submodule(name) for name in names], layers[names[0]], form)
+            if reason is not None:
+                layers = {name: size for name, size in layers.items() if name not in names}
+                skipped |= dict.fromkeys(names, reason)
+        return cls(layers, skipped, {names[0]: conv.out_channels for conv, names in found.items()})
+
+    def __str__(self) -> str:
+        others = any(isinstance(size, str) for size in self.layers.values())
+        title = "basis channels, or structured layer" if others else "basis channels"
+        rows = [("layer", title), *((shown_name(n), str(size)) for n, size in self.layers.items())]
+        if self.skipped:
+            rows += [("", ""), ("kept dense", "because"), *((shown_name(n), r) for n, r in self.skipped.items())]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that ``to_json`` wrote. Raises ``ValueError`` where ``text`` is not one."""
+        plan = super().from_json(text)
+        checks = {"layers": _is_size, "skipped": lambda value: isinstance(value, str)}
+        for name, fits in checks.items():
+            entries = getattr(plan, name)
+            if not isinstance(entries, dict) or not all(map(fits, entries.values())):
+                raise ValueError(f"the plan's {name!r} is {entries!r}, but it must map layer names to sizes or reasons")
+        return plan
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that ``model`` was made by, read from its layers.
+
+    ``skipped`` holds its other convolutions, with the reason where they cannot be substituted, else ``"left dense"``.
+    """
+    layers: dict[str, Size] = {}
+    skipped: dict[str, str] = {}
+    found = convolutions(model)
+    for module, (name, *_) in found.items():
+        if isinstance(module, BasisConv2d):
+            layers[name] = module.basis_channels
+        elif isinstance(module, StructuredConv2d):
+            layers[name] = module.text
+        else:
+            skipped[name] = obstacle(model, module) or "left dense"
+    return Plan(layers, skipped, {names[0]: conv.out_channels for conv, names in found.items()})
+
+
+def convolutions(model: nn.Module) -> dict[Any, list[str]]:
+    """Every convolution-like module with all its names, in the order of the model."""
+    found: dict[Any, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (_ConvNd, ConvLike)):
+            found.setdefault(module, []).append(name)
+    return found
+
+
+def obstacle(model: nn.Module, module: nn.Module) -> str | None:
+    """Why ``module`` cannot be substituted, whatever the size; None where it can."""
+    kind = type(module)
+    if isinstance(module, BasisConv2d):
+        return f"already a basis convolution, with k = {module.basis_channels}"
+    if isinstance(module, StructuredConv2d):
+        return f"already a structured layer, {module.text}"
+    if not isinstance(module, nn.Conv2d):
+        return f"{kind.__name__}: only nn.Conv2d can be substituted"
+    if any(is_lazy(parameter) for parameter in module.parameters()):
+        return "lazy: its shape is not known before the first forward pass"
+    if set(module._parameters) != {"weight", "bias"} or next(module.children(), None) is not None:
+        return "parametrized: its weight is made from other parameters"
+    own_forward = "forward" in vars(module) or "_conv_forward" in vars(module)
+    if own_forward or any(getattr(kind, f) is not getattr(nn.Conv2d, f) for f in ("forward", "_conv_forward")):
+        return f"{kind.__name__} has a forward of its own"
+    twins = [
+        f"{name}.{key}".lstrip(".")
+        for name, other in model.named_modules()
+        for key, parameter in other._parameters.items()
+        if parameter is module.weight and (other, key) != (module, "weight")
+    ]
+    if twins:
+        return f"weight tied with {', '.join(twins)}"
+    if module.out_channels == module.groups:
+        return "depthwise: one filter per group" if module.groups > 1 else "one filter: nothing to derive"
+    return None
+
+
+def tied(model: nn.Module, sizes: Mapping[str, Size], form: Form) -> list[list[str]]:
+    """The names of ``sizes``, those together whose new layers share parameters."""
+    together: dict[Hashable, list[str]] = {}
+    for name, size in sizes.items():
+        conv: Any = model.get_submodule(name)
+        shared: Hashable = (conv.out_channels, conv.groups) if form.kind == "shared" else None
+        if isinstance(size, str):
+            shared = Structure.parse(size).key(conv)
+        key = (size, shared, conv.weight.dtype, conv.weight.device, conv.weight.requires_grad)
+        together.setdefault(name if shared is None else key, []).append(name)
+    return list(together.values())
+
+
+def _size_for(conv: nn.Conv2d, choice: float | Structure, multiple: int) -> tuple[Size | None, str | None]:
+    """The size that ``conv`` gets by a ratio or a structured layer, or else the reason why it gets none."""
+    if isinstance(choice, Structure):
+        why = choice.obstacle(conv)
+        return (str(choice), None) if why is None else (None, why)
+    k = basis_channels_for(choice, conv.out_channels, math.lcm(conv.groups, multiple))
+    if k >= conv.out_channels:
+        return None, f"k = {k} is not below C_out = {conv.out_channels}: nothing to derive"
+    return k, None
+
+
+def _growth(convs: Sequence[Any], size: Size, form: Form) -> str | None:
+    """Why ``convs``, whose new layers share parameters, would store more than now; None where they would not."""
+    if isinstance(size, str):
+        return Structure.parse(size).obstacle_together(convs)
+    conv = convs[0]
+    try:
+        coefficients = form.make(conv.out_channels, size, conv.groups, device="meta").stored
+    except ValueError:  # a form that does not fit the layer: substitute() refuses it by name
+        return None
+    dense = sum(conv.weight.numel() for conv in convs)
+    stored = coefficients + sum(size * conv.weight[0].numel() for conv in convs)
+    return f"k = {size} makes it larger: {stored:,} parameters in place of {dense:,}" if stored > dense else None
+
+
+def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
+    """One pattern or several, as a tuple."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def left_out(names: Sequence[str], include: tuple[str, ...], exclude: tuple[str, ...]) -> str | None:
+    """Why a layer of these names is not among the included ones; None where it is."""
+    for pattern in exclude:
+        if any(fnmatchcase(name, pattern) for name in names):
+            return f"excluded by {pattern!r}"
+    if include and not any(fnmatchcase(name, pattern) for name in names for pattern in include):
+        return "not among the included layers"
+    return None
+
+
+def size_text(size: Size) -> str:
+    """A size as it is said in messages."""
+    return size if isinstance(size, str) else f"k = {size}"
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int or (isinstance(value, str) and value.partition(":")[0] in LAYERS)

@@ -1,0 +1,148 @@
+"""The one loop over epochs, with checkpoints, of training and fine-tuning."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from basis.saving import replacing
+from basis.training.recipe import TrainingError, TrainingPaused
+from basis.training.stepping import TrainingStep
+
+
+def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint, whole or not at all."""
+    packed = io.BytesIO()  # torch reports a full disk in words of its own, a plain write as what it is
+    torch.save(dict(content), packed)
+    with replacing(path) as file:
+        file.write(packed.getbuffer())
+
+
+def read_checkpoint(path: Path, identity: str) -> dict[str, Any]:
+    """The content of a checkpoint of the training of this identity; else a :class:`TrainingError`."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        found = content["identity"]
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise TrainingError(f"checkpoint {path} cannot be read ({error}); delete it to start again") from error
+    if found != identity:
+        raise TrainingError(
+            f"checkpoint {path} belongs to a training with another model, recipe, seed or data; delete it to restart"
+        )
+    return content
+
+
+@dataclass(kw_only=True)
+class Training:
+    """A training under way: all that it changes, so that a checkpoint can hold it, and the loop over its epochs.
+
+    Args:
+        run: the step that trains the model.
+        identity: what a checkpoint must have in common with the training.
+        epochs, steps: passes over the data; steps of each, as far as known before.
+        batches: the batches of one epoch, on the model's device.
+        prepare: called with the step's number before each step; gives its kind.
+        generator: of the order and augmentation of the data, where there is one.
+        validate: measures the model after each epoch; what it gives is added to the epoch's row.
+        check_every: steps after which the loss is looked at within an epoch; on a GPU that waits for it.
+    """
+
+    run: TrainingStep
+    identity: str
+    epochs: int
+    steps: int
+    batches: Callable[[], Iterable[tuple[Tensor, Tensor]]]
+    prepare: Callable[[int], Any]
+    generator: torch.Generator | None = None
+    validate: Callable[[], Mapping[str, float]] = dict
+    check_every: int | None = None
+    epoch: int = 0
+    step: int = 0
+    images: int = 0
+    curves: tuple[dict[str, float], ...] = ()
+
+    def loop(
+        self, path: str | Path | None, should_stop: Callable[[], bool] | None, progress: bool | str, *,
+        title: str | None = None, checkpoint_every: float = 0.0,
+    ) -> None:  # fmt: skip
+        """Train until the last epoch, from where the checkpoint stopped; see :func:`train`."""
+        path = Path(path) if path else None
+        if path and path.exists():
+            self._restore(path)
+        desc, total, saved = (
+            progress if isinstance(progress, str) else title,
+            self.epochs * self.steps,
+            time.monotonic(),
+        )
+        bar = tqdm(total=total, initial=self.step, disable=not progress, desc=desc, unit="step", dynamic_ncols=True)
+        with bar:
+            while self.epoch < self.epochs:
+                row = self._pass(bar)
+                row |= self.validate()
+                self.curves = (*self.curves, row)
+                shown = row.get("validation_accuracy", row["train_accuracy"])
+                bar.set_postfix_str(f"epoch {self.epoch}/{self.epochs}, accuracy {shown:.1%}")
+                stops = should_stop is not None and self.epoch < self.epochs and should_stop()
+                if path and (stops or time.monotonic() - saved >= checkpoint_every):
+                    self._save(path)
+                    saved = time.monotonic()
+                if stops:
+                    raise TrainingPaused(f"stopped after epoch {self.epoch} of {self.epochs}, as asked")
+
+    @property
+    def seconds(self) -> float:
+        """Of training, without evaluation."""
+        return sum(row["seconds"] for row in self.curves)
+
+    def _pass(self, bar: Any) -> dict[str, float]:
+        """One epoch. The device is read at its end, and after every ``check_every`` steps."""
+        run, first, images = self.run, self.step, 0
+        run.model.train()
+        run.start_epoch()
+        began, setup = time.perf_counter(), run.setup_seconds
+        for x, labels in self.batches():
+            run(x, labels, self.prepare(self.step))
+            self.step, images = self.step + 1, images + len(labels)
+            if self.check_every and (self.step - first) % self.check_every == 1:
+                self._check(run.loss)
+            bar.update()
+        self._check(run.loss)
+        self.epoch, self.images = self.epoch + 1, self.images + images
+        return {
+            "epoch": self.epoch,
+            "train_loss": run.loss.item() / (self.step - first),
+            "train_accuracy": run.correct.item() / images,
+            "seconds": time.perf_counter() - began - (run.setup_seconds - setup),
+        }
+
+    def _check(self, loss: Tensor) -> None:
+        if not math.isfinite(value := loss.item()):
+            rate = max(float(group["lr"]) for group in self.run.optimizer.param_groups)
+            raise TrainingError(f"the training loss is {value} in epoch {self.epoch + 1} at lr = {rate:g}; lower lr")
+
+    def _save(self, path: Path) -> None:
+        content = {name: getattr(self, name) for name in ("identity", "epoch", "step", "images")}
+        states = {name: getattr(self.run, name).state_dict() for name in ("model", "optimizer", "scaler")}
+        generator = None if self.generator is None else self.generator.get_state()
+        random = {"generator": generator, "random": torch.get_rng_state()}
+        write_checkpoint(path, {**content, **states, **random, "curves": list(self.curves)})
+
+    def _restore(self, path: Path) -> None:
+        content = read_checkpoint(path, self.identity)
+        for name in ("model", "optimizer", "scaler"):
+            getattr(self.run, name).load_state_dict(content[name])
+        self.run.forget()
+        if self.generator is not None and content["generator"] is not None:
+            self.generator.set_state(content["generator"])
+        torch.set_rng_state(content["random"])
+        self.epoch, self.step, self.images = content["epoch"], content["step"], content["images"]
+        self.curves = tuple(content["curves"])

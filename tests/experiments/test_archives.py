@@ -1,0 +1,152 @@
+"""Records on their way: packed the same to the byte, checked one by one, and filed where they belong."""
+
+import dataclasses
+import errno
+import gzip
+import io
+import tarfile
+
+import pytest
+
+from basis import saving
+from basis.cli import main
+from basis.experiments.archives import pack, packed, take_in
+from basis.experiments.runs import load_records, read_record, record_path
+from basis.experiments.studies import check_records
+from basis.saving import RecordError
+from tests.experiments.test_runs import DENSE, STUDY, put_record
+
+RUN = DENSE[0]
+
+
+@pytest.fixture
+def there(tmp_path):
+    """The results of another machine: two sound records."""
+    for run in DENSE[:2]:
+        put_record(tmp_path / "there", run, environment=machine("theirs"))
+    return tmp_path / "there"
+
+
+def machine(name):
+    return {"device": name, "device_type": "cpu", "date": "2026-01-02"}
+
+
+def archive_of(folder, name="records.tar.gz"):
+    pack(folder.glob("*/*/*.json"), folder, folder.parent / name)
+    return folder.parent / name
+
+
+def outcomes(archive, folder):
+    return [(one.outcome, one.reason) for one in take_in(archive, folder)]
+
+
+def test_an_archive_is_filed_once_and_equal_records_make_equal_bytes(tmp_path, there):
+    archive, here = archive_of(there), tmp_path / "here"
+    assert archive.read_bytes() == archive_of(there, "again.tar.gz").read_bytes()
+    assert outcomes(archive, here) == [("taken", ""), ("taken", "")]
+    assert load_records(here) == load_records(there)
+    assert check_records(here) == []
+    assert outcomes(archive, here) == [("known", ""), ("known", "")]
+    assert not [path for path in here.rglob("*") if path.suffix not in ("", ".json")]
+
+
+def test_an_archive_is_added_to_and_takes_the_newer_record(tmp_path, there):
+    archive = archive_of(there)
+    renewed = put_record(there, RUN, environment=machine("newer"))
+    third = put_record(there, DENSE[2])
+    assert pack([renewed, third], there, archive) == 3
+    assert packed(archive) == {p.relative_to(there).as_posix(): p.read_bytes() for p in there.glob("*/*/*.json")}
+
+
+def test_an_archive_that_cannot_be_replaced_stays_as_it_is(tmp_path, there, monkeypatch):
+    archive = archive_of(there)
+    before = archive.read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    put_record(there, DENSE[2])
+    monkeypatch.setattr(saving.os, "fsync", full)
+    with pytest.raises(RecordError, match="could not be written"):
+        archive_of(there)
+    assert archive.read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_of_two_machines_with_the_same_run_the_first_stays(tmp_path, there, capsys):
+    here = tmp_path / "here"
+    mine = put_record(here, RUN, environment=machine("mine"))
+    before = mine.read_bytes()
+    assert main(["import", str(archive_of(there)), "--results", str(here)]) == 0
+    assert mine.read_bytes() == before
+    said = capsys.readouterr().out
+    assert "1 taken" in said
+    assert "the run has a record here (mine, 2026-01-02)" in said
+
+
+def test_an_outdated_record_is_renewed_and_a_broken_one_is_named(tmp_path, there):
+    here = tmp_path / "here"
+    put_record(here, RUN, definition="0" * 16)
+    broken = record_path(here, DENSE[1])
+    broken.write_text("{")
+    found = dict(outcomes(archive_of(there), here))
+    assert set(found) == {"renewed", "refused"}
+    assert str(broken) in found["refused"]
+    assert broken.read_text() == "{"
+    assert read_record(record_path(here, RUN)).environment["device"] == "theirs"
+
+
+def test_records_of_no_study_profile_or_rule_or_that_were_changed_are_refused(tmp_path):
+    there, stranger = tmp_path / "there", dataclasses.replace(RUN, seed=99)
+    put_record(there, DENSE[0], definition="0" * 16)
+    put_record(there, stranger)
+    put_record(there, DENSE[1], config=DENSE[1].config | {"seed": 7})
+    put_record(there, DENSE[2], config=DENSE[2].config | {"study": "../../outside"})
+    put_record(there, DENSE[3], config=DENSE[3].config | {"profile": "../../../outside"})
+    record_path(there, DENSE[4]).write_bytes(b"\xff\xfe")
+    found = outcomes(archive_of(there), tmp_path / "a" / "here")
+    assert [outcome for outcome, _ in found] == ["refused"] * 6
+    assert {path.name for path in tmp_path.iterdir()} == {"there", "records.tar.gz"}
+    assert main(["import", str(tmp_path / "records.tar.gz"), "--results", str(tmp_path / "here")]) == 1
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE])
+def test_what_is_no_plain_file_is_never_read(tmp_path, kind):
+    member = tarfile.TarInfo(f"headline/smoke/{RUN.id}.json")
+    member.type, member.linkname = kind, "/etc/hostname"
+    with tarfile.open(tmp_path / "bad.tar.gz", "w:gz") as tar:
+        tar.addfile(member, io.BytesIO(b""))
+    with pytest.raises(RecordError, match="no archive of records"):
+        list(take_in(tmp_path / "bad.tar.gz", tmp_path / "here"))
+
+
+def test_where_a_name_in_an_archive_leads_does_not_matter(tmp_path, there):
+    text = record_path(there, RUN).read_bytes()
+    with tarfile.open(tmp_path / "moved.tar.gz", "w:gz") as tar:
+        member = tarfile.TarInfo("../../outside.json")
+        member.size = len(text)
+        tar.addfile(member, io.BytesIO(text))
+    assert outcomes(tmp_path / "moved.tar.gz", tmp_path / "a" / "here") == [("taken", "")]
+    assert list((tmp_path / "a").rglob("*.json")) == [record_path(tmp_path / "a" / "here", RUN)]
+
+
+def test_after_an_archive_that_is_cut_the_others_are_read(tmp_path, there, capsys):
+    whole, cut, text = archive_of(there), tmp_path / "cut.tar.gz", tmp_path / "text.tar.gz"
+    cut.write_bytes(whole.read_bytes()[:-100])
+    text.write_bytes(gzip.compress(b"not a tar"))
+    bad = [str(cut), str(text), str(tmp_path / "absent.tar.gz")]
+    assert main(["import", *bad, str(whole), "--results", str(tmp_path / "here")]) == 2
+    said = capsys.readouterr()
+    assert said.out == f"{whole}: 2 taken\n"
+    assert [line.split(" is no whole archive")[0] for line in said.err.splitlines()] == [f"basis: {one}" for one in bad]
+    assert load_records(tmp_path / "here") == load_records(there)
+    assert STUDY.name in {path.name for path in (tmp_path / "here").iterdir()}
+
+
+def test_where_nothing_can_be_written_no_further_archive_is_read(tmp_path, there, capsys):
+    archive = str(archive_of(there))
+    (tmp_path / "file").write_text("mine")
+    assert main(["import", archive, archive, "--results", str(tmp_path / "file")]) == 2
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 1
+    assert "could not be written" in said.err

@@ -1,0 +1,337 @@
+"""Several workers: order, deaths, deadlines, and processes killed for real; the command and its order of value."""
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from basis.cli import main
+from basis.data import DataError
+from basis.experiments import runner
+from basis.experiments.campaign import STAGES, in_order
+from basis.experiments.pace import Pace
+from basis.experiments.runner import Order, Progress, Task, dispatch, in_processes, jobs_for
+from basis.experiments.runs import PROFILES, Choice, Ladder, Run, load_records
+from basis.experiments.studies import STUDIES, status
+from basis.training.loop import Recipe
+from tests.experiments.test_runs import DENSE, SMOKE, STUDY, fake_result, instant, put_record  # noqa: F401
+
+TASKS = [Task(run, STUDY.definition) for run in SMOKE]
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found in /proc")
+
+
+def order_of(tasks, folder, **options):
+    return Order(tasks=tasks, folder=folder, device="cpu", **options)
+
+
+def tiny_runs(count=2):
+    """Runs of a second each: one that measures sensitivities, one that selects from them, some dense."""
+    recipe = Recipe(epochs=3, batch_size=25, translate=1, cutout=0, precision="fp32")
+    base = Run(study="headline", profile="smoke", variant="dense", seed=0, model="resnet20", width=2, data="synthetic",
+               images=100, validation=50, recipe=recipe)  # fmt: skip
+    ladder = Ladder(measures={"oneshot_bn": (0.5,)}, multiple=1, images=50, calibration=50)
+    table = dataclasses.replace(base, variant="table", test=False, ladder=ladder)
+    choice = Choice(rule="optimal", unit="params", budget=0.75, table=table.id, measure="oneshot_bn")
+    chosen = dataclasses.replace(base, variant="selected", choice=choice)
+    dense = [dataclasses.replace(base, seed=n) for n in range(count)]
+    return [Task(run, STUDY.definition) for run in (chosen, table, *dense)]
+
+
+# -- one loop for all workers -------------------------------------------------------------------------
+
+
+def scripted(answers=()):
+    """A ``submit`` whose workers do what ``answers`` says of a variant, and the list of what they were given."""
+    given, answers = [], dict(answers)
+
+    def submit(worker, task):
+        given.append(task.run)
+        answer = answers.get(task.run.variant, "done")
+        answer = answer.pop(0) if isinstance(answer, list) else answer
+        future = Future()
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(None if answer == "held" else Progress(task.run, answer, "", 1.0))
+        return future
+
+    return submit, given
+
+
+@pytest.mark.parametrize("outcome", ["done", "failed"])
+def test_every_run_is_given_once_and_in_order_but_for_those_that_wait_for_a_table(tmp_path, outcome):
+    submit, given = scripted({"table": outcome})
+    steps = list(dispatch(order_of(TASKS, tmp_path), submit, 2))
+    assert sorted(step.run.id for step in steps) == sorted(run.id for run in SMOKE)
+    assert given[:2] == [SMOKE[0], SMOKE[1]]
+    table = next(i for i, run in enumerate(given) if run.variant == "table")
+    assert all(given.index(run) > table for run in given if run.choice)
+
+
+def test_a_worker_that_dies_loses_only_its_run_and_that_is_begun_again_but_not_forever(tmp_path):
+    died = BrokenProcessPool("signal 9")
+    submit, given = scripted({"table": [died, "done"]})
+    assert {step.outcome for step in dispatch(order_of(TASKS, tmp_path), submit, 2)} == {"done"}
+    assert len(given) == len(TASKS) + 1
+    submit, given = scripted({"table": died})
+    steps = list(dispatch(order_of(TASKS, tmp_path), submit, 1))
+    assert [step.run.variant for step in steps if step.outcome == "failed"] == ["table"]
+    assert len(given) == len(TASKS) + runner.TRIES - 1
+
+
+def test_what_would_stop_every_run_is_raised(tmp_path):
+    submit, _ = scripted({"dense": DataError("no data")})
+    with pytest.raises(DataError, match="no data"):
+        list(dispatch(order_of(TASKS, tmp_path), submit, 2))
+
+
+def test_no_run_is_begun_that_would_not_end_in_time(tmp_path, instant):  # noqa: F811
+    first, second = DENSE[0], dataclasses.replace(DENSE[0], seed=7)
+    tasks, pace = [Task(first, ""), Task(second, "")], Pace()
+    pace.learn(first.config, 100.0)
+    with pytest.raises(ValueError, match="--time-limit 121s"):
+        list(in_processes(order_of(tasks, tmp_path, deadline=time.time() + 60, pace=pace), 1))
+    assert instant == []
+    pace.learn(first.config | {"variant": "another"}, 1e9)
+    assert len(list(in_processes(order_of(tasks, tmp_path, deadline=time.time() + 200, pace=pace), 1))) == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "width", "cores", "jobs"),
+    [("cuda", 16, 16, 8), ("cuda", 16, 2, 1), ("cuda", None, 16, 1), ("cpu", None, 4, 4)],
+)
+def test_small_networks_share_a_gpu_and_full_ones_do_not(device, width, cores, jobs, monkeypatch):
+    monkeypatch.setattr(runner, "cores", lambda: cores)
+    run = dataclasses.replace(STUDY.runs("paper")[1], width=width)
+    assert jobs_for([run] * 20, torch.device(device)) == jobs
+    assert jobs_for([], torch.device(device)) == 1
+
+
+# -- really -------------------------------------------------------------------------------------------
+
+
+def timeless(value):
+    """A record's content without its seconds, its machine, its date, and how many passes measuring took."""
+    if isinstance(value, dict):
+        left = ("environment", "forward", "backward")
+        return {k: timeless(v) for k, v in value.items() if "second" not in k and k not in left}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+def contents(folder):
+    return {path.stem: path.read_bytes() for path in Path(folder).glob("*/*/*.json")}
+
+
+def check_equal(disturbed, undisturbed):
+    """The same runs with the same results, and nothing left over."""
+    one, other = contents(disturbed), contents(undisturbed)
+    assert set(one) == set(other)
+    for name in other:
+        assert timeless(json.loads(one[name])) == timeless(json.loads(other[name]))
+    for pattern in ("*.tmp", "*.pt", "*.jsonl"):
+        assert not list(Path(disturbed).rglob(pattern))
+
+
+def children(pid):
+    with suppress(OSError):
+        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def test_a_run_that_is_stopped_again_and_again_ends_as_if_nothing_had_happened(tmp_path):
+    """Stopped after every epoch and every measured layer."""
+    chosen, table, dense = tiny_runs(1)
+    steps = list(in_processes(order_of([chosen, table, dense], tmp_path / "undisturbed"), 1))
+    assert [step.outcome for step in steps] == ["done"] * 3
+    for task in (table, chosen, dense):
+        outcomes = []
+        for deadline in (0.0, 0.0, 0.0, 0.0, 0.0, math.inf):
+            step = runner.attempt(*task, folder=tmp_path / "disturbed", device="cpu", deadline=deadline)
+            outcomes.append(step and step.outcome)
+        assert outcomes[0] == outcomes[1] == "paused"
+        assert "done" in outcomes
+    check_equal(tmp_path / "disturbed", tmp_path / "undisturbed")
+
+
+def test_a_worker_that_is_killed_loses_nothing(tmp_path):
+    task = tiny_runs()[2]
+    killed = []
+
+    def kill():
+        while not killed:
+            if list(tmp_path.rglob("*.lock")):
+                killed.append(multiprocessing.active_children()[0])
+                killed[0].kill()
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    steps = list(in_processes(order_of([task], tmp_path), 2))
+    assert [step.outcome for step in steps] == ["done"]
+    assert killed
+    assert [record.id for record in load_records(tmp_path)] == [task.run.id]
+    assert not multiprocessing.active_children()
+    assert {path.suffix for path in tmp_path.rglob("*.*")} == {".json"}
+
+
+@needs_proc
+@pytest.mark.weekly
+def test_killed_at_random_moments_nothing_is_lost_or_done_twice(tmp_path):
+    """The command, or a worker of it, is killed ten times; a record that was there once never changes."""
+    command = [sys.executable, "-m", "basis.cli", "run", "headline", "--device", "cpu", "--jobs", "2", "--quiet"]
+    command += ["--results", str(tmp_path / "disturbed")]
+    rng, known, kills, process = random.Random(0), {}, Counter(), None
+    while kills.total() < 10 or process.wait() != 0:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        time.sleep(rng.uniform(5, 20))
+        workers = children(process.pid)
+        if kills.total() < 10 and workers:
+            victim = rng.choice(["parent", "worker"])
+            kills[victim] += 1
+            os.kill(process.pid if victim == "parent" else rng.choice(workers), signal.SIGKILL)
+            if victim == "worker":
+                process.kill()
+            process.wait()
+            until = time.monotonic() + 10
+            while any(Path(f"/proc/{pid}").exists() for pid in workers):
+                assert time.monotonic() < until, "workers outlive their parent"
+                time.sleep(0.1)
+        now = contents(tmp_path / "disturbed")
+        assert known.items() <= now.items()
+        known = now
+    list(in_processes(order_of(TASKS, tmp_path / "undisturbed"), 1))
+    check_equal(tmp_path / "disturbed", tmp_path / "undisturbed")
+
+
+@pytest.mark.weekly
+def test_ray_does_the_same_runs(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", str(Path(runner.__file__).resolve().parents[2]))
+    steps = list(runner.on_ray(order_of(tiny_runs(), tmp_path / "ray"), 2))
+    ray.shutdown()
+    assert [step.outcome for step in steps] == ["done"] * 4
+    list(in_processes(order_of(tiny_runs(), tmp_path / "here"), 1))
+    check_equal(tmp_path / "ray", tmp_path / "here")
+
+
+# -- the command --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_run_of_all_studies_is_done_once_and_measures_before_it_selects(profile):
+    tasks = in_order(profile)
+    listed = [(run.study, run.id) for study in STUDIES.values() for run in study.runs(profile)]
+    assert sorted((run.study, run.id) for run, _ in tasks) == sorted(listed)
+    place = {run.id: i for i, (run, _) in enumerate(tasks)}
+    assert all(place[run.choice.table] < i for i, (run, _) in enumerate(tasks) if run.choice)
+
+
+def test_all_studies_begin_before_any_long_tail():
+    tasks = in_order("paper")
+    assert [run for run, _ in tasks[: len(STUDY.runs("paper"))]] == list(STUDY.runs("paper"))
+    third = {run.study for run, _ in tasks[: len(tasks) // 3]}
+    assert third == {name for name, study in STUDIES.items() if study.runs("paper")}
+    assert {study for study, _, _ in STAGES} <= set(STUDIES)
+
+
+def command(tmp_path, *more):
+    options = ["--device", "cpu", "--jobs", "1", "--quiet", "--archive", str(tmp_path / "new.tar.gz")]
+    return main(["run", "headline", *options, "--results", str(tmp_path / "here"), *more])
+
+
+def test_the_command_skips_what_is_recorded_and_says_how_far_it_came(tmp_path, instant, capsys):  # noqa: F811
+    for run in SMOKE[:3]:
+        put_record(tmp_path / "here", run)
+    assert command(tmp_path) == 0
+    said = capsys.readouterr().out
+    assert f"{len(SMOKE) - 3} of {len(SMOKE)} runs are missing" in said
+    assert f"{len(SMOKE) - 3} new records" in said
+    assert instant == list(SMOKE[3:])
+    assert command(tmp_path) == 0
+    assert "0 new records, 0 are missing" in capsys.readouterr().out
+
+
+def test_without_a_name_it_does_all_studies(tmp_path, instant, capsys):  # noqa: F811
+    assert main(["run", "--device", "cpu", "--jobs", "1", "--quiet", "--results", str(tmp_path)]) == 0
+    assert instant == [run for run, _ in in_order("smoke")]
+
+
+def test_an_interrupted_command_packs_what_it_has_and_says_what_is_next(tmp_path, monkeypatch, capsys):
+    done = []
+
+    def execute(run, **options):
+        if len(done) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        done.append(run)
+        return fake_result(run)
+
+    monkeypatch.setattr(runner, "execute", execute)
+    assert command(tmp_path) == 130
+    said = capsys.readouterr()
+    assert "1 new records, 1 packed into" in said.out
+    assert f"{len(SMOKE) - 1} are missing; next is {SMOKE[1].variant}, seed {SMOKE[1].seed}" in said.out
+    done[:] = done * 2
+    assert command(tmp_path) == 0
+    assert f"{len(SMOKE) - 1} new records, {len(SMOKE)} packed into" in capsys.readouterr().out
+
+
+def test_a_failed_run_is_no_record_and_the_exit_status_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "execute", lambda run, **_: int("no such network"))
+    assert command(tmp_path) == 1
+    assert "no such network" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nothing"], "there is no study 'nothing'"),
+        (["cost", "--profile", "paper"], "has no runs"),
+        (["headline", "--jobs", "0"], "at least 1"),
+        (["headline", "--profile", "huge"], "huge"),
+        (["headline", "--time-limit", "soon"], "not a duration"),
+        (["headline", "--device", "cuda:99"], "no device of this machine"),
+        (["headline", "--profile", "paper", "--device", "cpu"], "'paper' is for cuda"),
+        (["headline", "--archive", "{tmp}/mine"], "no whole archive"),
+        (["headline", "--archive", "{tmp}/mine/new.tar.gz"], "nothing can be written"),
+        (["headline", "--executor", "ray"], "ray is not installed"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_any_run(arguments, says, tmp_path, instant, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "ray", None)
+    (tmp_path / "mine").write_text("precious")
+    arguments = [text.format(tmp=tmp_path) for text in arguments]
+    try:
+        code = main(["run", "--results", str(tmp_path / "here"), *arguments])
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    assert says in capsys.readouterr().err
+    assert instant == []
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_status_counts_and_never_adds_up_times_of_cpus_and_gpus(tmp_path, capsys):
+    first, second = DENSE[:2]
+    put_record(tmp_path, first, result=fake_result(first) | {"train_seconds": 3600.0})
+    fast = fake_result(second) | {"train_seconds": 0.5, "setup_seconds": 0.25}
+    put_record(tmp_path, second, result=fast, environment={"device": "x", "device_type": "cuda", "jobs": 3})
+    row = status(tmp_path).set_index(["study", "profile"]).loc[("headline", "smoke")]
+    assert (row["done"], row["missing"], row["seconds"]) == (2, len(SMOKE) - 2, {"cpu": 3600.0, "cuda": 0.25})
+    assert main(["status", "--results", str(tmp_path)]) == 0
+    line = next(one for one in capsys.readouterr().out.splitlines() if one.split()[:2] == ["headline", "smoke"])
+    assert "1.00 h CPU, 0.00 h GPU" in line

@@ -1,0 +1,255 @@
+"""What holds for every structured layer: it is the convolution with its weight, and its numbers stay what they are."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from basis import cost
+from basis.layers.structured import LAYERS, Structure
+from basis.substitution import Plan
+from tests.layers.structured.kinds import TEXTS, conv_of, error, fitted_to, make
+
+GEOMETRIES = (
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": (2, 3), "padding": "same", "bias": False},
+    {"kernel_size": 3, "padding": (2, 1), "padding_mode": "reflect", "stride": 2, "dilation": (1, 2)},
+    {"kernel_size": 1, "stride": 2, "padding": 1},
+)
+# Numbers stored, multiply-accumulates per pixel and for building, and the size of a new and of a fitted weight.
+NUMBERS = {
+    "sep": (200, 200, 0, 2.1814181, 0.8567095),
+    "generic:0.25": (168, 168, 0, 2.5550464, 0.8777370),
+    "tied:1/4": (136, 168, 0, 12.0797935, 0.9556032),
+    "sep_hashed:0.2": (97, 200, 0, 1.3367118, 0.9305803),
+    "hashed:0.2": (230, 1152, 0, 2.3613828, 0.8928528),
+    "tensor_train:0.4": (122, 200, 320, 0.8583498, 0.9079442),
+    "tucker:0.5": (171, 200, 592, 0.7855905, 0.9018268),
+    "shuffle:2": (84, 84, 0, 2.0075043, 0.9424954),
+    "acdc:3": (136, 200, 8192, 2.1191128, 0.9141301),
+    "tridiagonal:1,1,9": (129, 200, 0, 2.8323900, 0.9072773),
+    "lfb:0.5": (352, 352, 0, 5.2013000, 0.7604399),
+    "lfb:1,2": (272, 416, 0, 5.3281828, 0.7833720),
+    "dsfb:1/4,1/8": (528, 528, 0, 5.6699450, 0.6542460),
+    "basisconv:0.4": (96, 528, 0, 5.6690564, 0.6542460),
+    "basisconv:0.7": (176, 968, 0, 5.3573062, 0.4081534),
+    "dcf:3": (384, 1152, 3456, 3.8860600, 0.8134910),
+    "debut:0.4": (448, 1152, 0, 2.1648757, 0.7532060),
+    "pemn:1/3": (36, 1152, 0, 4.3277411, 1.0252842),
+    "dsf:0.6": (735, 1152, 18432, 5.5804152, 0.1724689),
+}
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def test_every_kind_is_tested_here():
+    assert {text.partition(":")[0] for text in TEXTS} == set(LAYERS) - {"basis", "linearconv"}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_numbers_and_weights_are_those_that_studies_were_made_with(text, monkeypatch):
+    monkeypatch.setattr("basis.layers.structured.layer.FIT_STEPS", 20)
+    conv = conv_of()
+    new = Structure.parse(text).make([conv], fitted=False)[0]
+    macs = sum(product.macs for product in new.products)
+    found = (
+        new.stored,
+        macs,
+        new.building,
+        float(new.weight.detach().norm()),
+        error(make(text, conv, fitted=True), conv.weight),
+    )
+    assert found == pytest.approx(NUMBERS[text], rel=1e-6)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_every_layer_is_the_convolution_with_its_weight(text):
+    """Forward and backward, in a batch, alone and channels-last."""
+    for geometry in GEOMETRIES:
+        conv = conv_of(**geometry)
+        if not Plan.uniform(conv, layer=text).layers:
+            continue
+        layer, x = make(text, conv), torch.randn(2, 8, 7, 9, dtype=torch.float64, requires_grad=True)
+        inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
+        dense = copy.deepcopy(layer.to_conv())
+        weight, bias = layer.weight, dense.bias if layer.bias is None or hasattr(layer, "norm") else layer.bias
+        expected = torch.func.functional_call(dense, {"weight": weight} | ({} if bias is None else {"bias": bias}), x)
+        y = layer(x)
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(layer(x[0]), expected[0], rtol=0, atol=1e-10)
+        last = copy.deepcopy(layer).to(memory_format=torch.channels_last)
+        torch.testing.assert_close(last(x.to(memory_format=torch.channels_last)), y, rtol=0, atol=1e-10)
+        if not hasattr(layer, "norm"):
+            dy = torch.randn_like(y)
+            ours, theirs = (torch.autograd.grad(out, inputs, dy) for out in (y, expected))
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("text", ["basis:1/4", "linearconv:2", *TEXTS])
+def test_autocast_and_compiled(text):
+    layer, x = make(text, conv_of(padding=1, dtype=torch.float32)), torch.randn(2, 8, 6, 6)
+    weight = layer.weight
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        assert torch.equal(layer.weight, weight)  # built in full precision
+    assert y.dtype == torch.bfloat16
+    assert (y - layer(x)).norm() < 0.02 * layer(x).norm()
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("text", TEXTS)
+def test_states_by_every_way_that_torch_has(text, kernel):
+    conv = conv_of(kernel_size=kernel, padding=1, dtype=torch.float32)
+    if not Plan.uniform(conv, layer=text).layers:
+        return
+    layer, x = make(text, conv), torch.randn(2, 8, 5, 6)
+    state = torch.get_rng_state()
+    unmade = make(text, conv.to("meta"))
+    assert unmade(x.to("meta")).shape == layer(x).shape
+    assert torch.equal(torch.get_rng_state(), state) or hasattr(layer, "norm")  # whose statistics are drawn here
+    fresh, empty = (
+        make(text, conv_of(kernel_size=kernel, padding=1, dtype=torch.float32)),
+        unmade.to_empty(device="cpu"),
+    )
+    assigned = copy.deepcopy(layer).to("meta")
+    assert not torch.equal(fresh.weight, layer.weight)
+    for other, assign in ((fresh, False), (empty, False), (assigned, True)):
+        other.load_state_dict(layer.state_dict(), assign=assign)
+    for other in (fresh, empty, assigned, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x), layer(x))
+        assert other.stored == layer.stored
+    empty.reset_parameters()
+    torch.testing.assert_close(empty(x), empty.to_conv()(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if text != "hashed:0.2"])  # whose table has no format
+def test_channels_last_stays_and_comes_back(text):
+    conv, x = conv_of(padding=1).to(memory_format=torch.channels_last), torch.randn(2, 8, 5, 6, dtype=torch.float64)
+    layer = make(text, conv)
+    assert layer(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
+    later = make(text, conv_of()).to(memory_format=torch.channels_last)
+    for one in (layer, copy.deepcopy(layer), later):
+        assert one.to_conv().weight.is_contiguous(memory_format=torch.channels_last)
+    assert make(text, conv_of()).to_conv().weight.is_contiguous()
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("text", TEXTS)
+def test_costs_are_what_is_executed_and_kept_for_the_backward_pass(text, kernel):
+    conv = conv_of(16, 32, kernel, torch.float32, padding=kernel // 2, stride=2 if kernel == 3 else 1)
+    if not Plan.uniform(conv, layer=text).layers:
+        return
+    layer, x = make(text, conv), torch.randn(4, 16, 32, 32).requires_grad_()
+    own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept.update({} if storage.data_ptr() in own else {storage.data_ptr(): storage.nbytes()})
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), FlopCounterMode(display=False) as counter:
+        layer(x)
+    report = cost(nn.Sequential(nn.Conv2d(16, 16, 1), layer), (16, 32, 32), batch_size=4)
+    _, *counted = report.layers
+    assert counter.get_total_flops() == 2 * sum(row.cost.forward_macs + row.cost.building_macs for row in counted)
+    assert sum(row.cost.activation_bytes for row in counted) == pytest.approx(sum(kept.values()), rel=0.25)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_layer_fitted_to_zeros_can_still_learn(text):
+    """Such as the last convolution of a residual block that starts as the identity."""
+    layer = fitted_to(text, torch.zeros(16, 16, 3, 3))
+    layer(torch.randn(2, 16, 6, 6)).sub(1).square().sum().backward()
+    assert all(p.isfinite().all() for p in layer.parameters())
+    assert any(p.grad.abs().sum() > 0 for p in layer.parts.values() if p.requires_grad)
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if text != "pemn:1/3"])  # always keeps half
+def test_a_fit_is_better_than_zero_and_leaves_flags_alone(text, monkeypatch):
+    monkeypatch.setattr("basis.layers.structured.layer.FIT_STEPS", 20)
+    conv = conv_of(16, 16, 3, torch.float32)
+    conv.weight.requires_grad_(False)
+    layer = make(text, conv, fitted=True)
+    assert error(layer, conv.weight) < 0.999
+    assert torch.equal(layer.bias, conv.bias)
+    assert not any(p.requires_grad for p in layer.parts.values())
+    assert all(p.grad is None and p.dtype == torch.float32 for p in layer.parameters())
+
+
+EXACT = [text for text in TEXTS if text.partition(":")[0] not in ("tied", "shuffle", "acdc", "pemn", "dsf")]
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 3), (16, 32, 3), (16, 32, 1)], ids=str)
+@pytest.mark.parametrize("text", EXACT)
+def test_the_fit_of_a_weight_of_the_structure_is_that_weight(text, shape):
+    conv = conv_of(*shape)
+    if not Plan.uniform(conv, layer=text).layers:
+        return
+    if "basisconv" in text and shape[2] == 1:  # fitted filters have to be stored, which saves nothing
+        return
+    source = make(text, conv)
+    if getattr(source, "depthwise", None) is not None:  # those that the fit begins with
+        with torch.no_grad():
+            source.depthwise.abs_()
+            source.depthwise /= source.depthwise.flatten(1).norm(dim=1)[:, None, None, None]
+    assert error(fitted_to(text, source.weight), source.weight) < 1e-7
+
+
+@pytest.mark.parametrize("text", ["tied:1/4", "shuffle:2", "acdc:3"])
+def test_descent_comes_near_a_1x1_weight_of_the_structure(text):
+    source = make(text, conv_of(16, 16, 1))
+    assert error(fitted_to(text, source.weight), source.weight) < 1e-3
+
+
+@pytest.mark.parametrize("text", ["lfb:0.5", "lfb:1,2", "dsfb:1/4,1/8", "basisconv:0.4", "dcf:3"])
+def test_no_step_downhill_is_left_by_the_fit(text):
+    conv = conv_of()
+    layer = make(text, conv, fitted=True)
+    if hasattr(layer, "basis"):
+        layer.basis.requires_grad_(True)
+    (layer.weight - conv.weight.detach()).square().sum().backward()
+    assert all(p.grad.abs().max() < 1e-9 for p in layer.parts.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [
+        ("basis", (8, 12)), ("basis:0", (8, 12)), ("basis:1.5", (8, 12)), ("basis:12", (8, 12)),
+        ("linearconv", (8, 13)), ("linearconv:7", (8, 12)), ("tied:0.1", (16, 24)), ("tied:0.01", (16, 16)),
+        ("hashed:0.00001", (4, 4)), ("sep_hashed:2", (16, 16)), ("sep_hashed:0.9", (16, 1)), ("sep:1", (8, 12)),
+        ("tensor_train:x", (16, 16)), ("tucker", (16, 16)), ("tucker:1e999999999", (16, 16)), ("acdc:1", (16, 16)),
+        ("acdc:3", (15, 15)), ("acdc:3", (16, 12)), ("acdc:2.5", (16, 16)), ("acdc:99999999999999999999", (16, 16)),
+        ("shuffle:2", (16, 3)), ("shuffle:0", (16, 16)), ("shuffle:" + "9" * 5000, (16, 16)),
+        ("tridiagonal:1", (16, 16)), ("tridiagonal:1,-1", (16, 16)), ("tridiagonal:4,4", (8, 8)),
+        ("tridiagonal:1,1,99", (8, 8)), ("lfb:-1", (8, 12)), ("lfb:1,0", (8, 12)), ("lfb:1,3", (8, 12)),
+        ("lfb:9", (8, 12)), ("lfb:1e30", (8, 12)), ("dsfb:1", (8, 12)), ("dsfb:1,2,3", (8, 12)),
+        ("basisconv:2", (8, 12)), ("dcf:9", (8, 12)), ("dcf:0.5", (8, 12)), ("dcf:3", (8, 12, 1)),
+        ("dcf:3", (8, 12, (3, 5))), ("debut:0.05", (8, 16)), ("debut:0.5", (1, 7)), ("debut:(4,9,2)(4,8,4)", (8, 16)),
+        ("debut:(4,9,1)(2,2,4)(2,4,8)", (4, 16)), ("debut:(4,9,1)(2,2)", (8, 16)), ("pemn:2", (8, 12)),
+        ("pemn:0", (8, 12)), ("dsf:0.02", (6, 12)), ("dsf:1", (6, 12)),
+    ],
+    ids=lambda value: str(value)[:30],
+)  # fmt: skip
+def test_sizes_and_shapes_that_make_no_sense(text, shape):
+    conv = nn.Conv2d(*(*shape, 3)[:3])
+    with pytest.raises(ValueError, match=rf"{text.partition(':')[0]}|chain|rank|basis_channels"):
+        Structure.parse(text).check(conv)
+    assert Structure.parse(text).obstacle(conv)
+
+
+def test_unknown_kinds_and_grouped_convolutions_are_refused():
+    with pytest.raises(ValueError, match="its kind must be one of basis, linearconv, sep"):
+        Structure.parse("sepp")
+    for text in TEXTS:
+        assert "grouped" in Structure.parse(text).obstacle(nn.Conv2d(8, 16, 3, groups=2))
+    assert Structure.parse("basis:1/4").obstacle(nn.Conv2d(8, 16, 3, groups=2)) is None

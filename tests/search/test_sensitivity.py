@@ -1,0 +1,428 @@
+import copy
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from basis import Recipe, SensitivityTable, cost, sensitivity, substitute
+from basis.data import Data, Images, hold_out, normalise, synthetic
+from basis.models import build
+from basis.search import sensitivity as search
+from basis.search.sensitivity import TRAINING, joint
+from basis.search.table import MEASURES
+from basis.training.loop import TrainingError
+
+EVALUATING = [measure for measure in MEASURES if measure not in TRAINING]
+
+
+class Net(nn.Module):
+    """Five convolutions, of which one is depthwise, two share a weight, and one is too narrow for a multiple of 8."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.middle = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.narrow = nn.Conv2d(16, 4, 1)
+        self.last = nn.Conv2d(4, 24, 3)
+        self.fc = nn.Linear(24, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.first(x)))
+        x = torch.relu(self.middle(self.depthwise(x)))
+        return self.fc(self.last(self.narrow(x)).mean((2, 3)))
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return Net()
+
+
+def batches(count=3, size=6, seed=0, classes=5):
+    generator = torch.Generator().manual_seed(seed)
+    draw = [torch.randn(size, 3, 8, 8, generator=generator) for _ in range(count)]
+    return [(x, torch.randint(0, classes, (size,), generator=generator)) for x in draw]
+
+
+# -- which layers -------------------------------------------------------------------------------
+
+
+def test_layers_candidates_and_reasons():
+    table = sensitivity(net(), batches(), measure="spectrum", ratios=(0.25, 0.5, 0.6))
+    assert {layer.name: layer.candidates for layer in table.layers} == {"first": (8,), "middle": (8,), "last": (16, 8)}
+    assert [(c.layer, c.basis_channels) for c in table.cells] == list(table.candidates)
+    assert table.skipped == {
+        "depthwise": "depthwise: one filter per group",
+        "narrow": "k = 8 is not below C_out = 4: nothing to derive",
+    }
+    fine = sensitivity(net(), measure="spectrum", ratios=(0.5,), multiple=1, include=("*r*",), exclude="first")
+    assert {layer.name: layer.candidates for layer in fine.layers} == {"narrow": (2,)}
+    assert fine.skipped["first"] == "excluded by 'first'"
+    assert fine.skipped["last"] == "not among the included layers"
+
+
+def test_what_is_never_called_is_no_candidate():
+    """It would lose nothing, and every search would begin with it."""
+    model = net()
+    model.spare = nn.Conv2d(8, 16, 3)
+    table = sensitivity(model, batches(), measure="oneshot", ratios=(0.5,), multiple=1)
+    assert table.skipped["spare"] == "never called by the forward pass"
+    assert [layer.name for layer in table.layers] == [
+        layer.name for layer in sensitivity(net(), batches(), measure="oneshot", ratios=(0.5,), multiple=1).layers
+    ]
+    assert len(table.cells) == len(table.layers)
+    with pytest.raises(ValueError, match="calls none of the 1 convolutions that can be substituted"):
+        sensitivity(model, batches(), measure="oneshot", ratios=(0.5,), multiple=1, include="spare")
+
+
+def test_a_shared_layer_is_measured_once():
+    model = net()
+    model.again = model.middle
+    table = sensitivity(model, batches(), measure="oneshot", ratios=(0.5,), include="again")
+    assert table.candidates == (("middle", 8),)
+
+
+# -- data ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("measure", EVALUATING)
+def test_the_model_and_the_random_numbers_are_left_alone(measure):
+    model = net().train()
+    model.middle.requires_grad_(False)
+    model.fc.eval()
+    state = copy.deepcopy(model.state_dict())
+    flags = [(p.requires_grad, p.grad) for p in model.parameters()], [m.training for m in model.modules()]
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    loader = DataLoader(TensorDataset(*batches(1)[0]), batch_size=3, shuffle=True)  # draws from them
+    sensitivity(model, loader, measure=measure)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert flags == ([(p.requires_grad, p.grad) for p in model.parameters()], [m.training for m in model.modules()])
+    assert model.norm.momentum == 0.1
+    assert not model.middle._forward_hooks
+
+
+# -- wrong input --------------------------------------------------------------------------------
+
+
+# -- kept and resumed ---------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    """What interrupts a measurement here."""
+
+
+def stopping(after):
+    """A progress that interrupts once so many measurements are there."""
+    seen = []
+
+    def progress(item):
+        seen.append(item)
+        if len(seen) == after:
+            raise Stop
+
+    return progress
+
+
+@pytest.mark.parametrize("measure", EVALUATING)
+def test_interrupted_and_resumed(measure, tmp_path):
+    path = tmp_path / "deep" / "run.jsonl"
+    options = {"measure": measure, "ratios": (0.6, 0.3)}
+    whole = sensitivity(net(), batches(), **options)
+    with pytest.raises(Stop):
+        sensitivity(net(), batches(), resume=path, progress=stopping(2), **options)
+    part = SensitivityTable.load(path)
+    assert len(part.cells) == 2
+    assert set(part.missing) == set(whole.candidates) - {(c.layer, c.basis_channels) for c in part.cells}
+    measured = []
+    resumed = sensitivity(net(), batches(), resume=path, progress=measured.append, **options)
+    assert len(measured) == len(whole.cells) - 2 > 0
+    for own, cell in zip(resumed.cells, whole.cells, strict=True):
+        assert (own.layer, own.basis_channels) == (cell.layer, cell.basis_channels)
+        assert own.value == cell.value
+    assert repr(SensitivityTable.load(path)) == repr(resumed)
+    before = path.read_bytes()
+    assert repr(sensitivity(net(), batches(), resume=path, **options)) == repr(resumed)
+    assert path.read_bytes() == before  # nothing measured again
+
+
+# -- measures that train ------------------------------------------------------------------------
+
+
+def test_what_layers_lose_together_is_paired_and_agrees_with_one_layer_alone():
+    torch.manual_seed(0)
+    model = build("resnet20", width=4)
+    data = hold_out(synthetic(train=200, test=10, size=16), 60)
+    alone = sensitivity(model, data, measure="oneshot_bn", ratios=(0.5,), multiple=1, include="layer1.0.conv1")
+    cell = alone.cells[0]
+    one = joint(model, {"layer1.0.conv1": 2}, data)
+    assert one.value == pytest.approx(cell.value, abs=1e-6)
+    assert (one.low, one.high) == pytest.approx((cell.low, cell.high), abs=1e-6)
+    two = joint(model, {"layer1.0.conv1": 2, "layer2.0.conv2": 1}, data)
+    assert two.value != pytest.approx(one.value, abs=1e-4)
+    assert joint(model, {}, data).value == 0
+
+
+def test_every_calibration_image_has_the_same_weight():
+    torch.manual_seed(0)
+    model, x = build("resnet20", width=4), torch.randn(33, 3, 8, 8)
+    data = [(x, torch.arange(33) % 10)]
+    options = {"measure": "oneshot_bn", "ratios": (0.5,), "multiple": 1, "include": "conv1"}
+    uneven = sensitivity(model, data, calibration=[x[:32], x[32:]], **options)
+    even = sensitivity(model, data, calibration=[x[:17], x[17:]], **options)
+    assert uneven.baseline["loss"] == pytest.approx(even.baseline["loss"], abs=1e-6)
+
+
+# -- costs, data and refusals ---------------------------------------------------------------------
+
+
+def values(table):
+    return [cell.value for cell in table.cells]
+
+
+def test_costs_and_totals_are_those_of_the_model():
+    model = net()
+    table = sensitivity(model, batches(), measure="activation", ratios=(0.5,))
+    report = cost(model, (3, 8, 8)).total
+    names = {"params": "parameters", "macs": "forward_macs", "backward_macs": "backward_macs"}
+    assert table.total == {unit: getattr(report, name) for unit, name in names.items()}
+    for layer in table.layers:
+        small = cost(substitute(model, {layer.name: layer.candidates[0]}), (3, 8, 8), mode="factorized").total
+        own, dense = layer.cost(layer.candidates[0]), layer.cost(layer.out_channels)
+        for unit, name in names.items():
+            assert getattr(report, name) - getattr(small, name) == dense[unit] - own[unit]
+    frozen = sensitivity(net().requires_grad_(False), batches(), measure="activation", ratios=(0.5,))
+    assert frozen.layers == table.layers
+    blind = sensitivity(model, measure="spectrum", ratios=(0.5,))
+    assert blind.total == {"params": report.parameters, "macs": None, "backward_macs": None}
+
+
+def test_kinds_of_data_give_the_same_values():
+    pairs = batches()
+    x, y = torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
+    loader = DataLoader(TensorDataset(x, y), batch_size=6)
+    soft = [(x, F.one_hot(y, 5).double()) for x, y in pairs]
+    kinds = (pairs, loader, iter(pairs), [[x, y.to(torch.uint8)] for x, y in pairs], soft)
+    tables = [sensitivity(net(), data, ratios=(0.5,)) for data in kinds]
+    assert all(values(table) == pytest.approx(values(tables[0]), abs=1e-6) for table in tables)
+
+
+def test_of_data_the_validation_images_are_scored_and_training_images_calibrate():
+    data = hold_out(synthetic(train=90, test=10, size=16), 40)
+    model = build("resnet20", width=8)
+    options = {"ratios": (0.5,), "include": "layer3.2.*"}
+    whole = sensitivity(model, data, **options)
+    by_hand = [(normalise(data.validation.x), data.validation.y)]
+    pairs = sensitivity(model, by_hand, calibration=[normalise(data.train.x)], **options)
+    assert values(pairs) == pytest.approx(values(whole), rel=1e-3, abs=1e-6)
+    own = sensitivity(model, data.validation, **options)
+    assert own.baseline["loss"] != whole.baseline["loss"]
+    assert own.fingerprint["data"] == whole.fingerprint["data"]
+
+
+def broken():
+    model = net()
+    with torch.no_grad():
+        model.fc.bias.fill_(math.nan)
+    return model
+
+
+X, Y = batches()[0]
+
+
+@pytest.mark.parametrize(
+    ("says", "options"),
+    [
+        ("measure is", {"measure": "magic"}),
+        ("ratios is", {"ratios": ()}),
+        ("ratios is", {"ratios": 0.5}),
+        ("ratios is", {"ratios": (0.5, 1.0)}),
+        ("include has", {"include": "nothing"}),
+        ("exclude has", {"exclude": ("first", "fc")}),
+        ("recipe goes with fine_tuning", {"recipe": Recipe()}),
+        ("takes no loss", {"measure": "short_training", "loss": F.cross_entropy}),
+        ("seeds", {"measure": "short_training", "seeds": 0}),
+        ("sep is not", {"measure": "fisher", "layers": "sep"}),
+        ("depthwise: one filter per group", {"include": "depthwise"}),
+        ("has a candidate to try", {"model": nn.Linear(3, 3)}),
+        ("meta device", {"model": net().to("meta")}),
+        ("no batch normalisation", {"model": nn.Conv2d(3, 16, 3), "measure": "oneshot_bn"}),
+        ("dense network's loss is nan", {"model": broken()}),
+        ("dense network's loss is nan", {"model": broken(), "measure": "taylor"}),
+        ("needs data", {"data": None}),
+        ("no samples", {"data": []}),
+        ("batch 1 of data", {"data": [(X, Y), (X, Y[:3])]}),
+        ("cannot run on inputs", {"data": [(X[:, :2], Y)]}),
+        ("labels", {"data": [(X, Y + 4)]}),
+        ("the loss returned", {"loss": lambda outputs, targets: outputs}),
+        ("no validation images", {"data": synthetic(train=20, test=5, size=8)}),
+        ("calibration", {"measure": "oneshot_bn", "calibration": []}),
+        ("needs basis.data.Data with validation images", {"measure": "short_training"}),
+    ],
+)
+def test_what_makes_no_sense_is_refused(says, options):
+    options = {"model": net(), "data": batches(), "measure": "oneshot", "ratios": (0.5,)} | options
+    with pytest.raises(ValueError, match=says):
+        sensitivity(**options)
+
+
+# -- kept in a file -------------------------------------------------------------------------------
+
+
+def test_an_interruption_inside_a_measurement_loses_only_that_one(tmp_path):
+    path, calls = tmp_path / "run.jsonl", []
+
+    def loss(outputs, targets):
+        calls.append(1)
+        if len(calls) == 1 + 3 + 3 + 2:  # tried, dense, one cell, and in the midst of the second
+            raise Stop
+        return F.cross_entropy(outputs, targets, reduction="none")
+
+    options = {"measure": "oneshot", "ratios": (0.5,)}
+    with pytest.raises(Stop):
+        sensitivity(net(), batches(), loss=loss, resume=path, **options)
+    assert len(SensitivityTable.load(path).cells) == 1
+    resumed = sensitivity(net(), batches(), loss=loss, resume=path, **options)
+    assert values(resumed) == values(sensitivity(net(), batches(), **options))
+    path.write_bytes(path.read_bytes()[:-15])  # a line that was cut short is measured again
+    assert values(sensitivity(net(), batches(), loss=loss, resume=path, **options)) == values(resumed)
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_file_of_another_measurement_is_refused(tmp_path):
+    path = tmp_path / "run.jsonl"
+    base = {"measure": "oneshot_bn", "ratios": (0.5,), "loss": nn.CrossEntropyLoss()}
+    sensitivity(net(), batches(), resume=path, **base)
+    before = path.read_bytes()
+    shuffled = [(x.flip(0), y.flip(0)) for x, y in reversed(batches())]
+    sensitivity(net(), shuffled, resume=path, **base)  # the order of samples does not matter
+    deeper = net()
+    deeper.act = nn.ReLU()
+    for model, data, options, what in (
+        (net(1), batches(), {}, "another weights"),
+        (net(), batches(seed=1), {}, "other data, calibration"),
+        (net(), [(x, y.flip(0)) for x, y in batches()], {"calibration": batches()}, "another data"),
+        (net(), batches(), {"measure": "oneshot"}, "other measure, calibration"),
+        (net(), batches(), {"ratios": (0.5, 0.25)}, "another layers"),
+        (net(), batches(), {"loss": nn.CrossEntropyLoss(label_smoothing=0.5)}, "another loss"),
+        (net(), batches(), {"loss": F.cross_entropy}, "another loss"),
+        (deeper, batches(), {}, "another model"),
+    ):
+        with pytest.raises(ValueError, match=f"run.jsonl was measured with {what};"):
+            sensitivity(model, data, resume=path, **(base | options))
+    assert path.read_bytes() == before
+    path.write_text("my notes\n")
+    with pytest.raises(ValueError, match="is no sensitivity table, or damaged"):
+        sensitivity(net(), batches(), resume=path, **base)
+    assert path.read_text() == "my notes\n"
+
+
+# -- measures that train --------------------------------------------------------------------------
+
+RECIPE = Recipe(epochs=1, batch_size=20, lr=0.05, translate=1, cutout=0)
+
+
+def images():
+    return hold_out(synthetic(train=90, test=10, size=16, seed=3), 30)
+
+
+def training(measure="short_training", model=None, data=None, **options):
+    options = {"recipe": RECIPE, "ratios": (0.5,), "include": "layer2.0.conv1", "seeds": 2} | options
+    return sensitivity(model or build("resnet20", width=8), data or images(), measure=measure, **options)
+
+
+def test_a_training_is_repeatable_and_never_sees_the_test_images():
+    data = images()
+    data = Data(data.name, data.train, Images(data.test.x[:0], data.test.y[:0]), data.validation)
+    model = build("resnet20", width=8)
+    state = copy.deepcopy(model.state_dict())
+    first, second = (training(model=model, data=data) for _ in range(2))
+    (cell,) = first.cells
+    assert cell.low < cell.value < cell.high
+    assert cell.n == 2
+    assert cell.backward == (2 + 2) * 60  # its own two trainings, and all of the dense network's two
+    assert cell.value == second.cells[0].value
+    assert len({trial.loss for trial in first.trials}) == 4
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+class Losses:
+    """In place of training: the final losses, one after the other, and the networks that were to be trained."""
+
+    def __init__(self, *losses):
+        self.losses, self.networks, self.seeds = list(losses), [], []
+
+    def __call__(self, network, data, recipe, *, seed, **options):
+        self.networks.append({name: p.detach().clone() for name, p in network.named_parameters()})
+        self.seeds.append(seed)
+        loss = self.losses.pop(0)
+        if isinstance(loss, Exception):
+            raise loss
+        return type("Result", (), {"validation": {"loss": loss}})
+
+
+def test_trainings_are_resumed_and_a_diverged_one_has_no_value(tmp_path, monkeypatch):
+    path, options = tmp_path / "run.jsonl", {"ratios": (0.5, 0.25), "multiple": 2}
+    monkeypatch.setattr(search, "train", Losses(1.0, 2.0, 4.0, Stop()))
+    with pytest.raises(Stop):
+        training(resume=path, **options)
+    assert [trial.loss for trial in SensitivityTable.load(path).trials] == [1.0, 2.0, 4.0]
+    rest = Losses(6.0, TrainingError("diverged"), 1.0)
+    monkeypatch.setattr(search, "train", rest)
+    table = training(resume=path, **options)
+    assert rest.seeds == [1, 0, 1]
+    assert table.baseline == {"loss": 1.5}
+    assert [cell.value for cell in table.cells] == [3.5, pytest.approx(math.nan, nan_ok=True)]
+    with pytest.raises(ValueError, match="was measured with another seeds"):
+        training(resume=path, **options | {"seeds": 3})
+    monkeypatch.setattr(search, "train", Losses(TrainingError("diverged")))
+    with pytest.raises(ValueError, match="dense network cannot be trained with seed 0: diverged"):
+        training()
+
+
+@pytest.mark.parametrize("measure", ["short_training", "fine_tuning"])
+def test_where_trainings_begin(measure, tmp_path, monkeypatch):
+    model, losses = build("resnet20", width=8), Losses(*range(12))
+    monkeypatch.setattr(search, "train", losses)
+    training(measure, model, seeds=1, layers="sep", resume=tmp_path / "run.jsonl")
+    dense, small, structured = losses.networks
+    tuned = substitute(model, {"layer2.0.conv1": 8}).state_dict()
+    same = [torch.equal(value, dense[name]) for name, value in model.named_parameters() if value.dim() == 4]
+    assert all(same) if measure == "fine_tuning" else not any(same)
+    assert torch.equal(small["layer2.0.conv1.basis"], tuned["layer2.0.conv1.basis"]) is (measure == "fine_tuning")
+    assert len(structured) > len(dense)
+    other = build("resnet20", width=8)
+    if measure == "fine_tuning":
+        with pytest.raises(ValueError, match="another weights"):
+            training(measure, other, seeds=1, layers="sep", resume=tmp_path / "run.jsonl")
+    else:
+        training(measure, other, seeds=1, layers="sep", resume=tmp_path / "run.jsonl")
+        assert len(losses.networks) == 3  # all of it was there
+
+
+def test_what_cannot_be_trained_is_refused():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.conv = nn.Parameter(torch.ones(1)), nn.Conv2d(3, 16, 3)
+
+    net = build("resnet20", width=8)
+    for model, says in (
+        (Own(), "no reset_parameters"),
+        (net.double(), "float32"),
+        (net.requires_grad_(False), "train"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            training(model=model, include=())
+    with pytest.raises(ValueError, match="only 60 training images"):
+        training(recipe=Recipe(epochs=1, batch_size=500))
+    with pytest.raises(ValueError, match="the recipe sets decorrelation"):
+        training(recipe=replace(RECIPE, decorrelation=0.01))

@@ -1,0 +1,135 @@
+"""What other tools make of a trained convolution: exact at full rank, best at a smaller one, within the budget."""
+
+import copy
+import sys
+from importlib import util
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from basis.costs import count_parameters
+from basis.decompositions import NotInstalled, fasterai_network, pair_of, svd_pairs, tensorly_conv, tensorly_network
+
+needs_tltorch = pytest.mark.skipif(util.find_spec("tensorly") is None, reason="needs tensorly-torch")
+
+
+class StandIn:
+    """The interface of fasterai's decomposer, with the truncated SVD in place of its own methods."""
+
+    def decompose(self, model, percent_removed, method, n_iter):
+        made = copy.deepcopy(model)
+        for name, conv in list(made.named_children()):
+            rank = max(1, int((1 - percent_removed) * min(conv.in_channels, conv.out_channels)))
+            options = {"device": "meta"} if conv.weight.is_meta else {}
+            if options:
+                arguments = (conv.kernel_size, conv.stride, conv.padding)
+                first = nn.Conv2d(conv.in_channels, rank, *arguments, bias=False, **options)
+                pair = nn.Sequential(first, nn.Conv2d(rank, conv.out_channels, 1, bias=False, **options))
+            else:
+                pair = pair_of(conv, rank)
+            setattr(made, name, pair)
+        return made
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 24, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(24, 24, 1), nn.ReLU(),
+        nn.Conv2d(24, 32, 3, padding=1, bias=False),
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": False},
+        {"stride": (2, 1), "padding": (1, 2)},
+        {"dilation": 2, "padding": "same"},
+        {"padding": 1, "padding_mode": "reflect"},
+    ],
+)
+def test_a_pair_of_full_rank_is_the_convolution(options):
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(4, 6, 3, **options), torch.randn(2, 4, 9, 8)
+    torch.testing.assert_close(pair_of(conv, 6)(x), conv(x), atol=1e-5, rtol=1e-4)
+
+
+def test_a_pair_is_the_best_of_its_rank():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, bias=False)
+    first, second = pair_of(conv, 2)
+    weight = torch.einsum("oq,qihw->oihw", second.weight[:, :, 0, 0], first.weight)
+    tail = torch.linalg.svdvals(conv.weight.flatten(1))[2:].square().sum()
+    torch.testing.assert_close((weight - conv.weight).square().sum(), tail, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("q", "groups", "says"), [(0, 1, "between 1 and 6"), (7, 1, "and 6"), (1, 2, "groups = 2")])
+def test_a_pair_that_makes_no_sense_is_refused(q, groups, says):
+    with pytest.raises(ValueError, match=says):
+        pair_of(nn.Conv2d(4, 6, 3, groups=groups), q)
+
+
+@pytest.mark.parametrize("share", [0.75, 0.5, 0.25])
+def test_pairs_meet_the_budget_as_nearly_as_one_rank_allows(share):
+    model = network()
+    wanted = int(share * count_parameters(model))
+    small = svd_pairs(model, wanted, ["0"])
+    assert wanted - (9 * 24 + 32) <= count_parameters(small) <= wanted  # a step of the common fraction is one rank
+    assert type(small[0]) is nn.Conv2d
+    assert isinstance(small[3], nn.Sequential)
+    assert type(model[3]) is nn.Conv2d  # the given model is left alone
+
+
+def test_a_budget_that_no_common_size_meets_is_refused():
+    with pytest.raises(ValueError, match="above 500"):
+        svd_pairs(network(), 500)
+
+
+def test_a_layer_to_leave_alone_must_be_there():
+    with pytest.raises(ValueError, match="exclude has stem"):
+        svd_pairs(network(), 5000, ["stem"])
+
+
+@needs_tltorch
+def test_tensorly_decomposes_the_weight_it_is_given():
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(8, 8, 3, padding=1, bias=False), torch.randn(2, 8, 6, 6)
+    torch.testing.assert_close(tensorly_conv(conv, 10**6)(x), conv(x), atol=1e-4, rtol=1e-3)
+
+
+@needs_tltorch
+def test_tensorlys_network_meets_the_budget():
+    model = network()
+    wanted = count_parameters(model) // 2
+    small = tensorly_network(model, wanted, ["0", "5"])
+    assert 0.9 * wanted < count_parameters(small) <= wanted
+    assert [type(small[i]) is nn.Conv2d for i in (0, 3, 5, 7)] == [True, False, True, False]
+
+
+@pytest.fixture
+def fasterai(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fasterai.misc.conv_decomposer", SimpleNamespace(Conv_Decomposer=StandIn))
+
+
+def test_fasterais_network_meets_the_budget_and_keeps_biases(fasterai):
+    model = network()
+    wanted = count_parameters(model) // 2
+    small = fasterai_network(model, wanted, ["0"])
+    assert wanted - (9 * 24 + 32) <= count_parameters(small) <= wanted
+    assert [type(small[i]) is nn.Conv2d for i in (0, 3, 5, 7)] == [True, False, True, False]  # 1x1 is left alone
+    rank, x = small[3][0].out_channels, torch.randn(1, 16, 4, 4)
+    torch.testing.assert_close(small[3](x), pair_of(model[3], rank)(x), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="above 1,000"):
+        fasterai_network(model, 1000)
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    for module in ("tltorch", "fasterai", "fasterai.misc.conv_decomposer"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(NotInstalled, match="pip install tensorly tensorly-torch"):
+        tensorly_conv(nn.Conv2d(8, 8, 3), 400)
+    with pytest.raises(NotInstalled, match="pip install fasterai"):
+        fasterai_network(network(), 5000)

@@ -3,8 +3,6 @@
 Accuracies are of the study ``headline`` (chapters 3 and 5), speeds of the steps that ``speed`` judges (chapter 10).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -95,7 +93,7 @@ def draw(theme: Theme, headline: Headline) -> Figure:
 
 def caption(headline: Headline) -> str:
     """The finding, with every n."""
-    text = _say("caption", headline, headline.runs.groupby("variant").size()) + " "
+    text = _say("caption", headline, list(headline.runs.groupby("variant").size())) + " "
     if headline.steps:
         text += say("front page", "steps", device=headline.device, row=next(iter(headline.steps.values())))
     return text
@@ -129,7 +127,7 @@ def _memory(row: Mapping[str, Any]) -> float:
     return row["peak_mib"] / row["dense_peak_mib"] if row["peak_mib"] else 0.0
 
 
-def _say(key: str, headline: Headline, counts: Sequence[int] | pd.Series[int]) -> str:
+def _say(key: str, headline: Headline, counts: Sequence[int]) -> str:
     """A text with what each rule loses at half of the parameters, the scale, and the span of the numbers of runs."""
     n = " to ".join(dict.fromkeys((str(min(counts)), str(max(counts)))))
     lost = {rule: one.text() for rule, one in headline.lost.items()}

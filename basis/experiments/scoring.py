@@ -1,7 +1,5 @@
 """Score your own way of ranking layers against what full training lost, without training anything."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args

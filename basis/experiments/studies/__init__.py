@@ -1,7 +1,5 @@
 """The studies of the book, and the state of their records."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Mapping

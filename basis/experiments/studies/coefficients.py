@@ -5,8 +5,6 @@ basis filters as a dense A, and with as many more as make the network as large. 
 terms that treat the factors otherwise than plain weight decay does.
 """
 
-from __future__ import annotations
-
 import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -70,9 +68,6 @@ def _runs(
     return (*listed, *(equal(ratio, seed, kind) for seed in range(seeds) for ratio in sizes for kind in others))
 
 
-plan = study.planner("coefficients", _runs, variant=DENSE)
-
-
 @lru_cache
 def matched_plan(model: str, width: int | None, ratio: float, form: str) -> Mapping[str, int]:
     """Basis channels with which a network of this form is just no larger than with dense A at ``ratio``.
@@ -109,7 +104,7 @@ def step_times(profile: str) -> dict[tuple[str, str], Mapping[str, Any]]:
 
     ``relative`` is its time over that with dense A at the same ratio.
     """
-    runs = [run for run in plan(profile) if run.coefficients]
+    runs = [run for run in STUDY.runs(profile) if run.coefficients]
     forms = {run.coefficients: Form.parse(run.coefficients).kind for run in runs if run.coefficients}
     report = find_training_bench(profile, runs[0], coefficients=tuple(forms))
     names = {value: name for name, value in RATIOS.items()}
@@ -143,4 +138,4 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     ),)  # fmt: skip
 
 
-STUDY = Study.named("coefficients", plan, judge, judged=JUDGED, saved=SAVED, points=POINTS)
+STUDY = Study.named("coefficients", _runs, judge, dict(variant=DENSE), judged=JUDGED, saved=SAVED, points=POINTS)

@@ -4,8 +4,6 @@ What is measured are the benchmarks of ``basis bench layer``, one file for each 
 under ``results/bench/``; counting needs no runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from basis.bench.report import BenchReport
 from basis.bench.shapes import RESNET18_SHAPES, Shape
 from basis.environment import results_folder
 from basis.experiments.runs import DEVICES, Record, Run
-from basis.experiments.studies.study import Study, Verdict, label_of, planner, verdict
+from basis.experiments.studies.study import Study, Verdict, label_of, verdict
 
 RATIO, NARROWEST = 0.5, 128
 
@@ -75,4 +73,4 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
 
 
 # There are no trainings: the benchmarks are made by `basis bench`.
-STUDY = Study.named("cost", planner("cost", tuple), judge, narrowest=NARROWEST)
+STUDY = Study.named("cost", tuple, judge, narrowest=NARROWEST)

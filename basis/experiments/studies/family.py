@@ -4,8 +4,6 @@ Each network dense, with all layers at one ratio, and with layers selected by it
 two at half of the dense network's parameters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -92,4 +90,4 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     ),)  # fmt: skip
 
 
-STUDY = Study.named("family", study.planner("family", _runs), judge, budget=BUDGET, points=POINTS, needed=NEEDED)
+STUDY = Study.named("family", _runs, judge, budget=BUDGET, points=POINTS, needed=NEEDED)

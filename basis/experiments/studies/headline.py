@@ -4,8 +4,6 @@ One dense network is trained and its sensitivities are measured on held-out imag
 table. Each variant is trained from scratch by the dense recipe, with seeds that all variants share.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from basis.experiments.runs import Choice, Ladder, Record, Run
-from basis.experiments.studies.study import TEXTS, Study, Verdict, label_of, planner, untested, verdict
+from basis.experiments.studies.study import TEXTS, Study, Verdict, label_of, untested, verdict
 from basis.statistics import Estimate, paired_difference
 
 MEASURE, CANDIDATES = "oneshot_bn", (3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16)
@@ -63,16 +61,13 @@ def _runs(base: Run, *, multiple: int, images: int = 2000, seeds: int = SEEDS) -
     return (*found, *(one("threshold", HALF, seed) for seed in range(few)))
 
 
-plan = planner("headline", _runs, variant="dense")
-
-
 def frame(records: Sequence[Record]) -> pd.DataFrame:
     """A row a tested run: variant, seed, accuracy and accuracy_flip (%), shares of the dense parameters and MACs.
 
     Also the training's seconds, the device and the curve of the validation accuracy.
     """
     whole = next((r.result for r in records if r.config["variant"] in ("dense", "table")), {})
-    order = {run.variant: i for i, run in enumerate(plan("paper"))}
+    order = {run.variant: i for i, run in enumerate(STUDY.runs("paper"))}
     tested = [r for r in records if whole and r.result["test"]]
     tested.sort(key=lambda r: order.get(r.config["variant"], len(order)))
     columns: dict[str, Callable[[Record], Any]] = {
@@ -121,4 +116,4 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     return c1, c3, c4
 
 
-STUDY = Study.named("headline", plan, judge, points=POINTS)
+STUDY = Study.named("headline", _runs, judge, dict(variant="dense"), points=POINTS)

@@ -4,15 +4,13 @@ One dense network is trained for each seed, and made smaller to one number of pa
 tested as it is, after batch normalisation is recalibrated, and after one epoch of fine-tuning, all on the same images.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from basis.experiments.comparison import Compression
 from basis.experiments.runs import Record, Run
-from basis.experiments.studies.study import SCALES, TEXTS, Study, Verdict, label_of, planner, untested, verdict
+from basis.experiments.studies.study import SCALES, TEXTS, Study, Verdict, label_of, untested, verdict
 from basis.statistics import Estimate, mean_estimate, paired_difference
 
 # Method of basis.experiments.comparison -> what figures call it; the first three are needed for the verdict.
@@ -84,4 +82,4 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     ),)  # fmt: skip
 
 
-STUDY = Study.named("own", planner("own", _runs), judge, judged=JUDGED, part=PART, points=POINTS, seeds=SEEDS)
+STUDY = Study.named("own", _runs, judge, judged=JUDGED, part=PART, points=POINTS, seeds=SEEDS)

@@ -5,8 +5,6 @@ CIFAR-10, trained with attention transfer from the dense network. Errors were de
 there; each point was given its setting by its number of parameters, which ours equals to the unit.
 """
 
-from __future__ import annotations
-
 import copy
 import csv
 import math

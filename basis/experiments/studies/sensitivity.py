@@ -5,8 +5,6 @@ held-out loss against the dense network's. The candidates: every measure of :fun
 dense networks, and the paper's own short training.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,7 +16,7 @@ from scipy import stats
 from torch import nn
 
 from basis.experiments.runs import Ladder, Record, Run
-from basis.experiments.studies.study import SCALES, Study, Verdict, label_of, planner, verdict
+from basis.experiments.studies.study import SCALES, Study, Verdict, label_of, verdict
 from basis.layers.conv import basis_channels_for
 from basis.models import build
 from basis.search.table import SensitivityTable
@@ -63,9 +61,6 @@ def _runs(
     ]
     noise, early = [replace(base, seed=seed) for seed in range(dense)], 2 * len(alone)
     return (*noise, first, *truths[:early], *others, *shorts, *truths[early:])
-
-
-plan = planner("sensitivity", _runs, variant="dense", test=False)
 
 
 def ranks(out_channels: int) -> tuple[int, ...]:
@@ -287,7 +282,7 @@ def agreements(
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     """The verdict on H1; not before every layer has 2 runs at both ratios."""
     truths = truths_of(records, "scratch")
-    listed = {run.variant.split()[0] for run in plan(profile) if run.plan} - {"short"}
+    listed = {run.variant.split()[0] for run in STUDY.runs(profile) if run.plan} - {"short"}
     complete = all(set(t.layers) >= listed and len(t.seeds) >= 2 and len(t.dense) >= 4 for t in truths)
     row = next((row for row in agreements(records, (RECOMMENDED,)) if row.measure == RECOMMENDED), None)
     if not complete or row is None or row.spearman.n == 0:
@@ -302,4 +297,12 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     ),)  # fmt: skip
 
 
-STUDY = Study.named("sensitivity", plan, judge, recommended=RECOMMENDED, spearman=SPEARMAN, cost=COST)
+STUDY = Study.named(
+    "sensitivity",
+    _runs,
+    judge,
+    dict(variant="dense", test=False),
+    recommended=RECOMMENDED,
+    spearman=SPEARMAN,
+    cost=COST,
+)

@@ -4,8 +4,6 @@ The basis network is trained with every reading of "skip-training" that :class:`
 express, against training everything at every step for as many epochs, and for as long.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -41,9 +39,6 @@ def _runs(
     return tuple(replace(base, variant=v, seed=seed, recipe=r) for seed in range(seeds) for v, r in recipes.items())
 
 
-plan = study.planner("skip", _runs, variant=FULL, ratio=RATIO, mode="factorized")
-
-
 def steps_of(run: Run) -> dict[str, int]:
     """``steps_per_epoch`` and ``total_steps`` of a run."""
     left = {"cifar10": 50000, "synthetic": 2000}[run.data] - run.validation
@@ -53,12 +48,12 @@ def steps_of(run: Run) -> dict[str, int]:
 
 def _skipping(profile: str) -> dict[str, tuple[Skip, dict[str, Any]]]:
     """Variant -> its schedule and :func:`steps_of`."""
-    return {run.variant: (run.recipe.skip, steps_of(run)) for run in plan(profile) if run.recipe.skip}
+    return {run.variant: (run.recipe.skip, steps_of(run)) for run in STUDY.runs(profile) if run.recipe.skip}
 
 
 def predicted(profile: str) -> dict[str, float]:
     """What the cost model says of each schedule: MACs of its mean step relative to training everything."""
-    base = plan(profile)[0]
+    base = STUDY.runs(profile)[0]
     model = substitute(build(base.model, width=base.width), ratio=RATIO, init="random", mode="factorized")
     size: dict[str, Any] = {"input_size": (3, 32, 32), "batch_size": base.recipe.batch_size}
     return {name: predicted_step(model, skip, **size, **steps) for name, (skip, steps) in _skipping(profile).items()}
@@ -66,7 +61,7 @@ def predicted(profile: str) -> dict[str, float]:
 
 def find_bench(profile: str) -> BenchReport | None:
     """The stored benchmark of the steps of this profile's network, on its kind of device."""
-    return find_training_bench(profile, plan(profile)[0], trained=tuple(TRAINED))
+    return find_training_bench(profile, STUDY.runs(profile)[0], trained=tuple(TRAINED))
 
 
 def measured(profile: str, report: BenchReport) -> dict[str, float]:
@@ -104,7 +99,7 @@ def gain(records: Sequence[Record], name: str, time: float, *, comparisons: int 
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     """The verdict on C6."""
-    n = min((len(accuracies(records, name)) for name in {run.variant for run in plan(profile)}), default=0)
+    n = min((len(accuracies(records, name)) for name in {run.variant for run in STUDY.runs(profile)}), default=0)
     if n < 2:
         return (study.untested("C6", profile, n),)
     report = find_bench(profile)
@@ -129,4 +124,12 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     ),)  # fmt: skip
 
 
-STUDY = Study.named("skip", plan, judge, ratio_name=RATIO_NAME, saved=SAVED, points=POINTS)
+STUDY = Study.named(
+    "skip",
+    _runs,
+    judge,
+    dict(variant=FULL, ratio=RATIO, mode="factorized"),
+    ratio_name=RATIO_NAME,
+    saved=SAVED,
+    points=POINTS,
+)

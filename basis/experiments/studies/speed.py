@@ -3,8 +3,6 @@
 The measurements are those of ``basis bench``: single layers, layers beside their rivals, blocks, and training steps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +13,7 @@ from basis.bench.report import BenchReport
 from basis.bench.shapes import RESNET18_SHAPES, Shape
 from basis.experiments.runs import Record
 from basis.experiments.studies.cost import counts, devices, load_benches
-from basis.experiments.studies.study import Study, Verdict, label_of, planner, say, verdict
+from basis.experiments.studies.study import Study, Verdict, label_of, say, verdict
 from basis.layers.conv import derives_apart
 
 TOLERANCE = 1.02
@@ -92,13 +90,6 @@ def step_rows(reports: Sequence[BenchReport]) -> dict[float, Mapping[str, Any]]:
     return {ratio: row for ratio, (_, row) in found.items()}
 
 
-def ordinary_row(reports: Sequence[BenchReport], row: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The row of the same measurement with the ordinary batch normalisation."""
-    wanted = {key: row[key] for key in ("ratio", "mode", "coefficients", "trained", "step")} | {"norms": "ordinary"}
-    rows = next((report.rows for report in reports if any(one is row for one in report.rows)), ())
-    return next((one for one in rows if not one.get("error") and wanted.items() <= one.items()), None)
-
-
 def executed_mode(row: Mapping[str, Any], device_type: str) -> str:
     """The mode of :data:`basis.bench.roofline.ROOFLINE_MODES` that a row of ``basis bench layer`` executed."""
     mode = {"control": "dense", "auto": row["resolved"]}.get(row["mode"], row["mode"])
@@ -131,4 +122,4 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
 
 
 # There are no trainings: the benchmarks are made by `basis bench`.
-STUDY = Study.named("speed", planner("speed", tuple), judge, tolerance=TOLERANCE)
+STUDY = Study.named("speed", tuple, judge, tolerance=TOLERANCE)

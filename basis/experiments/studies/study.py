@@ -1,7 +1,5 @@
 """What a study is: its runs, and the claims it judges by a rule fixed beforehand; and what all judges share."""
 
-from __future__ import annotations
-
 import configparser
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +11,6 @@ from basis.experiments.runs import Record, Run, digest
 from basis.statistics import Estimate, Spread, pooled_spread
 from basis.training.loop import Recipe
 
-Plan = Callable[[str], tuple[Run, ...]]
 SMOKE: Mapping[str, int] = {"epochs": 2, "batch_size": 100, "translate": 2, "cutout": 8}
 TEXTS = configparser.ConfigParser(interpolation=None)
 TEXTS.optionxform = str  # type: ignore[assignment,method-assign]
@@ -57,17 +54,34 @@ class Study:
     claims: tuple[str, ...]
     rule: str
     published: str
-    runs: Plan
+    runs: Callable[[str], tuple[Run, ...]]
     judge: Callable[[Sequence[Record], str], tuple[Verdict, ...]]
     benches: tuple[str, ...]
 
     @classmethod
-    def named(cls, name: str, runs: Plan, judge: Callable[..., tuple[Verdict, ...]], **limits: object) -> Study:
-        """The study of ``studies.ini``, whose rule states the ``limits``."""
-        texts = {key: TEXTS[name][key] for key in ("title", "chapter", "published")}
-        claims, benches = (tuple(TEXTS[name].get(key, "").split()) for key in ("claims", "benches"))
+    def named(
+        cls, name: str, runs: Callable[..., tuple[Run, ...]], judge: Callable[..., tuple[Verdict, ...]],
+        fixed: Mapping[str, Any] | None = None, **limits: object,
+    ) -> "Study":  # fmt: skip
+        """The study of ``studies.ini``, whose rule states the ``limits``.
+
+        ``runs(base, **options)`` lists a profile's runs, from one with its settings and those ``fixed`` in all.
+        """
+        texts = TEXTS[name]
+
+        def listed(profile: str) -> tuple[Run, ...]:
+            if profile not in texts:
+                return ()
+            settings, smoke = json.loads(texts[profile]), profile == "smoke"
+            options, recipe = settings.pop("options"), settings.pop("recipe", {})
+            settings |= {"recipe": Recipe(**{**(SMOKE if smoke else {}), **recipe})}
+            settings |= {"study": name, "profile": profile, "data": "synthetic" if smoke else "cifar10"}
+            return runs(Run(**{"variant": "", "seed": 0, **(fixed or {}), **settings}), **options)
+
+        claims, benches = (tuple(texts.get(key, "").split()) for key in ("claims", "benches"))
+        about = {key: texts[key] for key in ("title", "chapter", "published")}
         rule = say(name, "rule", **limits)
-        return cls(name=name, claims=claims, rule=rule, runs=runs, judge=judge, benches=benches, **texts)
+        return cls(name=name, claims=claims, rule=rule, runs=listed, judge=judge, benches=benches, **about)
 
     @property
     def definition(self) -> str:
@@ -77,21 +91,6 @@ class Study:
     def verdicts(self, records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
         """The verdict on each claim, from the records of ``profile`` among those given."""
         return self.judge([r for r in records if r.config["profile"] == profile], profile)
-
-
-def planner(study: str, runs: Callable[..., tuple[Run, ...]], **fixed: Any) -> Plan:
-    """The plan of a study: ``runs(base, **options)``, with the settings and options that ``studies.ini`` has."""
-
-    def plan(profile: str) -> tuple[Run, ...]:
-        if profile not in TEXTS[study]:
-            return ()
-        settings, smoke = json.loads(TEXTS[study][profile]), profile == "smoke"
-        options, recipe = settings.pop("options"), settings.pop("recipe", {})
-        settings |= {"recipe": Recipe(**{**(SMOKE if smoke else {}), **recipe})}
-        settings |= {"study": study, "profile": profile, "data": "synthetic" if smoke else "cifar10"}
-        return runs(Run(**{"variant": "", "seed": 0, **fixed, **settings}), **options)
-
-    return plan
 
 
 def result_of(records: Sequence[Record], name: str) -> Mapping[str, Any]:

@@ -5,8 +5,6 @@ recipe, beside the dense network and narrower dense ones. Weight decay on struct
 compression ratio, as Gray et al. do; at one size also not. Layers with a fit also start from a trained dense network.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,7 +62,7 @@ class Variant:
         return f"{self.network} {self.text}{width}{', ' * bool(self.how)}{self.how}"
 
     @classmethod
-    def parse(cls, name: str) -> Variant:
+    def parse(cls, name: str) -> "Variant":
         """The variant of that name."""
         first, *rest = name.replace(", width ", " width ", 1).split(", ")
         network, text, *width = first.split(" ")
@@ -123,9 +121,6 @@ def _runs(
     return (*listed, *(one(s, text, model=model) for s in range(seeds) for model in others for text in few))
 
 
-plan = study.planner("substitutes", _runs, include=BLOCKS)
-
-
 def of_main_network(records: Sequence[Record]) -> list[Record]:
     """The records of the network with the most variants."""
     names = [network for network, _ in dict.fromkeys((r.config["model"], r.config["variant"]) for r in records)]
@@ -171,7 +166,7 @@ def step_times(profile: str) -> dict[tuple[str, int | None], Mapping[str, Any]]:
     A row of the benchmark (``ms`` is its median, ``speedup`` the dense network's time / this) and its ``device``.
     """
     found: dict[tuple[str, int | None], Mapping[str, Any]] = {}
-    for first in plan(profile)[:1]:
+    for first in STUDY.runs(profile)[:1]:
         wanted = {"model": first.model, "batch_size": first.recipe.batch_size}
         for report in load_benches(profile, kind="bench-structured-train"):
             for row in report.rows if wanted.items() <= report.config.items() else ():
@@ -201,7 +196,7 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
 
 def _judge_pareto(records: Sequence[Record], profile: str) -> Verdict:
     network = records[0].config["model"]
-    compared = dict.fromkeys(run.variant for run in plan(profile) if run.model == network)
+    compared = dict.fromkeys(run.variant for run in STUDY.runs(profile) if run.model == network)
     lacking = [name for name in compared if not Variant.parse(name).how and len(accuracies(records, name)) < 2]
     if lacking:
         return Verdict("S1", profile, "not tested", f"two runs per variant are missing of {few(lacking, '; ')}")
@@ -229,11 +224,11 @@ def _judge_decay(records: Sequence[Record], profile: str) -> Verdict:
     return study.verdict("S2", profile, label, 100 * mean.value, **texts)
 
 
-STUDY = Study.named("substitutes", plan, judge, points=POINTS)
+STUDY = Study.named("substitutes", _runs, judge, dict(include=BLOCKS), points=POINTS)
 
 
 def bench_variants(profile: str, model: str | None = None) -> list[tuple[str, int | None]]:
     """Text and width of each variant that a profile trains from scratch, but the dense network's, for ``basis bench``."""
-    found = [Variant.parse(run.variant) for run in plan(profile)]
+    found = [Variant.parse(run.variant) for run in STUDY.runs(profile)]
     found = [one for one in found if not one.how and model in (None, one.network)]
     return list(dict.fromkeys((one.text, one.width) for one in found if one.text != DENSE or one.width))

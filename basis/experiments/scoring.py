@@ -11,24 +11,19 @@ from basis.experiments.studies import STUDIES, valid_records
 from basis.experiments.studies.sensitivity import RATIOS, Kind, Truth, agreement, agreements, truths_of
 from basis.search.table import SensitivityTable
 
-Scores = Mapping[str, float] | Mapping[tuple[str, float], float] | Sequence[str] | pd.Series | SensitivityTable
+Scores = Mapping[str, float] | Mapping[tuple[str, float], float] | pd.Series | Sequence[str] | SensitivityTable
 
 
 def score(
-    scores: Scores,
-    *,
-    truth: Truth = "scratch",
-    profile: str = "cpu",
-    records: Sequence[Record] | None = None,
+    scores: Scores, *, truth: Truth = "scratch", profile: str = "cpu", records: Sequence[Record] | None = None,
     beside: bool = True,
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """Rank correlations of your scores with what each layer lost in training, beside those of our measures.
 
     Args:
-        scores: how much each 3x3 convolution would suffer, larger for worse, in any unit: layer -> value;
-            (layer, ratio) -> value, with the ratios 1/8 and 1/32 of the truth; a pandas Series of values whose
-            index is either; a :class:`basis.SensitivityTable`; or layers alone, in order from the least to the most
-            sensitive. Further layers are ignored.
+        scores: how much each 3x3 convolution would suffer, larger for worse, in any unit: layer -> value or
+            (layer, ratio) -> value, with the ratios 1/8 and 1/32 of the truth (mapping or pandas Series); a
+            :class:`basis.SensitivityTable`; or a list of layers, the least sensitive first. Further layers are ignored.
         truth: what a layer loses after training from scratch ("scratch"), or after fine-tuning ("tuned").
         profile: whose truth, "cpu" or "paper".
         records: of the study "sensitivity"; default: the committed ones.
@@ -61,20 +56,19 @@ def score(
 
 def _values(scores: Scores, ratio: float, layers: Sequence[str]) -> dict[str, float]:
     """The score of every layer at one ratio."""
+    items: list[tuple[Any, float]]
     if isinstance(scores, (set, frozenset)):
         raise ValueError("the layers are a set, which has no order; give a list, from the least to the most sensitive")
-    items: list[tuple[Any, float]]
     if isinstance(scores, SensitivityTable):
         items = [(name, cell.value) for name, cell in scores.at(ratio).items() if cell is not None]
-    elif isinstance(scores, Mapping) or (isinstance(scores, pd.Series) and not isinstance(scores.iloc[0], str)):
-        items = list(scores.items())
+    elif isinstance(scores, (Mapping, pd.Series)):
+        pairs = [(key if isinstance(key, tuple) else (key, ratio), value) for key, value in scores.items()]
+        items = [(name, float(value)) for (name, at), value in pairs if math.isclose(at, ratio)]
     else:
         items = [(name, float(place)) for place, name in enumerate(scores)]
-    pairs = [(key if isinstance(key, tuple) else (key, ratio), float(value)) for key, value in items]
-    here = [(name, value) for (name, at), value in pairs if math.isclose(at, ratio)]
-    found = dict(here)
-    if len(found) < len(here):
-        repeated = next(name for i, (name, _) in enumerate(here) if name in dict(here[:i]))
+    found = dict(items)
+    if len(found) < len(items):
+        repeated = next(name for i, (name, _) in enumerate(items) if name in dict(items[:i]))
         raise ValueError(f"the ranking has {repeated} more than once, but it names every layer once")
     if absent := [name for name in layers if name not in found]:
         raise ValueError(f"scores for r = {ratio:g} lack {len(absent)} of {len(layers)} layers: {', '.join(absent)}")

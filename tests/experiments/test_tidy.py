@@ -112,7 +112,7 @@ def test_the_data_card_runs_its_example(committed):
 # -- scoring --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["layers", "layers and ratios", "ranking", "series", "series of both", "names"])
+@pytest.mark.parametrize("form", ["layers", "layers and ratios", "ranking", "series", "series of both"])
 def test_the_truth_scores_one_in_every_form_and_its_reverse_minus_one(form):
     records = truth(place)
     own = {name: float(sorted(LAYERS).index(name)) for name in LAYERS}
@@ -120,9 +120,9 @@ def test_the_truth_scores_one_in_every_form_and_its_reverse_minus_one(form):
         scores = {name: sign * value for name, value in own.items()} | {"fc": 3.0}
         if form in ("layers and ratios", "series of both"):
             scores = {(name, ratio): value for name, value in scores.items() for ratio in study_of.RATIOS}
-        elif form in ("ranking", "names"):
+        elif form == "ranking":
             scores = sorted(own, key=lambda name: sign * own[name])
-        if form in ("series", "series of both", "names"):
+        if form in ("series", "series of both"):
             scores = pd.Series(scores)
         row = score(scores, records=records, beside=False).iloc[0]
         assert row["measure"] == "yours"

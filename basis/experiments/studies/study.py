@@ -116,8 +116,11 @@ def accuracies(records: Sequence[Record], variant: str) -> list[float]:
 
 def spread(records: Sequence[Record], *, scale: float = 1) -> Spread:
     """The standard deviation of ``scale`` x test accuracy between equal trainings, pooled over variants."""
-    names = dict.fromkeys(r.config["variant"] for r in records)
-    return pooled_spread([[scale * a for a in accuracies(records, name)] for name in names])
+    found: dict[str, list[float]] = {}
+    for r in records:
+        if r.result["test"] is not None:
+            found.setdefault(r.config["variant"], []).append(scale * r.result["test"]["accuracy"])
+    return pooled_spread(found.values())
 
 
 def difference_of(records: Sequence[Record], *pairs: tuple[str, str], comparisons: int = 1) -> Estimate:

@@ -228,7 +228,7 @@ STUDY = Study.named("substitutes", _runs, judge, dict(include=BLOCKS), points=PO
 
 
 def bench_variants(profile: str, model: str | None = None) -> list[tuple[str, int | None]]:
-    """Text and width of each variant that a profile trains from scratch, but the dense network's, for ``basis bench``."""
+    """Text and width of each variant that a profile trains from scratch, but the dense one, for ``basis bench``."""
     found = [Variant.parse(run.variant) for run in STUDY.runs(profile)]
     found = [one for one in found if not one.how and model in (None, one.network)]
     return list(dict.fromkeys((one.text, one.width) for one in found if one.text != DENSE or one.width))

@@ -3,10 +3,9 @@
 Accuracies are of the study ``headline`` (chapters 3 and 5), speeds of the steps that ``speed`` judges (chapter 10).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import pandas as pd
@@ -20,7 +19,7 @@ from basis.experiments.studies.cost import load_benches
 from basis.experiments.studies.speed import step_rows
 from basis.experiments.studies.study import say
 from basis.figures import Theme
-from basis.statistics import Estimate, mean_estimate
+from basis.statistics import Estimate
 
 RULES: Mapping[str, str] = {
     "selected": "selected", "largest first": "largest", "uniform": "uniform", study.NARROWER: "narrower"
@@ -40,14 +39,11 @@ class Headline:
     steps: Mapping[float, Mapping[str, Any]]
     device: str
 
-    def lost(self, rule: str) -> Estimate:
-        """Percentage points lost against dense at half of the parameters."""
-        return study.difference(self.runs, "dense", study.variant(rule, study.HALF))
-
-    def texts(self) -> dict[str, str]:
-        """What each rule loses at half of the parameters, and the scale."""
-        lost = {key: self.lost(rule).text() for rule, key in RULES.items()}
-        return {**lost, "scale": study.SCALES[self.profile]}
+    @property
+    def lost(self) -> dict[str, Estimate]:
+        """Percentage points lost against dense at half of the parameters, by the words of :data:`RULES`."""
+        halves = {key: study.variant(rule, study.HALF) for rule, key in RULES.items()}
+        return {key: study.difference(self.runs, "dense", name) for key, name in halves.items()}
 
 
 def collect(records: Sequence[Record], profile: str) -> Headline | None:
@@ -85,9 +81,9 @@ def draw(theme: Theme, headline: Headline) -> Figure:
         speed = row["speedup"]
         bar = {"color": theme.colour("uniform"), "height": 0.62, "error_kw": {"ecolor": theme.text, "capsize": 3}}
         right.barh(i, speed, xerr=[[speed - row["speedup_q1"]], [row["speedup_q3"] - speed]], **bar)
-        memory = f"{row['peak_mib'] / row['dense_peak_mib']:.0%} memory" if row["peak_mib"] else ""
+        memory = f"{_memory(row):.0%} memory" if _memory(row) else ""
         right.annotate(memory, (0.06, i), va="center", color=theme.background, fontsize=10)
-    right.set_yticks(range(1 + len(rows)), ["dense", *(f"r = {_fraction(r)}" for r in rows)])
+    right.set_yticks(range(1 + len(rows)), ["dense", *(f"r = {Fraction(r)}" for r in rows)])
     right.invert_yaxis()
     right.grid(axis="y", visible=False)
     right.set(xlabel="step speed, dense = 1")
@@ -97,8 +93,7 @@ def draw(theme: Theme, headline: Headline) -> Figure:
 
 def caption(headline: Headline) -> str:
     """The finding, with every n."""
-    n = _span(headline.runs.groupby("variant").size())
-    text = say("front page", "caption", n=n, **headline.texts()) + " "
+    text = _say("caption", headline, list(headline.runs.groupby("variant").size())) + " "
     if headline.steps:
         text += say("front page", "steps", device=headline.device, row=next(iter(headline.steps.values())))
     return text
@@ -106,10 +101,9 @@ def caption(headline: Headline) -> str:
 
 def alt(headline: Headline) -> str:
     """What the picture shows, for someone who does not see it."""
-    groups = headline.runs.groupby("variant", sort=False)
-    means = {name: (mean_estimate(list(group["accuracy"])), group["parameters"].mean()) for name, group in groups}
-    parts = "; ".join(f"{name!s}: {accuracy.value:.1f} % at {size:.0%}" for name, (accuracy, size) in means.items())
-    speeds = ", ".join(f"{row['speedup']:.2f} at r = {_fraction(r)}" for r, row in headline.steps.items())
+    means = headline.runs.groupby("variant", sort=False)[["accuracy", "parameters"]].mean()
+    parts = "; ".join(f"{name}: {row.accuracy:.1f} % at {row.parameters:.0%}" for name, row in means.iterrows())
+    speeds = ", ".join(f"{row['speedup']:.2f} at r = {Fraction(r)}" for r, row in headline.steps.items())
     return say("front page", "alt", parts=parts, speeds=speeds or "not measured")
 
 
@@ -118,20 +112,23 @@ def in_a_minute(headline: Headline | None) -> str:
     if headline is None:
         return "*The runs behind this summary are not made yet.*"
     speeds = [
-        f"{row['speedup']:.2f} [{row['speedup_q1']:.2f}, {row['speedup_q3']:.2f}] times as fast at r = {_fraction(r)}"
-        + (f", with {row['peak_mib'] / row['dense_peak_mib']:.0%} of the memory" if row["peak_mib"] else "")
+        f"{row['speedup']:.2f} [{row['speedup_q1']:.2f}, {row['speedup_q3']:.2f}] times as fast at r = {Fraction(r)}"
+        + (f", with {_memory(row):.0%} of the memory" if _memory(row) else "")
         for r, row in sorted(headline.steps.items(), reverse=True)
     ]
     speed = f"A training step of ResNet-18 is {'; and '.join(speeds)} ({headline.device})."
     gives = say("front page", "gives", speed=speed if speeds else "No training step is measured yet.")
-    costs = say("front page", "costs", n=_span([headline.lost(rule).n for rule in RULES]), **headline.texts())
+    costs = _say("costs", headline, [one.n for one in headline.lost.values()])
     return "\n\n".join((gives, costs, say("front page", "when")))
 
 
-def _span(counts: Sequence[int] | pd.Series[int]) -> str:
-    low, high = min(counts), max(counts)
-    return str(low) if low == high else f"{low} to {high}"
+def _memory(row: Mapping[str, Any]) -> float:
+    """Peak memory of a step over the dense one's; 0 where it is not measured."""
+    return row["peak_mib"] / row["dense_peak_mib"] if row["peak_mib"] else 0.0
 
 
-def _fraction(ratio: float) -> str:
-    return f"1/{1 / ratio:.0f}" if ratio < 1 and (1 / ratio).is_integer() else f"{ratio:g}"
+def _say(key: str, headline: Headline, counts: Sequence[int]) -> str:
+    """A text with what each rule loses at half of the parameters, the scale, and the span of the numbers of runs."""
+    n = " to ".join(dict.fromkeys((str(min(counts)), str(max(counts)))))
+    lost = {rule: one.text() for rule, one in headline.lost.items()}
+    return say("front page", key, n=n, scale=study.SCALES[headline.profile], **lost)

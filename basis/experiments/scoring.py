@@ -1,7 +1,5 @@
 """Score your own way of ranking layers against what full training lost, without training anything."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
@@ -10,27 +8,22 @@ import pandas as pd
 
 from basis.experiments.runs import PROFILES, Record
 from basis.experiments.studies import STUDIES, valid_records
-from basis.experiments.studies.sensitivity import RATIOS, Agreement, Kind, Truth, agreements, bootstrap, truths_of
+from basis.experiments.studies.sensitivity import RATIOS, Kind, Truth, agreement, agreements, truths_of
 from basis.search.table import SensitivityTable
 
-Scores = Mapping[str, float] | Mapping[tuple[str, float], float] | Sequence[str] | pd.Series | SensitivityTable
+Scores = Mapping[str, float] | Mapping[tuple[str, float], float] | pd.Series | Sequence[str] | SensitivityTable
 
 
 def score(
-    scores: Scores,
-    *,
-    truth: Truth = "scratch",
-    profile: str = "cpu",
-    records: Sequence[Record] | None = None,
+    scores: Scores, *, truth: Truth = "scratch", profile: str = "cpu", records: Sequence[Record] | None = None,
     beside: bool = True,
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """Rank correlations of your scores with what each layer lost in training, beside those of our measures.
 
     Args:
-        scores: how much each 3x3 convolution would suffer, larger for worse, in any unit: layer -> value;
-            (layer, ratio) -> value, with the ratios 1/8 and 1/32 of the truth; a pandas Series of values whose
-            index is either; a :class:`basis.SensitivityTable`; or layers alone, in order from the least to the most
-            sensitive. Further layers are ignored.
+        scores: how much each 3x3 convolution would suffer, larger for worse, in any unit: layer -> value or
+            (layer, ratio) -> value, with the ratios 1/8 and 1/32 of the truth (mapping or pandas Series); a
+            :class:`basis.SensitivityTable`; or a list of layers, the least sensitive first. Further layers are ignored.
         truth: what a layer loses after training from scratch ("scratch"), or after fine-tuning ("tuned").
         profile: whose truth, "cpu" or "paper".
         records: of the study "sensitivity"; default: the committed ones.
@@ -42,8 +35,7 @@ def score(
         on how many it rests. The statistics are those of chapter 4.
 
     Raises:
-        ValueError: where the truth is unknown or not measured yet, where scores are missing, repeated or not finite, or
-            where layers alone are a set, which has no order.
+        ValueError: for an unknown or unmeasured truth, and scores that are missing, repeated, not finite or a set.
     """
     for name, value, known in (("truth", truth, get_args(Truth)), ("profile", profile, PROFILES)):
         if value not in known:
@@ -54,16 +46,12 @@ def score(
     if len(layers) < 4:
         raise ValueError(f"the truth {truth!r} of the profile {profile!r} holds {len(layers)} layers, too few to rank")
     predictions = [_values(scores, ratio, layers) for ratio in RATIOS] * (len(truths) // len(RATIOS))
-    spearman, kendall = (bootstrap(truths, predictions, kind=kind) for kind in get_args(Kind))
-    rows = [Agreement("yours", spearman, kendall, 0.0, 0.0), *(agreements(records, truth=truth) if beside else ())]
-    return pd.DataFrame(_row(one) for one in rows)
-
-
-def _row(one: Agreement) -> dict[str, object]:
-    row: dict[str, object] = {"measure": one.measure}
-    for kind, found in (("spearman", one.spearman), ("kendall", one.kendall)):
-        row |= {kind: found.value, f"{kind}_low": found.low, f"{kind}_high": found.high}
-    return row | {"layers": one.spearman.n}
+    rows = [agreement("yours", truths, predictions), *(agreements(records, truth=truth) if beside else ())]
+    frame = pd.DataFrame({"measure": [row.measure for row in rows]})
+    for kind in get_args(Kind):
+        for suffix, key in (("", "value"), ("_low", "low"), ("_high", "high")):
+            frame[kind + suffix] = [getattr(getattr(row, kind), key) for row in rows]
+    return frame.assign(layers=[row.spearman.n for row in rows])
 
 
 def _values(scores: Scores, ratio: float, layers: Sequence[str]) -> dict[str, float]:
@@ -73,19 +61,17 @@ def _values(scores: Scores, ratio: float, layers: Sequence[str]) -> dict[str, fl
         raise ValueError("the layers are a set, which has no order; give a list, from the least to the most sensitive")
     if isinstance(scores, SensitivityTable):
         items = [(name, cell.value) for name, cell in scores.at(ratio).items() if cell is not None]
-    elif isinstance(scores, Mapping) or (isinstance(scores, pd.Series) and not isinstance(scores.iloc[0], str)):
-        items = list(scores.items())
+    elif isinstance(scores, (Mapping, pd.Series)):
+        pairs = [(key if isinstance(key, tuple) else (key, ratio), value) for key, value in scores.items()]
+        items = [(name, float(value)) for (name, at), value in pairs if math.isclose(at, ratio)]
     else:
         items = [(name, float(place)) for place, name in enumerate(scores)]
-    pairs = [(key if isinstance(key, tuple) else (key, ratio), float(value)) for key, value in items]
-    names = [name for (name, at), _ in pairs if math.isclose(at, ratio)]
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"the ranking has {min(repeated)} more than once, but it names every layer once")
-    found = {name: value for (name, at), value in pairs if math.isclose(at, ratio)}
-    absent = [name for name in layers if name not in found]
-    if absent:
+    found = dict(items)
+    if len(found) < len(items):
+        repeated = next(name for i, (name, _) in enumerate(items) if name in dict(items[:i]))
+        raise ValueError(f"the ranking has {repeated} more than once, but it names every layer once")
+    if absent := [name for name in layers if name not in found]:
         raise ValueError(f"scores for r = {ratio:g} lack {len(absent)} of {len(layers)} layers: {', '.join(absent)}")
-    strange = [name for name in layers if not math.isfinite(found[name])]
-    if strange:
+    if strange := [name for name in layers if not math.isfinite(found[name])]:
         raise ValueError(f"the score of {strange[0]} is {found[strange[0]]}, but all must be finite to be ranked")
     return {name: found[name] for name in layers}

@@ -1,4 +1,4 @@
-"""The study of chapters 3 and 5: its variants, its verdicts, and how its runs are done without waste."""
+"""The study of chapters 3 and 5: its variants, its verdicts, and networks that are used again."""
 
 import dataclasses
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from basis.costs import cost, count_parameters
-from basis.experiments import execution
-from basis.experiments.execution import execute
+from basis.experiments.execution import execute, reusable
 from basis.experiments.studies import STUDIES, headline
 from basis.experiments.studies.headline import HALF, STAGES, variant
 from basis.models import build
@@ -59,17 +58,13 @@ def outcomes(**lost):
         ([1.0, 1.1, 0.9, 1.0], [0.1, 0.0, 0.1, 0.0], "reproduced", "reproduced"),
         ([0.1, -0.1, 0.1, -0.1], [1.0, 1.1, 0.9, 1.0], "not reproduced", "not reproduced"),
         ([0.0, 0.1, 0.0, 0.0], [0.0, 0.1, 0.0, 0.0], "not reproduced", "inconclusive"),  # as good, but so is uniform
-        ([9.0, 9.0, 9.1, 9.0], [1.0, 1.1, 0.9, 1.0], "reproduced", "not reproduced"),  # gains, but loses too much
         ([2.0, -2.0, 1.0, 0.0], [2.0, -2.0, 1.0, 0.5], "inconclusive", "inconclusive"),
-        ([1.0, 1.1], [0.1, 0.0, 0.1, 0.0], "not tested", "not tested"),
         ([1.0, 1.1, 0.9], [0.1, 0.0], "reproduced", "not tested"),
     ],
 )
 def test_every_label_can_come_out(uniform, selected, c3, c4):
     verdicts = {v.claim: v for v in STUDY.verdicts(outcomes(uniform=uniform, optimal=selected), "small")}
     assert {claim: v.label for claim, v in verdicts.items()} == {"C1": "by construction", "C3": c3, "C4": c4}
-    if min(len(uniform), len(selected)) < 3:
-        assert verdicts["C4"].finding == "there are 2 seeds, and at least 3 are needed"
 
 
 def test_the_finding_on_c4_names_what_else_has_as_many_parameters():
@@ -88,17 +83,11 @@ def test_variants_are_listed_in_the_order_of_the_plan_and_the_table_is_none_of_t
     assert len(headline.frame([record(planned[0], macs=10, curves=[], test=None), *records])) == len(records)
 
 
-# -- nothing wasted -------------------------------------------------------------------------------------
-
-
 def test_a_network_that_is_reused_learns_the_same_to_the_bit():
     base = next(run for run in STUDY.runs("smoke") if run.variant == "dense")
     base = dataclasses.replace(base, images=200, recipe=dataclasses.replace(base.recipe, epochs=1))
-    several = [dataclasses.replace(base, seed=seed, ratio=ratio) for seed, ratio in ((0, 0.5), (1, 0.5))]
     reuse = Reuse()
-    for run in several:
+    for run in (dataclasses.replace(base, seed=seed, ratio=0.5) for seed in (0, 1)):
         again, fresh = execute(run, device=CPU, reuse=reuse), execute(run, device=CPU)
         assert [again["test"], again["validation"]] == [fresh["test"], fresh["validation"]]
-    assert execution.reusable(base)
-    assert not execution.reusable(dataclasses.replace(base, coefficients="sparse:1/8"))
-    assert not execution.reusable(dataclasses.replace(base, layer="sep"))
+    assert [reusable(dataclasses.replace(base, layer=layer)) for layer in (None, "sep")] == [True, False]

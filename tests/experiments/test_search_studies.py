@@ -2,20 +2,23 @@
 
 import dataclasses
 
-import filelock
 import numpy as np
 import pytest
 from scipy import stats
 
-from basis.experiments import runs
-from basis.experiments.runs import Record
+from basis.experiments import execution
+from basis.experiments.records import Record, write_record
+from basis.experiments.runs import record_path
 from basis.experiments.studies import STUDIES, sensitivity
 from basis.search.table import Cell, Layer, SensitivityTable
-from basis.training.loop import TrainingPaused
 
 SENSITIVITY, HEADLINE = STUDIES["sensitivity"], STUDIES["headline"]
 SHAPES = sensitivity.convolutions("resnet18", 8)
 RANK = {name: i for i, name in enumerate(SHAPES)}
+
+
+def by_seed(*values):
+    return dict(enumerate(values))
 
 
 def record(run, *, loss=1.0, accuracy=0.6, **result):
@@ -85,10 +88,6 @@ def test_equal_plans_at_both_ratios_are_one_run_and_losses_are_differences_to_de
     assert (len(truth.dense), len(sensitivity.losses(records, 1 / 8, short=True).dense)) == (8, 2)
 
 
-def by_seed(*values):
-    return dict(enumerate(values))
-
-
 def test_layers_are_compared_with_the_dense_runs_of_the_seeds_that_all_have():
     truth = sensitivity.Losses(by_seed(1.0, 3.0, 100.0), {"a": by_seed(1.5, 3.5), "b": by_seed(2.0, 4.0)})
     assert truth.truth() == pytest.approx({"a": 0.5, "b": 1.0})
@@ -118,9 +117,8 @@ def test_the_bootstrap_covers_what_noise_does():
     assert sensitivity.bootstrap([shifted], [rank], draws=200).low > 0.95  # a seed moves all layers alike
     noise = np.random.default_rng(0).normal(0, 6, (12, 2))
     noisy = sensitivity.Losses({}, {str(i): by_seed(*(i + noise[i])) for i in range(12)})
-    wide = sensitivity.bootstrap([noisy], [rank], draws=500)
+    wide, twice = (sensitivity.bootstrap([noisy] * n, [rank] * n, draws=500) for n in (1, 2))
     assert wide.high - wide.low > 4 * (exact.high - exact.low)
-    twice = sensitivity.bootstrap([noisy, noisy], [rank, rank], draws=500)
     assert (twice.low, twice.high) == pytest.approx((wide.low, wide.high))  # the same layers are no new evidence
     assert sensitivity.bootstrap([truth], [{}]).n == 0
     diverged = sensitivity.Losses({}, layers | {"3": by_seed(float("nan"), 3.0)})
@@ -172,21 +170,11 @@ def test_the_verdict_on_h1(predict, options, label):
     assert SENSITIVITY.verdicts(lacking, "cpu")[0].label == "not tested"
 
 
-def test_a_choice_waits_for_the_table_of_its_own_definition_but_not_beyond_the_deadline(tmp_path):
+def test_a_choice_keeps_its_budget_by_the_table_that_a_record_holds(tmp_path):
     table, *others = HEADLINE.runs("small")
     choice = dataclasses.replace(next(run.choice for run in others if run.choice), budget=0.9)
-    with pytest.raises(execution.TableMissing):
-        execution.choose(choice, tmp_path, "old")
     values = {(name, k): 0.1 for name, c in SHAPES.items() for k in (c // 2, c // 4)}
-    made = dataclasses.asdict(record(table, tables={"oneshot_bn": sensitivities(values)}))
-    path = runs.record_path(tmp_path, table)
-    runs.write_json(path, {"version": runs.VERSION, **made, "definition": "old"})
-    plan, told = execution.choose(choice, tmp_path, "old")
+    write_record(record_path(tmp_path, table), record(table, tables={"oneshot_bn": sensitivities(values)}))
+    plan, told = execution.choose(choice, tmp_path)
     assert plan.layers
     assert told["params"] <= 0.9
-    with pytest.raises(execution.TableMissing):
-        execution.choose(choice, tmp_path, "new")
-    path.unlink()
-    lock = filelock.FileLock(path.with_suffix(".lock"), thread_local=False)
-    with lock, pytest.raises(TrainingPaused):
-        execution.choose(choice, tmp_path, "old", should_stop=lambda: True)

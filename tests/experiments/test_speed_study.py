@@ -43,7 +43,6 @@ def judged(monkeypatch):
 
 
 def test_nothing_measured_is_not_tested(judged):
-    assert {v.label for v in judged().values()} == {"not tested"}
     assert judged(layer=[layer(2.0)])["H2"].label == "not tested"
     assert judged(rivals=[rival(0.5)])["H2"].label == "not tested"
     assert judged(train=[step(2.0, 0.5)])["H3"].label == "not tested"
@@ -64,15 +63,11 @@ def test_layers_are_judged_by_the_part_that_is_slower(judged, slower, label):
         (layer(1 / 1.015), False),  # within the tolerance
         (layer(1 / 1.03, speedup_q3=1.01), False),  # the quartiles enclose 1
         (layer(1 / 1.03, **{"pass": "forward"}), None),
-        (layer(1 / 1.03, mode="factorized"), None),
         (layer(1 / 1.03, shape="32@32"), None),  # no layer of ResNet-18
         (layer(1 / 1.03, ratio=0.9), None),
-        (layer(1 / 1.03, timed="host-bound"), None),
         ({"mode": "auto", "shape": "64@32", "error": "failed"}, None),
         (rival(1.03), True),
         (rival(1.015), False),
-        (rival(1.03, versus_basis_q1=0.99), False),
-        (rival(1.03, mode="dense compiled"), None),
         (rival(1.03, timed="host-bound"), None),
     ],
 )
@@ -102,24 +97,12 @@ def test_the_step_judged_is_the_one_in_which_dense_is_fastest_by_the_image():
     rows = [step(3.0, 0.5, dense_ms=200.0), wanted, *(step(3.0, 0.5, dense_ms=50.0, **other) for other in others)]
     small = report("bench-train", [step(3.0, 0.5, dense_ms=60.0)], batch_size=32)
     assert speed.step_rows([small, report("bench-train", rows)])[0.5] is wanted
-    ordinary = [step(1.7, 0.25, norms="ordinary"), step(1.5, 0.5, norms="ordinary")]
-    reports = [report("bench-train", [wanted, *ordinary])]
-    assert speed.ordinary_row(reports, wanted) is ordinary[1]
-    assert speed.ordinary_row(reports, dict(wanted)) is None
 
 
-@pytest.mark.parametrize(
-    ("mode", "resolved", "k", "device", "expected"),
-    [
-        ("control", "dense", 32, "cpu", "dense"),
-        ("auto", "factorized", 32, "cpu", "cat"),
-        ("factorized", "factorized", 31, "cpu", "factorized"),
-        ("factorized", "factorized", 32, "cuda", "factorized"),
-    ],
-)
-def test_rows_say_what_was_executed(mode, resolved, k, device, expected):
-    row = {"mode": mode, "resolved": resolved, "shape": "64@32", "basis_channels": k}
-    assert speed.executed_mode(row, device) == expected
+def test_rows_say_what_was_executed():
+    row = {"mode": "auto", "resolved": "factorized", "shape": "64@32", "basis_channels": 32}
+    assert [speed.executed_mode(row, device) for device in ("cpu", "cuda")] == ["cat", "factorized"]
+    assert speed.executed_mode({**row, "mode": "control"}, "cpu") == "dense"
 
 
 def test_the_cost_chapter_judges_wide_layers_of_resnet18_that_were_timed():

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from basis import substitute
-from basis.experiments import runs
-from basis.experiments.runs import Run, work
+from basis.experiments import execution
+from basis.experiments.runner import work
+from basis.experiments.runs import Run, checkpoint_path
 from basis.experiments.studies import STUDIES
 from basis.experiments.studies import substitutes as study_of
 from basis.experiments.studies.substitutes import Variant
@@ -88,7 +89,8 @@ def test_s2_is_judged_by_the_mean_gain(gain, label):
 def test_the_network_with_the_most_variants_is_judged_even_if_another_has_more_runs():
     listed = STUDY.runs("paper")
     records = [record(run) for run in listed if run.model == "wrn-16-4" and run.seed == 0][:12]
-    assert study_of.main_network(records + [record(run) for run in listed if run.model == "resnet18"]) == "wrn-16-4"
+    others = [record(run) for run in listed if run.model == "resnet18"]
+    assert study_of.of_main_network(records + others) == records
 
 
 # -- runs with a teacher --------------------------------------------------------------------------------
@@ -103,7 +105,7 @@ def tiny(tmp_path, **changes):
         fitted=True,
     )  # fmt: skip
     run = dataclasses.replace(run, **changes)
-    return run, {"device": torch.device("cpu"), "checkpoint": runs.checkpoint_path(tmp_path, run, torch.device("cpu"))}
+    return run, {"device": torch.device("cpu"), "checkpoint": checkpoint_path(tmp_path, run, torch.device("cpu"))}
 
 
 def test_a_run_is_the_same_with_a_teacher_trained_at_once_kept_or_interrupted(tmp_path):

@@ -8,12 +8,19 @@ import pytest
 
 from basis.cli import main
 from basis.environment import results_folder
-from basis.experiments import tidy
 from basis.experiments.runs import Record
 from basis.experiments.scoring import score
 from basis.experiments.studies import STUDIES
 from basis.experiments.studies import sensitivity as study_of
-from basis.experiments.tidy import COLUMNS, SENSITIVITY_COLUMNS, sound_records, write_tables
+from basis.experiments.tidy import (
+    COLUMNS,
+    SENSITIVITY_COLUMNS,
+    csv,
+    runs_frame,
+    sensitivities_frame,
+    sound_records,
+    write_tables,
+)
 from basis.search.table import SensitivityTable
 from book.tools import card
 
@@ -47,7 +54,7 @@ def place(layer, k):
 
 def test_the_table_in_results_is_that_of_the_records(committed):
     """After `basis run` or `basis import`, `basis table` writes it anew."""
-    assert (results_folder() / "runs.csv").read_bytes() == tidy.csv(tidy.runs_frame(committed)), "run `basis table`"
+    assert (results_folder() / "runs.csv").read_bytes() == csv(runs_frame(committed)), "run `basis table`"
 
 
 def test_every_run_is_one_row_and_reads_back_as_its_record_says(tmp_path, committed):
@@ -68,7 +75,7 @@ def test_every_run_is_one_row_and_reads_back_as_its_record_says(tmp_path, commit
 
 
 def test_sensitivities_are_those_of_the_records(committed):
-    frame = tidy.sensitivities_frame(committed)
+    frame = sensitivities_frame(committed)
     assert list(frame.columns) == list(SENSITIVITY_COLUMNS)
     measured = next(record for record in committed if "oneshot_bn" in (record.result.get("tables") or {}))
     one = frame[(frame["id"] == measured.id) & (frame["measure"] == "oneshot_bn")]
@@ -83,15 +90,21 @@ def test_without_records_the_tables_have_their_columns_and_no_rows(tmp_path, cap
     assert list(pd.read_csv(out / "runs.csv.gz").columns) == list(COLUMNS)
     assert main(["table", "--results", none]) == 0
     assert (tmp_path / "none" / "runs.csv").read_text() == ",".join(COLUMNS) + "\n"
+    out.joinpath("file").write_text("mine")
+    assert main(["table", "--results", none, "--out", str(out / "file")]) == 2
 
 
 # -- the data card --------------------------------------------------------------------------------------
 
 
+def test_the_data_card_counts_the_records(committed):
+    rows = card.varied(committed)
+    assert sum(int(row[3]) for row in rows) == len(committed) == int(card.card_numbers(committed)["table_runs"])
+
+
 @pytest.mark.weekly
 def test_the_data_card_runs_its_example(committed):
-    rows, parts = card.varied(committed), card.card_fragments(committed)
-    assert sum(int(row[3]) for row in rows) == len(committed) == int(card.card_numbers(committed)["table_runs"])
+    parts = card.card_fragments(committed)
     assert all(f"`{name}`" in parts["columns.md"] for name in COLUMNS)
     assert " yours " in parts["own-score.md"]
 
@@ -99,7 +112,7 @@ def test_the_data_card_runs_its_example(committed):
 # -- scoring --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["layers", "layers and ratios", "ranking", "series of both"])
+@pytest.mark.parametrize("form", ["layers", "layers and ratios", "ranking", "series", "series of both"])
 def test_the_truth_scores_one_in_every_form_and_its_reverse_minus_one(form):
     records = truth(place)
     own = {name: float(sorted(LAYERS).index(name)) for name in LAYERS}
@@ -109,7 +122,7 @@ def test_the_truth_scores_one_in_every_form_and_its_reverse_minus_one(form):
             scores = {(name, ratio): value for name, value in scores.items() for ratio in study_of.RATIOS}
         elif form == "ranking":
             scores = sorted(own, key=lambda name: sign * own[name])
-        if form == "series of both":
+        if form in ("series", "series of both"):
             scores = pd.Series(scores)
         row = score(scores, records=records, beside=False).iloc[0]
         assert row["measure"] == "yours"
@@ -139,6 +152,7 @@ def test_a_measure_of_ours_given_as_ones_own_scores_what_it_scores_beside(commit
         (lambda own: own | {"conv1": math.nan}, "conv1 is nan"),
         (lambda own: [*own, "conv1"], "names every layer once"),
         (lambda own: {(name, 0.3): 1.0 for name in own}, "lack 4 of 4 layers"),
+        (set, "are a set"),
         (lambda own: pd.Series([1.0, *own.values()], ["conv1", *own]), "has conv1 more than once"),
     ],
 )

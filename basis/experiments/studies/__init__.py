@@ -1,9 +1,8 @@
 """The studies of the book, and the state of their records."""
 
-from __future__ import annotations
-
+import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,14 +14,11 @@ from basis.experiments.pace import spent
 from basis.experiments.runner import work
 from basis.experiments.runs import PROFILES, Record, Run, load_records, parse_duration, read_record, record_path
 from basis.experiments.studies import coefficients, cost, family, headline, own, sensitivity, skip, speed, substitutes
-from basis.experiments.studies.study import CLAIMS, Study, Verdict
+from basis.experiments.studies.study import CLAIMS as CLAIMS
+from basis.experiments.studies.study import Study
+from basis.experiments.studies.study import Verdict as Verdict
 from basis.saving import RecordError
 from basis.training.loop import choose_device
-
-__all__ = [
-    "CLAIMS", "STUDIES", "Gathered", "Study", "Verdict", "check_records", "find_study", "gather", "is_done", "listed",
-    "misplaced", "status", "valid_records",
-]  # fmt: skip
 
 STUDIES: Mapping[str, Study] = {
     one.STUDY.name: one.STUDY
@@ -37,33 +33,22 @@ def find_study(name: str) -> Study:
     return STUDIES[name]
 
 
+@lru_cache(maxsize=64)
 def listed(study: Study, profile: str) -> Mapping[str, Run]:
     """The runs of a profile by their identities, in the study's order."""
-    return _by_id(study.plan, profile)
-
-
-@lru_cache(maxsize=64)
-def _by_id(plan: Callable[[str], tuple[Run, ...]], profile: str) -> Mapping[str, Run]:
-    return {run.id: run for run in plan(profile)}
+    return {run.id: run for run in study.runs(profile)}
 
 
 def check_records(folder: Path | None = None) -> list[str]:
-    """One sentence for every record that no book may show.
-
-    Refused are records that cannot be read, that no study lists, or whose study has changed its claims or its rule.
-    """
+    """One sentence for every record that no book may show: it is damaged, or its study does not list it as it is."""
     problems = []
     for path in sorted((folder or results_folder()).glob("*/*/*.json")):
         study, profile = path.parts[-3:-1]
-        if study == "bench":
-            continue
         try:
-            record = read_record(path)
+            reason = study != "bench" and misplaced(read_record(path), study, profile, path.stem)
+            problems += [f"{path} {reason}"] if reason else []
         except RecordError as error:
             problems.append(str(error))
-            continue
-        if reason := misplaced(record, study, profile, path.stem):
-            problems.append(f"{path} {reason}")
     return problems
 
 
@@ -100,21 +85,16 @@ def status(folder: Path | None = None, *, study: str | None = None) -> pd.DataFr
     """
     folder = folder or results_folder()
     rows = []
-    for one in STUDIES.values() if study is None else [STUDIES[study]]:
-        for profile in PROFILES:
-            if runs := listed(one, profile):
-                records = valid_records(one, profile, folder)
-                rows.append({"study": one.name, "profile": profile, **_state(runs, records, folder)})
+    for one, profile in itertools.product(STUDIES.values() if study is None else [STUDIES[study]], PROFILES):
+        runs, records = listed(one, profile), valid_records(one, profile, folder)
+        checkpoints = [record_path(folder, run).parent.glob(f"checkpoints/{run.id}-*.pt") for run in runs.values()]
+        row = {
+            "study": one.name, "profile": profile, "runs": len(runs), "done": len(records),
+            "missing": len(runs) - len(records), "started": sum(any(found) for found in checkpoints),
+            "seconds": spent(records), "device": ", ".join(sorted({r.environment["device"] for r in records})),
+        }  # fmt: skip
+        rows += [row] if runs else []
     return pd.DataFrame(rows)
-
-
-def _state(runs: Mapping[str, Run], records: list[Record], folder: Path) -> dict[str, object]:
-    checkpoints = (record_path(folder, run).parent.glob(f"checkpoints/{run.id}-*.pt") for run in runs.values())
-    return {
-        "runs": len(runs), "done": len(records), "missing": len(runs) - len(records),
-        "started": sum(any(found) for found in checkpoints), "seconds": spent(records),
-        "device": ", ".join(sorted({r.environment["device"] for r in records})),
-    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -149,8 +129,7 @@ def gather(
     if run_missing and not hopeless:
         deadline = time.monotonic() + seconds
         steps = list(work(runs, study.definition, folder=folder, deadline=deadline, progress=True))
-        failed = [step for step in steps if step.outcome == "failed"]
-        failures = [f"{step.run.variant}, seed {step.run.seed}: {step.message}" for step in failed]
+        failures = [f"{s.run.variant}, seed {s.run.seed}: {s.message}" for s in steps if s.outcome == "failed"]
         late = time.monotonic() >= deadline
     records = valid_records(study, profile, folder)
     reasons = {

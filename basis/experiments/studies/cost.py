@@ -4,8 +4,6 @@ What is measured are the benchmarks of ``basis bench layer``, one file for each 
 under ``results/bench/``; counting needs no runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +12,14 @@ from basis.bench.report import BenchReport
 from basis.bench.shapes import RESNET18_SHAPES, Shape
 from basis.environment import results_folder
 from basis.experiments.runs import DEVICES, Record, Run
-from basis.experiments.studies.study import Study, Verdict, label_of, planner, verdict
+from basis.experiments.studies.study import Study, Verdict, label_of, verdict
 
 RATIO, NARROWEST = 0.5, 128
 
 
 def load_benches(profile: str, *, kind: str = "bench-layer", folder: Path | None = None) -> list[BenchReport]:
     """The stored benchmarks of a kind, of CPUs for the profile ``cpu`` and of GPUs for ``colab`` and ``paper``."""
-    files = sorted(((folder or results_folder()) / "bench").glob("*.json"))
-    reports = [BenchReport.load(path) for path in files]
+    reports = [BenchReport.load(path) for path in sorted(((folder or results_folder()) / "bench").glob("*.json"))]
     return [r for r in reports if r.kind == kind and r.environment["device_type"] == DEVICES.get(profile)]
 
 
@@ -34,18 +31,17 @@ def devices(reports: Sequence[BenchReport]) -> str:
 def find_training_bench(
     profile: str, run: Run, *, trained: Sequence[str] = (), coefficients: Sequence[str] = ()
 ) -> BenchReport | None:
-    """The stored benchmark of training steps like those of ``run``, with all these parts or forms, if there is one.
+    """The stored benchmark of training steps like those of ``run``, with all these parts or forms, or None.
 
     In factorized mode, with the network, batch size and (unless the run leaves it open) precision of the run.
     """
-    wanted: dict[str, object] = {"model": run.model, "width": run.width, "batch_size": run.recipe.batch_size}
+    wanted: dict[str, object] = {"norms": ["ordinary"], "steps": ["eager"], "batch_size": run.recipe.batch_size}
+    wanted |= {"model": run.model, "width": run.width}
     wanted |= {} if run.recipe.precision == "auto" else {"precision": run.recipe.precision}
     listed = {"modes": ("factorized",), "trained": trained, "coefficients": coefficients}
     for report in load_benches(profile, kind="bench-train"):
         has = {"norms": ["ordinary"], "steps": ["eager"], **report.config}
-        plain = has["norms"] == ["ordinary"] and has["steps"] == ["eager"]
-        alike = all(has[key] == value for key, value in wanted.items())
-        if plain and alike and all(set(has.get(key, ())) >= set(values) for key, values in listed.items()):
+        if wanted.items() <= has.items() and all(set(has.get(key, ())) >= set(names) for key, names in listed.items()):
             return report
     return None
 
@@ -70,13 +66,11 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
         return (Verdict("C2", profile, "not tested", "no benchmark of such a device is stored"),)
     faster = sum(row["speedup_q1"] > 1 for row in cells)
     speedups = [row["speedup"] for row in cells]
-    label = label_of(faster == len(cells), not faster)
-    texts = {
-        "low": min(speedups), "high": max(speedups), "n": min(row["n"] for row in cells), "faster": faster,
-        "cells": len(cells), "devices": devices(reports),
-    }  # fmt: skip
-    return (verdict("C2", profile, label, texts),)
+    return (verdict(
+        "C2", profile, label_of(faster == len(cells), not faster), low=min(speedups), high=max(speedups),
+        n=min(row["n"] for row in cells), faster=faster, cells=len(cells), devices=devices(reports),
+    ),)  # fmt: skip
 
 
-plan = planner("cost", tuple)  # no trainings: the benchmarks are made by `basis bench`
-STUDY = Study.named("cost", plan, judge, narrowest=NARROWEST)
+# There are no trainings: the benchmarks are made by `basis bench`.
+STUDY = Study.named("cost", tuple, judge, narrowest=NARROWEST)

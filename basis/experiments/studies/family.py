@@ -4,8 +4,6 @@ Each network dense, with all layers at one ratio, and with layers selected by it
 two at half of the dense network's parameters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +12,7 @@ from basis.experiments.runs import Choice, Ladder, Record, Run
 from basis.experiments.studies import study
 from basis.experiments.studies.headline import MEASURE
 from basis.experiments.studies.study import TEXTS, Study, Verdict, accuracies
+from basis.experiments.studies.study import result_of as result_of
 from basis.experiments.studies.study import spread as spread
 from basis.statistics import Estimate
 from basis.training.loop import Recipe
@@ -61,28 +60,19 @@ def _runs(
     return (*listed, *(one(name, "dense, long", seed, validation=0, recipe=LONG) for name, seed in pairs))
 
 
-plan = study.planner("family", _runs)
-
-
 def complete(records: Sequence[Record], *, least: int = 1) -> list[str]:
     """The networks of which every variant has at least ``least`` runs, in the order of their depth and kind."""
     found = [n for n in NETWORKS if all(len(accuracies(records, variant(n, kind))) >= least for kind in ARMS)]
     return sorted(found, key=lambda name: (name in FOUR_STAGE, int(name[6:])))
 
 
-def drop(records: Sequence[Record], network: str, kind: str = "selected", *, comparisons: int = 1) -> Estimate:
-    """Dense minus the variant of that kind in test accuracy (a fraction)."""
-    return study.difference_of(records, (variant(network, "dense"), variant(network, kind)), comparisons=comparisons)
-
-
-def mean_drop(records: Sequence[Record], networks: Sequence[str], kind: str = "selected") -> Estimate:
-    """The mean over the networks of :func:`drop`."""
-    return study.difference_of(records, *((variant(n, "dense"), variant(n, kind)) for n in networks))
-
-
-def result_of(records: Sequence[Record], name: str) -> Mapping[str, Any]:
-    """The result of a variant's first run: its parameters, MACs and plan are those of all its runs."""
-    return next(r.result for r in records if r.config["variant"] == name)
+def drop(
+    records: Sequence[Record], networks: str | Sequence[str], kind: str = "selected", *, comparisons: int = 1
+) -> Estimate:
+    """Dense minus the variant of that kind in test accuracy (a fraction), in the mean of the networks."""
+    names = [networks] if isinstance(networks, str) else networks
+    pairs = [(variant(name, "dense"), variant(name, kind)) for name in names]
+    return study.difference_of(records, *pairs, comparisons=comparisons)
 
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
@@ -91,14 +81,13 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     if len(networks) < NEEDED:
         finding = f"{len(networks)} networks have two runs per variant, and at least {NEEDED} are needed"
         return (Verdict("C7", profile, "not tested", finding if records else "no run has been made yet"),)
-    mean, uniform = mean_drop(records, networks), mean_drop(records, networks, "all layers")
+    mean, uniform = drop(records, networks), drop(records, networks, "all layers")
     worse = [n for n in networks if 100 * drop(records, n, comparisons=len(networks)).low > POINTS]
-    label = study.label_of(100 * mean.high < POINTS and not worse, 100 * mean.low > POINTS)
-    texts = {
-        "lost": mean.text(scale=100), "uniform": uniform.text(scale=100), "networks": len(networks), "n": mean.n,
-        "scale": SCALES[profile], "worse": len(worse), "limit": POINTS,
-    }  # fmt: skip
-    return (study.verdict("C7", profile, label, texts, -100 * mean.value),)
+    return (study.verdict(
+        "C7", profile, study.label_of(100 * mean.high < POINTS and not worse, 100 * mean.low > POINTS),
+        -100 * mean.value, lost=mean.text(scale=100), uniform=uniform.text(scale=100), networks=len(networks), n=mean.n,
+        scale=SCALES[profile], worse=len(worse), limit=POINTS,
+    ),)  # fmt: skip
 
 
-STUDY = Study.named("family", plan, judge, budget=BUDGET, points=POINTS, needed=NEEDED)
+STUDY = Study.named("family", _runs, judge, budget=BUDGET, points=POINTS, needed=NEEDED)

@@ -4,21 +4,18 @@ One dense network is trained and its sensitivities are measured on held-out imag
 table. Each variant is trained from scratch by the dense recipe, with seeds that all variants share.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 
 from basis.experiments.runs import Choice, Ladder, Record, Run
-from basis.experiments.studies.study import TEXTS, Label, Study, Verdict, label_of, planner, untested, verdict
+from basis.experiments.studies.study import TEXTS, Study, Verdict, label_of, untested, verdict
 from basis.statistics import Estimate, paired_difference
 
-MEASURE = "oneshot_bn"
-CANDIDATES = (3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16)
-POINTS, NEEDED = 0.2, 3
-SEEDS, FEWER_SEEDS = 8, 4
+MEASURE, CANDIDATES = "oneshot_bn", (3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16)
+POINTS, NEEDED, SEEDS, FEWER_SEEDS = 0.2, 3, 8, 4
 RULES: Mapping[str, str] = {
     "optimal": "selected", "uniform": "uniform", "largest_first": "largest first", "threshold": "threshold"
 }  # fmt: skip
@@ -64,29 +61,27 @@ def _runs(base: Run, *, multiple: int, images: int = 2000, seeds: int = SEEDS) -
     return (*found, *(one("threshold", HALF, seed) for seed in range(few)))
 
 
-plan = planner("headline", _runs, variant="dense")
-
-
 def frame(records: Sequence[Record]) -> pd.DataFrame:
     """A row a tested run: variant, seed, accuracy and accuracy_flip (%), shares of the dense parameters and MACs.
 
     Also the training's seconds, the device and the curve of the validation accuracy.
     """
-    whole = next((r.result for r in records if r.config["variant"] in ("dense", "table")), None)
-    rows = [
-        {
-            "variant": r.config["variant"], "seed": r.config["seed"],
-            "accuracy": 100 * r.result["test"]["accuracy"], "accuracy_flip": 100 * r.result["test"]["accuracy_flip"],
-            "parameters": r.result["parameters"] / whole["parameters"], "MACs": r.result["macs"] / whole["macs"],
-            "seconds": r.result["train_seconds"], "device": r.environment["device"],
-            "validation": [100 * row["validation_accuracy"] for row in r.result["curves"]],
-        }
-        for r in records if whole is not None and r.result["test"] is not None
-    ]  # fmt: skip
-    columns = ["variant", "seed", "accuracy", "accuracy_flip", "parameters", "MACs", "seconds", "device", "validation"]
-    order = {run.variant: i for i, run in enumerate(plan("paper"))}
-    found = pd.DataFrame(rows, columns=columns)
-    return found.sort_values("variant", key=lambda names: names.map(order), kind="stable", ignore_index=True)
+    whole = next((r.result for r in records if r.config["variant"] in ("dense", "table")), {})
+    order = {run.variant: i for i, run in enumerate(STUDY.runs("paper"))}
+    tested = [r for r in records if whole and r.result["test"]]
+    tested.sort(key=lambda r: order.get(r.config["variant"], len(order)))
+    columns: dict[str, Callable[[Record], Any]] = {
+        "variant": lambda r: r.config["variant"],
+        "seed": lambda r: r.config["seed"],
+        "accuracy": lambda r: 100 * r.result["test"]["accuracy"],
+        "accuracy_flip": lambda r: 100 * r.result["test"]["accuracy_flip"],
+        "parameters": lambda r: r.result["parameters"] / whole["parameters"],
+        "MACs": lambda r: r.result["macs"] / whole["macs"],
+        "seconds": lambda r: r.result["train_seconds"],
+        "device": lambda r: r.environment["device"],
+        "validation": lambda r: [100 * row["validation_accuracy"] for row in r.result["curves"]],
+    }
+    return pd.DataFrame({name: [of(r) for r in tested] for name, of in columns.items()})
 
 
 def difference(runs: pd.DataFrame, first: str, second: str) -> Estimate:
@@ -105,23 +100,20 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     c1, c3 = untested("C1", profile, 0), untested("C3", profile, lost.n, needed)
     c4 = untested("C4", profile, least, needed)
     if len(size):
-        small: Label = "by construction" if size.iloc[0] <= 0.52 else "not reproduced"
-        c1 = verdict("C1", profile, small, {"scale": scale, "size": size.iloc[0]})
+        small = "by construction" if size.iloc[0] <= 0.52 else "not reproduced"
+        c1 = verdict("C1", profile, small, scale=scale, size=size.iloc[0])
     if lost.n >= NEEDED:
         label = label_of(lost.low > 0, lost.high < POINTS, "inconclusive")
-        texts = {"scale": scale, "lost": lost.text(), "support": lost.support}
-        c3 = verdict("C3", profile, label, texts, -lost.value)
+        c3 = verdict("C3", profile, label, -lost.value, scale=scale, lost=lost.text(), support=lost.support)
     if least >= NEEDED:
         gained = difference(runs, chosen, uniform)
         label = label_of(kept.high < POINTS and gained.low > 0, kept.low > POINTS or gained.high < 0, "inconclusive")
-        gains = gained.text(signed=True)
-        texts = {"scale": scale, "lost": kept.text(), "support": kept.support, "gained": gains}
-        c4 = verdict("C4", profile, label, texts, -kept.value)
-        others = {"the largest layers first": "largest first", "a narrower dense network": NARROWER}
-        for words, short in others.items():
+        texts = {"lost": kept.text(), "support": kept.support, "gained": gained.text(signed=True)}
+        c4 = verdict("C4", profile, label, -kept.value, scale=scale, **texts)
+        for words, short in {"the largest layers first": "largest first", "a narrower dense network": NARROWER}.items():
             if (gain := difference(runs, chosen, variant(short, HALF))).n:
                 c4 = replace(c4, finding=f"{c4.finding}, {gain.text(signed=True)} over {words}")
     return c1, c3, c4
 
 
-STUDY = Study.named("headline", plan, judge, points=POINTS)
+STUDY = Study.named("headline", _runs, judge, dict(variant="dense"), points=POINTS)

@@ -1,11 +1,8 @@
 """Chapter 11: how much smaller does a trained network get, and what does that cost?
 
-One dense network is trained for each seed, and made smaller to one number of parameters by several methods: ours,
-and what one would take instead. Each is tested as it is, after batch normalisation is recalibrated, and after one
-epoch of fine-tuning, all on the same images.
+One dense network is trained for each seed, and made smaller to one number of parameters by several methods. Each is
+tested as it is, after batch normalisation is recalibrated, and after one epoch of fine-tuning, all on the same images.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,21 +10,11 @@ from typing import Any
 
 from basis.experiments.comparison import Compression
 from basis.experiments.runs import Record, Run
-from basis.experiments.studies.study import SCALES, Study, Verdict, label_of, planner, untested, verdict
-from basis.statistics import Estimate, mean_estimate
+from basis.experiments.studies.study import SCALES, TEXTS, Study, Verdict, label_of, untested, verdict
+from basis.statistics import Estimate, mean_estimate, paired_difference
 
 # Method of basis.experiments.comparison -> what figures call it; the first three are needed for the verdict.
-METHODS: Mapping[str, str] = {
-    "dense": "dense, itself",
-    "selected": "basis, selected",
-    "svd": "SVD pairs",
-    "selected by both": "basis, selected, MACs too",
-    "uniform": "basis, uniform",
-    "tensorly": "Tucker (tltorch)",
-    "fasterai tucker": "Tucker (fasterai)",
-    "uniform, fitted to weights": "basis, uniform, by weights",
-    "fasterai svd": "SVD (fasterai)",
-}
+METHODS: Mapping[str, str] = dict(TEXTS["own.methods"])
 DENSE, FIRST = "dense", tuple(METHODS)[:3]
 OURS = ("selected", "selected by both", "uniform", "uniform, fitted to weights")
 JUDGED, PART, POINTS, SEEDS = 0.5, 0.5, 0.3, 3
@@ -54,26 +41,22 @@ def _runs(
     return (*first, *(one(seed, *pair) for seed in range(seeds) for pair in pairs), *more)
 
 
-plan = planner("own", _runs)
-
-
 def of_variant(records: Sequence[Record], name: str) -> dict[int, Record]:
     """Seed -> the record of that variant."""
     return {r.config["seed"]: r for r in records if r.config["variant"] == name}
 
 
-def variants(records: Sequence[Record], budget: float = JUDGED) -> dict[str, str]:
+def variants(records: Sequence[Record]) -> dict[str, str]:
     """Name of a variant with records -> what figures call it: ours first, the dense network last."""
-    mine = [m for m in METHODS if m in OURS]
-    order = [*mine, *(m for m in METHODS if m not in (*OURS, DENSE)), DENSE]
-    return {variant(m, budget): METHODS[m] for m in order if of_variant(records, variant(m, budget))}
+    order = sorted(METHODS, key=lambda m: (m == DENSE, m not in OURS))
+    return {variant(m): METHODS[m] for m in order if of_variant(records, variant(m))}
 
 
 def changes(records: Sequence[Record], name: str, stage: str, key: str) -> dict[int, float]:
     """Seed -> loss or accuracy of a variant at a stage, less that of the dense network that was given."""
-    given = {seed: r.result["stages"]["made"][key] for seed, r in of_variant(records, DENSE).items()}
-    there = {seed: r.result["stages"][stage][key] for seed, r in of_variant(records, name).items()}
-    return {seed: there[seed] - given[seed] for seed in sorted(set(there) & set(given))}
+    given, there = of_variant(records, DENSE), of_variant(records, name)
+    values = {seed: there[seed].result["stages"][stage][key] for seed in sorted(set(there) & set(given))}
+    return {seed: value - given[seed].result["stages"]["made"][key] for seed, value in values.items()}
 
 
 def mean_change(records: Sequence[Record], name: str, stage: str, key: str) -> Estimate:
@@ -88,16 +71,15 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     if n < SEEDS:
         return (untested("H4", profile, n, f"seeds with all three networks, and {SEEDS}"),)
     grown, grown_svd = (changes(records, name, "made", "loss") for name in (mine, svd))
-    excess = mean_estimate([grown[seed] - PART * grown_svd[seed] for seed in sorted(set(grown) & set(grown_svd))])
+    excess = paired_difference(grown, {seed: PART * x for seed, x in grown_svd.items()})
     tuned = mean_change(records, mine, "tuned", "accuracy")
     holds = (excess.high < 0, -100 * tuned.low < POINTS)
     lost, lost_svd = (mean_change(records, name, "made", "loss").text(digits=3) for name in (mine, svd))
-    dense = mean_change(records, DENSE, "tuned", "accuracy")
-    texts = {
-        "lost": lost, "svd": lost_svd, "gained": tuned.text(scale=100, signed=True), "support": tuned.support,
-        "budget": JUDGED, "scale": SCALES[profile], "dense": 100 * dense.value,
-    }  # fmt: skip
-    return (verdict("H4", profile, label_of(all(holds), not any(holds)), texts, 100 * tuned.value),)
+    return (verdict(
+        "H4", profile, label_of(all(holds), not any(holds)), 100 * tuned.value, lost=lost, svd=lost_svd, budget=JUDGED,
+        gained=tuned.text(scale=100, signed=True), support=tuned.support, scale=SCALES[profile],
+        dense=100 * mean_change(records, DENSE, "tuned", "accuracy").value,
+    ),)  # fmt: skip
 
 
-STUDY = Study.named("own", plan, judge, judged=JUDGED, part=PART, points=POINTS, seeds=SEEDS)
+STUDY = Study.named("own", _runs, judge, judged=JUDGED, part=PART, points=POINTS, seeds=SEEDS)

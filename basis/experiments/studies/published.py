@@ -5,15 +5,12 @@ CIFAR-10, trained with attention transfer from the dense network. Errors were de
 there; each point was given its setting by its number of parameters, which ours equals to the unit.
 """
 
-from __future__ import annotations
-
 import copy
 import csv
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +24,7 @@ from basis.layers.structured.separable import TiedConv2d
 INCLUDE = "layer?.*.conv?"  # of WRN-28-10: stem, shortcuts and classifier stay dense
 
 
-@dataclass(frozen=True)
-class Published:
+class Published(NamedTuple):
     """One network: the authors' ``setting``, our layer's text (None: dense), and what they report.
 
     Parameters of the whole network, multiply-adds of one image of 32 x 32 to four digits, as the authors count, and
@@ -39,16 +35,14 @@ class Published:
     layer: str | None
     parameters: int
     mult_adds: float
-    errors: tuple[float, ...] = ()
-
-
-def _read(row: dict[str, str]) -> Published:
-    errors = tuple(float(error) for error in row["errors"].split())
-    return Published(row["setting"], row["layer"] or None, int(row["parameters"]), float(row["mult_adds"]), errors)
+    errors: tuple[float, ...]
 
 
 with Path(__file__).with_name("gray2019.csv").open(encoding="utf-8", newline="") as file:
-    GRAY: tuple[Published, ...] = tuple(_read(row) for row in csv.DictReader(file))
+    GRAY: tuple[Published, ...] = tuple(
+        Published(setting, layer or None, int(parameters), float(count), tuple(map(float, errors.split())))
+        for setting, layer, parameters, count, errors in list(csv.reader(file))[1:]
+    )
 
 
 def mult_adds(model: nn.Module, input_size: Sequence[int]) -> int:

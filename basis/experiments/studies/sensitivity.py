@@ -1,11 +1,9 @@
 """Chapter 4: does a cheap sensitivity predict what full training loses?
 
-The truth: every 3x3 convolution alone made basis at two small ratios, the network trained from scratch,
-its final loss on held-out images against the dense network's. The candidates: every measure of
-:func:`basis.sensitivity`, taken of other dense networks, and the paper's own short training.
+The truth: every 3x3 convolution alone made basis at two small ratios, the network trained from scratch, its final
+held-out loss against the dense network's. The candidates: every measure of :func:`basis.sensitivity`, taken of other
+dense networks, and the paper's own short training.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +16,7 @@ from scipy import stats
 from torch import nn
 
 from basis.experiments.runs import Ladder, Record, Run
-from basis.experiments.studies.study import SCALES, Study, Verdict, label_of, planner, verdict
+from basis.experiments.studies.study import SCALES, Study, Verdict, label_of, verdict
 from basis.layers.conv import basis_channels_for
 from basis.models import build
 from basis.search.table import SensitivityTable
@@ -32,6 +30,7 @@ RATIOS = (1 / 8, 1 / 32)
 NAMES = {1 / 2: "r=1/2", 1 / 4: "r=1/4", 1 / 8: "r=1/8", 1 / 32: "r=1/32"}
 MEASURES = ("spectrum", "activation", "taylor", "fisher", "oneshot", "oneshot_bn")
 TRAINED = ("fine_tuning", "short_training")
+ONE_PASS = ("activation", "taylor", "fisher")  # these score all layers and ranks in one pass
 RECOMMENDED = "oneshot_bn"
 SPEARMAN, COST = 0.8, 0.05
 UNKNOWN = Estimate(float("nan"), float("nan"), float("nan"), 0)
@@ -53,19 +52,15 @@ def _runs(
     names = list(shapes)[:: max(1, len(shapes) // layers)][:layers] if layers else list(shapes)
     alone = {f"{name} k={k}": {name: k} for name in names for k in ranks(shapes[name])}
     truths = [
-        [replace(base, variant=variant, seed=seed, plan=plan) for variant, plan in alone.items()]
-        for seed in range(seeds)
+        replace(base, variant=name, seed=seed, plan=plan) for seed in range(seeds) for name, plan in alone.items()
     ]
     shorts = [
-        replace(base, variant=f"short {variant}", seed=seed, plan=plan, recipe=brief)
+        replace(base, variant=f"short {name}", seed=seed, plan=plan, recipe=brief)
         for seed in (20, 21)  # other seeds than the truth's, whose first epochs would be the same
-        for variant, plan in {"dense": None, **alone}.items()
+        for name, plan in {"dense": None, **alone}.items()
     ]
-    early, late = ([run for part in parts for run in part] for parts in (truths[:2], truths[2:]))
-    return (*(replace(base, seed=seed) for seed in range(dense)), first, *early, *others, *shorts, *late)
-
-
-plan = planner("sensitivity", _runs, variant="dense", test=False)
+    noise, early = [replace(base, seed=seed) for seed in range(dense)], 2 * len(alone)
+    return (*noise, first, *truths[:early], *others, *shorts, *truths[early:])
 
 
 def ranks(out_channels: int) -> tuple[int, ...]:
@@ -103,7 +98,7 @@ class Losses:
     @property
     def seeds(self) -> list[int]:
         """The seeds that every layer has."""
-        return sorted(set.intersection(*(set(runs) for runs in self.layers.values()))) if self.layers else []
+        return sorted(set.intersection(*map(set, self.layers.values()))) if self.layers else []
 
     def runs(self, names: Sequence[str]) -> np.ndarray:
         """(layers, seeds)."""
@@ -123,17 +118,15 @@ class Losses:
     def estimate(self, layer: str) -> Estimate:
         """What ``layer`` loses against the dense runs of the same seeds, with an interval from :attr:`spread`."""
         seeds = [seed for seed in self.seeds if seed in self.dense]
-        if not seeds:
-            return UNKNOWN
-        return self.spread.difference([self.layers[layer][s] for s in seeds], [self.dense[s] for s in seeds])
+        both = ([runs[seed] for seed in seeds] for runs in (self.layers[layer], self.dense))
+        return self.spread.difference(*both) if seeds else UNKNOWN
 
 
 def losses(records: Sequence[Record], ratio: float, *, short: bool = False) -> Losses:
     """The losses at one ratio of the layers that have at least 2 runs; ``short``: of the short trainings."""
     found: dict[str, dict[int, float]] = {}
     for record in records:
-        runs = found.setdefault(record.config["variant"], {})
-        runs[record.config["seed"]] = record.result["validation"]["loss"]
+        found.setdefault(record.config["variant"], {})[record.config["seed"]] = record.result["validation"]["loss"]
     prefix = "short " if short else ""
     names = {name: f"{prefix}{name} k={basis_channels_for(ratio, c)}" for name, c in _shapes(records).items()}
     layers = {name: found[variant] for name, variant in names.items() if len(found.get(variant, ())) >= 2}
@@ -144,9 +137,10 @@ def _shapes(records: Sequence[Record]) -> Mapping[str, int]:
     return convolutions(records[0].config["model"], records[0].config["width"]) if records else {}
 
 
-def tables(records: Sequence[Record], measure: str) -> list[SensitivityTable]:
-    """One table for each measured network."""
-    found = [r.result["tables"] for r in records if r.config["variant"] in ("ladder", "tuned")]
+def tables(records: Sequence[Record], measure: str, truth: Truth = "scratch") -> list[SensitivityTable]:
+    """One table for each network that was measured and is compared with a truth: all of them, or those fine-tuned."""
+    kinds = ("tuned",) if truth == "tuned" else ("ladder", "tuned")
+    found = [r.result["tables"] for r in records if r.config["variant"] in kinds]
     return [SensitivityTable.from_lines(t[measure]) for t in found if measure in t]
 
 
@@ -171,8 +165,8 @@ class Agreement:
     measure: str
     spearman: Estimate
     kendall: Estimate
-    cost: float
-    seconds: float
+    cost: float = 0
+    seconds: float = 0
 
 
 def correlation(kind: Kind, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -217,6 +211,12 @@ def bootstrap(
     return Estimate(float(np.mean(points)), float(low), float(high), len(names))
 
 
+def agreement(name: str, truths: Sequence[Losses], predictions: Sequence[Values], **cost: float) -> Agreement:
+    """How predictions agree with truths, and their ``cost`` and ``seconds``."""
+    spearman, kendall = (bootstrap(truths, predictions, kind=kind) for kind in get_args(Kind))
+    return Agreement(name, spearman, kendall, **cost)
+
+
 def reliability(truth: Losses) -> float:
     """The share of the variance between layers' mean losses that is not noise of the runs, in [0, 1].
 
@@ -236,18 +236,12 @@ def training_cost(config: Mapping[str, Any]) -> float:
     return 3.0 * images * config["recipe"]["epochs"]
 
 
-def _measured(records: Sequence[Record], truth: Truth) -> list[Record]:
-    """The runs whose networks were measured and are compared with a truth: all, or those fine-tuned."""
-    return [r for r in records if r.config["variant"] in (("tuned",) if truth == "tuned" else ("ladder", "tuned"))]
-
-
 def truths_of(records: Sequence[Record], truth: Truth) -> list[Losses]:
     """What every layer loses, by ratio: trained from scratch, or fine-tuned (then of one network after another)."""
     if truth == "scratch":
         return [losses(records, ratio) for ratio in RATIOS]
-    found = tables(_measured(records, truth), "fine_tuning")
+    tuned = [values(table, ratio) for table in tables(records, "fine_tuning", truth) for ratio in RATIOS]
     square = _shapes(records)
-    tuned = [values(table, ratio) for table in found for ratio in RATIOS]
     return [Losses({0: 0.0}, {name: {0: x} for name, x in one.items() if name in square}) for one in tuned]
 
 
@@ -259,55 +253,56 @@ def agreements(
     The truth is what a layer costs after training from scratch (measures are then means over the measured
     networks), or after fine-tuning of the very network that was measured (correlations are then means over those).
     """
-    truths, climbs = truths_of(records, truth), _measured(records, truth)
+    truths = truths_of(records, truth)
     square = {name: ranks(channels) for name, channels in _shapes(records).items()}
-
-    def agreement(name: str, predictions: Sequence[Values], cost: float, seconds: float) -> Agreement:
-        rho, tau = (bootstrap(truths, predictions, kind=kind) for kind in get_args(Kind))
-        return Agreement(name, rho, tau, cost, seconds)
-
     rows = []
     for measure in measures:
-        found = tables(climbs, measure)
+        found = tables(records, measure, truth)
         if not found or (measure, truth) == ("fine_tuning", "tuned"):
             continue
-        cells = [c for t in found for c in t.cells]
-        if measure not in ("activation", "taylor", "fisher"):  # these score all layers and ranks in one pass
-            cells = [c for c in cells if c.basis_channels in square.get(c.layer, ())]
+        cells = [cell for table in found for cell in table.cells]
+        cells = [c for c in cells if measure in ONE_PASS or c.basis_channels in square.get(c.layer, ())]
         cost = sum(c.forward + 2 * c.backward for c in cells) / len(found)
         seconds = sum(c.seconds for c in cells) / len(found)
         for score in ("value", "kl") if measure.startswith("oneshot") else ("value",):
             predictions = [values(table, ratio, score) for table in found for ratio in RATIOS]
             if truth == "scratch":
                 predictions = [mean_values(predictions[i :: len(RATIOS)]) for i in range(len(RATIOS))]
-            rows.append(agreement(measure + " (KL)" * (score == "kl"), predictions, cost, seconds))
+            name = measure + " (KL)" * (score == "kl")
+            rows.append(agreement(name, truths, predictions, cost=cost, seconds=seconds))
     brief = [losses(records, ratio, short=True) for ratio in RATIOS]
     if "short_training" in measures and all(b.dense and b.layers for b in brief) and truths:
         trained = [r for r in records if r.config["variant"].startswith("short ")]
         cost, seconds = sum(training_cost(r.config) for r in trained), sum(r.result["train_seconds"] for r in trained)
         predictions = [b.truth() for b in brief] * (len(truths) // len(brief))
-        rows.append(agreement("short_training", predictions, cost, seconds))
+        rows.append(agreement("short_training", truths, predictions, cost=cost, seconds=seconds))
     return sorted(rows, key=lambda row: row.cost)
 
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     """The verdict on H1; not before every layer has 2 runs at both ratios."""
     truths = truths_of(records, "scratch")
-    listed = {run.variant.split()[0] for run in plan(profile) if run.plan} - {"short"}
+    listed = {run.variant.split()[0] for run in STUDY.runs(profile) if run.plan} - {"short"}
     complete = all(set(t.layers) >= listed and len(t.seeds) >= 2 and len(t.dense) >= 4 for t in truths)
     row = next((row for row in agreements(records, (RECOMMENDED,)) if row.measure == RECOMMENDED), None)
     if not complete or row is None or row.spearman.n == 0:
         finding = "there are too few runs to compare a sensitivity with full training"
         return (Verdict("H1", profile, "not tested", finding),)
     share = row.cost / training_cost(next(r.config for r in records if r.config["variant"] == "dense"))
-    label = label_of(row.spearman.value >= SPEARMAN and share < COST, row.spearman.low <= 0)
-    networks, seeds = len(tables(records, RECOMMENDED)), min(len(t.seeds) for t in truths)
-    ceiling = np.mean([np.sqrt(reliability(t)) for t in truths])
-    texts = {
-        "spearman": row.spearman.text(), "layers": row.spearman.n, "networks": networks, "seeds": seeds,
-        "scale": SCALES[profile], "measure": RECOMMENDED, "ceiling": ceiling, "share": share,
-    }  # fmt: skip
-    return (verdict("H1", profile, label, texts),)
+    return (verdict(
+        "H1", profile, label_of(row.spearman.value >= SPEARMAN and share < COST, row.spearman.low <= 0),
+        spearman=row.spearman.text(), layers=row.spearman.n, networks=len(tables(records, RECOMMENDED)), share=share,
+        seeds=min(len(t.seeds) for t in truths), scale=SCALES[profile], measure=RECOMMENDED,
+        ceiling=np.mean([np.sqrt(reliability(t)) for t in truths]),
+    ),)  # fmt: skip
 
 
-STUDY = Study.named("sensitivity", plan, judge, recommended=RECOMMENDED, spearman=SPEARMAN, cost=COST)
+STUDY = Study.named(
+    "sensitivity",
+    _runs,
+    judge,
+    dict(variant="dense", test=False),
+    recommended=RECOMMENDED,
+    spearman=SPEARMAN,
+    cost=COST,
+)

@@ -4,8 +4,7 @@ The basis network is trained with every reading of "skip-training" that :class:`
 express, against training everything at every step for as many epochs, and for as long.
 """
 
-from __future__ import annotations
-
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,7 @@ from basis.bench.report import BenchReport
 from basis.experiments.runs import Record, Run
 from basis.experiments.studies import study
 from basis.experiments.studies.cost import find_training_bench
-from basis.experiments.studies.study import SCALES, Study, Verdict, accuracies, matched, spread
+from basis.experiments.studies.study import SCALES, TEXTS, Study, Verdict, accuracies, matched, spread
 from basis.models import build
 from basis.statistics import Estimate
 from basis.substitution import substitute
@@ -25,19 +24,7 @@ from basis.training.skipping import Skip, predicted_step
 
 RATIO, RATIO_NAME = 0.5, "r=1/2"
 FULL = "everything, always"
-SCHEDULES: Mapping[str, Skip] = {
-    "B every 2nd step": Skip(basis_every=2),
-    "B every 4th step": Skip(basis_every=4),
-    "B frozen at half": Skip(basis_until=0.5),
-    "B fixed": Skip(basis_until=0.0),
-    "A fixed": Skip(coefficients_until=0.0),
-    "A every 4th step": Skip(coefficients_every=4),
-    "A frozen at half": Skip(coefficients_until=0.5),
-    "by epochs in turns": Skip(alternate=True),
-    "B every 8th step": Skip(basis_every=8),
-    "B every 2nd step, twice the rate": Skip(basis_every=2, rescale=True),
-    "B every 4th step, four times the rate": Skip(basis_every=4, rescale=True),
-}
+SCHEDULES: Mapping[str, Skip] = {name: Skip(**json.loads(text)) for name, text in TEXTS["skip.schedules"].items()}
 SAVED, POINTS = 0.2, 0.2
 
 
@@ -52,9 +39,6 @@ def _runs(
     return tuple(replace(base, variant=v, seed=seed, recipe=r) for seed in range(seeds) for v, r in recipes.items())
 
 
-plan = study.planner("skip", _runs, variant=FULL, ratio=RATIO, mode="factorized")
-
-
 def steps_of(run: Run) -> dict[str, int]:
     """``steps_per_epoch`` and ``total_steps`` of a run."""
     left = {"cifar10": 50000, "synthetic": 2000}[run.data] - run.validation
@@ -62,22 +46,22 @@ def steps_of(run: Run) -> dict[str, int]:
     return {"steps_per_epoch": steps, "total_steps": steps * run.recipe.epochs}
 
 
-def _skips(profile: str) -> dict[str, tuple[Skip, dict[str, Any]]]:
+def _skipping(profile: str) -> dict[str, tuple[Skip, dict[str, Any]]]:
     """Variant -> its schedule and :func:`steps_of`."""
-    return {run.variant: (run.recipe.skip, steps_of(run)) for run in plan(profile) if run.recipe.skip is not None}
+    return {run.variant: (run.recipe.skip, steps_of(run)) for run in STUDY.runs(profile) if run.recipe.skip}
 
 
 def predicted(profile: str) -> dict[str, float]:
     """What the cost model says of each schedule: MACs of its mean step relative to training everything."""
-    base = plan(profile)[0]
+    base = STUDY.runs(profile)[0]
     model = substitute(build(base.model, width=base.width), ratio=RATIO, init="random", mode="factorized")
     size: dict[str, Any] = {"input_size": (3, 32, 32), "batch_size": base.recipe.batch_size}
-    return {name: predicted_step(model, skip, **size, **steps) for name, (skip, steps) in _skips(profile).items()}
+    return {name: predicted_step(model, skip, **size, **steps) for name, (skip, steps) in _skipping(profile).items()}
 
 
 def find_bench(profile: str) -> BenchReport | None:
     """The stored benchmark of the steps of this profile's network, on its kind of device."""
-    return find_training_bench(profile, plan(profile)[0], trained=tuple(TRAINED))
+    return find_training_bench(profile, STUDY.runs(profile)[0], trained=tuple(TRAINED))
 
 
 def measured(profile: str, report: BenchReport) -> dict[str, float]:
@@ -85,10 +69,8 @@ def measured(profile: str, report: BenchReport) -> dict[str, float]:
     rows = [row for row in report.rows if row["ratio"] == RATIO and row["mode"] == "factorized"]
     speedups = {row["trained"]: row["speedup"] for row in rows if row["coefficients"] == "dense"}
     relative = {trained: speedups["both"] / speedups[part] for part, trained in TRAINED.items()}
-    return {
-        name: sum(share * relative[trained] for trained, share in skip.shares(**steps).items())
-        for name, (skip, steps) in _skips(profile).items()
-    }
+    shares = {name: skip.shares(**steps) for name, (skip, steps) in _skipping(profile).items()}
+    return {name: sum(share * relative[part] for part, share in parts.items()) for name, parts in shares.items()}
 
 
 def drop(records: Sequence[Record], name: str, *, comparisons: int = 1) -> Estimate:
@@ -117,7 +99,7 @@ def gain(records: Sequence[Record], name: str, time: float, *, comparisons: int 
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     """The verdict on C6."""
-    n = min((len(accuracies(records, name)) for name in {run.variant for run in plan(profile)}), default=0)
+    n = min((len(accuracies(records, name)) for name in {run.variant for run in STUDY.runs(profile)}), default=0)
     if n < 2:
         return (study.untested("C6", profile, n),)
     report = find_bench(profile)
@@ -134,13 +116,20 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     gains = {name: gain(records, name, times[name], comparisons=many) for name in candidates}
     kept = [name for name in candidates if 100 * drops[name].high < POINTS and gains[name].low > 0]
     best = min(kept or candidates, key=lambda name: drops[name].value)
-    label = study.label_of(bool(kept), all(100 * d.low > POINTS for d in drops.values()))
-    texts = {
-        "lost": drops[best].text(scale=100), "gained": gains[best].text(scale=100, signed=True),
-        "candidates": len(candidates), "best": best, "saved": 1 - times[best], "least": SAVED, "n": drops[best].n,
-        "scale": SCALES[profile], "ratio": RATIO_NAME,
-    }  # fmt: skip
-    return (study.verdict("C6", profile, label, texts, -100 * drops[best].value),)
+    return (study.verdict(
+        "C6", profile, study.label_of(bool(kept), all(100 * d.low > POINTS for d in drops.values())),
+        -100 * drops[best].value, best=best, saved=1 - times[best], candidates=len(candidates), least=SAVED,
+        lost=drops[best].text(scale=100), gained=gains[best].text(scale=100, signed=True), n=drops[best].n,
+        scale=SCALES[profile], ratio=RATIO_NAME,
+    ),)  # fmt: skip
 
 
-STUDY = Study.named("skip", plan, judge, ratio_name=RATIO_NAME, saved=SAVED, points=POINTS)
+STUDY = Study.named(
+    "skip",
+    _runs,
+    judge,
+    dict(variant=FULL, ratio=RATIO, mode="factorized"),
+    ratio_name=RATIO_NAME,
+    saved=SAVED,
+    points=POINTS,
+)

@@ -1,10 +1,7 @@
 """Chapter 10: how fast can a network of basis convolutions be trained?
 
-The measurements are those of ``basis bench``: single layers, layers beside their rivals, blocks with their
-batch normalisation, and whole training steps; one file each under ``results/bench/``.
+The measurements are those of ``basis bench``: single layers, layers beside their rivals, blocks, and training steps.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +13,7 @@ from basis.bench.report import BenchReport
 from basis.bench.shapes import RESNET18_SHAPES, Shape
 from basis.experiments.runs import Record
 from basis.experiments.studies.cost import counts, devices, load_benches
-from basis.experiments.studies.study import Study, Verdict, label_of, planner, say, verdict
+from basis.experiments.studies.study import Study, Verdict, label_of, say, verdict
 from basis.layers.conv import derives_apart
 
 TOLERANCE = 1.02
@@ -30,11 +27,9 @@ RIVALS: Mapping[str, str] = {
 def load_rows(profile: str) -> pd.DataFrame:
     """All that was measured on such devices: each row after what its report says (``kind``, ``device``, options)."""
     reports = [one for kind in STUDY.benches for one in load_benches(profile, kind=kind)]
+    about = [{**one.config, "kind": one.kind, "device": one.environment["device"]} for one in reports]
     return pd.DataFrame(
-        {**one.config, "kind": one.kind, "device": one.environment["device"], **row}
-        for one in reports
-        for row in one.rows
-        if counts(row)
+        {**what, **row} for what, one in zip(about, reports, strict=True) for row in one.rows if counts(row)
     )
 
 
@@ -45,22 +40,20 @@ def cells(layers: Sequence[BenchReport], rivals: Sequence[BenchReport]) -> list[
     whether auto is.
     """
     found = []
-    measured = [({"auto": "dense"}, report) for report in layers] + [(RIVALS, report) for report in rivals]
-    for opponents, report in measured:
-        for row in report.rows:
-            if row["mode"] not in opponents or not counts(row) or row["pass"] != "forward+backward":
+    for opponents, report in [({"auto": "dense"}, one) for one in layers] + [(RIVALS, one) for one in rivals]:
+        rows = [
+            row for row in report.rows if counts(row) and row["mode"] in opponents and row["shape"] in RESNET18_SHAPES
+        ]
+        for row in rows:
+            if row["pass"] != "forward+backward" or not 1 / 8 <= row["ratio"] <= 3 / 4:
                 continue
-            if row["shape"] not in RESNET18_SHAPES or not 1 / 8 <= row["ratio"] <= 3 / 4:
-                continue
-            opponent = opponents[row["mode"]]
-            if opponent == "dense":
-                times = [1 / row[f"speedup{quartile}"] for quartile in ("", "_q3", "_q1")]
+            if "auto" in opponents:
+                relative, q1, q3 = (1 / row[f"speedup{quartile}"] for quartile in ("", "_q3", "_q1"))
             else:
-                times = [row[f"versus_basis{quartile}"] for quartile in ("", "_q1", "_q3")]
-            cell = {"opponent": opponent, **{key: row[key] for key in ("shape", "ratio", "n")}}
-            cell |= {key: report.config[key] for key in ("precision", "memory_format")}
-            cell |= dict(zip(("relative", "q1", "q3"), times, strict=True))
-            found.append(cell | {"slower": cell["relative"] > TOLERANCE and cell["q1"] > 1})
+                relative, q1, q3 = (row[f"versus_basis{quartile}"] for quartile in ("", "_q1", "_q3"))
+            cell = {key: report.config[key] for key in ("precision", "memory_format")}
+            cell |= {"opponent": opponents[row["mode"]], **{key: row[key] for key in ("shape", "ratio", "n")}}
+            found.append(cell | {"relative": relative, "q1": q1, "q3": q3, "slower": relative > TOLERANCE and q1 > 1})
     return found
 
 
@@ -68,18 +61,16 @@ def _judge_layers(profile: str) -> Verdict:
     """The verdict on H2."""
     layers, rivals = load_benches(profile), load_benches(profile, kind="bench-rivals")
     found = cells(layers, rivals)
-    sizes = dict.fromkeys((cell["opponent"] for cell in found), (0, 0))
-    for cell in found:
-        slower, n = sizes[cell["opponent"]]
-        sizes[cell["opponent"]] = slower + cell["slower"], n + 1
-    if "dense" not in sizes or len(sizes) < 2:
+    against = {name: [c["slower"] for c in found if c["opponent"] == name] for name in ("dense", *RIVALS.values())}
+    against = {name: slower for name, slower in against.items() if slower}
+    if "dense" not in against or len(against) < 2:
         return Verdict("H2", profile, "not tested", "layers and their rivals are not both measured on such a device")
     slower = sum(cell["slower"] for cell in found)
-    parts = ", ".join(f"{lost} of {n} against {name}" for name, (lost, n) in sizes.items())
-    worst = max(found, key=lambda cell: cell["relative"])
-    label = label_of(not slower, 10 * slower > len(found))
-    texts = {"slower": slower, "cells": len(found), "parts": parts, "worst": worst}
-    return verdict("H2", profile, label, {"devices": devices([*layers, *rivals]), **texts})
+    return verdict(
+        "H2", profile, label_of(not slower, 10 * slower > len(found)), slower=slower, cells=len(found),
+        parts=", ".join(f"{sum(lost)} of {len(lost)} against {name}" for name, lost in against.items()),
+        worst=max(found, key=lambda cell: cell["relative"]), devices=devices([*layers, *rivals]),
+    )  # fmt: skip
 
 
 def step_rows(reports: Sequence[BenchReport]) -> dict[float, Mapping[str, Any]]:
@@ -91,19 +82,12 @@ def step_rows(reports: Sequence[BenchReport]) -> dict[float, Mapping[str, Any]]:
     wanted = {"norms": "through_basis", "mode": "auto", "coefficients": "dense", "trained": "both", "model": "resnet18"}
     found: dict[float, tuple[float, Mapping[str, Any]]] = {}
     for report in reports:
-        for row in report.rows if not report.config["width"] else ():
-            if not row.get("error") and wanted.items() <= row.items():
-                ratio, per_image = row["ratio"], row["dense_ms"] / report.config["batch_size"]
-                if ratio not in found or per_image < found[ratio][0]:
-                    found[ratio] = per_image, row
+        rows = () if report.config["width"] else report.rows
+        for row in (row for row in rows if not row.get("error") and wanted.items() <= row.items()):
+            per_image = row["dense_ms"] / report.config["batch_size"]
+            if row["ratio"] not in found or per_image < found[row["ratio"]][0]:
+                found[row["ratio"]] = per_image, row
     return {ratio: row for ratio, (_, row) in found.items()}
-
-
-def ordinary_row(reports: Sequence[BenchReport], row: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The row of the same measurement with the ordinary batch normalisation."""
-    wanted = {key: row[key] for key in ("ratio", "mode", "coefficients", "trained", "step")} | {"norms": "ordinary"}
-    rows = next((report.rows for report in reports if any(one is row for one in report.rows)), ())
-    return next((one for one in rows if not one.get("error") and wanted.items() <= one.items()), None)
 
 
 def executed_mode(row: Mapping[str, Any], device_type: str) -> str:
@@ -117,8 +101,8 @@ def executed_mode(row: Mapping[str, Any], device_type: str) -> str:
 def _judge_steps(profile: str) -> Verdict:
     """The verdict on H3."""
     reports = load_benches(profile, kind="bench-train")
-    rows = step_rows(reports)
-    if not set(WANTED) <= set(rows):
+    rows = {ratio: row for ratio, row in step_rows(reports).items() if ratio in WANTED}
+    if len(rows) < len(WANTED):
         return Verdict("H3", profile, "not tested", "no training step of such a device is measured")
     parts, reached = [], []
     for ratio, wanted in WANTED.items():
@@ -127,7 +111,7 @@ def _judge_steps(profile: str) -> Verdict:
         reached.append(row["speedup_q1"] > wanted and bool(share) and share < 1)
         memory = f"with {share:.0%} of the peak memory" if share else "its memory not measured"
         parts.append(say("findings", "H3", **{**row, "memory": memory}))
-    label = label_of(all(reached), not any(rows[ratio]["speedup_q1"] > 1 for ratio in WANTED))
+    label = label_of(all(reached), not any(row["speedup_q1"] > 1 for row in rows.values()))
     finding = f"on {devices(reports)} a training step of ResNet-18 is {'; '.join(parts)}"
     return Verdict("H3", profile, label, finding)
 
@@ -137,5 +121,5 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     return _judge_layers(profile), _judge_steps(profile)
 
 
-plan = planner("speed", tuple)  # no trainings: the benchmarks are made by `basis bench`
-STUDY = Study.named("speed", plan, judge, tolerance=TOLERANCE)
+# There are no trainings: the benchmarks are made by `basis bench`.
+STUDY = Study.named("speed", tuple, judge, tolerance=TOLERANCE)

@@ -1,20 +1,16 @@
 """What a study is: its runs, and the claims it judges by a rule fixed beforehand; and what all judges share."""
 
-from __future__ import annotations
-
 import configparser
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from basis.experiments.runs import Record, Run, digest
 from basis.statistics import Estimate, Spread, pooled_spread
 from basis.training.loop import Recipe
 
-Label = Literal["reproduced", "by construction", "partly", "inconclusive", "not reproduced", "not tested"]
-Plan = Callable[[str], tuple[Run, ...]]
 SMOKE: Mapping[str, int] = {"epochs": 2, "batch_size": 100, "translate": 2, "cutout": 8}
 TEXTS = configparser.ConfigParser(interpolation=None)
 TEXTS.optionxform = str  # type: ignore[assignment,method-assign]
@@ -32,11 +28,14 @@ SCALES: Mapping[str, str] = dict(TEXTS["scales"])  # what is trained in each pro
 
 @dataclass(frozen=True)
 class Verdict:
-    """How one claim fared in one profile; the label follows from ``difference``, points of accuracy gained."""
+    """How one claim fared in one profile; ``difference`` is in points of accuracy gained.
+
+    ``label`` is "reproduced", "by construction", "partly", "inconclusive", "not reproduced" or "not tested".
+    """
 
     claim: str
     profile: str
-    label: Label
+    label: str
     finding: str
     difference: str = ""
 
@@ -45,8 +44,8 @@ class Verdict:
 class Study:
     """The runs of a chapter, and how its claims (keys of :data:`CLAIMS`) are judged by its ``rule``.
 
-    ``plan`` gives the runs of a profile, the most valuable first; ``judge`` the verdicts, from a profile's records.
-    The book shows the profile ``published``, and benchmarks of the kinds ``benches``.
+    ``runs`` gives those of a profile, the most valuable first, or none; ``judge`` the verdicts, from the records of a
+    profile. The book shows the profile ``published``, and benchmarks of the kinds ``benches``.
     """
 
     name: str
@@ -55,57 +54,48 @@ class Study:
     claims: tuple[str, ...]
     rule: str
     published: str
-    plan: Plan
+    runs: Callable[[str], tuple[Run, ...]]
     judge: Callable[[Sequence[Record], str], tuple[Verdict, ...]]
-    benches: tuple[str, ...] = ()
+    benches: tuple[str, ...]
 
     @classmethod
-    def named(cls, name: str, plan: Plan, judge: Callable[..., tuple[Verdict, ...]], **limits: object) -> Study:
-        """The study of ``studies.ini``, whose rule states the ``limits``."""
-        texts = {key: TEXTS[name][key] for key in ("title", "chapter", "published")}
-        claims, benches = (tuple(TEXTS[name].get(key, "").split()) for key in ("claims", "benches"))
+    def named(
+        cls, name: str, runs: Callable[..., tuple[Run, ...]], judge: Callable[..., tuple[Verdict, ...]],
+        fixed: Mapping[str, Any] | None = None, **limits: object,
+    ) -> "Study":  # fmt: skip
+        """The study of ``studies.ini``, whose rule states the ``limits``.
+
+        ``runs(base, **options)`` lists a profile's runs, from one with its settings and those ``fixed`` in all.
+        """
+        texts = TEXTS[name]
+
+        def listed(profile: str) -> tuple[Run, ...]:
+            if profile not in texts:
+                return ()
+            settings, smoke = json.loads(texts[profile]), profile == "smoke"
+            options, recipe = settings.pop("options"), settings.pop("recipe", {})
+            settings |= {"recipe": Recipe(**{**(SMOKE if smoke else {}), **recipe})}
+            settings |= {"study": name, "profile": profile, "data": "synthetic" if smoke else "cifar10"}
+            return runs(Run(**{"variant": "", "seed": 0, **(fixed or {}), **settings}), **options)
+
+        claims, benches = (tuple(texts.get(key, "").split()) for key in ("claims", "benches"))
+        about = {key: texts[key] for key in ("title", "chapter", "published")}
         rule = say(name, "rule", **limits)
-        return cls(name=name, claims=claims, rule=rule, plan=plan, judge=judge, benches=benches, **texts)
+        return cls(name=name, claims=claims, rule=rule, runs=listed, judge=judge, benches=benches, **about)
 
     @property
     def definition(self) -> str:
         """A digest of the claims and the rule; every record carries the one it was made under."""
         return digest([self.name, self.claims, self.rule])
 
-    def runs(self, profile: str) -> tuple[Run, ...]:
-        """The runs of a profile, the most valuable first; none where the study has no such profile."""
-        return self.plan(profile)
-
     def verdicts(self, records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
         """The verdict on each claim, from the records of ``profile`` among those given."""
         return self.judge([r for r in records if r.config["profile"] == profile], profile)
 
 
-def planner(study: str, runs: Callable[..., tuple[Run, ...]], **fixed: Any) -> Plan:
-    """The plan of a study: ``runs(base, **options)``, with the settings and options that ``studies.ini`` has."""
-
-    def plan(profile: str) -> tuple[Run, ...]:
-        if profile not in TEXTS[study]:
-            return ()
-        settings, smoke = json.loads(TEXTS[study][profile]), profile == "smoke"
-        options, recipe = settings.pop("options"), settings.pop("recipe", {})
-        settings |= {"recipe": Recipe(**{**(SMOKE if smoke else {}), **recipe})}
-        settings |= {"study": study, "profile": profile, "data": "synthetic" if smoke else "cifar10"}
-        return runs(Run(**{"variant": "", "seed": 0, **fixed, **settings}), **options)
-
-    return plan
-
-
-def accuracies(records: Sequence[Record], variant: str) -> list[float]:
-    """Test accuracies (fractions, no test-time augmentation) of a variant's runs, of those that were tested."""
-    tests = [r.result["test"] for r in records if r.config["variant"] == variant]
-    return [test["accuracy"] for test in tests if test is not None]
-
-
-def spread(records: Sequence[Record], *, scale: float = 1) -> Spread:
-    """The standard deviation of ``scale`` x test accuracy between equal trainings, pooled over variants."""
-    names = dict.fromkeys(r.config["variant"] for r in records)
-    return pooled_spread([[scale * a for a in accuracies(records, name)] for name in names])
+def result_of(records: Sequence[Record], name: str) -> Mapping[str, Any]:
+    """The result of a variant's first run: its parameters, MACs and plan are those of all its runs."""
+    return next(r.result for r in records if r.config["variant"] == name)
 
 
 def matched(records: Sequence[Record], variants: Sequence[str]) -> list[list[float]]:
@@ -113,12 +103,24 @@ def matched(records: Sequence[Record], variants: Sequence[str]) -> list[list[flo
 
     While runs are missing, variants have different seeds, and a seed may be lucky in all variants at once.
     """
-    by_seed: dict[str, dict[int, float]] = {variant: {} for variant in variants}
+    tested = [(r.config, r.result["test"]["accuracy"]) for r in records if r.result["test"] is not None]
+    by_seed = [{c["seed"]: accuracy for c, accuracy in tested if c["variant"] == name} for name in variants]
+    common = set.intersection(*map(set, by_seed))
+    return [[x for seed, x in one.items() if seed in common or not common] for one in by_seed]
+
+
+def accuracies(records: Sequence[Record], variant: str) -> list[float]:
+    """Test accuracies (fractions, no test-time augmentation) of a variant's runs, of those that were tested."""
+    return matched(records, [variant])[0]
+
+
+def spread(records: Sequence[Record], *, scale: float = 1) -> Spread:
+    """The standard deviation of ``scale`` x test accuracy between equal trainings, pooled over variants."""
+    found: dict[str, list[float]] = {}
     for r in records:
-        if r.config["variant"] in by_seed and r.result["test"] is not None:
-            by_seed[r.config["variant"]][r.config["seed"]] = r.result["test"]["accuracy"]
-    common = set.intersection(*(set(values) for values in by_seed.values()))
-    return [[x for seed, x in by_seed[name].items() if seed in common or not common] for name in variants]
+        if r.result["test"] is not None:
+            found.setdefault(r.config["variant"], []).append(scale * r.result["test"]["accuracy"])
+    return pooled_spread(found.values())
 
 
 def difference_of(records: Sequence[Record], *pairs: tuple[str, str], comparisons: int = 1) -> Estimate:
@@ -127,14 +129,12 @@ def difference_of(records: Sequence[Record], *pairs: tuple[str, str], comparison
     return spread(records).contrast([(sign / len(pairs), one) for sign, one in values], comparisons=comparisons)
 
 
-def label_of(good: bool, bad: bool, between: Label = "partly") -> Label:
+def label_of(good: bool, bad: bool, between: str = "partly") -> str:
     """The label of a claim that holds, fails, or neither."""
     return "reproduced" if good else "not reproduced" if bad else between
 
 
-def verdict(
-    claim: str, profile: str, label: Label, texts: Mapping[str, object], points: float | None = None
-) -> Verdict:
+def verdict(claim: str, profile: str, label: str, points: float | None = None, **texts: object) -> Verdict:
     """The verdict with the finding that ``studies.ini`` has for the claim; ``points`` of accuracy gained."""
     difference = "" if points is None else f"{points:+.2f} points"
     return Verdict(claim, profile, label, say("findings", claim, **texts), difference)

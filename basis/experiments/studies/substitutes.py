@@ -1,16 +1,13 @@
 """Chapter 9: how do basis convolutions compare with other structured layers?
 
-Every structured layer of :mod:`basis.layers.structured` in all convolutions of the residual blocks, at up to three
-sizes, trained from scratch by one recipe, beside the dense network and narrower dense ones. Weight decay on structured
-factors is scaled by the compression ratio, as Gray et al. do; at one size each is trained without that scaling too.
-Layers with a fit also start from a trained dense network.
+Every structured layer in all convolutions of the residual blocks, at up to three sizes, trained from scratch by one
+recipe, beside the dense network and narrower dense ones. Weight decay on structured factors is scaled by the
+compression ratio, as Gray et al. do; at one size also not. Layers with a fit also start from a trained dense network.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from basis.experiments.runs import Record, Run
 from basis.experiments.studies import study
@@ -61,11 +58,11 @@ class Variant:
     how: str = ""
 
     def __str__(self) -> str:
-        width = f"width {self.width}" if self.width else ""
-        return ", ".join(filter(None, (f"{self.network} {self.text}", width, self.how)))
+        width = f", width {self.width}" if self.width else ""
+        return f"{self.network} {self.text}{width}{', ' * bool(self.how)}{self.how}"
 
     @classmethod
-    def parse(cls, name: str) -> Variant:
+    def parse(cls, name: str) -> "Variant":
         """The variant of that name."""
         first, *rest = name.replace(", width ", " width ", 1).split(", ")
         network, text, *width = first.split(" ")
@@ -102,19 +99,17 @@ def _runs(
         name = str(Variant(model, text, width, how))
         return replace(base, variant=name, seed=seed, model=model, width=width, **settings)
 
-    def from_scratch(seed: int, kinds: Sequence[str]) -> list[Run]:
-        found = []
-        for kind in kinds:
-            texts = _texts(kind)
-            found += [one(seed, text) for text in texts]
-            found += [one(seed, texts[0], part=part) for part in (NARROWER if len(texts) == 1 else ())]
-        return found
+    def from_scratch(seed: int, kind: str) -> list[Run]:
+        texts = _texts(kind)
+        narrower = [one(seed, texts[0], part=part) for part in NARROWER if len(texts) == 1]
+        return [*(one(seed, text) for text in texts), *narrower]
 
     def of_seed(seed: int) -> list[Run]:
         first = [kind for kind in ("basis", *SEPARABLE) if kind in kinds]
-        runs = [one(seed, DENSE), *(one(seed, DENSE, part=part) for part in THIN_DENSE), *from_scratch(seed, first)]
+        runs = [one(seed, DENSE), *(one(seed, DENSE, part=part) for part in THIN_DENSE)]
+        runs += [run for kind in first for run in from_scratch(seed, kind)]
         runs += [one(seed, judged(kind), "plain decay", recipe=plain) for kind in UNSCALED if kind in kinds]
-        return runs + from_scratch(seed, [kind for kind in kinds if kind not in first])
+        return runs + [run for kind in kinds if kind not in first for run in from_scratch(seed, kind)]
 
     def taught(seed: int) -> list[Run]:
         runs = [one(seed, text, "fitted", teacher=plain, fitted=True, recipe=short) for text in fitted]
@@ -126,18 +121,11 @@ def _runs(
     return (*listed, *(one(s, text, model=model) for s in range(seeds) for model in others for text in few))
 
 
-plan = study.planner("substitutes", _runs, include=BLOCKS)
-
-
-def of_network(records: Sequence[Record], network: str) -> list[Record]:
-    """The records of one network."""
-    return [r for r in records if r.config["model"] == network]
-
-
-def main_network(records: Sequence[Record]) -> str:
-    """The network with the most variants."""
+def of_main_network(records: Sequence[Record]) -> list[Record]:
+    """The records of the network with the most variants."""
     names = [network for network, _ in dict.fromkeys((r.config["model"], r.config["variant"]) for r in records)]
-    return max(dict.fromkeys(names), key=names.count)
+    main = max(dict.fromkeys(names), key=names.count, default="")
+    return [r for r in records if r.config["model"] == main]
 
 
 def variants(records: Sequence[Record], *, how: str = "", least: int = 1) -> list[Variant]:
@@ -148,8 +136,7 @@ def variants(records: Sequence[Record], *, how: str = "", least: int = 1) -> lis
 
 def cost_of(records: Sequence[Record], one: Variant, axis: str) -> float:
     """What a variant's network costs: a key of :data:`AXES`, or "trained", which all numbers of a dense one are."""
-    result = next(r.result for r in records if r.config["variant"] == str(one))
-    return float(result["parameters" if axis == "trained" and one.text == DENSE else axis])
+    return float(study.result_of(records, str(one))["parameters" if axis == "trained" and one.text == DENSE else axis])
 
 
 def difference(records: Sequence[Record], better: Variant, worse: Variant, *, comparisons: int = 1) -> Estimate:
@@ -173,92 +160,75 @@ def standing(records: Sequence[Record], axis: str) -> tuple[set[str], set[str]]:
     return beaten, {a.kind for a, b in better if difference(records, a, b, comparisons=n).low > 0}
 
 
-class StepTime(NamedTuple):
-    """Median milliseconds of a training step, and the dense network's time / this (median and quartiles)."""
+def step_times(profile: str) -> dict[tuple[str, int | None], Mapping[str, Any]]:
+    """The measured training step of this profile's network, by layer (or "dense") and width of the stem.
 
-    ms: float
-    speedup: float
-    low: float
-    high: float
-    device: str
-
-    @property
-    def text(self) -> str:
-        """Such as ``1.42 [1.37, 1.48]``."""
-        return f"{self.speedup:.2f} [{self.low:.2f}, {self.high:.2f}]"
-
-
-def step_times(profile: str) -> dict[tuple[str, int | None], StepTime]:
-    """Measured time of a step of this profile's network, by layer (or "dense") and width of the stem."""
-    found = {}
-    for first in plan(profile)[:1]:
+    A row of the benchmark (``ms`` is its median, ``speedup`` the dense network's time / this) and its ``device``.
+    """
+    found: dict[tuple[str, int | None], Mapping[str, Any]] = {}
+    for first in STUDY.runs(profile)[:1]:
         wanted = {"model": first.model, "batch_size": first.recipe.batch_size}
         for report in load_benches(profile, kind="bench-structured-train"):
             for row in report.rows if wanted.items() <= report.config.items() else ():
                 if row["mode"] != "control" and "ms" in row:
-                    speeds = row["speedup"], row["speedup_q1"], row["speedup_q3"]
-                    found[row["layer"], row["width"]] = StepTime(row["ms"], *speeds, report.environment["device"])
+                    found[row["layer"], row["width"]] = {**row, "device": report.environment["device"]}
     return found
-
-
-def _decays(network: str, kind: str) -> tuple[str, str]:
-    """The variants of a kind at its judged size with scaled and with plain decay."""
-    scaled = Variant(network, judged(kind))
-    return str(scaled), str(replace(scaled, how="plain decay"))
 
 
 def gain(records: Sequence[Record], kinds: Sequence[str] = SCALED) -> Estimate:
     """Mean over the kinds of what scaled decay gains over plain decay in test accuracy (a fraction)."""
-    network = main_network(records)
-    return study.difference_of(records, *(_decays(network, kind) for kind in kinds))
+    return study.difference_of(records, *(_decays(records, kind) for kind in kinds))
+
+
+def _decays(records: Sequence[Record], kind: str) -> tuple[str, str]:
+    """The variants of a kind at its judged size with scaled and with plain decay."""
+    scaled = Variant(records[0].config["model"], judged(kind))
+    return str(scaled), str(replace(scaled, how="plain decay"))
 
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     """The verdicts on S1 and S2."""
     if not records:
         return study.untested("S1", profile, 0), study.untested("S2", profile, 0)
-    records = of_network(records, main_network(records))
+    records = of_main_network(records)
     return _judge_pareto(records, profile), _judge_decay(records, profile)
 
 
 def _judge_pareto(records: Sequence[Record], profile: str) -> Verdict:
-    network = main_network(records)
-    compared = dict.fromkeys(run.variant for run in plan(profile) if run.model == network)
+    network = records[0].config["model"]
+    compared = dict.fromkeys(run.variant for run in STUDY.runs(profile) if run.model == network)
     lacking = [name for name in compared if not Variant.parse(name).how and len(accuracies(records, name)) < 2]
     if lacking:
         return Verdict("S1", profile, "not tested", f"two runs per variant are missing of {few(lacking, '; ')}")
     there = variants(records, least=2)
     separable = {a.kind for a in there} & set(SEPARABLE)
     found = {axis: standing(records, axis) for axis in AXES}
-    label = study.label_of(
-        all(ahead - beaten for beaten, ahead in found.values()),
-        all(separable <= beaten for beaten, _ in found.values()),
-    )
+    good = all(ahead - beaten for beaten, ahead in found.values())
+    label = study.label_of(good, all(separable <= beaten for beaten, _ in found.values()))
     parts = []
     for axis, (beaten, ahead) in found.items():
         best = ", ".join(SEPARABLE[kind][0] for kind in SEPARABLE if kind in ahead - beaten) or "none"
-        texts = {"axis": AXES[axis], "best": best, "beaten": len(beaten), "kinds": len(separable)}
-        parts.append(study.say("findings", "S1", **texts))
+        counts = {"beaten": len(beaten), "kinds": len(separable)}
+        parts.append(study.say("findings", "S1", axis=AXES[axis], best=best, **counts))
     n = min(len(accuracies(records, str(a))) for a in there)
     return Verdict("S1", profile, label, f"with {network} {'; '.join(parts)} (n = {n} or more per variant)")
 
 
 def _judge_decay(records: Sequence[Record], profile: str) -> Verdict:
-    network = main_network(records)
-    kinds = [k for k in SCALED if min(len(accuracies(records, name)) for name in _decays(network, k)) >= 2]
+    kinds = [k for k in SCALED if min(len(accuracies(records, name)) for name in _decays(records, k)) >= 2]
     if len(kinds) < (2 if profile == "smoke" else len(SCALED)):
         return Verdict("S2", profile, "not tested", "two runs with and without scaled decay are missing")
     mean = gain(records, kinds)
     label = study.label_of(100 * mean.low > POINTS, 100 * mean.high < POINTS)
-    texts = {"network": network, "gained": mean.text(scale=100), "kinds": len(kinds), "n": mean.n}
-    return study.verdict("S2", profile, label, texts, 100 * mean.value)
+    texts = {"network": records[0].config["model"], "gained": mean.text(scale=100), "kinds": len(kinds), "n": mean.n}
+    return study.verdict("S2", profile, label, 100 * mean.value, **texts)
 
 
-STUDY = Study.named("substitutes", plan, judge, points=POINTS)
+STUDY = Study.named("substitutes", _runs, judge, dict(include=BLOCKS), points=POINTS)
 
 
 def bench_variants(profile: str, model: str | None = None) -> list[tuple[str, int | None]]:
-    """Text and width of each variant that a profile trains from scratch, but the dense network's, for ``basis bench``."""
-    found = [Variant.parse(run.variant) for run in plan(profile)]
+    """Text and width of each variant that a profile trains from scratch, but the dense one, for ``basis bench``."""
+    found = [Variant.parse(run.variant) for run in STUDY.runs(profile)]
     found = [one for one in found if not one.how and model in (None, one.network)]
     return list(dict.fromkeys((one.text, one.width) for one in found if one.text != DENSE or one.width))

@@ -43,7 +43,7 @@ class Form:
         size, problem = self.size, ""
         fraction = self.kind != "grouped" and isinstance(size, Fraction) and 0 < size < 1
         if self.kind not in (*_PLAIN, *_SIZED):
-            problem = f"must be one of {', '.join([*_PLAIN, *(f'{kind}:{size}' for kind, size in _SIZED.items())])}"
+            problem = f"it must be one of {', '.join([*_PLAIN, *(f'{kind}:{size}' for kind, size in _SIZED.items())])}"
         elif self.kind in _PLAIN and size is not None:
             problem = f"{self.kind} takes no size"
         elif self.kind in _SIZED and not fraction and not (type(size) is int and size >= 1):
@@ -81,8 +81,10 @@ class Form:
             if columns % size or height % size:
                 problem = f"{columns} basis and {height} derived filters cannot both be split into {size} groups"
             groups, columns = groups * size, columns // size
-        elif rows and size > {"low_rank": min(height, columns), "sparse": columns}.get(self.kind, size):
-            problem = f"A of a group is only {height} x {columns}"
+        elif self.kind == "low_rank" and rows and size > min(height, columns):
+            problem = f"A is {height} x {columns}, and no rank is above {min(height, columns)}"
+        elif self.kind == "sparse" and rows and size > columns:
+            problem = f"a row of A has only {columns} entries"
         if problem:
             raise ValueError(f"coefficients is {str(self)!r}, but {problem}")
         kind = {"low_rank": LowRank, "sparse": Sparse, "repeat": Repeat}.get(self.kind, Coefficients)

@@ -39,8 +39,8 @@ def check_basis_channels(basis_channels: int, out_channels: int, groups: int = 1
     """Raise ``ValueError`` where ``basis_channels`` cannot be the k of such a layer."""
     whole = isinstance(basis_channels, int) and not isinstance(basis_channels, bool)
     if not whole or not 1 <= basis_channels <= out_channels or basis_channels % groups:
-        what = f"a whole number from 1 to out_channels = {out_channels}, a multiple of groups = {groups}"
-        raise ValueError(f"basis_channels is {basis_channels!r}, but it must be {what}")
+        what = f"lie between 1 and out_channels = {out_channels} and be a whole number, a multiple of groups = {groups}"
+        raise ValueError(f"basis_channels is {basis_channels!r}, but it must {what}")
 
 
 def resolve_mode(

@@ -9,7 +9,7 @@ from basis.experiments import front_page
 from basis.experiments.studies import CLAIMS, STUDIES
 from basis.experiments.studies import headline as study
 from basis.experiments.studies.study import Verdict
-from book.tools import derived, pages
+from book.tools import pages
 from tests.experiments.test_search_studies import record
 
 LOST = {"selected": 0.1, "uniform": 1.2, "largest first": 0.5, "narrower dense": 1.5}
@@ -75,7 +75,3 @@ def test_the_readme_has_every_claim_with_its_verdict_and_a_link():
     assert len(table.splitlines()) == len(CLAIMS) + 2
     assert all(f"Finding of {claim}." in table for claim in CLAIMS)
     assert table.count("[reproduced](https://") == len(CLAIMS)
-    text = "<!-- basis:links -->\n<!-- /basis:links -->\n<!-- basis:claims -->\nold\n<!-- /basis:claims -->\n"
-    here = pages.address()
-    assert derived.block(derived.readme(text, here), "claims") == "old\n"
-    assert derived.block(derived.readme(text, here, claims="| new |"), "claims") == "| new |\n"

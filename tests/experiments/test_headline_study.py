@@ -75,14 +75,6 @@ def test_the_finding_on_c4_names_what_else_has_as_many_parameters():
     assert verdict.difference == "+0.10 points"
 
 
-def test_variants_are_listed_in_the_order_of_the_plan_and_the_table_is_none_of_them():
-    planned = STUDY.runs("small")
-    records = [record(run, macs=10, curves=[]) for run in reversed(planned) if run.test is not False]
-    names = list(dict.fromkeys(headline.frame(records)["variant"]))
-    assert names == list(dict.fromkeys(run.variant for run in planned[1:]))
-    assert len(headline.frame([record(planned[0], macs=10, curves=[], test=None), *records])) == len(records)
-
-
 def test_a_network_that_is_reused_learns_the_same_to_the_bit():
     base = next(run for run in STUDY.runs("smoke") if run.variant == "dense")
     base = dataclasses.replace(base, images=200, recipe=dataclasses.replace(base.recipe, epochs=1))

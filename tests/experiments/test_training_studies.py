@@ -55,9 +55,6 @@ def test_the_rule_for_c5(accuracy, label):
     (verdict,) = COEFFICIENTS.verdicts(records, "cpu")
     assert verdict.label == label
     assert "of 4 forms that save enough to be judged: low-rank A, sparse A, frozen A, no A" in verdict.finding
-    if label == "reproduced":
-        assert "low-rank A saves 6.0% of the trained parameters and 0.0% of the MACs" in verdict.finding
-        assert verdict.difference == "+1.00 points"
     alone = [r for r in records if r.config["seed"] == 0]
     assert COEFFICIENTS.verdicts(alone, "cpu")[0].label == "not tested"
 
@@ -163,15 +160,6 @@ def test_the_rule_for_c7(selected, label):
     assert mean.high - mean.low == pytest.approx((one.high - one.low) / len(names) ** 0.5)
     two = [r for r in records if r.config["model"] in ("resnet18", "resnet20")]
     assert FAMILY.verdicts(two, "cpu")[0].label == "not tested"
-
-
-def test_plans_are_made_from_the_table_of_their_own_network():
-    runs = FAMILY.runs("paper")
-    tables = {run.id: run for run in runs if run.ladder}
-    chosen = [run for run in runs if run.choice]
-    assert all(tables[run.choice.table].model == run.model for run in chosen)
-    assert {run.model for run in chosen} == set(family.NETWORKS)
-    assert not {run.seed for run in tables.values()} & {run.seed for run in chosen}
 
 
 @pytest.mark.weekly

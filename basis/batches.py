@@ -29,10 +29,7 @@ def sample_losses(loss: Loss, outputs: Any, targets: Tensor) -> tuple[Tensor, bo
     """The loss of each sample, (N,), and whether ``loss`` tells them apart; else each is the batch's mean."""
     values = loss(outputs, targets)
     if not isinstance(values, Tensor) or tuple(values.shape) not in ((), (len(targets),)):
-        raise ValueError(
-            f"the loss returned {described(values)}, but it must be one value for each of the {len(targets)} samples, "
-            "or their mean"
-        )
+        raise ValueError(f"the loss returned {described(values)}, but must return one value a sample, or their mean")
     return (values, True) if values.dim() else (values.expand(len(targets)), False)
 
 
@@ -54,12 +51,13 @@ def stream_batches(
     Raises:
         ValueError: for a batch of another kind, and at the end where there was no sample.
     """
+    if not isinstance(data, Iterable) and not isinstance(data, Images):
+        raise ValueError(f"{what} is {described(data)}, but it must be an iterable of batches, or basis.data.Images")
     weight, found = first_weight(model), False
-    pairs = _images(data, weight, batch_size) if isinstance(data, Images) else _pairs(data, weight, what, bare)
-    for pair in pairs:
-        if len(pair[0]):
+    for x, y in _images(data, weight, batch_size) if isinstance(data, Images) else _pairs(data, what, bare):
+        if len(x):
             found = True
-            yield pair
+            yield x.to(weight.device), y.to(weight.device)
     if not found:
         raise ValueError(f"{what} holds no samples, so there is nothing to measure on")
 
@@ -86,26 +84,24 @@ def first_weight(model: nn.Module) -> Tensor:
 
 
 def _images(images: Images, weight: Tensor, size: int) -> Iterator[Batch]:
-    last = weight.dim() == 4 and is_channels_last(weight)
-    for x, y in zip(images.x.to(weight.device).split(size), images.y.to(weight.device).split(size), strict=True):
+    last, images = weight.dim() == 4 and is_channels_last(weight), images.to(weight.device)
+    for x, y in zip(images.x.split(size), images.y.split(size), strict=True):
         image = normalise(x).to(weight.dtype) if len(x) else x
-        yield (image if last else image.contiguous(), y)
+        yield image if last else image.contiguous(), y
 
 
-def _pairs(data: Iterable[Any], weight: Tensor, what: str, bare: bool) -> Iterator[Batch]:
-    if not isinstance(data, Iterable):
-        raise ValueError(f"{what} is {described(data)}, but it must be an iterable of batches, or basis.data.Images")
+def _pairs(data: Iterable[Any], what: str, bare: bool) -> Iterator[Batch]:
     for i, batch in enumerate(data):
-        pair = (batch, batch) if bare and isinstance(batch, Tensor) else batch
-        if bare and isinstance(pair, (tuple, list)) and pair and isinstance(pair[0], Tensor):
-            pair = (pair[0], pair[0])
-        good = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)
-        if not good or not all(t.dim() for t in pair) or len(pair[0]) != len(pair[1]):
+        pair = batch
+        if bare:
+            inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+            pair = (inputs, inputs)
+        good = isinstance(pair, (tuple, list)) and len(pair) == 2
+        if not (good and all(isinstance(t, Tensor) and t.dim() for t in pair) and len(pair[0]) == len(pair[1])):
             raise ValueError(
-                f"batch {i} of {what} is {described(batch)}, but it must be a pair (inputs, targets) of tensors "
-                "of equal length"
+                f"batch {i} of {what} is {described(batch)}, but it must be a pair (inputs, targets) of equal length"
             )
-        yield (pair[0].to(weight.device), pair[1].to(weight.device))
+        yield pair[0], pair[1]
 
 
 def calibration_inputs(data: Batches, model: nn.Module) -> Iterator[Tensor]:
@@ -131,9 +127,7 @@ def outputs_of(model: nn.Module, x: Tensor) -> Any:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise ValueError(
-            f"the model cannot run on inputs of shape {tuple(x.shape)} and type {x.dtype}: {error}"
-        ) from error
+        raise ValueError(f"the model cannot run on inputs of shape {tuple(x.shape)}, {x.dtype}: {error}") from error
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -147,21 +141,19 @@ def with_labels(batches: list[Batch], outputs: Any) -> list[Batch]:
     """The batches with targets as cross-entropy takes them, or a ``ValueError`` that says what does not fit."""
     if not isinstance(outputs, Tensor) or outputs.dim() < 2 or not outputs.is_floating_point():
         raise ValueError(f"the model returns {described(outputs)}, not logits (N, classes); give a loss of your own")
-    classes, rest = outputs.shape[1], tuple(outputs.shape[2:])
-    result = []
+    classes, rest, result = outputs.shape[1], tuple(outputs.shape[2:]), []
     for x, y in batches:
-        if y.is_floating_point() and y.shape == (len(x), classes, *rest):
-            result.append((x, y.float()))
-            continue
-        if y.is_floating_point() or y.is_complex() or tuple(y.shape) != (len(x), *rest):
+        probabilities = y.is_floating_point()
+        if tuple(y.shape) != ((len(x), classes, *rest) if probabilities else (len(x), *rest)):
             raise ValueError(
                 f"the labels are {y.dtype} of shape {tuple(y.shape)}, but to logits of shape {tuple(outputs.shape)} "
                 f"belong whole numbers of shape {('N', *rest)}; give a loss of your own for anything else"
             )
-        low, high = int(y.min()), int(y.max())
-        if low < 0 or high >= classes:
-            raise ValueError(f"the labels run from {low} to {high}, but {classes} logits take 0 to {classes - 1}")
-        result.append((x, y.long()))
+        if not probabilities and (y.min() < 0 or y.max() >= classes):
+            raise ValueError(
+                f"the labels run from {y.min()} to {y.max()}, but {classes} logits take 0 to {classes - 1}"
+            )
+        result.append((x, y.float() if probabilities else y.long()))
     return result
 
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import shlex
+import signal
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from basis.bench.cases import bench_layers
 from basis.bench.networks import NORMS, STEPS, TRAINED, bench_structured_training, bench_training
@@ -18,19 +25,23 @@ from basis.bench.report import BenchReport, check_place
 from basis.bench.roofline import measure_machine, with_machine
 from basis.bench.timing import PASSES, Setting
 from basis.bench.tuning import bench_latency, tune
-from basis.cli_campaign import add_commands, device, duration
 from basis.compression.compress import Settings, compress
-from basis.data import DataError
+from basis.data import DataError, load_cifar10
 from basis.environment import repository_root, results_folder
+from basis.experiments.archives import pack, packed, take_in
 from basis.experiments.budget_bench import bench_budget
-from basis.experiments.runner import TooLittleMemory
-from basis.experiments.runs import PROFILES
+from basis.experiments.campaign import in_order, missing
+from basis.experiments.pace import in_hours
+from basis.experiments.runner import Order, Task, TooLittleMemory, in_processes, jobs_for, on_ray
+from basis.experiments.runs import PROFILES, device_for, parse_duration, record_path
+from basis.experiments.studies import STUDIES, status
 from basis.experiments.studies.substitutes import BLOCKS, bench_variants
 from basis.experiments.sweep import bench_gpu, file_name
+from basis.experiments.tidy import csv, runs_frame, sound_records, write_tables
 from basis.inference import bench_inference
 from basis.layers.conv import MODES
 from basis.models import build
-from basis.saving import RecordError
+from basis.saving import RecordError, replacing
 from basis.substitution import substitute
 from basis.training.loop import DTYPES, TrainingError
 
@@ -57,16 +68,154 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="basis", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_compress(commands.add_parser("compress", help="make a trained network smaller", description=_about(_compress)))
-    add_commands(commands)
+    _add_runs(commands)
     _add_bench(commands.add_parser("bench", help="measure speed against dense layers and networks"))
 
     book = commands.add_parser("book", help="execute the notebooks and build the HTML book")
     book.add_argument("--profile", choices=PROFILES, help="records to show (default: each study's published one)")
     book.add_argument("--only", nargs="+", metavar="CHAPTER", help="execute only these, such as 03")
     book.set_defaults(command=_book)
+    figures = commands.add_parser("figures", help="draw figures of the book anew: SVG, light and dark, and PDF")
+    figures.add_argument("names", nargs="*", metavar="NAME", help="such as headline (default: all)")
+    figures.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR", help="default: figures")
+    figures.set_defaults(command=_figures)
     derived = commands.add_parser("sync", help="renew the README, citation and notebook cells made from elsewhere")
     derived.set_defaults(command=_sync)
     return parser
+
+
+def duration(text: str) -> float:
+    """Seconds of an argument such as 9m."""
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def device(text: str) -> str:
+    """An argument that names a device of this machine."""
+    gpus = torch.cuda.device_count()
+    try:
+        place = torch.device(text)
+        here = place.type != "cuda" or (place.index or 0) < gpus
+    except RuntimeError:
+        here = False
+    if not here:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine, which has a CPU and {gpus} GPUs")
+    return text
+
+
+# -- basis run, import, table, status --
+
+
+def _add_runs(commands: Any) -> None:
+    """Add these commands to the parser of ``basis``."""
+
+    def add(name: str, does: Any, about: str) -> Any:
+        command = commands.add_parser(name, description=does.__doc__, help=about)
+        command.add_argument("--results", type=Path, metavar="DIR", help="where records are (default: results)")
+        command.set_defaults(command=does)
+        return command.add_argument
+
+    option = add("run", do_runs, "do the missing runs of studies")
+    option("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)} (default: all, by value)")
+    option("--archive", type=Path, metavar="FILE", help="pack what is done into it, or add it to it")
+    option("--profile", default="smoke", choices=PROFILES, help="how large (default: smoke)")
+    option("--time-limit", type=duration, default=math.inf, metavar="TIME", help="stop after 90s, 9m, 1h30m")
+    option("--jobs", type=int, metavar="N", help="processes (default: what the device can take)")
+    option("--executor", default="local", choices=("local", "ray"), help="ray: on $RAY_ADDRESS's cluster")
+    option("--device", type=device, metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: profile's)")
+    option("--quiet", action="store_true", help="no progress bars")
+    option = add("import", import_archives, "check and file records of others")
+    option("archives", nargs="+", type=Path, metavar="ARCHIVE", help="of basis run --archive")
+    option = add("table", write_table, "all records as tidy tables")
+    option("--out", type=Path, metavar="DIR", help="write both tables there, packed")
+    add("status", show_status, "which runs are done and which are missing")
+
+
+def do_runs(options: argparse.Namespace) -> int:
+    """Do the missing runs of the studies named, or of all, the most valuable first; may be stopped and repeated.
+
+    A run under way at the time limit stops after its epoch and goes on next time. With an archive, new records are
+    packed into it, to be filed elsewhere by `basis import`.
+    """
+    deadline, folder = time.time() + options.time_limit, options.results or results_folder()
+    tasks, failed = in_order(options.profile, options.studies), 0
+    check_place(folder / "record.json")
+    if options.archive:
+        check_place(options.archive)
+        if options.archive.exists():
+            packed(options.archive)  # refuses what is no archive of records
+    todo = missing(tasks, folder)
+    print(f"{len(todo)} of {len(tasks)} runs are missing", flush=True)
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        failed = _do(todo, options, folder, deadline) if todo else 0
+    finally:
+        signal.signal(signal.SIGTERM, former)
+        left = missing(todo, folder)
+        new = {record_path(folder, one.run) for one in todo} - {record_path(folder, one.run) for one in left}
+        said = f"{len(new)} new records"
+        if options.archive and new:
+            said += f", {pack(new, folder, options.archive)} packed into {options.archive}"
+        first = f"; next is {left[0].run.variant}, seed {left[0].run.seed}: the same command goes on" if left else ""
+        print(f"{said}, {len(left)} are missing{first}")
+    return 1 if failed else 0
+
+
+def _do(todo: Sequence[Task], options: argparse.Namespace, folder: Path, deadline: float) -> int:
+    """Do the tasks where and with as many processes as the options say; how many failed."""
+    order = Order(tasks=todo, folder=folder, device=options.device, progress=not options.quiet, deadline=deadline)
+    if options.executor == "ray":
+        steps = on_ray(order, options.jobs)
+    else:
+        place = device_for(options.profile, options.device)
+        if todo[0].run.data == "cifar10":
+            load_cifar10()  # says what is wrong with it, once for all processes
+        number = options.jobs or jobs_for([task.run for task in todo], place)
+        print(f"{number} at a time on {place}", flush=True)
+        steps = in_processes(order, number)
+    failed = 0
+    with closing(steps):
+        for run, outcome, message, seconds in steps:
+            failed += outcome == "failed"
+            print(f"{run.study}, {run.variant}, seed {run.seed}: {outcome} in {seconds:.0f} s, {message}", flush=True)
+    return failed
+
+
+def import_archives(options: argparse.Namespace) -> int:
+    """Check every record of the archives and file the sound ones; records that are there already stay."""
+    refused = 0
+    for archive in options.archives:
+        found = list(take_in(archive, options.results or results_folder()))
+        counts = Counter(outcome for _, outcome, _ in found)
+        refused += counts["refused"]
+        print(f"{archive}: {', '.join(f'{number} {outcome}' for outcome, number in counts.items()) or 'nothing'}")
+        print(*(f"  {name}: {outcome}: {reason}\n" for name, outcome, reason in found if reason), sep="", end="")
+    return 1 if refused else 0
+
+
+def write_table(options: argparse.Namespace) -> int:
+    """Write all runs as one tidy table, runs.csv beside the records; with --out that and every measured sensitivity."""
+    path, records = (options.results or results_folder()) / "runs.csv", sound_records(options.results)
+    check_place(options.out / "runs.csv.gz" if options.out else path)
+    if options.out:
+        written = write_tables(options.out, records)
+    else:
+        written = [path]
+        with replacing(path) as file:
+            file.write(csv(runs_frame(records)))
+    print(*(f"saved {one}" for one in written), sep="\n")
+    return 0
+
+
+def show_status(options: argparse.Namespace) -> int:
+    """Per study and profile: runs planned, done, missing and started, and device hours spent."""
+    table = status(options.results).rename(columns={"runs": "planned"})
+    table["spent"] = table["seconds"].map(in_hours)
+    columns = ["study", "profile", "planned", "done", "missing", "started", "spent", "device"]
+    print(table[columns].to_string(index=False))
+    return 0
 
 
 # -- basis compress --
@@ -254,7 +403,7 @@ def _bench_gpu(options: argparse.Namespace) -> int:
 # -- the book --
 
 
-def _tools() -> Path:
+def _root() -> Path:
     """The checkout, whose book/tools can be imported from now on."""
     root = repository_root()
     if root is None:
@@ -263,22 +412,29 @@ def _tools() -> Path:
     return root
 
 
-def _book(options: argparse.Namespace) -> int:
-    _tools()
-    from book.tools.build import BookError
-    from book.tools.build import build as build_book  # needs the extra "book"
+def _built(make: Callable[[Any], object]) -> int:
+    _root()
+    from book.tools import build  # needs the extra "book"
 
     try:
-        page = build_book(profile=options.profile, only=options.only, progress=print)
-    except BookError as error:
+        print(make(build))
+    except build.BookError as error:
         print(f"basis: {error}", file=sys.stderr)
         return 1
-    print(f"The book is at {page.as_uri()}")
     return 0
 
 
+def _book(options: argparse.Namespace) -> int:
+    given = {"profile": options.profile, "only": options.only, "progress": print}
+    return _built(lambda tools: f"The book is at {tools.build(**given).as_uri()}")
+
+
+def _figures(options: argparse.Namespace) -> int:
+    return _built(lambda tools: "\n".join(map(str, tools.export_figures(options.names, options.out, progress=print))))
+
+
 def _sync(options: argparse.Namespace) -> int:
-    root = _tools()
+    root = _root()
     from book.tools.derived import sync
     from book.tools.pages import readme_claims, verdicts
 

@@ -2,8 +2,7 @@
 
 Everything is counted from shapes, beside the same layer as a dense convolution. The 1x1 convolution with M = [I; A]
 also multiplies by the identity, which stands apart as ``identity_*``; algebra plus identity is what
-``torch.utils.flop_counter`` counts (as 2 per MAC). From k = C_out / 2 on, a CPU does without the identity. Of sparse
-and frozen forms of A we count what is executed, and of structured layers each product at its own resolution.
+``torch.utils.flop_counter`` counts (as 2 per MAC). From k = C_out / 2 on, a CPU does without the identity.
 """
 
 from __future__ import annotations
@@ -24,11 +23,24 @@ from basis.layers.batchnorm import BasisBatchNorm2d, copy_of, uncouple
 from basis.layers.coefficients import Coefficients, LowRank, Sparse
 from basis.layers.conv import BasisConv2d
 from basis.layers.structured import StructuredConv2d
+from basis.saving import columns
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Counted = Literal["factorized", "composed", "hybrid"]
+MATMULS = (_ConvNd, nn.Linear, ConvLike)
+
+# The columns of a printed report: title, unit, and the numbers of a cost that they add up.
+COLUMNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("parameters", "", ("parameters",)),
+    ("forward", "MACs", ("forward_macs",)),
+    ("dX, dZ", "MACs", ("input_gradient_macs",)),
+    ("weights", "MACs", ("weight_gradient_macs",)),
+    ("identity", "MACs", ("identity_forward_macs", "identity_backward_macs")),
+    ("kept", "bytes", ("activation_bytes",)),
+    ("building", "MACs", ("building_macs",)),
+)
 
 
 @dataclass(frozen=True)
@@ -37,14 +49,12 @@ class Cost:
 
     Attributes:
         parameters: trained numbers that are stored; a tied one counts where it appears first. A sparse A counts the
-            entries it keeps, a frozen A none. Structured layers count their bits, 32 to a number, rounded up.
+            entries it keeps, a frozen A none, a structured layer its bits, 32 to a number.
         input_gradient_macs: of gradients that flow on towards the input: dX, and dZ of the basis channels.
-        weight_gradient_macs: of the gradients of the trained parameters.
         identity_forward_macs, identity_backward_macs: what is multiplied by the identity in M, on top.
-        activation_bytes: what the layer keeps for its own backward pass: its input as convolved (padded, where the
-            layer pads it itself), Z, and the M or W it builds. Layers without parameters (ReLU) are not counted.
-        building_macs: what makes a structured layer's weight from its factors, once per step; not in
-            ``forward_macs``. (Of a basis convolution in composed or hybrid mode it is.)
+        activation_bytes: what the layer keeps for its own backward pass: its input (without padding), Z, and the M or
+            W it builds; layers without parameters are not counted.
+        building_macs: what makes a structured layer's weight from its factors, once per step, beside ``forward_macs``.
     """
 
     parameters: int = 0
@@ -102,47 +112,34 @@ class CostReport:
         """One row per layer, indexed by name; the columns of the dense layer begin with ``dense_``."""
         import pandas as pd
 
-        def numbers(cost: Cost, prefix: str = "") -> dict[str, Any]:
-            return {prefix + key: n for key, n in (asdict(cost) | {"backward_macs": cost.backward_macs}).items()}
-
-        rows = [
-            {"layer": layer.name, "kind": layer.kind, "mode": layer.mode}
-            | numbers(layer.cost)
-            | numbers(layer.dense, "dense_")
-            for layer in self.layers
-        ]
+        rows: list[dict[str, Any]] = []
+        for layer in self.layers:
+            rows.append({"layer": layer.name, "kind": layer.kind, "mode": layer.mode})
+            for prefix, own in (("", layer.cost), ("dense_", layer.dense)):
+                numbers = asdict(own) | {"backward_macs": own.backward_macs}
+                rows[-1] |= {prefix + key: number for key, number in numbers.items()}
         return pd.DataFrame(rows).set_index("layer")
 
     def __str__(self) -> str:
-        total, dense = self.total, self.dense
-        rows: list[tuple[str, ...]] = [
-            ("", "", "parameters", "forward", "dX, dZ", "weights", "identity", "kept", "building"),
-            ("layer", "kind", "", "MACs", "MACs", "MACs", "MACs", "bytes", "MACs"),
-        ]
-        rows += [(layer.name, f"{layer.kind} {layer.mode}".strip(), *_cells(layer.cost)) for layer in self.layers]
-        rows += [("total", "", *_cells(total)), ("dense", "", *_cells(dense))]
-        ratios = (f"{a / b:.3f}" if b else "" for a, b in zip(_shown(total), _shown(dense), strict=True))
-        rows.append(("total / dense", "", *ratios))
-        rows = rows if total.building_macs else [row[:-1] for row in rows]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [f"one step of {self.batch_size} image{'s' * (self.batch_size > 1)} of {self.input_size}"]
-        for row in rows:
-            cells = zip(row, "<<>>>>>>>", widths, strict=False)
-            lines.append("  ".join(f"{cell:{align}{width}}" for cell, align, width in cells).rstrip())
-        if unknown := [layer.name for layer in self.layers if not layer.counted]:
-            lines.append(f"MACs not counted (not called, or of an unknown kind): {', '.join(unknown)}")
+        shown = COLUMNS if self.total.building_macs else COLUMNS[:-1]
+
+        def values(own: Cost) -> list[int]:
+            return [sum(getattr(own, name) for name in names) for *_, names in shown]
+
+        def row(name: str, kind: str, own: Cost) -> tuple[str, ...]:
+            parameters, *others = values(own)
+            return (name, kind, f"{parameters:,}", *map(_short, others))
+
+        ratios = (f"{a / b:.3f}" if b else "" for a, b in zip(values(self.total), values(self.dense), strict=True))
+        rows = [("", "", *(title for title, *_ in shown)), ("layer", "kind", *(unit for _, unit, _ in shown))]
+        rows += [row(layer.name, f"{layer.kind} {layer.mode}".strip(), layer.cost) for layer in self.layers]
+        rows += [row("total", "", self.total), row("dense", "", self.dense), ("total / dense", "", *ratios)]
+        title = f"one step of {self.batch_size} image{'s' * (self.batch_size > 1)} of {self.input_size}"
+        missing = ", ".join(layer.name for layer in self.layers if not layer.counted)
+        lines = [title, *columns(rows, left=2)]
+        if not all(layer.counted for layer in self.layers):
+            lines.append(f"MACs not counted (not called, or of an unknown kind): {missing}")
         return "\n".join(lines)
-
-
-def _shown(cost: Cost) -> tuple[int, ...]:
-    identity = cost.identity_forward_macs + cost.identity_backward_macs
-    macs = (cost.forward_macs, cost.input_gradient_macs, cost.weight_gradient_macs, identity)
-    return (cost.parameters, *macs, cost.activation_bytes, cost.building_macs)
-
-
-def _cells(cost: Cost) -> tuple[str, ...]:
-    parameters, *others = _shown(cost)
-    return (f"{parameters:,}", *map(_short, others))
 
 
 def _short(number: float) -> str:
@@ -165,41 +162,39 @@ def cost(
 
     Args:
         input_size: (C, H, W) of one image.
-        batch_size: images in a step; composed and hybrid modes build their weight once per step.
         mode: how basis convolutions are counted. None: each in its own mode, and ``"auto"`` as factorized.
 
-    Raises:
-        ValueError: for an argument out of range, lazy layers, and a model that cannot be run on such an input.
+    Raises ``ValueError`` for an argument out of range, lazy layers, and a model that cannot run on such an input.
     """
-    size = tuple(input_size) if isinstance(input_size, Sequence) else ()
-    if len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
-        raise ValueError(f"input_size is {input_size!r}, but it must be (C, H, W), three numbers of at least 1")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size!r}, but it must be a whole number of at least 1")
+    size = tuple(input_size)
+    if len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in (*size, batch_size)):
+        given = f"input_size is {input_size!r} and batch_size is {batch_size!r}"
+        raise ValueError(f"{given}, but they must be (C, H, W) and a number, all whole and at least 1")
     if mode not in (None, "factorized", "composed", "hybrid"):
         raise ValueError(f"mode is {mode!r}, but it must be factorized, composed, hybrid or None")
     if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("model has lazy layers, whose shapes are not known yet; run it once first")
-    named = dict(model.named_modules())
-    through = {name: module.conv for name, module in named.items() if isinstance(module, BasisBatchNorm2d)}
-    mixed = {name for name, module in named.items() if isinstance(module, BasisConv2d) and module.mixed_later}
+    named: dict[str, Any] = dict(model.named_modules())
+    coupled = any(isinstance(module, BasisBatchNorm2d) for module in named.values())
     parts = {p for m in named.values() if isinstance(m, StructuredConv2d) for p in m.modules() if p is not m}
     seen: set[int] = set()
     layers = []
-    for name, module, calls in trace_calls(uncouple(model) if through else model, (batch_size, *size)):
-        counted: Any = ""
-        if isinstance(module, BasisConv2d):
-            counted = mode or ("factorized" if module.mode == "auto" or name in mixed else module.mode)
+    for name, module, calls in trace_calls(uncouple(model) if coupled else model, (batch_size, *size)):
+        own, counted = named[name], ""
+        if isinstance(own, BasisConv2d):
+            counted = mode or ("factorized" if own.mode == "auto" or own.mixed_later else own.mode)
         as_is, dense = _stored(module, seen)
         for call in calls:
             dense += _dense_cost(module, call)
-            if name in through:
-                as_is += _through_basis_cost(through[name], call)
+            if isinstance(own, BasisBatchNorm2d):
+                as_is += _through_basis_cost(own.conv, call)
             else:
                 as_is += _called_cost(module, call, counted)
-        if named[name] in parts:  # a normalisation within a structured layer, which a dense one has not
+        if own in parts:  # a normalisation within a structured layer, which a dense one has not
             dense = Cost()
-        known = bool(calls) if _is_matmul(module) else all(p.dim() < 2 for p in module.parameters(recurse=False))
+        known = (
+            bool(calls) if isinstance(module, MATMULS) else all(p.dim() < 2 for p in module.parameters(recurse=False))
+        )
         layers.append(LayerCost(name, type(module).__name__, counted, as_is, dense, known))
     return CostReport(tuple(layers), size, batch_size)
 
@@ -239,14 +234,16 @@ def _count_new(module: nn.Module, seen: set[int]) -> int:
 
 def _stored(module: nn.Module, seen: set[int]) -> tuple[Cost, Cost]:
     """The parameters of a layer as it is, and of a dense one in its place, without those already ``seen``."""
-    bias = sum(p.numel() for n, p in module.named_parameters(recurse=False) if n == "bias" and id(p) not in seen)
-    new_weight = not isinstance(module, BasisConv2d) or id(module.basis) not in seen
+    new = {name: p for name, p in module.named_parameters(recurse=False) if id(p) not in seen}
     own = _count_new(module, seen)
     if not isinstance(module, (BasisConv2d, StructuredConv2d)):
         return Cost(own), Cost(own)
+    dense = new["bias"].numel() if "bias" in new else 0
+    if "basis" in new or isinstance(module, StructuredConv2d):
+        dense += module.out_channels * math.prod(module.filter_shape)
     if isinstance(module, BasisConv2d):
         own += _count_new(module.coefficients, seen)
-    return Cost(own), Cost(bias + new_weight * module.out_channels * math.prod(module.filter_shape))
+    return Cost(own), Cost(dense)
 
 
 # -- shapes -------------------------------------------------------------------------------------
@@ -294,7 +291,7 @@ def _run(model: nn.Module, size: tuple[int, ...]) -> list[tuple[str, nn.Module, 
         for hooks in (value for key, value in vars(module).items() if "hook" in key and isinstance(value, dict)):
             hooks.clear()
         holds = next(module.parameters(False), None) is not None and not isinstance(module, Coefficients)
-        if holds or _is_matmul(module):
+        if holds or isinstance(module, MATMULS):
             calls[module] = []
             module.register_forward_hook(record, with_kwargs=True)
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -306,10 +303,6 @@ def _run(model: nn.Module, size: tuple[int, ...]) -> list[tuple[str, nn.Module, 
 # -- counting -----------------------------------------------------------------------------------
 
 
-def _is_matmul(module: nn.Module) -> bool:
-    return isinstance(module, (_ConvNd, nn.Linear, ConvLike))
-
-
 def _called_cost(module: Any, call: Call, mode: str) -> Cost:
     """One call of any layer; without parameters."""
     if isinstance(module, BasisConv2d):
@@ -317,11 +310,11 @@ def _called_cost(module: Any, call: Call, mode: str) -> Cost:
     return _structured_cost(module, call) if isinstance(module, StructuredConv2d) else _dense_cost(module, call)
 
 
-def _dense_cost(module: nn.Module, call: Call) -> Cost:
+def _dense_cost(module: Any, call: Call) -> Cost:
     """Any layer of torch, and a basis convolution or structured layer as if it were dense."""
     trains = any(p.requires_grad for p in module.parameters())
-    kept = _kept_input(module, call) if trains or call.needs_dx else 0
-    if not _is_matmul(module):
+    kept = math.prod(call.x) * call.itemsize if trains or call.needs_dx else 0
+    if not isinstance(module, MATMULS):
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and kept:
             kept += 2 * call.x[1] * max(call.itemsize, 4)  # the statistics are never in half precision
         return Cost(activation_bytes=kept)
@@ -329,8 +322,7 @@ def _dense_cost(module: nn.Module, call: Call) -> Cost:
         weight = module.out_channels * math.prod(module.filter_shape)
         trains_weight = any(p.requires_grad for name, p in module.named_parameters() if name != "bias")
     else:
-        parameter: Any = module.weight
-        weight, trains_weight = parameter.numel(), parameter.requires_grad
+        weight, trains_weight = module.weight.numel(), module.weight.requires_grad
     macs = _positions(module, call) * weight
     return Cost(0, macs, call.needs_dx * macs, trains_weight * macs, activation_bytes=kept)
 
@@ -342,7 +334,7 @@ def _basis_cost(layer: BasisConv2d, call: Call, mode: str) -> Cost:
     dx, db, da = call.needs_dx, layer.basis.requires_grad, a.trains
     dz = dx or db
     trains = da or db or (layer.bias is not None and layer.bias.requires_grad)
-    x = _kept_input(layer, call)
+    x = math.prod(call.x) * call.itemsize
     z, m, w, own = (size * call.itemsize for size in (n * k, c * a.columns, c * f, a.rows * a.columns))
     hidden = rank * a.groups * call.itemsize  # what a low-rank A keeps between U and V, for one pixel or weight
 
@@ -365,13 +357,19 @@ def _basis_cost(layer: BasisConv2d, call: Call, mode: str) -> Cost:
     return replace(hybrid, forward_macs=n * c * f + build.forward_macs + assembly)
 
 
-def _structured_cost(layer: Any, call: Call) -> Cost:
-    """A structured layer, product after product."""
+def _products(products: Sequence[int], times: int, *, dz: bool, da: bool) -> Cost:
+    """Products with parts of A, one after the other; dz: whether what the first is applied to needs a gradient."""
+    flows = sum(macs * (dz or (da and i > 0)) for i, macs in enumerate(products))
+    return Cost(0, times * sum(products), times * flows, times * da * sum(products))
+
+
+def _structured_cost(layer: StructuredConv2d, call: Call) -> Cost:
+    """A structured layer, product after product, each at its own resolution."""
     *images, _, height, width = call.x
     pixels = {"output": _positions(layer, call), "input": math.prod(images) * height * width}
     learns = any(p.requires_grad for p in layer.parts.values())
     flows = call.needs_dx  # whether what the next product takes in needs a gradient
-    kept = _kept_input(layer, call) * (flows or any(p.requires_grad for p in layer.parameters()))
+    kept = math.prod(call.x) * call.itemsize * (flows or any(p.requires_grad for p in layer.parameters()))
     total = Cost(activation_bytes=kept, building_macs=layer.building)
     for product in layer.products:
         macs, trained = product.macs * pixels[product.at], product.trained and learns
@@ -383,38 +381,16 @@ def _structured_cost(layer: Any, call: Call) -> Cost:
 
 def _through_basis_cost(conv: BasisConv2d, call: Call) -> Cost:
     """A batch normalisation through the basis: n k^2 for the covariance of Z, and as much in the gradient of Z."""
-    c, k = call.y[1], conv.basis_channels
-    macs = call.y[0] * math.prod(call.y[2:]) * k * k
+    images, c, *spatial = call.y
+    k = conv.basis_channels
+    macs = images * math.prod(spatial) * k * k
     return Cost(0, macs, call.needs_dx * macs, activation_bytes=4 * (c * k + c + k))
 
 
-def _products(products: Sequence[int], times: int, *, dz: bool, da: bool) -> Cost:
-    """Products with parts of A, one after the other; dz: whether what the first is applied to needs a gradient."""
-    flows = sum(macs * (dz or (da and i > 0)) for i, macs in enumerate(products))
-    return Cost(0, times * sum(products), times * flows, times * da * sum(products))
-
-
-def _positions(module: nn.Module, call: Call) -> int:
+def _positions(module: Any, call: Call) -> int:
     """How often the weight is applied: images x output pixels (input pixels where transposed), or rows."""
     if isinstance(module, nn.Linear):
         return math.prod(call.y[:-1])
     shape = call.x if isinstance(module, _ConvTransposeNd) else call.y
-    spatial = len(module.kernel_size)  # type: ignore[arg-type]
+    spatial = len(module.kernel_size)
     return math.prod(shape[: -spatial - 1]) * math.prod(shape[-spatial:])
-
-
-def _kept_input(module: nn.Module, call: Call) -> int:
-    """Bytes of the input as it is kept: padded where the convolution itself cannot pad it."""
-    plain = math.prod(call.x) * call.itemsize
-    if not isinstance(module, (nn.Conv2d, ConvLike)):
-        return plain
-    pads = module._pads if isinstance(module, ConvLike) else module._reversed_padding_repeated_twice
-    left, right, top, bottom = pads
-    if module.padding_mode == "zeros" and (left, top) == (right, bottom):
-        return plain
-    if module.padding_mode == "zeros" and isinstance(module, nn.Conv2d):  # it adds only the difference
-        left, right, top, bottom = 0, abs(left - right), 0, abs(top - bottom)
-    *outer, height, width = call.x
-    padded = math.prod(outer) * (height + top + bottom) * (width + left + right) * call.itemsize
-    keeps_both = module.padding_mode in ("reflect", "replicate") and call.needs_dx
-    return padded + plain * keeps_both

@@ -1,22 +1,19 @@
 """CIFAR-10 held on the device, augmented there, and a synthetic stand-in for tests.
 
-Images are uint8 and channels last, (N, 32, 32, 3); labels are int64, (N,). A batch is one gather from images that are
-already on the device.
+Images are uint8 and channels last, (N, H, W, 3); labels are int64, (N,).
 """
 
 from __future__ import annotations
 
 import os
-import zipfile
-import zlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from basis.vision import import_torchvision
 
@@ -51,6 +48,10 @@ class Images:
         index = index.to(self.y.device)
         return Images(self.x[index], self.y[index])
 
+    def to(self, device: torch.device | str) -> Images:
+        """The same images on another device."""
+        return Images(self.x.to(device), self.y.to(device))
+
 
 @dataclass(frozen=True)
 class Data:
@@ -64,12 +65,8 @@ class Data:
 
     def to(self, device: torch.device | str) -> Data:
         """The same data on another device."""
-
-        def move(images: Images) -> Images:
-            return Images(images.x.to(device), images.y.to(device))
-
-        validation = move(self.validation) if self.validation else None
-        return replace(self, train=move(self.train), test=move(self.test), validation=validation)
+        held = self.validation and self.validation.to(device)
+        return replace(self, train=self.train.to(device), test=self.test.to(device), validation=held)
 
 
 def load_cifar10(folder: str | Path | None = None, *, download: bool = True) -> Data:
@@ -82,34 +79,27 @@ def load_cifar10(folder: str | Path | None = None, *, download: bool = True) -> 
     """
     place = Path(folder or os.environ.get("BASIS_DATA") or Path.home() / ".cache" / "basis").expanduser()
     path = place / FILE_NAME
-    arrays = read_arrays(path) if path.exists() else _original(place, download)
-
-    def split(name: str) -> Images:
-        labels = arrays[f"y_{name}"].astype(np.int64)
-        return Images(torch.from_numpy(arrays[f"x_{name}"]), torch.from_numpy(labels))
-
-    return Data("cifar10", split("train"), split("test"))
+    arrays = _from_npz(path) if path.exists() else _from_torchvision(place, download)
+    x_train, y_train, x_test, y_test = (torch.from_numpy(arrays[name]) for name in SHAPES)
+    return Data("cifar10", Images(x_train, y_train.long()), Images(x_test, y_test.long()))
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The four arrays of a ``cifar10.npz``; :class:`DataError` says what is wrong with a bad one."""
+def _from_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in SHAPES}
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{path} cannot be read as an npz file ({error}); delete it to have it fetched again"
-        ) from error
-    for name, shape in SHAPES.items():
-        array = arrays[name]
-        if array.shape != shape or array.dtype != np.uint8:
-            raise DataError(f"{name} in {path} is {array.dtype} {array.shape}, but must be uint8 {shape}")
-        if name.startswith("y") and array.max() > 9:
-            raise DataError(f"{name} in {path} holds the label {array.max()}, but labels run from 0 to 9")
+    except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
+        raise DataError(f"{path} cannot be read ({error}); delete it to have it fetched again") from error
+    for name, array in arrays.items():
+        if array.shape != SHAPES[name] or array.dtype != np.uint8 or (name.startswith("y") and array.max() > 9):
+            raise DataError(
+                f"{name} in {path} is {array.dtype} {array.shape} up to {array.max()}, but must be uint8 "
+                f"{SHAPES[name]}, and labels from 0 to 9"
+            )
     return arrays
 
 
-def _original(folder: Path, download: bool) -> dict[str, np.ndarray]:
+def _from_torchvision(folder: Path, download: bool) -> dict[str, np.ndarray]:
     """The arrays of the original archive, which torchvision downloads, checks and unpacks."""
     import_torchvision()
     from torchvision.datasets import CIFAR10
@@ -124,17 +114,17 @@ def _original(folder: Path, download: bool) -> dict[str, np.ndarray]:
                     failures.append(f"{self.url}: {error}")
             raise RuntimeError("; ".join(failures))
 
-    splits: dict[str, Any] = {}
-    for part in ("train", "test"):
-        try:
+    arrays: dict[str, np.ndarray] = {}
+    try:
+        for part in ("train", "test"):
             found = Mirrored(folder, train=part == "train", download=download)
-        except (OSError, RuntimeError) as error:
-            raise DataError(
-                f"CIFAR-10 is not in {folder}; bring {FILE_NAME} or cifar-10-python.tar.gz (from {MIRRORS[-1]}) "
-                f"yourself, or name its folder in $BASIS_DATA ({error})"
-            ) from error
-        splits |= {f"x_{part}": np.ascontiguousarray(found.data), f"y_{part}": np.array(found.targets)}
-    return splits
+            arrays |= {f"x_{part}": np.ascontiguousarray(found.data), f"y_{part}": np.array(found.targets)}
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"CIFAR-10 is not in {folder}; bring {FILE_NAME} or cifar-10-python.tar.gz (from {MIRRORS[-1]}) "
+            f"yourself, or name its folder in $BASIS_DATA ({error})"
+        ) from error
+    return arrays
 
 
 def synthetic(*, train: int = 2000, test: int = 500, size: int = 32, noise: float = 40.0, seed: int = 0) -> Data:
@@ -144,17 +134,14 @@ def synthetic(*, train: int = 2000, test: int = 500, size: int = 32, noise: floa
     Gaussian noise of standard deviation ``noise`` (in grey levels of 0 to 255).
     """
     generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randn((10, 3, 5, 5), generator=generator)
-    patterns = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic")
+    patterns = F.interpolate(torch.randn((10, 3, 5, 5), generator=generator), size=(size, size), mode="bicubic")
     patterns = (patterns + patterns.flip(3)).permute(0, 2, 3, 1)
     patterns = 128 + 40 * patterns / patterns.std()
 
     def split(count: int) -> Images:
-        y = torch.arange(count) % 10
-        y = y[torch.randperm(count, generator=generator)]
+        y = (torch.arange(count) % 10)[torch.randperm(count, generator=generator)]
         shift = torch.randint(-2, 3, (count, 2), generator=generator)
-        rows = (torch.arange(size) + shift[:, :1]) % size
-        columns = (torch.arange(size) + shift[:, 1:]) % size
+        rows, columns = (((torch.arange(size) + by[:, None]) % size) for by in shift.T)
         clean = patterns[y[:, None, None], rows[:, :, None], columns[:, None, :]]
         noisy = clean + noise * torch.randn(clean.shape, generator=generator)
         return Images(noisy.round().clamp(0, 255).to(torch.uint8), y)
@@ -187,12 +174,9 @@ def augment(
 
     Args:
         x: (N, H, W, C) uint8, all images; index: (n,) positions of the batch in it.
-        generator: source of all randomness, on the device of ``x``.
+        generator: source of all randomness, on the device of ``x``; it advances equally whatever the options are.
         flip, translate, cutout: mirror half of the images; shift by up to so many pixels each way, the border filled by
             reflection; grey out one square of this side, wholly inside the image (0: none).
-
-    Returns:
-        (n, H, W, C) uint8. ``generator`` advances equally whatever the options' values are.
     """
     n, device = len(index), x.device
     height, width, channels = x.shape[1:]
@@ -210,11 +194,9 @@ def augment(
     row = torch.arange(height, device=device)
     column = torch.arange(width, device=device).repeat_interleave(channels)
     top, left = _uniform(draw[3], 0, height - cutout), _uniform(draw[4], 0, width - cutout)
-    in_row = (row >= top) & (row < top + cutout)
-    in_column = (column >= left) & (column < left + cutout)
+    in_row, in_column = (row >= top) & (row < top + cutout), (column >= left) & (column < left + cutout)
     inside = in_row[:, :, None] & in_column[:, None, :]
-    grey, _, _ = _pixel_row(width, device)
-    return torch.where(inside, grey, batch.view(n, height, -1)).view(batch.shape)
+    return torch.where(inside, _pixel_row(width, device)[0], batch.view(n, height, -1)).view(batch.shape)
 
 
 def _uniform(u: Tensor, low: int, high: int) -> Tensor:

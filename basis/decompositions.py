@@ -14,7 +14,7 @@ import copy
 import importlib
 import io
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -30,16 +30,21 @@ class NotInstalled(RuntimeError):
     """A package of somebody else that is not here; the message says how to bring it."""
 
 
+def _needed(module: str, packages: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise NotInstalled(f"{module} cannot be imported here; `pip install {packages}` brings it") from error
+
+
 def pair_of(conv: nn.Conv2d, q: int) -> nn.Sequential:
     """The two convolutions C_in -> q -> C_out (1x1) of the SVD of the weight of ``conv``, truncated to rank q.
 
     Raises ``ValueError`` for grouped convolutions, and for a q that is no rank of the weight.
     """
-    rows, columns = conv.weight.flatten(1).shape
-    if conv.groups != 1:
-        raise ValueError(f"the pair is for convolutions without groups, and this one has groups = {conv.groups}")
-    if not 1 <= q <= min(rows, columns):
-        raise ValueError(f"q is {q}, but it must lie between 1 and {min(rows, columns)}")
+    ranks = min(conv.weight.flatten(1).shape)
+    if conv.groups != 1 or not 1 <= q <= ranks:
+        raise ValueError(f"groups is {conv.groups} and q is {q}, but they must be 1 and a rank from 1 to {ranks}")
     options: dict[str, Any] = {"device": conv.weight.device, "dtype": conv.weight.dtype}
     names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
     spatial: dict[str, Any] = {name: getattr(conv, name) for name in names}
@@ -100,14 +105,6 @@ def tensorly_conv(
         )  # fmt: skip
 
 
-def _needed(module: str, packages: str) -> ModuleType:
-    """A module of somebody else; ``NotInstalled`` says which ``packages`` bring it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise NotInstalled(f"{module} cannot be imported here; `pip install {packages}` brings it") from error
-
-
 # -- whole networks ---------------------------------------------------------------------------------
 
 
@@ -119,18 +116,12 @@ def svd_pairs(model: nn.Module, parameters: int, exclude: Iterable[str] = ()) ->
     """
 
     def rank(conv: nn.Conv2d, ratio: float) -> int:
-        rows, columns = conv.weight.flatten(1).shape
-        q = max(1, int(ratio * min(rows, columns)))
-        return q if q * (rows + columns) < rows * columns else 0
+        return max(1, int(ratio * min(conv.weight.flatten(1).shape)))
 
     def size(conv: nn.Conv2d, ratio: float) -> int:
-        rows, columns = conv.weight.flatten(1).shape
-        return rank(conv, ratio) * (rows + columns) or rows * columns
+        return rank(conv, ratio) * sum(conv.weight.flatten(1).shape)
 
-    def make(conv: nn.Conv2d, ratio: float) -> nn.Module:
-        return pair_of(conv, q) if (q := rank(conv, ratio)) else conv
-
-    return _shrunk(model, parameters, exclude, size, make)
+    return _shrunk(model, parameters, exclude, size, lambda conv, ratio: pair_of(conv, rank(conv, ratio)))
 
 
 def tensorly_network(model: nn.Module, parameters: int, exclude: Iterable[str] = ()) -> nn.Module:
@@ -140,13 +131,10 @@ def tensorly_network(model: nn.Module, parameters: int, exclude: Iterable[str] =
     """
 
     def size(conv: nn.Conv2d, share: float) -> int:
-        least, dense = tucker_size(conv, 1, 1), conv.weight.numel()
-        return dense if least >= dense else tucker_size(conv, *tucker_ranks(conv, max(least, share * dense)))
+        wanted = max(tucker_size(conv, 1, 1), share * conv.weight.numel())
+        return tucker_size(conv, *tucker_ranks(conv, wanted))
 
-    def make(conv: nn.Conv2d, share: float) -> nn.Module:
-        return tensorly_conv(conv, size(conv, share)) if tucker_size(conv, 1, 1) < conv.weight.numel() else conv
-
-    return _shrunk(model, parameters, exclude, size, make)
+    return _shrunk(model, parameters, exclude, size, lambda conv, share: tensorly_conv(conv, size(conv, share)))
 
 
 def fasterai_network(
@@ -159,26 +147,26 @@ def fasterai_network(
     cannot be imported, and ``ValueError`` where no setting is small enough.
     """
     decomposer = _needed("fasterai.misc.conv_decomposer", "fasterai").Conv_Decomposer()
-    convs = {
-        name: conv
-        for name, conv in _convolutions(model, exclude).items()
-        if min(conv.kernel_size) > 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-    }
-    bare = nn.ModuleList(copy.deepcopy(list(convs.values())))
-    for conv in bare:
-        conv.register_parameter("bias", None)
-    shapes, others = copy.deepcopy(bare).to("meta"), count_parameters(model) - count_parameters(bare)
 
-    def decompose(layers: nn.Module, kept: float, iterations: int) -> Any:
+    def decompose(conv: Any, kept: float, device: Any, iterations: int) -> Any:
+        bare = copy.deepcopy(conv).to(device)
+        bare.register_parameter("bias", None)
         removed = min(1 - kept, 1 - 1e-9)  # all of it is not allowed
-        return decomposer.decompose(copy.deepcopy(layers), percent_removed=removed, method=method, n_iter=iterations)
+        alone = nn.ModuleList([bare])
+        return decomposer.decompose(alone, percent_removed=removed, method=method, n_iter=iterations)[0]
 
-    kept = _common(lambda kept: others + count_parameters(decompose(shapes, kept, 0)), parameters)
-    made = dict(zip(convs, decompose(bare, kept, 10), strict=True))
-    for name, conv in convs.items():
-        last = made[name][-1] if isinstance(made[name], nn.Sequential) else made[name]
-        last.bias = copy.deepcopy(conv.bias)
-    return _replaced(model, made)
+    def takes(conv: nn.Conv2d, kept: float) -> bool:
+        return min(conv.kernel_size) > 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
+    def make(conv: nn.Conv2d, kept: float) -> nn.Module:
+        made = decompose(conv, kept, conv.weight.device, 10)
+        (made[-1] if isinstance(made, nn.Sequential) else made).bias = copy.deepcopy(conv.bias)
+        return made
+
+    def size(conv: nn.Conv2d, kept: float) -> int:
+        return count_parameters(decompose(conv, kept, "meta", 0))
+
+    return _shrunk(model, parameters, exclude, size, make, takes)
 
 
 def _shrunk(
@@ -187,39 +175,31 @@ def _shrunk(
     exclude: Iterable[str],
     size: Callable[[nn.Conv2d, float], int],
     make: Callable[[nn.Conv2d, float], nn.Module],
+    takes: Callable[[nn.Conv2d, float], bool] | None = None,
 ) -> nn.Module:
-    """``model`` with what ``make`` gives for each convolution, whose weights ``size`` counts, at one setting."""
-    convs = _convolutions(model, exclude)
-    others = count_parameters(model) - sum(conv.weight.numel() for conv in convs.values())
-    setting = _common(lambda at: others + sum(size(conv, at) for conv in convs.values()), parameters)
-    return _replaced(model, {name: make(conv, setting) for name, conv in convs.items()})
+    """A copy of ``model`` with what ``make`` gives for convolutions at one setting, the largest in [0, 1) that fits.
 
+    ``size`` counts its weights, and ``takes`` says where it is used; default: where it is smaller.
+    """
+    takes = takes or (lambda conv, at: size(conv, at) < conv.weight.numel())
+    left = set(exclude)
+    convs: dict[str, Any] = {name: module for name, module in model.named_modules() if type(module) is nn.Conv2d}
+    if missing := sorted(left - set(convs)):
+        raise ValueError(f"exclude has {', '.join(missing)}, but no convolution has such a name")
+    convs = {name: conv for name, conv in convs.items() if name not in left and conv.groups == 1}
+    whole = count_parameters(model)
 
-def _common(count: Callable[[float], int], parameters: int) -> float:
-    """The largest setting in [0, 1) at which ``count`` is at most ``parameters``."""
+    def count(at: float) -> int:
+        return whole - sum(conv.weight.numel() - size(conv, at) for conv in convs.values() if takes(conv, at))
+
     low, high = 0.0, 1.0
     if count(low) > parameters:
-        fewest = f"{count(low):,} parameters are the fewest that one setting for all layers leaves"
-        raise ValueError(f"{fewest}, which is above {parameters:,}")
+        raise ValueError(f"one setting for all layers leaves at least {count(low):,}, which is above {parameters:,}")
     for _ in range(STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if count(middle) <= parameters else (low, middle)
-    return low
-
-
-def _convolutions(model: nn.Module, exclude: Iterable[str]) -> dict[str, Any]:
-    """The convolutions without groups by name, but those in ``exclude``."""
-    left = set(exclude)
-    convs = {name: module for name, module in model.named_modules() if type(module) is nn.Conv2d}
-    if missing := sorted(left - set(convs)):
-        raise ValueError(f"exclude has {', '.join(missing)}, but no convolution has such a name")
-    return {name: conv for name, conv in convs.items() if name not in left and conv.groups == 1}
-
-
-def _replaced(model: nn.Module, new: Mapping[str, nn.Module]) -> nn.Module:
-    """A copy of ``model`` with these modules in place of those of their names."""
     copied = copy.deepcopy(model)
-    for name, module in new.items():
-        if model.get_submodule(name) is not module:
-            copied.set_submodule(name, module.train(copied.get_submodule(name).training))
+    for name, conv in convs.items():
+        if takes(conv, low):
+            copied.set_submodule(name, make(conv, low).train(conv.training))
     return copied

@@ -46,8 +46,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def _cpu_name() -> str:
     with suppress(OSError):
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        if names:
+        if names := re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
             return f"{names[0]}, {len(names)} cores"
     return platform.processor() or platform.machine()
 

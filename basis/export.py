@@ -20,6 +20,8 @@ from basis.saving import replacing
 from basis.text import first_line
 
 Batch = int | Literal["dynamic"]
+Exporter = Callable[[nn.Module, Tensor, Any], bytes]
+Runner = Callable[[bytes, Sequence[Tensor]], list[Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +59,11 @@ def export_onnx(
     Raises:
         FileExistsError: for a file at ``path`` without ``overwrite``, or a folder.
         ModuleNotFoundError: where onnx or onnxscript is missing.
-        ValueError: for a batch or input_size out of range, or a model that does not return one tensor for it.
+        ValueError: for a batch out of range, or a model that does not return one tensor for such images.
         RuntimeError: where the model cannot be exported, the file cannot be run, or its outputs differ.
     """
-    missing = [package for package in ("onnx", "onnxscript") if not is_installed(package)]
-    if missing:
-        needed = " and ".join(missing)
-        raise ModuleNotFoundError(f"export to ONNX needs {needed}: pip install onnx onnxscript onnxruntime")
+    if not (is_installed("onnx") and is_installed("onnxscript")):
+        raise ModuleNotFoundError("export to ONNX needs more: pip install onnx onnxscript onnxruntime")
     import onnx
 
     def export(copied: nn.Module, example: Tensor, shapes: Any) -> bytes:
@@ -73,23 +73,22 @@ def export_onnx(
         onnx.checker.check_model(content, full_check=True)
         return content
 
-    run = _run_onnx if is_installed("onnxruntime") else None
-    return _write(uncouple(model).eval().cpu(), path, input_size, batch, tolerance, overwrite, export, run)
+    def run(content: bytes, images: Sequence[Tensor]) -> list[Tensor]:
+        import onnxruntime  # type: ignore[import-untyped]
+
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        return [torch.from_numpy(session.run(None, {"images": x.numpy()})[0]) for x in images]
+
+    runner = run if is_installed("onnxruntime") else None
+    options: dict[str, Any] = {"batch": batch, "tolerance": tolerance, "overwrite": overwrite}
+    return _write(uncouple(model).eval().cpu(), path, input_size, export, runner, **options)
 
 
-def export_program(
-    model: nn.Module,
-    path: str | os.PathLike,
-    input_size: Sequence[int],
-    *,
-    batch: Batch = "dynamic",
-    tolerance: float = 1e-4,
-    overwrite: bool = False,
-) -> Exported:
+def export_program(model: nn.Module, path: str | os.PathLike, input_size: Sequence[int], **options: Any) -> Exported:
     """Write ``model``, best folded first (:func:`basis.fold`), as a program of ``torch.export`` (a ``.pt2`` file).
 
-    From a copy in evaluation mode, on the model's device. ``torch.export.load`` reads it. Arguments and errors are
-    those of :func:`export_onnx`.
+    From a copy in evaluation mode, on the model's device. ``torch.export.load`` reads it. ``options`` and errors
+    are those of :func:`export_onnx`.
     """
 
     def export(copied: nn.Module, example: Tensor, shapes: Any) -> bytes:
@@ -101,7 +100,7 @@ def export_program(
         program = torch.export.load(io.BytesIO(content)).module()
         return [program(x) for x in images]
 
-    return _write(uncouple(model).eval(), path, input_size, batch, tolerance, overwrite, export, run)
+    return _write(uncouple(model).eval(), path, input_size, export, run, **options)
 
 
 def is_installed(package: str) -> bool:
@@ -112,25 +111,30 @@ def is_installed(package: str) -> bool:
 
 
 def _write(
-    model: nn.Module,
-    path: str | os.PathLike,
-    input_size: Sequence[int],
-    batch: Batch,
-    tolerance: float,
-    overwrite: bool,
-    export: Callable[[nn.Module, Tensor, Any], bytes],
-    run: Callable[[bytes, Sequence[Tensor]], list[Tensor]] | None,
-) -> Exported:
+    model: nn.Module, path: str | os.PathLike, input_size: Sequence[int], export: Exporter, run: Runner | None,
+    *, batch: Batch = "dynamic", tolerance: float = 1e-4, overwrite: bool = False,
+) -> Exported:  # fmt: skip
     """Export, run and compare; the file appears last, whole."""
     target = Path(path)
     if target.is_dir() or (target.exists() and not overwrite):
-        what = "is a folder" if target.is_dir() else "is there already; overwrite=True replaces it"
-        raise FileExistsError(f"{target} {what}")
-    images, expected = _examples(model, input_size, batch)
-    shapes = ({0: torch.export.Dim("batch")},) if batch == "dynamic" else None
+        raise FileExistsError(f"{target} is there already; overwrite=True replaces a file, but no folder")
+    if batch != "dynamic" and (type(batch) is not int or batch < 1):
+        raise ValueError(f"batch is {batch!r}, but it must be 'dynamic' or a whole number of at least 1")
+    sizes: tuple[Any, ...] = (1, 3) if batch == "dynamic" else (batch,)
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    generator = torch.Generator().manual_seed(0)
+    try:
+        images = [torch.randn((n, *input_size), generator=generator).to(like) for n in sizes]
+        with torch.no_grad():
+            expected = [model(x) for x in images]
+    except Exception as error:  # the model's own code, which may raise anything
+        raise ValueError(f"the model cannot be run on images of {input_size}: {first_line(error)}") from error
+    if not isinstance(expected[0], Tensor):
+        raise ValueError(f"the model returns a {type(expected[0]).__name__}, but one tensor can be exported")
     try:
         with torch.no_grad(), _quiet():
-            content = export(model, images[-1], shapes)  # from one image a dynamic batch cannot be seen
+            # From one image a dynamic batch cannot be seen.
+            content = export(model, images[-1], ({0: torch.export.Dim("batch")},) if batch == "dynamic" else None)
             outputs = expected if run is None else run(content, images)
     except Exception as error:  # exporters run the model's code and raise errors of many kinds
         hint = "; a fixed batch may work" if batch == "dynamic" else ""
@@ -140,35 +144,7 @@ def _write(
         raise RuntimeError(f"the file differs from the model by {apart:.1e}, but tolerance is {tolerance:g}")
     with replacing(target) as file:
         file.write(content)
-    return Exported(path=target, batches=tuple(map(len, images)) if run else (), error=apart if run else None)
-
-
-def _examples(model: nn.Module, input_size: Sequence[int], batch: object) -> tuple[list[Tensor], list[Tensor]]:
-    """Random images in batches of the sizes to check, and the outputs of the model for them."""
-    size = tuple(input_size)
-    if not size or any(type(n) is not int or n < 1 for n in size):
-        raise ValueError(f"input_size is {input_size!r}, but it must be (C, H, W) in whole numbers of at least 1")
-    if batch != "dynamic" and (type(batch) is not int or batch < 1):
-        raise ValueError(f"batch is {batch!r}, but it must be 'dynamic' or a whole number of at least 1")
-    sizes: tuple[Any, ...] = (1, 3) if batch == "dynamic" else (batch,)
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    generator = torch.Generator().manual_seed(0)
-    images = [torch.randn((n, *size), generator=generator).to(like) for n in sizes]
-    try:
-        with torch.no_grad():
-            outputs = [model(x) for x in images]
-    except Exception as error:  # the model's own code, which may raise anything
-        raise ValueError(f"the model cannot be run on images of {size}: {first_line(error)}") from error
-    if not all(isinstance(y, Tensor) for y in outputs):
-        raise ValueError(f"the model returns a {type(outputs[0]).__name__}, but one tensor can be exported and checked")
-    return images, outputs
-
-
-def _run_onnx(content: bytes, images: Sequence[Tensor]) -> list[Tensor]:
-    import onnxruntime  # type: ignore[import-untyped]
-
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return [torch.from_numpy(session.run(None, {"images": x.numpy()})[0]) for x in images]
+    return Exported(path=target, batches=sizes if run else (), error=apart if run else None)
 
 
 def _difference(got: Tensor, wanted: Tensor) -> float:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 import re
 import struct
 import warnings
@@ -31,7 +30,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from basis.statistics import Estimate, mean_estimate
+from basis.statistics import mean_estimate
 
 TEXT_WIDTH = 7.0  # inches: the width of the book's text, and of a printed page's
 FIGURE_KEY = "basis_figure"  # output metadata of a figure, which the book replaces by a numbered one
@@ -165,15 +164,8 @@ def show(draw: Draw, *, name: str, caption: str, alt: str, folder: Path | None =
 # --- pieces that several figures share ---------------------------------------------------------
 
 
-def interval(
-    axes: Axes, x: float, values: Sequence[float], *, color: str, label: str | None = None, mean: Estimate | None = None
-) -> None:
-    """Draw the mean with its 95 % interval (Student's, unless ``mean`` brings its own), and each run as a dot."""
-    mean = mean or mean_estimate(values)
-    error = None if math.isnan(mean.low) else [[mean.value - mean.low], [mean.high - mean.value]]
-    axes.plot([x] * len(values), values, ".", color=color, alpha=0.55, markersize=5, zorder=2)
-    style: dict[str, Any] = {"fmt": "o", "capsize": 4, "markersize": 7, "linewidth": 1.6, "zorder": 3}
-    axes.errorbar([x], [mean.value], yerr=error, color=color, label=label, **style)
+# For seaborn, where three rows of a frame hold an estimate and both ends of its interval (or quartiles).
+ENDS: Mapping[str, Any] = {"estimator": "median", "errorbar": ("pi", 100)}
 
 
 def student(values: Sequence[float]) -> tuple[float, float]:

@@ -1,8 +1,7 @@
 """Networks made ready for inference: batch normalisation folded away, and the faster form of each layer measured.
 
-In evaluation mode a batch normalisation is an affine map of each channel, so it goes into the weight and the bias of
-the convolution before it (Jacob et al. 2018, arXiv 1712.05877, section 3.2). For a basis convolution it goes into
-M = [I; A], so that the pair of B and M stays a pair, or into the dense weight M B.
+Batch normalisation goes into the weight and bias of the convolution before it (Jacob et al. 2018, arXiv 1712.05877,
+section 3.2): of a basis convolution into M = [I; A], so that B and M stay a pair, or into the dense weight M B.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from basis.bench.shapes import TimedLayer
@@ -24,7 +22,7 @@ from basis.export import Exported, export_onnx, export_program, is_installed  # 
 from basis.layers.base import ConvLike
 from basis.layers.batchnorm import uncouple
 from basis.layers.conv import BasisConv2d
-from basis.layers.norm_pairs import afterwards, norm_pairs
+from basis.layers.norm_pairs import Pairs, afterwards, norm_pairs
 from basis.layers.structured import StructuredConv2d
 from basis.models import build
 from basis.modules import is_channels_last
@@ -42,25 +40,27 @@ def fold(model: nn.Module, *, factorized: Iterable[str] = (), strict: bool = Fal
     Args:
         factorized: names of the basis convolutions that become ``nn.Sequential`` pairs of B (C_in -> k) and
             M = [I; A] (k -> C_out, 1x1), e.g. ``measure_fold(...).faster()``.
-        strict: refuse a model of which a batch normalisation would stay.
+        strict: raise ``ValueError`` for batch normalisations that would stay, with the reasons.
 
-    Raises:
-        ValueError: for a name in ``factorized`` that is no basis convolution; for a model on the meta device;
-            where ``strict``, for the batch normalisations that stay, with the reasons.
+    Raises ``ValueError`` also for a name in ``factorized`` that is no basis convolution, and on the meta device.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model is on the meta device and has no values to fold; load its values first")
-    folded, source = uncouple(model).eval(), uncouple(model).eval()  # the second is for tracing and for float64
-    pairs = _named(folded, factorized)
-    norms, left = _folding(source)
+    folded = uncouple(model).eval()
+    bases = {name: m for name, m in folded.named_modules(remove_duplicate=False) if isinstance(m, BasisConv2d)}
+    names = [factorized] if isinstance(factorized, str) else list(factorized)
+    if unknown := [name for name in names if name not in bases]:
+        raise ValueError(f"factorized has {unknown[0]!r}, but it must name basis convolutions ({few(bases) or 'none'})")
+    pairs = {bases[name] for name in names}
+    norms, left = _folding(folded)
     if strict and left:
         reasons = few((f"{name} ({why})" for name, why in left.items()), "; ")
-        raise ValueError(f"not every batch normalisation can be folded: {reasons}; strict=False keeps these")
+        raise ValueError(f"not every batch normalisation can be folded: {reasons}")
     new: dict[nn.Module, nn.Module] = {}
     for name, layer in folded.named_modules():
         if isinstance(layer, ConvLike) or name in norms:
-            norm = source.get_submodule(norms[name]) if name in norms else None
-            new[layer] = _plain(layer, source.get_submodule(name), norm, pair=layer in pairs)
+            norm = folded.get_submodule(norms[name]) if name in norms else None
+            new[layer] = _plain(layer, norm, pair=layer in pairs)
             for hooks in HOOKS:
                 setattr(new[layer], hooks, getattr(layer, hooks))
     for name in norms.values():
@@ -75,16 +75,6 @@ def norms_left(model: nn.Module) -> dict[str, str]:
     return _folding(uncouple(model).eval())[1]
 
 
-def _named(model: nn.Module, names: Iterable[str]) -> set[nn.Module]:
-    """The basis convolutions of these names."""
-    known = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, BasisConv2d)}
-    names = (names,) if isinstance(names, str) else tuple(names)
-    for name in names:
-        if name not in known:
-            raise ValueError(f"factorized has {name!r}, but it must name basis convolutions ({few(known) or 'none'})")
-    return {known[name] for name in names}
-
-
 def _folding(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
     """Convolution -> the batch normalisation to fold into it, and every other batch normalisation -> why not."""
     own = {part for layer in model.modules() if isinstance(layer, ConvLike) for part in layer.modules()}
@@ -93,10 +83,8 @@ def _folding(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module not in own
     }
-    if not left:
-        return {}, {}
     try:
-        found = norm_pairs(model)
+        found = norm_pairs(model) if left else Pairs({}, {})
     except ValueError as error:
         return {}, dict.fromkeys(left, str(error))
     left |= {name: why for name, why in found.hidden.items() if name in left}
@@ -112,8 +100,6 @@ def _folding(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
 
 def _obstacle(conv: Any, norm: Any) -> str | None:
     """Why ``norm`` cannot be folded into ``conv``; None where it can."""
-    if any(map(is_lazy, (*conv.parameters(), *norm.parameters(), *norm.buffers()))):
-        return "lazy: shapes are not known before the first forward pass"
     if norm.running_mean is None or norm.running_var is None:
         return "it normalises by the statistics of each batch (track_running_stats=False)"
     if conv._forward_hooks or norm._forward_hooks or norm._forward_pre_hooks:
@@ -128,16 +114,15 @@ def _obstacle(conv: Any, norm: Any) -> str | None:
 
 
 @torch.no_grad()
-def _plain(layer: Any, source: Any, norm: Any, *, pair: bool) -> nn.Module:
-    """The plain form of ``layer``; ``source`` is the same layer and ``norm`` what follows it, both to spend."""
-    structured = isinstance(layer, StructuredConv2d)
-    layer = layer.to_conv() if structured else layer
+def _plain(layer: Any, norm: Any, *, pair: bool) -> nn.Module:
+    """The plain form of ``layer`` and ``norm`` after it, by way of float64 on the CPU."""
+    source = copy.deepcopy(layer).to("cpu", torch.float64)
+    if isinstance(layer, StructuredConv2d):
+        layer, source = layer.to_conv(), source.to_conv()
     like: Tensor = layer.basis if isinstance(layer, BasisConv2d) else layer.weight
-    source = source.to("cpu", torch.float64)
-    source = source.to_conv() if structured else source
     weight, bias = source.mixing[:, :, None, None] if pair else source.weight, source.bias
     if norm is not None:
-        norm = norm.to("cpu", torch.float64)
+        norm = copy.deepcopy(norm).to("cpu", torch.float64)
         statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
         weight, bias = fuse_conv_bn_weights(weight, bias, *statistics)
     spatial = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "padding_mode")}
@@ -188,18 +173,17 @@ def measure_fold(
     source = uncouple(model).eval()
     forms = [fold(model), fold(model, factorized=[n for n, m in source.named_modules() if isinstance(m, BasisConv2d)])]
     setting = (setting or Setting()).settled(source)
-    measured: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    measured: dict[str, list[dict[str, Any]]] = {}
     rows: list[dict[str, Any]] = []
-    for layer, module, calls in trace_calls(source, (1, *input_size)):
+    for name, module, calls in trace_calls(source, (1, *input_size)):
         if isinstance(module, BasisConv2d) and calls:
-            dense, pair = (form.get_submodule(layer) for form in forms)
+            dense, pair = (form.get_submodule(name) for form in forms)
             timed = TimedLayer.of(dense, (call.x[1:] for call in calls), input_gradient=False)
-            key = (timed, module.basis_channels, module.coefficients.groups)
-            if key not in measured:
-                measured[key] = _rows(layer, timed, dense, pair, setting, progress)
-            first = measured[key][0]["layer"]
-            same = None if layer == first else first
-            rows += [{**row, "layer": layer, "same_as": same} for row in measured[key]]
+            twin = first.setdefault((timed, module.basis_channels, module.coefficients.groups), name)
+            if twin == name:
+                measured[name] = _rows(name, timed, dense, pair, setting, progress)
+            rows += [{**row, "layer": name, "same_as": None if twin == name else twin} for row in measured[twin]]
     if not rows:
         raise ValueError("the model has no basis convolution that is called, so there is nothing to measure")
     options = {"model": type(model).__name__, "input_size": list(input_size)}

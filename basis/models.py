@@ -25,13 +25,16 @@ class PaddedShortcut(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        self.stride = stride
-        missing = out_channels - in_channels
+        self.stride, missing = stride, out_channels - in_channels
         self.padding = (0, 0, 0, 0, missing // 2, missing - missing // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
         return F.pad(x[:, :, :: self.stride, :: self.stride], self.padding)
+
+
+def _conv(in_channels: int, out_channels: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, size, stride=stride, padding=size // 2, bias=False)
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int, projection: bool) -> nn.Module:
@@ -42,21 +45,15 @@ def _shortcut(in_channels: int, out_channels: int, stride: int, projection: bool
     return nn.Sequential(_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
 
 
-def _conv(in_channels: int, out_channels: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, size, stride=stride, padding=size // 2, bias=False)
-
-
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut; ``width`` channels come out."""
 
     expansion = 1
 
-    def __init__(self, in_channels: int, width: int, stride: int, *, projection: bool = True) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int, projection: bool = True) -> None:
         super().__init__()
-        self.conv1 = _conv(in_channels, width, stride=stride)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = _conv(width, width)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.conv1, self.bn1 = _conv(in_channels, width, stride=stride), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = _conv(width, width), nn.BatchNorm2d(width)
         self.shortcut = _shortcut(in_channels, width, stride, projection)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,14 +67,11 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, stride: int, *, projection: bool = True) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int, projection: bool = True) -> None:
         super().__init__()
-        self.conv1 = _conv(in_channels, width, 1)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = _conv(width, width, stride=stride)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = _conv(width, 4 * width, 1)
-        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.conv1, self.bn1 = _conv(in_channels, width, 1), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = _conv(width, width, stride=stride), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = _conv(width, 4 * width, 1), nn.BatchNorm2d(4 * width)
         self.shortcut = _shortcut(in_channels, 4 * width, stride, projection)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,53 +81,15 @@ class Bottleneck(nn.Module):
         return activate(self.bn3, self.conv3(out), self.shortcut(x))
 
 
-class ResNet(nn.Module):
-    """A residual network for small images: (N, 3, H, W) to logits (N, num_classes).
-
-    Args:
-        block, depths: the kind of block, and how many there are in each stage.
-        width: channels of the stem and of the first stage's blocks, which every further stage doubles; or the channels
-            of each stage, the first of them also the stem's.
-        projection: shortcuts that change shape are 1x1 convolutions with batch normalisation, not
-            :class:`PaddedShortcut`.
-    """
-
-    def __init__(
-        self, block: type[BasicBlock] | type[Bottleneck], depths: Sequence[int], *, width: int | Sequence[int],
-        num_classes: int, projection: bool = True,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        widths = [width * 2**i for i in range(len(depths))] if isinstance(width, int) else list(width)
-        channels = widths[0]
-        self.conv1 = _conv(3, channels)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.stages = tuple(f"layer{i + 1}" for i in range(len(depths)))
-        for i, (stage, depth) in enumerate(zip(self.stages, depths, strict=True)):
-            blocks: list[nn.Module] = []
-            for j in range(depth):
-                stride = 2 if i > 0 and j == 0 else 1
-                blocks.append(block(channels, widths[i], stride, projection=projection))
-                channels = widths[i] * block.expansion
-            self.add_module(stage, nn.Sequential(*blocks))
-        self.fc = nn.Linear(channels, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (N, 3, H, W) to logits (N, num_classes)."""
-        x = activate(self.bn1, self.conv1(x))
-        for stage in self.stages:
-            x = getattr(self, stage)(x)
-        return self.fc(x.mean(dim=(2, 3)))
-
-
 class PreactivatedBlock(nn.Module):
-    """Two 3x3 convolutions, each after batch normalisation and ReLU, beside a shortcut."""
+    """Two 3x3 convolutions, each after batch normalisation and ReLU, beside a shortcut; ``width`` channels come out."""
 
-    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+    expansion = 1
+
+    def __init__(self, in_channels: int, width: int, stride: int, projection: bool = True) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = _conv(in_channels, width, stride=stride)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv2 = _conv(width, width)
+        self.bn1, self.conv1 = nn.BatchNorm2d(in_channels), _conv(in_channels, width, stride=stride)
+        self.bn2, self.conv2 = nn.BatchNorm2d(width), _conv(width, width)
         changes = stride > 1 or in_channels != width
         self.shortcut = _conv(in_channels, width, 1, stride) if changes else None
 
@@ -144,48 +100,62 @@ class PreactivatedBlock(nn.Module):
         return self.conv2(activate(self.bn2, self.conv1(out))) + shortcut
 
 
-class WideResNet(nn.Module):
-    """WRN-depth-widening: (N, 3, H, W) to logits (N, num_classes).
+Block = type[BasicBlock] | type[Bottleneck] | type[PreactivatedBlock]
+
+
+class ResNet(nn.Module):
+    """A residual network for small images: (N, 3, H, W) to logits (N, num_classes).
 
     Args:
-        depth: 6 n + 4, with n blocks in each of the three stages.
-        widening: how many times as wide as the stem, of ``width`` channels, the first stage is.
+        block, depths: the kind of block, and how many there are in each stage; networks of preactivated blocks
+            normalise after the last stage, all others after the stem.
+        width: channels of the first stage's blocks, which every further stage doubles; or the channels of each stage.
+        stem: channels of the first convolution; None: those of the first stage.
+        projection: shortcuts that change shape are 1x1 convolutions, not :class:`PaddedShortcut`.
     """
 
-    stages = ("layer1", "layer2", "layer3")
-
-    def __init__(self, depth: int, widening: int, *, width: int = 16, num_classes: int = 10) -> None:
+    def __init__(
+        self, block: Block, depths: Sequence[int], *, width: int | Sequence[int], num_classes: int,
+        projection: bool = True, stem: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        if depth < 10 or (depth - 4) % 6 or widening < 1:
-            raise ValueError(f"WRN-{depth}-{widening}: the depth must be 6 n + 4 and the widening factor at least 1")
-        self.conv1 = _conv(3, width)
-        channels = width
-        for i, stage in enumerate(self.stages):
-            blocks = []
-            for j in range((depth - 4) // 6):
-                blocks.append(PreactivatedBlock(channels, width * widening * 2**i, 2 if i > 0 and j == 0 else 1))
-                channels = width * widening * 2**i
+        widths = [width * 2**i for i in range(len(depths))] if isinstance(width, int) else list(width)
+        channels = stem or widths[0]
+        late = block is PreactivatedBlock
+        self.conv1 = _conv(3, channels)
+        self.bn1 = None if late else nn.BatchNorm2d(channels)
+        self.stages = tuple(f"layer{i + 1}" for i in range(len(depths)))
+        for i, (stage, depth) in enumerate(zip(self.stages, depths, strict=True)):
+            blocks: list[nn.Module] = []
+            for j in range(depth):
+                blocks.append(block(channels, widths[i], 2 if i > 0 and j == 0 else 1, projection))
+                channels = widths[i] * block.expansion
             self.add_module(stage, nn.Sequential(*blocks))
-        self.bn = nn.BatchNorm2d(channels)
+        self.bn = nn.BatchNorm2d(channels) if late else None
         self.fc = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, 3, H, W) to logits (N, num_classes)."""
         x = self.conv1(x)
+        if self.bn1 is not None:
+            x = activate(self.bn1, x)
         for stage in self.stages:
             x = getattr(self, stage)(x)
-        return self.fc(activate(self.bn, x).mean(dim=(2, 3)))
+        if self.bn is not None:
+            x = activate(self.bn, x)
+        return self.fc(x.mean(dim=(2, 3)))
 
 
-_FOUR: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
+NETWORKS: dict[str, tuple[Block, tuple[int, ...]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    **{f"resnet{depth}": (BasicBlock, ((depth - 2) // 6,) * 3) for depth in (20, 32, 44, 56, 110)},
 }
-MODELS = (*_FOUR, "resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+MODELS = tuple(NETWORKS)
 
 
-def build(name: str, *, num_classes: int = 10, width: int | Sequence[int] | None = None) -> ResNet | WideResNet:
+def build(name: str, *, num_classes: int = 10, width: int | Sequence[int] | None = None) -> ResNet:
     """The network called ``name``: one of :data:`MODELS`, or ``wrn-DEPTH-WIDENING`` such as ``wrn-28-10``.
 
     ``width``, of the stem, is that of the paper unless given; for a ResNet a sequence holds the width of each stage.
@@ -194,19 +164,20 @@ def build(name: str, *, num_classes: int = 10, width: int | Sequence[int] | None
         ValueError: for an unknown name, a width or number of classes below 1, or widths of another number of stages.
     """
     wide = re.fullmatch(r"wrn-(\d+)-(\d+)", name)
-    if name not in MODELS and not wide:
-        raise ValueError(f"model is {name!r}, but must be one of {', '.join(MODELS)}, wrn-DEPTH-WIDENING")
-    each = () if width is None else (width,) if isinstance(width, int) else tuple(width)
-    for what, value in (("num_classes", num_classes), *(("width", one) for one in each)):
-        if value < 1:
-            raise ValueError(f"{what} is {value}, but it must be at least 1")
-    stages = 0 if wide else 4 if name in _FOUR else 3
-    if not isinstance(width, int | None) and len(each) != stages:
-        raise ValueError(f"width is {width}, but {name} takes a number" + f" or a sequence of {stages}" * bool(stages))
     if wide:
-        return WideResNet(int(wide[1]), int(wide[2]), width=each[0] if each else 16, num_classes=num_classes)
-    if name in _FOUR:
-        block, depths = _FOUR[name]
-        return ResNet(block, depths, width=width or 64, num_classes=num_classes)
-    depth = (int(name.removeprefix("resnet")) - 2) // 6  # blocks in each of the three stages
-    return ResNet(BasicBlock, (depth,) * 3, width=width or 16, num_classes=num_classes, projection=False)
+        depth, widening = map(int, wide.groups())
+        if depth < 10 or (depth - 4) % 6 or widening < 1:
+            raise ValueError(f"WRN-{depth}-{widening}: the depth must be 6 n + 4 and the widening factor at least 1")
+    elif name not in NETWORKS:
+        raise ValueError(f"model is {name!r}, but must be one of {', '.join(MODELS)}, wrn-DEPTH-WIDENING")
+    block, depths = (PreactivatedBlock, ((depth - 4) // 6,) * 3) if wide else NETWORKS[name]
+    if width is None:
+        width = 64 if len(depths) == 4 else 16
+    each = [width] if isinstance(width, int) else list(width)
+    if min(num_classes, *each) < 1:
+        raise ValueError(f"num_classes is {num_classes} and width is {width}, but both must be at least 1")
+    if not isinstance(width, int) and (wide or len(each) != len(depths)):
+        raise ValueError(f"width is {width}, but {name} takes a number" + f" or one for each of {len(depths)} stages")
+    if wide:
+        return ResNet(block, depths, width=each[0] * widening, num_classes=num_classes, stem=each[0])
+    return ResNet(block, depths, width=width, num_classes=num_classes, projection=len(depths) == 4)

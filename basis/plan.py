@@ -15,8 +15,8 @@ from torch.nn.parameter import is_lazy
 from basis.layers.base import ConvLike
 from basis.layers.coefficients import Form
 from basis.layers.conv import BasisConv2d, basis_channels_for
-from basis.layers.structured import LAYERS, Structure, StructuredConv2d
-from basis.saving import Saved
+from basis.layers.structured import Structure, StructuredConv2d
+from basis.saving import Saved, columns
 from basis.text import shown_name
 
 Size = int | str  # basis channels k of a basis convolution, or the text of a structured layer, "tucker:0.41"
@@ -36,6 +36,10 @@ class Plan(Saved):
     layers: Mapping[str, Size]
     skipped: Mapping[str, str] = field(default_factory=dict)
     out_channels: Mapping[str, int] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, Mapping) or not isinstance(self.skipped, Mapping):
+            raise TypeError("layers and skipped must map names of layers to sizes and reasons")
 
     @classmethod
     def uniform(
@@ -66,10 +70,9 @@ class Plan(Saved):
             raise ValueError("give one of ratio and layer")
         if multiple < 1 or (layer is not None and multiple > 1):
             raise ValueError(f"multiple is {multiple}, but it must be at least 1, and goes with a ratio")
-        form = Form.parse(coefficients)
-        choice: float | Structure = Structure.parse(layer) if layer is not None else ratio or 0.0
-        if not isinstance(choice, Structure):
-            basis_channels_for(choice, 1)  # refuses a bad ratio, whatever the layers are
+        form, structure = Form.parse(coefficients), None if layer is None else Structure.parse(layer)
+        if ratio is not None:
+            basis_channels_for(ratio, 1)  # refuses a bad ratio, whatever the layers are
         included, excluded = as_patterns(include), as_patterns(exclude)
         found = convolutions(model)
         for pattern in included:
@@ -77,19 +80,24 @@ class Plan(Saved):
                 raise ValueError(f"include has {pattern!r}, but no convolution has such a name")
         layers: dict[str, Size] = {}
         skipped: dict[str, str] = {}
-        for module, (name, *others) in found.items():
-            reason = obstacle(model, module) or left_out([name, *others], included, excluded)
-            size, why = (None, reason) if reason else _size_for(module, choice, multiple)
-            if size is None:
-                skipped[name] = str(why)
+        for conv, names in found.items():
+            reason = obstacle(model, conv) or left_out(names, included, excluded)
+            size: Size = 0
+            if structure is not None:
+                reason, size = reason or structure.obstacle(conv), str(structure)
+            elif not reason:
+                size = basis_channels_for(ratio or 0, conv.out_channels, math.lcm(conv.groups, multiple))
+                if size >= conv.out_channels:
+                    reason = f"k = {size} is not below C_out = {conv.out_channels}: nothing to derive"
+            if reason:
+                skipped[names[0]] = reason
             else:
-                layers[name] = size
+                layers[names[0]] = size
         for names in tied(model, layers, form):
-            reason = _growth([model.get_submodule(name) for name in names], layers[names[0]], form)
-            if reason is not None:
+            if reason := _growth([model.get_submodule(name) for name in names], layers[names[0]], form):
                 layers = {name: size for name, size in layers.items() if name not in names}
                 skipped |= dict.fromkeys(names, reason)
-        return cls(layers, skipped, {names[0]: conv.out_channels for conv, names in found.items()})
+        return cls(layers, skipped, _widths(found))
 
     def __str__(self) -> str:
         others = any(isinstance(size, str) for size in self.layers.values())
@@ -97,19 +105,7 @@ class Plan(Saved):
         rows = [("layer", title), *((shown_name(n), str(size)) for n, size in self.layers.items())]
         if self.skipped:
             rows += [("", ""), ("kept dense", "because"), *((shown_name(n), r) for n, r in self.skipped.items())]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
-
-    @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """The plan that ``to_json`` wrote. Raises ``ValueError`` where ``text`` is not one."""
-        plan = super().from_json(text)
-        checks = {"layers": _is_size, "skipped": lambda value: isinstance(value, str)}
-        for name, fits in checks.items():
-            entries = getattr(plan, name)
-            if not isinstance(entries, dict) or not all(map(fits, entries.values())):
-                raise ValueError(f"the plan's {name!r} is {entries!r}, but it must map layer names to sizes or reasons")
-        return plan
+        return "\n".join(columns(rows, left=2))
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -127,7 +123,7 @@ def plan_of(model: nn.Module) -> Plan:
             layers[name] = module.text
         else:
             skipped[name] = obstacle(model, module) or "left dense"
-    return Plan(layers, skipped, {names[0]: conv.out_channels for conv, names in found.items()})
+    return Plan(layers, skipped, _widths(found))
 
 
 def convolutions(model: nn.Module) -> dict[Any, list[str]]:
@@ -137,6 +133,10 @@ def convolutions(model: nn.Module) -> dict[Any, list[str]]:
         if isinstance(module, (_ConvNd, ConvLike)):
             found.setdefault(module, []).append(name)
     return found
+
+
+def _widths(found: Mapping[Any, Sequence[str]]) -> dict[str, int]:
+    return {names[0]: conv.out_channels for conv, names in found.items()}
 
 
 def obstacle(model: nn.Module, module: nn.Module) -> str | None:
@@ -181,17 +181,6 @@ def tied(model: nn.Module, sizes: Mapping[str, Size], form: Form) -> list[list[s
     return list(together.values())
 
 
-def _size_for(conv: nn.Conv2d, choice: float | Structure, multiple: int) -> tuple[Size | None, str | None]:
-    """The size that ``conv`` gets by a ratio or a structured layer, or else the reason why it gets none."""
-    if isinstance(choice, Structure):
-        why = choice.obstacle(conv)
-        return (str(choice), None) if why is None else (None, why)
-    k = basis_channels_for(choice, conv.out_channels, math.lcm(conv.groups, multiple))
-    if k >= conv.out_channels:
-        return None, f"k = {k} is not below C_out = {conv.out_channels}: nothing to derive"
-    return k, None
-
-
 def _growth(convs: Sequence[Any], size: Size, form: Form) -> str | None:
     """Why ``convs``, whose new layers share parameters, would store more than now; None where they would not."""
     if isinstance(size, str):
@@ -224,7 +213,3 @@ def left_out(names: Sequence[str], include: tuple[str, ...], exclude: tuple[str,
 def size_text(size: Size) -> str:
     """A size as it is said in messages."""
     return size if isinstance(size, str) else f"k = {size}"
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int or (isinstance(value, str) and value.partition(":")[0] in LAYERS)

@@ -56,10 +56,8 @@ def write_json(path: Path, value: object) -> None:
 
 def unwritable(path: Path, error: OSError) -> Unwritable:
     """What to raise where ``path`` could not be written."""
-    return Unwritable(
-        f"{path} could not be written ({error.strerror}); make room there and run the command again: "
-        "finished runs are kept and the rest goes on from its checkpoints"
-    )
+    then = "make room there and run the command again, which goes on where it stopped"
+    return Unwritable(f"{path} could not be written ({error.strerror}); {then}")
 
 
 class Saved:
@@ -79,17 +77,13 @@ class Saved:
     @classmethod
     def from_json(cls: type[Own], text: str) -> Own:
         """The result that :meth:`to_json` wrote. Raises ``ValueError`` where ``text`` is not one."""
-        what = cls.kind.replace("_", " ")
         try:
             content = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"this is not readable JSON: {error}") from error
-        if not isinstance(content, dict) or content.pop(f"basis_{cls.kind}", None) != VERSION:
-            raise ValueError(f"this JSON is no {what} of version {VERSION}")
-        try:
+            if not isinstance(content, dict) or content.pop(f"basis_{cls.kind}", None) != VERSION:
+                raise ValueError(f"this JSON is no {cls.kind} of version {VERSION}")
             return _made(cls, content)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"the {what} is damaged: {error}") from error
+        except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"the {cls.kind} is damaged: {error}") from error
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the result as JSON to ``path``, whole or not at all."""
@@ -102,7 +96,7 @@ class Saved:
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"there is no {cls.kind.replace('_', ' ')} at {os.fspath(path)}") from error
+            raise FileNotFoundError(f"there is no {cls.kind} at {os.fspath(path)}") from error
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
@@ -112,12 +106,10 @@ def _made(kind: Any, content: Mapping[str, Any]) -> Any:
     types = {field.name: str(field.type) for field in fields(kind)}
 
     def value(name: str, given: Any) -> Any:
-        if name in parts and isinstance(given, list):
-            return tuple(_made(parts[name], one) for one in given)
+        if isinstance(given, list):
+            return tuple(value(name, one) for one in given) if name in parts else tuple(given)
         if name in parts and given is not None:
             return _made(parts[name], given)
-        if isinstance(given, list):
-            return tuple(given)
         return number(given) if types.get(name) == "float" else given
 
     return kind(**{name: value(name, given) for name, given in content.items()})
@@ -137,11 +129,11 @@ def number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows as lines of aligned text: the first column to the left, the others to the right."""
+def columns(rows: Sequence[tuple[str, ...]], *, left: int = 1) -> list[str]:
+    """Rows as lines of aligned text: the first ``left`` columns to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for first, *others in rows:
-        right = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
-        lines.append("  ".join((f"{first:<{widths[0]}}", *right)).rstrip())
+    for row in rows:
+        cells = [f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(row)]
+        lines.append("  ".join(cells).rstrip())
     return lines

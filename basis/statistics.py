@@ -30,28 +30,17 @@ class Estimate:
         return value if math.isnan(self.low) else f"{value} [{low}, {high}]"
 
 
-def _student(value: float, error: float, freedom: int, n: int, *, comparisons: int = 1) -> Estimate:
-    """``value`` with Student's interval for its standard error; no interval without degrees of freedom."""
-    from scipy import stats
-
-    half = float(stats.t.ppf(1 - 0.025 / comparisons, freedom)) * error if freedom else math.nan
-    return Estimate(value, value - half, value + half, n)
-
-
 def mean_estimate(values: Sequence[float]) -> Estimate:
     """The mean with Student's interval. Raises ``ValueError`` for no values."""
     if not len(values):
         raise ValueError("there are no values to take a mean of")
-    x = np.asarray(values, dtype=float)
-    error = float(x.std(ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else math.nan
-    return _student(float(x.mean()), error, len(x) - 1, len(x))
+    return pooled_spread([values]).mean(values)
 
 
 def proportion_estimate(successes: float, n: int) -> Estimate:
     """The share ``successes / n`` of independent trials with Wilson's score interval (1927), which holds near 0 and 1.
 
-    Raises:
-        ValueError: for no trials, or successes outside 0 to n.
+    Raises ``ValueError`` for no trials, or successes outside 0 to n.
     """
     from scipy import stats
 
@@ -105,11 +94,13 @@ class Spread:
         return self.contrast([(1, first), (-1, second)], comparisons=comparisons)
 
     def contrast(self, variants: Sequence[tuple[float, Sequence[float]]], *, comparisons: int = 1) -> Estimate:
-        """The sum of weight x mean over the variants, with n and ``comparisons`` as in :func:`difference_estimate`."""
+        """The sum of weight x mean over the variants, with Student's interval; see :func:`difference_estimate`."""
+        from scipy import stats
+
         value = float(sum(weight * np.mean(values) for weight, values in variants))
-        variance = sum(weight**2 / len(values) for weight, values in variants)
-        n = min(len(values) for _, values in variants)
-        return _student(value, self.value * math.sqrt(variance), self.freedom, n, comparisons=comparisons)
+        error = self.value * math.sqrt(sum(weight**2 / len(values) for weight, values in variants))
+        half = float(stats.t.ppf(1 - 0.025 / comparisons, self.freedom)) * error if self.freedom else math.nan
+        return Estimate(value, value - half, value + half, min(len(values) for _, values in variants))
 
 
 def pooled_spread(variants: Iterable[Sequence[float]]) -> Spread:

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from basis.layers.coefficients import Form
 from basis.layers.conv import BasisConv2d
-from basis.plan import Plan, plan_of
+from basis.plan import Plan, Size, plan_of
 from basis.saving import replacing
 from basis.substitution import substitute
 from basis.text import few
@@ -54,34 +54,30 @@ def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     The weights of ``model`` are not used and it is left alone; device, dtype, flags, hooks and sharing are its own,
     but for coefficients, which are held and shared as in the saved model.
 
-    Raises:
-        FileNotFoundError: when a file is missing.
-        ValueError: when a file is damaged, or the plan or state does not fit ``model``; names what differs.
+    Raises ``FileNotFoundError``, and ``ValueError`` for a damaged file, or a plan or state that does not fit ``model``.
     """
     folder = Path(folder)
     plan = Plan.load(folder / PLAN_FILE)
     state, alias, forms = _read_state(folder / STATE_FILE)
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("model is on the meta device; give it storage first: model.to_empty(device='cpu')")
-    kinds = {name: "" if isinstance(size, str) else forms.get(name, "dense") for name, size in plan.layers.items()}
     loaded = model
     with torch.random.fork_rng(devices=[]):  # the random start is overwritten: leave no trace of it
-        for kind in dict.fromkeys(kinds.values()) or ("",):
-            part = {name: size for name, size in plan.layers.items() if kinds[name] == kind}
-            # Which layers share coefficients is told by the names of the tensors, so here each gets its own.
-            form = "dense" if kind in ("", "shared") else kind
+        # Which layers share coefficients is told by the names of the tensors, so here each gets its own.
+        parts: dict[str, dict[str, Size]] = {"dense": {}}
+        for name, size in plan.layers.items():
+            kind = forms.get(name, "dense")
+            parts.setdefault("dense" if kind == "shared" else kind, {})[name] = size
+        for form, part in parts.items():
             loaded = substitute(loaded, part, init="random", coefficients=form)
-    for name in (name for name, kind in kinds.items() if kind == "shared"):
+    for name in (name for name, kind in forms.items() if kind == "shared"):
         _layer(loaded, name).coefficients.form = Form("shared")
     for name, other in alias.items():
         if ".coefficients." in name:
             owner, source = (entry.rpartition(".coefficients.")[0] for entry in (name, other))
             _layer(loaded, owner).coefficients = _layer(loaded, source).coefficients
     if problems := misfits(loaded.state_dict(keep_vars=True), state):
-        raise ValueError(
-            f"{folder / STATE_FILE} does not fit this {type(model).__name__}: {few(problems, '; ')}. "
-            "load takes the architecture that the saved model was made from"
-        )
+        raise ValueError(f"{folder / STATE_FILE} does not fit this {type(model).__name__}: {few(problems, '; ')}")
     put_state(loaded, state)
     return loaded
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import difflib
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from basis.batches import Batches, calibration_inputs
-from basis.layers.base import ConvLike
 from basis.layers.batchnorm import copy_of, couple_in_place, couplings, uncouple_in_place
 from basis.layers.coefficients import Coefficients, Form
 from basis.layers.conv import MODES, BasisConv2d, Mode, check_basis_channels
@@ -49,14 +48,14 @@ def substitute(
     """A copy of ``model`` in which the convolutions that the plan names are basis convolutions or structured layers.
 
     A convolution with several names is replaced once, and any of its names will do. A bare ``nn.Conv2d`` comes back
-    as a ``BasisConv2d``. :func:`plan_of` tells what was substituted.
+    as one layer. :func:`plan_of` tells what was substituted.
 
     Args:
         plan: a :class:`Plan`, or a mapping of layer names to basis channels, or to texts of structured
             layers such as ``"tucker:0.41"``. Give this, ``ratio`` or ``layer``.
         ratio: every convolution that does not grow at this ratio, see :meth:`Plan.uniform`, whose ``include`` and
             ``exclude`` go with it.
-        layer: the same with a structured layer. Beside a plan: the kind, whose sizes are in the plan.
+        layer: the same with a structured layer.
         mode: the mode of the new basis layers, see :class:`BasisConv2d`.
         init: ``"svd"`` approximates each weight; ``"random"`` draws new ones for training from scratch.
         calibration: batches, read once, on which basis layers are fitted to the outputs of the dense ones instead of
@@ -66,12 +65,11 @@ def substitute(
         batch_norm: ``"through_basis"`` couples each new layer to the batch normalisation that directly follows it,
             where there is one (:func:`basis.layers.batchnorm.couple`): the same function, trained faster.
 
-    Raises:
-        ValueError: for a layer that is not there or cannot be substituted (with the reason), a k or form that does
-            not fit, another argument out of range, and calibration data that are empty or give no finite outputs.
+    Raises ``ValueError`` for a layer that is not there or cannot be substituted (with the reason), a k or form that
+    does not fit, another argument out of range, and calibration data that are empty or give no finite outputs.
     """
-    if [plan, ratio].count(None) == 0 or [plan, ratio, layer].count(None) == 3 or (layer and ratio is not None):
-        raise ValueError("give one of plan, ratio and layer (or a plan of sizes and the kind of layer)")
+    if [plan, ratio, layer].count(None) != 2:
+        raise ValueError("give one of plan, ratio and layer")
     for name, value, known in (("mode", mode, MODES), ("init", init, INITS), ("batch_norm", batch_norm, BATCH_NORMS)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}, but it must be one of {', '.join(known)}")
@@ -81,13 +79,9 @@ def substitute(
         raise ValueError("coefficients are a module, which the new layers would share with its owner; give a form")
     form = Form.parse(coefficients)
     if plan is None:
-        plan = Plan.uniform(
-            model, ratio=ratio, layer=layer, coefficients=form, include=include, exclude=exclude
-        )  # fmt: skip
+        plan = Plan.uniform(model, ratio=ratio, layer=layer, coefficients=form, include=include, exclude=exclude)
     elif as_patterns(include) or as_patterns(exclude):
         raise ValueError("include and exclude go with a ratio or a layer; a plan names its layers itself")
-    elif layer is not None:
-        plan = _of_kind(plan, layer)
     chosen = _resolve(model, plan.layers if isinstance(plan, Plan) else plan)
     texts = [size for size in chosen.values() if isinstance(size, str)]
     if texts and len(texts) == len(chosen) and (mode != "auto" or form.kind != "dense"):
@@ -111,18 +105,6 @@ def merge(model: nn.Module) -> nn.Module:
     return replace_modules(copied, {layer: hand_over(layer, layer.to_conv()) for layer in layers})
 
 
-# -- which layers -------------------------------------------------------------------------------
-
-
-def _of_kind(plan: Plan | Mapping[str, Any], layer: str | Structure) -> dict[str, str]:
-    """The texts of structured layers of one kind, whose sizes the plan gives."""
-    structure = Structure.parse(layer)
-    if structure.size:
-        raise ValueError(f"layer is {str(layer)!r} beside a plan, but then it is a kind, whose sizes the plan gives")
-    sizes = plan.layers if isinstance(plan, Plan) else plan
-    return {name: str(Structure(structure.kind, str(size))) for name, size in sizes.items()}
-
-
 def _resolve(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, Size]:
     """The layers to substitute, each module once, after checking all that ``layers`` says."""
     module_of = {name: module for module, names in convolutions(model).items() for name in names}
@@ -130,10 +112,8 @@ def _resolve(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, Size]:
     for name, size in layers.items():
         module = module_of.get(name)
         if module is None:
-            near = difflib.get_close_matches(name, module_of, n=3) or list(module_of)
-            raise ValueError(
-                f"the plan names {shown_name(name)}, which is no convolution of the model; near it are {few(near)}"
-            )
+            near = few(difflib.get_close_matches(name, module_of, n=3) or list(module_of))
+            raise ValueError(f"the plan names {name}, which is no convolution of the model; near it are {near}")
         if isinstance(module, nn.Conv2d) and size == module.out_channels:
             continue
         if reason := obstacle(model, module):
@@ -146,16 +126,11 @@ def _resolve(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, Size]:
                 check_basis_channels(size, module.out_channels, module.groups)
         except ValueError as error:
             raise ValueError(f"the plan for {shown_name(name)}: {error}") from error
-        other, other_size = chosen.setdefault(module, (name, size))
-        if other_size != size:
-            raise ValueError(
-                f"the plan gives {shown_name(other)} {size_text(other_size)} and {shown_name(name)} {size_text(size)}, "
-                "but they are one shared layer"
-            )
+        other, first = chosen.setdefault(module, (name, size))
+        if first != size:
+            both = f"{shown_name(other)} {size_text(first)} and {shown_name(name)} {size_text(size)}"
+            raise ValueError(f"the plan gives {both}, but they are one shared layer")
     return dict(chosen.values())
-
-
-# -- the new layers -----------------------------------------------------------------------------
 
 
 def _new_layers(
@@ -166,12 +141,23 @@ def _new_layers(
         if init == "svd" and model.get_submodule(name).weight.is_meta:
             raise ValueError(f"{shown_name(name)} is on the meta device and has no values; use init='random'")
     moments, norms = ({}, {}) if calibration is None else _calibrated(model, chosen, calibration)
+    options: dict[str, Any] = {"mode": mode}
     new: dict[nn.Module, nn.Module] = {}
     for names in tied(model, chosen, form):
         convs: list[Any] = [model.get_submodule(name) for name in names]
-        seen = [moments[name].centred() if name in norms else moments.get(name) for name in names]
+        size = chosen[names[0]]
+        layers: list[Any] = []
         try:
-            layers = _made(convs, chosen[names[0]], seen, init=init, form=form, mode=mode)
+            if isinstance(size, str):
+                layers += Structure.parse(size).make(convs, fitted=init == "svd")
+            elif init == "svd":
+                seen = [moments[name].centred() if name in norms else moments.get(name) for name in names]
+                options |= {"basis_channels": size, "coefficients": form}
+                layers += BasisConv2d.from_convs(convs, moments=seen, **options)
+            else:
+                for conv in convs:
+                    options |= {"basis_channels": size, "coefficients": layers[0].coefficients if layers else form}
+                    layers.append(BasisConv2d.shaped_like(conv, **options))
         except ValueError as error:
             raise ValueError(f"{shown_name(names[0])}: {error}") from error
         for name, conv, layer in zip(names, convs, layers, strict=True):
@@ -179,21 +165,6 @@ def _new_layers(
                 _take_mean(model.get_submodule(norms[name]), layer, moments[name])
             new[conv] = hand_over(conv, layer)
     return new
-
-
-def _made(
-    convs: list[Any], size: Size, moments: Sequence[Moments | None], *, init: str, form: Form, mode: Mode
-) -> Sequence[ConvLike]:
-    """The layers of one size for ``convs``, which share what such layers share."""
-    if isinstance(size, str):
-        return Structure.parse(size).make(convs, fitted=init == "svd")
-    if init == "svd":
-        return BasisConv2d.from_convs(convs, basis_channels=size, mode=mode, coefficients=form, moments=moments)
-    layers: list[BasisConv2d] = []
-    for conv in convs:
-        held = layers[0].coefficients if layers else form
-        layers.append(BasisConv2d.shaped_like(conv, basis_channels=size, mode=mode, coefficients=held))
-    return layers
 
 
 def _calibrated(

@@ -12,8 +12,6 @@ from types import ModuleType
 
 import torch
 
-_SCHEMAS = {name: "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor" for name in ("nms", "qnms")}
-
 
 def import_torchvision() -> ModuleType:
     """The module ``torchvision``, with its compiled operators where they fit this torch, else without them."""
@@ -22,9 +20,9 @@ def import_torchvision() -> ModuleType:
     except RuntimeError as error:
         if "operator torchvision::" not in str(error):
             raise
-    for name, schema in _SCHEMAS.items():
+    for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
-            torch.library.define(f"torchvision::{name}", schema)
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return _import("torchvision")
 
 

@@ -42,10 +42,9 @@ def test_a_good_file_is_read_as_it_is(arrays, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda a: a | {"x_test": a["x_test"].transpose(0, 3, 1, 2)}, r"x_test .* uint8 \(10000, 3, 32, 32\), but"),
-        (lambda a: a | {"x_test": a["x_test"].astype(np.float32)}, r"x_test .* float32"),
+        (lambda a: a | {"x_test": a["x_test"].transpose(0, 3, 1, 2)}, r"x_test .* uint8 \(10000, 3, 32, 32\)"),
         (lambda a: {k: v for k, v in a.items() if k != "y_test"}, "y_test"),
-        (lambda a: a | {"y_test": a["y_test"] + np.uint8(100)}, "labels run from 0 to 9"),
+        (lambda a: a | {"y_test": a["y_test"] + np.uint8(100)}, "labels from 0 to 9"),
     ],
 )
 def test_a_wrong_file_is_refused_in_one_sentence(arrays, tmp_path, spoil, says):
@@ -60,18 +59,6 @@ def test_a_truncated_file_is_refused(arrays, tmp_path):
     path.write_bytes(path.read_bytes()[:100_000])
     with pytest.raises(DataError, match=r"cifar10.npz cannot be read .* delete it"):
         load_cifar10(tmp_path)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can be waited for")
-def test_a_batch_is_made_without_waiting_for_the_device():
-    data, generator = synthetic(train=200).to("cuda"), torch.Generator("cuda").manual_seed(0)
-    index = torch.arange(100, device="cuda")
-    normalise(augment(data.train.x, index, generator))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        normalise(augment(data.train.x, index, generator))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_without_a_file_the_message_says_how_to_bring_it(tmp_path):

@@ -1,16 +1,21 @@
+import math
+
 import matplotlib
 import nbformat
+import pandas as pd
 import pytest
+import seaborn as sns
 
 from basis import figures
+from basis.statistics import mean_estimate
 
 
 def draw(theme):
     figure = figures.canvas()
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=theme.colour("r=1/2"), label="r = 1/2")
-    figures.interval(axes, 0.5, [0.4, 0.5, 0.6], color=theme.colour("dense"))
-    figures.interval(axes, 0.7, [0.4], color=theme.colour("dense"))
+    runs = pd.DataFrame({"x": [0.5, 0.5, 0.5, 0.7], "y": [0.4, 0.5, 0.6, 0.4]})
+    sns.lineplot(runs, x="x", y="y", errorbar=figures.student, err_style="bars", color=theme.colour("dense"), ax=axes)
     figures.note_n(axes, 3, theme)
     figures.mark_incomplete(axes, "3 of 4 runs", theme)
     axes.legend()
@@ -90,3 +95,9 @@ def test_every_colour_stands_out_from_its_background(theme):
 def test_a_label_keeps_its_colour():
     assert figures.LIGHT.colour("r = 1/2") == figures.LIGHT.colour("r=1/2") != figures.LIGHT.colour("dense")
     assert figures.DARK.colour("something else") == figures.DARK.colour("something else")
+
+
+def test_the_interval_for_seaborn_is_students_and_none_of_a_single_run():
+    mean = mean_estimate([0.4, 0.5, 0.6])
+    assert figures.student([0.4, 0.5, 0.6]) == (mean.low, mean.high)
+    assert all(map(math.isnan, figures.student([0.4])))

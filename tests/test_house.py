@@ -21,7 +21,7 @@ FLOORS = (
     ("plots",),
     ("compression",),
     ("experiments",),
-    ("cli", "cli_campaign"),
+    ("cli",),
 )
 FLOOR = {room: i for i, floor in enumerate(FLOORS) for room in floor}
 FILES = sorted((ROOT / "basis").rglob("*.py"))

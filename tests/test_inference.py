@@ -1,13 +1,11 @@
 """Folding, the choice of the form, and export: always against the model itself."""
 
-import copy
 import sys
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
-import torch._inductor.config
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
@@ -19,7 +17,6 @@ from basis.layers.batchnorm import couple
 from basis.layers.conv import MODES
 from basis.models import build
 from basis.modules import is_channels_last
-from basis.saving import RecordError
 from basis.substitution import plan_of
 
 FORMS = ("dense", "low_rank:2", "grouped:2", "sparse:2", "frozen", "repeat")
@@ -76,12 +73,6 @@ def difference(got, expected):
     return float((got - expected).abs().max() / expected.abs().max())
 
 
-def both(model, factorized, x):
-    """The largest relative difference that folding makes."""
-    with torch.no_grad():
-        return difference(fold(model, factorized=factorized, strict=True)(x), model(x))
-
-
 def layer_and_norm(*args, norm=True, affine=True, ratio=0.5, coefficients="dense", **options):
     torch.manual_seed(0)
     conv = nn.Conv2d(*args, dtype=torch.float64, **options)
@@ -97,23 +88,20 @@ def layer_and_norm(*args, norm=True, affine=True, ratio=0.5, coefficients="dense
 @pytest.mark.parametrize(
     ("args", "options"),
     [
-        ((6, 8, 3), {"norm": False}),
-        ((6, 8, 3), {"bias": False}),
-        ((6, 8, 3), {"affine": False}),
-        ((6, 8, (3, 5)), {"stride": (2, 1), "padding": (0, 2)}),
-        ((6, 8, (2, 3)), {"dilation": 2, "padding": "same"}),
-        ((6, 8, 3), {"padding": (1, 2), "padding_mode": "circular"}),
-        ((6, 8, 3), {"groups": 2, "padding": 1}),
+        ((6, 8, 3), {"norm": False}), ((6, 8, 3), {"bias": False}), ((6, 8, 3), {"affine": False}),
+        ((6, 8, (3, 5)), {"stride": (2, 1), "padding": (0, 2)}), ((6, 8, (2, 3)), {"dilation": 2, "padding": "same"}),
+        ((6, 8, 3), {"padding": (1, 2), "padding_mode": "circular"}), ((6, 8, 3), {"groups": 2, "padding": 1}),
         ((8, 16, 3), {"groups": 2, "coefficients": "grouped:2"}),
-        *(((6, 8, 3), {"coefficients": form}) for form in FORMS[1:]),
         ((6, 16, 3), {"groups": 2, "coefficients": "low_rank:1"}),
+        *(((6, 8, 3), {"coefficients": form}) for form in FORMS[3:]),
     ],
-)
+)  # fmt: skip
 def test_a_folded_layer_computes_the_same(args, options, factorized):
     model = layer_and_norm(*args, **options)
     torch.manual_seed(2)
-    assert both(model, factorized, torch.randn(2, args[0], 9, 8, dtype=torch.float64)) < 1e-12
-    first = fold(model, factorized=factorized)[0]
+    x, folded = torch.randn(2, args[0], 9, 8, dtype=torch.float64), fold(model, factorized=factorized, strict=True)
+    assert difference(folded(x), model(x)) < 1e-12
+    first = folded[0]
     convs = list(first) if factorized else [first]
     assert [type(conv) for conv in convs] == [nn.Conv2d] * (1 + len(factorized))
     assert (convs[-1].bias is not None) == (options.get("norm", True) or options.get("bias", True))
@@ -134,9 +122,8 @@ def test_a_folded_network_is_plain_and_computes_the_same(name, form):
     assert not any(parameter.requires_grad for parameter in folded.parameters())
 
 
-@pytest.mark.parametrize("make", [lambda: network("resnet20"), lambda: couple(network("resnet20"))])
-def test_the_model_given_is_left_alone(make):
-    model = make().train()
+def test_the_model_given_is_left_alone():
+    model = couple(network("resnet20")).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modules = list(model.modules())
     fold(model)
@@ -165,50 +152,30 @@ def test_a_shared_layer_stays_one_and_keeps_its_norm():
     assert difference(folded(x), model(x).detach()) < 1e-12
 
 
-def batch_statistics():
-    return nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
+class Scaled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Branch(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > -1e9 else x
 
 
 def hooked():
-    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
-    model[0].register_forward_hook(lambda module, args, output: output.clamp(min=0))
-    return model
-
-
-def pruned():
     conv = nn.Conv2d(4, 4, 3)
-    prune.l1_unstructured(conv, "weight", 0.5)
-    return nn.Sequential(conv, nn.BatchNorm2d(4))
-
-
-def of_its_own():
-    class Scaled(nn.Conv2d):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    return nn.Sequential(Scaled(4, 4, 3), nn.BatchNorm2d(4))
-
-
-def untraceable():
-    class Branch(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
-
-        def forward(self, x):
-            return self.norm(self.conv(x)) if x.sum() > -1e9 else x
-
-    return nn.Sequential(Branch())
+    conv.register_forward_hook(lambda module, args, output: output.clamp(min=0))
+    return conv
 
 
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (batch_statistics, "statistics of each batch"),
-        (hooked, "forward hooks"),
-        (pruned, "parametrized"),
-        (of_its_own, "Scaled"),
-        (untraceable, "cannot be traced"),
+        (lambda: (nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)), "statistics of each batch"),
+        (lambda: (hooked(), nn.BatchNorm2d(4)), "forward hooks"),
+        (lambda: (prune.l1_unstructured(nn.Conv2d(4, 4, 3), "weight", 0.5), nn.BatchNorm2d(4)), "parametrized"),
+        (lambda: (Scaled(4, 4, 3), nn.BatchNorm2d(4)), "Scaled"),
+        (lambda: (Branch(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),), "cannot be traced"),
     ],
 )
 def test_what_cannot_be_folded_stays_and_says_why(make, why):
@@ -266,17 +233,13 @@ def test_the_report_of_real_times_is_kept(tmp_path):
     model = network("mobile").bfloat16()
     setting = Setting(device="cpu", precision="fp32", memory_format="channels_last", batch_size=2, rounds=3)
     report = measure_fold(model, input_size=(3, 16, 16), setting=setting)
-    assert report.config["model"] == "Mobile"
     assert all(row["ms"] > 0 for row in report.rows)
     report.save(tmp_path / "fold.json")
     again = FoldReport.load(tmp_path / "fold.json")
     assert again == report
     assert again.faster() == report.faster()
-    assert "pair" in str(again)
     with pytest.raises(ValueError, match="'bench-layer'"):
         replace(again, kind="bench-layer").faster()
-    with pytest.raises(RecordError, match="not a JSON"):
-        FoldReport.load(tmp_path / "none.json")
 
 
 def test_nothing_to_measure():
@@ -289,6 +252,9 @@ def test_nothing_to_measure():
 # -- export -----------------------------------------------------------------------------------------
 
 
+WEEKLY = (("resnet20", "pairs"), ("resnet18", "unfolded"), ("mobile", "dense"), ("resnet50", "pairs"))
+
+
 @pytest.fixture
 def onnx():
     pytest.importorskip("onnxruntime")
@@ -298,16 +264,18 @@ def onnx():
 
 @pytest.mark.parametrize(
     ("name", "form"),
-    [
-        ("resnet20", "pairs"), ("mobile", "unfolded"), ("mobile", "dense"),
-        pytest.param("resnet18", "unfolded", marks=pytest.mark.weekly),
-        pytest.param("resnet50", "pairs", marks=pytest.mark.weekly),
-    ],
-)  # fmt: skip
-def test_networks_as_onnx(name, form, onnx, tmp_path):
-    done = export_onnx(shape(network(name), form), tmp_path / "net.onnx", (3, 16, 16))
+    [("mobile", "pairs"), *(pytest.param(*case, marks=pytest.mark.weekly) for case in WEEKLY)],
+)
+def test_networks_as_onnx(name, form, onnx, tmp_path, capfd):
+    model = shape(network(name), form).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        done = export_onnx(model, tmp_path / "net.onnx", (3, 16, 16))
+    assert capfd.readouterr() == ("", "")
+    assert model.training  # a copy is exported
     assert done.batches == (1, 3)
     assert done.error < 1e-4
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
     graph = onnx.load(tmp_path / "net.onnx").graph
     assert [value.name for value in (*graph.input, *graph.output)] == ["images", "logits"]
     assert [dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim] == [0, 3, 16, 16]
@@ -315,16 +283,12 @@ def test_networks_as_onnx(name, form, onnx, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "form"),
-    [
-        ("resnet18", "dense"), ("mobile", "unfolded"), ("mobile", "pairs"),
-        pytest.param("resnet50", "dense", marks=pytest.mark.weekly),
-    ],
-)  # fmt: skip
+    [("mobile", "unfolded"), *(pytest.param(*case, marks=pytest.mark.weekly) for case in WEEKLY)],
+)
 def test_networks_as_programs(name, form, tmp_path):
-    model = shape(network(name), form)
+    model, x = shape(network(name), form), torch.randn(5, 3, 16, 16)
     assert export_program(model, tmp_path / "net.pt2", (3, 16, 16)).error < 1e-5
     program = torch.export.load(tmp_path / "net.pt2").module()
-    x = torch.randn(5, 3, 16, 16)
     with torch.no_grad():
         assert difference(program(x), model(x)) < 1e-5
 
@@ -346,25 +310,13 @@ def test_every_mode_and_form_as_onnx(onnx, tmp_path):
     assert export_onnx(stack(), tmp_path / "stack.onnx", (8, 6, 6)).error < 1e-4
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-def test_every_mode_and_form_as_a_program(grad):
+@pytest.mark.weekly
+def test_every_mode_and_form_as_a_program():
     model, x = stack(), torch.randn(2, 8, 6, 6)
-    with torch.set_grad_enabled(grad):
-        program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
-        for n in (1, 4):
-            x = torch.randn(n, 8, 6, 6)
-            assert difference(program(x), model(x)) < 1e-5
-
-
-def test_export_is_quiet_and_leaves_model_and_loggers_alone(onnx, tmp_path, capfd):
-    model = network("mobile").train()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        export_onnx(model, tmp_path / "net.onnx", (3, 8, 8))
-        export_program(model, tmp_path / "net.pt2", (3, 8, 8))
-    assert capfd.readouterr() == ("", "")
-    assert model.training
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.onnx", "net.pt2"]
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    for n in (1, 4):
+        x = torch.randn(n, 8, 6, 6)
+        assert difference(program(x), model(x)) < 1e-5
 
 
 @pytest.mark.parametrize("export", [export_onnx, export_program])
@@ -374,42 +326,26 @@ class TestRefusals:
         path.write_text("mine")
         with pytest.raises(FileExistsError, match="overwrite=True"):
             export(model, path, (3, 8, 8))
-        with pytest.raises(FileExistsError, match="is a folder"):
+        with pytest.raises(FileExistsError, match="no folder"):
             export(model, tmp_path, (3, 8, 8), overwrite=True)
         assert path.read_text() == "mine"
         export(model, path, (3, 8, 8), overwrite=True)
         assert path.read_bytes() != b"mine"
 
-    def test_what_makes_no_sense(self, export, onnx, tmp_path):
-        model, path = nn.Conv2d(3, 2, 3), tmp_path / "net"
-        for batch in (0, "many", 2.0):
-            with pytest.raises(ValueError, match="batch is"):
-                export(model, path, (3, 8, 8), batch=batch)
-        for size in ((), (3, 8.0, 8)):
-            with pytest.raises(ValueError, match="input_size is"):
-                export(model, path, size)
-        with pytest.raises(ValueError, match="cannot be run on images"):
-            export(model, path, (4, 8, 8))
-        with pytest.raises(ValueError, match="returns a tuple"):
-            export(nn.LSTM(8, 2), path, (3, 8))
-        assert not path.exists()
-
-    def test_outputs_that_differ(self, export, onnx, tmp_path):
+    def test_what_makes_no_sense_or_cannot_be_exported(self, export, onnx, tmp_path):
         class Noisy(nn.Module):
             def forward(self, x):
                 return x + torch.rand_like(x)
 
-        with pytest.raises(RuntimeError, match="differs from the model"):
-            export(Noisy(), tmp_path / "net", (3, 8, 8))
-        assert list(tmp_path.iterdir()) == []
-
-    def test_models_that_cannot_be_exported(self, export, onnx, tmp_path):
-        class Branch(nn.Module):
-            def forward(self, x):
-                return x if x.sum() > 0 else -x
-
-        with pytest.raises(RuntimeError, match="Branch cannot be exported"):
-            export(Branch(), tmp_path / "net", (3, 8, 8))
+        for model, size, batch, error, says in (
+            (nn.Conv2d(3, 2, 3), (3, 8, 8), 2.0, ValueError, "batch is"),
+            (nn.Conv2d(3, 2, 3), (4, 8, 8), 1, ValueError, "cannot be run on images"),
+            (nn.LSTM(8, 2), (3, 8), 1, ValueError, "returns a tuple"),
+            (Noisy(), (3, 8, 8), "dynamic", RuntimeError, "differs from the model"),
+            (Branch(nn.Identity()), (3, 8, 8), "dynamic", RuntimeError, "Branch cannot be exported"),
+        ):
+            with pytest.raises(error, match=says):
+                export(model, tmp_path / "net", size, batch=batch)
         assert list(tmp_path.iterdir()) == []
 
 
@@ -420,34 +356,5 @@ def test_missing_packages(onnx, tmp_path, monkeypatch):
     assert (done.error, done.batches) == (None, ())
     assert path.exists()
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ModuleNotFoundError, match="needs onnxscript"):
+    with pytest.raises(ModuleNotFoundError, match="pip install"):
         export_onnx(model, path, (3, 8, 8), overwrite=True)
-
-
-# -- torch.compile ----------------------------------------------------------------------------------
-
-
-def compiled_equals_eager(model, x, backend):
-    """Outputs and all gradients in training mode, outputs in evaluation mode."""
-    torch._dynamo.reset()
-    results = []
-    for one in (model, copy.deepcopy(model)):
-        call = torch.compile(one, fullgraph=True, backend=backend) if one is model else one
-        one.train()
-        y = call(x)
-        grads = torch.autograd.grad(y.square().mean(), [p for p in one.parameters() if p.requires_grad])
-        one.eval()
-        with torch.no_grad():
-            results.append([y, call(x), *grads, *one.buffers()])
-    for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_every_mode_and_form_compiles_whole(mode):
-    torch.manual_seed(0)
-    forms = FORMS[:1] if mode == "auto" else FORMS  # auto is one of the other modes
-    layers = [
-        BasisConv2d.from_conv(nn.Conv2d(8, 8, 3, padding=1), ratio=0.5, mode=mode, coefficients=form) for form in forms
-    ]
-    compiled_equals_eager(nn.Sequential(*layers).double(), torch.randn(2, 8, 6, 6, dtype=torch.float64), "aot_eager")

@@ -7,7 +7,7 @@ from torch import nn
 from basis.layers.norm_pairs import norm_pairs
 from basis.models import MODELS, PaddedShortcut, build
 
-PARAMETERS = {
+PARAMETERS = {  # He et al. 2016, table 6, prints 0.27, 0.46, 0.66, 0.85 and 1.7 million for the three-stage networks
     "resnet18": 11_173_962,
     "resnet34": 21_282_122,
     "resnet50": 23_520_842,
@@ -18,8 +18,6 @@ PARAMETERS = {
     "resnet110": 1_727_962,
     "wrn-28-10": 36_479_194,
 }
-# He et al. 2016, table 6, in millions, as printed there
-PAPER = {"resnet20": 0.27, "resnet32": 0.46, "resnet44": 0.66, "resnet56": 0.85, "resnet110": 1.7}
 THIN = ("resnet18", "resnet50", "resnet20")  # one of each block and shortcut
 
 
@@ -32,9 +30,6 @@ def test_parameter_counts(name):
     with torch.device("meta"):
         model = build(name)
     assert parameters(model) == PARAMETERS[name]
-    if name in PAPER:
-        digits = 1 if name == "resnet110" else 2
-        assert round(parameters(model) / 1e6, digits) == PAPER[name]
 
 
 @pytest.mark.parametrize("name", MODELS)

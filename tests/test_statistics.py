@@ -1,4 +1,4 @@
-"""Intervals against textbook values, and the verdict rules of the headline study on made-up accuracies."""
+"""Intervals against textbook values, and the verdict of C1 on made-up sizes."""
 
 import math
 
@@ -56,20 +56,6 @@ def records(dense, basis, size=0.5):
 
 
 @pytest.mark.parametrize(
-    ("dense", "basis", "label"),
-    [
-        ([0.90, 0.901, 0.899], [0.88, 0.881, 0.879], "reproduced"),
-        ([0.90, 0.95, 0.85], [0.88, 0.929, 0.831], "reproduced"),  # seeds differ by more, but each loses
-        ([0.9000, 0.9001, 0.8999], [0.9001, 0.9000, 0.9002], "not reproduced"),
-        ([0.90, 0.91, 0.89], [0.899, 0.90, 0.895], "inconclusive"),
-        ([0.90, 0.90], [0.88, 0.88], "not tested"),
-    ],
-)
-def test_the_rule_for_c3(dense, basis, label):
-    assert headline.judge(records(dense, basis), "small")[1].label == label
-
-
-@pytest.mark.parametrize(
     ("size", "label"), [(0.5, "by construction"), (0.52, "by construction"), (0.54, "not reproduced")]
 )
 def test_the_rule_for_c1(size, label):
@@ -90,9 +76,3 @@ def test_a_pooled_difference_is_that_of_the_test_with_equal_variances():
     expected = stats.ttest_ind(a, b, equal_var=True).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
     assert found.n == 3
-
-
-def test_single_runs_have_no_spread():
-    spread = pooled_spread([[1.0], [2.0]])
-    assert spread.mean([1.0]).value == 1
-    assert math.isnan(spread.mean([1.0]).low)

@@ -64,25 +64,16 @@ def state_of(model):
 
 # -- the acceptance matrix: every option, at the rank the weight has ----------------------------
 
-OPTIONS = {
-    "no bias, kernel (3, 5)": {"bias": False, "kernel_size": (3, 5)},
-    "stride (2, 1)": {"stride": (2, 1)},
-    "dilation": {"dilation": 2},
-    "groups": {"groups": 4},
-    "same": {"padding": "same"},
-    "same, even kernel": {"padding": "same", "kernel_size": 2},
-    "valid": {"padding": "valid"},
-    "padding (2, 0)": {"padding": (2, 0)},
-    "reflect": {"padding": 1, "padding_mode": "reflect"},
-    "replicate": {"padding": 1, "padding_mode": "replicate"},
-    "circular": {"padding": 1, "padding_mode": "circular"},
-    "1x1": {"kernel_size": 1},
-}
+OPTIONS = (
+    {"bias": False, "kernel_size": (3, 5)}, {"stride": (2, 1), "dilation": 2}, {"groups": 4}, {"padding": "same"},
+    {"padding": "same", "kernel_size": 2}, {"padding": "valid"}, {"padding": (2, 0)},
+    {"padding": 1, "padding_mode": "reflect"}, {"padding": 1, "padding_mode": "circular"}, {"kernel_size": 1},
+)  # fmt: skip
 
 
-@pytest.mark.parametrize(("option", "mode"), list(zip(OPTIONS, MODES * len(OPTIONS), strict=False)))
-def test_at_full_rank_the_network_is_the_same(option, mode):
-    model = Net(**OPTIONS[option]).double()
+@pytest.mark.parametrize(("options", "mode"), list(zip(OPTIONS, MODES * len(OPTIONS), strict=False)))
+def test_at_full_rank_the_network_is_the_same(options, mode):
+    model = Net(**options).double()
     lower_rank(model.conv2)
     small = substitute(model, {"conv2": K}, mode=mode)
     assert isinstance(small.conv2, BasisConv2d)
@@ -119,56 +110,40 @@ def test_flags_and_formats_are_kept(init):
         training = {name: m.training for name, m in changed.named_modules()}
         assert all(training[name] == m.training for name, m in model.named_modules())
         assert not training.get("conv2.coefficients")
-        trained = {name: p.requires_grad for name, p in changed.named_parameters()}
-        assert not any(trained[name] for name in trained if name.startswith("conv2") and name != "conv2.bias")
-        assert trained["conv2.bias"]
-        assert not trained["conv1.bias"]
+        frozen = {name for name, p in changed.named_parameters() if not p.requires_grad}
+        assert {"conv1.bias"} == {name for name in frozen if not name.startswith("conv2")}
+        assert frozen >= {name for name, _ in changed.named_parameters() if name.startswith("conv2")} - {"conv2.bias"}
+        assert "conv2.bias" not in frozen
         assert all(p.dtype == torch.float16 for p in changed.parameters())
     assert small.conv2.basis.is_contiguous(memory_format=torch.channels_last)
-    assert small.conv1.basis.requires_grad
     assert merge(small).conv2.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def with_every_hook(model, log):
-    """Hooks of every kind on conv2; each writes its name and the kind of module it sees."""
-
-    def note(name):
-        return lambda module, *_: log.append((name, type(module).__name__))
-
-    conv = model.conv2
-    conv.register_forward_pre_hook(note("forward pre"))
-    conv.register_forward_pre_hook(lambda m, args, kwargs: note("forward pre, kwargs")(m), with_kwargs=True)
-    conv.register_forward_hook(note("forward"))
-    conv.register_forward_hook(lambda m, args, kwargs, y: note("forward, kwargs")(m), with_kwargs=True)
-    conv.register_forward_hook(note("always"), always_call=True)
-    conv.register_full_backward_pre_hook(note("backward pre"))
-    conv.register_full_backward_hook(note("backward"))
-    conv.register_state_dict_pre_hook(note("state pre"))
-    conv._register_state_dict_hook(note("state"))
-    conv._register_load_state_dict_pre_hook(note("load pre"), with_module=True)
-    conv.register_load_state_dict_post_hook(note("load post"))
-    return [
-        "forward pre", "forward pre, kwargs", "always", "forward", "forward, kwargs", "backward pre", "backward",
-        "state pre", "state", "load pre", "load post",
-    ]  # fmt: skip
-
-
 def test_hooks_of_every_kind_are_kept():
-    log = []
-    model = Net()
-    kinds = with_every_hook(model, log)
+    log, model = [], Net()
+
+    def note(kind):
+        return lambda module, *_, **__: log.append((kind, type(module).__name__))
+
+    kinds = (
+        "forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook", "state_dict_pre_hook",
+        "load_state_dict_post_hook",
+    )  # fmt: skip
+    for kind in kinds:
+        getattr(model.conv2, f"register_{kind}")(note(kind))
+    model.conv2.register_forward_hook(note("kwargs"), with_kwargs=True)
+    model.conv2.register_forward_hook(note("always"), always_call=True)
+    model.conv2._register_load_state_dict_pre_hook(note("load pre"), with_module=True)
     small = substitute(model, ratio=0.5)
-    dense = merge(small)
-    for changed, seen in ((small, "BasisConv2d"), (dense, "Conv2d"), (model, "Conv2d")):
+    for changed, seen in ((small, "BasisConv2d"), (merge(small), "Conv2d"), (model, "Conv2d")):
         log.clear()
         changed(images()).sum().backward()
         changed.load_state_dict(changed.state_dict())
-        assert sorted(log) == sorted((kind, seen) for kind in kinds)
+        assert sorted(log) == sorted((kind, seen) for kind in (*kinds, "kwargs", "always", "load pre"))
         log.clear()
         with pytest.raises(RuntimeError):
             changed.conv2(torch.zeros(1, 1, 5, 5))
-        assert ("always", seen) in log
-        assert ("forward", seen) not in log
+        assert log == [("forward_pre_hook", seen), ("always", seen)]
 
 
 def test_a_module_with_several_names_stays_shared():
@@ -211,9 +186,6 @@ def test_models_that_keep_computed_tensors_can_be_substituted():
     assert small.fc.weight_g.grad.any()
 
 
-# -- how it is done -----------------------------------------------------------------------------
-
-
 def test_batch_normalisation_through_the_basis():
     model = build("resnet18", width=8).double()
     ordinary = substitute(model, ratio=0.5)
@@ -224,13 +196,6 @@ def test_batch_normalisation_through_the_basis():
     assert torch.allclose(coupled(x), ordinary(x))
     assert torch.allclose(merge(coupled)(x), merge(ordinary)(x))
     assert plan_of(coupled) == plan_of(ordinary)
-
-
-def test_what_cannot_be_coupled_is_substituted_all_the_same():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8))
-    made = substitute(model, ratio=0.5, batch_norm="through_basis")
-    assert isinstance(made[0], BasisConv2d)
-    assert not made[0].mixed_later
 
 
 def test_layers_of_a_plan_at_c_out_stay_dense():
@@ -258,9 +223,6 @@ def test_the_form_reaches_every_layer_and_merge_undoes_it(form, init):
     assert dense.state_dict().keys() == model.state_dict().keys()
     assert_same(dense(x), small(x), 1e-8)
     assert_same(twin(x), small(x))
-    other = substitute(build("resnet20", width=8).double().eval(), ratio=0.5, coefficients=form, exclude="conv1")
-    other.load_state_dict(small.state_dict())
-    assert_same(other(x), small(x))
 
 
 def twins():
@@ -286,17 +248,14 @@ def test_shared_ties_the_layers_of_equal_shape(init):
     assert apart[0].coefficients is not apart[1].coefficients
 
 
-@pytest.mark.parametrize(
-    ("form", "says"),
-    [
+def test_a_form_that_does_not_fit_names_the_layer():
+    for form, says in (
         ("low_rank:3", "conv1: .*'low_rank:3'"),
-        ("grouped:3", "conv1: .*'grouped:3'"),
+        ("grouped:3", "conv1: "),
         ("low-rank:3", "^coefficients is"),
-    ],
-)
-def test_a_form_that_does_not_fit_names_the_layer(form, says):
-    with pytest.raises(ValueError, match=says):
-        substitute(Net(), ratio=0.25, init="random", coefficients=form)
+    ):
+        with pytest.raises(ValueError, match=says):
+            substitute(Net(), ratio=0.25, init="random", coefficients=form)
 
 
 # -- plans --------------------------------------------------------------------------------------
@@ -307,71 +266,38 @@ class OwnForward(nn.Conv2d):
         return super().forward(x) * 2
 
 
-class SameForward(nn.Conv2d):
-    pass
-
-
 def test_every_convolution_that_stays_dense_has_its_reason():
-    model = nn.ModuleDict(
-        {
-            "plain": nn.Conv2d(8, 8, 3),
-            "subclass": SameForward(8, 8, 3),
-            "multiplier": nn.Conv2d(8, 16, 3, groups=8),
-            "depthwise": nn.Conv2d(8, 8, 3, groups=8),
-            "narrow": nn.Conv2d(8, 2, 3, groups=1),
-            "single": nn.Conv2d(8, 1, 3),
-            "tied": nn.Conv2d(8, 8, 3),
-            "twin": nn.Conv2d(8, 8, 3),
-            "own": OwnForward(8, 8, 3),
-            "patched": nn.Conv2d(8, 8, 3),
-            "lazy": nn.LazyConv2d(8, 3),
-            "normed": nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)),
-            "pruned": prune.identity(nn.Conv2d(8, 8, 3), "weight"),
-            "basis": BasisConv2d(8, 8, 3, ratio=0.5),
-            "up": nn.ConvTranspose2d(8, 8, 3),
-            "line": nn.Conv1d(8, 8, 3),
-            "volume": nn.Conv3d(8, 8, 3),
-            "head": nn.Conv2d(8, 8, 3),
-            "linear": nn.Linear(8, 8),
-        }
-    )
+    parametrized = "parametrized: its weight is made from other parameters"
+    reasons = {
+        "depthwise": (nn.Conv2d(8, 8, 3, groups=8), "depthwise: one filter per group"),
+        "single": (nn.Conv2d(8, 1, 3), "one filter: nothing to derive"),
+        "tied": (nn.Conv2d(8, 8, 3), "weight tied with twin.weight"),
+        "twin": (nn.Conv2d(8, 8, 3), "weight tied with tied.weight"),
+        "own": (OwnForward(8, 8, 3), "OwnForward has a forward of its own"),
+        "patched": (nn.Conv2d(8, 8, 3), "Conv2d has a forward of its own"),
+        "lazy": (nn.LazyConv2d(8, 3), "lazy: its shape is not known before the first forward pass"),
+        "normed": (nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)), parametrized),
+        "pruned": (prune.identity(nn.Conv2d(8, 8, 3), "weight"), parametrized),
+        "basis": (BasisConv2d(8, 8, 3, ratio=0.5), "already a basis convolution, with k = 4"),
+        "up": (nn.ConvTranspose2d(8, 8, 3), "ConvTranspose2d: only nn.Conv2d can be substituted"),
+        "line": (nn.Conv1d(8, 8, 3), "Conv1d: only nn.Conv2d can be substituted"),
+        "head": (nn.Conv2d(8, 8, 3), "excluded by 'head'"),
+    }
+    model = nn.ModuleDict({name: module for name, (module, _) in reasons.items()})
+    model.update({"plain": nn.Conv2d(8, 8, 3), "multiplier": nn.Conv2d(8, 16, 3, groups=8), "linear": nn.Linear(8, 8)})
     model["twin"].weight = model["tied"].weight
     model["patched"].forward = lambda x: x
     plan = Plan.uniform(model, ratio=0.7, exclude="head")
-    assert plan.layers == {"plain": 6, "subclass": 6, "multiplier": 8, "narrow": 1}
-    reasons = {
-        "depthwise": "depthwise: one filter per group",
-        "single": "one filter: nothing to derive",
-        "tied": "weight tied with twin.weight",
-        "twin": "weight tied with tied.weight",
-        "own": "OwnForward has a forward of its own",
-        "patched": "Conv2d has a forward of its own",
-        "lazy": "lazy: its shape is not known before the first forward pass",
-        "normed": "parametrized: its weight is made from other parameters",
-        "pruned": "parametrized: its weight is made from other parameters",
-        "basis": "already a basis convolution, with k = 4",
-        "up": "ConvTranspose2d: only nn.Conv2d can be substituted",
-        "line": "Conv1d: only nn.Conv2d can be substituted",
-        "volume": "Conv3d: only nn.Conv2d can be substituted",
-        "head": "excluded by 'head'",
-    }
-    assert plan.skipped == reasons
+    assert plan.layers == {"plain": 6, "multiplier": 8}
+    assert plan.skipped == {name: reason for name, (_, reason) in reasons.items()}
     small = substitute(model, plan)
     assert all(isinstance(small[name], BasisConv2d) for name in plan.layers)
     assert all(type(small[name]) is type(model[name]) for name in reasons)
     assert small["twin"].weight is small["tied"].weight
     for name in reasons.keys() - {"head"}:
-        with pytest.raises(ValueError, match="cannot be substituted: ") as error:
+        with pytest.raises(ValueError, match=f"{name}, which cannot be substituted: ") as error:
             substitute(model, {name: 3})
-        assert reasons[name] in str(error.value)
-        assert name in str(error.value)
-
-
-def test_a_ratio_that_leaves_nothing_to_derive_says_so():
-    plan = Plan.uniform(Net(), ratio=0.99)
-    assert not plan.layers
-    assert plan.skipped["conv2"] == "k = 12 is not below C_out = 12: nothing to derive"
-    assert Plan.uniform(Net(), ratio=1.0).skipped.keys() == {"conv1", "conv2"}
+        assert reasons[name][1] in str(error.value)
 
 
 def size_of(module):
@@ -380,32 +306,24 @@ def size_of(module):
 
 def test_a_uniform_plan_never_makes_a_layer_of_mobilenet_larger():
     model = import_torchvision().models.mobilenet_v2(weights=None)
-    for ratio in (0.25, 0.5, 0.75):
-        small = substitute(model, ratio=ratio, init="random")
-        plan = plan_of(small)
-        assert plan.layers
-        assert all(size_of(small.get_submodule(name)) <= size_of(model.get_submodule(name)) for name in plan.layers)
-        assert size_of(small) < size_of(model)
-        reasons = Plan.uniform(model, ratio=ratio).skipped
-        grown = {name: reason for name, reason in reasons.items() if "larger" in reason}
-        for name, reason in grown.items():
-            conv = model.get_submodule(name)
-            k = round(ratio * conv.out_channels)
-            one = substitute(conv, {"": k}, init="random")  # an explicit plan does what it says
-            assert size_of(one) > size_of(conv)
-            assert f"k = {k} " in reason
-        assert len(plan.layers) + len(grown) == sum(isinstance(m, nn.Conv2d) and m.groups == 1 for m in model.modules())
-        assert grown or ratio < 0.5
+    small = substitute(model, ratio=0.75, init="random")
+    plan = plan_of(small)
+    assert plan.layers
+    assert all(size_of(small.get_submodule(name)) <= size_of(model.get_submodule(name)) for name in plan.layers)
+    grown = [name for name, reason in Plan.uniform(model, ratio=0.75).skipped.items() if "larger" in reason]
+    for name in grown:
+        one = substitute(
+            model.get_submodule(name), {"": round(0.75 * model.get_submodule(name).out_channels)}, init="random"
+        )
+        assert size_of(one) > size_of(model.get_submodule(name))  # an explicit plan does what it says
+    assert len(plan.layers) + len(grown) == sum(isinstance(m, nn.Conv2d) and m.groups == 1 for m in model.modules())
 
 
-@pytest.mark.parametrize(
-    ("form", "replaced"), [("dense", False), ("frozen", True), ("low_rank:2", True), ("shared", True)]
-)
-def test_whether_a_layer_grows_depends_on_the_form_of_its_coefficients(form, replaced):
+def test_whether_a_layer_grows_depends_on_the_form_of_its_coefficients():
     model = nn.Sequential(nn.Conv2d(8, 32, 1), nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 3))
-    small = substitute(model, ratio=0.5, coefficients=form, init="random")
-    assert ("0" in plan_of(small).layers) == replaced
-    assert count_parameters(small) < count_parameters(model)
+    for form, replaced in (("dense", False), ("frozen", True), ("low_rank:2", True), ("shared", True)):
+        assert ("0" in Plan.uniform(model, ratio=0.5, coefficients=form).layers) == replaced
+    assert Plan.uniform(model, ratio=0.99).skipped["1"] == "k = 32 is not below C_out = 32: nothing to derive"
 
 
 @pytest.mark.parametrize(
@@ -421,27 +339,16 @@ def test_which_layers_of_our_networks_would_grow(name, ratio, grown):
     assert len([name for name, reason in plan.skipped.items() if "larger" in reason]) == grown
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, {"conv1": 4, "conv2": 6}),
-        ({"include": "conv2"}, {"conv2": 6}),
-        ({"include": "conv*", "exclude": ("conv2", "absent")}, {"conv1": 4}),
-    ],
-)
-def test_patterns_choose_layers(options, expected):
-    model = Net()
-    assert Plan.uniform(model, ratio=0.5, **options).layers == expected
-    assert plan_of(substitute(model, ratio=0.5, **options)).layers == expected
+def test_patterns_choose_layers():
+    model, options = Net(), {"include": "conv*", "exclude": ("conv2", "absent")}
+    assert Plan.uniform(model, ratio=0.5, include="conv2").layers == {"conv2": 6}
+    assert Plan.uniform(model, ratio=0.5, **options).layers == {"conv1": 4}
+    assert plan_of(substitute(model, ratio=0.5, **options)).layers == {"conv1": 4}
 
 
-@pytest.mark.parametrize(
-    ("ratio", "groups", "multiple", "k"),
-    [(0.6, 1, 8, 32), (0.1, 1, 16, 16), (0.5, 4, 6, 24), (0.01, 1, 1, 1)],
-)
-def test_k_is_the_nearest_multiple(ratio, groups, multiple, k):
-    conv = nn.Conv2d(48, 48, 3, groups=groups)
-    assert Plan.uniform(conv, ratio=ratio, multiple=multiple).layers == {"": k}
+def test_k_is_the_nearest_multiple():
+    for ratio, groups, multiple, k in ((0.6, 1, 8, 32), (0.1, 1, 16, 16), (0.5, 4, 6, 24), (0.01, 1, 1, 1)):
+        assert Plan.uniform(nn.Conv2d(48, 48, 3, groups=groups), ratio=ratio, multiple=multiple).layers == {"": k}
 
 
 def test_a_plan_survives_json_and_disk(tmp_path):
@@ -457,19 +364,14 @@ def test_a_plan_survives_json_and_disk(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{", "JSON"), ("[1]", "no plan"), ('{"layers": {}}', "no plan"), ("\ufffd\x00", "JSON"),
-        ('{"basis_plan": 2, "layers": {}, "skipped": {}}', "version 1"),
-        ('{"basis_plan": 1, "layers": {"a": "x"}, "skipped": {}}', "'layers'"),
-        ('{"basis_plan": 1, "layers": {"a": true}, "skipped": {}}', "'layers'"),
-        ('{"basis_plan": 1, "layers": {"a": 1}, "skipped": 3}', "'skipped'"), ('{"basis_plan": 1}', "damaged"),
+        ("{", "damaged"), ("[1]", "no plan"), ('{"basis_plan": 2, "layers": {}, "skipped": {}}', "version 1"),
+        ('{"basis_plan": 1, "layers": {"a": 1}, "skipped": 3}', "skipped"), ('{"basis_plan": 1}', "damaged"),
     ],
 )  # fmt: skip
 def test_what_is_not_a_plan_is_refused(text, says, tmp_path):
-    path = tmp_path / "plan.json"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=says) as error:
-        Plan.load(path)
-    assert str(path) in str(error.value)
+    (tmp_path / "plan.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"plan\.json: .*{says}"):
+        Plan.load(tmp_path / "plan.json")
     with pytest.raises(FileNotFoundError, match="no plan at"):
         Plan.load(tmp_path / "absent.json")
 
@@ -478,30 +380,13 @@ def test_what_is_not_a_plan_is_refused(text, says, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("plan", "says"),
-    [
-        ({"layer4.0.conv9": 8}, r"no convolution.* near it are layer4\.0\.conv"),
-        ({"bn1": 8}, "names bn1"),
-        ({"layer4.0.conv1": 600}, r"layer4\.0\.conv1: basis_channels is 600"),
-        ({"layer4.0.conv1": 0}, "basis_channels is 0"),
-        ({"layer4.0.conv1": 0.5}, "basis_channels is 0.5"),
-    ],
-)
-def test_a_plan_that_does_not_fit_is_refused(plan, says):
-    model = build("resnet18", width=8)
-    for given in (plan, Plan(plan)):
-        with pytest.raises(ValueError, match=says):
-            substitute(model, given)
-
-
-@pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({}, "give one of plan, ratio and layer"),
-        ({"plan": {"conv1": 4}, "ratio": 0.5}, "give one of plan, ratio and layer"),
-        ({"ratio": 0.0}, "ratio is 0"),
-        ({"ratio": 1.5}, r"ratio is 1\.5"),
-        ({"ratio": 1.0, "mode": "fast"}, "mode is 'fast'"),
+        ({"plan": {"conv9": 8}}, r"no convolution.* near it are conv"), ({"plan": {"bn1": 8}}, "names bn1"),
+        ({"plan": {"conv1": 600}}, "conv1: basis_channels is 600"), ({"plan": {"conv1": 0}}, "basis_channels is 0"),
+        ({"plan": {"conv1": 0.5}}, "basis_channels is 0.5"), ({}, "give one of"),
+        ({"plan": {"conv1": 4}, "ratio": 0.5}, "give one of"), ({"ratio": 0.5, "layer": "sep"}, "give one of"),
+        ({"ratio": 0.0}, "ratio is 0"), ({"ratio": 1.0, "mode": "fast"}, "mode is 'fast'"),
         ({"ratio": 0.5, "init": "zeros"}, "init is 'zeros'"),
         ({"ratio": 0.5, "batch_norm": "fast"}, "batch_norm is 'fast'"),
         ({"ratio": 0.5, "include": "cov*"}, r"include has 'cov\*'"),
@@ -509,9 +394,8 @@ def test_a_plan_that_does_not_fit_is_refused(plan, says):
         ({"plan": {"conv2": 3}, "model": Net(groups=2)}, "multiple of groups = 2"),
         ({"ratio": 0.5, "model": Net().to("meta")}, "conv1 is on the meta device"),
         ({"ratio": 2, "model": nn.Linear(2, 2)}, "ratio is 2"),
-        ({"plan": {"conv": 2}, "model": nn.Linear(2, 2)}, "names conv"),
     ],
-)
+)  # fmt: skip
 def test_arguments_that_make_no_sense_are_refused(arguments, says):
     with pytest.raises(ValueError, match=says):
         substitute(**({"model": Net()} | arguments))
@@ -527,13 +411,12 @@ def make_saved(folder, ratio=0.5, **options):
     return small.eval()
 
 
-@pytest.mark.parametrize("init", ["svd", "random"])
-def test_what_is_saved_comes_back_without_an_svd(tmp_path, monkeypatch, init):
-    small = make_saved(tmp_path / "new" / "folder", init=init, exclude="conv1")
+def test_what_is_saved_comes_back_without_an_svd(tmp_path, monkeypatch):
+    small = make_saved(tmp_path / "new" / "folder", exclude="conv1")
     dense = build("resnet20", width=4).eval()
     dense.conv1.weight.requires_grad_(False)
     before, rng = state_of(dense), torch.get_rng_state()
-    monkeypatch.setattr(BasisConv2d, "from_conv", None)
+    monkeypatch.setattr(BasisConv2d, "from_convs", None)
     loaded = load(dense, tmp_path / "new" / "folder")
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
@@ -544,19 +427,18 @@ def test_what_is_saved_comes_back_without_an_svd(tmp_path, monkeypatch, init):
     assert not loaded.conv1.weight.requires_grad
 
 
-def tied_net():
-    shared = nn.Conv2d(3, 3, 3, padding=1)
-    model = nn.Sequential(shared, shared, nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3))
-    model[3].weight = model[2].weight
-    return model
-
-
 def test_shared_and_tied_tensors_are_stored_once_and_come_back(tmp_path):
-    small = substitute(tied_net(), ratio=0.5)
+    def dense():
+        shared = nn.Conv2d(3, 3, 3, padding=1)
+        model = nn.Sequential(shared, shared, nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3))
+        model[3].weight = model[2].weight
+        return model
+
+    small = substitute(dense(), ratio=0.5)
     save(small, tmp_path)
     stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
     assert len(stored) == len({id(t) for t in small.state_dict(keep_vars=True).values()})
-    loaded = load(tied_net(), tmp_path)
+    loaded = load(dense(), tmp_path)
     assert loaded[0] is loaded[1]
     assert loaded[3].weight is loaded[2].weight
     x = torch.randn(1, 3, 8, 8)
@@ -591,36 +473,28 @@ def test_only_what_was_shared_is_shared_after_loading(tmp_path):
     assert_same(loaded(x), small(x))
 
 
-@pytest.mark.parametrize(
-    ("other", "says"),
-    [
+def test_a_state_that_does_not_fit_is_refused(tmp_path):
+    make_saved(tmp_path)
+    for other, says in (
         ({"name": "resnet32"}, r"layer1\.3\.conv1\.weight is missing"),
         ({"name": "resnet20", "num_classes": 7}, r"fc\.weight is \(10, 16\) in the file"),
-        ({"name": "resnet20", "width": 8}, r"conv1\.coefficients\.values is \(2, 2\) in the file"),
-    ],
-)
-def test_a_state_that_does_not_fit_is_refused(tmp_path, other, says):
-    make_saved(tmp_path)
-    with pytest.raises(ValueError, match=says):
-        load(build(**({"width": 4} | other)), tmp_path)
+    ):
+        with pytest.raises(ValueError, match=says):
+            load(build(**({"width": 4} | other)), tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense", None])
-def test_a_damaged_state_is_refused(tmp_path, content):
-    make_saved(tmp_path)
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100] if content is None else content)
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
-        load(build("resnet20", width=4), tmp_path)
-
-
-def test_missing_files_are_named(tmp_path):
+def test_damaged_and_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no plan at .*plan\.json"):
         load(Net(), tmp_path)
     make_saved(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
+    path, model = tmp_path / "model.safetensors", build("resnet20", width=4)
+    for content in (b"", b"nonsense", path.read_bytes()[:-100]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+            load(model, tmp_path)
+    path.unlink()
     with pytest.raises(FileNotFoundError, match=r"no saved state at .*model\.safetensors"):
-        load(Net(), tmp_path)
+        load(model, tmp_path)
 
 
 def test_what_has_no_values_or_is_no_tensor_is_not_saved(tmp_path):

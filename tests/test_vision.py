@@ -14,17 +14,6 @@ def python(code):
     return run.stdout.splitlines()
 
 
-def test_both_libraries_make_networks():
-    code = """
-import torch
-from basis.vision import import_timm, import_torchvision
-timm, torchvision = import_timm(), import_torchvision()
-from torchvision.transforms import v2  # the whole library is there, not its networks alone
-print(torchvision.models.squeezenet1_1()(torch.zeros(1, 3, 32, 32)).shape[1], len(timm.list_models("resnet*")) > 9)
-"""
-    assert python(code) == ["1000 True"]
-
-
 def test_operators_are_declared_only_where_torchvision_lacks_them(tmp_path):
     """With three torchvisions: one fails for another reason, one loads, and one lacks both operators."""
     lacking = """

@@ -73,7 +73,7 @@ class Case:
 
     def __init__(self, library, name, size):
         self.size, self.model, self.notes = (3, size, size), build(library, name, size), []
-        self.plan = Plan.uniform(self.model, ratio=0.5, only_smaller=True)
+        self.plan = Plan.uniform(self.model, ratio=0.5)
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(1)
             self.small = substitute(self.model, self.plan, mode="factorized", init="random")

@@ -67,7 +67,7 @@ BASELINES: Mapping[str, Callable[[Shape, int], nn.Module]] = {
 
 
 def layer_of(name: str, shape: Shape, ratio: float) -> nn.Module:
-    """The layer that a candidate's name stands for: a mode, "basis" (mode auto), a baseline, a structured layer's text."""
+    """The layer of a candidate: a mode, "basis" (mode auto), a baseline, or the text of a structured layer."""
     k = basis_channels_for(ratio, shape.out_channels)
     if name in (*MODES, "basis"):
         mode: Any = "auto" if name == "basis" else name

@@ -154,7 +154,8 @@ def tune(
             bn = plain.get_submodule(norms[layer]) if layer in norms else None
             inputs, needs_dx = tuple(call.x[1:] for call in calls), any(call.needs_dx for call in calls)
             trains = [parameter.requires_grad for parameter in module.parameters()]
-            key = f"{module.extra_repr()} {module.coefficients.form} {module.derives_apart} {trains} {bn} {inputs} {needs_dx}"
+            about_module = f"{module.extra_repr()} {module.coefficients.form} {module.derives_apart}"
+            key = f"{about_module} {trains} {bn} {inputs} {needs_dx}"
             sizes = "+".join("x".join(map(str, size[1:])) for size in inputs)
             kernel, stride = ("x".join(map(str, pair)) for pair in (module.kernel_size, module.stride))
             shape = f"{module.in_channels}-{module.out_channels}@{sizes} {kernel}/{stride}"

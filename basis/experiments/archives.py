@@ -7,7 +7,6 @@ import io
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from basis.experiments.records import parse_record, read_record, write_record
 from basis.experiments.runs import PROFILES
@@ -15,21 +14,11 @@ from basis.experiments.studies import misplaced
 from basis.saving import RecordError, Unwritable, replacing
 
 
-class Filed(NamedTuple):
-    """What became of one file of an archive, see :func:`take_in`."""
-
-    name: str
-    outcome: str
-    reason: str = ""
-
-
 def pack(paths: Iterable[Path], folder: Path, archive: Path) -> int:
-    """Pack records of ``folder`` into a ``.tar.gz``, whole or not at all; equal records make equal bytes.
+    """Pack records of ``folder`` into a ``.tar.gz``, or add them to it; equal records make equal bytes.
 
-    An archive that is there is added to. Returns how many records it holds then.
-
-    Raises:
-        RecordError: where a file is there that is no archive of records, or the archive cannot be written.
+    Returns how many records it holds then. Raises ``RecordError`` where it is no archive of records, or cannot be
+    written.
     """
     contents = packed(archive) if archive.exists() else {}
     contents |= {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
@@ -65,24 +54,22 @@ def packed(archive: Path) -> dict[str, bytes]:
     return found
 
 
-def take_in(archive: Path, folder: Path) -> Iterator[Filed]:
+def take_in(archive: Path, folder: Path) -> Iterator[tuple[str, str, str]]:
     """File the records of an archive below ``folder``, where their configuration says and nowhere else.
 
-    Each is "taken", "renewed" (instead of a record made under an older definition of its study), "known" (the same one
-    is there), "other" (the run is there, done elsewhere: that one stays) or "refused": it cannot be read, no study
-    lists it, or it was made under another definition.
+    Gives the name of each, its outcome and the reason. Outcomes: "taken", "renewed" (instead of a record made under
+    an older definition of its study), "known" (the same one is there), "other" (the run is there, done elsewhere: that
+    one stays) or "refused": it cannot be read, no study lists it, or it was made under another definition.
 
-    Raises:
-        RecordError: where the archive cannot be read.
-        Unwritable: where ``folder`` cannot be written.
+    Raises ``RecordError`` where the archive cannot be read, its kind ``Unwritable`` where ``folder`` cannot be written.
     """
     for name, text in packed(archive).items():
         try:
-            yield Filed(name, *_file(text, name, folder))
+            yield name, *_file(text, name, folder)
         except Unwritable:
             raise
         except RecordError as error:
-            yield Filed(name, "refused", str(error))
+            yield name, "refused", str(error)
 
 
 def _file(text: bytes, name: str, folder: Path) -> tuple[str, str]:
@@ -91,14 +78,10 @@ def _file(text: bytes, name: str, folder: Path) -> tuple[str, str]:
     reason = misplaced(record, study, profile, record.id) if profile in PROFILES else f"has no profile {profile!r}"
     if reason:
         return "refused", reason
-    path, outcome = folder / study / profile / f"{record.id}.json", "taken"
-    if path.exists():
-        there = read_record(path)
-        if there == record:
-            return "known", ""
-        if there.definition == record.definition:
-            where = ", ".join(str(there.environment.get(key, "?")) for key in ("device", "date"))
-            return "other", f"the run has a record here ({where}), which stays"
-        outcome = "renewed"
+    path = folder / study / profile / f"{record.id}.json"
+    there = read_record(path) if path.exists() else None
+    if there is not None and there.definition == record.definition:
+        about = ", ".join(str(there.environment.get(key, "?")) for key in ("device", "date"))
+        return ("known", "") if there == record else ("other", f"the run has a record here ({about}), which stays")
     write_record(path, record)
-    return outcome, ""
+    return "taken" if there is None else "renewed", ""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from basis.experiments.runner import Task
-from basis.experiments.runs import Run, record_path
+from basis.experiments.runs import record_path
 from basis.experiments.studies import STUDIES, find_study, is_done
 
 FORMS = "dense|[^,]* A, r=1/2"
@@ -42,20 +42,19 @@ def in_order(profile: str, studies: Sequence[str] = ()) -> list[Task]:
         raise ValueError(f"{', '.join(study.name for study in chosen)} has no runs in the profile {profile!r}")
     if studies:
         return tasks
-    seen, stages = Counter[tuple[str, str]](), []
-    for run, _ in tasks:
-        seen[run.study, run.variant] += 1
-        stages.append(_stage(run, seen[run.study, run.variant]))
-    return [tasks[i] for i in sorted(range(len(tasks)), key=stages.__getitem__)]
+    seen = Counter[tuple[str, str]]()
 
+    def stage(task: Task) -> int:
+        """The first stage that the next run of this variant belongs to, else the last."""
+        study, variant = task.run.study, task.run.variant
+        seen[study, variant] += 1
+        fits = (
+            study == one and re.fullmatch(pattern, variant) and (most is None or seen[study, variant] <= most)
+            for one, pattern, most in STAGES
+        )  # fmt: skip
+        return next((i for i, fit in enumerate(fits) if fit), len(STAGES))
 
-def _stage(run: Run, count: int) -> int:
-    """The first stage that the ``count``-th run of a variant belongs to, else the last."""
-    fits = (
-        study == run.study and re.fullmatch(variants, run.variant) and count <= (most or count)
-        for study, variants, most in STAGES
-    )  # fmt: skip
-    return next((i for i, fit in enumerate(fits) if fit), len(STAGES))
+    return sorted(tasks, key=stage)  # which asks for each key once, in the tasks' order
 
 
 def missing(tasks: Sequence[Task], folder: Path) -> list[Task]:

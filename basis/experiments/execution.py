@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from basis.experiments.comparison import compare, first
 from basis.experiments.records import digest, read_record
 from basis.experiments.runs import Choice, Ladder, Run, plain, spectrum
 from basis.models import build
+from basis.plan import Plan
 from basis.saving import replacing
 from basis.search.selection import predicted, select
 from basis.search.sensitivity import sensitivity
 from basis.search.table import SensitivityTable
-from basis.substitution import Plan, substitute
+from basis.substitution import substitute
 from basis.training.loop import Recipe, TrainingError, TrainingPaused, choose_precision, train
 from basis.training.reuse import Reuse
 
@@ -55,26 +56,22 @@ def execute(
     _check(run)
     reuse, key = reuse or Reuse(), (run.data, run.validation, run.images, device)
     data = reuse.data(key, lambda: prepare_data(run).to(device))
-    place: dict[str, Any] = {
-        "device": device,
-        "checkpoint": checkpoint,
-        "should_stop": should_stop,
-        "progress": progress,
-    }
+    how: dict[str, Any] = {"should_stop": should_stop, "progress": progress}
+    taught: Any = partial(teacher_of, data=data, device=device, checkpoint=checkpoint, **how)
     torch.manual_seed(run.seed)
     model: nn.Module = build(run.model, num_classes=data.classes, width=run.width)
     if run.compression is not None:
-        trained = teacher_of(model, replace(run, teacher=run.recipe), data, **place)
-        return compare(trained.to(device), run.compression, data, seed=run.seed, progress=progress)
+        trained = taught(model, replace(run, teacher=run.recipe)).to(device)
+        return compare(trained, run.compression, data, seed=run.seed, progress=progress)
     plan, extra = None if run.plan is None else Plan(run.plan), {}
     if run.choice is not None:
         plan, foreseen = choose(run.choice, folder or results_folder())
         extra = {"plan": dict(plan.layers), "predicted": foreseen}
-    teacher = None if run.teacher is None else teacher_of(model, run, data, **place)
-    dense = plan is None and run.ratio is None and run.layer is None
+    teacher = None if run.teacher is None else taught(model, run)
+    dense = plan is run.ratio is run.layer is None
     if not dense:
         model = substitute(
-            model if not run.fitted or teacher is None else teacher, plan, ratio=run.ratio, layer=run.layer,
+            model if teacher is None or not run.fitted else teacher, plan, ratio=run.ratio, layer=run.layer,
             include=run.include or (), mode=run.mode, init="svd" if run.fitted else "random",
             coefficients=run.coefficients or "dense",
         )  # fmt: skip
@@ -85,10 +82,10 @@ def execute(
     step = reuse.step(network_of(run, plan), model, run.recipe, device) if reusable(run) else None
     model = model if step is None else step.model
     result = train(
-        model, data, run.recipe, seed=run.seed, test=run.test is not False, step=step,
-        teacher=teacher if run.recipe.attention else None,
+        model, data, run.recipe, device=device, seed=run.seed, test=run.test is not False, step=step,
+        teacher=teacher if run.recipe.attention else None, checkpoint=checkpoint,
         checkpoint_every=60 if run.ladder is None else 0,  # sensitivities go on with the very same weights
-        **place,
+        **how,
     )  # fmt: skip
     if run.ladder is not None:
         extra |= {"tables": climb(model, data, run.ladder, beside=checkpoint, should_stop=should_stop)}
@@ -127,7 +124,7 @@ def _check(run: Run) -> None:
 
 
 def teacher_of(
-    model: nn.Module, run: Run, data: Data, *, device: torch.device, checkpoint: Path | None = None,
+    model: nn.Module, run: Run, *, data: Data, device: torch.device, checkpoint: Path | None = None,
     should_stop: Stop = None, progress: bool | str = False,
 ) -> nn.Module:  # fmt: skip
     """A copy of the dense ``model`` trained by ``run.teacher``, the same to the bit whenever it is asked for.
@@ -139,10 +136,10 @@ def teacher_of(
         TrainingError: where the kept one cannot be read.
     """
     teacher, recipe = copy.deepcopy(model), run.teacher or Recipe()
-    described = [run.model, run.width, run.data, run.images, run.validation, run.seed, plain(recipe)]
+    name = digest([run.model, run.width, run.data, run.images, run.validation, run.seed, plain(recipe)])
     with tempfile.TemporaryDirectory() as nowhere:
         folder = Path(nowhere) if checkpoint is None else checkpoint.parent
-        kept = folder / f"teacher-{digest(described)}-{device.type}-{choose_precision(device)}.pt"
+        kept = folder / f"teacher-{name}-{device.type}-{choose_precision(device)}.pt"
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(kept.with_suffix(".lock"))
         while not lock.is_locked:
@@ -152,21 +149,19 @@ def teacher_of(
                 _pause(should_stop, "waiting for the teacher of another run")
         try:
             if not kept.exists():
-                part, trained, packed = kept.with_suffix(".part"), copy.deepcopy(model), io.BytesIO()
-                title = f"{progress}, teacher" if isinstance(progress, str) else progress
+                trained, part = copy.deepcopy(model), kept.with_suffix(".part")
                 with torch.random.fork_rng(devices=[]):  # what is drawn after it must not depend on it
                     train(
                         trained, data, recipe, device=device, seed=run.seed, test=False, checkpoint=part,
-                        should_stop=should_stop, progress=title,
+                        should_stop=should_stop, progress=progress,
                     )  # fmt: skip
-                torch.save(trained.state_dict(), packed)
                 with replacing(kept) as file:
-                    file.write(packed.getbuffer())
+                    torch.save(trained.state_dict(), file)
                 part.unlink(missing_ok=True)
             try:
                 teacher.load_state_dict(torch.load(kept, map_location="cpu", weights_only=True))
             except Exception as error:  # torch.load raises many kinds for a damaged file
-                raise TrainingError(f"teacher {kept} cannot be read ({error}); delete it to train it again") from error
+                raise TrainingError(f"{kept} cannot be read ({error}); delete it to train the teacher again") from error
         finally:
             lock.release()
     return teacher
@@ -189,11 +184,10 @@ def choose(choice: Choice, folder: Path) -> tuple[Plan, dict[str, float]]:
 def climb(
     model: nn.Module, data: Data, ladder: Ladder, *, beside: Path | None = None, should_stop: Stop = None
 ) -> dict[str, list[dict[str, Any]]]:
-    """The table of every measure of the ladder on the trained ``model``, as lines.
+    """The table of every measure of the ladder on the trained ``model``, as lines; "fine_tuning" uses all images.
 
-    Measured layers are kept ``beside`` the checkpoint. The measure "fine_tuning" uses all images.
-
-    Raises ``TrainingPaused`` between two layers when ``should_stop`` says so.
+    Measured layers are kept ``beside`` the checkpoint. Raises ``TrainingPaused`` between two of them when
+    ``should_stop`` says so.
     """
     if data.validation is None or len(data.validation) < ladder.images:
         raise ValueError(f"the ladder needs {ladder.images} held-out images; set validation to as many")

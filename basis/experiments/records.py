@@ -51,8 +51,7 @@ def parse_record(text: bytes, name: Path | str) -> Record:
         if not isinstance(content, dict) or content.pop("version", None) != VERSION:
             raise RecordError(f"{name} is not a record of version {VERSION}, which this package reads")
         record = Record(**content)
-        sound = isinstance(record.result, dict) and isinstance(record.environment, dict)
-        if not sound or record.id != identity(record.config):
+        if record.id != identity(record.config):
             raise RecordError(f"{name} was changed after it was written: its id does not fit its configuration")
     except (ValueError, TypeError, AttributeError) as error:
         raise RecordError(f"{name} is not a JSON record ({error}); delete it to have its run done again") from error
@@ -72,11 +71,11 @@ def write_record(path: Path, record: Record) -> None:
     write_json(path, {"version": VERSION, **asdict(record)})
 
 
-def load_records(folder: Path | None = None, *, study: str | None = None, profile: str | None = None) -> list[Record]:
+def load_records(folder: Path | None = None, *, study: str = "*", profile: str = "*") -> list[Record]:
     """All records below ``folder``, or those of one study or profile, ordered by variant and seed.
 
     Raises :class:`RecordError` for the first one that cannot be read.
     """
-    files = (folder or results_folder()).glob(f"{study or '*'}/{profile or '*'}/*.json")
+    files = (folder or results_folder()).glob(f"{study}/{profile}/*.json")
     records = [read_record(path) for path in sorted(files) if path.parts[-3] != "bench"]
     return sorted(records, key=lambda r: tuple(r.config[key] for key in ("study", "profile", "variant", "seed")))

@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,14 +31,12 @@ from basis.data import DataError
 from basis.decompositions import NotInstalled
 from basis.environment import environment, results_folder
 from basis.experiments.execution import TableMissing, execute
-from basis.experiments.pace import Pace
 from basis.experiments.records import Record, read_record, write_record
 from basis.experiments.runs import DEVICES, Run, checkpoint_path, device_for, record_path
 from basis.saving import Unwritable, unwritable
 from basis.training.loop import TrainingPaused
 from basis.training.reuse import Reuse
 
-MARGIN = 1.1  # times the seconds that runs like it took must be left before a run is begun
 TRIES = 3  # how often a run is begun whose worker dies
 THIN = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 
@@ -65,29 +63,18 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """What is to be done.
+    """What is to be done."""
 
-    Args:
-        tasks: the runs, the most valuable first; those that have a record are passed over.
-        folder: where the records go; all workers must see it.
-        device: of :func:`basis.experiments.runs.device_for`.
-        deadline: a ``time.time()`` after which nothing is begun.
-        progress: whether to draw bars, in this process.
-        pace: how long runs take here; one that would not end before the deadline is not begun.
-    """
+    tasks: Sequence[Task]  # the most valuable first; those that have a record are passed over
+    folder: Path  # of the records; all workers must see it
+    device: str | None = None  # of basis.experiments.runs.device_for
+    deadline: float = math.inf  # a time.time(), after which nothing is begun
+    progress: bool = False  # whether to draw bars, in this process
 
-    tasks: Sequence[Task]
-    folder: Path
-    device: str | None = None
-    deadline: float = math.inf
-    progress: bool = False
-    pace: Pace = field(default_factory=Pace)
-
-    def begins(self, run: Run) -> bool:
-        """Whether there is time to do ``run``, as far as that is known; one with a checkpoint has begun already."""
-        left = self.deadline - time.time()
-        fits = MARGIN * (self.pace.seconds(run.config) or 0) < left
-        return fits or (left > 0 and checkpoint_path(self.folder, run, device_for(run.profile, self.device)).exists())
+    @property
+    def options(self) -> dict[str, Any]:
+        """What :func:`attempt` is given beside the task."""
+        return {"folder": self.folder.resolve(), "deadline": self.deadline, "device": self.device}
 
 
 def work(
@@ -121,14 +108,13 @@ def attempt(
         lock.acquire(blocking=False)
         if path.exists() and read_record(path).definition == definition:
             return None
-        _remove(path.parent, f"{path.name}.*.tmp")
-        _remove(checkpoint.parent, f"{checkpoint.name}.*.tmp")
         result = execute(
             run, device=place, folder=folder, checkpoint=checkpoint, reuse=_kept(),
             should_stop=lambda: time.time() >= deadline, progress=progress and f"{run.variant}, seed {run.seed}",
         )  # fmt: skip
         write_record(path, Record(run.id, run.config, result, environment(place) | {"jobs": jobs}, definition))
-        _remove(checkpoint.parent, f"{checkpoint.stem}*")
+        for left in [*checkpoint.parent.glob(f"{checkpoint.stem}*"), *path.parent.glob(f"{path.name}.*.tmp")]:
+            left.unlink(missing_ok=True)
         images = "validation" if result["test"] is None else "test"
         outcome, message = "done", f"{images} accuracy {result[images]['accuracy']:.2%}"
     except filelock.Timeout:
@@ -140,8 +126,7 @@ def attempt(
     except OSError as error:
         raise unwritable(path.parent, error) from error
     except torch.cuda.OutOfMemoryError as error:
-        raise TooLittleMemory(f"{place} has too little free memory to train {run.model} on {run.recipe.batch_size} "
-                              "images a step; end what else uses it, or give fewer --jobs") from error  # fmt: skip
+        raise TooLittleMemory(f"{place} has too little free memory for {run.model}; give fewer --jobs") from error
     except (RuntimeError, ValueError) as error:
         outcome, message = "failed", f"{type(error).__name__}: {error}"
         _kept().forget_networks()
@@ -158,54 +143,39 @@ def _kept() -> Reuse:
     return Reuse()
 
 
-def _remove(folder: Path, pattern: str) -> None:
-    for file in folder.glob(pattern):
-        file.unlink(missing_ok=True)
-
-
 def dispatch(
-    order: Order,
-    submit: Callable[[int, Task], Future[Progress | None]],
-    size: int,
-    *,
+    order: Order, submit: Callable[[int, Task], Future[Progress | None]], size: int, *,
     died: tuple[type[BaseException], ...] = (BrokenProcessPool,),
-) -> Iterator[Progress]:
+) -> Iterator[Progress]:  # fmt: skip
     """Keep ``size`` workers busy until all is done or the deadline has come.
 
     A run whose plan is selected from another run's sensitivities waits for that run, and no worker waits with it.
-
-    Args:
-        submit: has an idle worker, by its number, begin a task.
-        died: what a future raises whose worker died. What else it raises would stop every run, and is raised.
+    ``submit`` has an idle worker, by its number, begin a task; ``died`` is what its future raises when the worker died.
+    What else it raises would stop every run, and is raised.
     """
-    waiting, deaths = [(task.run.id, task) for task in order.tasks], Counter[str]()
-    busy: dict[Future[Progress | None], tuple[int, str, Task]] = {}
-    if waiting and time.time() < order.deadline and not order.begins(order.tasks[0].run):
-        seconds = math.ceil(MARGIN * (order.pace.seconds(order.tasks[0].run.config) or 0))
-        raise ValueError(f"one run takes about {seconds} s here; give at least --time-limit {seconds + 10}s")
+    waiting, deaths = list(order.tasks), Counter[str]()
+    busy: dict[Future[Progress | None], tuple[int, Task]] = {}
     while True:
-        for worker in set(range(size)) - {worker for worker, _, _ in busy.values()}:
-            coming = {name for name, _ in waiting} | {name for _, name, _ in busy.values()}
-            ready = (one for one in waiting if one[1].run.choice is None or one[1].run.choice.table not in coming)
+        for worker in set(range(size)) - {worker for worker, _ in busy.values()}:
+            coming = {task.run.id for task in [*waiting, *(task for _, task in busy.values())]}
+            ready = (task for task in waiting if task.run.choice is None or task.run.choice.table not in coming)
             first = next(ready, None)
-            if first is None or not order.begins(first[1].run):
+            if first is None or time.time() >= order.deadline:
                 break
             waiting.remove(first)
-            busy[submit(worker, first[1])] = (worker, *first)
+            busy[submit(worker, first)] = (worker, first)
         if not busy:
             return
         for future in wait(busy, return_when=FIRST_COMPLETED).done:
-            _, name, task = busy.pop(future)
+            _, task = busy.pop(future)
             try:
                 step = future.result()
             except died as error:
-                deaths[name] += 1
-                if deaths[name] < TRIES:
-                    waiting.insert(0, (name, task))
+                deaths[task.run.id] += 1
+                if deaths[task.run.id] < TRIES:
+                    waiting.insert(0, task)
                     continue
                 step = Progress(task.run, "failed", f"{TRIES} workers died of it ({type(error).__name__})", 0.0)
-            if step is not None and step.outcome == "done":
-                order.pace.learn(step.run.config, step.seconds)
             if step is not None:
                 yield step
 
@@ -215,13 +185,11 @@ def in_processes(order: Order, jobs: int) -> Generator[Progress, None, None]:
 
     The processes end with the iteration, and with this process, however that ends. Raises what :func:`attempt` does.
     """
-    options: dict[str, Any] = {"folder": order.folder, "deadline": order.deadline, "device": order.device}
-
     if jobs == 1:
 
         def here(_: int, task: Task) -> Future[Progress | None]:
             future: Future[Progress | None] = Future()
-            future.set_result(attempt(*task, progress=order.progress, **options))
+            future.set_result(attempt(*task, progress=order.progress, **order.options))
             return future
 
         try:
@@ -230,8 +198,8 @@ def in_processes(order: Order, jobs: int) -> Generator[Progress, None, None]:
             _kept.cache_clear()
         return
     context, gpus = multiprocessing.get_context("spawn"), max(1, torch.cuda.device_count())
-    options["jobs"] = -(-jobs // (gpus if order.device is None else 1))
     alive, ours = context.Pipe(duplex=False)  # ends when `ours` is closed or this process dies
+    options = order.options | {"jobs": -(-jobs // (gpus if order.device is None else 1))}
 
     def pool() -> ProcessPoolExecutor:  # of one, since a process that dies breaks its pool
         given = (alive, max(1, cores() // jobs))
@@ -242,10 +210,11 @@ def in_processes(order: Order, jobs: int) -> Generator[Progress, None, None]:
     def submit(worker: int, task: Task) -> Future[Progress | None]:
         several = order.device is None and gpus > 1 and DEVICES.get(task.run.profile) != "cpu"
         given = options | ({"device": f"cuda:{worker % gpus}"} if several else {})
-        with suppress(BrokenProcessPool):
+        try:
             return pools[worker].submit(attempt, *task, **given)
-        pools[worker] = pool()
-        return pools[worker].submit(attempt, *task, **given)
+        except BrokenProcessPool:
+            pools[worker] = pool()
+            return pools[worker].submit(attempt, *task, **given)
 
     try:
         yield from dispatch(order, submit, jobs)
@@ -275,20 +244,20 @@ def on_ray(order: Order, jobs: int | None = None) -> Generator[Progress, None, N
     or its share where there are more jobs than GPUs; else it gets a core. Raises ``ModuleNotFoundError`` without Ray.
     """
     ray: Any = importlib.import_module("ray")
-
     if not ray.is_initialized():
         passed = {name: os.environ[name] for name in ("BASIS_DATA", "PYTHONPATH") if name in os.environ}
-        started: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": jobs, "include_dashboard": False}
+        started: dict[str, Any] = (
+            {} if "RAY_ADDRESS" in os.environ else {"num_cpus": jobs or None, "include_dashboard": False}
+        )
         ray.init(log_to_driver=False, logging_level=40, runtime_env={"env_vars": passed}, **started)
     there = ray.cluster_resources()
     gpus, size = there.get("GPU", 0), jobs or int(there.get("GPU", 0) or there.get("CPU", 1))
     sharing = max(1, math.ceil(size / gpus)) if gpus else 1
     remote = ray.remote(num_cpus=1, num_gpus=1 / sharing if gpus else 0, max_retries=0)(attempt)
-    options = {"folder": order.folder.resolve(), "deadline": order.deadline, "device": order.device, "jobs": sharing}
     begun = []
 
     def submit(_: int, task: Task) -> Future[Progress | None]:
-        begun.append(remote.remote(*task, **options))
+        begun.append(remote.remote(*task, **order.options, jobs=sharing))
         return begun[-1].future()
 
     try:
@@ -305,8 +274,7 @@ def jobs_for(runs: Sequence[Run], device: torch.device) -> int:
     """
     most = cores()
     if device.type == "cuda" and runs:
-        first = runs[0]
-        narrow = (isinstance(first.width, int) and first.width <= 32) or first.model in THIN
+        narrow = (isinstance(runs[0].width, int) and runs[0].width <= 32) or runs[0].model in THIN
         most = min(8, most // 2) if narrow else 1
     return max(1, min(most, len(runs)))
 

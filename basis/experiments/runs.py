@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,9 @@ DEVICES: Mapping[str, str] = {"cpu": "cpu", "colab": "cuda", "paper": "cuda"}
 class Ladder:
     """Sensitivities of a trained dense network, measured at the end of its run.
 
-    Args:
-        measures: names of :data:`basis.search.sensitivity.MEASURES`, with the ratios that each is measured at.
-        multiple: what every k is a multiple of.
-        images, calibration: how many held-out images they are measured on, and how many training images (not
-            augmented) batch normalisation is recalibrated on.
-        tuning: how a network is trained on for the measure "fine_tuning".
+    ``measures`` are names of :data:`basis.search.sensitivity.MEASURES` with the ratios of each, ``multiple`` is what
+    every k is a multiple of. They are measured on ``images`` held-out images, after recalibration on ``calibration``
+    training images; the measure "fine_tuning" trains by ``tuning``.
     """
 
     measures: Mapping[str, Sequence[float]]
@@ -41,12 +39,10 @@ class Ladder:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A plan selected by :func:`basis.select` from the sensitivities that another run has measured.
+    """A plan selected by ``rule`` (and its ``ratio``) of :func:`basis.select` from what another run has measured.
 
-    Args:
-        rule, ratio: of :func:`basis.select`.
-        unit, budget: "params" or "macs", and the fraction of the dense network's that may be kept.
-        table, measure: the identity of the run with the ladder, and which of its measures ranks the layers.
+    ``budget`` is the fraction of the dense network's ``unit``, "params" or "macs", that may be kept; ``table`` is the
+    identity of the run with the ladder, and ``measure`` which of its measures ranks the layers.
     """
 
     rule: str
@@ -62,56 +58,38 @@ class Run:
     """One training, fully described.
 
     A field that is renamed keeps its old key in records and identities by ``field(metadata={"key": "old_name"})``.
-
-    Args:
-        study, profile: where it belongs; no part of its identity.
-        variant: what is compared, such as "r=1/2".
-        seed: of the initial weights and of the order and augmentation of the images.
-        model, width: a network of :mod:`basis.models`.
-        ratio, plan, choice: r of every convolution made basis, or the basis channels of some, or how those are
-            selected; none of the three for the dense network.
-        mode, coefficients: of the basis layers, see :class:`basis.layers.coefficients.Form`.
-        data, images, validation: "cifar10" or "synthetic"; how many training images are used (None: all that are
-            left), and how many are held out first.
-        recipe, ladder: how it is trained, and which sensitivities are measured then.
-        test: False where the test images are not looked at.
-        layer, include: the structured layer that convolutions become (:class:`basis.layers.structured.Structure`),
-            and the pattern of those that do.
-        teacher: how a dense network is trained first, from the same seed, for attention transfer
-            (``recipe.attention``) or as what the layers are fitted to.
-        fitted: whether the run starts at the teacher's weights, those of the layers approximated.
-        compression: how the network is made smaller and repaired after it was trained, dense, by ``recipe``.
     """
 
-    study: str
+    study: str  # with `profile`: where it belongs; no part of its identity
     profile: str
-    variant: str
-    seed: int
-    model: str = "resnet18"
+    variant: str  # what is compared, such as "r=1/2"
+    seed: int  # of the initial weights and of the order and augmentation of the images
+    model: str = "resnet18"  # a network of basis.models, of this width
     width: int | Sequence[int] | None = None
+    # What becomes basis: every convolution at this ratio, or those of `plan` (layer -> basis channels) or `choice`.
     ratio: float | None = None
     mode: Mode = "auto"
-    data: str = "cifar10"
-    images: int | None = None
-    validation: int = 0
+    data: str = "cifar10"  # or "synthetic"
+    images: int | None = None  # training images; None: all that are left
+    validation: int = 0  # training images held out first
     recipe: Recipe = field(default_factory=Recipe)
     plan: Mapping[str, int] | None = None
     choice: Choice | None = None
     ladder: Ladder | None = None
-    test: bool | None = None
-    coefficients: str | None = None
-    layer: str | None = None
+    test: bool | None = None  # False where the test images are not looked at
+    coefficients: str | None = None  # see basis.layers.coefficients.Form
+    layer: str | None = None  # another structured layer, for the convolutions that the pattern `include` names
     include: str | None = None
-    teacher: Recipe | None = None
-    fitted: bool | None = None
-    compression: Compression | None = None
+    teacher: Recipe | None = None  # how a dense network is trained first, from the same seed
+    fitted: bool | None = None  # start at the teacher's weights, those of the layers approximated
+    compression: Compression | None = None  # how the network is made smaller after it was trained, dense
 
     @property
     def config(self) -> dict[str, Any]:
         """The configuration as plain values under fixed keys, as a record holds it."""
         return plain(self)
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Sixteen hexadecimal digits that identify what is done, and name the record."""
         return identity(self.config)

@@ -1,10 +1,10 @@
-"""Pictures of structured layers: what each stores and the weight that it makes, and accuracy against cost."""
+"""Pictures of structured layers: what each stores, and the weight that it makes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from matplotlib import ticker
@@ -17,12 +17,9 @@ from torch import Tensor, nn
 from basis.figures import Theme, canvas
 from basis.layers.conv import BasisConv2d
 from basis.layers.structured import Structure, StructuredConv2d
-from basis.statistics import Estimate
 
 CHANNELS = 16
-GAP = 4  # cells between two tensors
-START = 188  # where the weight begins
-MARKERS = "sD^vP<>X*hpd"
+GAP, START = 4, 188  # cells between two tensors; where the weight begins
 
 
 def stored_tensors(layer: nn.Module) -> list[Tensor]:
@@ -37,8 +34,7 @@ def stored_tensors(layer: nn.Module) -> list[Tensor]:
 
 
 def _as_stored(layer: StructuredConv2d, name: str) -> Tensor:
-    """The parameter of that name; its mask, where only the mask is stored."""
-    part = layer.parts[name].detach()
+    part = layer.parts[name].detach()  # its mask, where only the mask is stored
     return (part.abs() > part.abs().median()).float() if layer.bits(name) == part.numel() else part
 
 
@@ -57,8 +53,7 @@ def _matrix(part: Tensor, rows: int = CHANNELS) -> Tensor:
 def draw_layers(theme: Theme, layers: Sequence[tuple[str, str, str]]) -> Figure:
     """One row for each layer: its stored tensors at the left, the weight that they make at the right.
 
-    Args:
-        layers: (text of a structured layer, title, formula), drawn for a 3x3 convolution of 16 to 16 channels.
+    ``layers``: (text of a structured layer, title, formula), drawn for a 3x3 convolution of 16 to 16 channels.
     """
     figure = canvas(0.3 + 0.66 * len(layers))
     rows: Any = figure.subplots(len(layers), 1, squeeze=False)
@@ -78,10 +73,8 @@ def draw_layers(theme: Theme, layers: Sequence[tuple[str, str, str]]) -> Figure:
                 top += len(part) + 1
             else:
                 place, top = place + part.shape[1] + GAP, 0
-        axes.annotate(
-            "", (START - GAP, CHANNELS / 2), (place, CHANNELS / 2),
-            arrowprops={"arrowstyle": "->", "color": theme.muted},
-        )  # fmt: skip
+        arrow = {"arrowstyle": "->", "color": theme.muted}
+        axes.annotate("", (START - GAP, CHANNELS / 2), (place, CHANNELS / 2), arrowprops=arrow)
         _draw_matrix(axes, weight, (START, 0), colours, theme)
         axes.set(xlim=(-1, START + weight.shape[1] + 1), ylim=(CHANNELS + 0.5, -0.5), aspect="equal")
         axes.set_title(f"{title}   {formula}", fontsize=10.5, fontweight="normal", pad=3)
@@ -94,52 +87,14 @@ def _draw_matrix(
 ) -> None:
     (left, top), (rows, columns) = corner, matrix.shape
     scale = matrix.nan_to_num().abs().quantile(0.98).item() or matrix.nan_to_num().abs().max().item() or 1.0
-    extent = (left, left + columns, top + rows, top)
-    axes.imshow(
-        matrix.numpy(), cmap=colours, vmin=-scale, vmax=scale, extent=extent, interpolation="nearest", aspect="equal"
-    )
+    look: Any = {"cmap": colours, "vmin": -scale, "vmax": scale, "interpolation": "nearest", "aspect": "equal"}
+    axes.imshow(matrix.numpy(), extent=(left, left + columns, top + rows, top), **look)
     axes.add_patch(Rectangle(corner, columns, rows, facecolor="none", edgecolor=theme.muted, linewidth=0.6))
 
 
-class Point(NamedTuple):
-    """One variant in a picture of accuracy against cost."""
-
-    cost: float
-    accuracy: Estimate
-
-
-def draw_tradeoff(
-    axes: Axes, theme: Theme, curves: Mapping[str, Sequence[Point]], *, bold: Mapping[str, str], unit: float = 1.0
-) -> None:
-    """Curves of accuracy against cost on a logarithmic axis, one a name.
-
-    Args:
-        curves: name -> its points, in any order.
-        bold: names that stand out, with their colours; the others go through the theme's from the second on.
-        unit: what the ticks of the cost count.
-    """
-    others = [name for name in curves if name not in bold]
-    for name, points in curves.items():
-        points = sorted(points, key=lambda point: point.cost)
-        i = others.index(name) if name in others else -1
-        style: dict[str, Any] = {"marker": "o", "markersize": 7, "linewidth": 2.2, "zorder": 3}
-        if i >= 0:
-            style = {"marker": MARKERS[i % len(MARKERS)], "markersize": 5, "linewidth": 0.9, "zorder": 2, "alpha": 0.85}
-        style["color"] = bold.get(name) or theme.cycle[1:][i % (len(theme.cycle) - 1)]
-        low = [p.accuracy.value - p.accuracy.low for p in points]
-        high = [p.accuracy.high - p.accuracy.value for p in points]
-        errors = None if any(map(math.isnan, low)) else (low, high)
-        axes.errorbar(
-            [p.cost / unit for p in points], [p.accuracy.value for p in points], yerr=errors, elinewidth=0.5,
-            label=name, **style,
-        )  # fmt: skip
-    axes.set_xscale("log")
-    plain_ticks(axes)
-    axes.margins(y=0.12)
-
-
 def plain_ticks(axes: Axes) -> None:
-    """Label a logarithmic axis at 1, 2, 5, 10, ... in plain numbers."""
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    """Label a logarithmic x-axis at 1, 2, 5, 10, ... in plain numbers, a short one more densely."""
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 4 * low else (1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())

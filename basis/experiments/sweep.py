@@ -1,8 +1,4 @@
-"""All measurements of the speed chapter by one command, within a time limit, the most valuable first.
-
-Each benchmark is made in parts (a shape, or a ratio) and its report is written after every part, so that a
-machine that is taken away leaves all but the part in hand.
-"""
+"""All measurements of the speed chapters by one command, within a time limit, the most valuable first."""
 
 from __future__ import annotations
 
@@ -32,12 +28,12 @@ Part = Callable[..., BenchReport]  # of setting and progress
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One report: the name of its file, its part of the time, and its parts, of ``cells`` cells each.
+    """One report: the name of its file, its share of the time, and its parts (a shape or a ratio), of ``cells`` each.
 
     Args:
         batch_size: that of the setting unless given.
         latency: name of an earlier report, which the parts are given as ``latency``.
-        needs: no part begins with fewer seconds left than that, of all the time.
+        needs: no part begins with fewer seconds left.
     """
 
     name: str
@@ -54,39 +50,43 @@ def measurements(*, tiny: bool = False) -> tuple[Measurement, ...]:
     shapes = ("16@6", "16-32@6/2") if tiny else RESNET18_SHAPES
     network: dict[str, Any] = {"model": "resnet20", "width": 8} if tiny else {"model": "resnet18"}
     name, wide = network["model"], "wrn-10-1" if tiny else "wrn-28-10"
-    ratios, candidates = (1 / 4, 1 / 2), (1 / 8, 1 / 4, 1 / 2)
+    ratios, candidates, both = (1 / 4, 1 / 2), (1 / 8, 1 / 4, 1 / 2), ("forward+backward",)
     shares = (1.0, 0.9) if tiny else (0.5, 0.8, 0.65)
 
-    def by_shape(bench: Part, **options: Any) -> list[Part]:
-        return [partial(bench, shapes=(shape,), ratios=ratios, **options) for shape in shapes]
+    def by_shape(kind: str, **options: Any) -> list[Part]:
+        return [partial(bench_layers, kind, shapes=(shape,), ratios=ratios, **options) for shape in shapes]
 
     def latency(**given: Any) -> BenchReport:
         model = build(name, width=network.get("width"))
-        return bench_latency(model, name=name, ratios=candidates, passes=("forward+backward",), **given)
+        return bench_latency(model, name=name, ratios=candidates, passes=both, **given)
 
     step = partial(bench_training, steps=("graphed",))
-    steps = [partial(step, **network, ratios=(r,), norms=NORMS) for r in ratios]
-    plans = [
-        partial(bench_plans, **network, shares=(share,), ratios=candidates, smallest=share == 0.5) for share in shares
-    ]
+    plans = partial(bench_plans, **network, ratios=candidates)
     eager = tuple(one for one in USUAL if not one.endswith("compiled"))
-    rivals = by_shape(bench_layers, kind="rivals", passes=("forward+backward",), candidates=eager)
-    compiled = partial(step, **network, ratios=(1 / 4,), norms=NORMS, dense_steps=("fast",))
     # Equal batches where possible: cuDNN chooses its algorithms anew for each other, which takes longer than timing.
+    # Compiling takes 40 to 90 seconds, so it is done once, for the dense network, and not where it cannot end.
     return (
-        Measurement(name="layer", share=0.2, parts=by_shape(bench_layers, passes=("forward+backward",)), cells=2),
-        Measurement(name=f"train-norms-steps-{name}", share=0.14, parts=steps),
-        Measurement(name="block", share=0.12, parts=by_shape(bench_layers, kind="block", candidates=("auto", "through_basis")), cells=2),
+        Measurement(name="layer", share=0.2, parts=by_shape("layer", passes=both), cells=2),
+        Measurement(
+            name=f"train-norms-steps-{name}", share=0.14,
+            parts=[partial(step, **network, ratios=(r,), norms=NORMS) for r in ratios],
+        ),
+        Measurement(name="block", share=0.12, parts=by_shape("block", candidates=("auto", "through_basis")), cells=2),
         Measurement(name=f"latency-{name}", share=0.1, parts=[latency], cells=11),
-        Measurement(name=f"plans-{name}", share=0.12, parts=plans, latency=f"latency-{name}"),
+        Measurement(
+            name=f"plans-{name}", share=0.12, latency=f"latency-{name}",
+            parts=[partial(plans, shares=(share,), smallest=share == 0.5) for share in shares],
+        ),
         Measurement(
             name=f"train-steps-{wide}", share=0.1, parts=[partial(step, model=wide, ratios=(r,)) for r in ratios],
             batch_size=None if tiny else 256,
         ),
-        # Compiling takes 40 to 90 seconds, so it is done once, for the dense network, and not where it cannot end.
-        Measurement(name=f"train-compiled-{name}", share=0.12, parts=[compiled], needs=0 if tiny else 70),
-        Measurement(name="layer-forward", share=0.05, parts=by_shape(bench_layers, passes=("forward",)), cells=2),
-        Measurement(name="rivals", share=0.05, parts=rivals, cells=2),
+        Measurement(
+            name=f"train-compiled-{name}", share=0.12, needs=0 if tiny else 70,
+            parts=[partial(step, **network, ratios=(1 / 4,), norms=NORMS, dense_steps=("fast",))],
+        ),
+        Measurement(name="layer-forward", share=0.05, parts=by_shape("layer", passes=("forward",)), cells=2),
+        Measurement(name="rivals", share=0.05, parts=by_shape("rivals", passes=both, candidates=eager), cells=2),
     )  # fmt: skip
 
 
@@ -100,8 +100,8 @@ def bench_gpu(
 ) -> list[Path]:
     """Measure the machine, layers, whole training steps, blocks, plans and baselines; returns the files written.
 
-    The time left is shared out among the measurements left. A part that has begun is finished, and none begins when
-    its time is up; ``progress`` is told how many parts were made, which failed and why.
+    The time left is shared out among the measurements left; reports are saved after each part. A part that has begun
+    is finished, none begins when its time is up; ``progress`` is told how many were made, which failed and why.
 
     Args:
         folder: where the reports go; reports of equal names are replaced.
@@ -130,43 +130,37 @@ def bench_gpu(
     say(f"machine: {tera:.4g} T multiply-accumulates/s in {machine.precision}, {giga:.4g} GB/s")
     left = list(measurements(tiny=tiny))
     reports: dict[str, BenchReport] = {}
-    paths = []
+    paths: dict[Path, None] = {}
     while left:
-        one, shares = left[0], sum(each.share for each in left)
-        now = time.monotonic()
-        until = now + (began + time_limit - now) * one.share / shares
-        done, saved = 0, None
+        one, now = left[0], time.monotonic()
+        until = now + (began + time_limit - now) * one.share / sum(each.share for each in left)
+        done = 0
         for number, measure in enumerate(one.parts):
             now = time.monotonic()
             if now >= until or began + time_limit - now < one.needs:
                 break
             # Half of the time for the rounds; the rest goes into warming up, compiling and choosing algorithms.
-            each = replace(
-                setting, seconds=(until - now) / (len(one.parts) - number) / one.cells / 2,
-                batch_size=one.batch_size or setting.batch_size,
-            )  # fmt: skip
+            seconds = (until - now) / (len(one.parts) - number) / one.cells / 2
+            each = replace(setting, seconds=seconds, batch_size=one.batch_size or setting.batch_size)
             try:
                 given = {"latency": reports[one.latency]} if one.latency else {}
                 part = measure(setting=each, progress=say, **given)
-                reports[one.name] = with_machine(join(reports.get(one.name), part), machine)
+                report = reports[one.name] = with_machine(join(reports.get(one.name), part), machine)
+                done += 1
+                path = folder / f"{file_name(one.name, report)}.json"
+                report.save(path)
+                paths[path] = None
+            except RecordError as error:
+                say(f"{error}\n{report}")
             except Exception as error:  # no memory, no compiler, no plan: the other parts may well run
                 say(f"{one.name}: part {number + 1} failed, {type(error).__name__}: {error}")
-                continue
             finally:
                 gc.collect()  # networks and graphs, whose memory the next part needs
                 if setting.where.type == "cuda":
                     torch.cuda.empty_cache()
-            done += 1
-            path = folder / f"{file_name(one.name, reports[one.name])}.json"
-            try:
-                reports[one.name].save(path)
-                saved = path
-            except RecordError as error:
-                say(f"{error}\n{part}")
         say(f"{one.name}: {done} of {len(one.parts)} parts")
-        paths += [saved] if saved else []
         left.pop(0)
-    return paths
+    return list(paths)
 
 
 def file_name(what: str, report: BenchReport) -> str:

@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,8 @@ def _read(record: Record, way: str) -> Any:
     """What ``way`` leads to, such as "result.test.accuracy"; None where it ends before."""
     value: Any = vars(record)
     for step in way.split("."):
-        value = value[int(step)] if isinstance(value, (list, tuple)) else (value or {}).get(step)
+        value = value[int(step)] if isinstance(value, list) else (value or {}).get(step)
     return value
-
-
-def _json(value: Any) -> str | None:
-    return None if value is None else json.dumps(value, sort_keys=True)
 
 
 def _alone(record: Record) -> tuple[str | None, int | None]:
@@ -39,6 +36,11 @@ def _alone(record: Record) -> tuple[str | None, int | None]:
 def _width(record: Record) -> int | None:
     width = record.config.get("width")
     return width[0] if isinstance(width, list) else width
+
+
+def _plan(record: Record) -> str | None:
+    plan = record.config.get("plan") or record.result.get("plan")
+    return plan and json.dumps(plan, sort_keys=True)
 
 
 # Column -> what it is, with its unit, and where a record holds it.
@@ -54,8 +56,7 @@ COLUMNS: Mapping[str, tuple[str, str | Callable[[Record], Any]]] = {
     "coefficients": ("how basis layers hold their coefficient matrix; empty: dense", "config.coefficients"),
     "layer": ("the other structured layer that was put in, with its size", "config.layer"),
     "mode": ("how basis layers compute", "config.mode"),
-    "plan": ("basis channels of each substituted layer, as JSON",
-             lambda r: _json(r.config.get("plan") or r.result.get("plan"))),
+    "plan": ("basis channels of each substituted layer, as JSON", _plan),
     "alone": ("the layer that alone is substituted", lambda r: _alone(r)[0]),
     "basis_channels": ("k of that layer", lambda r: _alone(r)[1]),
     "rule": ("how the plan was selected from sensitivities", "config.choice.rule"),
@@ -68,7 +69,7 @@ COLUMNS: Mapping[str, tuple[str, str | Callable[[Record], Any]]] = {
     "batch_size": ("images per step", "config.recipe.batch_size"),
     "lr": ("peak learning rate", "config.recipe.lr"),
     "weight_decay": ("L2 penalty", "config.recipe.weight_decay"),
-    "recipe": ("the whole recipe, as JSON", lambda r: _json(r.config["recipe"])),
+    "recipe": ("the whole recipe, as JSON", lambda r: json.dumps(r.config["recipe"], sort_keys=True)),
     "test_accuracy": ("fraction of test images, no test-time augmentation", "result.test.accuracy"),
     "test_accuracy_flip": ("the same, averaged with the mirror image", "result.test.accuracy_flip"),
     "test_loss": ("cross-entropy, nats", "result.test.loss"),
@@ -104,14 +105,14 @@ SENSITIVITY_COLUMNS: Mapping[str, str] = {
     "kl": "divergence from the dense network's predictions, nats",
     "forward": "forward passes that it took, in images", "backward": "backward passes",
     "seconds": "time that it took, on the run's device",
-    "saved_params": "parameters saved", "saved_macs": "forward multiply-accumulates saved",
-    "saved_backward_macs": "backward multiply-accumulates saved",
+    "saved_params": "parameters saved",
+    "saved_macs": "forward multiply-accumulates saved", "saved_backward_macs": "backward multiply-accumulates saved",
 }  # fmt: skip
 
 
 def sound_records(folder: Path | None = None) -> list[Record]:
     """Every record that a study lists, but those on synthetic images."""
-    places = [(study, profile) for study in STUDIES.values() for profile in PROFILES if profile != "smoke"]
+    places = product(STUDIES.values(), [profile for profile in PROFILES if profile != "smoke"])
     return [record for study, profile in places for record in valid_records(study, profile, folder)]
 
 

@@ -1,23 +1,17 @@
-"""Batch normalisation through the basis: the statistics of all C channels from the k basis channels.
+"""Batch normalisation through the basis: the statistics of all C channels from the k basis channels (chapter 10).
 
-A basis convolution makes C channels ``y = M z + c`` from k basis channels z (M: the mixing matrix C x k, c: the bias),
-and a batch normalisation follows it. Both are affine, so the two are one affine map of z, and y is never made nor kept.
-Over the P = N H W pixels let m be the mean of z, S its covariance (k x k), and s = 1 / sqrt(var + eps). Then::
+``y = M z + c`` (M: C x k, c: the bias) and batch normalisation are one affine map of z, so y is never made. Over P
+pixels let m be the mean of z, S its covariance, s = 1 / sqrt(var + eps), dO the gradient before the ReLU, t its sum,
+G = sum of dO (z - m)^T and q = s rowsum(G * M) / P (Ioffe and Szegedy 2015, arXiv 1502.03167)::
 
-    mean of y = M m + c        var of y = diag(M S M^T)
-    out = relu(W z + b + residual)    with    W = diag(gamma s) M,    b = beta - W m
-
-With dO the gradient before the ReLU, t = sum of dO over the pixels (C), G = sum of dO (z - m)^T (C x k) and
-q = s rowsum(G * M) / P, the derivatives of batch normalisation (Ioffe and Szegedy 2015, arXiv 1502.03167) become::
-
-    dbeta = t        dgamma = P q        dresidual = dO        dc = 0
+    mean of y = M m + c    var of y = diag(M S M^T)    W = diag(gamma s) M    out = relu(W (z - m) + beta + residual)
+    dbeta = t    dgamma = P q    dresidual = dO    dc = 0    dM = diag(gamma s) (G - P diag(s q) M S)
     dz = W^T dO - E z + e    with    E = M^T diag(gamma s^2 q) M,    e = E m - W^T t / P
-    dM = diag(gamma s) (G - P diag(s q) M S)
 
-The passes over whole maps are four: :func:`moments`, :func:`apply`, :func:`gradient_sums` and :func:`input_gradient`;
-:mod:`basis.layers.kernels` has the same four for GPUs. Here z is first centred on its mean, rounded to the precision of
-z, and W is rounded before b is made of it, so that low precision shifts no channel. A channel in which M cancels large
-basis channels down to a fraction f of their spread is off by 1e-7 / f^2 to twice that in float32.
+The four passes over whole maps are :func:`moments`, :func:`apply`, :func:`gradient_sums` and :func:`input_gradient`,
+on GPUs those of :mod:`basis.layers.kernels`. Here z is first centred, and matrices are rounded before biases are made
+of them, so that low precision shifts no channel. A channel in which M cancels large basis channels down to a fraction f
+of their spread is off by 1e-7 / f^2 to twice that in float32.
 """
 
 from __future__ import annotations
@@ -41,9 +35,7 @@ if torch.cuda.device_count() or os.environ.get("TRITON_INTERPRET") == "1":
     with contextlib.suppress(ImportError):  # Triton has no build for this platform
         from basis.layers import kernels
 
-# -- the four passes over whole maps ---------------------------------------------------------------
-#
-# Maps are (N, n, H, W) in either memory format. Small tensors are float32, or float64 where the maps are.
+# The four passes: maps are (N, n, H, W) in either memory format; small tensors are of ``accumulated`` dtype.
 
 
 def moments(centred: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,10 +53,7 @@ def apply(z: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu
 
 
 def gradient_sums(dout: Tensor, out: Tensor | None, z: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums of dO (C,) and of dO (z - mean)^T (C, k) over all pixels.
-
-    dO is ``dout`` (C channels) where the output ``out``, if given, is positive.
-    """
+    """The sums of dO (C,) and of dO (z - mean)^T (C, k): dO is ``dout`` where ``out``, if given, is positive."""
     dout = _before_relu(dout, out)
     total = _total(dout)
     return total, _outer(dout, z).addr(total, mean, alpha=-1)
@@ -74,11 +63,7 @@ def input_gradient(
     dout: Tensor, out: Tensor | None, z: Tensor, weight: Tensor, quadratic: Tensor, constant: Tensor
 ) -> Tensor:
     """weight^T dO - quadratic^T z + constant, maps of k channels in the dtype of z."""
-    start, dout, weight = _mix(z, -quadratic.t(), constant), _before_relu(dout, out), weight.t().to(z.dtype)
-    if not _by_image(dout):
-        return start.add_(F.conv2d(dout, weight[:, :, None, None]))
-    start.flatten(2).baddbmm_(weight.expand(len(dout), *weight.shape), dout.flatten(2))
-    return start
+    return _mix(z, -quadratic.t(), constant).add_(_mix(_before_relu(dout, out), weight.t()))
 
 
 def accumulated(dtype: torch.dtype) -> torch.dtype:
@@ -87,7 +72,8 @@ def accumulated(dtype: torch.dtype) -> torch.dtype:
 
 
 def _pixels(maps: Tensor) -> int:
-    return maps.numel() // maps.shape[1] if maps.dim() == 4 else len(maps)
+    """P of maps, or of rows (P, n)."""
+    return maps.numel() // maps.shape[1]
 
 
 def _total(maps: Tensor) -> Tensor:
@@ -98,19 +84,20 @@ def _before_relu(dout: Tensor, out: Tensor | None) -> Tensor:
     return dout if out is None else torch.ops.aten.threshold_backward(dout, out, 0)
 
 
+def _mix(maps: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """weight maps + bias, in the dtype of the maps."""
+    weight, bias = weight.to(maps.dtype), None if bias is None else bias.to(maps.dtype)
+    if not _by_image(maps):
+        return F.conv2d(maps, weight[:, :, None, None], bias)
+    weight, flat = weight.expand(len(maps), *weight.shape), maps.flatten(2)
+    out = torch.bmm(weight, flat) if bias is None else torch.baddbmm(bias[:, None], weight, flat)
+    # No view: autograd lets nobody write into a view that a Function returns, as an in-place ReLU would.
+    return torch.ops.aten._unsafe_view(out, [*out.shape[:2], *maps.shape[2:]])
+
+
 def _by_image(maps: Tensor) -> bool:
     """Whether one product per image is quickest: NCHW and images that are not small (measured on a CPU)."""
     return maps.stride(1) == maps.shape[2] * maps.shape[3] >= 64
-
-
-def _mix(maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """weight maps + bias."""
-    weight, bias = weight.to(maps.dtype), bias.to(maps.dtype)
-    if not _by_image(maps):
-        return F.conv2d(maps, weight[:, :, None, None], bias)
-    out = torch.baddbmm(bias[:, None], weight.expand(maps.shape[0], *weight.shape), maps.flatten(2))
-    # No view: autograd lets nobody write into a view that a Function returns, as an in-place ReLU would.
-    return torch.ops.aten._unsafe_view(out, [*out.shape[:2], *maps.shape[2:]])
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
@@ -137,9 +124,6 @@ def _as_maps(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(like.shape[0], *like.shape[2:], -1).permute(0, 3, 1, 2)
 
 
-# -- one normalisation -----------------------------------------------------------------------------
-
-
 def _rows_for_kernels(z: Tensor) -> Tensor | None:
     """The rows (P, k) of z where the kernels can be used on them; a compiler gets plain operations instead."""
     last = z.permute(0, 2, 3, 1)
@@ -149,26 +133,21 @@ def _rows_for_kernels(z: Tensor) -> Tensor | None:
     return rows if kernels.usable(rows) else None
 
 
-def _folded(mixing: Tensor, gamma: Tensor | None, inverse: Tensor, dtype: torch.dtype) -> Tensor:
-    """W = diag(gamma s) M, rounded to ``dtype`` but kept as it was."""
-    scale = inverse if gamma is None else gamma * inverse
-    return (scale[:, None] * mixing).to(dtype).to(mixing.dtype)
+def _rounded(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded to ``dtype`` but kept as it was."""
+    return matrix.to(dtype).to(matrix.dtype)
 
 
 class _Normalise(torch.autograd.Function):
-    """From z and the parameters to the output, by the formulas at the top.
+    """The formulas at the top; ``maps``: rows of z (P, k) for the kernels, else z centred, (N, k, H, W)."""
 
-    ``maps`` is what is kept of z: its rows (P, k) for the kernels, else z centred, (N, k, H, W). ``mean``
-    (k,) is the mean of ``maps``, ``spread`` is M S (C, k) and ``inverse`` is s (C,).
-    """
-
-    @staticmethod
+    @staticmethod  # mean: of maps, (k,); spread: M S, (C, k); inverse: s, (C,)
     def forward(
-        ctx: Any, z: Tensor, mixing: Tensor, gamma: Tensor | None, beta: Tensor | None, bias: Tensor | None,
+        ctx: Any, z: Tensor, mixing: Tensor, gamma: Tensor, beta: Tensor, bias: Tensor | None,
         residual: Tensor | None, maps: Tensor, mean: Tensor, spread: Tensor, inverse: Tensor, relu: bool,
     ) -> Tensor:  # fmt: skip
-        weight = _folded(mixing, gamma, inverse, z.dtype)
-        shift = -(weight @ mean) if beta is None else torch.addmv(beta, weight, mean, alpha=-1)
+        weight = _rounded((gamma * inverse)[:, None] * mixing, z.dtype)
+        shift = torch.addmv(beta, weight, mean, alpha=-1)
         if maps.dim() == 4:
             out = apply(maps, weight, shift, residual, relu)
         else:
@@ -206,45 +185,38 @@ def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
             dout, out = _rows(dout), None if out is None else _rows(out)
         d_beta, moment = sums(dout, out, maps, mean)
         d_gamma = inverse * (moment * mixing).sum(1)  # P q
-        scale = inverse if gamma is None else gamma * inverse
+        scale = gamma * inverse
         slope = scale * inverse * d_gamma  # P gamma s^2 q
         if need_mixing:
             d_mixing = torch.addcmul(scale[:, None] * moment, slope[:, None], spread, value=-1)
         if need_z:
             pixels = _pixels(maps)
-            weight = _folded(mixing, gamma, inverse, maps.dtype)
-            quadratic = mixing.t() @ (slope[:, None] / pixels * mixing)
-            quadratic = quadratic.to(maps.dtype).to(mixing.dtype)  # rounded before the constant is made of it
+            weight = _rounded(scale[:, None] * mixing, maps.dtype)
+            quadratic = _rounded(mixing.t() @ (slope[:, None] / pixels * mixing), maps.dtype)
             constant = quadratic @ mean - d_beta @ weight / pixels
             dz = to_z(dout, out, maps, weight, quadratic, constant)
             dz = _as_maps(dz, like) if in_rows else dz
+    d_gamma, d_beta = d_gamma if need_gamma else None, d_beta if need_beta else None
     d_bias = torch.zeros_like(bias) if need_bias else None
-    return (
-        dz, d_mixing, d_gamma if need_gamma else None, d_beta if need_beta else None, d_bias, d_residual,
-        None, None, None, None, None,
-    )  # fmt: skip
+    return dz, d_mixing, d_gamma, d_beta, d_bias, d_residual, None, None, None, None, None
 
 
 class BasisBatchNorm2d(nn.BatchNorm2d):
-    """An ``nn.BatchNorm2d`` that takes the k basis channels of a :class:`BasisConv2d` and does its mixing too.
-
-    :func:`couple` makes it, in place of an ``nn.BatchNorm2d`` with the same parameters and buffers.
-    """
+    """An ``nn.BatchNorm2d`` made by :func:`couple`: takes the k basis channels of a convolution and mixes them too."""
 
     _kind: type[nn.BatchNorm2d]  # what it was before
     _conv: BasisConv2d  # whose basis channels come in; not a submodule: it stands elsewhere in the model
 
     @property
     def conv(self) -> BasisConv2d:
-        """The convolution whose basis channels come in."""
+        """Whose basis channels come in."""
         return self._conv
 
     def forward(self, z: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
         """relu(normalised (M z + c) + residual), (N, C, H, W), of the basis channels z, (N, k, H, W).
 
-        Raises:
-            ValueError: where z is not 4-d or has not k channels, and in training where it has one pixel only.
-            RuntimeError: in a backward pass with ``create_graph=True``.
+        Raises ``ValueError`` where z is not 4-d or has not k channels, and in training where it has one pixel only;
+        ``RuntimeError`` in a backward pass with ``create_graph=True``.
         """
         self._check_input_dim(z)
         if z.shape[1] != self._conv.basis_channels:
@@ -253,21 +225,23 @@ class BasisBatchNorm2d(nn.BatchNorm2d):
         if residual is not None and (residual.shape != shape or residual.dtype != z.dtype):
             return _added(self.forward(z), residual, relu)  # by PyTorch's rules of broadcasting and of mixed dtypes
         with torch.autocast(autocast_device(z), enabled=False):
-            dtype = accumulated(z.dtype)
-            parameters: Any = [self._conv.mixing, self.weight, self.bias, self._conv.bias]
-            parameters = [None if t is None else t.to(dtype) for t in parameters]
+            mixing = self._conv.mixing.to(accumulated(z.dtype))
+            gamma = mixing.new_ones(self.num_features) if self.weight is None else self.weight.to(mixing)
+            beta = mixing.new_zeros(self.num_features) if self.bias is None else self.bias.to(mixing)
+            bias = None if self._conv.bias is None else self._conv.bias.to(mixing)
             if self.training or self.running_mean is None or self.running_var is None:
-                return self._by_batch(z, residual, relu, *parameters)
-            return _added(self._by_running(z, *parameters), residual, relu)
+                return self._by_batch(z, mixing, gamma, beta, bias, residual, relu)
+            scale = (self.running_var.to(mixing.dtype) + self.eps).rsqrt() * gamma
+            shift = beta - scale * (self.running_mean if bias is None else self.running_mean - bias)
+            return _added(_mix(z, scale[:, None] * mixing, shift), residual, relu)
 
     def _by_batch(
-        self, z: Tensor, residual: Tensor | None, relu: bool,
-        mixing: Tensor, gamma: Tensor | None, beta: Tensor | None, bias: Tensor | None,
+        self, z: Tensor, mixing: Tensor, gamma: Tensor, beta: Tensor, bias: Tensor | None,
+        residual: Tensor | None, relu: bool,
     ) -> Tensor:  # fmt: skip
         pixels = _pixels(z)
         if pixels < 2:  # nothing to normalise, or too little: what PyTorch does, for one pixel an error
-            bias = None if bias is None else bias.to(z.dtype)
-            return _added(super().forward(F.conv2d(z, mixing.to(z.dtype)[:, :, None, None], bias)), residual, relu)
+            return _added(super().forward(_mix(z, mixing, bias)), residual, relu)
         with torch.no_grad():
             rows = _rows_for_kernels(z)
             if rows is not None:
@@ -287,38 +261,23 @@ class BasisBatchNorm2d(nn.BatchNorm2d):
 
     def _track(self, mean: Tensor, bias: Tensor | None, variance: Tensor) -> None:
         """Move the running statistics towards those of the batch."""
-        factor: float | Tensor = 0.0 if self.momentum is None else self.momentum
+        factor: float | Tensor = self.momentum or 0.0
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                factor = 1 / self.num_batches_tracked
-        mean = mean if bias is None else mean + bias
-        for running, new in ((self.running_mean, mean), (self.running_var, variance)):
+            factor = 1 / self.num_batches_tracked if self.momentum is None else factor
+        for running, new in ((self.running_mean, mean if bias is None else mean + bias), (self.running_var, variance)):
             if running is not None:
                 running.copy_((1 - factor) * running + factor * new)
 
-    def _by_running(
-        self, z: Tensor, mixing: Tensor, gamma: Tensor | None, beta: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
-        """One mixing into which the running statistics are folded."""
-        mean: Any = self.running_mean
-        variance: Any = self.running_var
-        scale = (variance.to(mixing.dtype) + self.eps).rsqrt()
-        scale = scale if gamma is None else scale * gamma
-        shift = scale * (-mean if bias is None else bias - mean)
-        shift = shift if beta is None else shift + beta
-        weight = (scale[:, None] * mixing).to(z.dtype)
-        return F.conv2d(z, weight[:, :, None, None], shift.to(z.dtype))
-
 
 class BasisBatchNormAct2d(BasisBatchNorm2d):
-    """A :class:`BasisBatchNorm2d` that goes on with the dropout and activation of timm's ``BatchNormAct2d``."""
+    """It goes on with the dropout and activation of timm's ``BatchNormAct2d``."""
 
     drop: nn.Module
     act: nn.Module
 
     def forward(self, z: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
-        """:meth:`BasisBatchNorm2d.forward`; residual and ReLU come after its own activation."""
+        """Residual and ReLU come after its own activation."""
         return _added(self.act(self.drop(super().forward(z))), residual, relu)
 
 
@@ -328,24 +287,17 @@ def _added(out: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
 
 
 def activate(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """``relu(norm(x) + residual)``, or ``relu(norm(x))``, in one pass where ``norm`` is a :class:`BasisBatchNorm2d`.
-
-    One with hooks is called alone, so that they see what they always did.
-    """
+    """``relu(norm(x) + residual)``, in one pass where ``norm`` is a :class:`BasisBatchNorm2d` without hooks."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if isinstance(norm, BasisBatchNorm2d) and not any(getattr(norm, kind) for kind in hooks):
         return norm(x, residual, relu=True)
     return _added(norm(x), residual, True)
 
 
-# -- whole models ----------------------------------------------------------------------------------
-
-
 def copy_of(model: nn.Module) -> nn.Module:
     """A deep copy, also of modules that keep computed tensors (pruning, the older weight_norm).
 
-    Raises ``ValueError`` for ``DistributedDataParallel``, also within the model: it knows only the parameters that it
-    was given.
+    Raises ``ValueError`` for ``DistributedDataParallel``: it knows only the parameters that it was given.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
@@ -356,29 +308,21 @@ def copy_of(model: nn.Module) -> nn.Module:
 
 
 def couplings(model: nn.Module) -> Pairs:
-    """Which basis convolutions of ``model`` are, or can be, coupled to the batch normalisation after them.
-
-    Returns ``norms``, the name of the convolution -> that of its batch normalisation, and ``alone``, the name of every
-    other basis convolution -> why it cannot be coupled.
-    """
+    """Which basis convolutions are, or can be, coupled to the batch normalisation after them, and why others cannot."""
     layers = {module: name for name, module in model.named_modules() if isinstance(module, BasisConv2d)}
+    coupled = {layers.get(norm._conv): n for n, norm in model.named_modules() if isinstance(norm, BasisBatchNorm2d)}
     norms, alone = {}, {}
     try:
         pairs = norm_pairs(model, both_modes=True)
     except ValueError as error:
         pairs = Pairs({}, dict.fromkeys(layers.values(), str(error)))
-    for norm_name, norm in model.named_modules():
-        if isinstance(norm, BasisBatchNorm2d) and norm._conv in layers:
-            norms[layers[norm._conv]] = norm_name
     for layer, name in layers.items():
-        if name in norms:
-            continue
-        if name not in pairs.norms:
-            alone[name] = pairs.alone[name]
-        elif reason := _obstacle(layer, model.get_submodule(pairs.norms[name])):
-            alone[name] = reason
+        norm = coupled.get(name) or pairs.norms.get(name)
+        reason = None if name in coupled else _obstacle(layer, model.get_submodule(norm)) if norm else pairs.alone[name]
+        if norm and not reason:
+            norms[name] = norm
         else:
-            norms[name] = pairs.norms[name]
+            alone[name] = str(reason)
     return Pairs(norms, alone)
 
 
@@ -386,10 +330,10 @@ def _obstacle(layer: BasisConv2d, norm: nn.Module) -> str | None:
     """Why this pair cannot be coupled; None where it can."""
     if layer.coefficients.groups > 1:
         return f"its channels are mixed in {layer.coefficients.groups} groups, not all with all"
-    if "forward" in vars(layer) or type(layer).forward is not BasisConv2d.forward:
-        return f"it is a {type(layer).__name__} with a forward of its own"
-    if "forward" in vars(norm) or not (type(norm) is nn.BatchNorm2d or afterwards(norm)):
-        return f"its batch normalisation is a {type(norm).__name__} of its own kind"
+    known = type(norm) is nn.BatchNorm2d or afterwards(norm)
+    for module, usual in ((layer, type(layer).forward is BasisConv2d.forward), (norm, known)):
+        if "forward" in vars(module) or not usual:
+            return f"{type(module).__name__} has a forward of its own"
     return None
 
 
@@ -397,14 +341,10 @@ def couple(model: nn.Module, layers: Iterable[str] | None = None) -> nn.Module:
     """A copy of ``model`` in which batch normalisation is taken through the basis; :func:`uncouple` is the way back.
 
     Basis convolutions that are directly followed by an ``nn.BatchNorm2d`` give their k basis channels alone, and the
-    batch normalisation, a :class:`BasisBatchNorm2d`, does the mixing. Output, gradients, running statistics and state
-    stay the same. What cannot be coupled is left as it is, with a reason in :func:`couplings`.
+    batch normalisation, then a :class:`BasisBatchNorm2d`, does the mixing. Output, gradients, running statistics and
+    state stay the same. What cannot be coupled is left as it is, with a reason in :func:`couplings`.
 
-    Args:
-        layers: names of the basis convolutions to couple; None: all that can be.
-
-    Raises:
-        ValueError: for a name in ``layers`` that is no basis convolution, or one that cannot be coupled.
+    ``layers``: names of the convolutions to couple, ``ValueError`` where one cannot be; None: all that can.
     """
     return couple_in_place(copy_of(model), layers)
 

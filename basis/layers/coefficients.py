@@ -1,12 +1,12 @@
 """The coefficient matrix A of a basis convolution in several forms: dense, low-rank, grouped, sparse, ...
 
-With k basis filters and ``rows`` = C_out - k derived ones, a derived filter is a combination of the
-``columns`` = k / groups basis filters of its mixing group: a group of the convolution or, in the form ``grouped``,
-a part of one. A is (rows, columns), one block per mixing group, stacked by rows.
+A derived filter combines the ``columns`` = k / groups basis filters of its mixing group: a group of the convolution or,
+in the form ``grouped``, a part of one. A is (rows, columns), rows = C_out - k, one block per group, stacked by rows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,16 +18,13 @@ from torch import Tensor, nn
 
 from basis.layers.base import full_precision
 
-# Every kind, and how its text goes on.
-KINDS = {
-    "dense": "", "low_rank": ":RANK", "grouped": ":GROUPS", "sparse": ":ENTRIES",
-    "shared": "", "frozen": "", "repeat": "",
-}  # fmt: skip
+_SIZED = {"low_rank": "RANK", "grouped": "GROUPS", "sparse": "ENTRIES"}
+_PLAIN = ("dense", "shared", "frozen", "repeat")
 
 
 @dataclass(frozen=True)
 class Form:
-    """A form of A, with a short text such as ``low_rank:10``: :meth:`parse` reads it, ``str`` writes it.
+    """A form of A; :meth:`parse` reads its text, ``str`` writes it.
 
     - ``dense``: every entry is trained; ``shared``: the same, one A for all layers of equal shape;
     - ``frozen``: drawn at random and never trained;
@@ -43,15 +40,14 @@ class Form:
     size: int | Fraction | None = None
 
     def __post_init__(self) -> None:
-        wanted, fractions = KINDS.get(self.kind), self.kind in ("low_rank", "sparse")
-        whole = type(self.size) is int and self.size >= 1
-        problem = ""
-        if wanted is None:
-            problem = f"must be one of {', '.join(kind + size for kind, size in KINDS.items())}"
-        elif not wanted and self.size is not None:
+        size, problem = self.size, ""
+        fraction = self.kind != "grouped" and isinstance(size, Fraction) and 0 < size < 1
+        if self.kind not in (*_PLAIN, *_SIZED):
+            problem = f"must be one of {', '.join([*_PLAIN, *(f'{kind}:{size}' for kind, size in _SIZED.items())])}"
+        elif self.kind in _PLAIN and size is not None:
             problem = f"{self.kind} takes no size"
-        elif wanted and not whole and not (fractions and isinstance(self.size, Fraction) and 0 < self.size < 1):
-            problem = "its size must be a whole number of at least 1" + ", or a fraction below 1" * fractions
+        elif self.kind in _SIZED and not fraction and not (type(size) is int and size >= 1):
+            problem = "its size must be a whole number of at least 1" + " or a fraction" * (self.kind != "grouped")
         if problem:
             raise ValueError(f"coefficients is {str(self)!r}, but {problem}")
 
@@ -60,8 +56,14 @@ class Form:
         """The form that ``text`` names; a form is returned as it is."""
         if isinstance(text, Form):
             return text
-        kind, colon, size = str(text).partition(":")
-        return cls(kind, _number(size) if colon else None)
+        kind, colon, number = str(text).partition(":")
+        size: Any = number if colon else None
+        if number.isdecimal():
+            size = int(number)
+        elif colon:
+            with contextlib.suppress(ValueError, ArithmeticError):
+                size = Fraction(number) if 0 < Fraction(number) < 1 else number
+        return cls(kind, size)
 
     def __str__(self) -> str:
         return self.kind if self.size is None else f"{self.kind}:{self.size}"
@@ -71,10 +73,7 @@ class Form:
         return self.size if isinstance(self.size, int) else max(1, round((self.size or 0) * columns))
 
     def make(self, out_channels: int, basis_channels: int, groups: int = 1, **factory: Any) -> Coefficients:
-        """A of this form for such a layer, allocated (on ``device``, of ``dtype``) but not yet drawn.
-
-        Raises ``ValueError`` for a size that does not fit the shape.
-        """
+        """A of this form, allocated but not yet drawn; ``ValueError`` for a size that does not fit the shape."""
         rows, columns = out_channels - basis_channels, basis_channels // groups
         size, height = self.count(columns), rows // groups
         problem = ""
@@ -82,29 +81,16 @@ class Form:
             if columns % size or height % size:
                 problem = f"{columns} basis and {height} derived filters cannot both be split into {size} groups"
             groups, columns = groups * size, columns // size
-        elif self.kind == "low_rank" and rows and size > min(height, columns):
-            problem = f"A is {height} x {columns}, and no rank is above {min(height, columns)}"
-        elif self.kind == "sparse" and rows and size > columns:
-            problem = f"a row of A has only {columns} entries"
+        elif rows and size > {"low_rank": min(height, columns), "sparse": columns}.get(self.kind, size):
+            problem = f"A of a group is only {height} x {columns}"
         if problem:
             raise ValueError(f"coefficients is {str(self)!r}, but {problem}")
-        kind = {"low_rank": LowRank, "sparse": Sparse, "frozen": Frozen, "repeat": Repeat}.get(self.kind, Coefficients)
+        kind = {"low_rank": LowRank, "sparse": Sparse, "repeat": Repeat}.get(self.kind, Coefficients)
         return kind(self, rows, columns, groups, **factory)
 
 
-def _number(text: str) -> Any:
-    """A whole number, or a fraction between 0 and 1; any other text as it is."""
-    try:
-        value = Fraction(text)
-    except (ValueError, ArithmeticError):
-        return text
-    return int(text) if text.isdecimal() else value if 0 < value < 1 else text
-
-
 class Coefficients(nn.Module):
-    """A of one layer, or of several layers that share it: ``matrix()`` is A, (rows, columns).
-
-    This class is the dense A, also a shared or grouped one: ``values``, (rows, columns).
+    """A of one layer or of several that share it; this class: dense, shared or grouped, ``values`` (rows, columns).
 
     Attributes:
         form, rows, columns, groups: the :class:`Form`, the shape of A, and its number of mixing groups.
@@ -130,7 +116,12 @@ class Coefficients(nn.Module):
         return any(parameter.requires_grad for parameter in self.parameters())
 
     def _allocate(self, **factory: Any) -> None:
-        self.values = nn.Parameter(torch.empty((self.rows, self.columns), **factory))
+        values = torch.empty((self.rows, self.columns), **factory)
+        if self.form.kind == "frozen":
+            self.register_buffer("values", values)
+            self.free, self.fits, self.stored = False, False, 0
+        else:
+            self.values = nn.Parameter(values)
 
     def reset_parameters(self) -> None:
         """Draw new values (uniform), so that every row of A B has the variance of a row of B."""
@@ -140,6 +131,10 @@ class Coefficients(nn.Module):
         """Take values near to a dense A (groups, rows / groups, columns), for B (groups, columns, F); float64."""
         self.values.copy_(dense.reshape(self.values.shape))
 
+    def factors(self) -> tuple[Tensor, ...]:
+        """A as a product, the last factor first."""
+        return (self.matrix(),)
+
     def matrix(self) -> Tensor:
         """A, (rows, columns)."""
         return self.values
@@ -147,10 +142,6 @@ class Coefficients(nn.Module):
     def blocks(self) -> Tensor:
         """A by mixing groups, (groups, rows / groups, columns)."""
         return self._by_groups(self.matrix())
-
-    def factors(self) -> tuple[Tensor, ...]:
-        """A as a product, the last factor first."""
-        return (self.matrix(),)
 
     def combine(self, filters: Tensor) -> Tensor:
         """The derived filters, (groups, rows / groups, F), of basis filters (groups, columns, F)."""
@@ -165,28 +156,15 @@ class Coefficients(nn.Module):
         return z
 
     def _by_groups(self, rows: Tensor) -> Tensor:
-        return rows.view(self.groups, len(rows) // self.groups, rows.shape[1])
+        return rows.unflatten(0, (self.groups, len(rows) // self.groups))
 
     def extra_repr(self) -> str:
         """Form and shape."""
-        return f"{self.form}, {self.rows} x {self.columns}" + f", groups={self.groups}" * (self.groups > 1)
-
-
-class Frozen(Coefficients):
-    """A dense A that is drawn at random and never trained: ``values`` is a buffer."""
-
-    free = fits = False
-
-    def _allocate(self, **factory: Any) -> None:
-        self.register_buffer("values", torch.empty((self.rows, self.columns), **factory))
-        self.stored = 0
+        return f"{self.form}, {self.rows} x {self.columns}, groups={self.groups}"
 
 
 class LowRank(Coefficients):
-    """A = U V in each group: ``left`` U (rows, rank), ``right`` V (groups * rank, columns).
-
-    The low-rank variant of LinearConv (Kahatapitiya and Rodrigo, WACV 2021), there with rank 10.
-    """
+    """A = U V per group, ``left`` U (rows, rank), ``right`` V (groups * rank, columns); LinearConv (WACV 2021)."""
 
     mixes = free = False
 
@@ -198,7 +176,7 @@ class LowRank(Coefficients):
         self.stored = sum(self.products)
 
     def reset_parameters(self) -> None:
-        """Uniform with variance 1 / columns for V, and 1 / rank for U."""
+        """Uniform."""
         _draw(self.right, self.columns)
         _draw(self.left, max(1, self.rank))
 
@@ -220,11 +198,10 @@ class LowRank(Coefficients):
 
 
 class Sparse(Coefficients):
-    """A = ``values`` * ``mask``, which keeps the largest entries of every row.
+    """A = ``values`` * ``mask``, which keeps the largest entries of every row; after LinearConv's sparse variant.
 
-    Until :meth:`settle`, each forward pass in training mode takes the mask from the current values, and all values
-    get the gradient of A as if none were masked (straight through), so that dropped entries can come back. After
-    LinearConv's sparse variant; there the mask is a percentile, taken anew every 500 steps, with an L1 penalty.
+    Until :meth:`settle`, each forward pass in training mode takes the mask from the current values, and all values get
+    the gradient of A as if none were masked (straight through), so that dropped entries can come back.
     """
 
     free = False
@@ -265,14 +242,14 @@ class Sparse(Coefficients):
             with torch.no_grad():
                 self.values.mul_(self.mask)
 
-    def _refresh(self) -> None:
-        largest = self.values.detach().abs().topk(self.entries, dim=1, sorted=False).indices
-        self.mask.zero_().scatter_(1, largest, True)
-
     def _settle(self, settled: bool) -> None:
         self._refresh()
         self.settled.fill_(settled)
         self._settled = settled
+
+    def _refresh(self) -> None:
+        largest = self.values.detach().abs().topk(self.entries, dim=1, sorted=False).indices
+        self.mask.zero_().scatter_(1, largest, True)
 
     def matrix(self) -> Tensor:
         """``values`` * ``mask``."""
@@ -306,7 +283,7 @@ class Repeat(Coefficients):
         return self.derive(eye.repeat(self.groups, 1), 0)
 
     def combine(self, filters: Tensor) -> Tensor:
-        """Copies of the basis filters of each group."""
+        """Copies."""
         return self._by_groups(self.derive(filters.flatten(0, 1), 0))
 
     def derive(self, z: Tensor, dim: int = -3) -> Tensor:

@@ -1,9 +1,8 @@
 """The basis convolution: a layer that trains k of its C_out filters and mixes the others from them.
 
-With ``B`` the basis filters (k x C_in/groups x kh x kw) and ``A`` the coefficient matrix ((C_out - k) x k), the layer
-is a convolution with the weight ``W = [B; A B]`` (Alekseev et al. 2024, arXiv 2408.06024; LinearConv, Kahatapitiya and
-Rodrigo, WACV 2021, is the case k = C_out / 2 in composed mode). Each group, or each mixing group of the form
-``grouped``, has k / groups basis filters of its own; A holds one block per group, stacked by rows.
+The layer convolves with ``W = [B; A B]``, B the k basis filters and A the coefficient matrix, (C_out - k) x k
+(Alekseev et al. 2024, arXiv 2408.06024; LinearConv, Kahatapitiya and Rodrigo, WACV 2021, is k = C_out / 2 in composed
+mode). Each group, or mixing group of the form ``grouped``, has basis filters of its own; A holds one block per group.
 """
 
 from __future__ import annotations
@@ -38,15 +37,10 @@ def basis_channels_for(ratio: float, out_channels: int, groups: int = 1) -> int:
 
 def check_basis_channels(basis_channels: int, out_channels: int, groups: int = 1) -> None:
     """Raise ``ValueError`` where ``basis_channels`` cannot be the k of such a layer."""
-    problem = ""
-    if isinstance(basis_channels, bool) or not isinstance(basis_channels, int):
-        problem = "be a whole number of filters"
-    elif not 1 <= basis_channels <= out_channels:
-        problem = f"lie between 1 and out_channels = {out_channels}"
-    elif basis_channels % groups:
-        problem = f"be a multiple of groups = {groups}, because filters of different groups cannot be mixed"
-    if problem:
-        raise ValueError(f"basis_channels is {basis_channels!r}, but it must {problem}")
+    whole = isinstance(basis_channels, int) and not isinstance(basis_channels, bool)
+    if not whole or not 1 <= basis_channels <= out_channels or basis_channels % groups:
+        what = f"a whole number from 1 to out_channels = {out_channels}, a multiple of groups = {groups}"
+        raise ValueError(f"basis_channels is {basis_channels!r}, but it must be {what}")
 
 
 def resolve_mode(
@@ -55,17 +49,10 @@ def resolve_mode(
 ) -> ExplicitMode:  # fmt: skip
     """What ``mode`` stands for on this device and shape; all but ``"auto"`` stand for themselves.
 
-    ``"auto"`` is the heuristic used until :func:`basis.bench.tuning.tune` has timed the layer: factorized
-
-    - on a CPU, where it saves at least 110 multiplications per output value (measured, ``basis bench layer``);
-    - on a GPU, where it saves at least 300 and k, rounded up to a multiple of 8, is at most half of at least 128 output
-      channels (the faster mode for every layer of ResNet-18 at r = 1/2 and 1/4, measured on an H200);
-
-    else composed.
-
-    Args:
-        fan_in: C_in/groups * kh * kw, the multiplications of one output value of the dense layer.
-        apart: whether factorized mode would multiply Z with A alone, see :func:`derives_apart`.
+    ``"auto"`` is the heuristic used until :func:`basis.bench.tuning.tune` has timed the layer: factorized on a CPU
+    where it saves at least 110 multiplications per output value (``fan_in``: those of the dense layer); on a GPU where
+    it saves at least 300 and k, rounded up to a multiple of 8, is at most half of at least 128 output channels; else
+    composed. ``apart``: whether factorized mode multiplies Z with A alone, see :func:`derives_apart`.
     """
     if mode != "auto":
         return mode
@@ -80,7 +67,7 @@ def resolve_mode(
 def derives_apart(device: torch.device, *, out_channels: int, basis_channels: int) -> bool:
     """Whether factorized mode convolves Z with A alone and joins both, rather than with M = [I; A].
 
-    That saves k of C_out rows for one more pass over the output: on a CPU it pays from k = C_out / 2 on (measured).
+    On a CPU it pays from k = C_out / 2 on (measured).
     """
     return device.type == "cpu" and out_channels <= 2 * basis_channels < 2 * out_channels
 
@@ -88,8 +75,7 @@ def derives_apart(device: torch.device, *, out_channels: int, basis_channels: in
 def uses_tensor_cores(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether factorized mode suits its products to tensor cores: on a GPU in half precision.
 
-    Then k is filled up to a multiple of 8 with zero filters (cuDNN developer guide, "tensor core operations"), and
-    channels-last maps are mixed as the rows of a matrix. In float32 PyTorch uses TF32 for convolutions only.
+    Then it fills k up to a multiple of 8 and mixes channels-last maps as the rows of a matrix.
     """
     return device.type == "cuda" and dtype.itemsize == 2
 
@@ -101,12 +87,11 @@ class BasisConv2d(ConvLike):
 
     Args:
         basis_channels: k, 1 <= k <= out_channels and a multiple of ``groups``; or give ``ratio``, k / out_channels.
-        mode: how the layer is computed; all modes give the same numbers. ``"factorized"`` convolves with B and
-            mixes with M = [I; A] as a 1x1 convolution; ``"composed"`` builds W and convolves once; ``"hybrid"``
-            is composed forward and factorized backward (first derivatives only); ``"auto"`` picks by device and
-            shape (:attr:`resolved_mode`).
-        coefficients: the form of A as text or as a :class:`Form`, e.g. ``"low_rank:10"``; or the
-            :class:`Coefficients` of another layer of the same shape, which both layers then share.
+        mode: all modes give the same numbers. ``"factorized"`` convolves with B and mixes with M = [I; A] as a 1x1
+            convolution; ``"composed"`` builds W; ``"hybrid"`` is composed forward and factorized backward (first
+            derivatives only); ``"auto"`` picks by device and shape (:attr:`resolved_mode`).
+        coefficients: the form of A, a :class:`Form` or its text, e.g. ``"low_rank:10"``; or the :class:`Coefficients`
+            of another layer of the same shape, which both layers then share.
 
     Attributes:
         basis: B, (k, C_in/groups, kh, kw); bias: (C_out,) or None.
@@ -115,8 +100,7 @@ class BasisConv2d(ConvLike):
         measured_mode: (type of device, mode) as :func:`basis.bench.tuning.use_modes` sets it, or None.
         mixed_later: the forward pass gives Z alone, for :mod:`basis.layers.batchnorm` to mix.
 
-    Raises:
-        ValueError: for a ratio, basis_channels, mode or form of A that is unknown or does not fit the shape.
+    Raises ``ValueError`` for a ratio, basis_channels, mode or form of A that is unknown or does not fit the shape.
     """
 
     order: Tensor
@@ -169,11 +153,7 @@ class BasisConv2d(ConvLike):
         return self.basis_channels / self.out_channels
 
     def reset_parameters(self) -> None:
-        """Draw new parameters so that activations keep the variance that ``nn.Conv2d`` gives.
-
-        B and the bias are drawn as ``nn.Conv2d`` draws them, A (for all layers that share it) so that every row of
-        A B has the variance of a row of B. ``order`` becomes the identity.
-        """
+        """Draw B and the bias as ``nn.Conv2d`` does, A so that filters keep their variance; ``order``: identity."""
         self._draw(coefficients=True)
 
     def _draw(self, *, coefficients: bool) -> None:
@@ -193,9 +173,9 @@ class BasisConv2d(ConvLike):
         a, k = self.coefficients, self.coefficients.columns
         self._sources = None
         if not a.mixes and (permuted or a.groups > 1):
-            group, row = self.order // (self.out_channels // a.groups), self.order % (self.out_channels // a.groups)
-            derived = a.groups * k + group * (a.rows // a.groups) + row - k
-            self._sources = torch.where(row < k, group * k + row, derived)
+            width = self.out_channels // a.groups
+            group, row = self.order // width, self.order % width
+            self._sources = torch.where(row < k, group * k + row, (a.groups - group - 1) * k + self.order)
 
     @property
     def mixing(self) -> Tensor:
@@ -237,10 +217,7 @@ class BasisConv2d(ConvLike):
         return in_order and derives_apart(self.basis.device, **shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve ``x``, (N, C_in, H, W) or (C_in, H, W), as ``nn.Conv2d`` with W = [B; A B] would.
-
-        Where :attr:`mixed_later` is set, the output is Z, the k basis channels without the bias.
-        """
+        """Convolve ``x`` as ``nn.Conv2d`` with W would; with :attr:`mixed_later` the output is Z, without the bias."""
         mode = self.resolved_mode
         x, padding = self._pad(x)
         conv = (self.stride, padding, self.dilation, self.groups)
@@ -288,25 +265,20 @@ class BasisConv2d(ConvLike):
 
     @classmethod
     def from_conv(
-        cls, conv: nn.Conv2d, *, basis_channels: int | None = None, ratio: float | None = None, mode: Mode = "auto",
-        coefficients: str | Form | Coefficients = "dense", moments: Moments | None = None,
+        cls, conv: nn.Conv2d, *, coefficients: str | Form | Coefficients = "dense", moments: Moments | None = None,
+        **options: Any,
     ) -> BasisConv2d:  # fmt: skip
         """The basis convolution nearest to ``conv``: the best approximation of rank k, exact at k = C_out.
 
-        The weight is truncated by SVD, group by group; or, with ``moments`` of the outputs of ``conv`` on data, its
-        outputs are projected on their k principal components (:mod:`basis.layers.moments`), and a bias takes the mean
-        of what that loses. Pivoted QR picks k rows whose truncated filters become B, and all other rows are
-        combinations of them: this choice costs no accuracy, and the pivoting keeps A small. Low-rank and sparse A are
-        fitted to that dense one, then B is the least-squares solution for this A, as it is where A is not for the
-        layer to choose (frozen, repeat, or a module that is given).
+        By SVD, group by group; with ``moments`` of the outputs of ``conv`` on data, their k principal components are
+        kept instead (:mod:`basis.layers.moments`), and a bias takes the mean of what that loses. Pivoted QR picks the
+        rows that become B, which costs no accuracy and keeps A small; for an A that cannot hold every matrix, B is the
+        least-squares solution. Keeps device, dtype, memory format, ``training``, ``requires_grad``; copies the bias.
+        ``options``: ``basis_channels`` or ``ratio``, and ``mode``.
 
-        Keeps device, dtype, memory format, ``training`` and ``requires_grad`` of ``conv``; copies its bias.
-
-        Raises:
-            TypeError: when ``conv`` is not an ``nn.Conv2d``.
-            ValueError: as the class; for moments of another layer, or of outputs that were not finite.
+        Raises ``TypeError`` when ``conv`` is not an ``nn.Conv2d``; ``ValueError`` as the class, for moments of another
+        layer, or of outputs that were not finite.
         """
-        options: dict[str, Any] = {"basis_channels": basis_channels, "ratio": ratio, "mode": mode}
         return cls.from_convs([conv], coefficients=coefficients, moments=[moments], **options)[0]
 
     @classmethod
@@ -314,19 +286,17 @@ class BasisConv2d(ConvLike):
         cls, convs: Sequence[nn.Conv2d], *, coefficients: str | Form | Coefficients = "shared",
         moments: Sequence[Moments | None] = (), **options: Any,
     ) -> list[BasisConv2d]:  # fmt: skip
-        """The basis convolutions nearest to ``convs`` that hold one A: :meth:`from_conv` of all at once.
+        """:meth:`from_conv` of several convolutions (of equal C_out and groups) that are to hold one A.
 
-        The convolutions have equal C_out and groups; their filters are laid end to end. With ``moments``, one for
-        each, the sum of their relative errors is least; the inputs of a layer without moments count as white.
+        With ``moments``, one for each, the sum of their relative errors is least; the inputs of a layer without
+        moments count as white.
         """
         for conv in convs:
             if not isinstance(conv, nn.Conv2d):
                 raise TypeError(f"from_conv takes an nn.Conv2d, not {type(conv).__name__}")
-        layers: list[BasisConv2d] = []
-        for conv in convs:
-            a = layers[0].coefficients if layers else coefficients
-            layers.append(cls.shaped_like(conv, coefficients=a, **options))
-        a = layers[0].coefficients
+        first = cls.shaped_like(convs[0], coefficients=coefficients, **options)
+        a = first.coefficients
+        layers = [first, *(cls.shaped_like(conv, coefficients=a, **options) for conv in convs[1:])]
         weights = [conv.weight.detach().reshape(a.groups, -1, conv.weight[0].numel()) for conv in convs]
         given = isinstance(coefficients, Coefficients)
         seen = [m if m is not None and m.n else None for m in moments] or [None] * len(convs)
@@ -350,8 +320,7 @@ class BasisConv2d(ConvLike):
     ) -> BasisConv2d:
         """A freshly initialised basis convolution of the shape of ``conv``, with the ``options`` of the class.
 
-        Keeps device, dtype, memory format, ``training`` and ``requires_grad``. Coefficients that are given as a module
-        stay as they are.
+        Keeps device, dtype, memory format, ``training`` and ``requires_grad``; a given module of coefficients stays.
         """
         layer = cls(*arguments_of(conv), **options, coefficients=coefficients)
         if is_channels_last(conv.weight):
@@ -366,10 +335,7 @@ class BasisConv2d(ConvLike):
 
     @torch.no_grad()
     def lost_mean(self, moments: Moments) -> Tensor:
-        """What the mean of a dense layer's outputs (of these ``moments``) loses in this one, (C_out,), float64.
-
-        For a layer with B nearest to the dense weight for its A, as :meth:`from_conv` makes it.
-        """
+        """What the mean of the outputs of the layer that this was fitted to loses in this one, (C_out,), float64."""
         mean = moments.mean.flatten()
         mean = mean if self.bias is None else mean - self.bias.double()
         position = torch.argsort(self.order).view(self.coefficients.groups, -1)  # of each row of [I; A], its channel
@@ -398,7 +364,7 @@ class BasisConv2d(ConvLike):
             self._order_changed(permuted=not torch.equal(self.order.cpu(), torch.arange(self.out_channels)))
 
     def extra_repr(self) -> str:
-        """The arguments that matter, as ``nn.Conv2d`` prints them."""
+        """As ``nn.Conv2d`` prints its arguments."""
         text = f"basis_channels={self.basis_channels} (r={self.ratio:.4g}), mode={self.mode}"
         if self.mode == "auto" and self.measured_mode:
             text += " (measured on {}: {})".format(*self.measured_mode)

@@ -16,13 +16,10 @@ def factorize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split the best rank-k approximation of ``matrix`` (C_out x F) as ``[I; A] B`` in a row order.
 
-    Returns B (k x F), A ((C_out - k) x k) and ``p`` (C_out,), such that row ``p[i]`` of the
-    approximation is row i of ``[B; A B]``: with ``pivot`` the rows that keep A small come first, else
-    the order is that of ``matrix``. At k = C_out the rows are returned as they are. Computed
-    in float64 and returned in the dtype of ``matrix``. Where the rank of ``matrix`` is below k, the
-    rows that are left over get coefficients of the pseudo-inverse.
-
-    With ``left`` (C_out x C_out, orthonormal columns) the approximation is the projection on its first k columns.
+    Returns B (k x F), A ((C_out - k) x k) and ``p`` (C_out,): row ``p[i]`` of the approximation is row i of [B; A B].
+    With ``pivot`` the rows that keep A small come first. At k = C_out the rows are returned as they are. With ``left``
+    (C_out x C_out, orthonormal columns) the approximation is the projection on its first k columns. Computed in
+    float64; where the rank of ``matrix`` is below k, the pseudo-inverse gives the rest.
     """
     rows, dtype = matrix.shape[0], matrix.dtype
     identity = torch.arange(rows, device=matrix.device)
@@ -57,11 +54,8 @@ def principal_directions(
 ) -> Tensor:
     """The directions that keep most of the outputs of layers that share A: (mixing groups, width, width).
 
-    Args:
-        weights: of each layer, (mixing groups, width, F).
-        moments: of the outputs of each layer; None: its inputs count as white.
-
-    Raises ``ValueError`` for moments of another layer, or of outputs that were not finite.
+    ``weights``: of each layer, (mixing groups, width, F); ``moments``: None where the inputs count as white. Raises
+    ``ValueError`` for moments of another layer, or of outputs that were not finite.
     """
     total = torch.zeros((), dtype=torch.float64)
     for conv, weight, own in zip(convs, weights, moments, strict=True):
@@ -83,13 +77,8 @@ def fit(weight: Tensor, a: Coefficients, *, given: bool, left: Tensor | None = N
     """Fit ``a``, unless it is ``given`` or cannot be chosen, to a weight (mixing groups, C_out / groups, F).
 
     A form of A that cannot hold every matrix is fitted to the dense A of the pivoted rows, or to that of the first k
-    rows as B where that halves the squared error, as it does for a weight that had this form.
-
-    Args:
-        left: the directions to keep, from most to least; those of the SVD unless given.
-
-    Returns:
-        B (mixing groups, columns, F) and ``order`` (C_out,), where each channel stands in [B; A B].
+    rows as B where that halves the squared error, as it does for a weight that had this form. ``left``: the directions
+    to keep, else those of the SVD. Returns B (mixing groups, columns, F) and ``order`` (C_out,).
     """
     groups, width, _ = weight.shape
     if given or not a.fits:
@@ -111,9 +100,9 @@ def fit(weight: Tensor, a: Coefficients, *, given: bool, left: Tensor | None = N
 @torch.no_grad()
 def _fit_from(weight: Tensor, a: Coefficients, *, pivot: bool, left: Tensor | None) -> tuple[Tensor, Tensor]:
     """:func:`fit` for A that is learned, from one dense factorization."""
-    parts = [None] * len(weight) if left is None else list(left)
     factors = [
-        factorize(block.double(), a.columns, pivot=pivot, left=own) for block, own in zip(weight, parts, strict=True)
+        factorize(block.double(), a.columns, pivot=pivot, left=None if left is None else left[i])
+        for i, block in enumerate(weight)
     ]
     basis, dense, order = (torch.stack(parts) for parts in zip(*factors, strict=True))
     a.fit(dense, basis)

@@ -11,10 +11,10 @@ from torch.autograd.function import once_differentiable
 
 
 class HybridConv(torch.autograd.Function):
-    """Convolve with W = M B; backward dZ = M^T dY, then the gradients of a k-channel convolution.
+    """Convolve with W = M B; backward dZ = M^T dY, then a k-channel convolution's gradients; first derivatives only.
 
-    Arguments: x; W; B; M as a 1x1 weight; the output channels that are basis channels (None: the first k);
-    (stride, padding, dilation, groups) of the convolution; groups of the mixing. First derivatives only.
+    ``mixing``: M as a 1x1 weight; ``rows``: the output channels that are basis channels, None: the first k; ``conv``:
+    stride, padding, dilation and groups of the convolution.
     """
 
     @staticmethod

@@ -1,15 +1,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Triton kernels for batch normalisation through the basis: each passes over the C-channel maps once.
 
-The functions are those of :mod:`basis.layers.batchnorm`, on matrices: P pixels (of all images) x channels, as
-channels-last maps store them; the channels of a row are contiguous, and rows may be further apart. Other arguments are
-float32; matrices are rounded to the dtype of z on the way, so a bias that is to cancel against them should be computed
-from the rounded matrix. Check :func:`usable` first: shapes are not checked here.
+The functions are those of :mod:`basis.layers.batchnorm` on matrices: P pixels x channels, as channels-last maps store
+them; other arguments are float32, and matrices are rounded to the dtype of z. Check :func:`usable` first.
 
-Sums are accumulated in float32, within a chunk of rows and then over the chunks, without atomics: equal input gives
-equal bits. Products run on the tensor cores in the dtype of z; those of float32 are full float32 unless
-``torch.backends.cuda.matmul.allow_tf32``. To ``torch.compile`` every function is one opaque operator, without a
-derivative. None waits for the device, so a CUDA graph can capture them once a first call has compiled them.
+Sums are accumulated in float32, in chunks of rows, without atomics: equal input gives equal bits. Products run on
+tensor cores in the dtype of z; those of float32 are full float32 unless ``torch.backends.cuda.matmul.allow_tf32``. To
+``torch.compile`` every function is one opaque operator, without a derivative. CUDA graphs can capture them.
 """
 
 from __future__ import annotations
@@ -27,7 +24,6 @@ from torch.library import custom_op
 # second pass are as fast.
 MAX_BASIS_CHANNELS = 256
 
-# -- kernels ------------------------------------------------------------------------------------------------
 # Row numbers are int64, since rows times stride may exceed 2^31. All loads are masked, so no size need be a multiple
 # of a block.
 
@@ -114,8 +110,6 @@ def _affine(
 # Whether TRITON_INTERPRET was set when Triton was imported: the kernels then run on any device, slowly.
 _INTERPRETED = not isinstance(_load, triton.JITFunction)
 
-# -- launches -----------------------------------------------------------------------------------------------
-
 
 def _block(size: int, largest: int) -> int:
     """The power of two that holds ``size``, from 16, the least tensor cores take, to ``largest``."""
@@ -190,15 +184,8 @@ def _mixed(
     return out
 
 
-# -- what others call ---------------------------------------------------------------------------------------
-
-
 def usable(z: Tensor) -> bool:
-    """Whether these kernels can take z (P, k) with contiguous rows.
-
-    z is on a CUDA device of compute capability 8.0 or more (Triton has no tensor cores below), or the interpreter runs;
-    float32, bfloat16 or float16; P >= 1 and 1 <= k <= 256.
-    """
+    """Whether these kernels can take z (P, k): rows contiguous, P >= 1, k <= 256, and CUDA capability 8.0 or more."""
     if not _INTERPRETED and not (z.is_cuda and torch.cuda.get_device_properties(z.device).major >= 8):
         return False
     known = z.dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -210,8 +197,7 @@ def usable(z: Tensor) -> bool:
 def moments(z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (k,) and covariance (k, k) of the rows of z (P, k), divided by P, both in float32.
 
-    One pass: the rows are centred on a shift, the mean of some rows spread over z, and what that leaves is corrected at
-    the end. The centred numbers are multiplied as float32, or as tf32 where z is bfloat16 or float16.
+    One pass: the rows are centred on the mean of some of them, and what that leaves is corrected at the end.
     """
     P, k = z.shape
     single = z.dtype == torch.float32
@@ -254,23 +240,11 @@ def input_gradient(
     return _mixed(constant, z, -quadratic, dout=dout, gate=out, weight=weight)
 
 
-@moments.register_fake
-def _(z):
-    k = z.shape[1]
-    return z.new_empty((k,), dtype=torch.float32), z.new_empty((k, k), dtype=torch.float32)
+def _float32(like: Tensor, *shapes: Any) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
-@gradient_sums.register_fake
-def _(dout, out, z, mean):
-    C, k = dout.shape[1], z.shape[1]
-    return z.new_empty((C,), dtype=torch.float32), z.new_empty((C, k), dtype=torch.float32)
-
-
-@apply.register_fake
-def _(z, weight, bias, residual, relu):
-    return z.new_empty((z.shape[0], weight.shape[0]))
-
-
-@input_gradient.register_fake
-def _(dout, out, z, weight, quadratic, constant):
-    return z.new_empty(z.shape)
+moments.register_fake(lambda z: _float32(z, z.shape[1:], 2 * z.shape[1:]))
+apply.register_fake(lambda z, weight, *_: z.new_empty((len(z), len(weight))))
+gradient_sums.register_fake(lambda dout, out, z, mean: _float32(z, dout.shape[1:], (dout.shape[1], z.shape[1])))
+input_gradient.register_fake(lambda dout, out, z, *_: z.new_empty(z.shape))

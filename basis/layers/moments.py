@@ -1,14 +1,14 @@
 """Moments of what convolutions give on data, and the subspaces that keep most of it.
 
-A basis convolution of k filters gives outputs in a subspace of k dimensions. With y the outputs of the dense one over
-all images and pixels, and U_k the k leading eigenvectors of their covariance, ``W_k = U_k U_k^T W`` with the bias
-``b + (I - U_k U_k^T) (mean of y - b)`` is nearest (X. Zhang et al. 2016, arXiv 1411.4229, section 2.1); the squared
-error is the sum of the other eigenvalues. The truncated SVD of W is the special case of white inputs. Where no bias
-and no batch normalisation can hold a constant, the second moment about zero takes the place of the covariance.
+With y the outputs of a convolution over all images and pixels, and U_k the k leading eigenvectors of their covariance,
+``W_k = U_k U_k^T W`` with the bias ``b + (I - U_k U_k^T) (mean of y - b)`` is nearest of rank k (X. Zhang et al. 2016,
+arXiv 1411.4229, section 2.1). Where no bias or batch normalisation can hold a constant, the second moment about zero
+takes the place of the covariance.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -24,14 +24,12 @@ CHUNK = 2**23  # numbers of a layer's output that are looked at together
 
 
 class Moments:
-    """Mean and scatter matrix of a layer's outputs, which come in pieces, for each of its groups.
-
-    Pieces are merged as Chan, Golub and LeVeque (1979) do, in float64.
+    """Mean and scatter of a layer's outputs by groups, merged as Chan, Golub and LeVeque (1979) do, in float64.
 
     Attributes:
         n: how many outputs (pixels of images) there were; 0 where the layer was never called.
-        mean: (groups, C_out / groups, 1), float64.
-        scatter: the sum of (y - mean)(y - mean)^T, (groups, C_out / groups, C_out / groups), float64.
+        mean: (groups, C_out / groups, 1).
+        scatter: the sum of (y - mean)(y - mean)^T, (groups, C_out / groups, C_out / groups).
     """
 
     def __init__(self) -> None:
@@ -46,7 +44,6 @@ class Moments:
                 self._add(rows if rows.dtype == torch.float64 else rows.float())
 
     def _add(self, rows: Tensor) -> None:
-        """``rows``: (groups, width, n)."""
         n, mean = rows.shape[-1], rows.mean(-1, keepdim=True)
         centred = rows - mean
         scatter, mean = (centred @ centred.mT).double(), mean.double()
@@ -63,8 +60,8 @@ class Moments:
 
     def centred(self) -> Moments:
         """The moments of the same outputs less their mean."""
-        other = Moments()
-        other.n, other.mean, other.scatter = self.n, torch.zeros_like(self.mean), self.scatter
+        other = copy.copy(self)
+        other.mean = torch.zeros_like(self.mean)
         return other
 
     def second(self, *, about_mean: bool, groups: int | None = None) -> Tensor:
@@ -112,14 +109,9 @@ def untied(model: nn.Module, layers: Iterable[str]) -> list[str]:
 
 @torch.no_grad()
 def directions(second: Tensor, weight: Tensor) -> Tensor:
-    """Orthonormal directions of the outputs, from most to least of the second moment ``second``.
+    """Orthonormal directions, columns of (groups, width, width), from most to least of ``second``, of equal shape.
 
-    Args:
-        second: (groups, width, width).
-        weight: (groups, width, F); directions in which the outputs do not vary are those of the SVD of its rest.
-
-    Returns:
-        (groups, width, width), float64; directions are columns.
+    Directions in which the outputs do not vary are those of the SVD of the rest of ``weight``, (groups, width, F).
     """
     second, weight = second.double(), weight.double()
     energies, vectors = (values.flip(-1) for values in torch.linalg.eigh(second))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +14,9 @@ from basis.layers.base import ConvLike
 
 @dataclass(frozen=True)
 class Pairs:
-    """What :func:`norm_pairs` found.
+    """``norms``: convolution -> the batch normalisation that directly follows it; ``alone``: other convolution -> why.
 
-    Attributes:
-        norms: name of a convolution -> name of the batch normalisation that directly follows it.
-        alone: name of every other convolution -> why it is in no pair.
-        hidden: name of every layer within one that cannot be traced -> the same, in words.
+    ``hidden``: every layer within one that cannot be traced -> the same, in words. All are names.
     """
 
     norms: Mapping[str, str]
@@ -53,17 +50,11 @@ def norm_pairs(model: nn.Module, *, both_modes: bool = False) -> Pairs:
     """The pairs of a convolution (dense, basis or structured) and the ``nn.BatchNorm2d`` that directly follows it.
 
     In a pair, the output of the convolution goes into the batch normalisation and nowhere else, and both are called
-    once. What is within a layer that cannot be traced is in no pair.
-
-    Args:
-        both_modes: pairs in training and in evaluation, or in one of the two where the other calls neither; else the
-            mode in which ``model`` is decides.
-
-    Raises:
-        ValueError: where the model itself cannot be traced.
+    once: in the mode in which ``model`` is, or with ``both_modes`` in training and in evaluation (or in one of the two
+    where the other calls neither). Raises ``ValueError`` where the model itself cannot be traced.
     """
-    follows: dict[nn.Module, set[nn.Module | None]] = {}
-    precedes: dict[nn.Module, set[nn.Module | None]] = {}
+    follows: defaultdict[nn.Module, set[nn.Module | None]] = defaultdict(set)
+    precedes: defaultdict[nn.Module, set[nn.Module | None]] = defaultdict(set)
     calls: Counter[nn.Module] = Counter()
     read: set[nn.Module] = set()
     graphs, opaque = _graphs(model, (True, False) if both_modes else (None,))
@@ -73,8 +64,8 @@ def norm_pairs(model: nn.Module, *, both_modes: bool = False) -> Pairs:
         read |= {model.get_submodule(str(n.target).rpartition(".")[0]) for n in graph.nodes if n.op == "get_attr"}
         for node, module in modules.items():
             users, inputs = ([modules.get(other) for other in nodes] for nodes in (node.users, node.all_input_nodes))
-            follows.setdefault(module, set()).add(users[0] if len(users) == 1 else None)
-            precedes.setdefault(module, set()).add(inputs[0] if len(inputs) == 1 else None)
+            follows[module].add(users[0] if len(users) == 1 else None)
+            precedes[module].add(inputs[0] if len(inputs) == 1 else None)
     name_of = {module: name for name, module in model.named_modules()}
     hidden = {m: f"it is within {name_of[o]}, which cannot be traced by torch.fx" for o in opaque for m in o.modules()}
     norms: dict[str, str] = {}
@@ -82,11 +73,10 @@ def norm_pairs(model: nn.Module, *, both_modes: bool = False) -> Pairs:
     for module, name in name_of.items():
         if not isinstance(module, (ConvLike, nn.Conv2d)):
             continue
-        after = follows.get(module, set())
-        norm = next(iter(after)) if len(after) == 1 else None
+        norm = next(iter(follows[module])) if len(follows[module]) == 1 else None
         if module in hidden:
             alone[name] = hidden[module]
-        elif not after:
+        elif not follows[module]:
             alone[name] = "it is never called"
         elif norm is None or afterwards(norm) is None:
             alone[name] = "its output does not go into one nn.BatchNorm2d and nowhere else"
@@ -105,13 +95,9 @@ def afterwards(norm: nn.Module) -> tuple[nn.Module, ...] | None:
     None where it is none, or has a forward pass that is not known here.
     """
     kind = type(norm)
-    if not isinstance(norm, nn.BatchNorm2d):
-        return None
-    if kind.forward is nn.BatchNorm2d.forward:
-        return ()
     if kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm."):
         return (norm.drop, norm.act)  # type: ignore[return-value]
-    return None
+    return () if isinstance(norm, nn.BatchNorm2d) and kind.forward is nn.BatchNorm2d.forward else None
 
 
 def _graphs(model: nn.Module, modes: Iterable[bool | None]) -> tuple[list[fx.Graph], set[nn.Module]]:
@@ -122,27 +108,21 @@ def _graphs(model: nn.Module, modes: Iterable[bool | None]) -> tuple[list[fx.Gra
     flags = {module: module.training for module in model.modules()}
     opaque: set[nn.Module] = set()
     graphs: list[fx.Graph] = []
+    modes = list(modes)
     try:
-        for mode in modes:
+        while len(graphs) < len(modes):
             for module, flag in flags.items():
+                mode = modes[len(graphs)]
                 module.training = flag if mode is None else mode
-            graphs.append(_traced(model, opaque))
-        return graphs, opaque
-    except Exception as error:  # tracing runs the model's own code, which may raise anything
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{type(model).__name__} cannot be traced by torch.fx ({first})") from error
+            tracer = _Tracer(opaque)
+            try:
+                graphs.append(tracer.trace(model))
+            except Exception as error:  # tracing runs the model's own code, which may raise anything
+                if tracer.culprit is None or tracer.culprit in opaque:
+                    first = (str(error).splitlines() or [type(error).__name__])[0]
+                    raise ValueError(f"{type(model).__name__} cannot be traced by torch.fx ({first})") from error
+                opaque.add(tracer.culprit)  # and try again
     finally:
         for module, flag in flags.items():
             module.training = flag
-
-
-def _traced(model: nn.Module, opaque: set[nn.Module]) -> fx.Graph:
-    """The graph of ``model``; what cannot be traced within it is added to ``opaque``."""
-    while True:
-        tracer = _Tracer(opaque)
-        try:
-            return tracer.trace(model)
-        except Exception:
-            if tracer.culprit is None or tracer.culprit in opaque:
-                raise
-            opaque.add(tracer.culprit)
+    return graphs, opaque

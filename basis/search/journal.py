@@ -15,7 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from basis.saving import plain, replacing
-from basis.search.table import Cell, SensitivityTable, Trial, different
+from basis.search.table import SensitivityTable, Trial
+
+
+def different(first: Mapping[str, str], second: Mapping[str, str]) -> list[str]:
+    """The entries of two fingerprints that are not equal."""
+    return [key for key in dict.fromkeys((*first, *second)) if first.get(key) != second.get(key)]
 
 
 def digest(text: str | bytes) -> str:
@@ -41,11 +46,11 @@ def structure(model: nn.Module) -> str:
 
 def weights(model: nn.Module) -> str:
     """A digest of the whole state."""
-    held = (
-        (name, _bytes(v).tobytes() if isinstance(v, Tensor) else repr(v).encode())
-        for name, v in model.state_dict().items()
-    )
-    return digest(b"".join(hashlib.sha256(name.encode() + value).digest() for name, value in held))
+    parts = []
+    for name, held in model.state_dict().items():
+        content = _bytes(held).tobytes() if isinstance(held, Tensor) else repr(held).encode()
+        parts.append(hashlib.sha256(name.encode() + content).digest())
+    return digest(b"".join(parts))
 
 
 def name_of(loss: Any) -> str:
@@ -73,19 +78,29 @@ class Journal:
     Raises ``ValueError`` for a file that is no table, or one of another measurement.
     """
 
-    def __init__(self, path: Path | None, table: SensitivityTable) -> None:
-        self.path, self.table = path, table
-        self.begun = path is not None and path.exists() and path.stat().st_size > 0
-        if path is None or not self.begun:
+    def __init__(self, path: str | os.PathLike | None, table: SensitivityTable) -> None:
+        self.path, self.table = None if path is None else Path(path), table
+        self.begun = self.path is not None and self.path.exists() and self.path.stat().st_size > 0
+        if self.path is None or not self.begun:
             return
-        known = SensitivityTable.load(path)
+        known = SensitivityTable.load(self.path)
         differing = different(known.fingerprint, table.fingerprint)
         if differing:
             what = f"{'another' if len(differing) == 1 else 'other'} {', '.join(differing)}"
             raise ValueError(f"{path} was measured with {what}; name another file, or delete this one to measure again")
         self.table = replace(table, cells=known.cells, trials=known.trials, baseline=known.baseline)
-        with path.open("rb+") as file:  # a last line that was cut short goes
+        with self.path.open("rb+") as file:  # a last line that was cut short goes
             file.truncate(file.read().rfind(b"\n") + 1)
+
+    @property
+    def pending(self) -> list[tuple[str | None, Any, int]]:
+        """What is still to be measured: (layer, k or text, seed); the layer None is the dense network's training."""
+        if not self.table.seeds:
+            return [(name, k, 0) for name, k in self.table.missing]
+        known = {(trial.layer, trial.basis_channels, trial.seed) for trial in self.table.trials}
+        pairs = ((None, 0), *self.table.candidates)
+        every = [(name, k, seed) for name, k in pairs for seed in self.table.seeds]
+        return [one for one in every if one not in known]
 
     def begin(self, baseline: Mapping[str, float]) -> None:
         """Write the first line, where the file is new."""
@@ -94,8 +109,8 @@ class Journal:
             with replacing(self.path) as file:
                 file.write(json.dumps(self.table.to_lines()[0]).encode() + b"\n")
 
-    def append(self, item: Cell | Trial) -> None:
-        """Keep one measurement, on the disk before this returns."""
+    def append(self, item: Any) -> None:
+        """Keep one measurement, a cell or a trial, on the disk before this returns."""
         if isinstance(item, Trial):
             self.table = replace(self.table, trials=(*self.table.trials, item))
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import groupby, pairwise
@@ -25,18 +25,15 @@ RULES: tuple[str, ...] = get_args(Rule)
 UNITS = ("params", "macs", "backward_macs", "milliseconds")
 ROUNDING = 1 + 1e-12  # a budget is met up to the rounding of floating-point numbers
 
-Choice = dict[str, Size]  # layer -> k, or the text of a structured layer
-Scores = Mapping[str, Mapping[Size, float]]  # layer -> k or text -> sensitivity
-Times = Mapping[str, Mapping[int, float]]  # layer -> k -> milliseconds; its largest k is the dense layer
+Choice = Mapping[str, Size]  # layer -> k, or the text of a structured layer
+Numbers = Mapping[str, Mapping[Any, float]]  # layer -> k or text -> sensitivity or milliseconds
 
 
 class InfeasibleBudget(ValueError):
     """No plan of the rule meets the budget.
 
-    Attributes:
-        fractions: unit -> the smallest budget that can be met, as a fraction of the dense network's; of several units,
-            budgets that can be met together, of which none is smaller than the one asked for.
-        numbers: the same as absolute numbers.
+    ``fractions`` gives for each unit the smallest budget that can be met, as a fraction of the dense network's (of
+    several units, budgets that can be met together, none smaller than was asked for); ``numbers`` the same absolutely.
     """
 
     def __init__(self, message: str, fractions: Mapping[str, float], numbers: Mapping[str, float]) -> None:
@@ -56,22 +53,20 @@ def select(
 
     The rules choose among the candidates of the table that have a finite sensitivity:
 
-    - "optimal": the smallest sum of sensitivities, exactly, by mixed-integer optimisation (HiGHS), without what saves
-      nothing in any unit of the budget;
+    - "optimal": the exact smallest sum of sensitivities, the one rule that chooses among structured layers, too;
     - "threshold": every layer's smallest candidate that loses at most epsilon, for the smallest epsilon that meets
       the budget (Alekseev et al. 2024, arXiv 2408.06024);
-    - "uniform": all layers at the largest common ratio, or by the largest common structured layer, that meets it;
-    - "random", "largest_first", "ranking" (least sensitive first), "reverse", "first" and "last" (from the front or
-      the back of the network): one layer after another gets its smallest candidate until the budget is met, and the
-      last of them the largest k that still meets it. Layers whose candidate saves nothing are passed over.
+    - "uniform": all layers at the largest common ratio that meets it;
+    - "random", "largest_first", "ranking" (least sensitive first), "reverse", "first" and "last": one layer after
+      another gets its smallest candidate until the budget is met, and the last of them the largest k that still does.
 
     Args:
-        budget: unit ("params", "macs", "backward_macs", "milliseconds") -> what the network may still have, as a
-            fraction in (0, 1] of the dense network's, or ``absolute``. Several are all met.
+        budget: unit of ``UNITS`` -> what the network may still have, as a fraction in (0, 1] of the dense network's,
+            or ``absolute``. Several are all met.
         ratio: only the candidate nearest to ratio x C_out is used of each layer.
         latency: a report of :func:`basis.bench.cases.bench_latency`, for a budget in milliseconds. Only what it has
             measured is chosen then. Its pass ``step`` counts, "forward" or "forward+backward".
-        exclude: shell patterns (``fnmatch``) of layers that stay dense.
+        exclude: shell patterns of layers that stay dense.
         seed: of the order of "random".
 
     Raises:
@@ -83,22 +78,27 @@ def select(
     if rule == "uniform" and ratio is not None:
         raise ValueError("the rule 'uniform' finds the ratio itself; leave out ratio")
     _check_budget(budget, table, absolute, latency)
-    dense = _excluded(table, exclude)
+    names, patterns = [layer.name for layer in table.layers], as_patterns(exclude)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in (*names, *table.skipped)):
+            raise ValueError(f"exclude has {pattern!r}, but no layer of the table has such a name")
+    dense = {name: reason for name in names if (reason := left_out([name], (), patterns))}
     scores = _scores(table, dense, ratio)
-    texts = {k: None for own in scores.values() for k in own if isinstance(k, str)}
-    if texts and latency is not None:
-        raise ValueError(f"latency reports know basis channels alone, but the table has {few(texts)} to choose from")
-    if rule == "uniform" and texts and any(not isinstance(k, str) for own in scores.values() for k in own):
-        raise ValueError(f"the rule 'uniform' takes ratios or structured layers, but the table has both ({few(texts)})")
-    times = {} if latency is None else _times(latency, step, table, scores)
-    totals = {**table.total, "milliseconds": sum(ms[max(ms)] for ms in times.values())}
+    texts = dict.fromkeys(k for own in scores.values() for k in own if isinstance(k, str))
+    if texts and (rule != "optimal" or ratio is not None or latency is not None):
+        raise ValueError(f"structured layers ({few(texts)}) are chosen by 'optimal', without ratio and latency, alone")
+    times, totals = _times(latency, step, table, scores)
     total = np.array([totals[unit] for unit in budget], float)
     limit = np.array(list(budget.values()), float) * (1 if absolute else total)
     multiple = math.gcd(*(k for _, k in table.candidates if not isinstance(k, str))) or 1
     layers = tuple(layer for layer in table.layers if layer.name in scores)
     problem = _Problem(rule, layers, scores, times, tuple(budget), total, limit, multiple, seed)
     chosen = _SOLVERS.get(rule, _one_by_one)(problem)
-    skipped = {at.name: dense.get(at.name) or _why_dense(table, at) for at in table.layers if at.name not in chosen}
+    skipped, values = {}, table.values
+    for at in (at for at in table.layers if at.name not in chosen):
+        strange = [str(k) for k in at.candidates if not math.isfinite(values.get((at.name, k), 0))]
+        why = "kept dense by the selection" + (f"; not finite at {few(strange)}" if strange else "")
+        skipped[at.name] = dense.get(at.name, why)
     ordered = {at.name: chosen[at.name] for at in table.layers if at.name in chosen}
     return Plan(ordered, skipped | dict(table.skipped), {at.name: at.out_channels for at in table.layers})
 
@@ -108,19 +108,11 @@ def predicted(
 ) -> dict[str, float]:
     """What the single layers of ``plan`` add up to: their "sensitivity", and what they leave of the dense network.
 
-    The latter as fractions of "params", "macs", "backward_macs" and, with ``latency``, "milliseconds". The sensitivity
-    of a k between two measured ones is interpolated linearly, the dense layer counting as 0. NaN stands for what the
-    table does not know.
-
-    Raises:
-        ValueError: for a plan with a layer or a structured layer that is not in the table, or a k that makes no sense.
+    The latter as fractions of each unit. The sensitivity of a k between two measured ones is interpolated linearly, the
+    dense layer counting as 0. NaN is what the table does not know. Raises ``ValueError`` for layers not in the table.
     """
     layer_of, values = {layer.name: layer for layer in table.layers}, table.values
-    times: Times = {}
-    totals: dict[str, Any] = dict(table.total)
-    if latency is not None:
-        times = _times(latency, step, table, {})
-        totals["milliseconds"] = sum(ms[max(ms)] for ms in times.values())
+    times, totals = _times(latency, step, table, {})
     saved, loss = dict.fromkeys(totals, 0.0), 0.0
     for name, k in plan.layers.items():
         layer = layer_of.get(name)
@@ -138,24 +130,17 @@ def predicted(
     return {"sensitivity": loss} | {unit: 1 - saved[unit] / (totals[unit] or math.nan) for unit in totals}
 
 
-def _cost(layer: Layer, k: Size, unit: str, times: Times) -> float:
+def _cost(layer: Layer, k: Size, unit: str, times: Numbers) -> float:
     """What the layer costs with k basis channels, or as the structured layer k; NaN where it is not known."""
-    own: Mapping[Any, float] = times.get(layer.name, {})
-    known = own.get(k) if unit == "milliseconds" else layer.cost(k)[unit]
+    known = times.get(layer.name, {}).get(k) if unit == "milliseconds" else layer.cost(k)[unit]
     return math.nan if known is None else known
 
 
-# -- what there is to choose from -----------------------------------------------------------------
-
-
-def _check_budget(
-    budget: Mapping[str, float], table: SensitivityTable, absolute: bool, latency: BenchReport | None
-) -> None:
+def _check_budget(budget: Mapping[str, float], table: SensitivityTable, absolute: bool, latency: Any) -> None:
     if not isinstance(budget, Mapping) or not budget or not set(budget) <= set(UNITS):
         raise ValueError(f"budget is {budget!r}, but it must map at least one of {', '.join(UNITS)} to a number")
     for unit, value in budget.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or value <= 0 or (value > 1 and not absolute):
+        if not 0 < value < math.inf or (value > 1 and not absolute):
             right = "a number above 0" if absolute else "a fraction of the dense network's, in (0, 1]"
             raise ValueError(f"the budget of {unit} is {value!r}, but it must be {right}")
         if unit != "milliseconds" and table.total[unit] is None:
@@ -164,39 +149,31 @@ def _check_budget(
         raise ValueError("a budget in milliseconds and a latency report go together: give both or neither")
 
 
-def _excluded(table: SensitivityTable, exclude: str | Iterable[str]) -> dict[str, str]:
-    """The layers that stay dense, each with the reason."""
-    names, patterns = [layer.name for layer in table.layers], as_patterns(exclude)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in (*names, *table.skipped)):
-            raise ValueError(f"exclude has {pattern!r}, but no layer of the table has such a name")
-    return {name: reason for name in names if (reason := left_out([name], (), patterns))}
-
-
-def _scores(table: SensitivityTable, dense: Mapping[str, str], ratio: float | None) -> Scores:
+def _scores(table: SensitivityTable, dense: Mapping[str, str], ratio: float | None) -> Numbers:
     """The finite sensitivities of all layers that need not stay dense; with ``ratio`` at most one of each."""
     lacking = [f"{name} {k}" for name, k in table.missing if name not in dense]
     if lacking:
         raise ValueError(f"the table lacks {len(lacking)} of its candidates ({few(lacking)}); resume its measurement")
+    if ratio is not None:
+        basis_channels_for(ratio, 1)  # refuses a ratio that makes no sense
     values, scores = table.values, {}
     for at in (layer for layer in table.layers if layer.name not in dense):
-        own = {k: values[at.name, k] for k in at.candidates if math.isfinite(values[at.name, k])}
-        if ratio is not None:
-            basis_channels_for(ratio, 1)  # refuses a ratio that makes no sense
-            if any(isinstance(k, str) for k in own):
-                raise ValueError(f"ratio chooses among basis channels, but {at.name} has structured layers")
-            nearest = sorted(own, key=lambda k: (abs(k - ratio * at.out_channels), k))[:1]  # type: ignore[operator]
-            own = {k: own[k] for k in nearest}
-        scores[at.name] = own
+        own: list[Any] = [k for k in at.candidates if math.isfinite(values[at.name, k])]
+        if ratio is not None and not any(isinstance(k, str) for k in own):
+            own = sorted(own, key=lambda k: (abs(k - ratio * at.out_channels), k))[:1]
+        scores[at.name] = {k: values[at.name, k] for k in own}
     return scores
 
 
-def _times(latency: BenchReport, step: str, table: SensitivityTable, scores: Scores) -> Times:
-    """The milliseconds of every layer of the report, after checking that it covers all of ``scores``."""
+def _times(
+    latency: BenchReport | None, step: str, table: SensitivityTable, scores: Numbers
+) -> tuple[Numbers, dict[str, Any]]:
+    """The milliseconds of every layer of the report, after checking that it covers ``scores``; the dense totals."""
+    if latency is None:
+        return {}, dict(table.total)
     times = latency.latencies(step)
     known = {layer.name: layer.out_channels for layer in table.layers}
-    strange = [name for name in times if name not in known and name not in table.skipped]
-    strange += [name for name, own in times.items() if max(own) != known.get(name, max(own))]
+    strange = [n for n, ms in times.items() if max(ms) != known.get(n, max(ms) if n in table.skipped else 0)]
     macs = latency.config.get("macs"), table.total["macs"]
     if strange or (all(macs) and macs[0] != macs[1]):
         raise ValueError(f"the latency report is of another network or image size ({few(strange) or 'other MACs'})")
@@ -204,16 +181,7 @@ def _times(latency: BenchReport, step: str, table: SensitivityTable, scores: Sco
         lacking = [str(k) for k in ks if k not in times.get(name, {})]
         if lacking or name not in times:
             raise ValueError(f"the latency report lacks {name} with k = {few(lacking)}; measure or exclude it")
-    return times
-
-
-def _why_dense(table: SensitivityTable, layer: Layer) -> str:
-    values = table.values
-    strange = [str(k) for k in layer.candidates if not math.isfinite(values.get((layer.name, k), 0))]
-    return "kept dense by the selection" + (f"; not finite at {few(strange)}" if strange else "")
-
-
-# -- the rules ------------------------------------------------------------------------------------
+    return times, {**table.total, "milliseconds": sum(own[max(own)] for own in times.values())}
 
 
 @dataclass(frozen=True)
@@ -222,8 +190,8 @@ class _Problem:
 
     rule: str
     layers: tuple[Layer, ...]
-    scores: Scores
-    times: Times
+    scores: Numbers
+    times: Numbers
     units: tuple[str, ...]
     total: np.ndarray
     limit: np.ndarray
@@ -231,21 +199,18 @@ class _Problem:
     seed: int
 
     def price(self, layer: Layer, k: Size) -> np.ndarray:
-        """What the layer costs with k basis channels, or as the structured layer k."""
         return np.array([_cost(layer, k, unit, self.times) for unit in self.units], float)
 
     def share(self, layer: Layer, k: Size) -> float:
-        """The same as one number: of the dense network's cost, in all units together."""
+        """The price as one number: of the dense network's cost, in all units together."""
         return float((self.price(layer, k) / self.total).sum())
 
     def saving(self, layer: Layer, k: Size) -> np.ndarray:
-        """What k saves of the dense layer."""
         return self.price(layer, layer.out_channels) - self.price(layer, k)
 
-    def used(self, chosen: Mapping[str, Size]) -> np.ndarray:
+    def used(self, chosen: Choice) -> np.ndarray:
         """What the network costs."""
-        savings = [self.saving(at, chosen[at.name]) for at in self.layers if at.name in chosen]
-        return self.total - np.sum(savings, axis=0) if savings else self.total
+        return self.total - sum(self.saving(at, chosen[at.name]) for at in self.layers if at.name in chosen)
 
     def grid(self, layer: Layer) -> list[int]:
         """Every k that the layer may get, from the dense one down."""
@@ -253,19 +218,6 @@ class _Problem:
             return sorted(self.times[layer.name], reverse=True)
         c, step = layer.out_channels, math.lcm(layer.groups, self.multiple)
         return [c, *range((c - 1) // step * step, 0, -step)]
-
-    def smallest(self, layer: Layer, candidates: Iterable[Size]) -> Size:
-        """The smallest k; where there are texts, too, the candidate of the least cost."""
-        candidates = list(candidates)
-        ks = [k for k in candidates if not isinstance(k, str)]
-        return min(ks) if len(ks) == len(candidates) else min(candidates, key=lambda k: self.share(layer, k))
-
-    def larger(self, layer: Layer, k: Size) -> list[Size]:
-        """What the layer may get instead of its candidate k that costs more, the most expensive first."""
-        if not any(isinstance(other, str) for other in layer.candidates):
-            return [other for other in self.grid(layer) if other > k]  # type: ignore[operator]
-        price = {other: self.share(layer, other) for other in self.scores[layer.name]}
-        return sorted((other for other in price if price[other] > price[k]), key=price.__getitem__, reverse=True)
 
     def excess(self, used: np.ndarray) -> float:
         """By what factor a cost of the network is above the budget, in the worst unit."""
@@ -323,78 +275,56 @@ def _optimal(problem: _Problem) -> Choice:
     raise problem.infeasible(problem.total if x is None else problem.total - savings.T @ x[:-1])
 
 
-def _minimise(values: np.ndarray, constraints: list[Any], whole: np.ndarray | None = None) -> np.ndarray | None:
+def _minimise(values: np.ndarray, constraints: list[Any], whole: Any = 1) -> np.ndarray | None:
     """The x that minimises values . x, each 0 or 1 (where not ``whole``: at least 0); None where there is none."""
     from scipy.optimize import milp
 
-    whole = np.ones(len(values)) if whole is None else whole
-    upper = np.where(whole, 1, np.inf)
-    result = milp(values, integrality=whole, bounds=(0, upper), constraints=constraints, options={"mip_rel_gap": 0})
+    bounds = (0, np.where(whole, 1, np.inf))
+    result = milp(values, integrality=whole, bounds=bounds, constraints=constraints, options={"mip_rel_gap": 0})
     if result.x is None and result.status != 2:
         raise RuntimeError(f"the optimiser gave up: {result.message}")
     return None if result.x is None else np.where(whole, np.round(result.x), result.x)
 
 
 def _threshold(problem: _Problem) -> Choice:
-    epsilons = sorted({value for own in problem.scores.values() for value in own.values()})
-
-    def choices() -> Iterator[Choice]:
-        for epsilon in (-math.inf, *epsilons):
-            small = {
-                at: [k for k, value in problem.scores[at.name].items() if value <= epsilon] for at in problem.layers
-            }
-            yield {at.name: problem.smallest(at, own) for at, own in small.items() if own}
-
-    return problem.first_met(choices())
+    epsilons = {value for own in problem.scores.values() for value in own.values()}
+    allowed = (
+        {name: [k for k, value in own.items() if value <= epsilon] for name, own in problem.scores.items()}
+        for epsilon in (-math.inf, *sorted(epsilons))
+    )
+    return problem.first_met({name: min(ks) for name, ks in one.items() if ks} for one in allowed)
 
 
 def _uniform(problem: _Problem) -> Choice:
-    texts = dict.fromkeys(k for at in problem.layers for k in problem.scores[at.name] if isinstance(k, str))
-    if texts:
-        alike: list[Choice] = [{at.name: t for at in problem.layers if t in problem.scores[at.name]} for t in texts]
-        return problem.first_met(sorted([{}, *alike], key=lambda one: problem.excess(problem.used(one)), reverse=True))
     # The common ratio falls, and at each of these boundaries the k of some layers falls with it.
-    steps = [
-        ((high + low) / (2 * at.out_channels), at.name, low)
-        for at in problem.layers
-        for high, low in pairwise(problem.grid(at))
-    ]
-
-    def choices() -> Iterator[Choice]:
-        chosen: Choice = {}
-        yield chosen
-        for _, group in groupby(sorted(steps, reverse=True), key=lambda one: one[0]):
-            chosen = chosen | {name: low for _, name, low in group}
-            yield chosen
-
-    return problem.first_met(choices())
+    pairs = [(at, *pair) for at in problem.layers for pair in pairwise(problem.grid(at))]
+    steps = [((high + low) / (2 * at.out_channels), at.name, low) for at, high, low in pairs]
+    choices: list[Choice] = [{}]
+    for _, group in groupby(sorted(steps, reverse=True), key=lambda one: one[0]):
+        choices.append({**choices[-1], **{name: low for _, name, low in group}})
+    return problem.first_met(choices)
 
 
 def _one_by_one(problem: _Problem) -> Choice:
     scores = problem.scores
-    goals = {at.name: problem.smallest(at, scores[at.name]) for at in problem.layers if scores[at.name]}
+    goals = {at.name: min(scores[at.name]) for at in problem.layers if scores[at.name]}
     useful = [at for at in problem.layers if at.name in goals and (problem.saving(at, goals[at.name]) > 0).any()]
-    order = _in_order(problem, useful, {name: scores[name][k] for name, k in goals.items()})
+    order = _ORDERS[problem.rule](problem, useful, lambda at: scores[at.name][goals[at.name]])
     chosen = problem.first_met({at.name: goals[at.name] for at in order[:n]} for n in range(len(order) + 1))
     if not chosen:
         return chosen
     last = order[len(chosen) - 1]
-    larger = ({**chosen, last.name: k} for k in problem.larger(last, goals[last.name]))
+    larger = ({**chosen, last.name: k} for k in problem.grid(last) if k > goals[last.name])
     return problem.first_met([*larger, chosen])
 
 
-def _in_order(problem: _Problem, layers: list[Layer], values: Mapping[str, float]) -> list[Layer]:
-    """The layers in the order of the rule; ``values`` are the sensitivities of their smallest candidates."""
-    if problem.rule == "random":
-        return random.Random(problem.seed).sample(layers, len(layers))
-    keys: dict[str, Callable[[Layer], float]] = {
-        "largest_first": lambda at: -problem.share(at, at.out_channels),
-        "ranking": lambda at: values[at.name],
-        "reverse": lambda at: -values[at.name],
-        "first": lambda at: layers.index(at),
-        "last": lambda at: -layers.index(at),
-    }
-    return sorted(layers, key=keys[problem.rule])
-
-
 _SOLVERS = {"optimal": _optimal, "threshold": _threshold, "uniform": _uniform}
+# The order in which layers of the network are taken, given the sensitivity of each.
+_ORDERS: Mapping[str, Callable[[_Problem, list[Layer], Callable[[Layer], float]], list[Layer]]] = {
+    "random": lambda problem, layers, value: random.Random(problem.seed).sample(layers, len(layers)),
+    "largest_first": lambda problem, layers, value: sorted(layers, key=lambda at: -problem.share(at, at.out_channels)),
+    "ranking": lambda problem, layers, value: sorted(layers, key=value),
+    "reverse": lambda problem, layers, value: sorted(layers, key=lambda at: -value(at)),
+    "first": lambda problem, layers, value: layers,
+    "last": lambda problem, layers, value: layers[::-1],
+}

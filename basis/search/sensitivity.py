@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,8 +16,19 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from tqdm.auto import tqdm
 
-from basis.batches import Batch, Batches, Loss, cross_entropy, even, held_out, outputs_of, read_batches, with_labels
-from basis.costs import cost, cost_alone, trace_calls
+from basis.batches import (
+    Batch,
+    Batches,
+    Loss,
+    calibration_inputs,
+    cross_entropy,
+    even,
+    held_out,
+    outputs_of,
+    read_batches,
+    with_labels,
+)
+from basis.costs import Cost, cost, cost_alone, trace_calls
 from basis.data import Data, Images
 from basis.layers.base import ConvLike
 from basis.layers.structured import Structure
@@ -59,24 +69,29 @@ def sensitivity(
             validation images are used, and which the measures that train need. "spectrum" needs none.
         measure: one of ``basis.search.table.MEASURES``, see :mod:`basis.search.measures`.
         ratios: of k to C_out; each layer gets the nearest multiple of ``multiple`` and of its groups.
-        layers: texts of structured layers, such as "tucker:0.41", as candidates; not of "taylor" and "fisher".
+        layers: texts of structured layers, such as "tucker:0.41", as candidates; not of activation, taylor, fisher.
         include, exclude: shell patterns of layer names, as in :meth:`basis.Plan.uniform`.
         loss: of (outputs, targets): of each sample (N,), or the mean, without intervals; default: cross-entropy.
         calibration: batches for "oneshot_bn" and ``fit``; ``data``, or the first 2,000 training images of ``Data``.
-        fit: basis layers fitted to the "weight", or, as by ``substitute(model, plan, calibration=...)``, to the
+        fit: basis layers nearest to the "weight", or, as by ``substitute(model, plan, calibration=...)``, to the
             outputs ("activation") on ``calibration``; of taylor, fisher, oneshot and oneshot_bn.
-        recipe: of the measures that train; "fine_tuning" starts at the weights of ``model``, the others from scratch.
-        seeds: how many trainings of each network.
+        recipe, seeds: of the measures that train; "fine_tuning" starts at the weights of ``model``, others anew.
         resume: file to which each measurement is appended. What it holds already is not measured again.
         progress: True or a title draws a bar; or a function that is called with each new measurement.
 
-    Raises:
-        ValueError: for arguments or data that do not fit together or the model; a dense network whose loss is not
-            finite; a ``resume`` file of another measurement.
+    Raises ``ValueError`` for arguments or data that do not fit together or the model, a dense loss that is not finite,
+    and a ``resume`` file of another measurement.
     """
     texts = (layers,) if isinstance(layers, str) else tuple(layers)
-    _check(measure, ratios, texts, loss, recipe, seeds)
-    _check_fit(measure, fit)
+    if isinstance(ratios, (int, float)) or not (len(ratios) or texts) or not all(0 < ratio < 1 for ratio in ratios):
+        raise ValueError(f"ratios is {ratios!r}, but it must be a list of numbers k / C_out between 0 and 1")
+    if texts and measure in ("activation", "taylor", "fisher"):
+        raise ValueError(f"{measure} is defined by truncation to k, which {few(texts)} is not; leave out layers")
+    if measure in TRAINING and (loss is not None or seeds < 1):
+        raise ValueError(f"{measure} takes no loss, and seeds of at least 1")
+    if measure not in TRAINING and recipe is not None:
+        raise ValueError(f"{measure} trains nothing; a recipe goes with {', '.join(TRAINING)}")
+    _check(measure, fit, MEASURES)
     found, skipped = candidate_layers(model, ratios, texts, multiple, include, exclude)
     dense = substitute(model, {}).eval()
     numbers = tuple(range(seeds)) if measure in TRAINING else ()
@@ -91,21 +106,18 @@ def sensitivity(
             measure=measure, layers=counted, cells=(), skipped=skipped | idle, total=total, baseline={}, seeds=numbers,
             fingerprint={**_question(dense, measure, counted), **fingerprint},
         )  # fmt: skip
-        journal = Journal(Path(resume) if resume is not None else None, table)
-        pending = journal.table.pending
-        if not pending:
-            return journal.table
-        baseline, measured = start(pending)
-        if not math.isfinite(baseline.get("loss", 0.0)):
-            raise ValueError(f"the dense network's loss is {baseline['loss']} on these data; check inputs and weights")
-        journal.begin(baseline)
-        title = progress if isinstance(progress, str) else measure
-        drawn = isinstance(progress, (bool, str)) and bool(progress)
-        for item in tqdm(measured, title, len(pending), disable=not drawn, dynamic_ncols=True):
-            journal.append(item)
-            if callable(progress):
-                progress(item)
-        return journal.table
+        journal = Journal(resume, table)
+        if pending := journal.pending:
+            baseline, measured = start(pending)
+            if not math.isfinite(baseline.get("loss", 0.0)):
+                raise ValueError(f"the dense network's loss is {baseline['loss']} on these data; check its weights")
+            journal.begin(baseline)
+            title, drawn = progress if isinstance(progress, str) else measure, progress and not callable(progress)
+            for item in tqdm(measured, title, len(pending), disable=not drawn, dynamic_ncols=True):
+                journal.append(item)
+                if callable(progress):
+                    progress(item)
+    return journal.table
 
 
 def joint(
@@ -117,9 +129,7 @@ def joint(
     To be held against :func:`basis.search.selection.predicted`. ``measure`` is "oneshot" or "oneshot_bn"; the other
     arguments and errors are those of :func:`sensitivity` and :func:`basis.substitute`.
     """
-    if measure not in ("oneshot", "oneshot_bn"):
-        raise ValueError(f"measure is {measure!r}, but what layers lose together is measured by oneshot or oneshot_bn")
-    _check_fit(measure, fit)
+    _check(measure, fit, ("oneshot", "oneshot_bn"))
     dense = substitute(model, {}).eval()
     batches, score, inputs, _ = _prepare(dense, data, measure, loss, calibration, fit)
     with _own_random_numbers(dense):
@@ -134,23 +144,9 @@ def _own_random_numbers(model: nn.Module) -> Any:
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
-def _check(
-    measure: str, ratios: Sequence[float], texts: Sequence[str], loss: Loss | None, recipe: Recipe | None, seeds: int
-) -> None:
-    """Refuse arguments that make no sense, before anything is computed."""
-    if measure not in MEASURES:
-        raise ValueError(f"measure is {measure!r}, but it must be one of {', '.join(MEASURES)}")
-    if isinstance(ratios, (int, float)) or not (len(ratios) or texts) or not all(0 < ratio < 1 for ratio in ratios):
-        raise ValueError(f"ratios is {ratios!r}, but it must be a list of numbers k / C_out between 0 and 1")
-    if texts and measure in ("taylor", "fisher"):
-        raise ValueError(f"{measure} is defined by truncation to k, which {few(texts)} is not; leave out layers")
-    if measure in TRAINING and (loss is not None or seeds < 1):
-        raise ValueError(f"{measure} takes no loss, and seeds of at least 1")
-    if measure not in TRAINING and recipe is not None:
-        raise ValueError(f"{measure} trains nothing; a recipe goes with {', '.join(TRAINING)}")
-
-
-def _check_fit(measure: str, fit: str) -> None:
+def _check(measure: str, fit: str, among: Iterable[str]) -> None:
+    if measure not in among:
+        raise ValueError(f"measure is {measure!r}, but it must be one of {', '.join(among)}")
     if fit not in get_args(Fit):
         raise ValueError(f"fit is {fit!r}, but it must be one of {', '.join(get_args(Fit))}")
     if fit != "weight" and measure not in FITTING:
@@ -178,18 +174,18 @@ def candidate_layers(
         if sizes and isinstance(conv, nn.Conv2d):
             if conv.weight.is_meta:
                 raise ValueError(f"{name or 'the model'} is on the meta device and has no values to measure")
-            bias = 0 if conv.bias is None else conv.out_channels
             layers.append(
                 Layer(
                     name=name, out_channels=conv.out_channels, groups=conv.groups, fan_in=conv.weight[0].numel(),
-                    bias=bias, positions=None, input_gradient=bool(layers), candidates=sizes,
+                    bias=0 if conv.bias is None else conv.out_channels, positions=None, input_gradient=bool(layers),
+                    candidates=sizes,
                 )
             )  # fmt: skip
     last = plans[max(0, len(ratios) - 1) :]  # of the ratios the smallest alone
     skipped = {
         name: "; ".join(dict.fromkeys(plan.skipped[name] for plan in last))
         for name in last[0].skipped
-        if all(name in plan.skipped for plan in last) and name not in {layer.name for layer in layers}
+        if name not in {layer.name for layer in layers}
     }
     if not layers:
         reasons = few((f"{name or 'the model itself'}: {reason}" for name, reason in skipped.items()), "; ")
@@ -199,15 +195,10 @@ def candidate_layers(
 
 def _alone(model: nn.Module, plan: Plan) -> Plan:
     """The plan without those structured layers that would save nothing by themselves, as shared ones may."""
-    layers, skipped = dict(plan.layers), dict(plan.skipped)
-    for name, text in plan.layers.items():
-        conv: Any = copy.deepcopy(model.get_submodule(name)).to("meta")
-        try:
-            Structure.parse(str(text)).make([conv], fitted=False)
-        except ValueError as error:
-            del layers[name]
-            skipped[name] = str(error)
-    return Plan(layers, skipped)
+    convolutions: dict[str, Any] = {name: model.get_submodule(name) for name in plan.layers}
+    reasons = {n: Structure.parse(str(plan.layers[n])).obstacle_together([conv]) for n, conv in convolutions.items()}
+    kept = {name: text for name, text in plan.layers.items() if reasons[name] is None}
+    return Plan(kept, {**plan.skipped, **{name: str(reason) for name, reason in reasons.items() if reason}})
 
 
 def layer_costs(
@@ -221,31 +212,32 @@ def layer_costs(
     trained = substitute(model, {})
     for parameter in trained.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    try:
-        report = None if size is None else cost(trained, size)
-    except ValueError:
-        report = None
-    calls = {} if report is None or size is None else {name: of for name, _, of in trace_calls(trained, (1, *size))}
+    report, calls = None, {}
+    if size is not None:
+        with suppress(ValueError):
+            report = cost(trained, size)
+            calls = {name: of for name, _, of in trace_calls(trained, (1, *size))}
     rows = {} if report is None else {row.name: row.cost for row in report.layers}
+    unknown = {} if rows else {"macs": None, "backward_macs": None}
     counted = []
     for layer in layers:
-        costs: dict[str, dict[str, int | None]] = {}
-        for text in (k for k in layer.candidates if isinstance(k, str)):
-            conv: Any = trained.get_submodule(layer.name)
-            own = cost_alone(Structure.parse(text).check(conv), calls.get(layer.name, ()))
-            macs = (own.forward_macs, own.backward_macs) if rows else (None, None)
-            costs[text] = {"params": own.parameters, "macs": macs[0], "backward_macs": macs[1]}
+        conv: Any = trained.get_submodule(layer.name)
+        texts = [str(k) for k in layer.candidates if isinstance(k, str)]
+        alone = {text: cost_alone(Structure.parse(text).check(conv), calls.get(layer.name, ())) for text in texts}
+        costs = {text: {**_units(own), **unknown} for text, own in alone.items()}
         if rows:
             row = rows[layer.name]
             positions, needed = row.forward_macs // (layer.out_channels * layer.fan_in), row.input_gradient_macs > 0
             layer = replace(layer, positions=positions, input_gradient=needed)
         counted.append(replace(layer, costs=costs))
-    if report is None:
-        total = {"params": sum(p.numel() for p in model.parameters()), "macs": None, "backward_macs": None}
-        return tuple(counted), total, {}
-    whole = report.total
-    total = {"params": whole.parameters, "macs": whole.forward_macs, "backward_macs": whole.backward_macs}
+    total = (
+        {"params": sum(p.numel() for p in model.parameters()), **unknown} if report is None else _units(report.total)
+    )
     return tuple(counted), total, {name: row.forward_macs for name, row in rows.items()}
+
+
+def _units(found: Cost) -> dict[str, int | None]:
+    return {"params": found.parameters, "macs": found.forward_macs, "backward_macs": found.backward_macs}
 
 
 def called_layers(layers: Sequence[Layer]) -> tuple[tuple[Layer, ...], dict[str, str]]:
@@ -272,9 +264,9 @@ def _question(model: nn.Module, measure: str, layers: Sequence[Layer]) -> dict[s
 
 # -- measures -----------------------------------------------------------------------------------
 
-_Pending = Sequence[tuple[str | None, Size, int]]  # layer (None: the dense network), k or text, seed
-# The size (C, H, W) of an image, the fingerprint, and what gives the baseline and the measurements that are pending.
-_Work = tuple[tuple[int, ...] | None, dict[str, str], Callable[[_Pending], tuple[dict[str, float], Iterator[Any]]]]
+# The size (C, H, W) of an image, the fingerprint, and what gives the baseline and the measurements that are pending:
+# of (layer, or None for the dense network; k or text; seed).
+_Work = tuple[tuple[int, ...] | None, dict[str, str], Callable[[list[Any]], tuple[dict[str, float], Iterator[Any]]]]
 
 
 def _prepare(
@@ -297,10 +289,8 @@ def _prepare(
     if measure == "oneshot_bn" or fit == "activation":
         if calibration is None and isinstance(data, Data):
             calibration = Images(data.train.x[:CALIBRATION_IMAGES], data.train.y[:CALIBRATION_IMAGES])
-        elif isinstance(calibration, Data):
-            calibration = calibration.train
-        given = batches if calibration is None else read_batches(calibration, model, "calibration", bare=True)
-        inputs = even([x for x, _ in given])
+        given = (x for x, _ in batches) if calibration is None else calibration_inputs(calibration, model)
+        inputs = even(list(given))
         outputs_of(model, inputs[0])
         fingerprint["calibration"] = samples([(x, None) for x in inputs])
     if fit != "weight":
@@ -312,12 +302,12 @@ def _evaluations(
     model: nn.Module, data: Batches | None, measure: str, loss: Loss | None, calibration: Batches | None, fit: Fit
 ) -> _Work:
     batches, score, inputs, fingerprint = _prepare(model, data, measure, loss, calibration, fit)
-    fitted = inputs if fit == "activation" else None
+    fitted = inputs if fit == "activation" else []
 
-    def start(pending: _Pending) -> measures.Measured:
+    def start(pending: list[Any]) -> measures.Measured:
         wanted: dict[str, list[Any]] = {}
         for name, k, _ in pending:
-            wanted.setdefault(str(name), []).append(k)
+            wanted.setdefault(name, []).append(k)
         if measure == "spectrum":
             return measures.spectrum(model, wanted)
         if measure == "activation":
@@ -335,8 +325,7 @@ def _trainings(model: nn.Module, data: Batches | None, measure: str, recipe: Rec
     """Train the dense network, and copies with one layer substituted one after the other."""
     if not isinstance(data, Data) or data.validation is None:
         raise ValueError(f"{measure} needs basis.data.Data with validation images (see basis.data.hold_out)")
-    scratch, device = measure != "fine_tuning", next(model.parameters()).device
-    held = data.validation
+    scratch, device, held = measure != "fine_tuning", next(model.parameters()).device, data.validation
     fixed = [name for name, m in model.named_modules() if list(m.parameters(False)) and _reset_of(m) is None]
     if fixed and scratch:
         what = few(name or "the model itself" for name in fixed)
@@ -345,8 +334,7 @@ def _trainings(model: nn.Module, data: Batches | None, measure: str, recipe: Rec
         raise ValueError(f"{measure} trains parameters of float32, but the model has others, or none to train")
     seen = f"{samples([(data.train.x, data.train.y)])}; {samples([(held.x, held.y)])}"
     fingerprint = {"seeds": ", ".join(map(str, seeds)), "data": seen, "recipe": repr(recipe)}
-    if not scratch:
-        fingerprint["weights"] = weights(model)
+    fingerprint |= {} if scratch else {"weights": weights(model)}
     there = data.to(device)
 
     def trial(layer: str | None, k: Size, seed: int) -> Trial:
@@ -377,6 +365,5 @@ def _reset_of(module: nn.Module) -> Callable[[], None] | None:
 
 
 def _reset(module: nn.Module) -> None:
-    reset = _reset_of(module)
-    if reset is not None:
+    if reset := _reset_of(module):
         reset()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from basis.substitution import Size, size_text
 from basis.text import shown_name
 
 TABLE_VERSION = 1
+COSTS = ("forward", "backward", "seconds")
 
 # Every measure, from cheap to dear, and what its values are.
 MEASURES: Mapping[str, str] = {
@@ -33,11 +34,10 @@ MEASURES: Mapping[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A convolution that can be substituted, with ``groups`` g and C_out ``out_channels``, and what it costs.
+    """A convolution that can be substituted, and what it costs.
 
     Attributes:
-        fan_in: F = C_in/groups x kh x kw.
-        bias: number of bias parameters, C_out or 0.
+        fan_in: F = C_in/groups x kh x kw; ``bias``: C_out or 0.
         positions: output pixels of one image, summed over calls; None where no image was seen.
         input_gradient: whether training computes the gradient of the layer's input (not for the first).
         candidates: numbers of basis channels k below C_out, descending, then texts of structured layers.
@@ -96,7 +96,7 @@ class Cell:
 class Trial:
     """One training: of the dense network (``layer`` None, k = 0), or with one layer substituted.
 
-    ``loss`` is the final validation loss, NaN where the training diverged; costs are those of :class:`Cell`.
+    ``loss`` is the final validation loss, NaN where the training diverged.
     """
 
     layer: str | None
@@ -120,7 +120,7 @@ class SensitivityTable:
         total: ``params``, ``macs`` and ``backward_macs`` of the dense network (per image; None without images).
         fingerprint: what the cells were measured on.
         baseline: what was measured of the dense network, such as its ``loss``.
-        seeds, trials: of the measures that train; the cells follow from the trials.
+        seeds, trials: of the measures that train; cells and baseline follow from the trials.
     """
 
     measure: str
@@ -135,17 +135,14 @@ class SensitivityTable:
 
     def __post_init__(self) -> None:
         """Put the cells, or those that the trials give, in the order of the layers, each once."""
-        order: dict[tuple[str | None, Size], int] = {pair: i for i, pair in enumerate(self.candidates)}
-        trials = tuple(sorted(self.trials, key=lambda t: (order.get((t.layer, t.basis_channels), -1), t.seed)))
         cells = self.cells
         if self.seeds:
-            cells = _cells_of(self.candidates, self.seeds, trials)
-            dense = {trial.seed: trial.loss for trial in trials if trial.layer is None}
-            known = set(self.seeds) <= set(dense)
-            mean = {"loss": sum(dense[seed] for seed in self.seeds) / len(self.seeds)} if known else {}
-            object.__setattr__(self, "baseline", mean)
+            cells, baseline = _from_trials(self.candidates, self.seeds, self.trials)
+            object.__setattr__(self, "baseline", baseline)
+            order: dict[tuple[str | None, Size], int] = {pair: i for i, pair in enumerate(self.candidates)}
+            trials = sorted(self.trials, key=lambda t: (order.get((t.layer, t.basis_channels), -1), t.seed))
+            object.__setattr__(self, "trials", tuple(trials))
         unique = {(cell.layer, cell.basis_channels): cell for cell in reversed(cells)}
-        object.__setattr__(self, "trials", trials)
         object.__setattr__(self, "cells", tuple(unique[pair] for pair in self.candidates if pair in unique))
 
     @property
@@ -165,15 +162,6 @@ class SensitivityTable:
         return tuple(pair for pair in self.candidates if pair not in values)
 
     @property
-    def pending(self) -> tuple[tuple[str | None, Size, int], ...]:
-        """What is still to be measured: (layer, k or text, seed); the layer None is the dense network's training."""
-        if not self.seeds:
-            return tuple((name, k, 0) for name, k in self.missing)
-        known = {(t.layer, t.basis_channels, t.seed) for t in self.trials}
-        pairs: tuple[tuple[str | None, Size], ...] = ((None, 0), *self.candidates)
-        return tuple((name, k, seed) for name, k in pairs for seed in self.seeds if (name, k, seed) not in known)
-
-    @property
     def unit(self) -> str:
         """What the values are, in words."""
         return MEASURES.get(self.measure, "divergence from the dense predictions, nats")
@@ -184,42 +172,29 @@ class SensitivityTable:
         found = dict.fromkeys(ratio_of(layer, k) for layer in self.layers for k in layer.candidates)
         return tuple(sorted(found, key=lambda one: (1, 0) if isinstance(one, str) else (0, -one)))
 
-    @property
-    def seconds(self) -> float:
-        """Wall-clock time of all cells together."""
-        return sum(cell.seconds for cell in self.cells)
+    def at(self, ratio: float) -> dict[str, Cell | None]:
+        """Each layer's cell at the k nearest to ``ratio`` (the larger of two), which is None where missing.
 
-    def at(self, ratio: float | str) -> dict[str, Cell | None]:
-        """Each layer's cell at the k nearest to ``ratio`` (the larger of two), or at this text; None where missing.
-
-        Layers without such candidates are left out. Raises ``ValueError`` for a ratio outside (0, 1) or a text that
-        no layer has.
+        Layers without a k are left out. Raises ``ValueError`` for a ratio outside (0, 1).
         """
-        if isinstance(ratio, str) and ratio not in self.columns:
-            raise ValueError(f"no layer of the table has the candidate {ratio!r}; there are {self.columns}")
-        if not isinstance(ratio, str) and not 0 < ratio < 1:
+        if not 0 < ratio < 1:
             raise ValueError(f"ratio is {ratio}, but it is k / C_out and must lie between 0 and 1")
         cells = {(cell.layer, cell.basis_channels): cell for cell in self.cells}
         found = {}
         for layer in self.layers:
-            best: Size | None = ratio if isinstance(ratio, str) and ratio in layer.candidates else None
-            if not isinstance(ratio, str):
-                ks = [k for k in layer.candidates if not isinstance(k, str)]
-                best = min(ks, key=lambda k: (abs(k / layer.out_channels - ratio), -k), default=None)
-            if best is not None:
-                found[layer.name] = cells.get((layer.name, best))
+            ks = [k for k in layer.candidates if not isinstance(k, str)]
+            if ks:
+                nearest = min(ks, key=lambda k: (abs(k / layer.out_channels - ratio), -k))
+                found[layer.name] = cells.get((layer.name, nearest))
         return found
 
-    def ranking(self, ratio: float | str) -> tuple[str, ...]:
+    def ranking(self, ratio: float) -> tuple[str, ...]:
         """Layer names from the least to the most sensitive at :meth:`at`, without those that have no finite value."""
         values = {name: cell.value for name, cell in self.at(ratio).items() if cell and math.isfinite(cell.value)}
         return tuple(sorted(values, key=values.__getitem__))
 
     def by_kl(self) -> SensitivityTable:
-        """The same table with the divergence from the dense predictions as value, which has no interval.
-
-        Raises ``ValueError`` where it was not measured: oneshot and oneshot_bn do, where the loss is cross-entropy.
-        """
+        """The same table with the divergence from the dense predictions as value, where oneshot(_bn) measured it."""
         if not any(math.isfinite(cell.kl) for cell in self.cells):
             raise ValueError(f"this table of {self.measure} holds no divergences; oneshot and oneshot_bn measure them")
         cells = tuple(replace(cell, value=cell.kl, low=math.nan, high=math.nan, n=0) for cell in self.cells)
@@ -234,26 +209,23 @@ class SensitivityTable:
         for cell in self.cells:
             layer, k = layers[cell.layer], cell.basis_channels
             head = {"layer": cell.layer, "out_channels": layer.out_channels, "basis_channels": k}
-            head |= {"ratio": math.nan if isinstance(k, str) else k / layer.out_channels}
-            dense, thin = layer.cost(layer.out_channels), layer.cost(k)
-            saved = {f"saved_{u}": None if thin[u] is None else dense[u] - thin[u] for u in dense}  # type: ignore[operator]
+            head["ratio"] = math.nan if isinstance(k, str) else k / layer.out_channels
+            dense: dict[str, Any] = layer.cost(layer.out_channels)
+            saved = {f"saved_{u}": None if one is None else dense[u] - one for u, one in layer.cost(k).items()}
             rows.append(head | asdict(cell) | saved)
         return pd.DataFrame(rows)
 
     def __str__(self) -> str:
-        values = self.values
-        grid = {
-            (at.name, ratio_of(at, k)): values.get((at.name, k), "...") for at in self.layers for k in at.candidates
-        }
         rows = [("layer", "C_out", *(one if isinstance(one, str) else f"r = {one:.3g}" for one in self.columns))]
+        values = self.values
         for layer in self.layers:
-            found = (grid.get((layer.name, column), "") for column in self.columns)
-            shown = (one if isinstance(one, str) else f"{one:.3g}" for one in found)
-            rows.append((shown_name(layer.name), str(layer.out_channels), *shown))
-        forward, backward = (sum(getattr(cell, key) for cell in self.cells) for key in ("forward", "backward"))
+            known = {k: values.get((layer.name, k)) for k in layer.candidates}
+            found = {ratio_of(layer, k): "..." if value is None else f"{value:.3g}" for k, value in known.items()}
+            rows.append((shown_name(layer.name), str(layer.out_channels), *(found.get(c, "") for c in self.columns)))
+        forward, backward, seconds = (sum(getattr(cell, key) for cell in self.cells) for key in COSTS)
         dense = f"; dense loss {self.baseline['loss']:.4g}" if "loss" in self.baseline else ""
         passes = f"{forward:,.0f} forward passes, {backward:,.0f} backward passes (in images)"
-        lines = [f"{self.measure}: {self.unit}{dense}", *columns(rows), f"cost: {passes}, {self.seconds:,.3g} s"]
+        lines = [f"{self.measure}: {self.unit}{dense}", *columns(rows), f"cost: {passes}, {seconds:,.3g} s"]
         strange = [pair for pair, value in values.items() if not math.isfinite(value)]
         for what, pairs in (("not measured yet", self.missing), ("not finite, so not ranked", strange)):
             if pairs:
@@ -264,12 +236,13 @@ class SensitivityTable:
         return "\n".join(lines)
 
     def to_lines(self) -> list[dict[str, Any]]:
-        """Plain values: all but the measurements, then one entry for each measurement. NaN becomes None."""
-        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("cells", "trials")}
-        rows = [asdict(layer) for layer in self.layers]
-        content["layers"] = [{key: value for key, value in row.items() if key != "costs" or value} for row in rows]
-        measured: Sequence[Cell | Trial] = self.trials if self.seeds else self.cells
-        return [{"basis_sensitivity": TABLE_VERSION} | plain(content), *(plain(asdict(item)) for item in measured)]
+        """Plain values: all but the measurements, then an entry for each. NaN becomes None."""
+        content = plain(asdict(self))
+        cells, trials = content.pop("cells"), content.pop("trials")
+        for layer in content["layers"]:
+            if not layer["costs"]:
+                del layer["costs"]
+        return [{"basis_sensitivity": TABLE_VERSION} | content, *(trials if self.seeds else cells)]
 
     @classmethod
     def from_lines(cls, lines: Sequence[Mapping[str, Any]]) -> SensitivityTable:
@@ -279,13 +252,12 @@ class SensitivityTable:
             version = head.pop("basis_sensitivity")
             if version != TABLE_VERSION:
                 raise ValueError(f"the sensitivity table has version {version!r}, but {TABLE_VERSION} is read here")
-            layers = tuple(Layer(**entry | {"candidates": tuple(entry["candidates"])}) for entry in head["layers"])
-            baseline = {key: number(value) for key, value in head["baseline"].items()}
             kind: Any = Trial if head["seeds"] else Cell
             entries = ({key: one if key == "layer" else number(one) for key, one in e.items()} for e in lines[1:])
-            measured = {"trials" if head["seeds"] else "cells": tuple(kind(**entry) for entry in entries)}
-            head |= {"layers": layers, "baseline": baseline, "seeds": tuple(head["seeds"]), "cells": ()}
-            return cls(**head | measured)
+            head |= {"cells": (), ("trials" if head["seeds"] else "cells"): tuple(kind(**entry) for entry in entries)}
+            head["layers"] = tuple(Layer(**e | {"candidates": tuple(e["candidates"])}) for e in head["layers"])
+            head["baseline"] = {key: number(value) for key, value in head["baseline"].items()}
+            return cls(**head | {"seeds": tuple(head["seeds"])})
         except (IndexError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is no sensitivity table, or damaged: {error!r}") from error
 
@@ -296,10 +268,7 @@ class SensitivityTable:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> SensitivityTable:
-        """Read what :meth:`save` or ``sensitivity(..., resume=path)`` wrote, but for a last line that was cut short.
-
-        Raises ``FileNotFoundError``, or ``ValueError`` for a file that is no sensitivity table.
-        """
+        """Read what :meth:`save` or ``sensitivity(..., resume=path)`` wrote, but for a last line that was cut short."""
         if not Path(path).exists():
             raise FileNotFoundError(f"there is no sensitivity table at {os.fspath(path)}")
         text = Path(path).read_text(encoding="utf-8", errors="replace")
@@ -308,58 +277,35 @@ class SensitivityTable:
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)} is no sensitivity table, or damaged: {error}") from error
 
-    @classmethod
-    def merge(cls, tables: Iterable[SensitivityTable]) -> SensitivityTable:
-        """One table of what several processes measured; what two have is taken from the first.
-
-        Raises ``ValueError`` for no tables, or tables measured on different things or with different dense losses.
-        """
-        tables = list(tables)
-        if not tables:
-            raise ValueError("there are no tables to merge")
-        differing = dict.fromkeys(key for one in tables for key in different(tables[0].fingerprint, one.fingerprint))
-        if differing:
-            raise ValueError(f"the tables cannot be merged, because they differ in {', '.join(differing)}")
-        losses = [table.baseline["loss"] for table in tables if "loss" in table.baseline]
-        if losses and not math.isclose(min(losses), max(losses), rel_tol=1e-4):
-            raise ValueError(
-                f"the tables cannot be merged: the dense network's loss is {min(losses)} and {max(losses)}"
-            )
-        trials = {(t.layer, t.basis_channels, t.seed): t for table in reversed(tables) for t in table.trials}
-        cells = tuple(cell for table in tables for cell in table.cells)
-        baseline = {key: value for table in reversed(tables) for key, value in table.baseline.items()}
-        return replace(tables[0], cells=cells, trials=tuple(trials.values()), baseline=baseline)
-
-
-def different(first: Mapping[str, str], second: Mapping[str, str]) -> list[str]:
-    """The entries of two fingerprints that are not equal."""
-    return [key for key in dict.fromkeys((*first, *second)) if first.get(key) != second.get(key)]
-
 
 def ratio_of(layer: Layer, k: Size) -> Any:
     """k / C_out to three digits; the text of a structured layer as it is."""
     return k if isinstance(k, str) else round(k / layer.out_channels, 3)
 
 
-def _cells_of(pairs: Sequence[tuple[str, Size]], seeds: Sequence[int], trials: Sequence[Trial]) -> tuple[Cell, ...]:
-    """Mean loss with one layer substituted minus the dense network's, with Welch's 95 % interval.
+def _from_trials(
+    pairs: Sequence[tuple[str, Size]], seeds: Sequence[int], trials: Sequence[Trial]
+) -> tuple[tuple[Cell, ...], dict[str, float]]:
+    """Mean loss with one layer substituted minus the dense network's, with Welch's 95 % interval, and the latter.
 
     Only where every seed has been trained, of the pair and of the dense network, whose cost all pairs share.
     """
-    runs: dict[tuple[str | None, Size], dict[int, Trial]] = {}
-    for trial in trials:
-        runs.setdefault((trial.layer, trial.basis_channels), {})[trial.seed] = trial
-    dense, cells = runs.get((None, 0), {}), []
+    runs = {(trial.layer, trial.basis_channels, trial.seed): trial for trial in trials}
+
+    def of(layer: str | None, k: Size) -> list[Trial]:
+        return [runs[layer, k, seed] for seed in seeds if (layer, k, seed) in runs]
+
+    dense, cells = of(None, 0), []
+    if len(dense) < len(seeds):
+        return (), {}
+    losses = [trial.loss for trial in dense]
     for name, k in pairs:
-        own = runs.get((name, k), {})
-        if not set(seeds) <= set(own) & set(dense):
-            continue
-        found = difference_estimate([own[seed].loss for seed in seeds], [dense[seed].loss for seed in seeds])
-        value: dict[str, Any] = {"value": found.value, "low": found.low, "high": found.high, "n": found.n}
-        if not math.isfinite(found.value):
-            value = {"value": math.nan}
-        for key in ("forward", "backward", "seconds"):
-            alone, shared = (sum(getattr(trial, key) for trial in side.values()) for side in (own, dense))
-            value[key] = alone + shared / len(pairs)
-        cells.append(Cell(layer=name, basis_channels=k, **value))
-    return tuple(cells)
+        own = of(name, k)
+        if len(own) == len(seeds):
+            found = difference_estimate([trial.loss for trial in own], losses)
+            value: dict[str, Any] = vars(found) if math.isfinite(found.value) else {"value": math.nan}
+            for key in COSTS:
+                alone, shared = (sum(getattr(trial, key) for trial in side) for side in (own, dense))
+                value = {**value, key: alone + shared / len(pairs)}
+            cells.append(Cell(layer=name, basis_channels=k, **value))
+    return tuple(cells), {"loss": sum(losses) / len(seeds)}

@@ -18,27 +18,8 @@ from basis.saving import replacing
 from basis.training.recipe import TrainingError, TrainingPaused
 from basis.training.stepping import TrainingStep
 
-
-def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint, whole or not at all."""
-    packed = io.BytesIO()  # torch reports a full disk in words of its own, a plain write as what it is
-    torch.save(dict(content), packed)
-    with replacing(path) as file:
-        file.write(packed.getbuffer())
-
-
-def read_checkpoint(path: Path, identity: str) -> dict[str, Any]:
-    """The content of a checkpoint of the training of this identity; else a :class:`TrainingError`."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        found = content["identity"]
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise TrainingError(f"checkpoint {path} cannot be read ({error}); delete it to start again") from error
-    if found != identity:
-        raise TrainingError(
-            f"checkpoint {path} belongs to a training with another model, recipe, seed or data; delete it to restart"
-        )
-    return content
+PLACE = ("epoch", "step", "images", "curves")  # of a training, and what of its step, a checkpoint holds
+STATES = ("model", "optimizer", "scaler")
 
 
 @dataclass(kw_only=True)
@@ -46,8 +27,7 @@ class Training:
     """A training under way: all that it changes, so that a checkpoint can hold it, and the loop over its epochs.
 
     Args:
-        run: the step that trains the model.
-        identity: what a checkpoint must have in common with the training.
+        run, identity: the step that trains the model; what a checkpoint must have in common with the training.
         epochs, steps: passes over the data; steps of each, as far as known before.
         batches: the batches of one epoch, on the model's device.
         prepare: called with the step's number before each step; gives its kind.
@@ -75,19 +55,13 @@ class Training:
         title: str | None = None, checkpoint_every: float = 0.0,
     ) -> None:  # fmt: skip
         """Train until the last epoch, from where the checkpoint stopped; see :func:`train`."""
-        path = Path(path) if path else None
+        path, saved = Path(path) if path else None, time.monotonic()
         if path and path.exists():
             self._restore(path)
-        desc, total, saved = (
-            progress if isinstance(progress, str) else title,
-            self.epochs * self.steps,
-            time.monotonic(),
-        )
-        bar = tqdm(total=total, initial=self.step, disable=not progress, desc=desc, unit="step", dynamic_ncols=True)
-        with bar:
+        options: dict[str, Any] = {"desc": progress if isinstance(progress, str) else title, "unit": "step"}
+        with tqdm(total=self.epochs * self.steps, initial=self.step, disable=not progress, **options) as bar:
             while self.epoch < self.epochs:
-                row = self._pass(bar)
-                row |= self.validate()
+                row = {**self._pass(bar), **self.validate()}
                 self.curves = (*self.curves, row)
                 shown = row.get("validation_accuracy", row["train_accuracy"])
                 bar.set_postfix_str(f"epoch {self.epoch}/{self.epochs}, accuracy {shown:.1%}")
@@ -130,19 +104,30 @@ class Training:
             raise TrainingError(f"the training loss is {value} in epoch {self.epoch + 1} at lr = {rate:g}; lower lr")
 
     def _save(self, path: Path) -> None:
-        content = {name: getattr(self, name) for name in ("identity", "epoch", "step", "images")}
-        states = {name: getattr(self.run, name).state_dict() for name in ("model", "optimizer", "scaler")}
-        generator = None if self.generator is None else self.generator.get_state()
-        random = {"generator": generator, "random": torch.get_rng_state()}
-        write_checkpoint(path, {**content, **states, **random, "curves": list(self.curves)})
+        """Write a checkpoint, whole or not at all."""
+        content = {name: getattr(self, name) for name in ("identity", *PLACE)}
+        content |= {name: getattr(self.run, name).state_dict() for name in STATES}
+        content["generator"] = None if self.generator is None else self.generator.get_state()
+        packed = io.BytesIO()  # torch reports a full disk in words of its own, a plain write as what it is
+        torch.save(content | {"random": torch.get_rng_state()}, packed)
+        with replacing(path) as file:
+            file.write(packed.getbuffer())
 
     def _restore(self, path: Path) -> None:
-        content = read_checkpoint(path, self.identity)
-        for name in ("model", "optimizer", "scaler"):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            found = content["identity"]
+        except Exception as error:  # torch.load raises many kinds for a damaged file
+            raise TrainingError(f"checkpoint {path} cannot be read ({error}); delete it to start again") from error
+        if found != self.identity:
+            raise TrainingError(
+                f"checkpoint {path} belongs to a training with another model, recipe or seed; delete it"
+            )
+        for name in STATES:
             getattr(self.run, name).load_state_dict(content[name])
         self.run.forget()
         if self.generator is not None and content["generator"] is not None:
             self.generator.set_state(content["generator"])
         torch.set_rng_state(content["random"])
-        self.epoch, self.step, self.images = content["epoch"], content["step"], content["images"]
-        self.curves = tuple(content["curves"])
+        for name in PLACE:
+            setattr(self, name, content[name])

@@ -10,9 +10,8 @@ from typing import Any, ClassVar, overload
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm.auto import tqdm
 
-from basis.batches import first_weight, length_of, logits_of, outputs_of, stream_batches, with_labels
+from basis.batches import first_weight, logits_of, outputs_of, stream_batches, with_labels
 from basis.data import Data, Images
 from basis.modules import evaluating
 from basis.saving import Saved
@@ -20,6 +19,7 @@ from basis.statistics import Estimate, proportion_estimate
 from basis.training.recipe import Precision, autocast_in, choose_precision
 
 TOP = 5
+BATCH = 1000  # images at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +43,15 @@ class Evaluation(Saved, Mapping[str, float]):
     classes: int
     seconds: float
 
-    def _numbers(self) -> dict[str, float]:
-        top5 = {} if self.top5 is None else {"top5": self.top5.value}
-        return {"loss": self.loss, "accuracy": self.accuracy.value, **top5}
-
     def __getitem__(self, key: str) -> float:
-        return self._numbers()[key]
+        top5 = {} if self.top5 is None else {"top5": self.top5.value}
+        return ({"loss": self.loss, "accuracy": self.accuracy.value} | top5)[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._numbers())
+        return iter(("loss", "accuracy", "top5")[: len(self)])
 
     def __len__(self) -> int:
-        return len(self._numbers())
+        return 2 if self.top5 is None else 3
 
     def __str__(self) -> str:
         top5 = "" if self.top5 is None else f", top-5 {self.top5.text(scale=100)} %"
@@ -63,26 +60,19 @@ class Evaluation(Saved, Mapping[str, float]):
 
 
 @overload
-def evaluate(
-    model: nn.Module, data: Images, *, precision: Precision = ..., batch_size: int = ..., flip: bool = ...
-) -> dict[str, float]: ...
+def evaluate(model: nn.Module, data: Images, *, precision: Precision = ..., flip: bool = ...) -> dict[str, float]: ...
 @overload
-def evaluate(
-    model: nn.Module, data: Iterable[Any], *, precision: Precision = ..., progress: bool | str = ...
-) -> Evaluation: ...
+def evaluate(model: nn.Module, data: Iterable[Any], *, precision: Precision = ...) -> Evaluation: ...
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: Images | Iterable[Any], *, precision: Precision = "fp32", batch_size: int = 1000,
-    flip: bool = False, progress: bool | str = False,
-) -> dict[str, float] | Evaluation:  # fmt: skip
+    model: nn.Module, data: Images | Iterable[Any], *, precision: Precision = "fp32", flip: bool = False
+) -> dict[str, float] | Evaluation:
     """Mean loss and accuracy (a fraction) of ``model`` in evaluation mode; every module's flag is put back.
 
     Args:
         data: :class:`basis.data.Images`, or any iterable of batches (inputs, labels), such as a ``DataLoader``.
         precision: of activations, see :class:`Recipe`.
-        batch_size, flip: for ``Images``; with ``flip`` also ``accuracy_flip``, the logits averaged over each image and
-            its mirror image.
-        progress: whether to draw a bar, or what to write beside it.
+        flip: for ``Images``: adds ``accuracy_flip``, the logits averaged over each image and its mirror image.
 
     Returns:
         A dictionary for ``Images``; an :class:`Evaluation`, which has the same keys, for batches.
@@ -99,11 +89,8 @@ def evaluate(
     autocast = autocast_in(device, choose_precision(device) if precision == "auto" else precision)
     loss = torch.zeros((), dtype=torch.float32 if images else torch.float64)
     right = right_flip = among = 0
-    batches = stream_batches(data, model, "data", batch_size=batch_size)
-    title = progress if isinstance(progress, str) else "evaluate"
-    total = None if images else length_of(data)
-    with evaluating(model), tqdm(batches, total=total, disable=not progress, desc=title, dynamic_ncols=True) as bar:
-        for x, y in bar:
+    with evaluating(model):
+        for x, y in stream_batches(data, model, "data", batch_size=BATCH):
             with autocast:
                 logits = logits_of(outputs_of(model, x)).float()
                 mirrored = logits_of(outputs_of(model, x.flip(3))).float() if flip else logits

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,7 +31,6 @@ from basis.training.recipe import (  # noqa: F401  (also for those who import th
     choose_device,
     choose_memory_format,
     choose_precision,
-    learning_rate,
     make_optimizer,
     on_device,
 )
@@ -43,11 +40,11 @@ from basis.training.stepping import Capture, TrainingStep, means_for
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What :func:`train` leaves.
+    """What :func:`train` leaves. Accuracies are fractions.
 
     Attributes:
         curves: one row per epoch: epoch (from 1), train_loss, train_accuracy (on augmented images), seconds, and
-            validation_loss, validation_accuracy where images were held out. Accuracies are fractions.
+            validation_loss, validation_accuracy where images were held out.
         test, validation: loss, accuracy, and accuracy_flip with flip test-time augmentation; None without images.
         train_seconds: without evaluation and without ``setup_seconds``, in which steps were compiled and captured.
         step: how the steps were run.
@@ -135,34 +132,25 @@ def check_recipe(model: nn.Module, recipe: Recipe, steps_per_epoch: int, teacher
     basis = any(isinstance(module, BasisConv2d) for module in modules)
     factors = any(isinstance(module, StructuredConv2d) and module.factors for module in modules)
     needs = {
-        "skip": (basis, "basis convolutions"),
-        "decorrelation": (basis, "basis convolutions"),
-        "decay": (basis or (factors and recipe.decay == "scaled"), "layers for that decay"),
-        "orthogonality": (
-            any(callable(getattr(m, "penalty", None)) for m in modules),
-            "layers with a penalty",
-        ),
-        "settle": (any(isinstance(module, Sparse) for module in modules), "sparse coefficients"),
+        "skip": basis,
+        "decorrelation": basis,
+        "decay": basis or (factors and recipe.decay == "scaled"),
+        "orthogonality": any(callable(getattr(module, "penalty", None)) for module in modules),
+        "settle": any(isinstance(module, Sparse) for module in modules),
     }
-    for name, (good, what) in needs.items():
+    for name, good in needs.items():
         if getattr(recipe, name) not in (None, "factors") and not good:
-            raise TrainingError(f"the recipe sets {name}, but the model has no {what}")
-    _check_teacher(recipe, teacher)
+            raise TrainingError(f"the recipe sets {name}, but the model has no layers that it acts on")
+    if (recipe.attention is None) != (teacher is None):
+        raise TrainingError("attention=1000 in the recipe and teacher=network go together, but only one is given")
     if recipe.skip:
         with as_training_error():
             check_skip(model, recipe.skip, steps_per_epoch=steps_per_epoch, total_steps=recipe.epochs * steps_per_epoch)
 
 
-def _check_teacher(recipe: Recipe, teacher: nn.Module | None, taps: Sequence[str] | None = None) -> None:
-    if recipe.attention is not None and teacher is None:
-        raise TrainingError("the recipe sets attention, but there is no teacher; give one by teacher=network")
-    if recipe.attention is None and not (teacher is taps is None):
-        raise TrainingError("a teacher or taps are given, but the recipe does not set attention (attention=1000)")
-
-
 def make_step(
     model: nn.Module, recipe: Recipe | None = None, *, device: str | torch.device | None = None,
-    capture: Capture | None = None, teacher: nn.Module | None = None, taps: Sequence[str] | None = None,
+    capture: Capture | None = None, teacher: nn.Module | None = None,
 ) -> TrainingStep:  # fmt: skip
     """Put ``model`` on the device, and make the step that trains it as ``recipe`` says; arguments as of :func:`train`.
 
@@ -171,16 +159,15 @@ def make_step(
     """
     place = choose_device(device)
     recipe = (recipe or Recipe()).resolved(model, place)
-    autocast = partial(autocast_in, place, recipe.precision)
-    _check_teacher(recipe, teacher, taps)
-    attention = None
-    if teacher is not None and recipe.attention is not None:
-        with as_training_error():
-            attention = Attention(model, teacher, taps, weight=recipe.attention, autocast=autocast)
+    autocast, attention = partial(autocast_in, place, recipe.precision), None
     last = recipe.memory_format == "channels_last"
+    layout: Any = torch.channels_last if last else torch.contiguous_format
+    if teacher is not None:
+        with as_training_error():
+            attention = Attention(model, teacher, weight=recipe.attention or 0.0, autocast=autocast)
     for network in (model, teacher):
         if network is not None:
-            network.to(device=place, memory_format=torch.channels_last if last else torch.contiguous_format)  # type: ignore[call-overload]
+            network.to(device=place, memory_format=layout)  # type: ignore[call-overload]
     return TrainingStep(
         model, make_optimizer(model, recipe, place),
         torch.amp.GradScaler(place.type, enabled=recipe.precision == "fp16"), objective(recipe, model),
@@ -189,40 +176,27 @@ def make_step(
     )  # fmt: skip
 
 
-def _check_step(step: TrainingStep, model: nn.Module, recipe: Recipe, *, taught: bool) -> None:
-    if step.model is not model:
-        raise TrainingError("the step was made for another model; make one for this model by make_step")
-    if taught:
-        raise TrainingError("a step has a teacher of its own; give teacher and taps to make_step instead")
-    weight = step.beside.weight if isinstance(step.beside, Attention) else None
-    if weight != recipe.attention:
-        raise TrainingError(f"the step was made with attention = {weight}, but the recipe has {recipe.attention}")
-
-
-def _identity(model: nn.Module, recipe: Recipe, seed: int, total_steps: int, attention: Any) -> str:
+def _identity(model: nn.Module, recipe: Recipe, seed: int, total_steps: int, teacher: nn.Module | None) -> str:
     """What a checkpoint of a training by ``recipe`` belongs to."""
     said = {name: value for name, value in asdict(recipe).items() if value is not None}
+    shapes = [[tuple(p.shape) for p in network.parameters()] for network in (model, teacher) if network is not None]
     forms = [str(module.coefficients.form) for module in model.modules() if isinstance(module, BasisConv2d)]
-    more: list[Any] = forms if set(forms) - {"dense"} else []
-    more += [module.text for module in model.modules() if isinstance(module, StructuredConv2d)]
-    if attention:
-        more += [attention.taps, [tuple(p.shape) for p in attention.teacher.parameters()]]
-    return repr((said, seed, total_steps, [tuple(p.shape) for p in model.parameters()], *more))
+    kinds = [module.text for module in model.modules() if isinstance(module, StructuredConv2d)]
+    return repr((said, seed, total_steps, shapes, forms, kinds))
 
 
 def train(
     model: nn.Module, data: Data, recipe: Recipe | None = None, *, device: str | torch.device | None = None,
     seed: int = 0, checkpoint: str | Path | None = None, checkpoint_every: float = 60.0,
     should_stop: Callable[[], bool] | None = None, progress: bool | str = False, test: bool = True,
-    step: TrainingStep | None = None, teacher: nn.Module | None = None, taps: Sequence[str] | None = None,
+    step: TrainingStep | None = None, teacher: nn.Module | None = None,
 ) -> Result:  # fmt: skip
     """Train ``model`` in place and test it once, at the end.
 
     Args:
         model: any network from (N, C, H, W) images to logits; moved to ``device``.
         data: training and test images; validation images are evaluated after every epoch.
-        recipe: how; the default is ``Recipe()``.
-        device: where; the GPU if there is one, else the CPU.
+        recipe, device: how, ``Recipe()`` unless given; where: the GPU if there is one, else the CPU.
         seed: of the order and the augmentation of the images (not of the initial weights).
         checkpoint: file that is resumed from when it exists; removed by nobody. On a CPU a resumed training gives bit
             for bit the result of an uninterrupted one.
@@ -231,8 +205,7 @@ def train(
         progress: whether to draw a bar, or what to write beside it.
         test: whether to look at the test images at all.
         step: made by :func:`make_step` for this model and recipe, and used before, so that nothing is captured again.
-        teacher: a network for ``recipe.attention``; moved to ``device``, and otherwise left as it is.
-        taps: names of the modules whose attention maps are compared; None: ``model.stages``.
+        teacher: for ``recipe.attention``, see :class:`basis.training.attention.Attention`; moved to ``device``.
 
     Raises:
         TrainingError: for too few images, a recipe, step, teacher or checkpoint that does not fit the model, or a loss
@@ -244,15 +217,14 @@ def train(
     steps = len(data.train) // recipe.batch_size
     if steps == 0:
         raise TrainingError(f"batch_size is {recipe.batch_size}, but there are only {len(data.train)} training images")
-    if step is not None:
-        _check_step(step, model, recipe, taught=teacher is not None or taps is not None)
-        teacher = step.beside.teacher if isinstance(step.beside, Attention) else None
     check_recipe(model, recipe, steps, teacher)
-    step = step or make_step(model, recipe, device=place, teacher=teacher, taps=taps)
-    data, attention = data.to(place), step.beside
-    if isinstance(attention, Attention):
+    if step is not None and (step.model is not model or step.beside or teacher is not None):
+        raise TrainingError("the step was made for another model, or there is a teacher, with which none is used again")
+    step = step or make_step(model, recipe, device=place, teacher=teacher)
+    data = data.to(place)
+    if isinstance(step.beside, Attention):
         with as_training_error(), on_device(place):
-            attention.check(_input(data.train.x[:1], recipe.memory_format))
+            step.beside.check(_input(data.train.x[:1], recipe.memory_format))
     step.restart()
     schedule = Schedule(step, recipe, steps_per_epoch=steps, total_steps=recipe.epochs * steps)
     generator = torch.Generator(place).manual_seed(seed)
@@ -262,7 +234,7 @@ def train(
         return {f"validation_{name}": value for name, value in found.items()}
 
     training = Training(
-        run=step, identity=_identity(model, recipe, seed, schedule.total_steps, attention), epochs=recipe.epochs,
+        run=step, identity=_identity(model, recipe, seed, schedule.total_steps, teacher), epochs=recipe.epochs,
         steps=steps, batches=partial(augmented_batches, data.train, recipe, generator), prepare=schedule.prepare,
         generator=generator, validate=validate,
     )  # fmt: skip
@@ -293,18 +265,3 @@ def augmented_batches(images: Images, recipe: Recipe, generator: torch.Generator
 def _input(batch: Tensor, memory_format: str) -> Tensor:
     x = normalise(batch)
     return x if memory_format == "channels_last" else x.contiguous()
-
-
-def seconds_per_step(step: TrainingStep, images: Images, recipe: Recipe, *, steps: int = 3) -> float:
-    """How long a training step takes, data and all, once it is captured; changes the weights."""
-    recipe = recipe.resolved(step.model, images.x.device)
-    generator = torch.Generator(images.x.device)
-    step.model.train()
-    with on_device(images.x.device):
-        for done, (x, y) in enumerate(itertools.islice(augmented_batches(images, recipe, generator), steps + 1)):
-            step(x, y, Kind())
-            if done == 0:
-                step.loss.item()  # waits for the device
-                began = time.perf_counter()
-        step.loss.item()
-    return (time.perf_counter() - began) / max(done, 1)

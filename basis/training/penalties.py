@@ -22,10 +22,7 @@ def product_norm(basis: Tensor, matrix: Tensor, groups: int = 1) -> Tensor:
     Half of it times the weight decay is Frobenius decay (Khodak et al., "Initialization and Regularization of
     Factorized Neural Layers", ICLR 2021): what plain decay does to a dense layer.
 
-    Args:
-        basis: B, (k, C_in/groups, kh, kw).
-        matrix: A, (C_out - k, k/groups), the blocks of the groups stacked by rows.
-        groups: into how many blocks A and B are cut.
+    ``basis`` is B, (k, C_in/groups, kh, kw), and ``matrix`` A, (C_out - k, k/groups), the groups' blocks stacked.
     """
     b = basis.reshape(groups, len(basis) // groups, -1)
     a = matrix.reshape(groups, -1, b.shape[1])
@@ -58,19 +55,19 @@ def compression(model: nn.Module) -> float:
     return count_parameters(model) / (others + dense)
 
 
-def parameter_groups(
-    model: nn.Module, *, weight_decay: float, factor: float = 1.0, structured: float = 1.0
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, *, weight_decay: float, decay: str | None = None) -> list[dict[str, Any]]:
     """Groups for an optimizer (``part``): all other parameters, B, A, and the ``factors`` of structured layers.
 
-    The decay of B and A is multiplied by ``factor``, that of the factors by ``structured``.
+    ``decay``, see :class:`basis.training.Recipe`, says what ``weight_decay`` means for the last three.
     """
     parts = Parts(model)
-    scaled = {id(p) for m in model.modules() if isinstance(m, StructuredConv2d) for p in m.factors}
+    factors = {id(p) for m in model.modules() if isinstance(m, StructuredConv2d) for p in m.factors}
+    scaled = weight_decay * (compression(model) if decay == "scaled" else 1.0)
+    inner = 0.0 if decay == "product" else scaled
     groups = {
-        "others": ([p for p in parts.others if id(p) not in scaled], weight_decay),
-        "basis": (parts.basis, factor * weight_decay),
-        "coefficients": (parts.coefficients, factor * weight_decay),
-        "factors": ([p for p in parts.others if id(p) in scaled], structured * weight_decay),
+        "others": ([p for p in parts.others if id(p) not in factors], weight_decay),
+        "basis": (parts.basis, inner),
+        "coefficients": (parts.coefficients, inner),
+        "factors": ([p for p in parts.others if id(p) in factors], scaled),
     }
     return [{"params": p, "weight_decay": value, "part": part} for part, (p, value) in groups.items() if p]

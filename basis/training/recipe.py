@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from basis.training.penalties import compression, parameter_groups
+from basis.training.penalties import parameter_groups
 from basis.training.skipping import Skip
 from basis.training.stepping import Step
 
@@ -23,7 +23,14 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MemoryFormat = Literal["auto", "channels_last", "contiguous"]
 Decay = Literal["factors", "product", "scaled"]
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CHOICES = {"precision": Precision, "memory_format": MemoryFormat, "decay": Decay, "step": Step}
+CHOICES = {
+    "precision": get_args(Precision),
+    "memory_format": get_args(MemoryFormat),
+    "decay": (None, *get_args(Decay)),
+    "step": (None, *get_args(Step)),
+}
+POSITIVE = ("epochs", "batch_size", "lr", "peak", "decorrelation", "attention", "orthogonality")
+BELOW = {"peak": 1, "momentum": 1, "label_smoothing": 1, "settle": 1, "translate": 16, "cutout": 33}
 
 
 class TrainingError(RuntimeError):
@@ -50,19 +57,14 @@ class Recipe:
     Args:
         epochs, batch_size: passes over the training images; images per step (an incomplete last batch is left out).
         lr: peak learning rate of SGD, for a loss that is the mean over the batch.
-        peak: the fraction of all steps at which the learning rate peaks; it ends at 0.
-        start: the learning rate of the first step, as a fraction of ``lr``.
-        momentum: Nesterov momentum.
-        weight_decay: L2 penalty on all parameters.
-        label_smoothing: as in ``cross_entropy``.
+        peak, start: the fraction of all steps at which the learning rate peaks (it ends at 0); its start over ``lr``.
+        momentum, weight_decay, label_smoothing: of Nesterov; L2 on all parameters; of the cross-entropy.
         flip, translate, cutout: the augmentation, see :func:`basis.data.augment`.
-        precision: of activations, see :func:`choose_precision`; parameters stay fp32.
-        memory_format: of weights and activations, see :func:`choose_memory_format`.
+        precision, memory_format: of activations, see :func:`choose_precision` and :func:`choose_memory_format`.
         skip: which steps update the basis filters B and the coefficients A; None: all.
         decay: what ``weight_decay`` means for B and A. "factors" (None): the same as for all others; "product": it
-            penalises the weight [B; A B] (:func:`basis.training.penalties.product_norm`) instead of B and A;
-            "scaled": it is multiplied by :func:`basis.training.penalties.compression`, also for the ``factors`` of
-            other structured layers.
+            penalises [B; A B] instead (:func:`basis.training.penalties.product_norm`); "scaled": it is multiplied by
+            :func:`basis.training.penalties.compression`, also for the ``factors`` of other structured layers.
         decorrelation: weight of :func:`basis.training.penalties.decorrelation`, summed over the layers, added at every
             tenth step that updates B, as LinearConv does (with 0.01).
         settle: the fraction of the training after which the masks of sparse coefficients are fixed (None: 0.5).
@@ -97,23 +99,14 @@ class Recipe:
     orthogonality: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "lr", "decorrelation", "attention", "orthogonality"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}, but it must be positive and finite")
-        limits = {"momentum": 1, "label_smoothing": 1, "translate": 16, "cutout": 33, "weight_decay": math.inf}
-        for name, below in {**limits, "settle": 1}.items():
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < below:
-                raise ValueError(f"{name} is {value}, but it must be at least 0 and below {below}")
-        if not 0 < self.peak < 1:
-            raise ValueError(f"peak is {self.peak}, but it must lie in (0, 1)")
-        for name, kind in CHOICES.items():
-            value = getattr(self, name)
-            if value not in get_args(kind) and (value is not None or name in ("precision", "memory_format")):
-                raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(get_args(kind))}")
-        if self.skip is not None and not isinstance(self.skip, Skip):
-            raise ValueError(f"skip is {self.skip!r}, but it must be a Skip, such as Skip(basis_every=4)")
+        for name in (*POSITIVE, *BELOW, "weight_decay"):
+            value, below = getattr(self, name), BELOW.get(name, math.inf)
+            if value is not None and (not 0 <= value < below or (name in POSITIVE and value == 0)):
+                least = "above 0" if name in POSITIVE else "at least 0"
+                raise ValueError(f"{name} is {value}, but it must be {least} and below {below}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {choices}")
         if self.decay in ("product", "scaled") and self.weight_decay == 0:
             raise ValueError(f"decay is {self.decay!r}, which has no effect where weight_decay is 0")
         if self.decorrelation is not None and self.skip and self.skip.basis_until == 0:
@@ -131,11 +124,6 @@ class Recipe:
         if done < self.peak:
             return self.lr * (self.start + (1 - self.start) * done / self.peak)
         return self.lr * (1 - done) / (1 - self.peak)
-
-
-def learning_rate(recipe: Recipe, done: float) -> float:
-    """:meth:`Recipe.rate`."""
-    return recipe.rate(done)
 
 
 def choose_device(name: str | torch.device | None = None) -> torch.device:
@@ -163,9 +151,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> to
     """SGD with Nesterov momentum over the parameters that require a gradient."""
     parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
     if recipe.skip or recipe.decay in ("product", "scaled"):
-        scale = compression(model) if recipe.decay == "scaled" else 1.0
-        factor = 0.0 if recipe.decay == "product" else scale
-        parameters = parameter_groups(model, weight_decay=recipe.weight_decay, factor=factor, structured=scale)
+        parameters = parameter_groups(model, weight_decay=recipe.weight_decay, decay=recipe.decay)
     fused = device.type == "cuda"  # one kernel, and the loss scale is handled without a sync
     optimizer = torch.optim.SGD(
         parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay,

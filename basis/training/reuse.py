@@ -6,7 +6,6 @@ are written into it: uploading data and capturing a CUDA graph take as long as t
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
@@ -25,7 +24,7 @@ class Reuse:
     """The last data, and the networks of the last :data:`KEPT` kinds, whose graphs share their memory."""
 
     _data: tuple[Hashable, Data] | None = None
-    _steps: OrderedDict[Hashable, TrainingStep] = field(default_factory=OrderedDict)
+    _steps: dict[Hashable, TrainingStep] = field(default_factory=dict)
     _captures: dict[torch.device, CudaCapture] = field(default_factory=dict)
 
     def data(self, key: Hashable, make: Callable[[], Data]) -> Data:
@@ -36,22 +35,17 @@ class Reuse:
 
     def step(self, key: Hashable, model: nn.Module, recipe: Recipe, device: torch.device) -> TrainingStep:
         """A training step of a network that is ``model`` in all values; equal ``key`` means equal in all but those."""
-        step = self._steps.get(key)
+        if device.type == "cuda" and device not in self._captures:  # one for all, since one graph runs at a time
+            self._captures[device] = CudaCapture(device)
+        step = self._steps.pop(key, None)
         if step is None:
-            step = make_step(model, recipe, device=device, capture=self._capture(device))
+            step = make_step(model, recipe, device=device, capture=self._captures.get(device))
         else:
             step.model.load_state_dict(model.state_dict())
         self._steps[key] = step
-        self._steps.move_to_end(key)
         while len(self._steps) > KEPT:
-            self._steps.popitem(last=False)
+            self._steps.pop(next(iter(self._steps)))
         return step
-
-    def _capture(self, device: torch.device) -> CudaCapture | None:
-        """One for all graphs of a device. They may share memory, since none runs while another does."""
-        if device.type == "cuda" and device not in self._captures:
-            self._captures[device] = CudaCapture(device)
-        return self._captures.get(device)
 
     def forget_networks(self) -> None:
         """After a failure, which may have left anything in them."""

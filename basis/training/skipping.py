@@ -33,7 +33,7 @@ class Skip:
 
     Args:
         basis_every, coefficients_every: the part is updated at the steps 0, n, 2n, ... of the training.
-        basis_until, coefficients_until: the fraction of all steps after which the part is frozen; 0: never trained.
+        basis_until, coefficients_until: the fraction of all steps after which the part is frozen.
         alternate: by epochs, B and A in turns.
         rescale: give a part that is updated at every n-th step n times the learning rate.
 
@@ -51,13 +51,15 @@ class Skip:
     def __post_init__(self) -> None:
         for part in ("basis", "coefficients"):
             every, until = getattr(self, f"{part}_every"), getattr(self, f"{part}_until")
-            if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-                raise ValueError(f"{part}_every is {every!r}, but it must be a whole number of steps, at least 1")
-            if not 0 <= until <= 1:
-                raise ValueError(f"{part}_until is {until!r}, but it must lie in [0, 1]")
+            if type(every) is not int or every < 1 or not 0 <= until <= 1:
+                raise ValueError(
+                    f"{part}_every is {every!r} and {part}_until is {until!r}, but every must be a whole number of "
+                    "steps, and until lie in [0, 1]"
+                )
         if self.basis_until == self.coefficients_until == 0:
             raise ValueError("basis_until and coefficients_until are both 0, which would never train anything")
-        if self.alternate and (self.touches("basis") or self.touches("coefficients")):
+        numbers = (self.basis_every, self.coefficients_every, self.basis_until, self.coefficients_until)
+        if self.alternate and numbers != (1, 1, 1, 1):
             raise ValueError("alternate trains B and A by epochs in turns; it cannot be combined with every or until")
         if self.rescale and self.basis_every == self.coefficients_every == 1:
             raise ValueError("rescale has no effect, because no part is updated at every n-th step only")
@@ -67,8 +69,8 @@ class Skip:
         return getattr(self, f"{part}_every", 1) if self.rescale else 1
 
     def touches(self, part: str) -> bool:
-        """Whether an ``every`` or ``until`` of this part is not the default."""
-        return getattr(self, f"{part}_every") != 1 or getattr(self, f"{part}_until") != 1
+        """Whether this part is not trained at every step."""
+        return self.alternate or (getattr(self, f"{part}_every"), getattr(self, f"{part}_until")) != (1, 1)
 
     def trains(self, step: int, *, steps_per_epoch: int, total_steps: int) -> Trained:
         """Which parts the step of this number (from 0) trains."""
@@ -85,9 +87,8 @@ class Skip:
         """The fraction of steps that train each combination of parts; ``ValueError`` where one's turn never comes."""
         if self.alternate and total_steps <= steps_per_epoch:
             raise ValueError("alternate trains the coefficients in every second epoch, but there is only one epoch")
-        steps = Counter(
-            self.trains(step, steps_per_epoch=steps_per_epoch, total_steps=total_steps) for step in range(total_steps)
-        )
+        length = {"steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
+        steps = Counter(self.trains(step, **length) for step in range(total_steps))
         return {trained: count / total_steps for trained, count in steps.items()}
 
 
@@ -122,7 +123,7 @@ def check_skip(model: nn.Module, skip: Skip, *, steps_per_epoch: int, total_step
     """Raise ``ValueError`` where ``skip`` has no effect on ``model``, or would leave it untrained."""
     parts = Parts(model)
     for part, parameters in (("basis", parts.basis), ("coefficients", parts.coefficients)):
-        if not parameters and (skip.alternate or skip.touches(part)):
+        if not parameters and skip.touches(part):
             raise ValueError(f"skip says when to train the {part}, but the model has no {part} that are trained at all")
     shares = skip.shares(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     ever = any((t.basis and parts.basis) or (t.coefficients and parts.coefficients) for t in shares)
@@ -134,7 +135,7 @@ def step_cost(
     model: nn.Module, trained: Trained, *, input_size: Sequence[int], batch_size: int = 1,
     mode: CountedMode | None = "factorized",
 ) -> Cost:  # fmt: skip
-    """What one step costs that trains these parts, counted by :func:`basis.costs.cost`."""
+    """What one step costs that trains these parts, as :func:`basis.costs.cost` counts; input_size is (C, H, W)."""
     parts = Parts(model)
     with parts.restored():
         parts.train(trained)
@@ -143,17 +144,12 @@ def step_cost(
 
 def predicted_step(
     model: nn.Module, skip: Skip, *, input_size: Sequence[int], batch_size: int, steps_per_epoch: int,
-    total_steps: int, mode: CountedMode | None = "factorized",
+    total_steps: int,
 ) -> float:  # fmt: skip
-    """Mean MACs (forward and backward) of a step under ``skip``, as a fraction of those of a step that trains all.
-
-    Args:
-        input_size: (C, H, W) of one image.
-        mode: how basis convolutions are counted; None: each in its own mode.
-    """
+    """Mean MACs (forward and backward) of a step under ``skip``, as a fraction of those of a step that trains all."""
 
     def macs(trained: Trained) -> int:
-        total = step_cost(model, trained, input_size=input_size, batch_size=batch_size, mode=mode)
+        total = step_cost(model, trained, input_size=input_size, batch_size=batch_size)
         return total.forward_macs + total.backward_macs
 
     shares = skip.shares(steps_per_epoch=steps_per_epoch, total_steps=total_steps)

@@ -22,6 +22,7 @@ from basis.batches import logits_of
 
 Step = Literal["eager", "compiled", "graphed", "fast"]
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
+Autocast = Callable[[], AbstractContextManager]  # makes the context of a forward pass
 
 WARM_UPS = 3  # steps before a capture, as PyTorch advises: libraries choose their algorithms in the first ones
 VARIANTS = 64  # networks of one class that one process can compile; torch gives up silently after 8
@@ -71,28 +72,23 @@ class TrainingStep:
 
     Args:
         model: from images to logits (N, classes); on its device, in training mode when a step is called.
-        optimizer: over parameters of ``model``; for CUDA graphs a fused one. :meth:`set_rates` sets its rates.
-        scaler: of the loss.
+        optimizer, scaler: over parameters of ``model``, fused for CUDA graphs; of the loss.
         objective: (loss, kind) to what is differentiated.
-        means: see :func:`means_for`.
-        autocast: makes the context of a forward pass.
-        label_smoothing: of the cross-entropy.
         channels_last: the memory format of ``model``, which a compiler has to be made to keep.
         capture: runs a function and returns what repeats it; a CUDA graph unless given.
         beside: runs ``model`` beside a teacher, (N, C, H, W) to logits and a term that is added to what is
             differentiated. Not compiled: torch compiles modules of one class once, whatever hooks they have.
         clip: the largest norm of the gradient of all parameters together.
-        sums_objective: whether :attr:`loss` sums what is differentiated instead of the cross-entropy.
+        sums_objective: whether ``loss`` sums what is differentiated instead of the cross-entropy.
 
     Attributes:
-        loss, correct: sums over the steps since :meth:`start_epoch`, on the device: mean losses of the batches, and
-            images that were classified rightly.
+        loss, correct: sums since :meth:`start_epoch` of the batches' mean losses, and of images classified rightly.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.SGD, scaler: torch.amp.GradScaler,
         objective: Callable[[Tensor, Any], Tensor], *, means: Means,
-        autocast: Callable[[], AbstractContextManager] = nullcontext, label_smoothing: float = 0.0,
+        autocast: Autocast = nullcontext, label_smoothing: float = 0.0,
         channels_last: bool = False, capture: Capture | None = None,
         beside: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None, clip: float | None = None,
         sums_objective: bool = False,

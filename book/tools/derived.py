@@ -19,7 +19,7 @@ from book.tools.address import Address, parse_source, source_url
 from book.tools.gates import tagged
 
 # Small packages that Colab usually has; installed by name, without their dependencies, if missing.
-SMALL = ("filelock", "pooch", "safetensors", "tqdm")
+SMALL = ("filelock", "jinja2", "safetensors", "tqdm")
 
 _SETUP = """\
 # Run this cell first. On Colab it fetches the book's code and says whether there is a GPU;

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from basis.costs import cost, count_parameters
-from basis.data import hold_out, synthetic
+from basis.data import hold_out, normalise, synthetic
 from basis.experiments.comparison import METHODS, Compression, compare, shrink
 from basis.layers.conv import BasisConv2d
 from basis.models import build
@@ -33,16 +33,16 @@ def test_every_method_meets_the_budget_and_leaves_the_model_alone(method, model,
     before = copy.deepcopy(model.state_dict())
     small, about = shrink(model, Compression(method=method, budget=0.5, **SMALL), data)
     kept = count_parameters(small) / count_parameters(model)
+    if "both" in method:
+        counts = [cost(net, (3, 12, 12), mode="factorized").total.forward_macs for net in (small, model)]
+        assert 0.4 < counts[0] / counts[1] <= 0.5
     assert (0.3 if "both" in method else 0.43) < kept <= 0.5
     assert method.startswith("selected") or isinstance(small.conv1, torch.nn.Conv2d)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert (about["plan"] is None) == (method in ("svd", "tensorly"))
-    assert about["seconds"] >= about["searching"]
 
 
 def test_a_fit_to_outputs_is_nearer_on_the_calibration_images(model, data):
-    from basis.data import normalise
-
     x = normalise(data.train.x[:60])
     errors = []
     for method in ("uniform", "uniform, fitted to weights"):
@@ -65,12 +65,6 @@ def test_a_network_is_tested_at_every_stage(model, data):
     assert result["test"] == result["stages"]["tuned"] != result["stages"]["made"]
     assert result["macs"] == result["dense_macs"] == cost(model, (3, 12, 12)).total.forward_macs
     assert result["parameters"] == result["dense_parameters"] == count_parameters(model)
-
-
-def test_a_plan_by_both_halves_multiplications_too(model, data):
-    small, _ = shrink(model, Compression(method="selected by both", budget=0.5, **SMALL), data)
-    counts = [cost(net, (3, 12, 12), mode="factorized").total.forward_macs for net in (small, model)]
-    assert 0.4 < counts[0] / counts[1] <= 0.5
 
 
 def test_multiplications_are_those_of_factorized_mode(model, data):

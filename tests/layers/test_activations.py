@@ -33,7 +33,6 @@ def inputs(n=12, channels=8, size=9, seed=0):
     [
         {"padding": 1},
         {"groups": 2, "padding": "same", "padding_mode": "reflect"},
-        {"stride": (2, 1), "dilation": 2},
         {"groups": 4, "padding": 1, "padding_mode": "circular"},
     ],
 )
@@ -54,16 +53,6 @@ def test_the_error_is_the_sum_of_the_discarded_eigenvalues_and_below_that_of_svd
         assert (layer.bias is not None) == bias
     whole = BasisConv2d.from_conv(conv, basis_channels=16, moments=moments)
     assert torch.equal(whole.weight, conv.weight)
-
-
-def test_on_data_of_low_dimension_it_loses_nothing_where_svd_does():
-    torch.manual_seed(0)
-    conv = nn.Conv2d(12, 16, 1)
-    x = torch.einsum("oi,nihw->nohw", torch.randn(12, 3), torch.randn(8, 3, 6, 6)) + torch.randn(12)[:, None, None]
-    layer = BasisConv2d.from_conv(conv, basis_channels=3, moments=moments_of(conv, x))
-    scale = conv(x).square().sum(1).mean().item()
-    assert error(layer, conv, x) < 1e-10 * scale
-    assert error(BasisConv2d.from_conv(conv, basis_channels=3), conv, x) > 1e-2 * scale
 
 
 def test_directions_without_variance_are_those_of_the_weight():
@@ -169,18 +158,6 @@ def test_a_model_gets_no_parameter_and_the_normalisation_takes_the_mean(net, tmp
     assert torch.allclose(coupled(images), small(images), atol=1e-4)
 
 
-def test_each_layer_is_at_its_least_error_on_its_own_inputs(net):
-    x = torch.randn(32, 3, 8, 8)
-    small = substitute(net, {"shared": 6}, calibration=[x])
-    seen = []
-    net.shared.register_forward_hook(lambda module, args, y: seen.append((args[0], y)))
-    net(x)
-    assert len(seen) == 2  # both calls count
-    apart = torch.cat([(small.shared(a) - y).square().sum(1).flatten() for a, y in seen]).mean()
-    rows = torch.cat([y.movedim(1, 0).flatten(1) for _, y in seen], 1).double()
-    assert apart.item() == pytest.approx(torch.linalg.eigvalsh(rows.cov(correction=0))[:6].sum().item(), rel=1e-4)
-
-
 def test_what_data_never_reach_is_fitted_to_its_weight_and_named(net):
     x = torch.randn(4, 3, 8, 8)
     with pytest.warns(UserWarning, match="never reach unused "):
@@ -208,8 +185,6 @@ def test_every_form_keeps_the_mean_and_is_no_worse_than_by_weight(form):
     if form != "sparse":  # whose pattern is a heuristic
         assert error(own[2], net[2], z) <= error(other[2], net[2], z) * (1 + 1e-5)
     if form == "shared":
-        both = substitute(nn.Sequential(net[2], net[2].__class__(12, 12, 1)), ratio=0.5, coefficients="shared")
-        assert both[0].coefficients is both[1].coefficients
         pair = nn.Sequential(nn.Conv2d(12, 12, 3), nn.Conv2d(12, 12, 1))
         tied = substitute(pair, ratio=0.5, calibration=[z], coefficients="shared")
         assert tied[0].coefficients is tied[1].coefficients
@@ -220,14 +195,8 @@ def test_bad_calibration_is_refused(net):
     x = torch.randn(2, 3, 8, 8)
     with pytest.raises(ValueError, match="calibration holds no samples"):
         substitute(net, {"first": 4}, calibration=[])
-    with pytest.raises(ValueError, match="batch 0 of calibration is a str"):
-        substitute(net, {"first": 4}, calibration=["no"])
-    with pytest.raises(ValueError, match="must be an iterable of batches"):
-        substitute(net, {"first": 4}, calibration=3)
     with pytest.raises(ValueError, match=r"first: .*not finite"):
         substitute(net, {"first": 4}, calibration=[x * math.nan])
-    with pytest.raises(ValueError, match="cannot run on inputs of shape"):
-        substitute(net, {"first": 4}, calibration=[x[:, :2]])
     with pytest.raises(ValueError, match="fits nothing"):
         substitute(net, {"first": 4}, calibration=[x], init="random")
     with pytest.raises(ValueError, match="structured layers alone"):
@@ -275,11 +244,3 @@ def test_taylor_is_exact_where_the_loss_is_linear_in_the_outputs():
         small = substitute(net, {"0": cell.basis_channels}, calibration=[x for x, _ in data])
         change = torch.cat([loss(small(x) - net(x), None) for x, _ in data]).mean().item()
         assert cell.value == pytest.approx(change, abs=1e-4)
-
-
-def test_fisher_takes_layers_with_more_filters_than_weights():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 1), nn.Flatten(), nn.Linear(128, 3))
-    data = [(torch.randn(8, 3, 4, 4), torch.arange(8) % 3)]
-    table = sensitivity(net, data, measure="fisher", multiple=1)  # k = 8 and 4 of the first, whose rank is 3
-    assert [cell.value for cell in table.cells if cell.layer == "0"] == pytest.approx([0, 0], abs=1e-15)

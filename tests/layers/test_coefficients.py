@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from basis.layers.coefficients import Coefficients, Form, Frozen, LowRank, Repeat, Sparse
+from basis.layers.coefficients import Coefficients, Form, LowRank, Repeat, Sparse
 from basis.layers.conv import MODES, BasisConv2d
+from tests.layers.by_rows import assert_same, reference, run, shuffled, top
 
 C_IN, C_OUT, K = 8, 24, 8
 EXPLICIT = ("factorized", "composed", "hybrid")
 FORMS = ("dense", "low_rank:3", "low_rank:1/4", "grouped:2", "sparse:3", "sparse:1/2", "shared", "frozen", "repeat")
 CLASSES = {
-    "dense": Coefficients, "shared": Coefficients, "grouped": Coefficients, "low_rank": LowRank, "sparse": Sparse,
-    "frozen": Frozen, "repeat": Repeat,
+    "dense": Coefficients, "shared": Coefficients, "grouped": Coefficients, "frozen": Coefficients,
+    "low_rank": LowRank, "sparse": Sparse, "repeat": Repeat,
 }  # fmt: skip
 
 
@@ -26,93 +27,9 @@ def _seed():
 
 
 def make_layer(form, *, permuted=False, kernel_size=3, dtype=torch.float64, **options):
-    """A layer of 24 filters, 8 of them basis filters; ``permuted`` shuffles the outputs within mixing groups."""
+    """A layer of 24 filters, 8 of them basis filters."""
     layer = BasisConv2d(C_IN, C_OUT, kernel_size, basis_channels=K, coefficients=form, dtype=dtype, **options)
-    if permuted:
-        groups = layer.coefficients.groups
-        width = C_OUT // groups
-        order = torch.cat([torch.randperm(width) + i * width for i in range(groups)])
-        layer.load_state_dict(layer.state_dict() | {"order": order})
-    return layer
-
-
-def top(values, entries):
-    """Where the largest entries of each row are."""
-    mask = torch.zeros_like(values, dtype=torch.bool)
-    for row, kept in zip(values, mask, strict=True):
-        kept[sorted(range(len(row)), key=lambda j: -abs(row[j].item()))[:entries]] = True
-    return mask
-
-
-def explicit_matrix(a, leaves):
-    """A, entry by entry, from tensors of the names that the parameters of ``a`` have."""
-    if isinstance(a, LowRank):
-        per_group = a.rows // a.groups
-        terms = range(a.rank)
-        rows = [
-            sum(leaves["left"][i, q] * leaves["right"][i // per_group * a.rank + q] for q in terms)
-            for i in range(a.rows)
-        ]
-        return torch.stack(rows)
-    if isinstance(a, Repeat):
-        eye = torch.eye(a.columns, dtype=torch.float64)
-        return torch.stack([eye[i % (a.rows // a.groups) % a.columns] for i in range(a.rows)])
-    return leaves.get("values", a.values)
-
-
-def explicit_weight(layer, basis, matrix):
-    """W, row by row: per mixing group the basis filters, then each derived one as a sum of them."""
-    groups, k = layer.coefficients.groups, layer.coefficients.columns
-    derived = layer.coefficients.rows // groups
-    rows = []
-    for i in range(groups):
-        own = basis[i * k : (i + 1) * k]
-        rows += [*own, *(torch.einsum("j,jchw->chw", a, own) for a in matrix[i * derived : (i + 1) * derived])]
-    return torch.stack([rows[c] for c in layer.order.tolist()])
-
-
-def fixed_gradient(y):
-    return torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
-
-
-def reference(layer, x, trained=None):
-    """Output and gradients of F.conv2d with that weight; a sparse A is a leaf of its own, already masked."""
-    a = layer.coefficients
-    leaves = {"x": x, **dict(layer.named_parameters())}
-    leaves = {
-        name: leaf.detach().clone().requires_grad_(trained is None or name in trained) for name, leaf in leaves.items()
-    }
-    if isinstance(a, Sparse):
-        values = leaves["coefficients.values"]
-        with torch.no_grad():
-            values.mul_(top(values, a.entries))
-    parts = {name.removeprefix("coefficients."): leaf for name, leaf in leaves.items()}
-    weight = explicit_weight(layer, leaves["basis"], explicit_matrix(a, parts))
-    options = (layer.stride, layer.padding, layer.dilation, layer.groups)
-    y = F.conv2d(leaves["x"], weight, leaves.get("bias"), *options)
-    if y.requires_grad:
-        y.backward(fixed_gradient(y))
-    return y.detach(), {name: leaf.grad for name, leaf in leaves.items()}
-
-
-def run(layer, x):
-    """Output and gradients of the layer."""
-    y = layer(x)
-    if y.requires_grad:
-        y.backward(fixed_gradient(y))
-    return y.detach(), {"x": x.grad} | {name: p.grad for name, p in layer.named_parameters()}
-
-
-def assert_same(ours, expected, tolerance=1e-10):
-    assert (ours is None) == (expected is None)
-    if expected is not None:
-        torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance)
-
-
-def assert_all_same(ours, expected, tolerance=1e-10):
-    assert ours.keys() == expected.keys()
-    for name, tensor in ours.items():
-        assert_same(tensor, expected[name], tolerance)
+    return shuffled(layer) if permuted else layer
 
 
 def images(**options):
@@ -128,13 +45,6 @@ def test_a_form_gives_its_text_back(text):
     assert str(form) == text
     assert Form.parse(form) is form
     assert form == Form.parse(str(form))
-
-
-@pytest.mark.parametrize(
-    ("text", "columns", "count"), [("1/8", 64, 8), ("1/8", 20, 2), ("1/8", 30, 4), ("0.01", 64, 1), ("10", 4, 10)]
-)
-def test_fractions_are_of_the_columns_rounded_and_at_least_one(text, columns, count):
-    assert Form.parse(f"sparse:{text}").count(columns) == count
 
 
 @pytest.mark.parametrize(
@@ -174,19 +84,18 @@ CASES = [(form, mode, *LAYOUTS[(i + j) % 4]) for i, form in enumerate(FORMS) for
 
 @pytest.mark.parametrize(("form", "mode", "layout", "groups", "permuted"), CASES)
 def test_every_form_is_the_dense_convolution_forward_and_backward(form, mode, permuted, groups, layout):
-    layer = make_layer(form, permuted=permuted, groups=groups, mode=mode, stride=(2, 1), padding=1)
+    options = {"groups": groups, "stride": (2, 1), "padding": 1}
+    layer = make_layer(form, permuted=permuted, mode=mode, **options)
     assert type(layer.coefficients) is CLASSES[form.split(":")[0]]
     x = images()
     if layout == "unbatched":
         x = x[0]
     if layout == "channels_last":
         x, layer = x.to(memory_format=torch.channels_last), layer.to(memory_format=torch.channels_last)
-    y, gradients = run(layer, x.requires_grad_())
-    expected, expected_gradients = reference(layer, x)
-    assert_same(y, expected)
-    assert_all_same(gradients, expected_gradients)
+    ours = run(layer, x.requires_grad_())
+    assert_same(ours, reference(layer, x, kernel_size=3, **options))
     if layout == "channels_last":
-        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert ours["y"].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(
@@ -229,15 +138,6 @@ def test_state_copies_and_functional_calls_carry_the_form(form, mode):
     assert_same(torch.func.functional_call(third, state, x), layer(x), 0)
 
 
-@pytest.mark.parametrize(("form", "mode"), [(form, EXPLICIT[i % 3]) for i, form in enumerate(FORMS)])
-def test_it_runs_on_the_meta_device_and_can_be_filled_there(form, mode):
-    layer = make_layer(form, mode=mode, device="meta")
-    assert layer(torch.empty(2, 8, 5, 5, device="meta", dtype=torch.float64)).shape == (2, C_OUT, 3, 3)
-    source, x = make_layer(form, mode=mode, permuted=True), images()
-    layer.to_empty(device="cpu").load_state_dict(source.state_dict())
-    assert_same(layer(x), source(x), 0)
-
-
 # -- what is drawn and stored -------------------------------------------------------------------
 
 
@@ -273,33 +173,7 @@ def test_what_a_form_stores_and_multiplies(form, stored, products):
         assert sum(p.numel() for p in a.parameters()) == stored
 
 
-def test_resetting_draws_every_form_anew():
-    for form in FORMS:
-        layer = make_layer(form, permuted=True)
-        before = layer.coefficients.matrix().clone()
-        layer.reset_parameters()
-        assert torch.equal(layer.coefficients.matrix(), before) == (form == "repeat")
-        assert layer.order.tolist() == list(range(C_OUT))
-        x = images()
-        assert_same(layer(x), reference(layer, x)[0])
-
-
 # -- sparse -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", EXPLICIT)
-def test_the_mask_follows_the_values_in_training_only(mode):
-    layer, x = make_layer("sparse:3", mode=mode), images()
-    a = layer.coefficients
-    first = a.mask.clone()
-    assert torch.equal(first, top(a.values, 3))
-    with torch.no_grad():
-        a.values.copy_(a.values.flip(1))
-    layer.eval()(x)
-    assert torch.equal(a.mask, first)
-    layer.train()(x)
-    assert torch.equal(a.mask, first.flip(1))
-    assert torch.equal(a.matrix() != 0, a.mask)
 
 
 def train_a_step(layer, optimizer):
@@ -367,38 +241,13 @@ def test_layers_can_hold_one_a(mode, form):
     assert second.coefficients is first.coefficients
     assert_same(first.coefficients.matrix(), before, 0)
     x = images()
-    names = [f"coefficients.{name}" for name, _ in first.coefficients.named_parameters()]
-    (first(x).sin().mean() + second(x).sin().mean()).backward()
-    for name in names:
-        ours = first.get_parameter(name).grad
-        alone = []
-        for layer in (first, second):
-            one = copy.deepcopy(layer)
-            one.zero_grad()
-            one(x).sin().mean().backward()
-            alone.append(one.get_parameter(name).grad)
-        assert_same(ours, sum(alone))
-
-
-@pytest.mark.parametrize("options", [{"basis_channels": 6}, {"basis_channels": 8, "groups": 2}])
-def test_layers_of_different_shape_cannot_hold_one_a(options):
-    given = make_layer("shared").coefficients
+    losses = [layer(x).sin().mean() for layer in (first, second)]
+    if parameters := list(first.coefficients.parameters()):
+        apart = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+        for ours, *parts in zip(torch.autograd.grad(sum(losses), parameters), *apart, strict=True):
+            assert_same(ours, sum(parts))
     with pytest.raises(ValueError, match="coefficients"):
-        BasisConv2d(8, 24, 3, coefficients=given, **options)
-
-
-def test_given_coefficients_keep_their_flags_and_values():
-    given = make_layer("dense").coefficients
-    conv = nn.Conv2d(8, 24, 3, dtype=torch.float64).eval()
-    conv.weight.requires_grad_(False)
-    before = given.matrix().clone()
-    for make in (BasisConv2d.from_conv, BasisConv2d.shaped_like):
-        layer = make(conv, basis_channels=8, coefficients=given)
-        assert layer.coefficients is given
-        assert given.trains
-        assert given.training
-        assert not layer.training
-        assert_same(given.matrix(), before, 0)
+        BasisConv2d(8, 24, 3, coefficients=first.coefficients, basis_channels=6)
 
 
 # -- fits ---------------------------------------------------------------------------------------
@@ -430,51 +279,16 @@ def test_a_fit_finds_a_layer_of_its_form_again(form, groups):
         assert_same(again(x), layer(x))
 
 
-@pytest.mark.parametrize(("rank", "groups"), [(1, 2), (8, 1)])
-def test_a_low_rank_fit_is_no_worse_than_cutting_the_dense_one(rank, groups):
-    conv = some_conv(groups)
+@pytest.mark.parametrize(("form", "groups"), [("low_rank:8", 1), ("low_rank:1", 2), ("sparse:8", 1), ("sparse:1", 2)])
+def test_a_fit_is_better_than_cutting_the_dense_one(form, groups):
+    conv, size = some_conv(groups), Form.parse(form).size
     dense = BasisConv2d.from_conv(conv, basis_channels=24)
-    layer = BasisConv2d.from_conv(conv, basis_channels=24, coefficients=f"low_rank:{rank}")
-    fitted = error_of(layer, conv)
-    assert torch.linalg.matrix_rank(layer.coefficients.blocks()).max() == rank
-    best = error_of(dense, conv)
-    with torch.no_grad():
-        u, s, vh = torch.linalg.svd(dense.coefficients.blocks(), full_matrices=False)
-        cut = (u[..., :rank] * s[:, None, :rank]) @ vh[:, :rank]
-        dense.coefficients.values.copy_(cut.flatten(0, 1))
+    fitted = error_of(BasisConv2d.from_conv(conv, basis_channels=24, coefficients=form), conv)
+    a, best = dense.coefficients.values.data, error_of(dense, conv)
+    u, s, vh = torch.linalg.svd(dense.coefficients.blocks().detach(), full_matrices=False)
+    low = ((u[..., :size] * s[:, None, :size]) @ vh[:, :size]).flatten(0, 1)
+    a.copy_(low if form.startswith("low_rank") else a * top(a, size))
     assert best <= fitted < error_of(dense, conv)
-
-
-@pytest.mark.parametrize("form", ["low_rank:8", "sparse:8"])
-def test_the_first_rows_become_the_basis_only_where_that_is_clearly_better(form):
-    layer = BasisConv2d.from_conv(some_conv(), basis_channels=8, coefficients=form)
-    assert layer.coefficients.matrix().abs().max() < 2
-    dense = BasisConv2d.from_conv(some_conv(), basis_channels=8).to_conv()
-    exact = BasisConv2d.from_conv(dense, basis_channels=8, coefficients=form)
-    assert_same(exact.weight, dense.weight)
-    assert exact.coefficients.matrix().abs().max() < 2
-
-
-@pytest.mark.parametrize(("entries", "groups"), [(1, 2), (8, 1)])
-def test_a_sparse_fit_is_no_worse_than_cutting_the_dense_one(entries, groups):
-    conv = some_conv(groups)
-    dense = BasisConv2d.from_conv(conv, basis_channels=24)
-    layer = BasisConv2d.from_conv(conv, basis_channels=24, coefficients=f"sparse:{entries}")
-    assert layer.coefficients.matrix().ne(0).sum(1).max() == entries
-    fitted = error_of(layer, conv)
-    best = error_of(dense, conv)
-    with torch.no_grad():
-        dense.coefficients.values.mul_(top(dense.coefficients.values, entries))
-    assert best <= fitted < error_of(dense, conv)
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_a_grouped_fit_is_the_best_of_each_group(groups):
-    conv = some_conv(groups)
-    layer = BasisConv2d.from_conv(conv, basis_channels=24, coefficients="grouped:3")
-    rows = conv.weight.detach().view(3 * groups, 16 // groups, -1)
-    best = torch.linalg.svdvals(rows)[:, 8 // groups :].square().sum().sqrt()
-    assert error_of(layer, conv) == pytest.approx(best.item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -10,13 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from basis.layers.conv import (
-    MODES,
-    BasisConv2d,
-    basis_channels_for,
-    derives_apart,
-    resolve_mode,
-)
+from basis.layers.conv import MODES, BasisConv2d, derives_apart, resolve_mode
+from tests.layers.by_rows import assert_same, reference, run, shuffled
 
 C_IN, C_OUT, K = 8, 12, 4
 EXPLICIT = ("factorized", "composed", "hybrid")
@@ -28,18 +23,14 @@ OPTIONS = {
     "no bias": {"bias": False},
     "kernel (3, 5)": {"kernel_size": (3, 5), "padding": (1, 2)},
     "even kernel": {"kernel_size": 2},
-    "1x1": {"kernel_size": 1},
     "1x1, strided, no bias": {"kernel_size": 1, "stride": 2, "bias": False},
-    "padding int": {"padding": 1},
     "padding tuple": {"padding": (2, 0)},
     "same": {"padding": "same"},
     "same, even kernel": {"padding": "same", "kernel_size": (4, 2)},
     "same, dilated": {"padding": "same", "dilation": (2, 1)},
     "valid": {"padding": "valid", "stride": 2},
-    "stride (2, 1)": {"stride": (2, 1), "padding": 1},
     "dilation": {"dilation": 2, "padding": 2},
     "groups": {"groups": 2, "padding": 1},
-    "groups 4, no bias": {"groups": 4, "bias": False, "stride": (1, 2)},
     "reflect": {"padding_mode": "reflect", "padding": (1, 2)},
     "replicate": {"padding_mode": "replicate", "padding": 1, "stride": 2},
     "circular": {"padding_mode": "circular", "padding": (2, 1), "dilation": 2},
@@ -58,58 +49,12 @@ def arguments(option, **changes):
 
 
 def make_layer(option="plain", *, permuted=False, **changes):
-    """A float64 layer; ``permuted`` shuffles the output channels within their groups."""
     layer = BasisConv2d(C_IN, C_OUT, basis_channels=K, dtype=torch.float64, **arguments(option, **changes))
-    if permuted:
-        width = C_OUT // layer.groups
-        order = torch.cat([torch.randperm(width) + i * width for i in range(layer.groups)])
-        layer.load_state_dict(layer.state_dict() | {"order": order})
-    return layer
+    return shuffled(layer) if permuted else layer
 
 
-def explicit_weight(layer, basis, coefficients):
-    """W, row by row: per group the basis filters, then each derived one as a sum of them."""
-    g, k = layer.groups, layer.basis_channels // layer.groups
-    derived_per_group = layer.out_channels // g - k
-    rows = []
-    for i in range(g):
-        own = [basis[i * k + j] for j in range(k)]
-        rows += own
-        for d in range(derived_per_group):
-            a = coefficients[i * derived_per_group + d]
-            rows.append(sum((a[j] * own[j] for j in range(k)), torch.zeros_like(basis[0])))
-    return torch.stack([rows[c] for c in layer.order.tolist()])
-
-
-def fixed_gradient(y):
-    return torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
-
-
-def reference(layer, x, option, trained=("x", "basis", A, "bias")):
-    """Output and gradients of a plain nn.Conv2d with that weight."""
-    leaves = {name: p.detach().clone().requires_grad_(name in trained) for name, p in layer.named_parameters()}
-    leaves["x"] = x.detach().clone().requires_grad_("x" in trained)
-    has_bias = layer.bias is not None
-    conv = nn.Conv2d(C_IN, C_OUT, dtype=torch.float64, **arguments(option, bias=has_bias))
-    weights = {"weight": explicit_weight(layer, leaves["basis"], leaves[A])}
-    if has_bias:
-        weights["bias"] = leaves["bias"]
-    y = torch.func.functional_call(conv, weights, leaves["x"])
-    y.backward(fixed_gradient(y))
-    return y.detach(), {name: leaf.grad for name, leaf in leaves.items()}
-
-
-def run(layer, x):
-    """Output and gradients of the layer."""
-    y = layer(x)
-    y.backward(fixed_gradient(y))
-    return y.detach(), {"x": x.grad} | {name: p.grad for name, p in layer.named_parameters()}
-
-
-def assert_same(ours, expected, tolerance=1e-10):
-    assert (ours is None) == (expected is None)
-    if expected is not None:
-        torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance)
+def images():
+    return torch.randn(2, C_IN, 9, 7, dtype=torch.float64)
 
 
 @pytest.fixture(autouse=True)
@@ -124,18 +69,13 @@ CASES = [(option, MODES[i % 4], LAYOUTS[i % 3]) for i, option in enumerate(OPTIO
 @pytest.mark.parametrize(("option", "mode", "layout"), CASES)
 def test_every_mode_is_the_dense_convolution_forward_and_backward(option, mode, layout):
     layer = make_layer(option, permuted=layout != "unbatched", mode=mode)
-    x = torch.randn(2, C_IN, 9, 7, dtype=torch.float64)
+    x = images()
     if layout == "unbatched":
         x = x[0]
     if layout == "channels_last":
         x = x.to(memory_format=torch.channels_last)
         layer = layer.to(memory_format=torch.channels_last)
-    y, gradients = run(layer, x.requires_grad_())
-    expected, expected_gradients = reference(layer, x, option)
-    assert_same(y, expected)
-    assert gradients.keys() == expected_gradients.keys()
-    for name, gradient in gradients.items():
-        assert_same(gradient, expected_gradients[name])
+    assert_same(run(layer, x.requires_grad_()), reference(layer, x, **arguments(option)))
 
 
 @pytest.mark.parametrize("trained", [("basis",), (A,), ("bias",), ("x", A)])
@@ -145,12 +85,7 @@ def test_frozen_parts_get_no_gradient_and_the_others_the_right_one(option, mode,
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(name in trained)
     x = torch.randn(2, C_IN, 9, 7, dtype=torch.float64, requires_grad="x" in trained)
-    y, gradients = run(layer, x)
-    expected, expected_gradients = reference(layer, x, option, trained)
-    assert_same(y, expected)
-    for name, gradient in gradients.items():
-        assert (gradient is not None) == (name in trained)
-        assert_same(gradient, expected_gradients[name])
+    assert_same(run(layer, x), reference(layer, x, trained, **arguments(option)))
 
 
 def test_it_takes_the_arguments_of_conv2d_in_the_same_order():
@@ -179,7 +114,7 @@ def test_from_conv_is_the_best_approximation_of_rank_k(k, groups):
 def test_from_conv_is_exact_at_full_rank(option):
     conv = nn.Conv2d(C_IN, C_OUT, dtype=torch.float64, **arguments(option))
     layer = BasisConv2d.from_conv(conv, ratio=1)
-    x = torch.randn(2, C_IN, 9, 7, dtype=torch.float64)
+    x = images()
     for layer.mode in MODES:
         assert_same(layer(x), conv(x))
     assert_same(layer.to_conv()(x), conv(x))
@@ -231,48 +166,10 @@ def test_from_conv_keeps_what_belongs_to_the_layer():
         assert back.weight.dtype == torch.float16
 
 
-def test_from_conv_takes_only_conv2d():
-    with pytest.raises(TypeError, match="Linear"):
-        BasisConv2d.from_conv(nn.Linear(3, 4), ratio=0.5)
-
-
 # -- initialisation -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("groups", "k"), [(1, 16), (4, 128)])
-def test_fresh_layers_keep_the_variance_of_a_dense_one(groups, k):
-    c_in, c_out = 64, 256
-    x = torch.randn(8, c_in, 8, 8)
-    dense = nn.Conv2d(c_in, c_out, 3, groups=groups, bias=False)(x).var().item()
-    basis, derived = [], []
-    for _ in range(12):
-        layer = BasisConv2d(c_in, c_out, 3, groups=groups, bias=False, basis_channels=k)
-        variance = layer(x).detach().var(dim=(0, 2, 3)).view(groups, -1)
-        basis.append(variance[:, : k // groups].mean())
-        derived.append(variance[:, k // groups :].mean())
-    assert torch.stack(basis).mean().item() == pytest.approx(dense, rel=0.04)
-    assert torch.stack(derived).mean().item() == pytest.approx(dense, rel=0.08)
-
-
 # -- as a module --------------------------------------------------------------------------------
-
-
-def test_extra_repr_names_what_matters():
-    layer = BasisConv2d(8, 16, 3, padding=1, stride=(2, 1), groups=2, bias=False, ratio=0.25, mode="hybrid")
-    assert repr(layer) == (
-        "BasisConv2d(8, 16, kernel_size=(3, 3), stride=(2, 1), padding=(1, 1), groups=2, bias=False, "
-        "basis_channels=4 (r=0.25), mode=hybrid)"
-    )
-    assert repr(BasisConv2d(1, 4, 1, ratio=0.5)) == (
-        "BasisConv2d(1, 4, kernel_size=(1, 1), basis_channels=2 (r=0.5), mode=auto)"
-    )
-
-
-def test_reset_parameters_forgets_the_order():
-    layer = BasisConv2d.from_conv(nn.Conv2d(C_IN, C_OUT, 3), basis_channels=K)
-    layer.reset_parameters()
-    assert layer.order.tolist() == list(range(C_OUT))
-    assert_same(layer.weight, explicit_weight(layer, layer.basis, layer.coefficients.matrix()), 1e-6)
 
 
 @pytest.mark.parametrize("mode", EXPLICIT)
@@ -302,7 +199,7 @@ def test_the_other_modes_have_second_derivatives(mode):
 @pytest.mark.parametrize(("mode", "option"), list(zip(MODES, ("plain", "everything") * 2, strict=True)))
 def test_export_gives_the_same_numbers(mode, option):
     layer = make_layer(option, permuted=True, mode=mode).eval()
-    x = torch.randn(2, C_IN, 9, 7, dtype=torch.float64)
+    x = images()
     with torch.no_grad():
         exported = torch.export.export(layer, (x,)).module()
         assert_same(exported(x), layer(x))
@@ -331,9 +228,7 @@ def test_compile_takes_the_layer_as_one_graph(mode, permuted):
     [
         ({"ratio": 0.0}, "ratio is 0.0"),
         ({"ratio": 1.5}, "ratio is 1.5"),
-        ({"ratio": float("nan")}, "ratio is nan"),
         ({"basis_channels": 0}, "basis_channels is 0, .*out_channels = 12"),
-        ({"basis_channels": 13}, "basis_channels is 13"),
         ({"basis_channels": True}, "basis_channels is True"),
         ({"basis_channels": 4.0}, "basis_channels is 4.0"),
         ({"basis_channels": 3, "groups": 2}, "basis_channels is 3, .*groups = 2"),
@@ -348,31 +243,17 @@ def test_what_makes_no_sense_is_refused(options, name):
 
 
 @pytest.mark.parametrize(
-    ("ratio", "out_channels", "groups", "k"),
-    [(0.5, 64, 1, 32), (0.25, 10, 1, 2), (0.001, 64, 1, 1), (1, 7, 1, 7), (0.3, 12, 4, 4), (0.01, 12, 3, 3)],
-)
-def test_the_nearest_number_of_basis_channels(ratio, out_channels, groups, k):
-    assert basis_channels_for(ratio, out_channels, groups) == k
-
-
-@pytest.mark.parametrize(
     ("fan_in", "width", "ratio", "cpu", "cuda"),
     [
         (9 * 64, 64, 1 / 2, "factorized", "composed"),  # 64 channels: a GPU is bound by memory there
-        (9 * 64, 64, 3 / 4, "factorized", "composed"),
-        (9 * 64, 128, 1 / 2, "factorized", "composed"),
         (9 * 64, 128, 1 / 4, "factorized", "factorized"),
         (9 * 128, 128, 1 / 2, "factorized", "factorized"),
         (9 * 128, 128, 65 / 128, "factorized", "composed"),
-        (9 * 128, 256, 1 / 2, "factorized", "factorized"),
         (9 * 256, 256, 3 / 4, "factorized", "composed"),
-        (9 * 512, 512, 3 / 4, "factorized", "composed"),
         (9 * 256, 256, 121 / 256, "factorized", "factorized"),  # costs a GPU as much as 128
         (9 * 256, 256, 129 / 256, "factorized", "composed"),  # as much as 136
         (9 * 3, 64, 1 / 4, "composed", "composed"),  # a stem has little to save
         (256, 1024, 1 / 4, "composed", "composed"),  # a 1x1 convolution neither
-        (9 * 16, 16, 1 / 4, "composed", "composed"),
-        (9 * 32, 32, 1 / 2, "factorized", "composed"),
         (9 * 512, 512, 1.0, "composed", "composed"),
     ],
 )
@@ -401,53 +282,8 @@ def test_factorized_gives_the_same_whether_it_mixes_or_joins(ratio, bias, permut
 # -- mixing as a GPU does it, on a CPU ----------------------------------------------------------
 
 
-@pytest.fixture
-def linear_calls(monkeypatch):
-    """Take every decision as on a GPU in half precision; the inputs of the calls of F.linear."""
-    calls, linear = [], F.linear
-
-    def counted(x, *args):
-        calls.append(x)
-        return linear(x, *args)
-
-    monkeypatch.setattr("basis.layers.conv.uses_tensor_cores", lambda device, dtype: True)
-    monkeypatch.setattr("basis.layers.conv.derives_apart", lambda device, **shape: False)
-    monkeypatch.setattr(F, "linear", counted)
-    return calls
-
-
-def last(x):
-    return x.to(memory_format=torch.channels_last)
-
-
-def gpu_layer(*, k=8, bias=True, permuted=False, dtype=torch.float64, **changes):
-    conv = nn.Conv2d(C_IN, 20, 3, padding=1, bias=bias, dtype=dtype)
-    make = BasisConv2d.from_conv if permuted else BasisConv2d.shaped_like
-    return make(conv, basis_channels=k, mode="factorized", **changes)
-
-
-def values_and_gradients(layer, x, call=None):
-    """What ``call(x)`` gives, the layer unless told, and the gradients of a sum of its squares."""
-    x = x.detach().requires_grad_()  # keeps the memory format
-    y = (layer if call is None else call)(x)
-    y.square().sum().backward()
-    result = [y.detach(), x.grad, *(p.grad for p in layer.parameters())]
-    layer.zero_grad()
-    return result
-
-
-def assert_all_same(ours, expected, tolerance=1e-12):
-    for value, right in zip(ours, expected, strict=True):
-        torch.testing.assert_close(value, right, rtol=tolerance, atol=tolerance)
-
-
-def by_weight(layer):
-    """The same function of the same parameters, by one convolution."""
-    return lambda x: F.conv2d(x, layer.weight, layer.bias, padding=1)
-
-
 @pytest.mark.parametrize(
-    ("form", "permuted", "k", "bias"),
+    ("form", "fitted", "k", "bias"),
     [
         ("dense", False, 6, True),
         ("dense", True, 8, False),
@@ -455,42 +291,27 @@ def by_weight(layer):
         ("grouped:2", False, 8, False),
     ],
 )
-def test_mixing_rows_changes_no_number(form, permuted, k, bias, linear_calls):
-    layer = gpu_layer(k=k, bias=bias, permuted=permuted, coefficients=form).eval()
-    for x in (torch.randn(2, C_IN, 5, 4).double(), torch.randn(C_IN, 5, 4).double()):
-        assert_all_same(values_and_gradients(layer, x), values_and_gradients(layer, x, by_weight(layer)))
-    assert not linear_calls
-    x = last(torch.randn(2, C_IN, 5, 4).double())
-    ours = values_and_gradients(layer, x)
-    assert_all_same(ours, values_and_gradients(layer, x, by_weight(layer)))
-    assert len(linear_calls) == (form != "grouped:2")
-    assert all(rows.is_contiguous() and rows.shape[-1] % 8 == 0 for rows in linear_calls)
-    assert all(maps.is_contiguous(memory_format=torch.channels_last) for maps in ours[:2])
-
-
-@pytest.mark.parametrize("permuted", [False, True])
-def test_mixing_rows_in_one_graph_twice_in_checkpoints_and_in_place(permuted, linear_calls):
-    layer = gpu_layer(permuted=permuted)
-    x, dense = last(torch.randn(2, C_IN, 5, 4).double()), by_weight(layer)
-    again = torch.randn(C_IN, 20, 1, 1).double()
-
-    def twice(one):
-        return lambda x: one(F.conv2d(one(x), again))
-
-    def checkpointed(x):
-        return torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
-
-    for call, right in (
-        (twice(layer), twice(dense)),
-        (twice(checkpointed), twice(dense)),
-        (lambda x: F.relu(layer(x), inplace=True), lambda x: F.relu(dense(x))),
-    ):
-        assert_all_same(values_and_gradients(layer, x, call), values_and_gradients(layer, x, right), 1e-11)
-    assert torch.autograd.gradgradcheck(layer, (x.requires_grad_(),), fast_mode=True)
-    exact = values_and_gradients(layer, x)
-    two = layer(x), layer(x)  # both before a backward pass
-    sum(y.square().sum() for y in two).backward()
-    assert_all_same([p.grad / 2 for p in layer.parameters()], exact[2:])
+def test_mixing_rows_changes_no_number(form, fitted, k, bias, monkeypatch):
+    calls, linear = [], F.linear
+    monkeypatch.setattr("basis.layers.conv.uses_tensor_cores", lambda device, dtype: True)
+    monkeypatch.setattr("basis.layers.conv.derives_apart", lambda device, **shape: False)
+    monkeypatch.setattr(F, "linear", lambda x, *args: (calls.append(x), linear(x, *args))[1])
+    conv = nn.Conv2d(C_IN, 20, 3, padding=1, bias=bias, dtype=torch.float64)
+    make = BasisConv2d.from_conv if fitted else BasisConv2d.shaped_like
+    layer = make(conv, basis_channels=k, mode="factorized", coefficients=form).eval()
+    batch = torch.randn(2, C_IN, 5, 4).double()
+    for x, rows in ((batch, 0), (batch[0], 0), (batch.to(memory_format=torch.channels_last), form != "grouped:2")):
+        x.requires_grad_()
+        wanted = [x, *layer.parameters()]
+        y, expected = layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1)
+        ours, right = (torch.autograd.grad(value.square().sum(), wanted) for value in (y, expected))
+        for value, other in zip((y, *ours), (expected, *right), strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-12, atol=1e-12)
+        assert len(calls) == rows
+    assert all(maps.is_contiguous() and maps.shape[-1] % 8 == 0 for maps in calls)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    if form == "dense":
+        assert torch.autograd.gradgradcheck(layer, (x,), fast_mode=True)
 
 
 # -- the identity in M is kept, but is no part of the state -------------------------------------

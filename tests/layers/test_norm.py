@@ -2,23 +2,14 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from basis import BasisConv2d, substitute
-from basis.layers.batchnorm import (
-    BasisBatchNorm2d,
-    activate,
-    apply,
-    couple,
-    couplings,
-    gradient_sums,
-    input_gradient,
-    moments,
-    uncouple,
-)
+from basis.layers.batchnorm import BasisBatchNorm2d, activate, couple, couplings, uncouple
 from basis.models import build
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -89,48 +80,6 @@ def assert_same(ours, theirs, tolerance=1e-10):
             assert (got.double() - expected.double()).abs().max().item() <= tolerance * size, name
 
 
-# -- the four passes --------------------------------------------------------------------------------
-
-
-def rows(maps):
-    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
-
-
-@pytest.mark.parametrize(
-    ("kind", "size", "dtype"),
-    [("nchw", 9, torch.float32), ("nchw", 3, torch.bfloat16), ("channels_last", 9, torch.float64),
-     ("channels_last", 3, torch.float32), ("channels_last", 9, torch.bfloat16)],
-)  # fmt: skip
-def test_the_four_passes(kind, size, dtype):
-    maps = [torch.randn(3, c, size, size).to(dtype) for c in (K, C, C)]
-    z, residual, dout = (t.contiguous(memory_format=FORMATS[kind]) for t in maps)
-    small = torch.float64 if dtype == torch.float64 else torch.float32
-    weight, bias, mean = torch.randn(C, K, dtype=small), torch.randn(C, dtype=small), torch.randn(K, dtype=small)
-    quadratic, constant = torch.randn(K, K, dtype=small), torch.randn(K, dtype=small)
-    z64, r64, d64 = (rows(t).double() for t in (z, residual, dout))
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
-
-    def check(ours, expected, dtype, tolerance=tolerance):
-        assert ours.dtype == dtype
-        ours = rows(ours) if ours.dim() == 4 else ours
-        assert (ours.double() - expected).abs().max() <= tolerance * expected.abs().max()
-
-    m, s = moments(z.to(small))
-    check(m, z64.mean(0), small, 1e-4)
-    check(s, torch.cov(z64.T, correction=0), small, 1e-5)
-    out = apply(z, weight, bias, residual, True)
-    check(out, (z64 @ weight.double().T + bias.double() + r64).relu(), dtype)
-    check(apply(z, weight, bias, None, False), z64 @ weight.double().T + bias.double(), dtype)
-    assert out.is_contiguous(memory_format=FORMATS[kind])
-    for gate in (None, out):
-        d = d64 if gate is None else d64 * (rows(out) > 0)
-        total, moment = gradient_sums(dout, gate, z, mean)
-        check(total, d.sum(0), small, min(tolerance, 1e-5))
-        check(moment, d.T @ (z64 - mean.double()), small)
-        dz = input_gradient(dout, gate, z, weight, quadratic, constant)
-        check(dz, d @ weight.double() - z64 @ quadratic.double() + constant.double(), dtype)
-
-
 # -- equal to the ordinary pair ---------------------------------------------------------------------
 
 
@@ -171,15 +120,11 @@ def test_every_form_of_coefficients(form, fitted):
     "options",
     [
         {"bias": True},
-        {"stride": 2},
         {"stride": (2, 1), "padding": (0, 2)},
         {"padding": "same"},
         {"padding_mode": "circular"},
-        {"padding_mode": "reflect"},
-        {"dilation": 2},
         {"basis_channels": 1},
         {"basis_channels": C},
-        {"mode": "composed"},
         {"mode": "hybrid"},
     ],
     ids=str,
@@ -187,18 +132,6 @@ def test_every_form_of_coefficients(form, fitted):
 def test_every_kind_of_convolution(options, x):
     pair = block(**options)
     assert_same(outcome(couple(pair), x), outcome(pair, x))
-
-
-@pytest.mark.parametrize(
-    ("channels", "memory_format", "size"),
-    [((1, 2), "nchw", 9), ((1, 2), "channels_last", 1), ((2, 2), "channels_last", 2), ((1, 1), "nchw", 1)],
-)
-def test_few_channels_and_small_images(channels, memory_format, size):
-    k, c = channels
-    pair = block(channels=c, basis_channels=k).to(memory_format=FORMATS[memory_format])
-    x = images(size, memory_format=FORMATS[memory_format])
-    mine, ordinary = outcome(couple(pair), x), outcome(pair, x)
-    assert_same(mine, ordinary)
 
 
 @pytest.mark.parametrize(
@@ -239,33 +172,26 @@ def test_a_residual_that_broadcasts_or_of_another_dtype(x):
         assert torch.allclose(a, b, atol=1e-5)
 
 
-class RowPasses:
-    """The four passes on rows, as the kernels take them, which may run on a GPU only."""
+def passes_on_rows():
+    """The four passes on rows, as the kernels take them, and the names of those that were called."""
+    calls = []
 
-    def __init__(self):
-        self.calls = []
+    def gated(dout, out):
+        return dout if out is None else dout * (out > 0)
 
-    def usable(self, z):
-        return z.dim() == 2
+    passes = {
+        "moments": lambda z: (z.mean(0), torch.cov(z.T, correction=0)),
+        "apply": lambda z, w, b, residual, relu: (z @ w.T + b + (0 if residual is None else residual)).clamp_min(
+            0 if relu else -torch.inf
+        ),
+        "gradient_sums": lambda dout, out, z, mean: (gated(dout, out).sum(0), gated(dout, out).T @ (z - mean)),
+        "input_gradient": lambda dout, out, z, w, q, c: gated(dout, out) @ w - z @ q + c,
+    }
 
-    def moments(self, z):
-        self.calls.append("moments")
-        return z.mean(0), torch.cov(z.T, correction=0)
+    def counted(name):
+        return lambda *args: (calls.append(name), passes[name](*args))[1]
 
-    def apply(self, z, weight, bias, residual, relu):
-        self.calls.append("apply")
-        out = z @ weight.T + bias + (0 if residual is None else residual)
-        return out.relu() if relu else out
-
-    def gradient_sums(self, dout, out, z, mean):
-        self.calls.append("gradient_sums")
-        dout = dout if out is None else dout * (out > 0)
-        return dout.sum(0), dout.T @ (z - mean)
-
-    def input_gradient(self, dout, out, z, weight, quadratic, constant):
-        self.calls.append("input_gradient")
-        dout = dout if out is None else dout * (out > 0)
-        return dout @ weight - z @ quadratic + constant
+    return SimpleNamespace(usable=lambda z: z.dim() == 2, **{name: counted(name) for name in passes}), calls
 
 
 class InPlace(Block):
@@ -282,7 +208,7 @@ class InPlace(Block):
 @pytest.mark.parametrize("fast", [False, True])
 def test_its_output_may_be_overwritten(monkeypatch, memory_format, size, fast):
     if fast:
-        monkeypatch.setattr("basis.layers.batchnorm.kernels", RowPasses())
+        monkeypatch.setattr("basis.layers.batchnorm.kernels", passes_on_rows()[0])
     plain = block()
     pair = InPlace(plain.conv, plain.norm).to(memory_format=FORMATS[memory_format])
     x = images(size, memory_format=FORMATS[memory_format])
@@ -352,21 +278,6 @@ def test_float16_does_not_overflow_in_sums_over_pixels(memory_format):
         (y.float().square().sum() * 1024).backward()
         norms.append(model.norm.weight.grad.norm())
     assert torch.isclose(*norms, rtol=1e-2)
-
-
-@pytest.mark.parametrize("fraction", [0.1, 0.01, 0.003])
-def test_a_channel_that_nearly_cancels_is_off_by_what_the_text_says(fraction):
-    pair = block(relu=False, basis_channels=2, kernel_size=1, padding=0)
-    pair.norm.reset_parameters()
-    pair.norm.eps = 1e-12
-    with torch.no_grad():
-        pair.conv.basis.copy_(torch.eye(2, C_IN).view(2, C_IN, 1, 1))
-        pair.conv.coefficients.values.fill_(1)[:, 1] = -1
-    x = images(16, n=64).float().double()
-    x[:, 1] = x[:, 0] + (fraction * x[:, 1]).float()
-    x = x.float().double()
-    got, expected = couple(pair).float()(x.float())[:, 2:], pair.double()(x)[:, 2:]
-    assert (got - expected).norm() / expected.norm() < 2e-7 / fraction**2  # "about 1e-7": 1.3e-7 on some processors
 
 
 # -- memory -----------------------------------------------------------------------------------------
@@ -534,11 +445,11 @@ def test_it_compiles_in_one_graph(training, x):
 @pytest.mark.parametrize("follows", ["nothing", "relu", "residual and relu"])
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_kernels_get_rows_and_give_the_same(monkeypatch, follows, memory_format):
-    passes = RowPasses()
+    passes, calls = passes_on_rows()
     monkeypatch.setattr("basis.layers.batchnorm.kernels", passes)
     pair = block(relu="relu" in follows).to(memory_format=FORMATS[memory_format])
     x = images(memory_format=FORMATS[memory_format])
     residual = torch.randn(4, C, 6, 6).double() if "residual" in follows else None
     assert_same(outcome(couple(pair), x, residual), outcome(pair, x, residual))
     expected = ["moments", "apply", "gradient_sums", "input_gradient"]
-    assert passes.calls == (expected if memory_format == "channels_last" else [])
+    assert calls == (expected if memory_format == "channels_last" else [])

@@ -99,16 +99,6 @@ def test_pairs_of_both_modes(way, norms, training):
     assert (model.training, model.bn.training, model.own.training) == (training, training, False)
 
 
-def test_pairs_are_those_of_the_mode_of_the_model():
-    model = Modes("output in training")
-    assert not norm_pairs(model).norms
-    assert norm_pairs(model.eval()).norms == {"conv": "bn"}
-
-
-def test_a_plain_pair_is_one():
-    assert norm_pairs(Network("plain")).norms == {"conv": "bn"}
-
-
 def test_a_model_that_cannot_be_traced_is_refused():
     with pytest.raises(ValueError, match=r"Network cannot be traced by torch\.fx"):
         norm_pairs(Network("branches"))

@@ -1,11 +1,11 @@
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from basis import figures, plots
+from basis.search.journal import Journal
 from basis.search.table import Cell, Layer, SensitivityTable, Trial
 from basis.statistics import difference_estimate
 
@@ -50,9 +50,6 @@ def trained(losses, seeds=(0, 1), **options):
     return table(**(settings | options))
 
 
-# -- what is there ------------------------------------------------------------------------------
-
-
 def test_ranking_takes_the_nearest_candidate_and_leaves_out_what_is_not_finite():
     assert table().ranking(0.5) == ("b", "a", "c")
     assert table().ranking(0.25) == ("c", "a")  # b is not finite there, and c has no smaller candidate
@@ -76,8 +73,6 @@ def test_frame():
     assert {"low", "high", "n", "kl", "forward", "backward", "seconds", "saved_backward_macs"} <= set(frame.columns)
 
 
-# -- trained ------------------------------------------------------------------------------------
-
 LOSSES = {(None, 0, 0): 1.0, (None, 0, 1): 1.2, ("a", 8, 0): 1.5, ("a", 8, 1): 1.9, ("a", 4, 0): 3.0, ("c", 4, 0): 1.0}
 
 
@@ -95,9 +90,6 @@ def test_cells_follow_from_trials():
     assert own.missing == (("a", 4), ("b", 16), ("b", 8), ("c", 4))
 
 
-# -- kept ---------------------------------------------------------------------------------------
-
-
 def equal(first, second):
     return repr(first) == repr(second)  # NaN is not equal to itself
 
@@ -112,23 +104,13 @@ def test_saved_and_loaded(made, tmp_path):
         json.loads(line, parse_constant=pytest.fail)  # no NaN, which is no JSON
 
 
-def test_an_incomplete_last_line_is_left_out(tmp_path):
-    path = tmp_path / "table.jsonl"
-    table().save(path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-20])
-    assert equal(SensitivityTable.load(path), replace(table(), cells=table().cells[:-1]))
-    path.write_bytes(whole[:-1])  # complete but for its end of line
-    assert len(SensitivityTable.load(path).cells) == 4
-
-
 def test_a_diverged_trial_gives_nan_and_without_dense_trials_there_are_no_cells():
     own = trained(LOSSES | {("a", 8, 1): math.nan, ("c", 4, 1): 1.1})
     assert [math.isnan(cell.value) for cell in own.cells] == [True, False]
     assert own.ranking(0.5) == ("c",)
     alone = trained({key: value for key, value in LOSSES.items() if key[0]})
     assert (alone.cells, alone.baseline) == ((), {})
-    assert alone.pending[:2] == ((None, 0, 0), (None, 0, 1))
+    assert Journal(None, alone).pending[:2] == [(None, 0, 0), (None, 0, 1)]
 
 
 def test_what_is_no_table_is_refused(tmp_path):
@@ -178,33 +160,13 @@ def test_print():
     assert "the model itself" in str(table(layers=(layer("", 16, (8,)),), cells=()))
 
 
-@pytest.mark.parametrize("theme", [figures.LIGHT, figures.DARK])
-def test_drawn(theme):
+def test_drawn():
+    theme = figures.DARK
     axes = plots.heatmap(table(), theme).axes[0]
     assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b", "c"]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["0.5", "0.25"]
     shown = np.ma.filled(axes.collections[0].get_array().astype(float), math.nan).reshape(3, 2)
     assert shown[0] == pytest.approx([0.1, 0.4])
     assert shown[1] == pytest.approx([-0.05, math.nan], nan_ok=True)
-    axes = plots.bars(table(), 0.25, theme).axes[0]
-    assert [round(bar.get_width(), 6) for bar in axes.containers[-1].patches] == [0.4, 0.2]
-    assert "n = 9" in [t.get_text() for t in axes.texts]
-    part = plots.bars(table({("a", 8): 1.0}), None, theme).axes[0]
-    assert "r = 0.5" in part.get_xlabel()  # the ratio that most layers have
-    assert "incomplete: 1 of 3 layers" in [t.get_text() for t in part.texts]
-
-
-def test_merge():
-    whole = table()
-    parts = [replace(whole, cells=whole.cells[i::2]) for i in (0, 1)]
-    assert equal(SensitivityTable.merge(reversed(parts)), whole)
-    assert equal(SensitivityTable.merge([whole, whole]), whole)
-    dense = {key: value for key, value in LOSSES.items() if key[0] is None}
-    rest = {key: value for key, value in LOSSES.items() if key[0] is not None}
-    assert equal(SensitivityTable.merge([trained(dense), trained(rest)]), trained(LOSSES))
-    other = table(fingerprint={"measure": "oneshot", "weights": "456", "data": "7"})
-    for tables, says in (([], "no tables"), ([whole, other], "differ in weights, data")):
-        with pytest.raises(ValueError, match=says):
-            SensitivityTable.merge(tables)
-    with pytest.raises(ValueError, match="the dense network"):
-        SensitivityTable.merge([whole, table(baseline={"loss": 0.76})])
+    part = plots.heatmap(table({("a", 8): 1.0}), theme).axes[0]
+    assert "incomplete: 1 of 5 cells" in [t.get_text() for t in part.texts]

@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from basis import cost, couple, fold, merge, substitute, uncouple
-from basis.layers.batchnorm import couplings
 
 WORLD = 2
 
@@ -108,12 +107,6 @@ def test_a_wrapped_model_is_refused_in_one_sentence(wrapped):
             with pytest.raises(ValueError, match="wrapped in DistributedDataParallel"):
                 call(model)
     assert cost(wrapped, input_size=(3, 6, 6)).total == cost(wrapped.module, input_size=(3, 6, 6)).total
-
-
-def test_synchronised_normalisation_is_not_coupled():
-    net = nn.SyncBatchNorm.convert_sync_batchnorm(substitute(Net(), ratio=0.5))
-    assert couplings(net).norms == {}
-    assert "conv" in couplings(net).alone
 
 
 def test_a_coupled_model_whose_normalisation_was_synchronised_is_no_silent_error():

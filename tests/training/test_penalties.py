@@ -1,13 +1,13 @@
 """Decay of the product, scaled decay and decorrelation: the formulas, and what a recipe makes of them."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 import basis
-from basis.data import synthetic
 from basis.layers.coefficients import Sparse
 from basis.layers.structured.separable import GenericConv2d
 from basis.models import build
@@ -23,24 +23,7 @@ from basis.training.loop import (
 )
 from basis.training.penalties import compression, decorrelation, parameter_groups, product_norm
 from basis.training.skipping import Parts, Skip, Trained
-from tests.training.test_skipping import resumed
-
-RECIPE = Recipe(epochs=3, batch_size=20, translate=2, cutout=8, precision="fp32")  # 4 steps an epoch
-
-
-@pytest.fixture(scope="module")
-def data():
-    return synthetic(train=80, test=20, size=16)
-
-
-def network(*, seed=0, coefficients="dense"):
-    torch.manual_seed(seed)
-    model = build("resnet20", width=4)
-    return basis.substitute(model, ratio=0.5, init="random", mode="factorized", coefficients=coefficients)
-
-
-def layers(model):
-    return [module for module in model.modules() if isinstance(module, basis.BasisConv2d)]
+from tests.training.common import DATA, RECIPE, layers, network, resumed
 
 
 def weights(model):
@@ -49,9 +32,6 @@ def weights(model):
 
 def schedule(model, recipe, steps=12):
     return Schedule(make_step(model, recipe, device="cpu"), recipe, steps_per_epoch=4, total_steps=steps)
-
-
-# -- the formulas -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -74,40 +54,36 @@ def test_decorrelation_is_the_sum_of_correlations(groups):
     blocks = filters.reshape(groups, 8 // groups, -1).numpy()
     expected = sum(np.abs(np.corrcoef(block) - np.eye(len(block))).sum() for block in blocks)
     assert decorrelation(filters, groups).item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_decorrelation_of_special_filters():
-    assert decorrelation(torch.randn(3, 2, 3, 3), 3) == 0  # one filter a group
-    twins = torch.randn(1, 3, 3, 3).repeat(2, 1, 1, 1)
-    assert decorrelation(twins).item() == pytest.approx(2)
-    constant = torch.cat([torch.ones(1, 3, 3, 3), torch.randn(2, 3, 3, 3)]).requires_grad_()
-    value = decorrelation(constant)
-    value.backward()
-    assert value.item() == pytest.approx(decorrelation(constant[1:]).item())
+    constant = torch.ones(3, 2, 3, 3, requires_grad=True)  # which correlates with nothing
+    decorrelation(constant).backward()
     assert constant.grad.isfinite().all()
 
 
 def test_compression_counts_what_is_trained():
-    dense = sum(p.numel() for p in build("resnet20", width=4).parameters())
-    assert compression(build("resnet20", width=4)) == 1
+    dense = sum(p.numel() for p in network().parameters())
+    assert compression(network()) == 1
     for form in ("dense", "shared", "frozen", "low_rank:1/2"):
-        model = network(coefficients=form)
+        model = network(form)
         assert compression(model) == pytest.approx(sum(p.numel() for p in model.parameters()) / dense, rel=1e-12)
-    assert compression(network(coefficients="shared")) < compression(network())
-    sparse = basis.BasisConv2d(3, 16, 3, ratio=0.25, bias=False, coefficients="sparse:1")
-    assert compression(sparse) == (108 + 12) / 432
     # one layer alone: C_out F = 16 * 27 dense, k F + (C_out - k) k = 4 * 27 + 12 * 4
     assert compression(basis.BasisConv2d(3, 16, 3, ratio=0.25, bias=False)) == (108 + 48) / 432
+    sparse = basis.BasisConv2d(3, 16, 3, ratio=0.25, bias=False, coefficients="sparse:1")
+    assert compression(sparse) == (108 + 12) / 432
 
 
-# -- in the optimizer ---------------------------------------------------------------------------------
+def test_compression_counts_shared_factors_once():
+    layers = [GenericConv2d(8, 16, 3, size=0.25, bias=False) for _ in range(2)]
+    stored = sum(p.numel() for p in layers[0].parameters())
+    layers[1].up = layers[0].up
+    expected = (2 * stored - layers[0].up.numel()) / (2 * 16 * 8 * 9)
+    assert compression(torch.nn.Sequential(*layers)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_fused_sgd_lets_b_and_a_begin_at_different_steps():
     """It demands of each group of parameters that all make their first step together."""
     found = []
     for fused in (False, True):
-        model = network()
+        model = network("dense")
         parts, groups = Parts(model), parameter_groups(model, weight_decay=0.01)
         optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True, fused=fused)
         for trained in (Trained(True, False), Trained(False, True), Trained(True, True)):
@@ -117,9 +93,6 @@ def test_fused_sgd_lets_b_and_a_begin_at_different_steps():
             optimizer.step()
         found.append(weights(model))
     torch.testing.assert_close(*found)
-
-
-# -- structured layers --------------------------------------------------------------------------------
 
 
 def structured(layer="generic:0.5", *, include="layer1*conv?"):
@@ -171,28 +144,19 @@ def test_one_step_without_gradients_shrinks_the_right_tensors(decay, skip, on_ba
     assert shrunk(model, recipe) == pytest.approx(expected, rel=1e-6)
 
 
-class Masked(GenericConv2d):
-    """With a frozen mask among the factors."""
-
-    def _build(self, factory):
-        super()._build(factory)
-        self.mask = torch.nn.Parameter(torch.ones(5, dtype=torch.uint8), requires_grad=False)
-
-
-def test_masks_are_not_decayed():
-    layer = Masked(8, 16, 3, size=0.25)
-    assert any(p is layer.mask for p in layer.factors)
-    recipe = Recipe(lr=1.0, momentum=0.0, weight_decay=0.1, decay="scaled")
-    groups = make_optimizer(layer, recipe, torch.device("cpu")).param_groups
-    assert {group["part"]: len(group["params"]) for group in groups} == {"others": 2, "factors": 2}
-    assert shrunk(layer, recipe)["mask"] == 1
-
-
 class Penalised(GenericConv2d):
     """With the penalty sum(up^2) / 2, whose gradient is ``up``."""
 
     def penalty(self):
         return self.up.square().sum() / 2
+
+
+def test_scaled_decay_trains_structured_layers():
+    model, plain = structured(), structured()
+    train(model, DATA, dataclasses.replace(RECIPE, decay="scaled", weight_decay=0.1), device="cpu")
+    train(plain, DATA, dataclasses.replace(RECIPE, weight_decay=0.1), device="cpu")
+    factors = [module.layer1[0].conv1.up.norm().item() for module in (model, plain)]
+    assert factors[0] > factors[1]  # decayed by less
 
 
 def test_layers_may_have_a_penalty():
@@ -208,30 +172,14 @@ def test_layers_may_have_a_penalty():
     assert make_step(model, Recipe(precision="fp32"), device="cpu")._objective(loss, Kind()) is loss
 
 
-# -- in the loss ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("form", ["grouped:2"])
-def test_the_decay_of_the_product_is_half_of_its_norm(form):
-    model = network(coefficients=form)
-    loss = torch.tensor(1.0)
-    term = objective(Recipe(decay="product", weight_decay=0.01), model)(loss, Kind()) - loss
-    expected = 0.005 * sum(layer.weight.square().sum() for layer in layers(model))
-    torch.testing.assert_close(term, expected)
-    assert objective(Recipe(), model)(loss, Kind()) is loss
-
-
 def test_decorrelation_is_added_at_every_tenth_step():
-    model = network()
+    model = network("dense")
     loss, recipe = torch.tensor(1.0), Recipe(decorrelation=0.01)
     expected = 1 + 0.01 * sum(decorrelation(layer.basis) for layer in layers(model))
     of, kinds = objective(recipe, model), schedule(model, recipe)
     terms = [of(loss, kinds.kind(step)) for step in range(21)]
     assert [step for step in range(21) if terms[step] is not loss] == [0, 10, 20]
     torch.testing.assert_close(terms[10], expected)
-
-
-# -- in a training ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -244,12 +192,12 @@ def test_decorrelation_is_added_at_every_tenth_step():
     ],
     ids=str,
 )
-def test_a_resumed_training_is_bit_identical(data, tmp_path, terms):
+def test_a_resumed_training_is_bit_identical(tmp_path, terms):
     recipe = dataclasses.replace(RECIPE, **terms)
     form = "sparse:1/2" if "settle" in terms else "dense"
-    whole = resumed(recipe, form, data, tmp_path / "c.pt")
-    plain = network(coefficients=form)
-    train(plain, data, dataclasses.replace(RECIPE, precision=recipe.precision), device="cpu")
+    whole = resumed(recipe, tmp_path / "c.pt", partial(network, form))
+    plain = network(form)
+    train(plain, DATA, dataclasses.replace(RECIPE, precision=recipe.precision), device="cpu")
     assert not torch.equal(weights(plain), weights(whole))
 
 
@@ -257,15 +205,12 @@ def test_a_resumed_training_is_bit_identical(data, tmp_path, terms):
 def test_masks_are_settled_once(settle, step, monkeypatch):
     calls, now = [], []
     monkeypatch.setattr(Sparse, "settle", lambda self: calls.append(len(now)))
-    model = network(coefficients="sparse:1/2")
+    model = network("sparse:1/2")
     plan = schedule(model, dataclasses.replace(RECIPE, settle=settle))
     for i in range(12):
         assert plan.prepare(i).settled == (i >= step)
         now.append(i)
     assert calls == [step] * len(layers(model))
-
-
-# -- what is refused --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -280,26 +225,7 @@ def test_masks_are_settled_once(settle, step, monkeypatch):
     ],
     ids=str,
 )
-def test_terms_without_effect_are_refused(data, terms):
+def test_terms_without_effect_are_refused(terms):
     (name,) = terms
     with pytest.raises(TrainingError, match=f"sets {name}, but the model has no"):
-        train(build("resnet20", width=4), data, dataclasses.replace(RECIPE, **terms), device="cpu")
-
-
-@pytest.mark.parametrize(
-    ("terms", "message"),
-    [
-        ({"decay": "l1"}, "decay"),
-        ({"decay": "product", "weight_decay": 0.0}, "weight_decay"),
-        ({"decorrelation": float("nan")}, "decorrelation"),
-        ({"decorrelation": 0.1, "skip": Skip(basis_until=0)}, "skip never trains them"),
-        ({"attention": 0.0}, "attention"),
-        ({"orthogonality": -1.0}, "orthogonality"),
-        ({"settle": 1.0}, "settle"),
-        ({"step": "quick"}, "step is 'quick'"),
-        ({"skip": {"basis_every": 4}}, "skip"),
-    ],
-)
-def test_terms_that_make_no_sense_say_so(terms, message):
-    with pytest.raises(ValueError, match=message):
-        Recipe(**terms)
+        train(build("resnet20", width=4), DATA, dataclasses.replace(RECIPE, **terms), device="cpu")

@@ -11,14 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 import basis.training.loop
 from basis.data import synthetic
-from basis.models import build
-from basis.substitution import substitute
-from basis.training.loop import Kind, Recipe, TrainingError, make_step, train
+from basis.training.loop import Kind, TrainingError, make_step, train
 from basis.training.skipping import Skip
 from basis.training.stepping import CudaCapture, Means, means_for
+from tests.training.common import RECIPE, losses, network, same
 
-CPU = torch.device("cpu")
-RECIPE = Recipe(epochs=3, batch_size=20, translate=2, cutout=8, precision="fp32")
+DATA = synthetic(train=120, test=40, size=16)  # 6 steps an epoch
 GRAPHED = dataclasses.replace(RECIPE, step="graphed")
 
 
@@ -74,21 +72,6 @@ def tapes(monkeypatch):
     return found
 
 
-@pytest.fixture(scope="module")
-def data():
-    return synthetic(train=120, test=40, size=16)
-
-
-def network(form=None, seed=0):
-    torch.manual_seed(seed)
-    model = build("resnet20", width=4)
-    return model if form is None else substitute(model, ratio=0.5, init="random", coefficients=form)
-
-
-def same(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
-
-
 @pytest.mark.parametrize(
     ("form", "terms", "graphs"),
     [
@@ -101,22 +84,22 @@ def same(one, other):
     ],
     ids=str,
 )
-def test_graphs_train_the_same_bit_for_bit(data, tapes, form, terms, graphs):
+def test_graphs_train_the_same_bit_for_bit(tapes, form, terms, graphs):
     plain, graphed = network(form), network(form)
     taught = [{"teacher": network(seed=1)} if "attention" in terms else {} for _ in range(2)]
-    expected = train(plain, data, dataclasses.replace(RECIPE, **terms), device="cpu", **taught[0])
+    expected = train(plain, DATA, dataclasses.replace(RECIPE, **terms), device="cpu", **taught[0])
     assert not tapes
-    result = train(graphed, data, dataclasses.replace(GRAPHED, **terms), device="cpu", **taught[1])
+    result = train(graphed, DATA, dataclasses.replace(GRAPHED, **terms), device="cpu", **taught[1])
     assert len(tapes) == graphs  # one for each kind of step
     assert sum(tape.repeated for tape in tapes) == 18
     assert same(plain, graphed)
     assert result.test == expected.test
-    assert [row["train_loss"] for row in result.curves] == [row["train_loss"] for row in expected.curves]
+    assert losses(result) == losses(expected)
     assert (expected.step, result.step) == ("eager", "graphed")
     assert result.setup_seconds > 0 == expected.setup_seconds
 
 
-def test_an_overflow_is_handled_within_the_graph(data, tapes):
+def test_an_overflow_is_handled_within_the_graph(tapes):
     """Steps whose scaled gradients overflow are left out, and the scale is halved; nobody asks the device."""
     scales = []
     for recipe in (GRAPHED, RECIPE):
@@ -134,22 +117,22 @@ def test_an_overflow_is_handled_within_the_graph(data, tapes):
     assert scales[0] == scales[1] < 2.0**40
 
 
-def test_a_step_that_is_used_again_starts_afresh(data, tapes):
+def test_a_step_that_is_used_again_starts_afresh(tapes):
     model, plain = network(), network(seed=1)
     step = basis.training.loop.make_step(model, GRAPHED, device="cpu")
-    train(model, data, GRAPHED, device="cpu", seed=3, step=step)
+    train(model, DATA, GRAPHED, device="cpu", seed=3, step=step)
     model.load_state_dict(network(seed=1).state_dict())
-    result = train(model, data, GRAPHED, device="cpu", seed=4, step=step)
+    result = train(model, DATA, GRAPHED, device="cpu", seed=4, step=step)
     assert len(tapes) == 1
-    expected = train(plain, data, RECIPE, device="cpu", seed=4)
+    expected = train(plain, DATA, RECIPE, device="cpu", seed=4)
     assert same(model, plain)
     assert result.test == expected.test
     assert result.setup_seconds == 0
     with pytest.raises(TrainingError, match="the step was made for another model"):
-        train(plain, data, GRAPHED, device="cpu", step=step)
+        train(plain, DATA, GRAPHED, device="cpu", step=step)
 
 
-def test_a_model_that_waits_for_the_device_is_trained_eagerly(data, tapes):
+def test_a_model_that_waits_for_the_device_is_trained_eagerly(tapes):
     class Waiting(nn.Module):
         def __init__(self):
             super().__init__()
@@ -160,8 +143,8 @@ def test_a_model_that_waits_for_the_device_is_trained_eagerly(data, tapes):
             return factor * self.inner(x)
 
     models = Waiting(), Waiting()
-    train(models[0], data, RECIPE, device="cpu")
-    result = train(models[1], data, GRAPHED, device="cpu")
+    train(models[0], DATA, RECIPE, device="cpu")
+    result = train(models[1], DATA, GRAPHED, device="cpu")
     reason = "could not be graphed: operation not permitted when stream is capturing"
     assert result.step == f"eager ({reason})"
     assert same(*models)
@@ -255,7 +238,7 @@ def test_what_a_device_supports(step, device, triton, expected, monkeypatch):
     assert str(means_for(step, torch.device(device))) == expected
 
 
-def test_a_compiler_that_fails_is_named(data, monkeypatch):
+def test_a_compiler_that_fails_is_named(monkeypatch):
     def compiled(model, channels_last):
         def network(x):
             model(x)  # batch normalisation has moved by now
@@ -265,14 +248,14 @@ def test_a_compiler_that_fails_is_named(data, monkeypatch):
 
     monkeypatch.setattr(basis.training.stepping, "compiled", compiled)
     models = network(), network()
-    train(models[0], data, RECIPE, device="cpu")
-    result = train(models[1], data, dataclasses.replace(RECIPE, step="compiled"), device="cpu")
+    train(models[0], DATA, RECIPE, device="cpu")
+    result = train(models[1], DATA, dataclasses.replace(RECIPE, step="compiled"), device="cpu")
     assert result.step == "eager (could not be compiled: g++ is not there)"
     assert same(*models)
 
 
 @pytest.mark.weekly
-def test_compiled_training_is_the_same_up_to_rounding(data):
+def test_compiled_training_is_the_same_up_to_rounding():
     """With the real compiler, and channels-last kept."""
 
     def model():
@@ -281,8 +264,8 @@ def test_compiled_training_is_the_same_up_to_rounding(data):
         return nn.Sequential(layer, nn.BatchNorm2d(8), nn.ReLU(), nn.AvgPool2d(16), nn.Flatten(), nn.Linear(8, 10))
 
     models, recipe = (model(), model()), dataclasses.replace(RECIPE, lr=0.02, memory_format="channels_last")
-    expected = train(models[0], data, recipe, device="cpu")
-    result = train(models[1], data, dataclasses.replace(recipe, step="compiled"), device="cpu")
+    expected = train(models[0], DATA, recipe, device="cpu")
+    result = train(models[1], DATA, dataclasses.replace(recipe, step="compiled"), device="cpu")
     assert result.step == "compiled"
     assert result.setup_seconds > 10 * result.train_seconds / result.steps
     assert result.test["loss"] == pytest.approx(expected.test["loss"], rel=1e-4)
@@ -323,14 +306,13 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
     ],
     ids=str,
 )
-def test_on_a_gpu(data, step, precision, form, terms):
+def test_on_a_gpu(step, precision, form, terms):
     """Sums are in another order there from run to run, so only the course of the training is compared."""
     recipe = dataclasses.replace(RECIPE, lr=0.02, precision=precision, **terms)
     models = network(form), network(form)
     taught = {"teacher": network(seed=1)} if recipe.attention else {}
-    expected = train(models[0], data, dataclasses.replace(recipe, step="eager"), device="cuda", **taught)
-    result = train(models[1], data, dataclasses.replace(recipe, step=step), device="cuda", **taught)
+    expected = train(models[0], DATA, dataclasses.replace(recipe, step="eager"), device="cuda", **taught)
+    result = train(models[1], DATA, dataclasses.replace(recipe, step=step), device="cuda", **taught)
     assert result.step == {"fast": "compiled and graphed"}.get(step, step)
-    losses = [[row["train_loss"] for row in each.curves] for each in (expected, result)]
-    assert losses[1] == pytest.approx(losses[0], rel=0.02)
-    assert losses[0][-1] < losses[0][0]
+    assert losses(result) == pytest.approx(losses(expected), rel=0.02)
+    assert losses(expected)[-1] < losses(expected)[0]

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from basis.data import hold_out, synthetic
+from basis.data import hold_out, normalise, synthetic
 from basis.models import build
-from basis.training import epochs
+from basis.training.epochs import Training
 from basis.training.loop import (
     Recipe,
     TrainingError,
@@ -17,27 +17,16 @@ from basis.training.loop import (
     choose_memory_format,
     choose_precision,
     evaluate,
-    learning_rate,
     make_optimizer,
     train,
 )
-
-RECIPE = Recipe(epochs=3, batch_size=100, translate=2, cutout=8, precision="fp32")
-
-
-@pytest.fixture(scope="module")
-def data():
-    return synthetic(train=300, test=100, size=16)
-
-
-def network(seed=0):
-    torch.manual_seed(seed)
-    return build("resnet20", width=4)
+from basis.training.skipping import Skip
+from tests.training.common import DATA, RECIPE, network, resumed
 
 
 def test_networks_learn_the_stand_in():
-    data = hold_out(synthetic(train=1600, test=300, size=16), 100)
-    result = train(network(), data, dataclasses.replace(RECIPE, epochs=5), device="cpu")
+    images = hold_out(synthetic(train=1600, test=300, size=16), 100)
+    result = train(network(), images, dataclasses.replace(RECIPE, epochs=5, batch_size=100), device="cpu")
     assert result.test["accuracy"] > 0.5  # chance is 0.1
     assert result.validation["accuracy"] == pytest.approx(result.curves[-1]["validation_accuracy"])
     assert result.curves[-1]["train_loss"] < result.curves[0]["train_loss"]
@@ -45,64 +34,51 @@ def test_networks_learn_the_stand_in():
     assert result.train_seconds == pytest.approx(sum(row["seconds"] for row in result.curves))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_resumed_training_is_bit_identical(data, tmp_path, precision):
-    recipe = dataclasses.replace(RECIPE, precision=precision)
-    whole, parts = network(), network()
-    expected = train(whole, data, recipe, device="cpu")
-    with pytest.raises(TrainingPaused, match="after epoch 1 of 3"):
-        train(parts, data, recipe, device="cpu", checkpoint=tmp_path / "c.pt", should_stop=lambda: True)
-    torch.manual_seed(99)  # a new process: neither the weights nor the random state are there
-    parts = network(seed=5)
-    result = train(parts, data, recipe, device="cpu", checkpoint=tmp_path / "c.pt")
-    for a, b in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    assert result.test == expected.test
-    assert [row["train_loss"] for row in result.curves] == [row["train_loss"] for row in expected.curves]
+def test_a_resumed_training_is_bit_identical(tmp_path):
+    resumed(dataclasses.replace(RECIPE, precision="bf16"), tmp_path / "c.pt", network)
 
 
-def test_a_checkpoint_of_another_training_is_refused(data, tmp_path):
-    one = dataclasses.replace(RECIPE, epochs=1)
-    train(network(), data, one, device="cpu", checkpoint=tmp_path / "c.pt", checkpoint_every=0)
-    with pytest.raises(TrainingError, match="belongs to a training with another"):
-        train(network(), data, RECIPE, device="cpu", checkpoint=tmp_path / "c.pt", checkpoint_every=0)
-    (tmp_path / "c.pt").write_bytes(b"nonsense")
-    with pytest.raises(TrainingError, match="cannot be read"):
-        train(network(), data, one, device="cpu", checkpoint=tmp_path / "c.pt", checkpoint_every=0)
-
-
-def test_checkpoints_are_written_now_and_then_and_when_stopping(data, tmp_path, monkeypatch):
-    written = []
-    monkeypatch.setattr(epochs, "write_checkpoint", lambda path, content: written.append(content["epoch"]))
-    three = dataclasses.replace(RECIPE, epochs=3)
-    train(network(), data, three, device="cpu", checkpoint=tmp_path / "c.pt")
+def test_checkpoints_are_written_now_and_then_and_when_stopping(tmp_path, monkeypatch):
+    written, path = [], tmp_path / "c.pt"
+    monkeypatch.setattr(Training, "_save", lambda self, path: written.append(self.epoch))
+    train(network(), DATA, RECIPE, device="cpu", checkpoint=path)
     assert written == []  # within a minute none
     with pytest.raises(TrainingPaused):
-        train(network(), data, three, device="cpu", checkpoint=tmp_path / "c.pt", should_stop=lambda: True)
+        train(network(), DATA, RECIPE, device="cpu", checkpoint=path, should_stop=lambda: True)
     assert written == [1]
-    train(network(), data, three, device="cpu", checkpoint=tmp_path / "c.pt", checkpoint_every=0)
+    train(network(), DATA, RECIPE, device="cpu", checkpoint=path, checkpoint_every=0)
     assert written == [1, 1, 2, 3]
 
 
-def test_seeds_decide_alone_and_too_few_images_are_refused(data):
+def test_a_checkpoint_of_another_training_is_refused(tmp_path):
     one = dataclasses.replace(RECIPE, epochs=1)
-    losses = [train(network(), data, one, device="cpu", seed=seed).curves[0]["train_loss"] for seed in (0, 0, 1)]
+    train(network(), DATA, one, device="cpu", checkpoint=tmp_path / "c.pt", checkpoint_every=0)
+    with pytest.raises(TrainingError, match="belongs to a training with another"):
+        train(network(), DATA, RECIPE, device="cpu", checkpoint=tmp_path / "c.pt", checkpoint_every=0)
+    (tmp_path / "c.pt").write_bytes(b"nonsense")
+    with pytest.raises(TrainingError, match="cannot be read"):
+        train(network(), DATA, one, device="cpu", checkpoint=tmp_path / "c.pt", checkpoint_every=0)
+
+
+def test_seeds_decide_alone_and_too_few_images_are_refused():
+    one = dataclasses.replace(RECIPE, epochs=1)
+    losses = [train(network(), DATA, one, device="cpu", seed=seed).curves[0]["train_loss"] for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
     with pytest.raises(TrainingError, match="batch_size is 700"):
-        train(network(), data, dataclasses.replace(RECIPE, batch_size=700), device="cpu")
+        train(network(), DATA, dataclasses.replace(RECIPE, batch_size=700), device="cpu")
 
 
-def test_a_loss_that_explodes_is_reported(data):
+def test_a_loss_that_explodes_is_reported():
     with pytest.raises(TrainingError, match=r"loss is (nan|inf) in epoch"):
-        train(network(), data, dataclasses.replace(RECIPE, lr=1e20), device="cpu")
+        train(network(), DATA, dataclasses.replace(RECIPE, lr=1e20), device="cpu")
 
 
 def test_the_learning_rate_is_a_triangle():
     recipe = Recipe(lr=0.2, peak=0.2, start=0.5)
-    assert learning_rate(recipe, 0) == pytest.approx(0.1)
-    assert learning_rate(recipe, 0.2) == pytest.approx(0.2)
-    assert learning_rate(recipe, 0.6) == pytest.approx(0.1)
-    assert learning_rate(recipe, 1) == 0
+    assert recipe.rate(0) == pytest.approx(0.1)
+    assert recipe.rate(0.2) == pytest.approx(0.2)
+    assert recipe.rate(0.6) == pytest.approx(0.1)
+    assert recipe.rate(1) == 0
 
 
 @pytest.mark.parametrize(
@@ -113,18 +89,29 @@ def test_the_learning_rate_is_a_triangle():
         {"peak": 1.0},
         {"momentum": -1},
         {"translate": 40},
-        {"cutout": -3},
         {"precision": "fp8"},
-        {"memory_format": "NHWC"},
+        {"decay": "l1"},
+        {"step": "quick"},
+        {"decorrelation": float("nan")},
+        {"settle": 1.0},
+        {"attention": 0.0},
+        {"weight_decay": 0.0, "decay": "product"},
+        {"decorrelation": 0.1, "skip": Skip(basis_until=0)},
     ],
+    ids=str,
 )
-def test_recipes_that_make_no_sense_name_the_value(wrong):
-    ((name, value),) = wrong.items()
-    with pytest.raises(ValueError, match=f"{name} is {value!r}"):
+def test_recipes_that_make_no_sense_name_the_option(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
         Recipe(**wrong)
 
 
-def test_evaluation_counts_and_puts_the_training_flag_back(data):
+def test_images_and_batches_give_equal_evaluations():
+    batches = zip(normalise(DATA.test.x).split(7), DATA.test.y.split(7), strict=True)
+    found = evaluate(network(), list(batches))
+    assert {key: found[key] for key in ("loss", "accuracy")} == pytest.approx(evaluate(network(), DATA.test), rel=1e-5)
+
+
+def test_evaluation_counts_and_puts_the_training_flag_back():
     class Constant(nn.Module):
         """Logits that always name class 3."""
 
@@ -136,8 +123,8 @@ def test_evaluation_counts_and_puts_the_training_flag_back(data):
             return nn.functional.one_hot(torch.full((len(x),), 3), 10).float()
 
     model = Constant().train()
-    metrics = evaluate(model, data.test, flip=True)
-    assert metrics["accuracy"] == (data.test.y == 3).sum().item() / len(data.test)
+    metrics = evaluate(model, DATA.test, flip=True)
+    assert metrics["accuracy"] == (DATA.test.y == 3).sum().item() / len(DATA.test)
     assert metrics["accuracy_flip"] == metrics["accuracy"]
     assert metrics["loss"] == pytest.approx(math.log(9 + math.e) - 0.1, rel=1e-4)
     assert model.training
@@ -151,11 +138,11 @@ def test_precision_and_layout_are_chosen_by_device():
     assert choose_memory_format(wide, cpu, "bf16") == "channels_last"
 
 
-def test_frozen_parameters_stay(data):
+def test_frozen_parameters_stay():
     model = network()
     model.conv1.weight.requires_grad_(False)
     before = model.conv1.weight.clone()
-    train(model, data, dataclasses.replace(RECIPE, epochs=1), device="cpu")
+    train(model, DATA, dataclasses.replace(RECIPE, epochs=1), device="cpu")
     assert torch.equal(model.conv1.weight, before)
 
 

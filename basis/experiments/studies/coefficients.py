@@ -24,7 +24,7 @@ from basis.experiments.studies.study import spread as spread
 from basis.layers.coefficients import Form
 from basis.models import build
 from basis.statistics import difference_estimate
-from basis.substitution import Plan, substitute
+from basis.substitution import Plan
 
 DENSE = "dense"  # the form that the others are compared with
 RATIOS = {"r=1/2": 0.5, "r=1/4": 0.25}
@@ -83,8 +83,15 @@ def matched_plan(model: str, width: int | None, ratio: float, form: str) -> Mapp
     def layers(step: int) -> Mapping[str, Any]:
         return Plan.uniform(network, ratio=ratio + step / 256, coefficients=form, multiple=multiple).layers
 
+    weights: dict[str, Any] = {n: network.get_submodule(n).weight for n in Plan.uniform(network, ratio=1 / 256).layers}
+    base = count_parameters(network)
+
     def size(layers: Mapping[str, int], form: str) -> int:
-        return count_parameters(substitute(network, layers, init="random", coefficients=form))
+        """Parameters of the network with these basis layers; in the form "shared" layers of equal shape share A."""
+        saved = sum(weights[name].numel() - k * weights[name][0].numel() for name, k in layers.items())
+        shapes = [(len(weights[name]), k) for name, k in layers.items()]
+        shapes = list(dict.fromkeys(shapes)) if form == "shared" else shapes
+        return base - saved + sum(count_parameters(Form.parse(form).make(*shape, device="meta")) for shape in shapes)
 
     target = size(layers(0), DENSE)
     found = dict(layers(bisect_right(range(1, 33), target, key=lambda step: size(layers(step), form))))

@@ -3,41 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from basis.layers.base import ConvLike
-from basis.layers.structured.butterfly import DebutConv2d
-from basis.layers.structured.filters import (
-    BasisLayer,
-    DCFConv2d,
-    DSFBConv2d,
-    FixedBasisConv2d,
-    LFBConv2d,
-    LinearConvLayer,
-)
+from basis.layers.structured import butterfly, filters, maps, separable, sparse
 from basis.layers.structured.layer import Product, StructuredConv2d
-from basis.layers.structured.maps import (
-    ACDCConv2d,
-    HashedConv2d,
-    SepHashedConv2d,
-    TensorTrainConv2d,
-    TridiagonalConv2d,
-    TuckerConv2d,
-)
-from basis.layers.structured.separable import GenericConv2d, SepConv2d, ShuffleConv2d, TiedConv2d
-from basis.layers.structured.sparse import DsfConv2d, PemnConv2d
 
 __all__ = ["LAYERS", "Product", "Structure", "StructuredConv2d"]
 
-# Each layer by the text that names it; all are made by `shaped_like`, `from_conv` and `together`.
+# Each layer by the text that names it; all are made by `shaped_like` and `together`.
 _ALL: tuple[Any, ...] = (
-    BasisLayer, LinearConvLayer, SepConv2d, GenericConv2d, TiedConv2d, SepHashedConv2d, HashedConv2d,
-    TensorTrainConv2d, TuckerConv2d, ShuffleConv2d, ACDCConv2d, TridiagonalConv2d, LFBConv2d, DSFBConv2d,
-    FixedBasisConv2d, DCFConv2d, DebutConv2d, PemnConv2d, DsfConv2d,
+    filters.BasisLayer, filters.LinearConvLayer, separable.SepConv2d, separable.GenericConv2d, separable.TiedConv2d,
+    maps.SepHashedConv2d, maps.HashedConv2d, maps.TensorTrainConv2d, maps.TuckerConv2d, separable.ShuffleConv2d,
+    maps.ACDCConv2d, maps.TridiagonalConv2d, filters.LFBConv2d, filters.DSFBConv2d, filters.FixedBasisConv2d,
+    filters.DCFConv2d, butterfly.DebutConv2d, sparse.PemnConv2d, sparse.DsfConv2d,
 )  # fmt: skip
 LAYERS: Mapping[str, Any] = {one.kind: one for one in _ALL}
 
@@ -72,20 +55,12 @@ class Structure:
 
     def obstacle(self, conv: nn.Conv2d) -> str | None:
         """Why ``conv`` cannot become this layer; None where it can."""
-        try:
-            self.check(conv)
-        except ValueError as error:
-            return str(error)
-        return None
+        return _reason(lambda: self.check(conv))
 
     def obstacle_together(self, convs: Sequence[nn.Conv2d]) -> str | None:
         """Why convolutions of equal :meth:`key` cannot share parameters; None where they can, or share nothing."""
-        try:
-            if self.key(convs[0]) is not None:
-                LAYERS[self.kind].together([_on_meta(conv) for conv in convs], size=self.size, fitted=False)
-        except ValueError as error:
-            return str(error)
-        return None
+        shared = self.key(convs[0]) is not None
+        return _reason(lambda: self.make([_on_meta(conv) for conv in convs], fitted=False)) if shared else None
 
     def key(self, conv: nn.Conv2d) -> Hashable | None:
         """What convolutions have in common that would share parameters; None where nothing is shared."""
@@ -94,6 +69,14 @@ class Structure:
     def make(self, convs: Sequence[nn.Conv2d], *, fitted: bool) -> list[ConvLike]:
         """The layers for convolutions of equal :meth:`key`: near their weights (``fitted``) or newly drawn."""
         return LAYERS[self.kind].together(convs, size=self.size, fitted=fitted)
+
+
+def _reason(attempt: Callable[[], object]) -> str | None:
+    try:
+        attempt()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _on_meta(conv: nn.Conv2d) -> nn.Conv2d:

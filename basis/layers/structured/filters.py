@@ -1,4 +1,4 @@
-"""Filters that are combinations of fewer ones: basis convolutions as structured layers, fixed bases."""
+"""Filters that are combinations of fewer ones: basis convolutions as structured layers, shared and fixed bases."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from basis.layers.base import full_precision
 from basis.layers.conv import BasisConv2d, basis_channels_for
-from basis.layers.structured.layer import LARGEST, Kind, New, Product, StructuredConv2d, check_saves, number, whole
+from basis.layers.structured.layer import LARGEST, New, Product, StructuredConv2d, check_saves, number, whole
 
 
-class BasisLayer(Kind):
+class BasisLayer:
     """Makes a :class:`~basis.layers.conv.BasisConv2d` (Alekseev et al. 2024, arXiv 2408.06024) in mode auto.
 
-    Its methods raise ``ValueError`` for a size or shape that ``BasisConv2d`` does not take, or a layer that would
-    store as many numbers as the dense weight or more, as at k = C_out.
+    Its methods are those of :class:`StructuredConv2d`, and raise ``ValueError`` for the same reasons.
     """
 
     kind = "basis"
@@ -30,33 +29,33 @@ class BasisLayer(Kind):
     @classmethod
     def _options(cls, conv: nn.Conv2d, size: str) -> dict[str, Any]:
         """What the ``BasisConv2d`` is to be made with."""
-        if not size:
-            raise ValueError(f"the layer is 'basis', but basis takes a size, {cls.sizes}")
         if size.isdecimal():
             return {"basis_channels": whole(size, "basis")}
-        ratio = float(number(size, "basis"))
-        return {"basis_channels": basis_channels_for(ratio, conv.out_channels, conv.groups)}
+        return {"basis_channels": basis_channels_for(float(number(size, "basis")), conv.out_channels, conv.groups)}
+
+    @classmethod
+    def key(cls, conv: nn.Conv2d, size: str) -> None:
+        """None: nothing is shared."""
 
     @classmethod
     def shaped_like(cls, conv: nn.Conv2d, *, size: str | float = "") -> BasisConv2d:
         """A freshly initialised layer of the shape of ``conv``."""
         layer = BasisConv2d.shaped_like(conv, **cls._options(conv, str(size)))
-        stored = layer.basis.numel() + layer.coefficients.stored
-        check_saves(f"{cls.kind}:{size}" if str(size) else cls.kind, stored, conv.weight.numel())
+        text = f"{cls.kind}:{size}".removesuffix(":")
+        check_saves(text, layer.basis.numel() + layer.coefficients.stored, conv.weight.numel())
         return layer
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, *, size: str | float = "") -> BasisConv2d:
-        """The layer nearest to ``conv``."""
-        cls.shaped_like(conv, size=size)
-        return BasisConv2d.from_conv(conv, **cls._options(conv, str(size)))
+    def together(cls, convs: Sequence[nn.Conv2d], *, size: str, fitted: bool) -> list[BasisConv2d]:
+        """The layers nearest to the convolutions (``fitted``), or newly drawn ones."""
+        layers = [cls.shaped_like(conv, size=size) for conv in convs]
+        return [BasisConv2d.from_conv(conv, **cls._options(conv, size)) for conv in convs] if fitted else layers
 
 
 class LinearConvLayer(BasisLayer):
-    """k = C_out / 2 in composed mode, A dense or of low rank: LinearConv (Kahatapitiya and Rodrigo, WACV 2021).
+    """k = C_out / 2 in composed mode, A dense or of low rank (Kahatapitiya and Rodrigo 2021, arXiv 1907.11432).
 
-    arXiv 1907.11432. Drawn as ``BasisConv2d`` draws it (theirs: B Xavier-uniform, A from U(-0.1, 0.1)). Their penalty
-    on correlated basis filters is ``decorrelation`` of a recipe.
+    Drawn as ``BasisConv2d`` draws it; their penalty on correlated filters is ``decorrelation`` of a recipe.
     """
 
     kind = "linearconv"
@@ -71,14 +70,11 @@ class LinearConvLayer(BasisLayer):
 
 
 class FilterBasis(StructuredConv2d):
-    """The base: a convolution with m filters, then a 1x1 one, ``W = mixing filters``.
+    """The base: a convolution with ``basis``, m filters, then a 1x1 one, ``mixing``: ``W = mixing basis``.
 
-    The input channels may be split into groups of equal width, each convolved with the same filters. Where W takes
-    fewer multiplications than its two parts in training, it is built and convolved with.
-
-    Parameters:
-        basis: m filters of C_in / splits channels, (m, C_in / splits, kh, kw).
-        mixing: (C_out, splits m, 1, 1), for the m maps of the first group, then of the next.
+    The input channels may be split into groups of equal width, each convolved with the same filters: ``basis`` is
+    (m, C_in / splits, kh, kw), ``mixing`` (C_out, splits m, 1, 1), for the m maps of the first group, then the next.
+    Where W takes fewer multiplications than its two parts in training, it is built and convolved with.
     """
 
     splits = 1
@@ -91,30 +87,24 @@ class FilterBasis(StructuredConv2d):
         if own:
             self.unique = new(own, *shape)
         self.mixing = new(self.out_channels, maps, 1, 1)
-        first = Product(math.prod(shape) * maps, trained=trained)
-        parts, dense = (first, Product(self.mixing.numel(), reads=maps)), self.products[0].macs
+        first, dense = Product(math.prod(shape) * maps, trained=trained), self.products[0].macs
         self.composed = not own and first.macs * (2 + trained) + 3 * self.mixing.numel() >= 3 * dense
         if self.composed:
             self.building = self.mixing.numel() * math.prod(shape)
         else:
-            self.products = parts
+            self.products = (first, Product(self.mixing.numel(), reads=maps))
 
-    def _filters(self) -> Tensor:
-        """All m filters."""
-        return self.basis
-
-    def _matrix(self) -> Tensor:
-        """What mixes their maps, (C_out, splits m)."""
-        return self.mixing[:, :, 0, 0]
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        """All m filters, and what mixes their maps, (C_out, splits m)."""
+        return self.basis, self.mixing[:, :, 0, 0]
 
     def _weight(self) -> Tensor:
-        filters = self._filters()
-        rows = self._matrix().reshape(-1, len(filters)) @ filters.flatten(1)
+        filters, matrix = self._pair()
+        rows = matrix.reshape(-1, len(filters)) @ filters.flatten(1)
         return rows.view(self.out_channels, *self.filter_shape)
 
     def _maps(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        filters = self._filters()
-        filters = filters.repeat(self.splits, 1, 1, 1) if self.splits > 1 else filters
+        filters = self.basis.repeat(self.splits, 1, 1, 1) if self.splits > 1 else self.basis
         return F.conv2d(x, filters, None, self.stride, padding, self.dilation, self.splits)
 
     def _convolve(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
@@ -122,29 +112,41 @@ class FilterBasis(StructuredConv2d):
             return super()._convolve(x, padding)
         return F.conv2d(self._maps(x, padding), self.mixing, self.bias)
 
+    @classmethod
+    def _fit_all(cls, layers: Sequence[Any], weights: Sequence[Tensor]) -> None:
+        """Fit the basis that the layers hold to the weights of all of them, then the rest of each layer."""
+        basis = layers[0].basis
+        rows = [weight.double().reshape(-1, basis[0].numel()) for weight in weights]
+        basis.copy_(_leading(torch.cat(rows), basis))
+        for layer, own in zip(layers, rows, strict=True):
+            layer._fit_rest(own)
+
+    def _fit(self, weight: Tensor) -> None:
+        self._fit_all([self], [weight])
+
+    def _fit_rest(self, rows: Tensor) -> None:
+        """Fit all but the basis to the rows of the weight, (C_out splits, C_in / splits kh kw) in float64."""
+        self.mixing.copy_(_combination(rows, self._pair()[0]).view_as(self.mixing))
+
 
 class FixedBasisConv2d(FilterBasis):
-    """Fixed orthogonal filters and a trained 1x1 convolution (Tayyab and Mahalanobis 2019, arXiv 1906.04509).
+    """Q = round(r C_out) orthonormal filters, never trained, and ``mixing`` (Tayyab and Mahalanobis, arXiv 1906.04509).
 
-    There are Q = round(r C_out) filters, at least one, never trained. Random ones come from :attr:`seed` and are not
-    stored (the paper stores them); ``fit`` makes them the leading right singular vectors of the weight, which are
-    stored, and raises ``ValueError`` where they cost more than they save.
-
-    Parameters and buffers:
-        basis, mixing: (Q, C_in, kh, kw) of orthonormal rows, without gradient, and (C_out, Q, 1, 1).
-        seed: what ``basis`` was drawn by; -1 where it was fitted.
+    Random filters come from :attr:`seed` and are not stored (the paper stores them); ``fit`` makes them the leading
+    right singular vectors of the weight, which are stored (``seed`` -1), or raises ``ValueError`` where this saves
+    nothing.
     """
 
     kind = "basisconv"
     sizes = "FRACTION: the number of filters is that fraction of C_out"
     unscaled = ("basis",)
     seed: Tensor
+    _seeded = True  # ``seed`` >= 0, so that nobody waits for a GPU
 
     def _build(self, new: New) -> None:
         filters = max(1, round(number(self.size, self.kind) * self.out_channels))
         self._build_filters(new, filters, trained=False)
         self.register_buffer("seed", self.basis.new_zeros((), dtype=torch.int64))
-        self._seeded = True  # the same in Python, so that nobody waits for a GPU
 
     def _draw(self) -> None:
         if not self.basis.is_meta:
@@ -160,74 +162,32 @@ class FixedBasisConv2d(FilterBasis):
         """None of filters that come from a seed and are not trained, else 32 for each number."""
         return 0 if name == "basis" and self._seeded and not self.basis.requires_grad else super().bits(name)
 
-    def _fit(self, weight: Tensor) -> None:
-        check_saves(f"{self.text}, with fitted filters,", self.basis.numel() + self.mixing.numel(), weight.numel())
-        rows = weight.double().flatten(1)
-        filters = _right_singular_vectors(rows, len(self.basis))
-        self.basis.copy_(filters.view_as(self.basis))
-        self.mixing.copy_((rows @ filters.mT).view_as(self.mixing))
+    def _fit_rest(self, rows: Tensor) -> None:
+        check_saves(f"{self.text}, with fitted filters,", self.basis.numel() + self.mixing.numel(), rows.numel())
+        super()._fit_rest(rows)
         self.seed.fill_(-1)
         self._derive()
 
 
-class _SharedBasis(FilterBasis):
-    """Layers of which :meth:`together` makes those of equal :meth:`key`, which hold one ``basis``."""
-
-    shared = ("basis",)
-
-    @classmethod
-    def together(cls, convs: Sequence[nn.Conv2d], *, size: str, fitted: bool) -> list:
-        """The layers, with one basis; ``ValueError`` also where all together save nothing."""
-        layers = [cls.shaped_like(conv, size=size) for conv in convs]
-        for layer in layers[1:]:
-            layer.basis = layers[0].basis
-        stored = layers[0].basis.numel() + sum(layer.stored - layer.basis.numel() for layer in layers)
-        who = f"{layers[0].text}, whose basis {len(layers)} layer{'s'[: len(layers) > 1]} would share,"
-        check_saves(who, stored, sum(conv.weight.numel() for conv in convs))
-        if fitted:
-            _fit_shared(layers, [conv.weight.detach() for conv in convs])
-            for layer, conv in zip(layers, convs, strict=True):
-                if conv.bias is not None:
-                    layer._take_bias(conv)
-        return layers
-
-    def _fit(self, weight: Tensor) -> None:
-        _fit_shared([self], [weight])
-
-    def _fit_rest(self, rows: Tensor) -> None:
-        """Fit all but the basis to the rows of the weight, (C_out splits, C_in / splits kh kw) in float64."""
-        self.mixing.copy_(_combination(rows, self._filters()).view_as(self.mixing))
-
-
-@torch.no_grad()
-def _fit_shared(layers: Sequence[Any], weights: Sequence[Tensor]) -> None:
-    """Fit the basis that the layers hold to the weights of all of them, then the rest of each layer."""
-    basis = layers[0].basis
-    rows = [weight.double().reshape(-1, basis[0].numel()) for weight in weights]
-    basis.copy_(_leading(torch.cat(rows), basis))
-    for layer, own in zip(layers, rows, strict=True):
-        layer._fit_rest(own)
-
-
-class LFBConv2d(_SharedBasis):
+class LFBConv2d(FilterBasis):
     """Learning Filter Basis (Li et al., ICCV 2019, arXiv 1908.08932): g groups of p = C_in / g input channels.
 
-    All groups are convolved with one basis of m = round(s p) filters (at least one), then mixed. Layers of equal p and
-    kernel share it. The authors' (m, p) for ResNet-56 are (24, 16), (48, 32), (84, 64): sizes 1.5, 1.5 and 84/64.
-    Their bias of the basis is left out. Kaiming's normal initialisation, for the basis with gain 1.
+    All groups are convolved with one basis of m = round(s p) filters (at least one), which layers of equal p and kernel
+    share. The authors' (m, p) for ResNet-56 are (24, 16), (48, 32), (84, 64). Their bias of the basis is left out.
     """
 
     kind = "lfb"
     sizes = "s or s,g: filters in the basis over channels in a group, and groups of input channels (1)"
+    shared = ("basis",)
 
     @classmethod
     def _numbers(cls, size: str, in_channels: int) -> tuple[int, int]:
         """m and g."""
         s, comma, g = size.partition(",")
-        splits = whole(g.strip(), "lfb") if comma else 1
+        splits = whole(g, "lfb") if comma else 1
         if in_channels % splits:
             raise ValueError(f"lfb:{size} splits the input into {splits} groups, but it has {in_channels} channels")
-        return max(1, round(number(s.strip(), "lfb", most=LARGEST) * (in_channels // splits))), splits
+        return max(1, round(number(s, "lfb", most=LARGEST) * (in_channels // splits))), splits
 
     @classmethod
     def key(cls, conv: nn.Conv2d, size: str) -> Hashable | None:
@@ -243,25 +203,18 @@ class LFBConv2d(_SharedBasis):
         nn.init.kaiming_normal_(self.mixing)
 
 
-class DSFBConv2d(_SharedBasis):
+class DSFBConv2d(FilterBasis):
     """Deeply Shared Filter Bases (Kang and Kim, NeurIPS 2021, arXiv 2006.05066), with a normalisation inside.
 
-    Layers of equal C_in, C_out and kernel share s C_out filters (rounded, at least one), and each has u C_out of its
-    own; their maps are normalised, then mixed. S8U1 of ResNet-32 is ``dsfb:1/2,1/16``. The authors add 10 times
-    :meth:`penalty` to the loss (``Recipe(orthogonality=10)``).
-
-    :attr:`weight` and ``to_conv``, which has a bias, are the layer in evaluation mode; ``fit`` makes the normalisation
-    the identity there. ``stored`` is without the numbers of the normalisation, a module of its own.
-
-    Parameters and modules:
-        basis: (round(s C_out), C_in, kh, kw), shared.
-        unique: (round(u C_out), C_in, kh, kw).
-        mixing: (C_out, m, 1, 1).
-        norm: ``nn.BatchNorm2d`` of all m maps.
+    Layers of equal C_in, C_out and kernel share ``basis``, s C_out filters, and each has ``unique``, u C_out filters;
+    ``norm`` normalises their maps, ``mixing`` mixes them. :attr:`weight`, ``to_conv`` (with a bias) and ``fit`` are of
+    evaluation mode; ``stored`` is without ``norm``. The authors add 10 times :meth:`penalty` to the loss
+    (``Recipe(orthogonality=10)``); their S8U1 of ResNet-32 is ``dsfb:1/2,1/16``.
     """
 
     kind = "dsfb"
     sizes = "s,u: shared filters over C_out, and own filters over C_out"
+    shared = ("basis",)
     shifts = True
 
     @classmethod
@@ -273,7 +226,7 @@ class DSFBConv2d(_SharedBasis):
         sizes = self.size.split(",")
         if len(sizes) != 2:
             raise ValueError(f"{self.text} has not two numbers, but dsfb takes two, as in dsfb:1/2,1/16")
-        ratios = (number(size.strip(), self.kind, most=LARGEST) for size in sizes)
+        ratios = (number(size, self.kind, most=LARGEST) for size in sizes)
         shared, own = (max(1, round(ratio * self.out_channels)) for ratio in ratios)
         self._build_filters(new, shared, own=own)
         self.norm = nn.BatchNorm2d(shared + own, device=self.basis.device, dtype=self.basis.dtype)
@@ -284,20 +237,18 @@ class DSFBConv2d(_SharedBasis):
         nn.init.kaiming_normal_(self.mixing, mode="fan_out")
         self.norm.reset_parameters()
 
-    def _filters(self) -> Tensor:
-        return torch.cat([self.basis, self.unique])
-
     def _scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """The normalisation in evaluation mode, (m,) each."""
         norm: Any = self.norm
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         return scale, norm.bias - scale * norm.running_mean
 
-    def _matrix(self) -> Tensor:
-        return self.mixing[:, :, 0, 0] * self._scale_and_shift()[0]
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.basis, self.unique]), self.mixing[:, :, 0, 0] * self._scale_and_shift()[0]
 
     def _maps(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        return self.norm(super()._maps(x, padding))
+        filters = torch.cat([self.basis, self.unique])
+        return self.norm(F.conv2d(x, filters, None, self.stride, padding, self.dilation))
 
     def _fit_rest(self, rows: Tensor) -> None:
         """Own filters: the leading right singular vectors of what the shared ones leave."""
@@ -318,14 +269,22 @@ class DSFBConv2d(_SharedBasis):
 
     def penalty(self) -> Tensor:
         """mean((B B^T - I)^2) of all filters B of the layer, shared and own; a scalar that can be differentiated."""
-        rows = self._filters().flatten(1)
+        rows = torch.cat([self.basis, self.unique]).flatten(1)
         with full_precision(rows):
             return (rows @ rows.mT - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)).square().mean()
 
 
 def _leading(rows: Tensor, filters: Tensor) -> Tensor:
-    """The leading right singular vectors of the rows, shaped as ``filters``, whose own stay where there are too few."""
-    vectors = _right_singular_vectors(rows, len(filters))
+    """The leading right singular vectors of the rows, shaped as ``filters``, whose own stay where there are too few.
+
+    Several times as fast as an SVD.
+    """
+    count = len(filters)
+    if len(rows) >= rows.shape[1]:
+        vectors = torch.linalg.eigh(rows.mT @ rows).eigenvectors.flip(1)[:, :count].mT
+    else:
+        left = torch.linalg.eigh(rows @ rows.mT).eigenvectors.flip(1)[:, :count]
+        vectors = torch.linalg.qr(rows.mT @ left).Q.mT
     return torch.cat([vectors, filters.double().flatten(1)[len(vectors) :]]).view_as(filters)
 
 
@@ -333,14 +292,6 @@ def _combination(rows: Tensor, filters: Tensor) -> Tensor:
     """The coefficients that make the rows of the filters, by least squares."""
     basis = filters.double().flatten(1)
     return rows @ basis.mT @ torch.linalg.pinv(basis @ basis.mT, hermitian=True)
-
-
-def _right_singular_vectors(rows: Tensor, count: int) -> Tensor:
-    """The leading ``count`` of them (n, F), or as many as there are; several times as fast as an SVD."""
-    if len(rows) >= rows.shape[1]:
-        return torch.linalg.eigh(rows.mT @ rows).eigenvectors.flip(1)[:, :count].mT
-    left = torch.linalg.eigh(rows @ rows.mT).eigenvectors.flip(1)[:, :count]
-    return torch.linalg.qr(rows.mT @ left).Q.mT
 
 
 def _draw_orthonormal(filters: Tensor, generator: torch.Generator | None = None) -> None:
@@ -357,12 +308,8 @@ def _draw_orthonormal(filters: Tensor, generator: torch.Generator | None = None)
 class DCFConv2d(StructuredConv2d):
     """Every kernel is a combination of K fixed Fourier-Bessel functions (Qiu et al., ICML 2018, arXiv 1802.04145).
 
-    ``W[o, c] = sum of coefficients[o, c, k] functions[k]`` is built and convolved with: the authors' mode 1, which is
-    nearly always faster than their mode 0. Kernels are square and larger than 1x1.
-
-    Parameters and buffers:
-        coefficients: (C_out, C_in, K, 1), so that they have a memory format; drawn from N(0, 1 / (C_in K)).
-        functions: the K functions of lowest frequency on the kernel's grid, of mean energy 1, (K, kh, kw).
+    ``W[o, c] = sum of coefficients[o, c, k] functions[k]`` is built and convolved with, as in the authors' mode 1:
+    ``coefficients`` (C_out, C_in, K, 1), from N(0, 1 / (C_in K)), and ``functions`` (K, kh, kw), of mean energy 1.
     """
 
     kind = "dcf"
@@ -398,9 +345,8 @@ class DCFConv2d(StructuredConv2d):
 def fourier_bessel(size: int) -> np.ndarray:
     """Fourier-Bessel functions on a grid of ``size`` x ``size`` pixels, lowest frequency first: (n, size, size).
 
-    J_a(z r) / |J_(a+1)(z)| with z a zero of J_a, times sqrt(2) cos(a t) and sqrt(2) sin(a t) where a > 0, within the
-    disc r < 1. As in the code of Qiu et al. they are in the order of z, up to pi size / 2 times 1.5 (2 for at most 3
-    pixels), and at most size^2 - 1. Combinations of the ones before on this grid are left out.
+    J_a(z r) with z a zero of J_a, times cos(a t) and sin(a t), normalised on the disc r < 1. As in the code of Qiu et
+    al. z is at most pi size / 2 times 1.5 (2 for at most 3 pixels), and combinations of functions before are left out.
     """
     from scipy.special import jn_zeros, jv
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -34,42 +33,22 @@ class Product:
     trained: bool = True  # its weight
 
 
-class Kind:
-    """What a text such as ``tucker:0.41`` names: a class that makes layers for convolutions."""
-
-    kind: ClassVar[str]  # as in "tucker:0.41"
-    sizes: ClassVar[str] = ""  # what the size says, in words; "" where there is no size
-
-    @classmethod
-    def key(cls, conv: nn.Conv2d, size: str) -> Hashable | None:
-        """What convolutions have in common that share parameters; None where nothing is shared."""
-        return None
-
-    @classmethod
-    def together(cls: Any, convs: Sequence[nn.Conv2d], *, size: str, fitted: bool) -> list:
-        """The layers of convolutions with equal :meth:`key`: near their weights (``fitted``) or newly drawn."""
-        return [cls.from_conv(conv, size=size) if fitted else cls.shaped_like(conv, size=size) for conv in convs]
-
-
-class StructuredConv2d(Kind, ConvLike):
+class StructuredConv2d(ConvLike):
     """A drop-in for ``nn.Conv2d`` with a structured weight: the base of all layers in this package.
 
-    Takes every argument of ``nn.Conv2d`` in the same order; ``groups`` is 1. Every layer is the convolution with
-    :attr:`weight`, however it computes it. A subclass allocates its parameters in ``_build``, draws them in ``_draw``,
-    fits them in ``_fit`` and makes the weight of them in ``_weight``; ``_convolve`` executes it.
-
-    Args:
-        size: the text after the colon in ``tucker:0.41``; see :attr:`sizes`.
+    Takes the arguments of ``nn.Conv2d``, but ``groups`` is 1, and ``size``: the text after the colon in
+    ``tucker:0.41``. A subclass allocates its parameters in ``_build`` and makes the weight of them in ``_weight``.
 
     Attributes:
         products: what the layer multiplies at every pixel, one after the other.
         building: multiply-accumulates that make the weight, once per step, however many images.
 
     Raises:
-        ValueError: for a size or shape that the structure cannot take, or a layer that would store as many numbers as
-            the dense weight or more.
+        ValueError: for a size or shape that the structure cannot take, or where it saves no numbers.
     """
 
+    kind: ClassVar[str]  # as in "tucker:0.41"
+    sizes: ClassVar[str] = ""  # what the size says, in words; "" where there is no size
     shared: ClassVar[tuple[str, ...]] = ()  # parameters that layers of equal `key` hold together
     unscaled: ClassVar[tuple[str, ...]] = ()  # parameters that are not among `factors`
     shifts: ClassVar[bool] = False  # whether the bias of `to_conv` is not the layer's own
@@ -96,8 +75,7 @@ class StructuredConv2d(Kind, ConvLike):
         if groups != 1:
             raise ValueError(f"{self.kind} is not defined for grouped convolutions, and this one has groups = {groups}")
         if bool(self.size) != bool(self.sizes):
-            wanted = f"a size, {self.sizes}" if self.sizes else "no size"
-            raise ValueError(f"the layer is {self.text!r}, but {self.kind} takes {wanted}")
+            raise ValueError(f"the layer is {self.text!r}, but {self.kind} takes {self.sizes or 'no size'}")
 
         def new(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -107,17 +85,22 @@ class StructuredConv2d(Kind, ConvLike):
         self.building = 0
         self.bias = new(out_channels) if bias else None
         self._build(new)
-        check_saves(self.text, self.stored - sum(map(self.bits, self.shared)) // 32, dense)
+        check_saves(self.text, self._own, dense)
         self.reset_parameters()
 
     def _build(self, new: New) -> None:
         """Read ``self.size``, allocate parameters and buffers, and say what is multiplied."""
         raise NotImplementedError
 
+    def _weight(self) -> Tensor:
+        """See :attr:`weight`."""
+        raise NotImplementedError
+
     def _draw(self) -> None:
-        """Draw the parameters."""
+        """Draw the parameters: filters (rows, columns, kh, kw) from N(0, 2 / (rows kh kw))."""
         for parameter in self.parts.values():
-            draw_normal(parameter)
+            if parameter.dim() == 4:
+                nn.init.normal_(parameter, std=math.sqrt(2 / (len(parameter) * parameter[0, 0].numel())))
 
     def _derive(self) -> None:
         """Compute what is not stored from what is: after drawing, and after loading a state."""
@@ -137,10 +120,6 @@ class StructuredConv2d(Kind, ConvLike):
         with torch.enable_grad():
             optimizer.step(closure)
         self.load_state_dict(wide.state_dict())
-
-    def _weight(self) -> Tensor:
-        """See :attr:`weight`."""
-        raise NotImplementedError
 
     def _convolve(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
         """The forward pass; ``padding`` (height, width) is still to be done."""
@@ -192,6 +171,10 @@ class StructuredConv2d(Kind, ConvLike):
         """Numbers of 32 bits that have to be stored for the weight (shared ones too), rounded up."""
         return math.ceil(sum(map(self.bits, self.parts)) / 32)
 
+    @property
+    def _own(self) -> int:
+        return self.stored - sum(map(self.bits, self.shared)) // 32
+
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         with torch.no_grad():
@@ -201,6 +184,11 @@ class StructuredConv2d(Kind, ConvLike):
         """Set a buffer: in place, unless it is a shape only."""
         buffer = getattr(self, name)
         setattr(self, name, values) if buffer.is_meta else buffer.copy_(values)
+
+    @classmethod
+    def key(cls, conv: nn.Conv2d, size: str) -> Hashable | None:
+        """What convolutions have in common that share parameters; None where nothing is shared."""
+        return None
 
     @classmethod
     def shaped_like(cls: Any, conv: nn.Conv2d, *, size: str | float = "") -> Any:
@@ -216,17 +204,32 @@ class StructuredConv2d(Kind, ConvLike):
         return layer
 
     @classmethod
-    def from_conv(cls: Any, conv: nn.Conv2d, *, size: str | float = "") -> Any:
+    def from_conv(cls, conv: nn.Conv2d, *, size: str | float = "") -> Any:
         """The layer nearest to ``conv`` (see :meth:`fit`), with its bias."""
-        layer = cls.shaped_like(conv, size=size)
-        layer.fit(conv.weight)
-        layer._take_bias(conv)
-        return layer
+        return cls.together([conv], size=str(size), fitted=True)[0]
 
+    @classmethod
     @torch.no_grad()
-    def _take_bias(self, conv: nn.Conv2d) -> None:
-        if self.bias is not None:
-            self.bias.zero_() if conv.bias is None else self.bias.copy_(conv.bias)
+    def together(cls, convs: Sequence[nn.Conv2d], *, size: str, fitted: bool) -> list:
+        """The layers of convolutions with equal :meth:`key`: near their weights (``fitted``) or newly drawn."""
+        layers = [cls.shaped_like(conv, size=size) for conv in convs]
+        for name in cls.shared:
+            for layer in layers[1:]:
+                setattr(layer, name, getattr(layers[0], name))
+            who = f"{layers[0].text}, whose {name} {len(layers)} layer{'s'[: len(layers) > 1]} would share,"
+            stored = layers[0].stored + sum(layer._own for layer in layers[1:])
+            check_saves(who, stored, sum(conv.weight.numel() for conv in convs))
+        if fitted:
+            cls._fit_all(layers, [conv.weight.detach() for conv in convs])
+            for layer, conv in zip(layers, convs, strict=True):
+                if layer.bias is not None:
+                    layer.bias.copy_(torch.zeros_like(layer.bias) if conv.bias is None else conv.bias)
+        return layers
+
+    @classmethod
+    def _fit_all(cls, layers: Sequence[Any], weights: Sequence[Tensor]) -> None:
+        for layer, weight in zip(layers, weights, strict=True):
+            layer._fit(weight)
 
     def to_conv(self) -> nn.Conv2d:
         """The dense convolution with the weight :attr:`weight` and a copy of the bias."""
@@ -252,9 +255,9 @@ def check_saves(what: str, stored: int, dense: int) -> None:
 
 
 def number(text: str, kind: str, *, most: int = 1) -> Fraction:
-    """The number in (0, most] that ``text`` is, such as ``0.41``, ``1/8`` or ``3``; ``ValueError`` if it is none."""
+    """The number in (0, most] that ``text`` is, such as ``0.41``, ``1/8`` or ``3``."""
     try:
-        value = Fraction("0" if re.search(r"e[+-]?\d{4}", text.lower()) else text)  # 1e99999999 would take for ever
+        value = Fraction(text)
     except (ValueError, ZeroDivisionError):
         value = Fraction(0)
     if not 0 < value <= most:
@@ -264,15 +267,10 @@ def number(text: str, kind: str, *, most: int = 1) -> Fraction:
 
 def whole(text: str, kind: str) -> int:
     """The whole number of at least 1 that ``text`` is."""
-    value = int(text) if text.isdecimal() and len(text) < 20 else 0
-    if not 1 <= value <= LARGEST:
-        raise ValueError(f"the size of {kind} is {text!r}, but it must be a whole number from 1 to {LARGEST:,}")
-    return value
-
-
-def draw_normal(parameter: Tensor) -> None:
-    """N(0, 2 / (rows x kernel positions)) for a parameter (rows, columns, height, width)."""
-    nn.init.normal_(parameter, std=math.sqrt(2 / (len(parameter) * parameter[0, 0].numel())))
+    value = number(text, kind, most=LARGEST)
+    if value.denominator > 1:
+        raise ValueError(f"the size of {kind} is {text!r}, but it must be a whole number")
+    return int(value)
 
 
 def draw_uniform(parameter: Tensor, fan_in: int) -> None:

@@ -20,40 +20,29 @@ SEED = 0x5EED  # of the hash function
 def three_dimensions(n: int) -> tuple[int, int, int]:
     """Sizes near the cube root of ``n`` with that product, as in Gray et al.: 160 x 16 gives (16, 16, 10)."""
     target = round(n ** (1 / 3))
-    if target**3 == n:
-        return target, target, target
-    first = _divisor(n, target)
-    second = _divisor(n // first, target)
-    return first, second, n // first // second
-
-
-def _divisor(n: int, least: int) -> int:
-    """The smallest divisor of ``n`` that is at least ``least``; ``n`` where none is."""
-    return next((d for d in range(least, n) if n % d == 0), n)
+    first = next((d for d in range(target, n) if n % d == 0), n)
+    rest = n // first
+    second = next((d for d in range(target, rest) if rest % d == 0), rest)
+    return first, second, rest // second
 
 
 class TensorTrainConv2d(Separable):
     """A tensor train of ranks max(1, round(s min(d, d'))) between dimensions d and d' (Garipov et al. 2016).
 
-    At first the decomposition of a map drawn as PyTorch does.
-
-    Parameters:
-        core1, core2, core3: (d1, R1), (R1, d2, R2) and (R2, d3), for the :attr:`dimensions` (d1, d2, d3).
+    ``core1`` (d1, R1), ``core2`` (R1, d2, R2) and ``core3`` (R2, d3) for the :attr:`dimensions`. At first the
+    decomposition of a map drawn as PyTorch does.
     """
 
     kind = "tensor_train"
     sizes = "FRACTION: the ranks are that fraction of the dimensions"
     rounds = 5
 
-    def _build(self, new: New) -> None:
-        super()._build(new)
+    def _build_map(self, new: New) -> None:
         self.dimensions = three_dimensions(self.out_channels * self.in_channels)
-        self._allocate(new, number(self.size, self.kind))
+        self._allocate(new, number(self.size, self.kind), *self.dimensions)
 
-    def _allocate(self, new: New, size: Fraction) -> None:
-        a, b, c = self.dimensions
-        first, last = (max(1, round(size * min(pair))) for pair in ((a, b), (b, c)))
-        self._allocate_train(new, a, first, b, last, c)
+    def _allocate(self, new: New, size: Fraction, a: int, b: int, c: int) -> None:
+        self._allocate_train(new, a, max(1, round(size * min(a, b))), b, max(1, round(size * min(b, c))), c)
 
     def _allocate_train(self, new: New, a: int, first: int, b: int, last: int, c: int) -> None:
         self.core1, self.core2, self.core3 = new(a, first), new(first, b, last), new(last, c)
@@ -63,13 +52,14 @@ class TensorTrainConv2d(Separable):
         """The tensor (a, b, c) of the train."""
         return (self.core1 @ self.core2.flatten(1)).view(len(self.core1), self.core2.shape[1], -1) @ self.core3
 
-    def _matrix(self) -> Tensor:
+    def _map(self) -> Tensor:
         return self._tensor().view(self.out_channels, self.in_channels)
 
-    def _draw_map(self) -> None:
+    def _draw(self) -> None:
+        super()._draw()
         if not self.core1.is_meta:
-            shape = self.out_channels, self.in_channels
-            drawn = torch.empty(shape, dtype=torch.float64, device=self.core1.device)
+            shape, device = (self.out_channels, self.in_channels), self.core1.device
+            drawn = torch.empty(shape, dtype=torch.float64, device=device)
             draw_uniform(drawn, self.in_channels)
             self._fit_map(drawn, drawn.new_ones(()))
 
@@ -96,12 +86,11 @@ class TuckerConv2d(TensorTrainConv2d):
 
     kind = "tucker"
 
-    def _allocate(self, new: New, size: Fraction) -> None:
-        d1, d2, d3 = self.dimensions
-        r1, r2, r3 = (max(1, round(size * d)) for d in self.dimensions)
-        self.factor1, self.factor2, self.factor3 = new(r1, d1), new(r2, d2), new(r3, d3)
-        self._allocate_train(new, r1, min(d1, r2 * r3), r2, r3, r3)
-        self.building += r1 * r2 * r3 * d1 + r2 * r3 * d1 * d2 + r3 * d1 * d2 * d3
+    def _allocate(self, new: New, size: Fraction, a: int, b: int, c: int) -> None:
+        r1, r2, r3 = (max(1, round(size * d)) for d in (a, b, c))
+        self.factor1, self.factor2, self.factor3 = new(r1, a), new(r2, b), new(r3, c)
+        self._allocate_train(new, r1, min(a, r2 * r3), r2, r3, r3)
+        self.building += r1 * r2 * r3 * a + r2 * r3 * a * b + r3 * a * b * c
 
     def _tensor(self) -> Tensor:
         tensor = super()._tensor()
@@ -125,30 +114,18 @@ def riffle(n: int, device: torch.device | str | None = None) -> Tensor:
     return torch.cat([order[::2], order[1::2]])
 
 
-def _transforms(n: int, *, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The cosine transform (DCT-II, not normalised) and its inverse, (n, n), with columns riffled."""
-    order, i = riffle(n, like.device), torch.arange(n, device=like.device)[:, None]
-    angles = torch.arange(4 * n, dtype=torch.float64, device=like.device) * (math.pi / (2 * n))
-    cosines = angles.cos().to(like.dtype)
-    inverse = cosines[i * (2 * order + 1) % (4 * n)] / n
-    return 2 * cosines[(2 * i + 1) * order % (4 * n)], torch.cat([inverse[:1] / 2, inverse[1:]])
-
-
 class ACDCConv2d(Separable):
     """Depthwise convolution and a map of n - 1 factors A C P D C^-1 P, each of size N = max(C_in, C_out).
 
-    C is the cosine transform, P a riffle of its columns, A and D are diagonal; the name says n, as in Gray et
-    al., whose code drops the last. Input channels are repeated up to N, adjacent output channels are summed.
-
-    Parameters:
-        a, d: (n - 1, N), the diagonals; drawn from N(1, 0.01^2).
+    C is the cosine transform (DCT-II), P a riffle of its columns, A and D are diagonal: ``a`` and ``d``, (n - 1, N),
+    drawn from N(1, 0.01^2). The name says n, as in Gray et al., whose code drops the last factor. Input channels are
+    repeated up to N, adjacent output channels are summed.
     """
 
     kind = "acdc"
     sizes = "N: one more than the number of factors"
 
-    def _build(self, new: New) -> None:
-        super()._build(new)
+    def _build_map(self, new: New) -> None:
         factors, n = whole(self.size, self.kind) - 1, max(self.in_channels, self.out_channels)
         if not factors:
             raise ValueError(f"{self.text} has no factors: its size is one more than their number, so at least 2")
@@ -158,18 +135,23 @@ class ACDCConv2d(Separable):
         self.a, self.d = new(factors, n), new(factors, n)
         self.building = factors * 2 * n * n * self.in_channels
 
-    def _draw_map(self) -> None:
+    def _draw(self) -> None:
+        super()._draw()
         nn.init.normal_(self.a, 1, 0.01)
         nn.init.normal_(self.d, 1, 0.01)
 
-    def _matrix(self) -> Tensor:
+    def _map(self) -> Tensor:
         n, c = self.a.shape[1], self.in_channels
+        i = torch.arange(n, dtype=torch.float64, device=self.a.device)
+        cosines = ((2 * i[:, None] + 1) * i * (math.pi / (2 * n))).cos()
+        order = riffle(n, self.a.device)
+        forward = 2 * cosines[:, order].to(self.a)
+        inverse = (cosines / torch.where(i > 0, n, 2 * n)).T[:, order].to(self.a)
         # The first channels again until their number divides N, and all of them again until there are N.
         padded = next(k for k in range(min(c, n), n + 1) if n % k == 0)
         repeated = torch.arange(n, device=self.a.device) % padded % c
-        forward, inverse = _transforms(n, like=self.a)
         matrix = torch.eye(c, dtype=self.a.dtype, device=self.a.device)[repeated]
-        for a, d in zip(reversed(self.a[:, :, None].unbind()), reversed(self.d[:, :, None].unbind()), strict=True):
+        for a, d in zip(self.a.flip(0)[:, :, None], self.d.flip(0)[:, :, None], strict=True):
             matrix = a * (forward @ (d * (inverse @ matrix)))
         return matrix.view(self.out_channels, -1, c).sum(1)
 
@@ -185,8 +167,8 @@ def hashes(n: int, device: torch.device | str | None) -> Tensor:
 class HashedConv2d(StructuredConv2d):
     """A ``table`` of numbers, each used at many places, without signs (Chen et al. 2015, arXiv 1504.04788).
 
-    int(s C_out C_in kh kw) numbers and as many MACs as a dense layer. Always has a bias, as in Gray et al., even with
-    ``bias=False``. Their last number is never used; here all are. ``indices`` are the table's entries at each place.
+    int(s C_out C_in kh kw) numbers and as many MACs as a dense layer; ``indices`` are the table's entries at each
+    place. Always has a bias, as in Gray et al., whose last number is never used; here all are.
     """
 
     kind = "hashed"
@@ -194,13 +176,14 @@ class HashedConv2d(StructuredConv2d):
     indices: Tensor
 
     def _build(self, new: New) -> None:
-        self._build_table(new, self.out_channels * math.prod(self.filter_shape))
+        self._build_table(new, self.out_channels, *self.filter_shape)
 
-    def _build_table(self, new: New, places: int) -> None:
+    def _build_table(self, new: New, *shape: int) -> None:
+        places = math.prod(shape)
         budget = int(number(self.size, self.kind) * places)
         if not budget:
             raise ValueError(f"{self.text} stores none of {places} numbers, but it must store at least 1")
-        self.table = new(budget)
+        self.table, self.table_shape = new(budget), shape
         self.register_buffer("indices", self.table.new_empty(places, dtype=torch.int64), persistent=False)
         self.bias = new(self.out_channels) if self.bias is None else self.bias
 
@@ -208,10 +191,11 @@ class HashedConv2d(StructuredConv2d):
         self._refill("indices", hashes(len(self.indices), self.table.device) % len(self.table))
 
     def _draw(self) -> None:
-        draw_uniform(self.table, math.prod(self.filter_shape))
+        super()._draw()
+        draw_uniform(self.table, math.prod(self.table_shape[1:]))
 
     def _weight(self) -> Tensor:
-        return self.table.index_select(0, self.indices).view(self.out_channels, *self.filter_shape)
+        return self.table.index_select(0, self.indices).view(self.table_shape)
 
     def _fit(self, weight: Tensor) -> None:
         self._fit_table(weight.double(), torch.ones_like(weight, dtype=torch.float64))
@@ -230,15 +214,11 @@ class SepHashedConv2d(Separable, HashedConv2d):
     kind = "sep_hashed"
     rounds = 20
 
-    def _build(self, new: New) -> None:
-        super()._build(new)
-        self._build_table(new, self.out_channels * self.in_channels)
+    def _build_map(self, new: New) -> None:
+        self._build_table(new, self.out_channels, self.in_channels)
 
-    def _draw_map(self) -> None:
-        draw_uniform(self.table, self.in_channels)
-
-    def _matrix(self) -> Tensor:
-        return self.table.index_select(0, self.indices).view(self.out_channels, self.in_channels)
+    def _map(self) -> Tensor:
+        return HashedConv2d._weight(self)
 
     def _fit_map(self, matrix: Tensor, scale: Tensor) -> None:
         self._fit_table(matrix, scale.square().expand_as(matrix))
@@ -247,13 +227,9 @@ class SepHashedConv2d(Separable, HashedConv2d):
 class TridiagonalConv2d(Separable):
     """Depthwise convolution and a map with diagonals -p, 0 and +q, and e more entries.
 
-    After Mousavi Janbeh Sarayi and Nikkhah Bahrami 2022 (arXiv 2207.00903), who have such matrices but no
-    convolutions. The diagonals go on at the other end, so every output channel (or input channel, where there are
-    more) has three. Input channels are riffled first, so that a stack of layers mixes all of them. Saves no MACs.
-
-    Parameters and buffers:
-        entries: (3 max(C_in, C_out) + e,), drawn from N(0, 2 / entries in a row).
-        indices: their places in the map, row by row; computed, not stored.
+    After Mousavi Janbeh Sarayi and Nikkhah Bahrami 2022 (arXiv 2207.00903), who have no convolutions. The diagonals
+    go on at the other end; input channels are riffled first, so that a stack of layers mixes all. ``entries``
+    (3 max(C_in, C_out) + e,) are drawn from N(0, 2 / entries in a row), ``indices`` are their places. Saves no MACs.
     """
 
     kind = "tridiagonal"
@@ -261,12 +237,11 @@ class TridiagonalConv2d(Separable):
     rounds = 5
     indices: Tensor
 
-    def _build(self, new: New) -> None:
-        super()._build(new)
+    def _build_map(self, new: New) -> None:
         numbers = self.size.split(",")
         if len(numbers) not in (2, 3) or not all(n.strip().isdecimal() for n in numbers):
             raise ValueError(f"the size of {self.kind} is {self.size!r}, but it must be {self.sizes}")
-        p, q, *more = (int(n) for n in numbers)
+        p, q, *more = map(int, numbers)
         period, cells = min(self.in_channels, self.out_channels), self.in_channels * self.out_channels
         self.offsets, count = (-p, 0, q), 3 * max(self.in_channels, self.out_channels) + sum(more)
         if len({offset % period for offset in self.offsets}) < 3:
@@ -285,10 +260,11 @@ class TridiagonalConv2d(Separable):
         order = hashes(c * o, device).index_fill(0, diagonals, 2**32).argsort(stable=True)
         self._refill("indices", torch.cat([diagonals, order[: len(self.entries) - len(diagonals)]]))
 
-    def _draw_map(self) -> None:
+    def _draw(self) -> None:
+        super()._draw()
         nn.init.normal_(self.entries, std=math.sqrt(2 * self.out_channels / len(self.entries)))
 
-    def _matrix(self) -> Tensor:
+    def _map(self) -> Tensor:
         zeros = self.entries.new_zeros(self.out_channels * self.in_channels)
         return zeros.index_copy(0, self.indices, self.entries).view(self.out_channels, self.in_channels)
 

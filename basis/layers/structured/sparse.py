@@ -18,14 +18,9 @@ DAMPING = 1e-2  # of the mean diagonal of the Gram matrix
 class PemnConv2d(StructuredConv2d):
     """Fixed random values, of which a trained mask keeps half (Bai et al. 2022, arXiv 2210.06699, RP).
 
-    The mask keeps the values whose absolute scores are above their median; its gradient goes straight through to the
-    absolute scores (edge-popup, Ramanujan et al. 2020). Every layer has its own values, of N(0, 2 / fan-in), from a
-    seed, so that only the mask is stored, one bit for each weight. A fraction below 1 is the paper's padding.
-
-    Parameters and buffers:
-        scores: (C_out, C_in, kh, kw), drawn as ``nn.Conv2d`` draws its weight.
-        seed: () of int64, from which the values are drawn again when a state is loaded.
-        values: (C_out, C_in, kh, kw), not part of the state.
+    The mask keeps the values whose absolute ``scores`` are above their median; its gradient goes straight through to
+    those (edge-popup, Ramanujan et al. 2020). ``values`` of N(0, 2 / fan-in) come from ``seed``, so that only the mask
+    is stored, one bit for each weight. A fraction below 1 is the paper's padding.
     """
 
     kind = "pemn"
@@ -75,24 +70,17 @@ class PemnConv2d(StructuredConv2d):
 class DsfConv2d(StructuredConv2d):
     """A weight ``outer inner`` of two sparse matrices (Boza and Macko 2024, arXiv 2409.18850).
 
-    The weight as a matrix of n rows and m columns is the product of a square factor of the smaller size, on the
-    side of the outputs where C_out <= kh kw C_in, and one of n x m, together with density n m entries that are not
-    zero. The square one has the fraction max(0.05, density / 2) of its entries, as in the authors' ResNets, but at
-    least one for each row. It is executed as the dense convolution; training leaves the zeros as they are.
+    The weight as a matrix of n rows and m columns is the product of a square factor of the smaller size and one of
+    n x m, together with density n m entries that are not zero; the square one has the fraction max(0.05, density / 2)
+    of its own, as in the authors' ResNets, but at least one for each row. ``inner`` is (min(n, m), C_in, kh, kw),
+    ``outer`` (C_out, min(n, m), 1, 1); ``inner_mask`` and ``outer_mask`` are stored as one bit each.
 
     The paper only fits. New layers here have random zeros, equally many in each row, but none on the diagonal of the
-    square factor, and He's variance, 2 / (kh kw C_in).
-
-    Parameters and buffers:
-        inner: (min(C_out, kh kw C_in), C_in, kh, kw).
-        outer: (C_out, min(C_out, kh kw C_in), 1, 1).
-        inner_mask, outer_mask: of the same shapes, bool, stored as one bit each.
+    square factor, and He's variance.
     """
 
     kind = "dsf"
     sizes = "FRACTION: the numbers that are not zero in both factors, of those of the dense weight"
-    inner_mask: Tensor
-    outer_mask: Tensor
 
     def _build(self, new: New) -> None:
         rows, columns = self.out_channels, math.prod(self.filter_shape)
@@ -101,7 +89,7 @@ class DsfConv2d(StructuredConv2d):
         other = int(density * rows * columns) - square
         if other < middle:
             raise ValueError(f"{self.text} leaves {max(other, 0)} numbers for a factor that needs at least {middle}")
-        self.kept = {"outer": square, "inner": other} if rows <= columns else {"outer": other, "inner": square}
+        self.kept = {"outer": square, "inner": other} if rows <= columns else {"inner": square, "outer": other}
         self.inner, self.outer = new(middle, *self.filter_shape), new(rows, middle, 1, 1)
         for name in ("inner", "outer"):
             mask = torch.empty_like(getattr(self, name), dtype=torch.bool, requires_grad=False)
@@ -115,7 +103,7 @@ class DsfConv2d(StructuredConv2d):
             nn.init.normal_(parameter, std=math.sqrt(gain * len(parameter) / self.kept[name])).mul_(mask)
 
     def _weight(self) -> Tensor:
-        outer, inner = (self.outer * self.outer_mask).flatten(1), (self.inner * self.inner_mask).flatten(1)
+        outer, inner = ((getattr(self, n) * getattr(self, f"{n}_mask")).flatten(1) for n in ("outer", "inner"))
         return (outer @ inner).view(self.out_channels, *self.filter_shape)
 
     def bits(self, name: str) -> int:
@@ -131,14 +119,12 @@ class DsfConv2d(StructuredConv2d):
         if not matrix.any():  # of zeros nothing is found, but the drawn factor can still learn
             self.outer.zero_()
             return
-        if len(self.outer) <= matrix.shape[1]:
-            outer, inner = factorize(matrix, self.kept["outer"], self.kept["inner"])
-        else:
-            inner, outer = (factor.T for factor in factorize(matrix.T, self.kept["inner"], self.kept["outer"]))
-        for name, factor in (("inner", inner), ("outer", outer)):
+        wide = len(self.outer) <= matrix.shape[1]
+        factors = factorize(matrix if wide else matrix.T, *self.kept.values())
+        for (name, count), factor in zip(self.kept.items(), factors, strict=True):
             parameter = getattr(self, name)
-            parameter.copy_(factor.reshape(parameter.shape))
-            getattr(self, f"{name}_mask").copy_(_largest(parameter, self.kept[name]))
+            parameter.copy_((factor if wide else factor.T).reshape(parameter.shape))
+            getattr(self, f"{name}_mask").copy_(_largest(parameter, count))
 
 
 def factorize(matrix: Tensor, square: int, other: int) -> tuple[Tensor, Tensor]:

@@ -33,4 +33,4 @@ def fitted_to(text, weight, **options):
 
 
 def error(layer, weight):
-    return float((layer.weight.detach() - weight).norm() / weight.norm())
+    return float(((layer.weight - weight).norm() / weight.norm()).detach())

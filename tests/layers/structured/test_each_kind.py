@@ -34,9 +34,6 @@ def test_basis_and_linearconv_make_basis_convolutions():
     assert make("basis:1/2", nn.Conv2d(8, 12, 3, groups=2)).basis_channels == 6
 
 
-# -- separable --------------------------------------------------------------------------------------
-
-
 def test_tied_is_v_transposed_v_of_repeated_channels():
     layer, x = make("tied:0.3", conv_of(16, 32, padding=1)), torch.randn(2, 16, 5, 5, dtype=torch.float64)
     y = F.conv2d(x, layer.depthwise, padding=1, groups=16).repeat(1, 2, 1, 1)
@@ -44,12 +41,7 @@ def test_tied_is_v_transposed_v_of_repeated_channels():
     torch.testing.assert_close(layer(x), y)
 
 
-def test_shuffle_is_the_three_convolutions_in_as_many_groups_as_divide_the_channels():
-    layer, x = make("shuffle:2", conv_of(8, 24, padding=1, stride=2)), torch.randn(2, 8, 6, 6, dtype=torch.float64)
-    y = F.conv2d(x, layer.down, groups=2)[:, [0, 3, 1, 4, 2, 5]]
-    y = F.conv2d(y, layer.depthwise, stride=2, padding=1, groups=6)
-    torch.testing.assert_close(layer(x), F.conv2d(y, layer.up, layer.bias, groups=2))
-    assert len(layer.factors) == 3
+def test_shuffle_has_as_many_groups_as_divide_the_channels():
     for wanted, shape, groups in ((3, (16, 160), 2), (7, (16, 160), 4), (7, (160, 160), 5)):
         assert make(f"shuffle:{wanted}", conv_of(*shape)).conv_groups == groups
 
@@ -64,7 +56,7 @@ def test_acdc_is_the_product_of_its_factors(shape):
         product = product @ (((a.diag() @ transform)[:, order]) @ (d.diag() @ inverse))[:, order]
     x = torch.randn(c, dtype=torch.float64)
     padded = {(8, 12): torch.cat([x, x[:4]]), (6, 12): torch.cat([x, x])}.get(shape, x)
-    torch.testing.assert_close(layer.matrix @ x, (product @ padded).view(o, -1).sum(1))
+    torch.testing.assert_close(layer._map() @ x, (product @ padded).view(o, -1).sum(1))
 
 
 def test_tensors_are_decomposed_as_by_tensorly():
@@ -87,9 +79,6 @@ def test_tensors_are_decomposed_as_by_tensorly():
         torch.testing.assert_close(factor @ factor.T, torch.eye(len(factor), dtype=torch.float64))
 
 
-# -- hashed -----------------------------------------------------------------------------------------
-
-
 def test_the_hash_function_is_the_same_for_ever():
     assert hashes(3, None).tolist() == [2626580360, 2524728788, 2591768622]
     assert hashes(1 << 16, None).unique().numel() == 1 << 16
@@ -107,18 +96,15 @@ def test_a_hashed_layer_uses_all_its_numbers_alike(text, places):
 
 
 def test_tridiagonal_has_three_diagonals_of_riffled_channels_and_further_entries():
-    mask = make("tridiagonal:1,2", conv_of(8, 8)).matrix != 0
+    mask = make("tridiagonal:1,2", conv_of(8, 8))._map() != 0
     expected = torch.zeros(8, 8, dtype=torch.bool)
     for i in range(8):
         expected[i, [(i - 1) % 8, i, (i + 2) % 8]] = True
     assert torch.equal(mask[:, [0, 2, 4, 6, 1, 3, 5, 7]], expected)
     for shape in ((8, 12), (12, 8)):
-        mask, more = (make(f"tridiagonal:1,1{text}", conv_of(*shape)).matrix != 0 for text in ("", ",10"))
+        mask, more = (make(f"tridiagonal:1,1{text}", conv_of(*shape))._map() != 0 for text in ("", ",10"))
         assert min(mask.sum(0).min(), mask.sum(1).min()) >= 3
         assert more.sum() == mask.sum() + 10 == (more | mask).sum()
-
-
-# -- filters ----------------------------------------------------------------------------------------
 
 
 def test_filters_are_mixed_as_the_papers_say():
@@ -172,9 +158,6 @@ def test_fourier_bessel_functions():
         assert torch.linalg.matrix_rank(functions) == len(functions) <= count
 
 
-# -- masks and products of sparse matrices ----------------------------------------------------------
-
-
 def test_masks_keep_the_better_half_and_gradients_go_straight_through():
     layer = make("pemn:1/3", conv_of(6, 10))
     scores, values = layer.scores.detach().abs(), layer.values
@@ -187,18 +170,10 @@ def test_masks_keep_the_better_half_and_gradients_go_straight_through():
     torch.testing.assert_close(mine, theirs * values * layer.scores.sign())
     assert layer.stored == math.ceil(540 / 32)
     assert "values" not in layer.state_dict()
-    small, target = make("pemn:1", conv_of(1, 1, (2, 4))), torch.randn(1, 1, 2, 4, dtype=torch.float64)
-    small.fit(target)
-    halves = (torch.tensor([i >> j & 1 for j in range(8)]) for i in range(256))
-    errors = [(h.view(1, 1, 2, 4) * small.values - target).norm() for h in halves if h.sum() == 4]
-    assert (small.weight - target).norm().item() == pytest.approx(min(errors).item())
 
 
 def test_double_sparse_counts_and_training_that_leaves_zeros():
-    for shape, density, square, other in (
-        ((64, 64, 3), "0.2", 409, 7372 - 409), ((64, 128, 3), "0.05", 819, 3686 - 819),
-        ((16, 16, 3), "0.1", 16, 230 - 16), ((64, 256, 1), "0.2", 409, 3276 - 409),
-    ):  # fmt: skip
+    for shape, density, square, other in (((64, 64, 3), "0.2", 409, 6963), ((64, 256, 1), "0.2", 409, 2867)):
         layer = make(f"dsf:{density}", conv_of(*shape))
         sides = ("inner", "outer") if shape[1] > shape[0] * shape[2] ** 2 else ("outer", "inner")
         for name, count in zip(sides, (square, other), strict=True):
@@ -224,12 +199,9 @@ def test_double_sparse_factors_are_found_and_beat_pruning():
     torch.testing.assert_close(a.norm(dim=0), b.norm(dim=1))
 
 
-# -- butterflies ------------------------------------------------------------------------------------
-
-
 def test_a_butterfly_is_the_product_of_its_factors():
     """R_N ... R_1, each block by block of r x s diagonal matrices, on patches with channels inside."""
-    layer = make("debut:(4,9,1)(2,2,4)(2,4,8)", conv_of())
+    layer = make("debut:0.4", conv_of())
     product = torch.eye(72, dtype=torch.float64)
     for factor in layer.parts.values():
         blocks = [torch.cat([torch.cat([e.diag() for e in row], 1) for row in block]) for block in factor.detach()]
@@ -237,19 +209,11 @@ def test_a_butterfly_is_the_product_of_its_factors():
     torch.testing.assert_close(layer.weight.detach(), product.view(16, 3, 3, 8).permute(0, 3, 1, 2))
 
 
-@pytest.mark.parametrize("limit", [0.2, 0.5])
-def test_fractions_are_met_nearly_and_at_full_rank(limit):
-    for inputs, outputs, kernel in ((16, 16, 3), (40, 40, 3), (64, 128, 3), (160, 160, 3), (512, 512, 3), (64, 256, 1)):
-        layer = LAYERS["debut"](inputs, outputs, kernel, size=limit, device="meta")
+def test_fractions_are_met_nearly_at_full_rank_and_the_smallest_is_named():
+    for inputs, outputs, kernel in ((16, 16, 3), (40, 40, 3), (64, 128, 3), (64, 256, 1)):
+        layer = LAYERS["debut"](inputs, outputs, kernel, size=0.2, device="meta")
         dense = outputs * inputs * kernel**2
-        assert 0.7 * limit * dense < layer.stored <= limit * dense
+        assert 0.14 * dense < layer.stored <= 0.2 * dense
         assert min(b * r * t for b, r, _, t in (p.shape for p in layer.parts.values())) >= min(inputs, outputs)
-
-
-def test_published_chains_and_the_smallest_fraction():
-    published = {"(4,6,1)(2,3,4)(1,2,8)(8,16,8)": (64, 64, 88.2), "(8,9,1)(2,4,8)(2,4,16)(4,8,32)": (128, 128, 91.0)}
-    for chain, (inputs, outputs, saved) in published.items():
-        layer = Structure.parse(f"debut:{chain}").check(nn.Conv2d(inputs, outputs, 3))
-        assert 100 * (1 - layer.stored / (outputs * inputs * 9)) == pytest.approx(saved, abs=0.1)
     reason = Structure.parse("debut:0.05").obstacle(conv_of())
     assert Structure.parse(f"debut:{reason.split()[-1]}").obstacle(conv_of()) is None

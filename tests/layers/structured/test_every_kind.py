@@ -205,38 +205,18 @@ def test_the_fit_of_a_weight_of_the_structure_is_that_weight(text, shape):
     assert error(fitted_to(text, source.weight), source.weight) < 1e-7
 
 
-@pytest.mark.parametrize("text", ["tied:1/4", "shuffle:2", "acdc:3"])
-def test_descent_comes_near_a_1x1_weight_of_the_structure(text):
-    source = make(text, conv_of(16, 16, 1))
-    assert error(fitted_to(text, source.weight), source.weight) < 1e-3
-
-
-@pytest.mark.parametrize("text", ["lfb:0.5", "lfb:1,2", "dsfb:1/4,1/8", "basisconv:0.4", "dcf:3"])
-def test_no_step_downhill_is_left_by_the_fit(text):
-    conv = conv_of()
-    layer = make(text, conv, fitted=True)
-    if hasattr(layer, "basis"):
-        layer.basis.requires_grad_(True)
-    (layer.weight - conv.weight.detach()).square().sum().backward()
-    assert all(p.grad.abs().max() < 1e-9 for p in layer.parts.values())
-
-
 @pytest.mark.parametrize(
     ("text", "shape"),
     [
-        ("basis", (8, 12)), ("basis:0", (8, 12)), ("basis:1.5", (8, 12)), ("basis:12", (8, 12)),
-        ("linearconv", (8, 13)), ("linearconv:7", (8, 12)), ("tied:0.1", (16, 24)), ("tied:0.01", (16, 16)),
-        ("hashed:0.00001", (4, 4)), ("sep_hashed:2", (16, 16)), ("sep_hashed:0.9", (16, 1)), ("sep:1", (8, 12)),
-        ("tensor_train:x", (16, 16)), ("tucker", (16, 16)), ("tucker:1e999999999", (16, 16)), ("acdc:1", (16, 16)),
-        ("acdc:3", (15, 15)), ("acdc:3", (16, 12)), ("acdc:2.5", (16, 16)), ("acdc:99999999999999999999", (16, 16)),
-        ("shuffle:2", (16, 3)), ("shuffle:0", (16, 16)), ("shuffle:" + "9" * 5000, (16, 16)),
+        ("basis", (8, 12)), ("basis:1.5", (8, 12)), ("basis:12", (8, 12)), ("linearconv", (8, 13)), ("sep:1", (8, 12)),
+        ("tied:0.1", (16, 24)), ("tied:0.01", (16, 16)), ("hashed:0.00001", (4, 4)), ("sep_hashed:0.9", (16, 1)),
+        ("tensor_train:x", (16, 16)), ("tucker", (16, 16)), ("acdc:1", (16, 16)), ("acdc:3", (15, 15)),
+        ("acdc:2.5", (16, 16)), ("shuffle:2", (16, 3)), ("shuffle:0", (16, 16)), ("shuffle:" + "9" * 5000, (16, 16)),
         ("tridiagonal:1", (16, 16)), ("tridiagonal:1,-1", (16, 16)), ("tridiagonal:4,4", (8, 8)),
-        ("tridiagonal:1,1,99", (8, 8)), ("lfb:-1", (8, 12)), ("lfb:1,0", (8, 12)), ("lfb:1,3", (8, 12)),
-        ("lfb:9", (8, 12)), ("lfb:1e30", (8, 12)), ("dsfb:1", (8, 12)), ("dsfb:1,2,3", (8, 12)),
-        ("basisconv:2", (8, 12)), ("dcf:9", (8, 12)), ("dcf:0.5", (8, 12)), ("dcf:3", (8, 12, 1)),
-        ("dcf:3", (8, 12, (3, 5))), ("debut:0.05", (8, 16)), ("debut:0.5", (1, 7)), ("debut:(4,9,2)(4,8,4)", (8, 16)),
-        ("debut:(4,9,1)(2,2,4)(2,4,8)", (4, 16)), ("debut:(4,9,1)(2,2)", (8, 16)), ("pemn:2", (8, 12)),
-        ("pemn:0", (8, 12)), ("dsf:0.02", (6, 12)), ("dsf:1", (6, 12)),
+        ("tridiagonal:1,1,99", (8, 8)), ("lfb:1,0", (8, 12)), ("lfb:1,3", (8, 12)), ("lfb:9", (8, 12)),
+        ("dsfb:1", (8, 12)), ("basisconv:2", (8, 12)), ("dcf:9", (8, 12)), ("dcf:3", (8, 12, 1)),
+        ("dcf:3", (8, 12, (3, 5))), ("debut:0.05", (8, 16)), ("debut:0.5", (1, 7)), ("pemn:0", (8, 12)),
+        ("dsf:0.02", (6, 12)), ("dsf:1", (6, 12)),
     ],
     ids=lambda value: str(value)[:30],
 )  # fmt: skip
@@ -244,7 +224,6 @@ def test_sizes_and_shapes_that_make_no_sense(text, shape):
     conv = nn.Conv2d(*(*shape, 3)[:3])
     with pytest.raises(ValueError, match=rf"{text.partition(':')[0]}|chain|rank|basis_channels"):
         Structure.parse(text).check(conv)
-    assert Structure.parse(text).obstacle(conv)
 
 
 def test_unknown_kinds_and_grouped_convolutions_are_refused():

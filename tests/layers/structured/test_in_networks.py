@@ -9,7 +9,7 @@ from torch import nn
 from basis import cost, count_parameters, count_trained, merge, models, plan_of, substitute
 from basis.costs import Cost
 from basis.experiments.studies.published import GRAY, INCLUDE, mult_adds
-from basis.layers.structured import LAYERS, Product, StructuredConv2d
+from basis.layers.structured import LAYERS
 from basis.layers.structured.filters import FilterBasis
 from basis.models import build
 from basis.substitution import Plan
@@ -19,9 +19,6 @@ from tests.layers.structured.kinds import TEXTS, conv_of
 def convolutions(count=4, **options):
     torch.manual_seed(0)
     return nn.Sequential(*(conv_of(8, 8, dtype=torch.float32, **options) for _ in range(count))).eval()
-
-
-# -- what was published -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("row", GRAY, ids=lambda row: row.setting)
@@ -70,9 +67,6 @@ def test_published_counts_of_shared_bases():
         assert len({id(m.basis) for m in new.modules() if isinstance(m, FilterBasis)}) == 3
 
 
-# -- costs by hand ----------------------------------------------------------------------------------
-
-
 def test_generic_by_hand_and_frozen_layers():
     model = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1))
     report = cost(substitute(model, {"2": "generic:0.25"}), (8, 12, 12), batch_size=2)
@@ -85,45 +79,6 @@ def test_generic_by_hand_and_frozen_layers():
     first, second = (row.cost for row in cost(network, (8, 12, 12)).layers)
     assert (second.input_gradient_macs, second.weight_gradient_macs) == (36 * (16 * 9 + 16 * 32), 0)
     assert first.input_gradient_macs == 144 * 8 * 16  # of the map alone: it follows the trained depthwise filters
-
-
-class MaskedConv2d(StructuredConv2d):
-    """Two products at two resolutions, a mask of one bit for each number, and random numbers from a seed."""
-
-    kind = "masked"
-
-    def _build(self, new):
-        self.frozen = new(self.out_channels, *self.filter_shape).requires_grad_(False)
-        self.scores = new(self.out_channels, *self.filter_shape)
-        self.products = (Product(10, at="input", trained=False), Product(7, reads=3, reads_at="input"))
-        self.building = self.frozen.numel()
-
-    def bits(self, name):
-        return self.scores.numel() if name == "scores" else 0
-
-    def _weight(self):
-        return self.frozen * self.scores
-
-
-def test_bits_seeds_resolutions_and_building():
-    layer, numbers = MaskedConv2d(3, 5, 3, stride=2, padding=1, dtype=torch.float64), 5 * 3 * 9
-    assert count_parameters(layer) == -(-numbers // 32) + 5
-    assert count_trained(layer) == numbers + 5
-    inside, outside = 4 * 48, 4 * 12
-    assert cost(layer, (3, 8, 6), batch_size=4).total == Cost(
-        parameters=count_parameters(layer),
-        forward_macs=inside * 10 + outside * 7,
-        weight_gradient_macs=outside * 7,  # nothing before the second product is trained
-        activation_bytes=8 * inside * (3 + 3),
-        building_macs=numbers,
-    )
-    tied = nn.Sequential(*(MaskedConv2d(4, 4, 3, padding=1) for _ in range(2)))
-    tied[1].scores = tied[0].scores
-    first, second = cost(tied, (4, 5, 5)).layers
-    assert (first.cost.parameters, second.cost.parameters) == (-(-144 // 32) + 4, 4)
-
-
-# -- sharing ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ["lfb:0.5,2", "dsfb:1/3,1/12"])
@@ -163,7 +118,6 @@ def test_layers_that_do_not_train_share_nothing_with_those_that_do():
     new = substitute(model, layer="lfb:1,2")
     assert new[0].basis is new[1].basis is new[2].basis is not new[3].basis
     assert not any(p.requires_grad for p in new[3].parameters())
-    assert not any(module.training for module in new.modules())
 
 
 def test_a_bias_is_merged_with_a_normalisation_but_one_tied_elsewhere_stays():

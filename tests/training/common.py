@@ -1,0 +1,49 @@
+"""What the tests of training share: a small network, a short recipe, and the check of a resumed training."""
+
+import pytest
+import torch
+
+import basis
+from basis.data import synthetic
+from basis.models import build
+from basis.training.loop import Recipe, TrainingPaused, train
+
+RECIPE = Recipe(epochs=3, batch_size=20, translate=2, cutout=8, precision="fp32")
+DATA = synthetic(train=80, test=20, size=16)  # 4 steps an epoch
+
+
+def network(form=None, *, seed=0, width=4, ratio=0.5, mode="factorized", **options):
+    """ResNet-20, dense unless a form of coefficients, or substitute's options, are given."""
+    torch.manual_seed(seed)
+    model = build("resnet20", width=width)
+    if form:
+        options |= {"ratio": ratio, "mode": mode, "coefficients": form}
+    return basis.substitute(model, init="random", **options) if options else model
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, basis.BasisConv2d)]
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def losses(result):
+    return [row["train_loss"] for row in result.curves]
+
+
+def resumed(recipe, path, make, teacher=lambda: None, data=DATA):
+    """The network of an uninterrupted training, after a check that a paused and resumed one is alike bit for bit."""
+    whole, parts = make(), make()
+    expected = train(whole, data, recipe, device="cpu", teacher=teacher())
+    pause = {"checkpoint": path, "should_stop": lambda: True}
+    with pytest.raises(TrainingPaused, match="after epoch 1 of 3"):
+        train(parts, data, recipe, device="cpu", teacher=teacher(), **pause)
+    torch.manual_seed(99)  # a new process: neither the weights nor the random state are there
+    parts = make(seed=5)
+    result = train(parts, data, recipe, device="cpu", checkpoint=path, teacher=teacher())
+    assert same(whole, parts)
+    assert losses(result) == losses(expected)
+    assert result.test == expected.test
+    return whole

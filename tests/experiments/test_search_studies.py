@@ -151,8 +151,6 @@ def test_the_verdict_on_h1(predict, options, label):
     records = comparison(predict, **options)
     (verdict,) = SENSITIVITY.verdicts(records, "cpu")
     assert (verdict.claim, verdict.label) == ("H1", label)
-    lacking = [r for r in records if not r.config["variant"].startswith("layer4")]
-    assert SENSITIVITY.verdicts(lacking, "cpu")[0].label == "not tested"
 
 
 def test_a_choice_keeps_its_budget_by_the_table_that_a_record_holds(tmp_path):

@@ -21,11 +21,9 @@ STUDY = STUDIES["substitutes"]
 NOISE = (-0.001, 0.001, 0.0005)  # what the seeds 0, 1, 2 add to an accuracy
 
 
-@pytest.mark.parametrize("profile", ["smoke", "cpu", "colab", "paper"])
-def test_no_run_is_listed_twice_and_a_variants_name_says_what_it_is(profile):
-    listed = STUDY.runs(profile)
-    assert len({run.id for run in listed}) == len(listed) == len({(run.variant, run.seed) for run in listed})
-    for run in listed:
+@pytest.mark.parametrize("profile", ["smoke", "paper"])
+def test_a_variants_name_says_what_it_is(profile):
+    for run in STUDY.runs(profile):
         variant = Variant.parse(run.variant)
         assert str(variant) == run.variant
         assert (variant.network, variant.width, variant.text) == (run.model, run.width, run.layer or "dense")
@@ -118,7 +116,6 @@ def test_a_run_is_the_same_with_a_teacher_trained_at_once_kept_or_interrupted(tm
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher": None}, "fitted"),
         ({"fitted": None}, "teacher"),
         ({"layer": None, "include": None}, "dense"),
         ({"fitted": None, "teacher": None, "recipe": Recipe(attention=1.0)}, "recipe.attention"),

@@ -67,22 +67,6 @@ def test_every_label_can_come_out(uniform, selected, c3, c4):
     assert {claim: v.label for claim, v in verdicts.items()} == {"C1": "by construction", "C3": c3, "C4": c4}
 
 
-def test_the_finding_on_c4_names_what_else_has_as_many_parameters():
-    three = {"uniform": [10.0, 9.0, 10.0], "optimal": [-0.1] * 3}
-    assert "largest" not in STUDY.verdicts(outcomes(**three), "small")[2].finding
-    verdict = STUDY.verdicts(outcomes(**three, largest_first=[1.0] * 3), "small")[2]
-    assert "+1.10 [+1.10, +1.10] over the largest layers first" in verdict.finding
-    assert verdict.difference == "+0.10 points"
-
-
-def test_variants_are_listed_in_the_order_of_the_plan_and_the_table_is_none_of_them():
-    planned = STUDY.runs("small")
-    records = [record(run, macs=10, curves=[]) for run in reversed(planned) if run.test is not False]
-    names = list(dict.fromkeys(headline.frame(records)["variant"]))
-    assert names == list(dict.fromkeys(run.variant for run in planned[1:]))
-    assert len(headline.frame([record(planned[0], macs=10, curves=[], test=None), *records])) == len(records)
-
-
 def test_a_network_that_is_reused_learns_the_same_to_the_bit():
     base = next(run for run in STUDY.runs("smoke") if run.variant == "dense")
     base = dataclasses.replace(base, images=200, recipe=dataclasses.replace(base.recipe, epochs=1))

@@ -31,10 +31,9 @@ def outcomes(*, grown=0.1, svd=0.7, tuned=0.0, seeds=5):
     return records
 
 
-@pytest.mark.parametrize("profile", ["smoke", "cpu", "colab", "paper"])
-def test_no_run_is_listed_twice_and_the_verdict_comes_first(profile):
+@pytest.mark.parametrize("profile", ["smoke", "paper"])
+def test_the_verdict_comes_first(profile):
     listed = STUDY.runs(profile)
-    assert len({run.id for run in listed}) == len(listed) == len({(run.variant, run.seed) for run in listed})
     assert [run.variant for run in listed[:3]] == ["dense", SELECTED, "svd at 50 %"]
     assert len({run.seed for run in listed if run.variant == "dense"}) >= study_of.SEEDS
 

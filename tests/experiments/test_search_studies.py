@@ -77,17 +77,6 @@ def test_the_truth_has_every_3x3_layer_at_two_ratios_and_no_seed_on_both_sides()
     assert [run.variant for run in listed[:9]] == ["dense"] * 8 + ["ladder"]
 
 
-def test_equal_plans_at_both_ratios_are_one_run_and_losses_are_differences_to_dense():
-    narrow = [r for r in SENSITIVITY.runs("cpu") if r.variant.startswith("layer1.0.conv1") and r.seed == 0]
-    assert [run.plan for run in narrow] == [{"layer1.0.conv1": 1}]
-    records = comparison(float)
-    truth, other = (sensitivity.losses(records, ratio) for ratio in sensitivity.RATIOS)
-    assert truth.layers["layer1.0.conv1"] == other.layers["layer1.0.conv1"]
-    assert truth.truth()["conv1"] == pytest.approx(0.01)
-    assert truth.truth()["layer4.1.conv2"] == pytest.approx(0.17)
-    assert (len(truth.dense), len(sensitivity.losses(records, 1 / 8, short=True).dense)) == (8, 2)
-
-
 def test_layers_are_compared_with_the_dense_runs_of_the_seeds_that_all_have():
     truth = sensitivity.Losses(by_seed(1.0, 3.0, 100.0), {"a": by_seed(1.5, 3.5), "b": by_seed(2.0, 4.0)})
     assert truth.truth() == pytest.approx({"a": 0.5, "b": 1.0})
@@ -138,10 +127,6 @@ def test_reliability_is_the_share_that_is_not_noise():
     layers = {str(i): by_seed(i, i + 5.0, i + 9.0) for i in range(5)}
     del layers["3"][0]  # the others are compared without this seed, too
     assert sensitivity.reliability(sensitivity.Losses({}, layers)) == pytest.approx(1)
-    random = np.random.default_rng(0)
-    noisy = random.normal(size=400)[:, None] + random.normal(size=(400, 2))
-    half = sensitivity.Losses({}, {str(i): by_seed(*row) for i, row in enumerate(noisy)})
-    assert sensitivity.reliability(half) == pytest.approx(2 / 3, abs=0.07)
 
 
 def test_the_second_truth_is_of_the_very_network_that_was_measured():
@@ -166,8 +151,6 @@ def test_the_verdict_on_h1(predict, options, label):
     records = comparison(predict, **options)
     (verdict,) = SENSITIVITY.verdicts(records, "cpu")
     assert (verdict.claim, verdict.label) == ("H1", label)
-    lacking = [r for r in records if not r.config["variant"].startswith("layer4")]
-    assert SENSITIVITY.verdicts(lacking, "cpu")[0].label == "not tested"
 
 
 def test_a_choice_keeps_its_budget_by_the_table_that_a_record_holds(tmp_path):

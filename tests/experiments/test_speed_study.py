@@ -3,7 +3,7 @@
 import pytest
 
 from basis.bench.timing import BenchReport
-from basis.experiments.studies import cost, speed
+from basis.experiments.studies import speed
 
 
 def report(kind, rows, **config):
@@ -42,15 +42,10 @@ def judged(monkeypatch):
     return judge
 
 
-def test_nothing_measured_is_not_tested(judged):
-    assert judged(layer=[layer(2.0)])["H2"].label == "not tested"
-    assert judged(rivals=[rival(0.5)])["H2"].label == "not tested"
-    assert judged(train=[step(2.0, 0.5)])["H3"].label == "not tested"
-
-
 @pytest.mark.parametrize(("slower", "label"), [(0, "reproduced"), (2, "partly"), (3, "not reproduced")])
 def test_layers_are_judged_by_the_part_that_is_slower(judged, slower, label):
     layers = [layer(0.9 if i < slower else 1.5) for i in range(20)]
+    assert judged(layer=layers)["H2"].label == "not tested"
     verdict = judged(layer=layers, rivals=[rival(0.9)])["H2"]
     assert verdict.label == label
     assert f"{slower} of 21 cells ({slower} of 20 against dense, 0 of 1 against the SVD pair)" in verdict.finding
@@ -64,7 +59,6 @@ def test_layers_are_judged_by_the_part_that_is_slower(judged, slower, label):
         (layer(1 / 1.03, speedup_q3=1.01), False),  # the quartiles enclose 1
         (layer(1 / 1.03, **{"pass": "forward"}), None),
         (layer(1 / 1.03, shape="32@32"), None),  # no layer of ResNet-18
-        (layer(1 / 1.03, ratio=0.9), None),
         ({"mode": "auto", "shape": "64@32", "error": "failed"}, None),
         (rival(1.03), True),
         (rival(1.015), False),
@@ -82,7 +76,6 @@ def test_what_counts_as_slower(row, slower):
     [
         (step(1.4, 0.5), step(1.7, 0.25), "reproduced"),
         (step(1.3, 0.5), step(1.7, 0.25), "partly"),  # its lower quartile is not above
-        (step(1.4, 0.5, peak_mib=101.0), step(1.7, 0.25), "partly"),
         (step(1.4, 0.5, peak_mib=None), step(1.7, 0.25), "partly"),
         (step(0.9, 0.5), step(1.0, 0.25), "not reproduced"),
     ],
@@ -103,18 +96,3 @@ def test_rows_say_what_was_executed():
     row = {"mode": "auto", "resolved": "factorized", "shape": "64@32", "basis_channels": 32}
     assert [speed.executed_mode(row, device) for device in ("cpu", "cuda")] == ["cat", "factorized"]
     assert speed.executed_mode({**row, "mode": "control"}, "cpu") == "dense"
-
-
-def test_the_cost_chapter_judges_wide_layers_of_resnet18_that_were_timed():
-    kept = [layer(2.0, shape="128@16"), layer(2.0, shape="128@16", timed="graph")]
-    lost = [layer(2.0, shape="64@32"), layer(2.0, shape="160@16"), layer(2.0, shape="128@16", error="failed")]
-    lost.append(layer(2.0, shape="128@16", timed="host-bound"))
-    assert cost.judged_cells([report("bench-layer", [*lost, *kept])]) == kept
-
-
-def test_a_row_comes_with_what_its_report_says(monkeypatch):
-    rows = [layer(2.0), layer(1.0, error="failed")]
-    monkeypatch.setattr(speed, "load_benches", lambda _, kind: [report(kind, rows, device="cpu")])
-    loaded = speed.load_rows("paper")
-    assert list(loaded["kind"]) == list(speed.STUDY.benches)
-    assert set(loaded["device"]) == {"a CPU"}

@@ -1,7 +1,6 @@
 """The study of chapter 9: its runs, how variants are compared, the verdicts on S1 and S2, and runs with a teacher."""
 
 import dataclasses
-from collections import Counter
 
 import filelock
 import pytest
@@ -22,18 +21,13 @@ STUDY = STUDIES["substitutes"]
 NOISE = (-0.001, 0.001, 0.0005)  # what the seeds 0, 1, 2 add to an accuracy
 
 
-@pytest.mark.parametrize("profile", ["smoke", "cpu", "colab", "paper"])
-def test_no_run_is_listed_twice_and_a_variants_name_says_what_it_is(profile):
-    listed = STUDY.runs(profile)
-    assert len({run.id for run in listed}) == len(listed) == len({(run.variant, run.seed) for run in listed})
-    for run in listed:
+@pytest.mark.parametrize("profile", ["smoke", "paper"])
+def test_a_variants_name_says_what_it_is(profile):
+    for run in STUDY.runs(profile):
         variant = Variant.parse(run.variant)
         assert str(variant) == run.variant
         assert (variant.network, variant.width, variant.text) == (run.model, run.width, run.layer or "dense")
         assert (run.recipe.decay == "scaled") == (variant.text != "dense" and variant.how != "plain decay")
-    if profile == "cpu":
-        sizes = Counter(one.kind for one in {Variant.parse(run.variant) for run in listed} if not one.how)
-        assert sizes == dict.fromkeys(study_of.KINDS, 3) | {"dense": 4}
 
 
 @pytest.mark.parametrize("profile", ["cpu", pytest.param("paper", marks=pytest.mark.weekly)])
@@ -65,7 +59,6 @@ def outcomes(good="", accuracy=0.7, size=None):
         ("generic", None, "reproduced"),  # it beats narrower dense networks, and nobody beats it
         ("basis", None, "not reproduced"),  # it beats all of them at their size
         ("basis", {"basis": 1e6}, "partly"),  # what costs more beats nobody
-        ("", None, "partly"),
     ],
 )
 def test_the_rule_for_s1(good, size, label):
@@ -84,13 +77,6 @@ def test_s2_is_judged_by_the_mean_gain(gain, label):
     assert (verdict.claim, verdict.label, verdict.difference) == ("S2", label, f"{100 * gain:+.2f} points")
     alone = [r for r in records if r.config["seed"] == 0]
     assert [v.label for v in STUDY.verdicts(alone, "cpu")] == ["not tested"] * 2
-
-
-def test_the_network_with_the_most_variants_is_judged_even_if_another_has_more_runs():
-    listed = STUDY.runs("paper")
-    records = [record(run) for run in listed if run.model == "wrn-16-4" and run.seed == 0][:12]
-    others = [record(run) for run in listed if run.model == "resnet18"]
-    assert study_of.of_main_network(records + others) == records
 
 
 # -- runs with a teacher --------------------------------------------------------------------------------
@@ -130,7 +116,6 @@ def test_a_run_is_the_same_with_a_teacher_trained_at_once_kept_or_interrupted(tm
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher": None}, "fitted"),
         ({"fitted": None}, "teacher"),
         ({"layer": None, "include": None}, "dense"),
         ({"fitted": None, "teacher": None, "recipe": Recipe(attention=1.0)}, "recipe.attention"),

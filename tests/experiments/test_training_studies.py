@@ -55,9 +55,6 @@ def test_the_rule_for_c5(accuracy, label):
     (verdict,) = COEFFICIENTS.verdicts(records, "cpu")
     assert verdict.label == label
     assert "of 4 forms that save enough to be judged: low-rank A, sparse A, frozen A, no A" in verdict.finding
-    if label == "reproduced":
-        assert "low-rank A saves 6.0% of the trained parameters and 0.0% of the MACs" in verdict.finding
-        assert verdict.difference == "+1.00 points"
     alone = [r for r in records if r.config["seed"] == 0]
     assert COEFFICIENTS.verdicts(alone, "cpu")[0].label == "not tested"
 
@@ -94,9 +91,8 @@ def test_step_times_are_relative_to_dense_coefficients(bench):
 
 
 def test_the_time_of_a_schedule_is_the_mean_of_its_steps(bench):
-    for other in ({"width": 8}, {"mode": "auto"}, {"batch_size": 64}, {"precision": "fp32"}):
-        bench(**other)
-        assert skip.find_bench("cpu") is None
+    bench(batch_size=64)
+    assert skip.find_bench("cpu") is None
     bench()
     assert skip.find_bench("paper") is None  # a CPU's time says nothing of a GPU
     times, told = skip.measured("cpu", skip.find_bench("cpu")), skip.predicted("cpu")
@@ -121,7 +117,6 @@ def schedules(accuracy, full=(0.56, 0.58, 0.60)):
     [
         (0.61, (0.56, 0.58, 0.60), "reproduced"),
         (0.5985, (0.56, 0.58, 0.60), "partly"),
-        (0.61, (0.61, 0.61, 0.61), "partly"),  # no better than a shorter training
         (0.58, (0.56, 0.58, 0.60), "not reproduced"),
     ],
 )
@@ -163,15 +158,6 @@ def test_the_rule_for_c7(selected, label):
     assert mean.high - mean.low == pytest.approx((one.high - one.low) / len(names) ** 0.5)
     two = [r for r in records if r.config["model"] in ("resnet18", "resnet20")]
     assert FAMILY.verdicts(two, "cpu")[0].label == "not tested"
-
-
-def test_plans_are_made_from_the_table_of_their_own_network():
-    runs = FAMILY.runs("paper")
-    tables = {run.id: run for run in runs if run.ladder}
-    chosen = [run for run in runs if run.choice]
-    assert all(tables[run.choice.table].model == run.model for run in chosen)
-    assert {run.model for run in chosen} == set(family.NETWORKS)
-    assert not {run.seed for run in tables.values()} & {run.seed for run in chosen}
 
 
 @pytest.mark.weekly

@@ -20,10 +20,8 @@ from basis.experiments.studies.study import Verdict as Verdict
 from basis.saving import RecordError
 from basis.training.loop import choose_device
 
-STUDIES: Mapping[str, Study] = {
-    one.STUDY.name: one.STUDY
-    for one in (cost, headline, sensitivity, coefficients, skip, family, substitutes, speed, own)
-}
+_MODULES = (cost, headline, sensitivity, coefficients, skip, family, substitutes, speed, own)
+STUDIES: Mapping[str, Study] = {module.STUDY.name: module.STUDY for module in _MODULES}
 
 
 def find_study(name: str) -> Study:
@@ -116,8 +114,8 @@ def gather(
 ) -> Gathered:
     """The records of a study for a notebook, after training what is missing if that is asked for.
 
-    Nothing is trained for the profiles ``colab`` and ``paper`` without a GPU, since it would take
-    hours; the note says so. Raises ``ValueError`` for an unknown study, profile or duration.
+    Without a GPU nothing is trained for ``colab`` and ``paper``. Raises ``ValueError`` for an unknown study, profile or
+    duration.
     """
     study, seconds = find_study(name), parse_duration(time_limit)
     if profile not in PROFILES:

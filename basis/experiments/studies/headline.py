@@ -1,7 +1,6 @@
 """Chapters 3 and 5: basis convolutions on all layers, and on the layers that a sensitivity analysis chooses.
 
-One dense network is trained and its sensitivities are measured on held-out images; every plan comes from that
-table. Each variant is trained from scratch by the dense recipe, with seeds that all variants share.
+Every plan comes from one trained network's table; each variant is trained from scratch, with shared seeds.
 """
 
 from collections.abc import Callable, Mapping, Sequence

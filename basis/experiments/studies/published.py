@@ -1,8 +1,8 @@
 """The results of Gray, Crowley and Storkey, "Separable Layers Enable Structured Efficient Linear Substitutions".
 
 arXiv 1906.00859 and github.com/BayesWatch/deficient-efficient. :data:`GRAY` (``gray2019.csv``) holds WRN-28-10 on
-CIFAR-10, trained with attention transfer from the dense network. Errors were decoded from ``images/wrn-28-10-at.pdf``
-there; each point was given its setting by its number of parameters, which ours equals to the unit.
+CIFAR-10, trained with attention transfer. Errors were decoded from ``images/wrn-28-10-at.pdf`` there; each point was
+given its setting by its number of parameters, which ours equals to the unit.
 """
 
 import copy
@@ -48,9 +48,8 @@ with Path(__file__).with_name("gray2019.csv").open(encoding="utf-8", newline="")
 def mult_adds(model: nn.Module, input_size: Sequence[int]) -> int:
     """Multiply-adds of one image of (C, H, W) through ``model`` as Gray et al. count them.
 
-    Those of convolutions and linear layers, and one for each element of a ReLU. :func:`basis.cost` differs on
-    principle: no ReLU, what is executed (``acdc`` is one matrix for all pixels, ``tied`` sums repeated channels first),
-    and the MACs of building weights. Raises ``ValueError`` for basis convolutions, which are not theirs.
+    Those of convolutions and linear layers, and one for each element of a ReLU. :func:`basis.cost` counts what is
+    executed instead. Raises ``ValueError`` for basis convolutions, which are not theirs.
     """
     traced = copy.deepcopy(model).to("meta").eval()
     counted = []

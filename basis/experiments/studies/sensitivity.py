@@ -88,8 +88,8 @@ def _noise(runs: np.ndarray) -> tuple[float, int]:
 class Losses:
     """Final losses on held-out images by seed: of the dense runs, and of every layer alone at one ratio.
 
-    A seed moves all variants together (they share initial weights and the order of the images), so layers are
-    compared at the seeds that all of them have, and with the dense runs of those seeds.
+    A seed moves all variants together (initial weights, order of the images), so layers are compared at the seeds
+    that all of them have, and with the dense runs of those seeds.
     """
 
     dense: Mapping[int, float]
@@ -185,9 +185,8 @@ def bootstrap(
 ) -> Estimate:
     """The mean rank correlation over truths, with a 95 % percentile bootstrap over layers and over seeds.
 
-    One draw takes the same layers and seeds of all truths. ``n`` is the number of layers; those whose prediction or
-    truth is not finite are left out, and NaN is the answer where fewer than 4 remain. What varies in the prediction
-    itself (another network, other images) is not in the interval.
+    One draw takes the same layers and seeds of all truths. ``n`` is the number of layers; those that are not finite
+    are left out, and NaN is the answer where fewer than 4 remain. What varies in the predictions is not in it.
     """
     names = [
         name
@@ -218,10 +217,9 @@ def agreement(name: str, truths: Sequence[Losses], predictions: Sequence[Values]
 
 
 def reliability(truth: Losses) -> float:
-    """The share of the variance between layers' mean losses that is not noise of the runs, in [0, 1].
+    """The share of the variance between layers' mean losses that is not noise; NaN without two seeds and layers.
 
-    Its square root bounds the correlation that a perfect measure could be expected to reach. NaN where there are
-    fewer than two seeds or layers.
+    Its square root bounds the correlation that a perfect measure could be expected to reach.
     """
     runs = truth.runs(list(truth.layers))
     if runs.ndim < 2 or min(runs.shape) < 2:
@@ -250,8 +248,7 @@ def agreements(
 ) -> list[Agreement]:
     """The measures against a truth, the cheapest first; those that no record holds are left out.
 
-    The truth is what a layer costs after training from scratch (measures are then means over the measured
-    networks), or after fine-tuning of the very network that was measured (correlations are then means over those).
+    From scratch, measures are means over the measured networks; else correlations are, each with its own truth.
     """
     truths = truths_of(records, truth)
     square = {name: ranks(channels) for name, channels in _shapes(records).items()}

@@ -87,7 +87,7 @@ def full_by_time(records: Sequence[Record]) -> dict[float, str]:
 def gain(records: Sequence[Record], name: str, time: float, *, comparisons: int = 1) -> Estimate:
     """The variant ``name`` minus training everything for the fraction ``time`` of the epochs, interpolated.
 
-    Below the shortest such training, that one stands for it (which flatters the schedule's rival).
+    Below the shortest such training, that one stands for it.
     """
     lengths = full_by_time(records)
     place = float(np.interp(time, list(lengths), range(len(lengths))))

@@ -76,8 +76,7 @@ def _judge_layers(profile: str) -> Verdict:
 def step_rows(reports: Sequence[BenchReport]) -> dict[float, Mapping[str, Any]]:
     """Ratio -> the row of the training step that H3 speaks of: with batch normalisation through the basis.
 
-    All parts of it are trained, in mode auto with dense coefficients. Of the kinds of step it takes the one in
-    which the dense network takes the least time per image.
+    All parts are trained, in mode auto with dense coefficients, in the kind of step in which dense is fastest by image.
     """
     wanted = {"norms": "through_basis", "mode": "auto", "coefficients": "dense", "trained": "both", "model": "resnet18"}
     found: dict[float, tuple[float, Mapping[str, Any]]] = {}

@@ -36,10 +36,7 @@ SCALED = ("generic", "tensor_train", "tucker", "shuffle", "acdc")
 UNSCALED = (*SCALED, "tied", "sep_hashed", "basis")
 # What the sources add to the loss. They weigh the orthogonality with 10, which diverges where a layer has few filters.
 TERMS: Mapping[str, Mapping[str, Any]] = {"linearconv": {"decorrelation": 0.01}, "dsfb": {"orthogonality": 0.1}}
-FITTED = (
-    "dsf:0.12", "basis:1/8", "generic:0.5", "tucker:0.67", "tensor_train:0.7", "sep_hashed:0.5", "hashed:0.12",
-    "debut:0.12",
-)  # fmt: skip
+FITTED = tuple(TEXTS["substitutes"]["fitted"].split())  # these also start from a trained dense network
 AXES: Mapping[str, str] = {"parameters": "stored parameters", "macs": "multiply-accumulates"}
 POINTS = 0.2
 

@@ -40,7 +40,7 @@ def test_mult_adds_of_a_tied_layer_repeat_the_channels_and_basis_convolutions_ar
 def test_published_counts_of_linearconv():
     """ResNet-18 with all its convolutions: 6.03 M, and with A of rank 10 5.64 M."""
     with torch.device("meta"):
-        model = models.resnet18()
+        model = models.build("resnet18")
     plan = {name: "linearconv" for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     plan |= {name: c.out_channels // 2 for name, c in model.named_modules() if "shortcut.0" in name or name == "conv1"}
     assert count_parameters(substitute(model, plan, init="random")) == 6_029_546
@@ -49,7 +49,7 @@ def test_published_counts_of_linearconv():
 
 def test_published_counts_of_shared_bases():
     """ResNet-56 with (m, p) = (24, 16), (48, 32), (84, 64); ResNet-32 S8U1 and S16U1."""
-    model = models.resnet56()
+    model = models.build("resnet56")
     plan = {
         name: "lfb:84/64" if conv.in_channels == 64 else "lfb:1.5"
         for name, conv in model.named_modules()
@@ -59,7 +59,7 @@ def test_published_counts_of_shared_bases():
     norms = sum(p.numel() for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
     assert count_parameters(new) - norms - 10 == 194_992
     assert new.layer2[0].conv1.basis is new.layer1[0].conv1.basis
-    model = models.resnet32()
+    model = models.build("resnet32")
     for text, numbers in (("dsfb:1/2,1/16", 150_666), ("dsfb:1,1/16", 197_258)):
         plan = {name: text for name, m in model.named_modules() if ".conv" in name and name.split(".")[1] != "0"}
         new = substitute(model, plan, init="random")

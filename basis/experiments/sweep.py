@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from basis.bench.cases import USUAL, bench_layers
+from basis.bench.cases import USUAL, Kind, bench_layers
 from basis.bench.networks import NORMS, bench_training
 from basis.bench.report import BenchReport, check_place
 from basis.bench.roofline import measure_machine, with_machine
 from basis.bench.shapes import RESNET18_SHAPES
-from basis.bench.timing import Progress, Setting
+from basis.bench.timing import PASSES, Progress, Setting
 from basis.bench.tuning import bench_latency
 from basis.experiments.budget_bench import bench_plans
 from basis.models import build
@@ -50,10 +50,10 @@ def measurements(*, tiny: bool = False) -> tuple[Measurement, ...]:
     shapes = ("16@6", "16-32@6/2") if tiny else RESNET18_SHAPES
     network: dict[str, Any] = {"model": "resnet20", "width": 8} if tiny else {"model": "resnet18"}
     name, wide = network["model"], "wrn-10-1" if tiny else "wrn-28-10"
-    ratios, candidates, both = (1 / 4, 1 / 2), (1 / 8, 1 / 4, 1 / 2), ("forward+backward",)
+    ratios, candidates, both = (1 / 4, 1 / 2), (1 / 8, 1 / 4, 1 / 2), PASSES[1:]
     shares = (1.0, 0.9) if tiny else (0.5, 0.8, 0.65)
 
-    def by_shape(kind: str, **options: Any) -> list[Part]:
+    def by_shape(kind: Kind, **options: Any) -> list[Part]:
         return [partial(bench_layers, kind, shapes=(shape,), ratios=ratios, **options) for shape in shapes]
 
     def latency(**given: Any) -> BenchReport:

@@ -2,6 +2,7 @@
 
 from basis.bench.tuning import tune, use_modes
 from basis.costs import CostReport, cost, count_parameters, count_trained
+from basis.export import export_onnx, export_program
 from basis.inference import fold
 from basis.layers.batchnorm import couple, uncouple
 from basis.layers.coefficients import Coefficients, Form
@@ -15,6 +16,7 @@ from basis.training.evaluation import Evaluation
 from basis.training.finetuning import FineTuning, finetune
 from basis.training.loop import Recipe, Result, evaluate, train
 from basis.training.recalibration import Recalibration, recalibrate
+from basis.training.skipping import Skip
 
 __all__ = [
     "BasisConv2d",
@@ -29,11 +31,14 @@ __all__ = [
     "Recipe",
     "Result",
     "SensitivityTable",
+    "Skip",
     "cost",
     "count_parameters",
     "count_trained",
     "couple",
     "evaluate",
+    "export_onnx",
+    "export_program",
     "finetune",
     "fold",
     "load",

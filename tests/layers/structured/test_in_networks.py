@@ -134,21 +134,23 @@ def test_a_bias_is_merged_with_a_normalisation_but_one_tied_elsewhere_stays():
     assert dense[3].bias.requires_grad
 
 
-@pytest.mark.parametrize("init", ["svd", "random"])
 @pytest.mark.parametrize("text", ["basis:1/4", "linearconv", *TEXTS])
-def test_networks_train_merge_and_keep_what_they_share(text, init, monkeypatch):
-    monkeypatch.setattr("basis.layers.structured.layer.FIT_STEPS", 5)
-    new, x = substitute(convolutions(padding=1), layer=text, init=init).train(), torch.randn(2, 8, 9, 9)
-    new(x).square().sum().backward()
-    for name, parameter in new.named_parameters():
-        assert (parameter.grad is not None) == parameter.requires_grad, name
-    assert all(type(layer) is nn.Conv2d for layer in merge(new))
-    torch.testing.assert_close(merge(new.eval())(x), new(x), rtol=1e-4, atol=1e-5)
-    copied, other = copy.deepcopy(new), substitute(convolutions(padding=1), layer=text, init="random").eval()
-    other.load_state_dict(new.state_dict())
-    for same in (copied, other):
-        torch.testing.assert_close(same(x), new(x))
-        assert len(list(same.parameters())) == len(list(new.parameters()))
-    assert (len(list(new.parameters())) < len(list(new.named_parameters(remove_duplicate=False)))) == ("fb:" in text)
-    if ":" in text and text != "basis:1/4":
-        assert set(plan_of(new).layers.values()) == {text}
+def test_networks_train_merge_and_keep_what_they_share(text, monkeypatch):
+    for init in ["svd", "random"]:
+        monkeypatch.setattr("basis.layers.structured.layer.FIT_STEPS", 5)
+        new, x = substitute(convolutions(padding=1), layer=text, init=init).train(), torch.randn(2, 8, 9, 9)
+        new(x).square().sum().backward()
+        for name, parameter in new.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert all(type(layer) is nn.Conv2d for layer in merge(new))
+        torch.testing.assert_close(merge(new.eval())(x), new(x), rtol=1e-4, atol=1e-5)
+        copied, other = copy.deepcopy(new), substitute(convolutions(padding=1), layer=text, init="random").eval()
+        other.load_state_dict(new.state_dict())
+        for same in (copied, other):
+            torch.testing.assert_close(same(x), new(x))
+            assert len(list(same.parameters())) == len(list(new.parameters()))
+        assert (len(list(new.parameters())) < len(list(new.named_parameters(remove_duplicate=False)))) == (
+            "fb:" in text
+        )
+        if ":" in text and text != "basis:1/4":
+            assert set(plan_of(new).layers.values()) == {text}

@@ -54,10 +54,6 @@ class BenchReport:
         """The control rows whose quartiles do not enclose 1; chance alone does it to 6 in 100 at 15 rounds."""
         return [row for row in self.controls() if not row["speedup_q1"] <= 1 <= row["speedup_q3"]]
 
-    def faster_than_basis(self) -> list[Mapping[str, Any]]:
-        """The rows of candidates that beat the basis layer: the lower quartile of ``versus_basis`` is above 1."""
-        return [row for row in self.rows if (row.get("versus_basis_q1") or 0) > 1]
-
     def latencies(self, step: str) -> dict[str, dict[int, float]]:
         """The milliseconds that :func:`bench_latency` found for a pass: layer -> k -> ms, and dense as k = C_out.
 

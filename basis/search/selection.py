@@ -64,7 +64,7 @@ def select(
         budget: unit of ``UNITS`` -> what the network may still have, as a fraction in (0, 1] of the dense network's,
             or ``absolute``. Several are all met.
         ratio: only the candidate nearest to ratio x C_out is used of each layer.
-        latency: a report of :func:`basis.bench.cases.bench_latency`, for a budget in milliseconds. Only what it has
+        latency: a report of :func:`basis.bench.tuning.bench_latency`, for a budget in milliseconds. Only what it has
             measured is chosen then. Its pass ``step`` counts, "forward" or "forward+backward".
         exclude: shell patterns of layers that stay dense.
         seed: of the order of "random".

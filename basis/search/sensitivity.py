@@ -251,12 +251,6 @@ def called_layers(layers: Sequence[Layer]) -> tuple[tuple[Layer, ...], dict[str,
     return tuple(layer for layer in layers if layer.name not in idle), idle
 
 
-def fingerprint_of(model: nn.Module, measure: str, layers: Sequence[Layer]) -> dict[str, str]:
-    """What a table of ``model`` has in its fingerprint whatever the data are, of a measure that trains nothing."""
-    copied = substitute(model, {}).eval()
-    return {**_question(copied, measure, layers), "weights": weights(copied)}
-
-
 def _question(model: nn.Module, measure: str, layers: Sequence[Layer]) -> dict[str, str]:
     chosen = "; ".join(f"{layer.name}: {layer.candidates}" for layer in layers)
     return {"measure": measure, "model": structure(model), "layers": digest(chosen)}

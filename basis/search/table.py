@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ class SensitivityTable:
     """What :func:`basis.sensitivity` returns.
 
     Attributes:
-        measure: one of ``MEASURES``; :meth:`by_kl` appends ``_kl``.
+        measure: one of ``MEASURES``.
         layers: every convolution that can be substituted, in the order of the model.
         cells: what has been measured so far, layer after layer.
         skipped: every other convolution -> why it cannot be substituted. It has no sensitivity.
@@ -192,14 +192,6 @@ class SensitivityTable:
         """Layer names from the least to the most sensitive at :meth:`at`, without those that have no finite value."""
         values = {name: cell.value for name, cell in self.at(ratio).items() if cell and math.isfinite(cell.value)}
         return tuple(sorted(values, key=values.__getitem__))
-
-    def by_kl(self) -> SensitivityTable:
-        """The same table with the divergence from the dense predictions as value, where oneshot(_bn) measured it."""
-        if not any(math.isfinite(cell.kl) for cell in self.cells):
-            raise ValueError(f"this table of {self.measure} holds no divergences; oneshot and oneshot_bn measure them")
-        cells = tuple(replace(cell, value=cell.kl, low=math.nan, high=math.nan, n=0) for cell in self.cells)
-        measure = f"{self.measure}_kl"
-        return replace(self, measure=measure, cells=cells, fingerprint={**self.fingerprint, "measure": measure})
 
     def to_frame(self) -> Any:
         """A pandas frame with a row per cell: what it measured, what it cost, and what it saves of the dense layer."""

@@ -58,7 +58,7 @@ def compression(model: nn.Module) -> float:
 def parameter_groups(model: nn.Module, *, weight_decay: float, decay: str | None = None) -> list[dict[str, Any]]:
     """Groups for an optimizer (``part``): all other parameters, B, A, and the ``factors`` of structured layers.
 
-    ``decay``, see :class:`basis.training.Recipe`, says what ``weight_decay`` means for the last three.
+    ``decay``, see :class:`basis.Recipe`, says what ``weight_decay`` means for the last three.
     """
     parts = Parts(model)
     factors = {id(p) for m in model.modules() if isinstance(m, StructuredConv2d) for p in m.factors}

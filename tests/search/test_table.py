@@ -135,15 +135,6 @@ def test_cells_are_in_the_order_of_layers_and_the_first_of_two_counts():
     assert [c.value for c in table(cells=cells).cells] == [1.0]
 
 
-def test_by_kl():
-    other = table().by_kl()
-    assert [c.value for c in other.cells][:3] == [0.05, 0.2, 0.025]
-    assert all(math.isnan(c.low) and c.n == 0 for c in other.cells)
-    assert str(other).startswith("oneshot_kl: divergence from the dense predictions, nats")
-    with pytest.raises(ValueError, match="holds no divergences"):
-        table(cells=(Cell(layer="a", basis_channels=8, value=1.0),), measure="fisher").by_kl()
-
-
 def test_print():
     lines = str(table()).splitlines()
     assert lines[0] == "oneshot: change of the loss; dense loss 0.75"

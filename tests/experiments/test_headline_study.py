@@ -75,3 +75,7 @@ def test_a_network_that_is_reused_learns_the_same_to_the_bit():
         again, fresh = execute(run, device=CPU, reuse=reuse), execute(run, device=CPU)
         assert [again["test"], again["validation"]] == [fresh["test"], fresh["validation"]]
     assert [reusable(dataclasses.replace(base, layer=layer)) for layer in (None, "sep")] == [True, False]
+
+
+def test_without_records_there_are_no_rows_but_the_columns_of_texts():
+    assert not headline.frame([])["variant"].str.endswith("MACs").any()

@@ -80,7 +80,8 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
         "device": lambda r: r.environment["device"],
         "validation": lambda r: [100 * row["validation_accuracy"] for row in r.result["curves"]],
     }
-    return pd.DataFrame({name: [of(r) for r in tested] for name, of in columns.items()})
+    kind = None if tested else object  # an empty column of texts is one, too
+    return pd.DataFrame({name: [of(r) for r in tested] for name, of in columns.items()}, dtype=kind)
 
 
 def difference(runs: pd.DataFrame, first: str, second: str) -> Estimate:

@@ -25,15 +25,15 @@ ABOVE = 0.01  # a baseline may have that part more parameters than the basis lay
 
 
 class Block(nn.Module):
-    """Convolution, batch normalisation, sum with a shortcut where one is given, ReLU; as in the ResNets."""
+    """Convolution, batch normalisation, ReLU; as in the ResNets."""
 
     def __init__(self, conv: nn.Module, bn: nn.Module) -> None:
         super().__init__()
         self.conv, self.bn = conv, bn
 
-    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        """From (N, C_in, H, W), and a shortcut of the output's shape, to (N, C_out, H', W')."""
-        return activate(self.bn, self.conv(x), shortcut)
+    def forward(self, x: Tensor) -> Tensor:
+        """From (N, C_in, H, W) to (N, C_out, H', W')."""
+        return activate(self.bn, self.conv(x))
 
 
 def svd_pair(shape: Shape, parameters: int) -> nn.Sequential:

@@ -6,21 +6,9 @@ from torch import nn
 
 from basis.bench.cases import BASELINES, bench_layers, layer_of
 from basis.bench.shapes import RESNET18_SHAPES, Shape
-from basis.bench.timing import Setting
 
 needs_tltorch = pytest.mark.skipif(importlib.util.find_spec("tensorly") is None, reason="needs tensorly-torch")
 EAGER = ["basis", "svd", "tucker", "tucker reconstructed"]
-
-
-@pytest.fixture
-def setting():
-    def timer(step):
-        step()
-        return 0.002
-
-    return Setting(
-        device="cpu", precision="fp32", memory_format="channels_last", batch_size=2, rounds=3, timer=timer
-    )  # fmt: skip
 
 
 def count(module):

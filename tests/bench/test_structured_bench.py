@@ -4,19 +4,7 @@ import pytest
 
 from basis.bench.cases import bench_layers
 from basis.bench.networks import bench_structured_training
-from basis.bench.timing import Setting
 from basis.models import build
-
-
-@pytest.fixture
-def setting():
-    def timer(step):
-        step()
-        return 0.002
-
-    return Setting(
-        device="cpu", precision="fp32", memory_format="channels_last", batch_size=2, rounds=3, timer=timer
-    )  # fmt: skip
 
 
 def test_what_a_shape_cannot_take_is_a_row_with_the_reason(setting):

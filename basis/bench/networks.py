@@ -148,9 +148,10 @@ def bench_structured_training(
         for found in measure_steps(networks, kinds, setting):
             text, its_width = wanted[found["mode"]]
             mode = "control" if found["mode"] == "control" else "dense" if text == "dense" else "layer"
-            kept = {key: value for key, value in found.items() if key not in (*PLAIN, "step", "coupled", "means")}
+            left = (*PLAIN, "step", "coupled", "means", "trained_numbers")
+            kept = {key: value for key, value in found.items() if key not in left}
+            kept |= {"trained": found["trained_numbers"]} if "trained_numbers" in found else {}
             rows.append({"model": model, "layer": text, "width": its_width, **kept, "mode": mode})
-            rows[-1] |= {"trained": found["trained_numbers"]} if "trained_numbers" in found else {}
             tell(progress, rows[-1], f"{model} {text}")
     options = {"model": model, "width": width, "include": include, "layers": [list(pair) for pair in pairs]}
     return setting.report("bench-structured-train", rows, **options)

@@ -9,6 +9,7 @@ from basis.layers.coefficients import Coefficients, Form
 from basis.layers.conv import BasisConv2d
 from basis.search.selection import InfeasibleBudget, select
 from basis.search.sensitivity import sensitivity
+from basis.search.switching import Switch
 from basis.search.table import SensitivityTable
 from basis.storage import load, save
 from basis.substitution import Plan, merge, plan_of, substitute
@@ -32,6 +33,7 @@ __all__ = [
     "Result",
     "SensitivityTable",
     "Skip",
+    "Switch",
     "cost",
     "count_parameters",
     "count_trained",

@@ -95,6 +95,17 @@ def substitute(
     return copied
 
 
+def substitute_in_place(
+    model: nn.Module, layers: Mapping[str, Size], *, init: Literal["svd", "random"] = "svd",
+    calibration: Batches | None = None,
+) -> None:  # fmt: skip
+    """:func:`substitute` by such a plan, without the copy; ``ValueError`` where the model itself is the convolution."""
+    chosen = _resolve(model, layers)
+    new = _new_layers(model, chosen, calibration, init=init, form=Form("dense"), mode="auto")
+    if replace_modules(model, new) is not model:
+        raise ValueError("the model is one convolution, which cannot be replaced in place")
+
+
 def merge(model: nn.Module) -> nn.Module:
     """A copy of ``model`` with a plain ``nn.Conv2d`` for each basis convolution (of [B; A B]) and structured layer.
 

@@ -18,6 +18,7 @@ LAYERS = r"wrn-1\S* (dense|basis|generic|tied|tensor_train|tucker|sep_hashed|shu
 # judged comparisons with all their seeds. What no stage names comes last, study by study.
 STAGES: Sequence[tuple[str, str, int | None]] = (
     ("headline", ".*", None),
+    ("switch", ".*", None),
     ("sensitivity", "dense", 4),
     ("sensitivity", "ladder", None),
     ("sensitivity", r"\S+ k=\d+", 2),

@@ -68,17 +68,13 @@ def execute(
         plan, foreseen = choose(run.choice, folder or results_folder())
         extra = {"plan": dict(plan.layers), "predicted": foreseen}
     teacher = None if run.teacher is None else taught(model, run)
-    dense = plan is run.ratio is run.layer is None
-    if not dense:
+    dense = plan is run.ratio is run.layer is run.recipe.switch is None
+    if not dense and run.recipe.switch is None:
         model = substitute(
             model if teacher is None or not run.fitted else teacher, plan, ratio=run.ratio, layer=run.layer,
             include=run.include or (), mode=run.mode, init="svd" if run.fitted else "random",
             coefficients=run.coefficients or "dense",
         )  # fmt: skip
-    height, width, channels = data.train.x.shape[1:]
-    total = cost(model, (channels, height, width), mode="factorized").total
-    extra |= {"macs": total.forward_macs, "backward_macs": total.backward_macs}
-    extra |= {"trained": count_trained(model)} if run.layer is not None else {}
     step = reuse.step(network_of(run, plan), model, run.recipe, device) if reusable(run) else None
     model = model if step is None else step.model
     result = train(
@@ -89,6 +85,11 @@ def execute(
     )  # fmt: skip
     if run.ladder is not None:
         extra |= {"tables": climb(model, data, run.ladder, beside=checkpoint, should_stop=should_stop)}
+    extra |= {"plan": result.switched["layers"]} if result.switched else {}
+    height, width, channels = data.train.x.shape[1:]
+    total = cost(model, (channels, height, width), mode="factorized").total
+    extra |= {"macs": total.forward_macs, "backward_macs": total.backward_macs}
+    extra |= {"trained": count_trained(model)} if run.layer is not None else {}
     about = {"parameters": count_parameters(model), "spectrum": spectrum(model) if dense else None}
     return {**asdict(result), **about, **extra}
 
@@ -103,8 +104,8 @@ def prepare_data(run: Run) -> Data:
 
 def reusable(run: Run) -> bool:
     """Whether the weights are all that tells this run's network from another of :func:`network_of` equal."""
-    others = (run.teacher, run.compression, run.layer, run.recipe.skip, run.recipe.attention)
-    return others == (None,) * 5 and run.coefficients in (None, "dense")
+    others = (run.teacher, run.compression, run.layer, run.recipe.skip, run.recipe.attention, run.recipe.switch)
+    return others == (None,) * 6 and run.coefficients in (None, "dense")
 
 
 def network_of(run: Run, plan: Plan | None) -> str:

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from basis.saving import replacing
 from basis.training.recipe import TrainingError, TrainingPaused
 from basis.training.stepping import TrainingStep
 
-PLACE = ("epoch", "step", "images", "curves")  # of a training, and what of its step, a checkpoint holds
+# Of a training, and of its step, what a checkpoint holds.
+PLACE = ("epoch", "step", "images", "curves", "setup_seconds", "seen", "switched")
 STATES = ("model", "optimizer", "scaler")
 
 
@@ -34,6 +35,13 @@ class Training:
         generator: of the order and augmentation of the data, where there is one.
         validate: measures the model after each epoch; what it gives is added to the epoch's row.
         check_every: steps after which the loss is looked at within an epoch; on a GPU that waits for it.
+        switch: called with the training before each epoch until it has replaced layers, ``run`` and ``prepare``; its
+            ``rebuild`` does the same for a checkpoint.
+
+    Attributes:
+        setup_seconds: of steps that were replaced.
+        seen, switched: what the switch observed before each epoch, and what it did, None before.
+        teacher: the dense network at the switch, if it teaches.
     """
 
     run: TrainingStep
@@ -45,10 +53,15 @@ class Training:
     generator: torch.Generator | None = None
     validate: Callable[[], Mapping[str, float]] = dict
     check_every: int | None = None
+    switch: Any = None
     epoch: int = 0
     step: int = 0
     images: int = 0
     curves: tuple[dict[str, float], ...] = ()
+    setup_seconds: float = 0.0
+    seen: tuple[Mapping[str, float], ...] = ()
+    switched: Mapping[str, Any] | None = None
+    teacher: nn.Module | None = None
 
     def loop(
         self, path: str | Path | None, should_stop: Callable[[], bool] | None, progress: bool | str, *,
@@ -61,7 +74,9 @@ class Training:
         options: dict[str, Any] = {"desc": progress if isinstance(progress, str) else title, "unit": "step"}
         with tqdm(total=self.epochs * self.steps, initial=self.step, disable=not progress, **options) as bar:
             while self.epoch < self.epochs:
+                switching = self._switch(bar)
                 row = {**self._pass(bar), **self.validate()}
+                row["seconds"] += switching
                 self.curves = (*self.curves, row)
                 shown = row.get("validation_accuracy", row["train_accuracy"])
                 bar.set_postfix_str(f"epoch {self.epoch}/{self.epochs}, accuracy {shown:.1%}")
@@ -76,6 +91,16 @@ class Training:
     def seconds(self) -> float:
         """Of training, without evaluation."""
         return sum(row["seconds"] for row in self.curves)
+
+    def _switch(self, bar: Any) -> float:
+        """Let the network be switched, if it is time; the seconds that the search and the replacement took."""
+        began = time.perf_counter()
+        if self.switch and self.switched is None:
+            self.switch(self)
+            if self.switched is not None and not bar.disable:
+                layers = len(self.switched["layers"])
+                bar.write(f"{layers} layers replaced after epoch {self.epoch}, in {time.perf_counter() - began:.1f} s")
+        return time.perf_counter() - began
 
     def _pass(self, bar: Any) -> dict[str, float]:
         """One epoch. The device is read at its end, and after every ``check_every`` steps."""
@@ -107,6 +132,7 @@ class Training:
         """Write a checkpoint, whole or not at all."""
         content = {name: getattr(self, name) for name in ("identity", *PLACE)}
         content |= {name: getattr(self.run, name).state_dict() for name in STATES}
+        content["teacher"] = None if self.teacher is None else self.teacher.state_dict()
         content["generator"] = None if self.generator is None else self.generator.get_state()
         packed = io.BytesIO()  # torch reports a full disk in words of its own, a plain write as what it is
         torch.save(content | {"random": torch.get_rng_state()}, packed)
@@ -123,6 +149,10 @@ class Training:
             raise TrainingError(
                 f"checkpoint {path} belongs to a training with another model, recipe or seed; delete it"
             )
+        if self.switch and content["switched"] is not None:
+            self.switch.rebuild(self, content["switched"])
+        if self.teacher is not None:
+            self.teacher.load_state_dict(content["teacher"])
         for name in STATES:
             getattr(self.run, name).load_state_dict(content[name])
         self.run.forget()

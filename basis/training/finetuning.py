@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from basis.batches import Batch, Batches, first_weight, length_of, logits_of, outputs_of, stream_batches, with_labels
+from basis.batches import Batch, Batches, first_weight, length_of, stream_batches, with_labels
 from basis.data import Data, Images
 from basis.modules import evaluating, is_channels_last
 from basis.saving import Saved, columns
 from basis.statistics import proportion_estimate
+from basis.training.distillation import beside_teacher, teacher_logits
 from basis.training.epochs import Training
 from basis.training.evaluation import evaluate
 from basis.training.loop import augmented_batches
@@ -100,15 +101,6 @@ class FineTuning(Saved):
         return "\n".join([head, *columns([tuple(row) for row in rows])])
 
 
-def distillation_loss(logits: Tensor, taught: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(p || q) at temperature T, mean over samples (Hinton et al. 2015, arXiv 1503.02531, section 2).
-
-    Logits are (N, classes), of the model and of its teacher. T^2 keeps the size of the gradients.
-    """
-    log_q, log_p = (values.div(temperature).log_softmax(1) for values in (logits, taught))
-    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(1).mean()
-
-
 def finetune(
     model: nn.Module, data: Iterable[Any] | Data, *, epochs: int = 1, lr: float = 0.01,
     schedule: Schedule = "cosine", warm_up: float = 0.05, momentum: float = 0.9, weight_decay: float = 5e-4,
@@ -128,7 +120,7 @@ def finetune(
         momentum, weight_decay, label_smoothing, precision: as in :class:`basis.Recipe`.
         clip: the largest norm of the gradient of all parameters together.
         teacher, temperature, distillation: a network with the same outputs, such as the dense one; T and d of the loss
-            (1 - d) CE + d T^2 KL(p || q), see :func:`distillation_loss`.
+            (1 - d) CE + d T^2 KL(p || q), see :mod:`basis.training.distillation`.
         validation: evaluated after every epoch: batches or :class:`basis.data.Images`; those of ``Data`` unless given.
         checkpoint, should_stop, progress: as in :func:`basis.train`, written after every epoch. The order of a
             ``DataLoader`` is resumed, too, where it comes from torch's random numbers or the loader's ``generator``.
@@ -158,7 +150,10 @@ def finetune(
         raise TrainingError("validation can be gone through only once, but there are more epochs; give a list")
     autocast, weight, beside = partial(autocast_in, device, precision), 1.0, None
     if teacher is not None:
-        weight, beside = 1 - distillation, _beside(model, teacher.to(device), distillation, temperature, autocast)
+        weight, beside = (
+            1 - distillation,
+            beside_teacher(model, teacher.to(device), share=distillation, temperature=temperature, autocast=autocast),
+        )
     run = TrainingStep(
         model, make_optimizer(model, recipe, device), torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         lambda loss, kind: weight * loss, means=Means(), autocast=autocast, label_smoothing=label_smoothing, clip=clip,
@@ -212,31 +207,12 @@ def _source(model: nn.Module, data: Any, recipe: Recipe, generator: Any) -> tupl
     return partial(stream_batches, data, model, "data"), steps
 
 
-def _logits(network: nn.Module, x: Tensor, autocast: Autocast) -> Tensor:
-    """Of the network in evaluation mode, in fp32 and without gradients."""
-    with torch.no_grad(), evaluating(network), autocast():
-        return logits_of(outputs_of(network, x)).float()
-
-
-def _beside(
-    student: nn.Module, teacher: nn.Module, share: float, temperature: float, autocast: Autocast
-) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """What runs a network beside its teacher: to the logits, and the weighted :func:`distillation_loss`."""
-
-    def both(x: Tensor) -> tuple[Tensor, Tensor]:
-        with autocast():
-            logits = logits_of(student(x)).float()
-        return logits, share * distillation_loss(logits, _logits(teacher, x, autocast), temperature)
-
-    return both
-
-
 def _fitting(batches: Iterable[Batch], networks: Sequence[nn.Module], autocast: Autocast) -> Iterator[Batch]:
     """The batches with labels as cross-entropy takes them; ``ValueError`` before the first that fits no network."""
     like = None
     for x, y in batches:
         if like is None:
-            like, *taught = (_logits(network, x[:2], autocast) for network in networks)
+            like, *taught = (teacher_logits(network, x[:2], autocast) for network in networks)
             if taught and taught[0].shape != like.shape:
                 raise ValueError(f"the teacher's logits are {taught[0].shape}, but the model's {like.shape}")
         yield with_labels([(x, y)], like)[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,6 +18,7 @@ from basis.layers.coefficients import Sparse
 from basis.layers.conv import BasisConv2d
 from basis.layers.structured import StructuredConv2d
 from basis.training.attention import Attention
+from basis.training.distillation import TEMPERATURE, beside_teacher
 from basis.training.epochs import Training
 from basis.training.evaluation import evaluate
 from basis.training.penalties import decorrelation, product_norm
@@ -36,6 +39,7 @@ from basis.training.recipe import (  # noqa: F401  (also for those who import th
 )
 from basis.training.skipping import Parts, Trained, check_skip
 from basis.training.stepping import Capture, TrainingStep, means_for
+from basis.training.switching import Switching, carry_momentum, dense_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,8 @@ class Result:
         test, validation: loss, accuracy, and accuracy_flip with flip test-time augmentation; None without images.
         train_seconds: without evaluation and without ``setup_seconds``, in which steps were compiled and captured.
         step: how the steps were run.
+        switched: what the recipe's switch did: the ``epoch`` after which, ``layers`` with their sizes, its ``seconds``
+            (which are among ``train_seconds``), and what else it found.
     """
 
     curves: Sequence[Mapping[str, float]]
@@ -60,6 +66,7 @@ class Result:
     memory_format: str
     step: str = "eager"
     setup_seconds: float = 0.0
+    switched: Mapping[str, Any] | None = None
 
 
 class Kind(NamedTuple):
@@ -76,7 +83,7 @@ def objective(recipe: Recipe, model: nn.Module) -> Callable[[Tensor, Kind | None
     penalised: list[Any] = [module for module in model.modules() if callable(getattr(module, "penalty", None))]
 
     def terms(loss: Tensor, kind: Kind | None) -> Tensor:
-        if recipe.decay == "product":
+        if recipe.decay == "product" and layers:
             norms = [product_norm(a.basis, a.coefficients.matrix(), a.coefficients.groups) for a in layers]
             loss = loss + recipe.weight_decay / 2 * torch.stack(norms).sum()
         if recipe.decorrelation is not None and kind and kind.decorrelates:
@@ -150,30 +157,77 @@ def check_recipe(model: nn.Module, recipe: Recipe, steps_per_epoch: int, teacher
 
 def make_step(
     model: nn.Module, recipe: Recipe | None = None, *, device: str | torch.device | None = None,
-    capture: Capture | None = None, teacher: nn.Module | None = None,
+    capture: Capture | None = None, teacher: nn.Module | None = None, distillation: float | None = None,
 ) -> TrainingStep:  # fmt: skip
     """Put ``model`` on the device, and make the step that trains it as ``recipe`` says; arguments as of :func:`train`.
+
+    ``distillation``: the share of the loss that comes from the predictions of the ``teacher``; None: its attention.
 
     To be called with images (N, C, H, W) in the recipe's memory format, labels (N,) and a :class:`Kind`. Skipped
     parts are for the caller to freeze, as are learning rates to set.
     """
     place = choose_device(device)
     recipe = (recipe or Recipe()).resolved(model, place)
-    autocast, attention = partial(autocast_in, place, recipe.precision), None
+    autocast: Any = partial(autocast_in, place, recipe.precision)
+    terms, beside = objective(recipe, model), None
     last = recipe.memory_format == "channels_last"
     layout: Any = torch.channels_last if last else torch.contiguous_format
-    if teacher is not None:
+    if teacher is not None and distillation is not None:
+        beside = beside_teacher(model, teacher, share=distillation, temperature=TEMPERATURE, autocast=autocast)
+        terms = partial(_less, terms, 1 - distillation)
+    elif teacher is not None:
         with as_training_error():
-            attention = Attention(model, teacher, weight=recipe.attention or 0.0, autocast=autocast)
+            beside = Attention(model, teacher, weight=recipe.attention or 0.0, autocast=autocast)
     for network in (model, teacher):
         if network is not None:
             network.to(device=place, memory_format=layout)  # type: ignore[call-overload]
     return TrainingStep(
         model, make_optimizer(model, recipe, place),
-        torch.amp.GradScaler(place.type, enabled=recipe.precision == "fp16"), objective(recipe, model),
+        torch.amp.GradScaler(place.type, enabled=recipe.precision == "fp16"), terms,
         means=means_for(recipe.step, place), autocast=autocast, label_smoothing=recipe.label_smoothing,
-        channels_last=last, capture=capture, beside=attention,
+        channels_last=last, capture=capture, beside=beside,
     )  # fmt: skip
+
+
+def _less(terms: Callable[[Tensor, Kind | None], Tensor], share: float, loss: Tensor, kind: Kind | None) -> Tensor:
+    return terms(share * loss, kind)
+
+
+class Switcher:
+    """Carries out the switch of a recipe in the midst of a training."""
+
+    def __init__(self, switch: Switching, recipe: Recipe, data: Data, place: torch.device) -> None:
+        self.switch, self.recipe, self.data, self.place = switch, recipe.after_switch, data, place
+
+    def __call__(self, training: Training) -> None:
+        """Observe the network; when it is time, replace layers, and go on with a step for the new network."""
+        model, began = training.run.model, time.perf_counter()
+        training.seen = (*training.seen, dict(self.switch.observe(model, self.data)))
+        if not self.switch.due(training.epoch, training.epochs, training.seen):
+            return
+        dense, weights = copy.deepcopy(model), dense_weights(model)
+        with as_training_error():
+            found = self.switch.replace(model, self.data, training.seen)
+        old = training.run
+        self._go_on(training, dense)
+        carry_momentum(old.optimizer, training.run.optimizer, model, weights, momentum=self.switch.momentum)
+        training.run.scaler.load_state_dict(old.scaler.state_dict())
+        training.switched = {"epoch": training.epoch, **found, "seconds": time.perf_counter() - began}
+
+    def rebuild(self, training: Training, switched: Mapping[str, Any]) -> None:
+        """The network and step of a checkpoint that was written after the switch."""
+        dense = copy.deepcopy(training.run.model)
+        self.switch.rebuild(training.run.model, switched["layers"])
+        self._go_on(training, dense)
+
+    def _go_on(self, training: Training, dense: nn.Module) -> None:
+        teacher = None if self.switch.teach is None else dense.eval().requires_grad_(False)
+        model, training.setup_seconds = training.run.model, training.setup_seconds + training.run.setup_seconds
+        run = make_step(model, self.recipe, device=self.place, teacher=teacher, distillation=self.switch.teach)
+        schedule = Schedule(
+            run, self.recipe, steps_per_epoch=training.steps, total_steps=training.epochs * training.steps
+        )
+        training.run, training.prepare, training.teacher = run, schedule.prepare, teacher
 
 
 def _identity(model: nn.Module, recipe: Recipe, seed: int, total_steps: int, teacher: nn.Module | None) -> str:
@@ -217,16 +271,17 @@ def train(
     steps = len(data.train) // recipe.batch_size
     if steps == 0:
         raise TrainingError(f"batch_size is {recipe.batch_size}, but there are only {len(data.train)} training images")
-    check_recipe(model, recipe, steps, teacher)
+    first = recipe.before_switch
+    check_recipe(model, first, steps, teacher)
     if step is not None and (step.model is not model or step.beside or teacher is not None):
         raise TrainingError("the step was made for another model, or there is a teacher, with which none is used again")
-    step = step or make_step(model, recipe, device=place, teacher=teacher)
+    step = step or make_step(model, first, device=place, teacher=teacher)
     data = data.to(place)
     if isinstance(step.beside, Attention):
         with as_training_error(), on_device(place):
             step.beside.check(_input(data.train.x[:1], recipe.memory_format))
     step.restart()
-    schedule = Schedule(step, recipe, steps_per_epoch=steps, total_steps=recipe.epochs * steps)
+    schedule = Schedule(step, first, steps_per_epoch=steps, total_steps=recipe.epochs * steps)
     generator = torch.Generator(place).manual_seed(seed)
 
     def validate() -> dict[str, float]:
@@ -237,6 +292,7 @@ def train(
         run=step, identity=_identity(model, recipe, seed, schedule.total_steps, teacher), epochs=recipe.epochs,
         steps=steps, batches=partial(augmented_batches, data.train, recipe, generator), prepare=schedule.prepare,
         generator=generator, validate=validate,
+        switch=Switcher(recipe.switch, recipe, data, place) if recipe.switch else None,
     )  # fmt: skip
     with on_device(place), schedule.parts.restored():
         training.loop(checkpoint, should_stop, progress, checkpoint_every=checkpoint_every)
@@ -245,7 +301,8 @@ def train(
         curves=training.curves, test=last(data.test) if test else None,
         validation=last(data.validation) if data.validation else None, train_seconds=training.seconds,
         steps=training.step, images_per_second=training.images / training.seconds, precision=recipe.precision,
-        memory_format=recipe.memory_format, step=str(step.means), setup_seconds=step.setup_seconds,
+        memory_format=recipe.memory_format, step=str(training.run.means), switched=training.switched,
+        setup_seconds=training.setup_seconds + training.run.setup_seconds,
     )  # fmt: skip
 
 

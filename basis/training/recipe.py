@@ -18,6 +18,7 @@ from torch import nn
 from basis.training.penalties import parameter_groups
 from basis.training.skipping import Skip
 from basis.training.stepping import Step
+from basis.training.switching import Switching
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MemoryFormat = Literal["auto", "channels_last", "contiguous"]
@@ -72,6 +73,8 @@ class Recipe:
             else eager. What is not supported is left out, and :attr:`Result.step` says why.
         attention: weight of the attention transfer from a teacher; 1000 in Gray et al. 2019.
         orthogonality: weight of the sum of ``layer.penalty()`` over the layers that have one.
+        switch: trains dense first, then replaces layers and goes on (:class:`basis.Switch`); ``decay`` is that of the
+            new layers then, "product" unless given.
 
     Raises:
         ValueError: for a value out of range, and terms that contradict each other.
@@ -97,6 +100,7 @@ class Recipe:
     step: Step | None = None
     attention: float | None = None
     orthogonality: float | None = None
+    switch: Switching | None = None
 
     def __post_init__(self) -> None:
         for name in (*POSITIVE, *BELOW, "weight_decay"):
@@ -111,6 +115,18 @@ class Recipe:
             raise ValueError(f"decay is {self.decay!r}, which has no effect where weight_decay is 0")
         if self.decorrelation is not None and self.skip and self.skip.basis_until == 0:
             raise ValueError("decorrelation acts on the basis filters, but skip never trains them (basis_until is 0)")
+        if self.switch and (self.skip or self.attention):
+            raise ValueError("switch goes without skip and attention, which need their layers from the start")
+
+    @property
+    def before_switch(self) -> Recipe:
+        """How the dense network is trained; the recipe itself where there is no switch."""
+        return replace(self, switch=None, decay=None) if self.switch else self
+
+    @property
+    def after_switch(self) -> Recipe:
+        """How the network is trained once its layers are replaced."""
+        return replace(self, switch=None, decay=self.decay or ("product" if self.weight_decay else None))
 
     def resolved(self, model: nn.Module, device: torch.device) -> Recipe:
         """The recipe with what "auto" stands for."""

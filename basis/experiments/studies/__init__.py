@@ -4,7 +4,6 @@ import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
@@ -12,15 +11,26 @@ import pandas as pd
 from basis.environment import results_folder
 from basis.experiments.pace import spent
 from basis.experiments.runner import work
-from basis.experiments.runs import PROFILES, Record, Run, load_records, parse_duration, read_record, record_path
-from basis.experiments.studies import coefficients, cost, family, headline, own, sensitivity, skip, speed, substitutes
+from basis.experiments.runs import PROFILES, Record, parse_duration, read_record, record_path
+from basis.experiments.studies import (
+    coefficients,
+    cost,
+    family,
+    headline,
+    own,
+    sensitivity,
+    skip,
+    speed,
+    substitutes,
+    switch,
+)
 from basis.experiments.studies.study import CLAIMS as CLAIMS
-from basis.experiments.studies.study import Study
+from basis.experiments.studies.study import Study, listed, valid_records
 from basis.experiments.studies.study import Verdict as Verdict
 from basis.saving import RecordError
 from basis.training.loop import choose_device
 
-_MODULES = (cost, headline, sensitivity, coefficients, skip, family, substitutes, speed, own)
+_MODULES = (cost, headline, switch, sensitivity, coefficients, skip, family, substitutes, speed, own)
 STUDIES: Mapping[str, Study] = {module.STUDY.name: module.STUDY for module in _MODULES}
 
 
@@ -29,12 +39,6 @@ def find_study(name: str) -> Study:
     if name not in STUDIES:
         raise ValueError(f"there is no study {name!r}; there are: {', '.join(STUDIES)}")
     return STUDIES[name]
-
-
-@lru_cache(maxsize=64)
-def listed(study: Study, profile: str) -> Mapping[str, Run]:
-    """The runs of a profile by their identities, in the study's order."""
-    return {run.id: run for run in study.runs(profile)}
 
 
 def check_records(folder: Path | None = None) -> list[str]:
@@ -67,13 +71,6 @@ def is_done(path: Path, definition: str) -> bool:
         return path.exists() and read_record(path).definition == definition
     except RecordError:
         return False
-
-
-def valid_records(study: Study, profile: str, folder: Path | None = None) -> list[Record]:
-    """The records of the runs that ``study`` lists for ``profile``, made under its present definition."""
-    records = load_records(folder, study=study.name, profile=profile)
-    wanted = listed(study, profile) if records else {}
-    return [r for r in records if r.id in wanted and r.definition == study.definition]
 
 
 def status(folder: Path | None = None, *, study: str | None = None) -> pd.DataFrame:

@@ -60,10 +60,10 @@ def _runs(base: Run, *, multiple: int, images: int = 2000, seeds: int = SEEDS) -
     return (*found, *(one("threshold", HALF, seed) for seed in range(few)))
 
 
-def frame(records: Sequence[Record]) -> pd.DataFrame:
+def frame(records: Sequence[Record], more: Mapping[str, Callable[[Record], Any]] | None = None) -> pd.DataFrame:
     """A row a tested run: variant, seed, accuracy and accuracy_flip (%), shares of the dense parameters and MACs.
 
-    Also the training's seconds, the device and the curve of the validation accuracy.
+    Also the training's seconds, the device and the curve of the validation accuracy; and ``more`` columns.
     """
     whole = next((r.result for r in records if r.config["variant"] in ("dense", "table")), {})
     order = {run.variant: i for i, run in enumerate(STUDY.runs("paper"))}
@@ -80,6 +80,7 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
         "device": lambda r: r.environment["device"],
         "validation": lambda r: [100 * row["validation_accuracy"] for row in r.result["curves"]],
     }
+    columns |= more or {}
     kind = None if tested else object  # an empty column of texts is one, too
     return pd.DataFrame({name: [of(r) for r in tested] for name, of in columns.items()}, dtype=kind)
 

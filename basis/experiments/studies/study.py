@@ -4,10 +4,11 @@ import configparser
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from basis.experiments.runs import Record, Run, digest
+from basis.experiments.runs import Record, Run, digest, load_records
 from basis.statistics import Estimate, Spread, pooled_spread
 from basis.training.loop import Recipe
 
@@ -91,6 +92,19 @@ class Study:
     def verdicts(self, records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
         """The verdict on each claim, from the records of ``profile`` among those given."""
         return self.judge([r for r in records if r.config["profile"] == profile], profile)
+
+
+@lru_cache(maxsize=64)
+def listed(study: Study, profile: str) -> Mapping[str, Run]:
+    """The runs of a profile by their identities, in the study's order."""
+    return {run.id: run for run in study.runs(profile)}
+
+
+def valid_records(study: Study, profile: str, folder: Path | None = None) -> list[Record]:
+    """The records of the runs that ``study`` lists for ``profile``, made under its present definition."""
+    records = load_records(folder, study=study.name, profile=profile)
+    wanted = listed(study, profile) if records else {}
+    return [r for r in records if r.id in wanted and r.definition == study.definition]
 
 
 def result_of(records: Sequence[Record], name: str) -> Mapping[str, Any]:

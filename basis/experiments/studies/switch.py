@@ -1,0 +1,93 @@
+"""Chapter 12: can the search be a part of the training?
+
+Each training is dense at first; then layers are chosen and replaced on the spot, and it goes on. What is compared with,
+dense and from scratch, are the runs of the study ``headline``, of equal seeds.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pandas as pd
+
+from basis.experiments.runs import Record, Run
+from basis.experiments.studies import headline
+from basis.experiments.studies.headline import HALF, HALF_MACS, NARROWER, QUARTER, difference, variant
+from basis.experiments.studies.study import Study, Verdict, label_of, untested, valid_records, verdict
+from basis.search.switching import Switch
+
+POINTS, NEEDED, AFTER = 0.2, 3, 0.3
+OURS = "switched"
+FIRST_STAGE = ("conv1", "layer1.*")  # which Cuttlefish and Pufferfish leave dense
+_RANKS: Mapping[str, Any] = {"rule": "stable_rank", "fit": "weight", "exclude": FIRST_STAGE}
+# What is changed of the switched training, one thing at a time: the state of the optimizer, a teacher, the moment, ...
+ABLATIONS: Mapping[str, Mapping[str, Any]] = {
+    "momentum projected": {"momentum": "projected"},
+    "taught by the dense network": {"teach": 0.5},
+    "after 15 %": {"after": 0.15},
+    "after 50 %": {"after": 0.5},
+    "once ranks settle": {"after": 0.6, "until": "ranks"},
+    "once the plan settles": {"after": 0.6, "until": "plan"},
+    "largest first": {"rule": "largest_first", "ratio": 0.25},
+    "SVD pairs": {"pairs": True, "fit": "weight"},
+}
+# ... and what others do, in our own small versions.
+OTHERS: Mapping[str, Mapping[str, Any]] = {
+    "Cuttlefish's rule": {**_RANKS, "after": 0.6, "until": "ranks", "pairs": True},
+    "Pufferfish's rule": {"rule": "uniform", "fit": "weight", "pairs": True, "exclude": FIRST_STAGE},
+    "spectral start": {"rule": "uniform", "fit": "weight", "after": 0.0},
+}
+
+
+def _runs(base: Run, *, multiple: int, seeds: int, fewer: int, images: int = 1000) -> tuple[Run, ...]:
+    """Three seeds of the judged comparison; then round after round of all others; at last further seeds of it."""
+
+    def one(what: str, seed: int, budget: tuple[str, float] = HALF, **changes: Any) -> Run:
+        unit, share = budget
+        settings = {"after": AFTER, "budget": {unit: share}, "multiple": multiple, "images": images, **changes}
+        recipe = replace(base.recipe, decay="product", switch=Switch(**settings))
+        return replace(base, variant=variant(what, budget), seed=seed, recipe=recipe)
+
+    first = min(NEEDED, seeds)
+    found = [one(OURS, seed) for seed in range(first)]
+    for seed in range(min(fewer, seeds)):
+        found += [one(OURS, seed, budget) for budget in (QUARTER, HALF_MACS)]
+        found += [one(f"{OURS}, {name}", seed, **changes) for name, changes in ABLATIONS.items()]
+        found += [one(name, seed, **changes) for name, changes in OTHERS.items()]
+    return (*found, *(one(OURS, seed) for seed in range(first, seeds)))
+
+
+def frame(records: Sequence[Record], profile: str) -> pd.DataFrame:
+    """:func:`basis.experiments.studies.headline.frame` of both studies, with what the switch did.
+
+    ``epoch``: that after which layers were replaced; ``search``: seconds of search and replacement, which are among
+    the ``seconds``; ``setup``: those of compiling and capturing steps, which are not.
+    """
+    both = [*records, *valid_records(headline.STUDY, profile)]
+    more = {"epoch": "epoch", "search": "seconds"}
+    columns = {name: partial(_of_switch, key=key) for name, key in more.items()}
+    return headline.frame(both, {**columns, "setup": lambda r: r.result.get("setup_seconds", 0.0)})
+
+
+def _of_switch(record: Record, *, key: str) -> float:
+    return float((record.result.get("switched") or {}).get(key, math.nan))
+
+
+def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
+    """The verdict on H5."""
+    runs, ours = frame(records, profile), variant(OURS, HALF)
+    lost, gained = difference(runs, "dense", ours), difference(runs, ours, variant(NARROWER, HALF))
+    least = min(lost.n, gained.n)
+    if least < NEEDED:
+        return (untested("H5", profile, least, f"seeds, and at least {NEEDED}"),)
+    label = label_of(lost.high < POINTS and gained.low > 0, lost.low > POINTS or gained.high < 0, "inconclusive")
+    scratch = difference(runs, ours, variant("selected", HALF))
+    return (verdict(
+        "H5", profile, label, -lost.value, scale=headline.SCALES[profile], lost=lost.text(), support=lost.support,
+        gained=gained.text(signed=True), scratch=scratch.text(signed=True),
+    ),)  # fmt: skip
+
+
+STUDY = Study.named("switch", _runs, judge, points=POINTS, needed=NEEDED, after=AFTER)

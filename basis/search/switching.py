@@ -1,0 +1,181 @@
+"""The sensitivity search as a part of one training: when to switch to basis convolutions, and which layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from basis.data import Data, Images
+from basis.decompositions import pair_of
+from basis.search.selection import InfeasibleBudget, predicted, select
+from basis.search.sensitivity import FITTING, Fit, sensitivity
+from basis.search.table import SensitivityTable
+from basis.substitution import Plan, left_out, substitute_in_place
+from basis.training.switching import Momentum
+
+STILL = 0.05  # the change per epoch below which stable ranks count as settled, and the share of layers of a plan
+STEPS = 40  # of bisection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switch:
+    """Train dense first, then search, replace layers by basis convolutions on the spot, and go on (``Recipe.switch``).
+
+    The search measures on the validation images where there are some, else on training images, and layers are fitted
+    to training images, none of them augmented; it is a part of the training's time.
+
+    Args:
+        after: the fraction of the epochs before the switch, in [0, 1), rounded to whole epochs.
+        until: switch earlier, once for ``patience`` epochs in a row "ranks" (the stable ranks ||W||_F^2 / ||W||_2^2 of
+            the layers, as in Cuttlefish, change by at most 5 % in the mean) or "plan" (what the spectrum of the weights
+            would choose changes in at most 5 % of the layers). None: at ``after``.
+        budget, rule, ratio, exclude: as of :func:`basis.select`. The rule "stable_rank" gives each layer a ratio in
+            proportion to its stable rank, relative to that at the start (Cuttlefish), as large as the budget allows.
+        measure, ratios, multiple, fit: as of :func:`basis.sensitivity`; "uniform" and "stable_rank" need no measure.
+        images: how many the search measures on, and how many layers and normalisations are fitted to.
+        momentum: "projected" onto the new factors (:func:`basis.training.switching.carry_momentum`), or "restarted".
+        pairs: each layer becomes two convolutions by SVD of as many parameters, instead of a basis convolution.
+        teach: the share of the loss that comes from the dense network at the switch, by distillation; None: none.
+
+    Raises ``ValueError`` for a value out of range.
+    """
+
+    after: float = 0.3
+    until: Literal["ranks", "plan"] | None = None
+    patience: int = 2
+    budget: Mapping[str, float] = field(default_factory=lambda: {"params": 0.5})
+    rule: str = "optimal"
+    ratio: float | None = None
+    exclude: tuple[str, ...] = ()
+    measure: str = "oneshot_bn"
+    ratios: tuple[float, ...] = (3 / 4, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
+    multiple: int = 1
+    fit: Fit = "activation"
+    images: int = 1000
+    momentum: Momentum = "restarted"
+    pairs: bool = False
+    teach: float | None = None
+
+    def __post_init__(self) -> None:
+        choices = {"until": (None, "ranks", "plan"), "momentum": ("projected", "restarted")}
+        choices["fit"] = ("weight", "activation")
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but it must be one of {known}")
+        if not 0 <= self.after < 1 or (self.teach is not None and not 0 < self.teach < 1):
+            raise ValueError(
+                f"after is {self.after} and teach is {self.teach}, but they must be at least 0 and below 1"
+            )
+        if min(self.patience, self.images) < 1:
+            raise ValueError(f"patience is {self.patience} and images is {self.images}, but both must be at least 1")
+
+    def observe(self, model: nn.Module, data: Data) -> dict[str, float]:
+        """The stable rank of each layer's weight, or the k that its spectrum would choose."""
+        if self.until == "plan":
+            plan = select(self._spectrum(model, data), budget=self.budget, exclude=self.exclude)
+            return {name: float(plan.layers.get(name, width)) for name, width in plan.out_channels.items()}
+        if self.until == "ranks" or self.rule == "stable_rank":
+            return {name: stable_rank(m.weight) for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+        return {}
+
+    def due(self, epoch: int, epochs: int, seen: Sequence[Mapping[str, float]]) -> bool:
+        """Whether the network is switched after ``epoch`` of ``epochs``, by what was seen before each."""
+        if epoch >= min(round(self.after * epochs), epochs - 1):
+            return True
+        last = list(pairwise(seen))[-self.patience :]
+        return bool(self.until) and len(last) == self.patience and all(self._change(*two) <= STILL for two in last)
+
+    def _change(self, before: Mapping[str, float], now: Mapping[str, float]) -> float:
+        changes = [abs(now[name] - before[name]) / before[name] for name in now]
+        changes = [float(change > 0) for change in changes] if self.until == "plan" else changes
+        return sum(changes) / len(changes)
+
+    def replace(self, model: nn.Module, data: Data, seen: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+        """Search, choose and replace in place; ``layers`` (name -> k, or rank of a pair) and what was ``predicted``."""
+        scored, calibration = (_first(one, self.images) for one in (data.validation or data.train, data.train))
+        if self.rule in ("uniform", "stable_rank"):
+            table = self._spectrum(model, data)
+        else:
+            fitted = self.fit if self.measure in FITTING else "weight"
+            table = sensitivity(
+                model, scored, measure=self.measure, ratios=self.ratios, multiple=self.multiple, fit=fitted,
+                calibration=calibration if self.measure != "spectrum" else None,
+            )  # fmt: skip
+        if self.rule == "stable_rank":
+            plan = self._by_stable_rank(table, seen)
+        else:
+            rule: Any = self.rule
+            plan = select(table, budget=self.budget, rule=rule, ratio=self.ratio, exclude=self.exclude)
+        layers = {name: int(k) for name, k in plan.layers.items()}
+        if self.pairs:
+            layers = {name: pair_rank(model.get_submodule(name), k) for name, k in layers.items()}
+        self._put(model, layers, calibration if self.fit == "activation" else None)
+        kept = {key: value for key, value in predicted(table, plan).items() if math.isfinite(value)}
+        return {"layers": layers, "predicted": kept}
+
+    def rebuild(self, model: nn.Module, layers: Mapping[str, int]) -> None:
+        """Replace these layers in place, with any values."""
+        self._put(model, layers, None)
+
+    def _put(self, model: nn.Module, layers: Mapping[str, int], calibration: Images | None) -> None:
+        if not self.pairs:
+            return substitute_in_place(model, layers, calibration=calibration)
+        for name, rank in layers.items():
+            conv: Any = model.get_submodule(name)
+            model.set_submodule(name, pair_of(conv, rank))
+        return None
+
+    def _spectrum(self, model: nn.Module, data: Data) -> SensitivityTable:
+        shape = _first(data.train, 1)  # whose size tells the multiply-accumulates
+        return sensitivity(model, shape, measure="spectrum", ratios=self.ratios, multiple=self.multiple)
+
+    def _by_stable_rank(self, table: SensitivityTable, seen: Sequence[Mapping[str, float]]) -> Plan:
+        """k / C_out = s x (stable rank now / at the start), at most 1, with the largest s within the budget."""
+        open_layers = [at for at in table.layers if not left_out([at.name], (), self.exclude)]
+
+        def plan(scale: float) -> Plan:
+            layers = {}
+            for at in open_layers:
+                share = scale * seen[-1][at.name] / seen[0][at.name]
+                step = math.lcm(at.groups, self.multiple)
+                k = step * max(1, round(share * at.out_channels / step))
+                if k < at.out_channels:
+                    layers[at.name] = k
+            return Plan(layers, {}, {at.name: at.out_channels for at in table.layers})
+
+        def fits(scale: float) -> bool:
+            left = predicted(table, plan(scale))
+            return all(left[unit] <= share for unit, share in self.budget.items())
+
+        low, high = 0.0, max(seen[0][name] / seen[-1][name] for name in seen[-1])
+        if not fits(low):
+            raise InfeasibleBudget(f"no stable ranks meet a budget of {dict(self.budget)}", {}, {})
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return plan(low)
+
+
+def _first(images: Images, n: int) -> Images:
+    return images.take(torch.arange(min(n, len(images))))
+
+
+@torch.no_grad()
+def stable_rank(weight: torch.Tensor) -> float:
+    """||W||_F^2 / ||W||_2^2 of a weight as a matrix of C_out rows; at most its rank."""
+    rows = weight.detach().float().flatten(1)
+    gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
+    energies = torch.linalg.eigvalsh(gram.double()).clamp_min(0)
+    return float(energies.sum() / energies[-1]) if energies[-1] > 0 else 1.0
+
+
+def pair_rank(conv: Any, k: int) -> int:
+    """The largest rank q of two convolutions C_in -> q -> C_out with at most the parameters of k basis channels."""
+    rows, columns = conv.weight.flatten(1).shape
+    return max(1, (k * columns + (rows - k) * k) // (rows + columns))

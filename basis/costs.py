@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,13 @@ from torch.nn.parameter import is_lazy
 from basis.layers.base import ConvLike
 from basis.layers.batchnorm import BasisBatchNorm2d, copy_of, uncouple
 from basis.layers.coefficients import Coefficients, LowRank, Sparse
-from basis.layers.conv import BasisConv2d
+from basis.layers.conv import BasisConv2d, ExplicitMode
 from basis.layers.structured import StructuredConv2d
 from basis.saving import columns
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Counted = Literal["factorized", "composed", "hybrid"]
 MATMULS = (_ConvNd, nn.Linear, ConvLike)
 
 # The columns of a printed report: title, unit, and the numbers of a cost that they add up.
@@ -152,7 +151,7 @@ def _short(number: float) -> str:
 
 
 def cost(
-    model: nn.Module, input_size: Sequence[int], *, batch_size: int = 1, mode: Counted | None = None
+    model: nn.Module, input_size: Sequence[int], *, batch_size: int = 1, mode: ExplicitMode | None = None
 ) -> CostReport:
     """Count what ``model`` costs in one training step of ``batch_size`` images, layer by layer.
 
@@ -170,8 +169,8 @@ def cost(
     if len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in (*size, batch_size)):
         given = f"input_size is {input_size!r} and batch_size is {batch_size!r}"
         raise ValueError(f"{given}, but they must be (C, H, W) and a number, all whole and at least 1")
-    if mode not in (None, "factorized", "composed", "hybrid"):
-        raise ValueError(f"mode is {mode!r}, but it must be factorized, composed, hybrid or None")
+    if mode not in (None, "factorized", "composed"):
+        raise ValueError(f"mode is {mode!r}, but it must be factorized, composed or None")
     if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("model has lazy layers, whose shapes are not known yet; run it once first")
     named: dict[str, Any] = dict(model.named_modules())
@@ -199,7 +198,7 @@ def cost(
     return CostReport(tuple(layers), size, batch_size)
 
 
-def cost_alone(layer: ConvLike, calls: Sequence[Call], mode: Counted = "factorized") -> Cost:
+def cost_alone(layer: ConvLike, calls: Sequence[Call], mode: ExplicitMode = "factorized") -> Cost:
     """What a basis convolution or structured layer costs in such calls (see :func:`trace_calls`), all its own."""
     return sum((_called_cost(layer, call, mode) for call in calls), Cost(count_parameters(layer)))
 
@@ -328,7 +327,7 @@ def _dense_cost(module: Any, call: Call) -> Cost:
 
 
 def _basis_cost(layer: BasisConv2d, call: Call, mode: str) -> Cost:
-    """A basis convolution in one of the three modes: n C F, n k F and the products of A, as the code says."""
+    """A basis convolution in one of the two modes: n C F, n k F and the products of A, as the code says."""
     n, f, a = _positions(layer, call), layer.basis[0].numel(), layer.coefficients
     c, k, rank = layer.out_channels, layer.basis_channels, a.rank if isinstance(a, LowRank) else 0
     dx, db, da = call.needs_dx, layer.basis.requires_grad, a.trains
@@ -338,23 +337,18 @@ def _basis_cost(layer: BasisConv2d, call: Call, mode: str) -> Cost:
     z, m, w, own = (size * call.itemsize for size in (n * k, c * a.columns, c * f, a.rows * a.columns))
     hidden = rank * a.groups * call.itemsize  # what a low-rank A keeps between U and V, for one pixel or weight
 
-    build = _products(a.products, f, dz=db, da=da)
     if mode == "composed":
+        build = _products(a.products, f, dz=db, da=da)
         kept = (x + w) * (trains or dx) + f * hidden * da + own * (db and isinstance(a, Sparse))
         weights = (da or db) * n * c * f + build.backward_macs
         return Cost(0, n * c * f + build.forward_macs, dx * n * c * f, weights, activation_bytes=kept)
     convolve = Cost(0, n * k * f, dx * n * k * f, db * n * k * f)
-    if mode == "factorized" and not a.mixes:
+    if not a.mixes:
         kept = x * dz + (bool(rank) * z + n * hidden) * (dz or da)
         return convolve + _products(a.products, n, dz=dz, da=da) + Cost(activation_bytes=kept)
     identity = n * k * a.columns
-    backward = (dz + da) * identity
     mix = convolve + _products((a.rows * a.columns,), n, dz=dz, da=da)
-    if mode == "factorized":
-        return mix + Cost(0, 0, 0, 0, identity, backward, x * dz + (z + m) * (trains or dx))
-    assembly = a.rows * rank * a.columns  # U V
-    hybrid = mix + Cost(0, 0, 0, 2 * da * assembly, 0, backward, (x + m) * (dz or da) + z * da)
-    return replace(hybrid, forward_macs=n * c * f + build.forward_macs + assembly)
+    return mix + Cost(0, 0, 0, 0, identity, (dz + da) * identity, x * dz + (z + m) * (trains or dx))
 
 
 def _products(products: Sequence[int], times: int, *, dz: bool, da: bool) -> Cost:

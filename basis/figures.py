@@ -45,7 +45,7 @@ _GREY, _BLUE, _RED, _GREEN, _PURPLE, _GOLD = (
 )  # fmt: skip
 _COLOURS = {
     "dense": _GREY, "r=1/8": _PURPLE, "r=1/4": _BLUE, "r=1/2": _GREEN, "r=3/4": _GOLD, "factorized": _BLUE,
-    "composed": _RED, "hybrid": _GREEN, "auto": _PURPLE, "selected": _BLUE, "uniform": _RED, "narrowerdense": _GREEN,
+    "composed": _RED, "auto": _PURPLE, "selected": _BLUE, "uniform": _RED, "narrowerdense": _GREEN,
     "largestfirst": _PURPLE, "threshold": _GOLD,
 }  # fmt: skip
 _LIGHT_COLOURS, _DARK_COLOURS = ({label: pair[i] for label, pair in _COLOURS.items()} for i in (0, 1))
@@ -67,7 +67,7 @@ class Theme:
     cycle: tuple[str, ...]
 
     def colour(self, label: str) -> str:
-        """The colour of a ratio ("r=1/2"), a mode ("hybrid") or any other label, always the same."""
+        """The colour of a ratio ("r=1/2"), a mode ("composed") or any other label, always the same."""
         known = self.colours.get(label.replace(" ", ""))
         return known or self.cycle[sum(label.encode()) % len(self.cycle)]
 

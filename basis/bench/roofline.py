@@ -19,7 +19,7 @@ from basis.bench.shapes import Shape
 from basis.bench.timing import PASSES, Pass, Setting, check_known, time_on_cpu, time_on_gpu
 from basis.training.loop import DTYPES, choose_precision
 
-ROOFLINE_MODES = ("dense", "factorized", "cat", "composed", "hybrid")
+ROOFLINE_MODES = ("dense", "factorized", "cat", "composed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +115,8 @@ def kernels(shape: Shape, k: int, mode: str, *, batch_size: int, passes: Pass) -
 
     Args:
         k: basis channels; of no effect in mode "dense".
-        mode: "dense", "factorized" (M = [I; A] as one 1x1 convolution), "cat" (Z and A Z are concatenated),
-            "composed" or "hybrid".
+        mode: "dense", "factorized" (M = [I; A] as one 1x1 convolution), "cat" (Z and A Z are concatenated) or
+            "composed".
 
     Raises:
         ValueError: for an unknown mode or pass, or a k outside 1 .. C_out.
@@ -141,8 +141,6 @@ def _kernels(shape: Shape, k: int, mode: str, batch_size: int) -> tuple[list[Ker
     def product(rows: int, inner: int, columns: int, values: int) -> Kernel:
         return Kernel(rows * inner * columns, values)
 
-    compose = product(m, k, f, m * k + k * f + m * f)
-    decompose = [product(k, m, f, m * k + c * f + k * f), product(m, f, k, c * f + k * f + m * k)]
     thin = [conv(k), conv(k)]  # gradients of x and of B, from that of Z
     if mode == "dense":
         return [conv(c)], [conv(c), conv(c)]
@@ -153,11 +151,9 @@ def _kernels(shape: Shape, k: int, mode: str, batch_size: int) -> tuple[list[Ker
         derive = product(p, k, m, p * k + p * m + m * k)
         # Then [Z, A Z] is copied together, and in the backward pass the two gradients of Z are added.
         return [conv(k), derive, Kernel(0, 2 * p * c)], [derive, Kernel(0, 3 * p * k), derive, *thin]
-    if mode == "composed":
-        return [compose, conv(c)], [conv(c), conv(c), *decompose]
-    # Hybrid multiplies by all of M, but the least that the gradient of A has to read of dY is C - k channels.
-    mixed = [product(p, c, k, p * c + p * k + m * k), product(c, p, k, p * m + p * k + m * k)]
-    return [compose, conv(c)], [*mixed, *thin]
+    compose = product(m, k, f, m * k + k * f + m * f)
+    decompose = [product(k, m, f, m * k + c * f + k * f), product(m, f, k, c * f + k * f + m * k)]
+    return [compose, conv(c)], [conv(c), conv(c), *decompose]
 
 
 def moved(shape: Shape, k: int, mode: str, *, batch_size: int, passes: Pass, bytes_per_value: int) -> int:

@@ -59,10 +59,7 @@ class Shape(NamedTuple):
         pixels = batch_size * ((self.size - 1) // self.stride + 1) ** 2
         compose = 0 if mode == "dense" else m * k * f
         full, thin = pixels * c * f + compose, pixels * k * (f + (m if mode == "cat" else c))
-        forward = thin if mode in ("factorized", "cat") else full
-        if passes == "forward":
-            return forward
-        return forward + 2 * (thin if mode in ("factorized", "cat", "hybrid") else full)
+        return (thin if mode in ("factorized", "cat") else full) * (1 if passes == "forward" else 3)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from basis.layers.conv import BasisConv2d, ExplicitMode, basis_channels_for
 from basis.substitution import plan_of
 from basis.text import few
 
-Way = Literal["factorized", "composed", "hybrid", "through_basis"]
+Way = Literal["factorized", "composed", "through_basis"]
 EXPLICIT: tuple[ExplicitMode, ...] = get_args(ExplicitMode)
 WAYS: tuple[Way, ...] = get_args(Way)
 

@@ -19,12 +19,11 @@ from basis.layers.base import ConvLike, PaddingMode, arguments_of, autocast_devi
 from basis.layers.coefficients import Coefficients, Form
 from basis.layers.factorize import factorize as factorize
 from basis.layers.factorize import fit, principal_directions
-from basis.layers.hybrid import HybridConv
 from basis.layers.moments import Moments, lost_mean
 from basis.modules import is_channels_last
 
-Mode = Literal["auto", "factorized", "composed", "hybrid"]
-ExplicitMode = Literal["factorized", "composed", "hybrid"]
+Mode = Literal["auto", "factorized", "composed"]
+ExplicitMode = Literal["factorized", "composed"]
 MODES: tuple[str, ...] = get_args(Mode)
 
 
@@ -87,9 +86,8 @@ class BasisConv2d(ConvLike):
 
     Args:
         basis_channels: k, 1 <= k <= out_channels and a multiple of ``groups``; or give ``ratio``, k / out_channels.
-        mode: all modes give the same numbers. ``"factorized"`` convolves with B and mixes with M = [I; A] as a 1x1
-            convolution; ``"composed"`` builds W; ``"hybrid"`` is composed forward and factorized backward (first
-            derivatives only); ``"auto"`` picks by device and shape (:attr:`resolved_mode`).
+        mode: both modes give the same numbers. ``"factorized"`` convolves with B and mixes with M = [I; A] as a 1x1
+            convolution; ``"composed"`` builds W; ``"auto"`` picks by device and shape (:attr:`resolved_mode`).
         coefficients: the form of A, a :class:`Form` or its text, e.g. ``"low_rank:10"``; or the :class:`Coefficients`
             of another layer of the same shape, which both layers then share.
 
@@ -138,7 +136,7 @@ class BasisConv2d(ConvLike):
 
     @property
     def mode(self) -> Mode:
-        """One of ``"auto"``, ``"factorized"``, ``"composed"``, ``"hybrid"``; may be set at any time."""
+        """One of ``"auto"``, ``"factorized"`` and ``"composed"``; may be set at any time."""
         return self._mode
 
     @mode.setter
@@ -218,15 +216,12 @@ class BasisConv2d(ConvLike):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``x`` as ``nn.Conv2d`` with W would; with :attr:`mixed_later` the output is Z, without the bias."""
-        mode = self.resolved_mode
         x, padding = self._pad(x)
         conv = (self.stride, padding, self.dilation, self.groups)
         if self.mixed_later:
             return F.conv2d(x, self.basis, None, *conv)
-        if mode == "factorized":
+        if self.resolved_mode == "factorized":
             return self._factorized(x, conv)
-        if mode == "hybrid" and torch.is_grad_enabled():
-            return self._hybrid(x, conv) if x.dim() == 4 else self._hybrid(x[None], conv)[0]
         return F.conv2d(x, self.weight, self.bias, *conv)
 
     def _factorized(self, x: Tensor, conv: tuple) -> Tensor:
@@ -247,21 +242,6 @@ class BasisConv2d(ConvLike):
             if rows.is_contiguous():  # channels-last, asked in a way that vmap knows
                 return F.linear(rows, mixing, self.bias).permute(0, 3, 1, 2)
         return F.conv2d(z, mixing[:, :, None, None], self.bias, groups=a.groups)
-
-    def _hybrid(self, x: Tensor, conv: tuple) -> Tensor:
-        with torch.no_grad():
-            weight = self.weight
-        basis: Tensor = self.basis
-        mixing, groups = self.mixing[:, :, None, None], self.coefficients.groups
-        if torch.is_autocast_enabled(autocast_device(x)):
-            dtype = _computed_in(x)
-            x, weight, basis, mixing = x.to(dtype), weight.to(dtype), basis.to(dtype), mixing.to(dtype)
-        rows = None
-        if self._permuted or groups > 1:  # the output channels that are basis filters, in the order of B
-            position = torch.argsort(self.order) if self._permuted else self.order
-            rows = position.view(groups, -1)[:, : self.coefficients.columns].reshape(-1)
-        y = HybridConv.apply(x, weight, basis, mixing, rows, conv, groups)
-        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
 
     @classmethod
     def from_conv(

@@ -10,14 +10,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
 from basis.costs import Cost, cost
-from basis.layers.conv import BasisConv2d
-
-CountedMode = Literal["factorized", "composed", "hybrid"]
+from basis.layers.conv import BasisConv2d, ExplicitMode
 
 
 class Trained(NamedTuple):
@@ -133,7 +131,7 @@ def check_skip(model: nn.Module, skip: Skip, *, steps_per_epoch: int, total_step
 
 def step_cost(
     model: nn.Module, trained: Trained, *, input_size: Sequence[int], batch_size: int = 1,
-    mode: CountedMode | None = "factorized",
+    mode: ExplicitMode | None = "factorized",
 ) -> Cost:  # fmt: skip
     """What one step costs that trains these parts, as :func:`basis.costs.cost` counts; input_size is (C, H, W)."""
     parts = Parts(model)

@@ -86,7 +86,7 @@ def test_steps_are_judged_by_both_ratios_and_memory(judged, half, quarter, label
 
 def test_the_step_judged_is_the_one_in_which_dense_is_fastest_by_the_image():
     wanted = step(1.1, 0.5)
-    others = [{"mode": "hybrid"}, {"coefficients": "frozen"}, {"trained": "neither"}, {"error": "failed"}]
+    others = [{"mode": "composed"}, {"coefficients": "frozen"}, {"trained": "neither"}, {"error": "failed"}]
     rows = [step(3.0, 0.5, dense_ms=200.0), wanted, *(step(3.0, 0.5, dense_ms=50.0, **other) for other in others)]
     small = report("bench-train", [step(3.0, 0.5, dense_ms=60.0)], batch_size=32)
     assert speed.step_rows([small, report("bench-train", rows)])[0.5] is wanted

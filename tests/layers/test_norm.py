@@ -125,7 +125,7 @@ def test_every_form_of_coefficients(form, fitted):
         {"padding_mode": "circular"},
         {"basis_channels": 1},
         {"basis_channels": C},
-        {"mode": "hybrid"},
+        {"mode": "composed"},
     ],
     ids=str,
 )

@@ -9,6 +9,7 @@ from basis.models import build
 from basis.training.loop import Recipe, TrainingPaused, train
 
 RECIPE = Recipe(epochs=3, batch_size=20, translate=2, cutout=8, precision="fp32")
+SEARCH = {"images": 40, "ratios": (0.5, 0.25)}  # of a switch that takes a second
 DATA = synthetic(train=80, test=20, size=16)  # 4 steps an epoch
 
 

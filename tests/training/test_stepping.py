@@ -10,11 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import basis.training.loop
+from basis import Switch
 from basis.data import synthetic
 from basis.training.loop import Kind, TrainingError, make_step, train
 from basis.training.skipping import Skip
 from basis.training.stepping import CudaCapture, Means, means_for
-from tests.training.common import RECIPE, losses, network, same
+from tests.training.common import RECIPE, SEARCH, losses, network, same
 
 DATA = synthetic(train=120, test=40, size=16)  # 6 steps an epoch
 GRAPHED = dataclasses.replace(RECIPE, step="graphed")
@@ -81,6 +82,8 @@ def tapes(monkeypatch):
         ("sparse:1/2", {"settle": 0.4, "precision": "bf16"}, 2),
         (None, {"precision": "fp16", "momentum": 0.0}, 1),
         (None, {"attention": 1000.0}, 1),
+        (None, {"switch": Switch(**SEARCH)}, 2),
+        (None, {"switch": Switch(**SEARCH, momentum="projected", teach=0.5), "precision": "bf16"}, 2),
     ],
     ids=str,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -13,12 +13,14 @@ from torch import nn
 
 from basis.data import Data, Images
 from basis.decompositions import pair_of
-from basis.search.selection import InfeasibleBudget, predicted, select
+from basis.modules import tracking_norms
+from basis.search.selection import predicted, select
 from basis.search.sensitivity import FITTING, Fit, sensitivity
 from basis.search.table import SensitivityTable
-from basis.substitution import Plan, left_out, substitute_in_place
+from basis.substitution import Plan, left_out, replace_modules, substitute_in_place
 from basis.training.switching import Momentum
 
+SEARCHES = ("spectrum", "activation", "taylor", "fisher", "oneshot", "oneshot_bn")  # the measures that need no training
 STILL = 0.05  # the change per epoch below which stable ranks count as settled, and the share of layers of a plan
 STEPS = 40  # of bisection
 
@@ -75,6 +77,13 @@ class Switch:
         if min(self.patience, self.images) < 1:
             raise ValueError(f"patience is {self.patience} and images is {self.images}, but both must be at least 1")
 
+    def check(self, model: nn.Module, data: Data) -> None:
+        """Raise ``ValueError`` before any training where the switch could not be carried out."""
+        if self.measure not in SEARCHES or (self.measure == "oneshot_bn" and not tracking_norms(model)):
+            known = f"{', '.join(SEARCHES)}; oneshot_bn for networks with batch normalisation"
+            raise ValueError(f"measure is {self.measure!r}, but it must be one of {known}")
+        replace(self, measure="spectrum")._plan(model, data, [self.observe(model, data)])
+
     def observe(self, model: nn.Module, data: Data) -> dict[str, float]:
         """The stable rank of each layer's weight, or the k that its spectrum would choose."""
         if self.until == "plan":
@@ -98,24 +107,11 @@ class Switch:
 
     def replace(self, model: nn.Module, data: Data, seen: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         """Search, choose and replace in place; ``layers`` (name -> k, or rank of a pair) and what was ``predicted``."""
-        scored, calibration = (_first(one, self.images) for one in (data.validation or data.train, data.train))
-        if self.rule in ("uniform", "stable_rank"):
-            table = self._spectrum(model, data)
-        else:
-            fitted = self.fit if self.measure in FITTING else "weight"
-            table = sensitivity(
-                model, scored, measure=self.measure, ratios=self.ratios, multiple=self.multiple, fit=fitted,
-                calibration=calibration if self.measure != "spectrum" else None,
-            )  # fmt: skip
-        if self.rule == "stable_rank":
-            plan = self._by_stable_rank(table, seen)
-        else:
-            rule: Any = self.rule
-            plan = select(table, budget=self.budget, rule=rule, ratio=self.ratio, exclude=self.exclude)
+        table, plan = self._plan(model, data, seen)
         layers = {name: int(k) for name, k in plan.layers.items()}
         if self.pairs:
             layers = {name: pair_rank(model.get_submodule(name), k) for name, k in layers.items()}
-        self._put(model, layers, calibration if self.fit == "activation" else None)
+        self._put(model, layers, _first(data.train, self.images) if self.fit == "activation" else None)
         kept = {key: value for key, value in predicted(table, plan).items() if math.isfinite(value)}
         return {"layers": layers, "predicted": kept}
 
@@ -124,20 +120,38 @@ class Switch:
         self._put(model, layers, None)
 
     def _put(self, model: nn.Module, layers: Mapping[str, int], calibration: Images | None) -> None:
-        if not self.pairs:
-            return substitute_in_place(model, layers, calibration=calibration)
-        for name, rank in layers.items():
-            conv: Any = model.get_submodule(name)
-            model.set_submodule(name, pair_of(conv, rank))
-        return None
+        if self.pairs:
+            convs: dict[str, Any] = {name: model.get_submodule(name) for name in layers}
+            replace_modules(model, {conv: pair_of(conv, layers[name]) for name, conv in convs.items()})
+        else:
+            substitute_in_place(model, layers, calibration=calibration)
+
+    def _plan(self, model: nn.Module, data: Data, seen: Sequence[Mapping[str, float]]) -> tuple[SensitivityTable, Plan]:
+        """What was measured, and the plan."""
+        grouped = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+        exclude = (*self.exclude, *grouped) if self.pairs else self.exclude
+        if self.rule in ("uniform", "stable_rank") or self.measure == "spectrum":
+            table = self._spectrum(model, data)
+        else:
+            fitted: Any = {"fit": self.fit} if self.measure in FITTING else {}
+            table = sensitivity(
+                model, _first(data.validation or data.train, self.images), measure=self.measure, ratios=self.ratios,
+                multiple=self.multiple, calibration=_first(data.train, self.images), **fitted,
+            )  # fmt: skip
+        if self.rule == "stable_rank":
+            return table, self._by_stable_rank(table, seen, exclude)
+        rule: Any = self.rule
+        return table, select(table, budget=self.budget, rule=rule, ratio=self.ratio, exclude=exclude)
 
     def _spectrum(self, model: nn.Module, data: Data) -> SensitivityTable:
         shape = _first(data.train, 1)  # whose size tells the multiply-accumulates
         return sensitivity(model, shape, measure="spectrum", ratios=self.ratios, multiple=self.multiple)
 
-    def _by_stable_rank(self, table: SensitivityTable, seen: Sequence[Mapping[str, float]]) -> Plan:
+    def _by_stable_rank(
+        self, table: SensitivityTable, seen: Sequence[Mapping[str, float]], exclude: tuple[str, ...]
+    ) -> Plan:
         """k / C_out = s x (stable rank now / at the start), at most 1, with the largest s within the budget."""
-        open_layers = [at for at in table.layers if not left_out([at.name], (), self.exclude)]
+        open_layers = [at for at in table.layers if not left_out([at.name], (), exclude)]
 
         def plan(scale: float) -> Plan:
             layers = {}
@@ -155,7 +169,7 @@ class Switch:
 
         low, high = 0.0, max(seen[0][name] / seen[-1][name] for name in seen[-1])
         if not fits(low):
-            raise InfeasibleBudget(f"no stable ranks meet a budget of {dict(self.budget)}", {}, {})
+            raise ValueError(f"no plan of the rule 'stable_rank' meets a budget of {dict(self.budget)}")
         for _ in range(STEPS):
             middle = (low + high) / 2
             low, high = (middle, high) if fits(middle) else (low, middle)

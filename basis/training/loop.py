@@ -277,6 +277,9 @@ def train(
         raise TrainingError("the step was made for another model, or there is a teacher, with which none is used again")
     step = step or make_step(model, first, device=place, teacher=teacher)
     data = data.to(place)
+    if recipe.switch:
+        with as_training_error():
+            recipe.switch.check(model, data)
     if isinstance(step.beside, Attention):
         with as_training_error(), on_device(place):
             step.beside.check(_input(data.train.x[:1], recipe.memory_format))
@@ -294,7 +297,9 @@ def train(
         generator=generator, validate=validate,
         switch=Switcher(recipe.switch, recipe, data, place) if recipe.switch else None,
     )  # fmt: skip
-    with on_device(place), schedule.parts.restored():
+    parts = schedule.parts
+    del step, schedule  # a switch puts others in their place, and the memory of a captured step is to be set free
+    with on_device(place), parts.restored():
         training.loop(checkpoint, should_stop, progress, checkpoint_every=checkpoint_every)
     last = partial(evaluate, model, precision=recipe.precision, flip=True)
     return Result(

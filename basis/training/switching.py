@@ -28,6 +28,9 @@ class Switching(Protocol):
     def teach(self) -> float | None:
         """The share of the loss that comes from the dense network at the switch; None: it does not teach."""
 
+    def check(self, model: nn.Module, data: Data) -> None:
+        """Raise ``ValueError`` before any training where the switch could not be carried out."""
+
     def observe(self, model: nn.Module, data: Data) -> Mapping[str, float]:
         """What is kept of the network before each dense epoch."""
 

@@ -147,11 +147,38 @@ def test_what_makes_no_sense_is_refused(wrong, named):
         Switch(**wrong)
 
 
-def test_a_training_that_cannot_switch_says_why():
+def test_a_training_that_cannot_switch_says_why_before_it_begins():
     with pytest.raises(ValueError, match="skip and attention"):
         dataclasses.replace(switched(), attention=1.0)
-    with pytest.raises(TrainingError, match="no plan of the rule 'optimal' meets a budget"):
-        trained(switched(budget={"params": 0.01}))
+    begun = {"should_stop": lambda: pytest.fail("it began")}
+    for changes, reason in (
+        ({"budget": {"params": 0.01}}, "no plan of the rule 'optimal' meets a budget"),
+        ({"budget": {"params": 0.01}, "rule": "stable_rank"}, "no plan of the rule 'stable_rank' meets a budget"),
+        ({"measure": "fine_tuning"}, "measure is 'fine_tuning'"),
+        ({"exclude": ("head",)}, "exclude has 'head'"),
+    ):
+        with pytest.raises(TrainingError, match=reason):
+            trained(switched(**changes), **begun)
     model = substitute(network(), ratio=0.5)
     with pytest.raises(TrainingError, match="no convolution of the model has a candidate"):
-        train(model, DATA, switched(), device="cpu")
+        train(model, DATA, switched(), device="cpu", **begun)
+
+
+def test_pairs_leave_grouped_layers_dense_and_replace_shared_ones_once():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.grouped = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, groups=2)
+            self.twice = nn.Conv2d(16, 16, 3, padding=1)
+            self.again, self.fc = self.twice, nn.Linear(16, 10)
+
+        def forward(self, x):
+            x = self.again(self.twice(self.grouped(self.first(x)).relu()).relu())
+            return self.fc(x.mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Shared()
+    result = train(model, DATA, switched(pairs=True, measure="oneshot", budget={"params": 0.7}), device="cpu")
+    assert "grouped" not in result.switched["layers"]
+    assert isinstance(model.twice, nn.Sequential)
+    assert model.twice is model.again

@@ -1,0 +1,83 @@
+"""The study of chapter 12: trainings that switch on their way, judged against dense ones of the study headline."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from basis.costs import cost
+from basis.experiments.execution import execute, reusable
+from basis.experiments.studies import STUDIES, switch
+from basis.experiments.studies.headline import HALF, NARROWER, variant
+from basis.models import build
+from tests.experiments.test_search_studies import record
+
+STUDY = STUDIES["switch"]
+
+
+@pytest.fixture(autouse=True)
+def _no_other_records(tmp_path, monkeypatch):
+    monkeypatch.setenv("BASIS_RESULTS", str(tmp_path))
+
+
+@pytest.mark.parametrize("profile", ["small", "paper"])
+def test_three_seeds_of_the_judged_comparison_come_first(profile):
+    runs, dense = STUDY.runs(profile), STUDIES["headline"].runs(profile)
+    assert [(run.variant, run.seed) for run in runs[:3]] == [(variant(switch.OURS, HALF), seed) for seed in range(3)]
+    assert len({run.id for run in runs}) == len(runs)
+    base = next(run for run in dense if run.variant == "dense" and run.seed == 0)
+    first = runs[0]
+    plain = dataclasses.replace(first.recipe, switch=None, decay=None)
+    assert dataclasses.replace(first, study=base.study, variant="dense", recipe=plain) == base
+    assert {run.recipe.switch.multiple for run in runs} == {1 if profile == "small" else 8}
+
+
+def outcomes(ours, narrower):
+    """Records of made-up accuracies: what each seed loses against the dense network, in points."""
+    found, of = [], {"dense": ("headline", [0.0] * 4), variant(NARROWER, HALF): ("headline", narrower)}
+    of[variant(switch.OURS, HALF)] = ("switch", ours)
+    for name, (study, points) in of.items():
+        made = [run for run in STUDIES[study].runs("small") if run.variant == name]
+        about = {"parameters": 100 if name == "dense" else 50, "macs": 100, "curves": []}
+        about |= {"switched": {"epoch": 5, "seconds": 7.0}} if study == "switch" else {}
+        pairs = zip(made, points, strict=False)
+        found += [record(run, accuracy=0.9 + 0.001 * run.seed - one / 100, **about) for run, one in pairs]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ours", "narrower", "label"),
+    [
+        ([0.1, 0.0, 0.1, 0.0], [1.0, 1.1, 0.9, 1.0], "reproduced"),
+        ([0.1, 0.0, 0.1, 0.0], [0.1, -0.1, 0.1, 0.0], "inconclusive"),  # as good as dense, but so is the narrower one
+        ([0.5, 0.6, 0.4, 0.5], [1.0, 1.1, 0.9, 1.0], "not reproduced"),
+        ([0.1, 0.0, 0.1, 0.0], [-1.0, -1.1, -0.9, -1.0], "not reproduced"),
+        ([1.0, -1.0, 0.5, 0.0], [1.0, 1.1, 0.9, 1.0], "inconclusive"),
+        ([0.1, 0.0], [1.0, 1.1, 0.9, 1.0], "not tested"),
+    ],
+)
+def test_every_label_can_come_out(ours, narrower, label):
+    records = outcomes(ours, narrower)
+    (verdict,) = STUDY.verdicts(records, "small")
+    assert (verdict.claim, verdict.label) == ("H5", label)
+    runs = switch.frame(records, "small")
+    assert runs.groupby("variant").size()["dense"] == 4
+    assert set(runs.loc[runs["variant"] == variant(switch.OURS, HALF), "search"]) == {7.0}
+    assert runs.loc[runs["variant"] == "dense", "search"].isna().all()
+
+
+def test_without_records_there_are_no_rows():
+    assert switch.frame([], "small").empty
+    assert STUDY.verdicts([], "small")[0].label == "not tested"
+
+
+def test_a_run_keeps_what_the_switch_did():
+    run = next(run for run in STUDY.runs("smoke") if run.variant == variant("spectral start", HALF))
+    run = dataclasses.replace(run, images=200)
+    result = execute(run, device=torch.device("cpu"))
+    dense = cost(build(run.model, width=run.width), (3, 32, 32)).total
+    assert result["plan"] == result["switched"]["layers"]
+    assert result["parameters"] <= 0.5 * dense.parameters
+    assert result["macs"] == pytest.approx(result["switched"]["predicted"]["macs"] * dense.forward_macs, rel=1e-6)
+    assert result["spectrum"] is None
+    assert not reusable(run)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from basis.data import Data, Images
 from basis.modules import evaluating, is_channels_last
 from basis.saving import Saved, columns
 from basis.statistics import proportion_estimate
-from basis.training.distillation import beside_teacher, teacher_logits
+from basis.training.distillation import TEMPERATURE, beside_teacher, teacher_logits
 from basis.training.epochs import Training
 from basis.training.evaluation import evaluate
 from basis.training.loop import augmented_batches
@@ -33,7 +33,7 @@ from basis.training.recipe import (
 )
 from basis.training.stepping import Autocast, Means, TrainingStep
 
-Schedule = Literal["cosine", "linear"]
+WARM_UP = 0.05  # the fraction of all steps in which the learning rate rises
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,33 +42,24 @@ class Settings:
 
     epochs: int
     lr: float
-    schedule: Schedule
-    warm_up: float
-    momentum: float
     weight_decay: float
     label_smoothing: float
-    clip: float | None
     temperature: float | None
     distillation: float | None
     precision: Precision
 
     def __post_init__(self) -> None:
-        for name, most in (("clip", math.inf), ("temperature", math.inf), ("distillation", 1)):
+        for name, most in (("temperature", math.inf), ("distillation", 1)):
             value = getattr(self, name)
             if value is not None and not 0 < value <= most:
                 raise ValueError(f"{name} is {value}, but it must lie in (0, {most}]")
-        if not 0 <= self.warm_up < 1:
-            raise ValueError(f"warm_up is {self.warm_up}, but it must be at least 0 and below 1")
-        if self.schedule not in ("cosine", "linear"):
-            raise ValueError(f"schedule is {self.schedule!r}, but it must be 'cosine' or 'linear'")
 
     def rate(self, step: int, total: int) -> float:
-        """The learning rate of a step: up to ``lr`` in the warm-up, then down to 0 at the end."""
-        warm = round(self.warm_up * total)
+        """The learning rate of a step: up to ``lr`` in the warm-up, then by a cosine down to 0 at the end."""
+        warm = round(WARM_UP * total)
         if step < warm:
             return self.lr * (step + 1) / (warm + 1)
-        done = min(1.0, (step - warm) / max(1, total - warm))
-        return self.lr * ((1 + math.cos(math.pi * done)) / 2 if self.schedule == "cosine" else 1 - done)
+        return self.lr * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, total - warm)))) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,30 +86,28 @@ class FineTuning(Saved):
         s = self.settings
         taught = "" if s.distillation is None else f", {s.distillation:g} of the loss from a teacher"
         head = f"fine-tuned for {s.epochs} epoch{'s' * (s.epochs > 1)}: {self.steps:,} steps, {self.images:,} images, "
-        head += f"{self.seconds:.1f} s, {s.precision}, lr {s.lr:g} ({s.schedule}){taught}"
+        head += f"{self.seconds:.1f} s, {s.precision}, lr {s.lr:g}{taught}"
         names = [name for name in self.curves[0] if name not in ("lr", "validation_low", "validation_high")]
         rows = [[name.replace("_", " ") for name in names]] + [[f"{row[n]:.4g}" for n in names] for row in self.curves]
         return "\n".join([head, *columns([tuple(row) for row in rows])])
 
 
 def finetune(
-    model: nn.Module, data: Iterable[Any] | Data, *, epochs: int = 1, lr: float = 0.01,
-    schedule: Schedule = "cosine", warm_up: float = 0.05, momentum: float = 0.9, weight_decay: float = 5e-4,
-    label_smoothing: float = 0.0, clip: float | None = None, teacher: nn.Module | None = None,
-    temperature: float = 4.0, distillation: float = 0.9, precision: Precision = "auto", batch_size: int = 128,
-    seed: int = 0, validation: Batches | None = None, checkpoint: str | Path | None = None,
+    model: nn.Module, data: Iterable[Any] | Data, *, epochs: int = 1, lr: float = 0.01, weight_decay: float = 5e-4,
+    label_smoothing: float = 0.0, teacher: nn.Module | None = None, temperature: float = TEMPERATURE,
+    distillation: float = 0.9, precision: Precision = "auto", batch_size: int = 128, seed: int = 0,
+    validation: Batches | None = None, checkpoint: str | Path | None = None,
     should_stop: Callable[[], bool] | None = None, progress: bool | str = False,
 ) -> FineTuning:  # fmt: skip
-    """Train ``model`` further, in place and on its own device: SGD with Nesterov momentum, a short schedule.
+    """Train ``model`` further, in place and on its own device: SGD with Nesterov momentum 0.9.
 
     Args:
         data: batches (inputs, labels) with a length that can be gone through once per epoch, such as a ``DataLoader``;
             labels are classes (N,), or probabilities (N, classes). Or :class:`basis.data.Data`: its training images,
             shuffled and augmented as in :func:`basis.train` by ``seed``, in batches of ``batch_size``.
-        epochs, lr: passes over the data; the peak learning rate, for a loss that is the mean over the batch.
-        schedule, warm_up: how the learning rate falls to 0; the fraction of all steps in which it rises before.
-        momentum, weight_decay, label_smoothing, precision: as in :class:`basis.Recipe`.
-        clip: the largest norm of the gradient of all parameters together.
+        epochs, lr: passes over the data; the peak learning rate, for a loss that is the mean over the batch. It rises
+            in the first twentieth of all steps and falls by a cosine to 0.
+        weight_decay, label_smoothing, precision: as in :class:`basis.Recipe`.
         teacher, temperature, distillation: a network with the same outputs, such as the dense one; T and d of the loss
             (1 - d) CE + d T^2 KL(p || q), see :mod:`basis.training.distillation`.
         validation: evaluated after every epoch: batches or :class:`basis.data.Images`; those of ``Data`` unless given.
@@ -133,13 +122,12 @@ def finetune(
     """
     device, precision = first_weight(model).device, _precision(model, teacher, precision)
     settings = Settings(
-        epochs=epochs, lr=lr, schedule=schedule, warm_up=warm_up, momentum=momentum, weight_decay=weight_decay,
-        label_smoothing=label_smoothing, clip=clip, temperature=temperature if teacher is not None else None,
-        distillation=distillation if teacher is not None else None, precision=precision,
+        epochs=epochs, lr=lr, weight_decay=weight_decay, label_smoothing=label_smoothing, precision=precision,
+        temperature=None if teacher is None else temperature, distillation=None if teacher is None else distillation,
     )  # fmt: skip
     recipe = Recipe(
-        epochs=epochs, lr=lr, momentum=momentum, weight_decay=weight_decay, label_smoothing=label_smoothing,
-        batch_size=batch_size, precision=precision,
+        epochs=epochs, lr=lr, weight_decay=weight_decay, label_smoothing=label_smoothing, batch_size=batch_size,
+        precision=precision,
     )  # fmt: skip
     generator = getattr(data, "generator", None)
     if isinstance(data, Data):
@@ -150,13 +138,11 @@ def finetune(
         raise TrainingError("validation can be gone through only once, but there are more epochs; give a list")
     autocast, weight, beside = partial(autocast_in, device, precision), 1.0, None
     if teacher is not None:
-        weight, beside = (
-            1 - distillation,
-            beside_teacher(model, teacher.to(device), share=distillation, temperature=temperature, autocast=autocast),
-        )
+        taught = {"share": distillation, "temperature": temperature, "autocast": autocast}
+        weight, beside = 1 - distillation, beside_teacher(model, teacher.to(device), **taught)
     run = TrainingStep(
         model, make_optimizer(model, recipe, device), torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        lambda loss, kind: weight * loss, means=Means(), autocast=autocast, label_smoothing=label_smoothing, clip=clip,
+        lambda loss, kind: weight * loss, means=Means(), autocast=autocast, label_smoothing=label_smoothing,
         beside=beside, sums_objective=True,
     )  # fmt: skip
     networks = [network for network in (model, teacher) if network is not None]

@@ -78,7 +78,6 @@ class TrainingStep:
         capture: runs a function and returns what repeats it; a CUDA graph unless given.
         beside: runs ``model`` beside a teacher, (N, C, H, W) to logits and a term that is added to what is
             differentiated. Not compiled: torch compiles modules of one class once, whatever hooks they have.
-        clip: the largest norm of the gradient of all parameters together.
         sums_objective: whether ``loss`` sums what is differentiated instead of the cross-entropy.
 
     Attributes:
@@ -90,13 +89,12 @@ class TrainingStep:
         objective: Callable[[Tensor, Any], Tensor], *, means: Means,
         autocast: Autocast = nullcontext, label_smoothing: float = 0.0,
         channels_last: bool = False, capture: Capture | None = None,
-        beside: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None, clip: float | None = None,
-        sums_objective: bool = False,
+        beside: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None, sums_objective: bool = False,
     ) -> None:  # fmt: skip
         if beside and means.compiled:
             means = means._replace(compiled=False, reason="attention transfer is not compiled")
         self.model, self.optimizer, self.scaler, self.means = model, optimizer, scaler, means
-        self.beside, self._clip, self._sums_objective = beside, clip, sums_objective
+        self.beside, self._sums_objective = beside, sums_objective
         self.setup_seconds = 0.0
         self._objective, self._autocast, self._label_smoothing = objective, autocast, label_smoothing
         self._device = next(model.parameters()).device
@@ -162,9 +160,6 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         if objective.requires_grad:  # a step may train nothing, where all but a skipped part is frozen
             self.scaler.scale(objective).backward()
-            if self._clip is not None:
-                self.scaler.unscale_(self.optimizer)
-                nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], self._clip)
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.loss += (objective if self._sums_objective else loss).detach()

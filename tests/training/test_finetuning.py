@@ -1,5 +1,4 @@
 import copy
-import math
 
 import pytest
 import torch
@@ -49,7 +48,7 @@ def test_it_learns_from_a_loader_and_says_how(tmp_path):
     model[1].train()
     flags = [module.training for module in model.modules()]
     before = evaluate(model, held())
-    result = finetune(model, loader(), epochs=4, lr=0.05, validation=held(), clip=5.0, precision="fp32")
+    result = finetune(model, loader(), epochs=4, lr=0.05, validation=held(), precision="fp32")
     after = evaluate(model, held())
     assert after["accuracy"] > before["accuracy"] + 0.3
     assert [module.training for module in model.modules()] == flags
@@ -63,12 +62,11 @@ def test_it_learns_from_a_loader_and_says_how(tmp_path):
     assert FineTuning.load(tmp_path / "f.json") == result
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_the_rate_rises_to_its_peak_and_falls_to_zero(schedule):
-    numbers = dict.fromkeys(("momentum", "weight_decay", "label_smoothing", "clip", "temperature", "distillation"))
-    settings = Settings(epochs=1, lr=0.4, schedule=schedule, warm_up=0.1, precision="fp32", **numbers)
-    rates = [settings.rate(step, 100) for step in range(101)]
-    assert [rates[0], max(rates), rates[10], rates[55], rates[100]] == pytest.approx([0.4 / 11, 0.4, 0.4, 0.2, 0])
+def test_the_rate_rises_to_its_peak_and_falls_to_zero():
+    numbers = dict.fromkeys(("weight_decay", "label_smoothing", "temperature", "distillation"))
+    settings = Settings(epochs=1, lr=0.4, precision="fp32", **numbers)
+    rates = [settings.rate(step, 200) for step in range(201)]
+    assert [rates[0], max(rates), rates[10], rates[105], rates[200]] == pytest.approx([0.4 / 11, 0.4, 0.4, 0.2, 0])
     assert sorted(rates[:11]) == rates[:11]
     assert settings.rate(5, 0) == pytest.approx(0, abs=1e-12)  # more steps than were announced
 
@@ -80,7 +78,7 @@ def test_one_step_is_nesterov_on_the_loss_with_the_teachers_part():
     teacher_state, teacher_flags = copy.deepcopy(teacher.state_dict()), [m.training for m in teacher.modules()]
     mine, (x, y) = copy.deepcopy(model), samples(16)
     finetune(
-        model, [(x, y)], lr=0.1, warm_up=0, teacher=teacher, temperature=2.0, distillation=0.25, weight_decay=0.01,
+        model, [(x, y)], lr=0.1, teacher=teacher, temperature=2.0, distillation=0.25, weight_decay=0.01,
         label_smoothing=0.1, precision="fp32",
     )  # fmt: skip
     mine.train()
@@ -95,17 +93,6 @@ def test_one_step_is_nesterov_on_the_loss_with_the_teachers_part():
             assert torch.allclose(own, expected - 0.1 * 1.9 * gradient, atol=1e-5)
     assert all(torch.equal(value, teacher_state[name]) for name, value in teacher.state_dict().items())
     assert sum(teacher_flags) == len(teacher_flags)
-
-
-def test_a_large_gradient_is_clipped():
-    x, y = samples(16)
-    models = [network() for _ in range(2)]
-    start = [p.detach().clone() for p in models[0].parameters()]
-    finetune(models[0], [(x * 100, y)], lr=0.1, clip=1e-3, weight_decay=0.0, warm_up=0)
-    finetune(models[1], [(x * 100, y)], lr=0.1, weight_decay=0.0, warm_up=0)
-    moved = [torch.cat([(p - s).flatten() for p, s in zip(m.parameters(), start, strict=True)]).norm() for m in models]
-    assert moved[0].item() == pytest.approx(0.19e-3, rel=0.01)
-    assert moved[1] > 10 * moved[0]
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -185,12 +172,9 @@ def test_what_cannot_be_trained_is_refused_before_anything_changes():
             finetune(bad, data, **options)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for options, words in (
-        ({"schedule": "step"}, "schedule"),
-        ({"warm_up": 1}, "warm_up is 1"),
         ({"teacher": network(1), "distillation": 1.5}, "distillation is 1.5"),
         ({"teacher": network(1), "temperature": 0}, "temperature is 0"),
         ({"precision": "int8"}, "precision is 'int8'"),
-        ({"clip": math.nan}, "clip is nan"),
     ):
         with pytest.raises(ValueError, match=words):
             finetune(model, [(x, y)], **options)

@@ -138,7 +138,7 @@ def finetune(
         raise TrainingError("validation can be gone through only once, but there are more epochs; give a list")
     autocast, weight, beside = partial(autocast_in, device, precision), 1.0, None
     if teacher is not None:
-        taught = {"share": distillation, "temperature": temperature, "autocast": autocast}
+        taught: dict[str, Any] = {"share": distillation, "temperature": temperature, "autocast": autocast}
         weight, beside = 1 - distillation, beside_teacher(model, teacher.to(device), **taught)
     run = TrainingStep(
         model, make_optimizer(model, recipe, device), torch.amp.GradScaler(device.type, enabled=precision == "fp16"),

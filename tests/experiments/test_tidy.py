@@ -126,7 +126,7 @@ def test_the_truth_scores_one_in_every_form_and_its_reverse_minus_one(form):
             scores = pd.Series(scores)
         row = score(scores, records=records, beside=False).iloc[0]
         assert row["measure"] == "yours"
-        assert (row["spearman"], row["kendall"]) == (pytest.approx(sign), pytest.approx(sign))
+        assert row["spearman"] == pytest.approx(sign)
         assert row["layers"] == len(LAYERS)
 
 
@@ -139,7 +139,7 @@ def test_a_measure_of_ours_given_as_ones_own_scores_what_it_scores_beside(commit
         for name, value in study_of.mean_values([study_of.values(table, ratio) for table in tables]).items()
     }
     frame = score(own, records=records).set_index("measure")
-    kept = ["spearman", "spearman_low", "spearman_high", "kendall", "kendall_low", "kendall_high", "layers"]
+    kept = ["spearman", "spearman_low", "spearman_high", "layers"]
     assert list(frame.loc["yours", kept]) == pytest.approx(list(frame.loc["oneshot_bn", kept]))
     alone = score(tables[0], records=records, beside=False)
     assert np.isfinite(alone["spearman"]).all()

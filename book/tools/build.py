@@ -23,7 +23,6 @@ import nbformat
 
 from basis.environment import repository_root, results_folder
 from basis.experiments.studies import STUDIES, check_records
-from basis.experiments.tidy import sound_records, write_tables
 from book.tools import front_page, gates
 from book.tools.address import address
 from book.tools.derived import HEADLINE, block, sync
@@ -139,7 +138,6 @@ def build(
     texts = fragments(pages, profile)
     for name, text in texts.items():
         (generated / name).write_text(text + "\n", encoding="utf-8")
-    write_tables(generated, sound_records())
     front_page.save(profile, root / "book" / "figures")
 
     if profile is None:

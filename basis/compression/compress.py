@@ -32,7 +32,7 @@ from basis.environment import environment
 from basis.inference import export_onnx, export_program, fold, is_installed, measure_fold
 from basis.modules import tracking_norms
 from basis.saving import plain, replacing, write_json
-from basis.search.selection import select
+from basis.search.selection import UNITS, select
 from basis.search.sensitivity import sensitivity
 from basis.search.table import SensitivityTable
 from basis.statistics import mean_estimate, proportion_estimate
@@ -45,7 +45,6 @@ from basis.training.recalibration import recalibrate
 from basis.vision import import_torchvision
 
 COSTS = {"params": "parameters", "macs": "forward_macs", "backward_macs": "backward_macs"}  # -> fields of a cost
-UNITS = (*COSTS, "milliseconds")
 MEASURES = ("spectrum", "activation", "taylor", "fisher", "oneshot", "oneshot_bn")
 EXPORTS: Mapping[str, tuple[str, Any]] = {"onnx": ("model.onnx", export_onnx), "program": ("model.pt2", export_program)}
 INSTALLED = tuple(name for name in EXPORTS if name != "onnx" or (is_installed("onnx") and is_installed("onnxscript")))

@@ -162,7 +162,7 @@ class SensitivityTable:
     @property
     def unit(self) -> str:
         """What the values are, in words."""
-        return MEASURES.get(self.measure, "divergence from the dense predictions, nats")
+        return MEASURES.get(self.measure, self.measure)
 
     @property
     def columns(self) -> tuple[float | str, ...]:

@@ -37,7 +37,7 @@ from basis.experiments.runs import PROFILES, device_for, parse_duration, record_
 from basis.experiments.studies import STUDIES, status
 from basis.experiments.studies.substitutes import BLOCKS, bench_variants
 from basis.experiments.sweep import bench_gpu, file_name
-from basis.experiments.tidy import csv, runs_frame, sound_records, write_tables
+from basis.experiments.tidy import csv, runs_frame, sound_records
 from basis.inference import bench_inference
 from basis.layers.conv import MODES
 from basis.models import build
@@ -128,8 +128,7 @@ def _add_runs(commands: Any) -> None:
     option("--quiet", action="store_true", help="no progress bars")
     option = add("import", import_archives, "check and file records of others")
     option("archives", nargs="+", type=Path, metavar="ARCHIVE", help="of basis run --archive")
-    option = add("table", write_table, "all records as tidy tables")
-    option("--out", type=Path, metavar="DIR", help="write both tables there, packed")
+    add("table", write_table, "all records as one tidy table")
     add("status", show_status, "which runs are done and which are missing")
 
 
@@ -196,16 +195,12 @@ def import_archives(options: argparse.Namespace) -> int:
 
 
 def write_table(options: argparse.Namespace) -> int:
-    """Write all runs as one tidy table, runs.csv beside the records; with --out that and every measured sensitivity."""
-    path, records = (options.results or results_folder()) / "runs.csv", sound_records(options.results)
-    check_place(options.out / "runs.csv.gz" if options.out else path)
-    if options.out:
-        written = write_tables(options.out, records)
-    else:
-        written = [path]
-        with replacing(path) as file:
-            file.write(csv(runs_frame(records)))
-    print(*(f"saved {one}" for one in written), sep="\n")
+    """Write all runs as one tidy table, runs.csv beside the records."""
+    path = (options.results or results_folder()) / "runs.csv"
+    check_place(path)
+    with replacing(path) as file:
+        file.write(csv(runs_frame(sound_records(options.results))))
+    print(f"saved {path}")
     return 0
 
 

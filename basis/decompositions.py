@@ -1,9 +1,8 @@
 """What other tools make of a trained convolution: factorisations with fitted weights, for whole networks.
 
 They are what a user would take instead of basis convolutions, at a number of parameters that is given: two
-convolutions in a row by the truncated SVD of the weight (Zhang et al. 2016, arXiv 1505.06798), the Tucker
-``FactorizedConv`` of tensorly-torch, and the ``Conv_Decomposer`` of fasterai. Each gives all its layers one common
-setting, the largest that meets the budget.
+convolutions in a row by the truncated SVD of the weight (Zhang et al. 2016, arXiv 1505.06798), and the Tucker
+``FactorizedConv`` of tensorly-torch. Each gives all its layers one common setting, the largest that meets the budget.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import importlib
 import io
 import warnings
 from collections.abc import Callable, Iterable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,13 +26,6 @@ STEPS = 20  # of bisection
 
 class NotInstalled(RuntimeError):
     """A package of somebody else that is not here; the message says how to bring it."""
-
-
-def _needed(module: str, packages: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise NotInstalled(f"{module} cannot be imported here; `pip install {packages}` brings it") from error
 
 
 def pair_of(conv: nn.Conv2d, q: int) -> nn.Sequential:
@@ -99,7 +90,12 @@ def tensorly_conv(
     rank = (*tucker_ranks(conv, parameters), *conv.kernel_size)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints and warns on import
         warnings.simplefilter("ignore")
-        return _needed("tltorch", "tensorly tensorly-torch").FactorizedConv.from_conv(
+        try:
+            factorized = importlib.import_module("tltorch").FactorizedConv
+        except ImportError as error:
+            says = "tltorch cannot be imported here; `pip install tensorly tensorly-torch` brings it"
+            raise NotInstalled(says) from error
+        return factorized.from_conv(
             conv, rank=rank, factorization="tucker", implementation=implementation, decompose_weights=fitted,
             fixed_rank_modes="spatial",
         )  # fmt: skip
@@ -137,51 +133,17 @@ def tensorly_network(model: nn.Module, parameters: int, exclude: Iterable[str] =
     return _shrunk(model, parameters, exclude, size, lambda conv, share: tensorly_conv(conv, size(conv, share)))
 
 
-def fasterai_network(
-    model: nn.Module, parameters: int, exclude: Iterable[str] = (), *, method: str = "tucker"
-) -> nn.Module:
-    """A copy of ``model`` as fasterai's ``Conv_Decomposer`` decomposes it, at most ``parameters`` large.
-
-    Its one setting is the part of the ranks that is removed from every layer; ``method`` is "tucker" or "svd". It
-    leaves 1x1 and grouped convolutions alone, and knows zero padding only. Raises :class:`NotInstalled` where fasterai
-    cannot be imported, and ``ValueError`` where no setting is small enough.
-    """
-    decomposer = _needed("fasterai.misc.conv_decomposer", "fasterai").Conv_Decomposer()
-
-    def decompose(conv: Any, kept: float, device: Any, iterations: int) -> Any:
-        bare = copy.deepcopy(conv).to(device)
-        bare.register_parameter("bias", None)
-        removed = min(1 - kept, 1 - 1e-9)  # all of it is not allowed
-        alone = nn.ModuleList([bare])
-        return decomposer.decompose(alone, percent_removed=removed, method=method, n_iter=iterations)[0]
-
-    def takes(conv: nn.Conv2d, kept: float) -> bool:
-        return min(conv.kernel_size) > 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-
-    def make(conv: nn.Conv2d, kept: float) -> nn.Module:
-        made = decompose(conv, kept, conv.weight.device, 10)
-        (made[-1] if isinstance(made, nn.Sequential) else made).bias = copy.deepcopy(conv.bias)
-        return made
-
-    def size(conv: nn.Conv2d, kept: float) -> int:
-        return count_parameters(decompose(conv, kept, "meta", 0))
-
-    return _shrunk(model, parameters, exclude, size, make, takes)
-
-
 def _shrunk(
     model: nn.Module,
     parameters: int,
     exclude: Iterable[str],
     size: Callable[[nn.Conv2d, float], int],
     make: Callable[[nn.Conv2d, float], nn.Module],
-    takes: Callable[[nn.Conv2d, float], bool] | None = None,
 ) -> nn.Module:
     """A copy of ``model`` with what ``make`` gives for convolutions at one setting, the largest in [0, 1) that fits.
 
-    ``size`` counts its weights, and ``takes`` says where it is used; default: where it is smaller.
+    ``size`` counts its weights; it is used where it is smaller.
     """
-    takes = takes or (lambda conv, at: size(conv, at) < conv.weight.numel())
     left = set(exclude)
     convs: dict[str, Any] = {name: module for name, module in model.named_modules() if type(module) is nn.Conv2d}
     if missing := sorted(left - set(convs)):
@@ -190,7 +152,7 @@ def _shrunk(
     whole = count_parameters(model)
 
     def count(at: float) -> int:
-        return whole - sum(conv.weight.numel() - size(conv, at) for conv in convs.values() if takes(conv, at))
+        return whole - sum(max(0, conv.weight.numel() - size(conv, at)) for conv in convs.values())
 
     low, high = 0.0, 1.0
     if count(low) > parameters:
@@ -200,6 +162,6 @@ def _shrunk(
         low, high = (middle, high) if count(middle) <= parameters else (low, middle)
     copied = copy.deepcopy(model)
     for name, conv in convs.items():
-        if takes(conv, low):
+        if size(conv, low) < conv.weight.numel():
             copied.set_submodule(name, make(conv, low).train(conv.training))
     return copied

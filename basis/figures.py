@@ -34,7 +34,6 @@ from basis.statistics import mean_estimate
 
 TEXT_WIDTH = 7.0  # inches: the width of the book's text, and of a printed page's
 FIGURE_KEY = "basis_figure"  # output metadata of a figure, which the book replaces by a numbered one
-HEADLINE = "headline"  # the figure of this name stands on the front page and in the README
 CAPTION_KEY = "basis_caption"  # output metadata of the caption under it, which the book drops
 
 # One colour for each thing that is compared, wherever it appears: (light, dark). The ratios run from purple to

@@ -11,11 +11,3 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def pytest_collection_modifyitems(config, items):
-    """Trials take long: they are run only where they are asked for by ``-m trial``."""
-    if "trial" not in config.option.markexpr:
-        left = [item for item in items if item.get_closest_marker("trial")]
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in left]

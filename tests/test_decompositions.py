@@ -1,29 +1,16 @@
 """What other tools make of a trained convolution: exact at full rank, best at a smaller one, within the budget."""
 
-import copy
 import sys
 from importlib import util
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from basis.costs import count_parameters
-from basis.decompositions import NotInstalled, fasterai_network, pair_of, svd_pairs, tensorly_conv, tensorly_network
+from basis.decompositions import NotInstalled, pair_of, svd_pairs, tensorly_conv, tensorly_network
 
 needs_tltorch = pytest.mark.skipif(util.find_spec("tensorly") is None, reason="needs tensorly-torch")
-
-
-class StandIn:
-    """The interface of fasterai's decomposer, with the truncated SVD in place of its own methods."""
-
-    def decompose(self, model, percent_removed, method, n_iter):
-        made = copy.deepcopy(model)
-        for name, conv in list(made.named_children()):
-            rank = max(1, int((1 - percent_removed) * min(conv.in_channels, conv.out_channels)))
-            setattr(made, name, pair_of(conv, rank))
-        return made
 
 
 def network():
@@ -94,27 +81,7 @@ def test_tensorlys_network_meets_the_budget():
     assert [type(small[i]) is nn.Conv2d for i in (0, 3, 5, 7)] == [True, False, True, False]
 
 
-@pytest.fixture
-def fasterai(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fasterai.misc.conv_decomposer", SimpleNamespace(Conv_Decomposer=StandIn))
-
-
-def test_fasterais_network_meets_the_budget_and_keeps_biases(fasterai):
-    model = network()
-    wanted = count_parameters(model) // 2
-    small = fasterai_network(model, wanted, ["0"])
-    assert wanted - (9 * 24 + 32) <= count_parameters(small) <= wanted
-    assert [type(small[i]) is nn.Conv2d for i in (0, 3, 5, 7)] == [True, False, True, False]  # 1x1 is left alone
-    rank, x = small[3][0].out_channels, torch.randn(1, 16, 4, 4)
-    torch.testing.assert_close(small[3](x), pair_of(model[3], rank)(x), atol=1e-5, rtol=1e-4)
-    with pytest.raises(ValueError, match="above 1,000"):
-        fasterai_network(model, 1000)
-
-
 def test_what_is_not_installed_is_named(monkeypatch):
-    for module in ("tltorch", "fasterai", "fasterai.misc.conv_decomposer"):
-        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, "tltorch", None)
     with pytest.raises(NotInstalled, match="pip install tensorly tensorly-torch"):
         tensorly_conv(nn.Conv2d(8, 8, 3), 400)
-    with pytest.raises(NotInstalled, match="pip install fasterai"):
-        fasterai_network(network(), 5000)

@@ -32,9 +32,9 @@ from basis.environment import environment
 from basis.inference import export_onnx, export_program, fold, is_installed, measure_fold
 from basis.modules import tracking_norms
 from basis.saving import plain, replacing, write_json
-from basis.search.selection import select
+from basis.search.selection import UNITS, select
 from basis.search.sensitivity import sensitivity
-from basis.search.table import SensitivityTable
+from basis.search.table import SEARCHES, SensitivityTable
 from basis.statistics import mean_estimate, proportion_estimate
 from basis.storage import load, save
 from basis.substitution import Plan, plan_of, substitute
@@ -45,8 +45,6 @@ from basis.training.recalibration import recalibrate
 from basis.vision import import_torchvision
 
 COSTS = {"params": "parameters", "macs": "forward_macs", "backward_macs": "backward_macs"}  # -> fields of a cost
-UNITS = (*COSTS, "milliseconds")
-MEASURES = ("spectrum", "activation", "taylor", "fisher", "oneshot", "oneshot_bn")
 EXPORTS: Mapping[str, tuple[str, Any]] = {"onnx": ("model.onnx", export_onnx), "program": ("model.pt2", export_program)}
 INSTALLED = tuple(name for name in EXPORTS if name != "onnx" or (is_installed("onnx") and is_installed("onnxscript")))
 MULTIPLE = 8  # of every number of basis channels
@@ -71,7 +69,7 @@ class Settings:
     budget: Mapping[str, float]
     out: str
     classes: int | None = option(None, "outputs of the network (default: as the data)", type=int)
-    measure: str | None = option(None, "of the sensitivity (default: oneshot_bn, or oneshot)", choices=MEASURES)
+    measure: str | None = option(None, "of the sensitivity (default: oneshot_bn, or oneshot)", choices=SEARCHES)
     ratios: Sequence[float] = option((0.5, 0.25), "of basis filters to filters", nargs="+", type=float)
     epochs: int = option(1, "of fine-tuning, 0 for none", type=int)
     lr: float = option(0.01, "peak learning rate of fine-tuning", type=float)
@@ -91,7 +89,7 @@ class Settings:
             raise ValueError(f"budget is {dict(self.budget)}, but must have shares in (0, 1] of {', '.join(UNITS)}")
         least = {"epochs": 0, "seed": 0, "batch_size": 2, "validation": 1, "image_size": 1, "lr": 1e-9}
         wrong = [n for n, low in least.items() if getattr(self, n) is not None and not getattr(self, n) >= low]
-        wrong += ["measure"] * (self.measure not in (None, *MEASURES))
+        wrong += ["measure"] * (self.measure not in (None, *SEARCHES))
         wrong += ["export"] * (not set(self.export) <= set(EXPORTS))
         wrong += ["std"] * ((self.mean is None) != (self.std is None))
         if wrong:

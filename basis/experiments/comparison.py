@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from basis.costs import count_parameters
 from basis.data import Data, Images, normalise
-from basis.decompositions import fasterai_network, svd_pairs, tensorly_network
+from basis.decompositions import svd_pairs, tensorly_network
 from basis.layers.conv import BasisConv2d
 from basis.plan import Plan
 from basis.search.selection import select
@@ -92,8 +92,6 @@ METHODS: Mapping[str, Callable[[nn.Module, Compression, Data], Made]] = {
     "uniform, fitted to weights": partial(_uniform, fitted=False),
     "svd": partial(_by_others, svd_pairs),
     "tensorly": partial(_by_others, tensorly_network),
-    "fasterai svd": partial(_by_others, partial(fasterai_network, method="svd")),
-    "fasterai tucker": partial(_by_others, fasterai_network),
     "dense": lambda model, task, data: (copy.deepcopy(model), None),
 }
 

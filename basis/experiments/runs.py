@@ -25,7 +25,7 @@ DEVICES: Mapping[str, str] = {"cpu": "cpu", "colab": "cuda", "paper": "cuda"}
 class Ladder:
     """Sensitivities of a trained dense network, measured at the end of its run.
 
-    ``measures`` are names of :data:`basis.search.sensitivity.MEASURES` with the ratios of each, ``multiple`` is what
+    ``measures`` are names of :data:`basis.search.table.MEASURES` with the ratios of each, ``multiple`` is what
     every k is a multiple of. They are measured on ``images`` held-out images, after recalibration on ``calibration``
     training images; the measure "fine_tuning" trains by ``tuning``.
     """

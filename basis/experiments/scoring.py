@@ -8,7 +8,7 @@ import pandas as pd
 
 from basis.experiments.runs import PROFILES, Record
 from basis.experiments.studies import STUDIES, valid_records
-from basis.experiments.studies.sensitivity import RATIOS, Kind, Truth, agreement, agreements, truths_of
+from basis.experiments.studies.sensitivity import RATIOS, Truth, agreements, bootstrap, truths_of
 from basis.search.table import SensitivityTable
 
 Scores = Mapping[str, float] | Mapping[tuple[str, float], float] | pd.Series | Sequence[str] | SensitivityTable
@@ -30,9 +30,9 @@ def score(
         beside: whether our measures are put beside them.
 
     Returns:
-        One row per measure, "yours" first, then ours from cheap to dear: ``spearman`` and ``kendall`` (means over
-        the two ratios), each with the ends of its 95 % bootstrap interval (``_low``, ``_high``), and ``layers``,
-        on how many it rests. The statistics are those of chapter 4.
+        One row per measure, "yours" first, then ours from cheap to dear: ``spearman`` (mean over the two ratios)
+        with the ends of its 95 % bootstrap interval, and ``layers``, on how many it rests. The statistics are those
+        of chapter 4.
 
     Raises:
         ValueError: for an unknown or unmeasured truth, and scores that are missing, repeated, not finite or a set.
@@ -46,12 +46,10 @@ def score(
     if len(layers) < 4:
         raise ValueError(f"the truth {truth!r} of the profile {profile!r} holds {len(layers)} layers, too few to rank")
     predictions = [_values(scores, ratio, layers) for ratio in RATIOS] * (len(truths) // len(RATIOS))
-    rows = [agreement("yours", truths, predictions), *(agreements(records, truth=truth) if beside else ())]
-    frame = pd.DataFrame({"measure": [row.measure for row in rows]})
-    for kind in get_args(Kind):
-        for suffix, key in (("", "value"), ("_low", "low"), ("_high", "high")):
-            frame[kind + suffix] = [getattr(getattr(row, kind), key) for row in rows]
-    return frame.assign(layers=[row.spearman.n for row in rows])
+    found = {"yours": bootstrap(truths, predictions)}
+    found |= {row.measure: row.spearman for row in (agreements(records, truth=truth) if beside else ())}
+    columns = ["measure", "spearman", "spearman_low", "spearman_high", "layers"]
+    return pd.DataFrame([(name, one.value, one.low, one.high, one.n) for name, one in found.items()], columns=columns)
 
 
 def _values(scores: Scores, ratio: float, layers: Sequence[str]) -> dict[str, float]:

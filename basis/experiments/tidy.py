@@ -1,9 +1,7 @@
-"""All runs as one tidy table, a row a run, and all measured sensitivities as another."""
+"""All runs as one tidy table, a row a run."""
 
 from __future__ import annotations
 
-import gzip
-import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
@@ -16,8 +14,6 @@ from basis.experiments.pace import device_seconds
 from basis.experiments.records import Record
 from basis.experiments.runs import PROFILES
 from basis.experiments.studies import STUDIES, valid_records
-from basis.saving import replacing
-from basis.search.table import SensitivityTable
 
 
 def _read(record: Record, way: str) -> Any:
@@ -93,22 +89,6 @@ COLUMNS: Mapping[str, tuple[str, str | Callable[[Record], Any]]] = {
     "date": ("when the run ended, UTC", "environment.date"),
 }  # fmt: skip
 
-SENSITIVITY_COLUMNS: Mapping[str, str] = {
-    "id": "the run whose network was measured, as in the other table",
-    "study": "its study", "profile": "its scale", "model": "its network", "width": "its width",
-    "measure": "which sensitivity",
-    "layer": "the convolution that alone is substituted",
-    "out_channels": "its C_out", "basis_channels": "k", "ratio": "k / C_out",
-    "value": "the sensitivity, in the measure's unit; larger is worse",
-    "low": "lower end of its 95 % interval, where there is one", "high": "upper end",
-    "n": "images or seeds that the interval rests on",
-    "kl": "divergence from the dense network's predictions, nats",
-    "forward": "forward passes that it took, in images", "backward": "backward passes",
-    "seconds": "time that it took, on the run's device",
-    "saved_params": "parameters saved",
-    "saved_macs": "forward multiply-accumulates saved", "saved_backward_macs": "backward multiply-accumulates saved",
-}  # fmt: skip
-
 
 def sound_records(folder: Path | None = None) -> list[Record]:
     """Every record that a study lists, but those on synthetic images."""
@@ -124,31 +104,6 @@ def runs_frame(records: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(dict.fromkeys(whole, "Int64"))
 
 
-def sensitivities_frame(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per network, measure, layer and k, with :data:`SENSITIVITY_COLUMNS`."""
-    frames = []
-    for record in records:
-        for measure, lines in (record.result.get("tables") or {}).items():
-            about = {name: record.config.get(name) for name in ("study", "profile", "model", "width")}
-            frames.append(SensitivityTable.from_lines(lines).to_frame().assign(id=record.id, measure=measure, **about))
-    columns = list(SENSITIVITY_COLUMNS)
-    return pd.concat(frames)[columns].reset_index(drop=True) if frames else pd.DataFrame(columns=columns)
-
-
 def csv(frame: pd.DataFrame) -> bytes:
     """A table as text; six digits, so that it is the same wherever it is written."""
     return frame.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
-
-
-def write_tables(folder: Path, records: Sequence[Record]) -> list[Path]:
-    """Write both tables as ``.csv.gz``, and as ``.parquet`` where pyarrow is installed; equal records, equal bytes."""
-    paths = []
-    for name, frame in (("runs", runs_frame(records)), ("sensitivities", sensitivities_frame(records))):
-        paths.append(folder / f"{name}.csv.gz")
-        with replacing(paths[-1]) as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
-            packed.write(csv(frame))
-        if importlib.util.find_spec("pyarrow") is not None:
-            paths.append(folder / f"{name}.parquet")
-            with replacing(paths[-1]) as file:
-                frame.to_parquet(file, index=False)
-    return paths

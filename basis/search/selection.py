@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import groupby, pairwise
@@ -20,7 +19,7 @@ from basis.text import few
 if TYPE_CHECKING:
     from basis.bench.report import BenchReport
 
-Rule = Literal["optimal", "threshold", "uniform", "random", "largest_first", "ranking", "reverse", "first", "last"]
+Rule = Literal["optimal", "threshold", "uniform", "largest_first"]
 RULES: tuple[str, ...] = get_args(Rule)
 UNITS = ("params", "macs", "backward_macs", "milliseconds")
 ROUNDING = 1 + 1e-12  # a budget is met up to the rounding of floating-point numbers
@@ -47,7 +46,7 @@ class InfeasibleBudget(ValueError):
 def select(
     table: SensitivityTable, *, budget: Mapping[str, float], rule: Rule = "optimal", ratio: float | None = None,
     latency: BenchReport | None = None, step: str = "forward+backward", exclude: str | Iterable[str] = (),
-    absolute: bool = False, seed: int = 0,
+    absolute: bool = False,
 ) -> Plan:  # fmt: skip
     """Choose on a budget which layers are substituted, with how many basis channels or as which structured layer.
 
@@ -57,8 +56,8 @@ def select(
     - "threshold": every layer's smallest candidate that loses at most epsilon, for the smallest epsilon that meets
       the budget (Alekseev et al. 2024, arXiv 2408.06024);
     - "uniform": all layers at the largest common ratio that meets it;
-    - "random", "largest_first", "ranking" (least sensitive first), "reverse", "first" and "last": one layer after
-      another gets its smallest candidate until the budget is met, and the last of them the largest k that still does.
+    - "largest_first": one layer after another, from the dearest in the units of the budget on, gets its smallest
+      candidate until the budget is met, and the last of them the largest k that still does.
 
     Args:
         budget: unit of ``UNITS`` -> what the network may still have, as a fraction in (0, 1] of the dense network's,
@@ -67,7 +66,6 @@ def select(
         latency: a report of :func:`basis.bench.tuning.bench_latency`, for a budget in milliseconds. Only what it has
             measured is chosen then. Its pass ``step`` counts, "forward" or "forward+backward".
         exclude: shell patterns of layers that stay dense.
-        seed: of the order of "random".
 
     Raises:
         InfeasibleBudget: when the rule has no plan that meets the budget; it gives the smallest that one does.
@@ -92,8 +90,8 @@ def select(
     limit = np.array(list(budget.values()), float) * (1 if absolute else total)
     multiple = math.gcd(*(k for _, k in table.candidates if not isinstance(k, str))) or 1
     layers = tuple(layer for layer in table.layers if layer.name in scores)
-    problem = _Problem(rule, layers, scores, times, tuple(budget), total, limit, multiple, seed)
-    chosen = _SOLVERS.get(rule, _one_by_one)(problem)
+    problem = _Problem(rule, layers, scores, times, tuple(budget), total, limit, multiple)
+    chosen = _SOLVERS[rule](problem)
     skipped, values = {}, table.values
     for at in (at for at in table.layers if at.name not in chosen):
         strange = [str(k) for k in at.candidates if not math.isfinite(values.get((at.name, k), 0))]
@@ -196,14 +194,9 @@ class _Problem:
     total: np.ndarray
     limit: np.ndarray
     multiple: int
-    seed: int
 
     def price(self, layer: Layer, k: Size) -> np.ndarray:
         return np.array([_cost(layer, k, unit, self.times) for unit in self.units], float)
-
-    def share(self, layer: Layer, k: Size) -> float:
-        """The price as one number: of the dense network's cost, in all units together."""
-        return float((self.price(layer, k) / self.total).sum())
 
     def saving(self, layer: Layer, k: Size) -> np.ndarray:
         return self.price(layer, layer.out_channels) - self.price(layer, k)
@@ -305,11 +298,11 @@ def _uniform(problem: _Problem) -> Choice:
     return problem.first_met(choices)
 
 
-def _one_by_one(problem: _Problem) -> Choice:
+def _largest_first(problem: _Problem) -> Choice:
     scores = problem.scores
     goals = {at.name: min(scores[at.name]) for at in problem.layers if scores[at.name]}
     useful = [at for at in problem.layers if at.name in goals and (problem.saving(at, goals[at.name]) > 0).any()]
-    order = _ORDERS[problem.rule](problem, useful, lambda at: scores[at.name][goals[at.name]])
+    order = sorted(useful, key=lambda at: -(problem.price(at, at.out_channels) / problem.total).sum())
     chosen = problem.first_met({at.name: goals[at.name] for at in order[:n]} for n in range(len(order) + 1))
     if not chosen:
         return chosen
@@ -318,13 +311,4 @@ def _one_by_one(problem: _Problem) -> Choice:
     return problem.first_met([*larger, chosen])
 
 
-_SOLVERS = {"optimal": _optimal, "threshold": _threshold, "uniform": _uniform}
-# The order in which layers of the network are taken, given the sensitivity of each.
-_ORDERS: Mapping[str, Callable[[_Problem, list[Layer], Callable[[Layer], float]], list[Layer]]] = {
-    "random": lambda problem, layers, value: random.Random(problem.seed).sample(layers, len(layers)),
-    "largest_first": lambda problem, layers, value: sorted(layers, key=lambda at: -problem.share(at, at.out_channels)),
-    "ranking": lambda problem, layers, value: sorted(layers, key=value),
-    "reverse": lambda problem, layers, value: sorted(layers, key=lambda at: -value(at)),
-    "first": lambda problem, layers, value: layers,
-    "last": lambda problem, layers, value: layers[::-1],
-}
+_SOLVERS = {"optimal": _optimal, "threshold": _threshold, "uniform": _uniform, "largest_first": _largest_first}

@@ -41,12 +41,7 @@ from basis.substitution import Plan, Size, as_patterns, merge, substitute
 from basis.text import few
 from basis.training.loop import Recipe, TrainingError, train
 
-# Each with the epochs and peak learning rate of its default recipe; the last two begin from scratch.
-TRAINING: Mapping[str, Recipe] = {
-    "fine_tuning": Recipe(epochs=1, lr=0.02),
-    "short_training": Recipe(epochs=2),
-    "full_training": Recipe(),
-}
+TUNING = Recipe(epochs=1, lr=0.02)  # of "fine_tuning", the one measure that trains
 CALIBRATION_IMAGES = 2000
 FITTING = ("taylor", "fisher", "oneshot", "oneshot_bn")  # the measures that take a fit
 
@@ -66,7 +61,7 @@ def sensitivity(
 
     Args:
         data: batches (inputs, targets), read once; :class:`basis.data.Images`; or :class:`basis.data.Data`, whose
-            validation images are used, and which the measures that train need. "spectrum" needs none.
+            validation images are used, and which "fine_tuning" needs. "spectrum" needs none.
         measure: one of ``basis.search.table.MEASURES``, see :mod:`basis.search.measures`.
         ratios: of k to C_out; each layer gets the nearest multiple of ``multiple`` and of its groups.
         layers: texts of structured layers, such as "tucker:0.41", as candidates; not of activation, taylor, fisher.
@@ -75,7 +70,7 @@ def sensitivity(
         calibration: batches for "oneshot_bn" and ``fit``; ``data``, or the first 2,000 training images of ``Data``.
         fit: basis layers nearest to the "weight", or, as by ``substitute(model, plan, calibration=...)``, to the
             outputs ("activation") on ``calibration``; of taylor, fisher, oneshot and oneshot_bn.
-        recipe, seeds: of the measures that train; "fine_tuning" starts at the weights of ``model``, others anew.
+        recipe, seeds: of the trainings of "fine_tuning", which start at the weights of ``model``.
         resume: file to which each measurement is appended. What it holds already is not measured again.
         progress: True or a title draws a bar; or a function that is called with each new measurement.
 
@@ -87,17 +82,18 @@ def sensitivity(
         raise ValueError(f"ratios is {ratios!r}, but it must be a list of numbers k / C_out between 0 and 1")
     if texts and measure in ("activation", "taylor", "fisher"):
         raise ValueError(f"{measure} is defined by truncation to k, which {few(texts)} is not; leave out layers")
-    if measure in TRAINING and (loss is not None or seeds < 1):
-        raise ValueError(f"{measure} takes no loss, and seeds of at least 1")
-    if measure not in TRAINING and recipe is not None:
-        raise ValueError(f"{measure} trains nothing; a recipe goes with {', '.join(TRAINING)}")
+    trains = measure == "fine_tuning"
+    if trains and (loss is not None or seeds < 1):
+        raise ValueError("fine_tuning takes no loss, and seeds of at least 1")
+    if recipe is not None and not trains:
+        raise ValueError(f"{measure} trains nothing; a recipe goes with fine_tuning")
     _check(measure, fit, MEASURES)
     found, skipped = candidate_layers(model, ratios, texts, multiple, include, exclude)
     dense = substitute(model, {}).eval()
-    numbers = tuple(range(seeds)) if measure in TRAINING else ()
+    numbers = tuple(range(seeds)) if trains else ()
     with _own_random_numbers(dense):
-        if measure in TRAINING:
-            size, fingerprint, start = _trainings(dense, data, measure, recipe or TRAINING[measure], numbers)
+        if trains:
+            size, fingerprint, start = _tunings(dense, data, recipe or TUNING, numbers)
         else:
             size, fingerprint, start = _evaluations(dense, data, measure, loss, calibration, fit)
         counted, total, _ = layer_costs(dense, found, size)
@@ -315,29 +311,21 @@ def _evaluations(
     return size, fingerprint, start
 
 
-def _trainings(model: nn.Module, data: Batches | None, measure: str, recipe: Recipe, seeds: Sequence[int]) -> _Work:
-    """Train the dense network, and copies with one layer substituted one after the other."""
+def _tunings(model: nn.Module, data: Batches | None, recipe: Recipe, seeds: Sequence[int]) -> _Work:
+    """Train the dense network on, and copies with one layer substituted one after the other."""
     if not isinstance(data, Data) or data.validation is None:
-        raise ValueError(f"{measure} needs basis.data.Data with validation images (see basis.data.hold_out)")
-    scratch, device, held = measure != "fine_tuning", next(model.parameters()).device, data.validation
-    fixed = [name for name, m in model.named_modules() if list(m.parameters(False)) and _reset_of(m) is None]
-    if fixed and scratch:
-        what = few(name or "the model itself" for name in fixed)
-        raise ValueError(f"{what} has parameters but no reset_parameters, so it cannot be trained from scratch")
+        raise ValueError("fine_tuning needs basis.data.Data with validation images (see basis.data.hold_out)")
+    device, held = next(model.parameters()).device, data.validation
     if {p.dtype for p in model.parameters()} != {torch.float32} or not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"{measure} trains parameters of float32, but the model has others, or none to train")
+        raise ValueError("fine_tuning trains parameters of float32, but the model has others, or none to train")
     seen = f"{samples([(data.train.x, data.train.y)])}; {samples([(held.x, held.y)])}"
-    fingerprint = {"seeds": ", ".join(map(str, seeds)), "data": seen, "recipe": repr(recipe)}
-    fingerprint |= {} if scratch else {"weights": weights(model)}
+    fingerprint = {"seeds": ", ".join(map(str, seeds)), "data": seen, "recipe": repr(recipe), "weights": weights(model)}
     there = data.to(device)
 
     def trial(layer: str | None, k: Size, seed: int) -> Trial:
         began = time.perf_counter()
         torch.manual_seed(seed)  # fitting a structured layer may begin at random
-        network = substitute(model, {} if layer is None else {layer: k}, init="random" if scratch else "svd").train()
-        torch.manual_seed(seed)
-        if scratch:
-            network.apply(_reset)
+        network = substitute(model, {} if layer is None else {layer: k}).train()
         backward = recipe.epochs * (len(data.train) // recipe.batch_size) * recipe.batch_size
         forward = backward + (recipe.epochs + 2) * len(held)
         try:
@@ -352,12 +340,3 @@ def _trainings(model: nn.Module, data: Batches | None, measure: str, recipe: Rec
 
     size = (data.train.x.shape[3], *data.train.x.shape[1:3])
     return size, fingerprint, lambda pending: ({}, (trial(*one) for one in pending))
-
-
-def _reset_of(module: nn.Module) -> Callable[[], None] | None:
-    return getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
-
-
-def _reset(module: nn.Module) -> None:
-    if reset := _reset_of(module):
-        reset()

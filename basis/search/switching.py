@@ -16,11 +16,10 @@ from basis.decompositions import pair_of
 from basis.modules import tracking_norms
 from basis.search.selection import predicted, select
 from basis.search.sensitivity import FITTING, Fit, sensitivity
-from basis.search.table import SensitivityTable
+from basis.search.table import SEARCHES, SensitivityTable
 from basis.substitution import Plan, left_out, replace_modules, substitute_in_place
 from basis.training.switching import Momentum
 
-SEARCHES = ("spectrum", "activation", "taylor", "fisher", "oneshot", "oneshot_bn")  # the measures that need no training
 STILL = 0.05  # the change per epoch below which stable ranks count as settled, and the share of layers of a plan
 STEPS = 40  # of bisection
 

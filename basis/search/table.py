@@ -27,9 +27,8 @@ MEASURES: Mapping[str, str] = {
     "oneshot": "change of the loss",
     "oneshot_bn": "change of the loss, statistics recalibrated",
     "fine_tuning": "change of the validation loss after fine-tuning",
-    "short_training": "change of the final validation loss, short training",
-    "full_training": "change of the final validation loss",
 }
+SEARCHES = tuple(measure for measure in MEASURES if measure != "fine_tuning")  # those that train nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +119,7 @@ class SensitivityTable:
         total: ``params``, ``macs`` and ``backward_macs`` of the dense network (per image; None without images).
         fingerprint: what the cells were measured on.
         baseline: what was measured of the dense network, such as its ``loss``.
-        seeds, trials: of the measures that train; cells and baseline follow from the trials.
+        seeds, trials: of "fine_tuning"; cells and baseline follow from the trials.
     """
 
     measure: str
@@ -164,7 +163,7 @@ class SensitivityTable:
     @property
     def unit(self) -> str:
         """What the values are, in words."""
-        return MEASURES.get(self.measure, "divergence from the dense predictions, nats")
+        return MEASURES.get(self.measure, self.measure)
 
     @property
     def columns(self) -> tuple[float | str, ...]:

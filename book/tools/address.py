@@ -42,10 +42,6 @@ class Address:
         """A folder as the repository's site shows it."""
         return f"{self.repository}/tree/{self.branch}/{path}"
 
-    def raw(self, path: str) -> str:
-        """A file's bytes."""
-        return f"https://raw.githubusercontent.com/{self.owner}/{self.name}/{self.branch}/{path}"
-
     def colab(self, path: str) -> str:
         """A notebook, opened in Google Colab."""
         return f"https://colab.research.google.com/github/{self.owner}/{self.name}/blob/{self.branch}/{path}"

@@ -23,10 +23,9 @@ import nbformat
 
 from basis.environment import repository_root, results_folder
 from basis.experiments.studies import STUDIES, check_records
-from basis.experiments.tidy import sound_records, write_tables
-from book.tools import gates
+from book.tools import front_page, gates
 from book.tools.address import address
-from book.tools.derived import block, sync
+from book.tools.derived import HEADLINE, block, sync
 from book.tools.pages import Notebook, assemble_page, fragments, page_facts, study_of
 
 
@@ -139,7 +138,7 @@ def build(
     texts = fragments(pages, profile)
     for name, text in texts.items():
         (generated / name).write_text(text + "\n", encoding="utf-8")
-    write_tables(generated, sound_records())
+    front_page.save(profile, root / "book" / "figures")
 
     if profile is None:
         shown = block((root / "README.md").read_text(encoding="utf-8"), "claims") or ""
@@ -162,11 +161,11 @@ def export_figures(names: Sequence[str], out: Path, *, progress: Callable[[str],
     """Draw figures of the book anew, by name (all unless named), into ``out``: SVG (light, dark) and PDF.
 
     Raises:
-        BookError: for a name that no chapter draws, or a chapter that fails.
+        BookError: for a name that neither a chapter nor the front page draws, or a chapter that fails.
     """
     root = checkout()
     sources = {path.stem: path for path in sorted((root / "notebooks").glob("*.ipynb"))}
-    drawn = {
+    drawn = {HEADLINE: ""} | {
         name: stem
         for stem, path in sources.items()
         for cell in nbformat.read(path, as_version=4).cells
@@ -176,10 +175,12 @@ def export_figures(names: Sequence[str], out: Path, *, progress: Callable[[str],
     if unknown:
         raise BookError([f"there is no figure {name!r}; there are {', '.join(sorted(drawn))}" for name in unknown])
     wanted = list(names) or sorted(drawn)
-    stems = sorted({drawn[name] for name in wanted})
-    if progress:
+    stems = sorted({drawn[name] for name in wanted} - {""})
+    if progress and stems:
         progress(f"executing {len(stems)} notebooks")
     execute_all({stem: sources[stem] for stem in stems}, None, root)
+    if HEADLINE in wanted:
+        front_page.save(None, root / "book" / "figures")
     out.mkdir(parents=True, exist_ok=True)
     files = [root / "book" / "figures" / f"{name}{end}" for name in wanted for end in (".svg", "-dark.svg", ".pdf")]
     return [Path(shutil.copy(path, out)) for path in files if path.is_file()]

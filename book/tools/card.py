@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from basis.experiments.runs import Record
 from basis.experiments.studies import STUDIES
-from basis.experiments.tidy import COLUMNS, SENSITIVITY_COLUMNS, sensitivities_frame
+from basis.experiments.tidy import COLUMNS
 from basis.figures import table
 
 EXAMPLE = """\
@@ -25,9 +25,6 @@ def card_fragments(records: Sequence[Record]) -> dict[str, str]:
     """The parts of the data card that are included there: file name -> text."""
     return {
         "columns.md": table(("Column", "What it is"), [(f"`{name}`", said) for name, (said, _) in COLUMNS.items()]),
-        "sensitivity-columns.md": table(
-            ("Column", "What it is"), [(f"`{name}`", said) for name, said in SENSITIVITY_COLUMNS.items()]
-        ),
         "varied.md": table(("Study", "Scale", "Variants", "Runs", "Networks", "Devices"), varied(records)),
         "own-score.md": f"```python\n{EXAMPLE}\n```\n\n```text\n{example_output()}\n```",
     }
@@ -35,7 +32,7 @@ def card_fragments(records: Sequence[Record]) -> dict[str, str]:
 
 def card_numbers(records: Sequence[Record]) -> dict[str, str]:
     """Numbers that the data card's sentences name."""
-    return {"table_runs": str(len(records)), "table_sensitivities": str(len(sensitivities_frame(records)))}
+    return {"table_runs": str(len(records))}
 
 
 def varied(records: Sequence[Record]) -> list[tuple[str, ...]]:

@@ -31,13 +31,12 @@ import pandas as pd
 from nbformat.v4 import new_markdown_cell
 
 from basis.environment import commit
-from basis.experiments import front_page as headline
 from basis.experiments.pace import KINDS
 from basis.experiments.studies import CLAIMS, STUDIES, Study, Verdict, status, valid_records
 from basis.experiments.studies.cost import load_benches
 from basis.experiments.tidy import sound_records
-from basis.figures import CAPTION_KEY, FIGURE_KEY, HEADLINE, table
-from book.tools import gates
+from basis.figures import CAPTION_KEY, FIGURE_KEY, table
+from book.tools import front_page, gates
 from book.tools.address import DISTRIBUTION, Address, address
 from book.tools.card import card_fragments, card_numbers
 
@@ -367,10 +366,7 @@ def fragments(pages: Mapping[str, Notebook], profile: str | None = None) -> dict
     found, here, state = verdicts(profile), address(), status()
     states = status_rows(state)
     about = {stem: page.metadata.basis for stem, page in sorted(pages.items())}
-    drawn = next((f for page in about.values() for f in page.figures if f.name == HEADLINE), None)
-    source = STUDIES["headline"]
-    shown = profile or source.published
-    brief = headline.collect(valid_records(source, shown), shown)
+    brief = front_page.stored(profile)
     times = [(f"{{doc}}`/notebooks/{stem}`", page.time, machine()) for stem, page in about.items()]
     rules = [f"{study.title} ({', '.join(study.claims)})\n: {study.rule}\n" for study in STUDIES.values()]
     tested = [claim for claim, items in found.items() if any(v.label != "not tested" for _, v in items)]
@@ -385,7 +381,9 @@ def fragments(pages: Mapping[str, Notebook], profile: str | None = None) -> dict
         "claims_tested": str(len(tested)),
         "device_hours": device_hours(state),
     }
-    undrawn = "*The headline figure is not drawn yet.*"
+    headline = "*The headline figure is not drawn yet.*"
+    if brief:
+        headline = figure_directive(front_page.about(brief), folder="figures", label="fig-front")
     records = sound_records()
     numbers |= card_numbers(records)
     return {
@@ -394,8 +392,8 @@ def fragments(pages: Mapping[str, Notebook], profile: str | None = None) -> dict
         "chapters.md": chapters_list(pages),
         "bibtex.md": BIBTEX.format(version=numbers["version"], url=here.pages, commit=numbers["commit"]),
         "clone.md": f"```bash\ngit clone {here.repository}\ncd {here.name}\n{COMMANDS}\n```\n",
-        "headline.md": figure_directive(drawn, folder="figures", label="fig-front") if drawn else undrawn,
-        "minute.md": headline.in_a_minute(brief),
+        "headline.md": headline,
+        "minute.md": front_page.in_a_minute(brief),
         "readme-claims.md": readme_claims(found),
         "rules.md": "\n".join(rules),
         "status.md": table(("Study", "Profile", "Runs", "Time", "Hardware"), states),

@@ -18,7 +18,6 @@ def test_links_follow_from_the_address():
     assert HERE.repository == "https://github.com/someone/thing"
     assert HERE.blob("a/b.py") == "https://github.com/someone/thing/blob/main/a/b.py"
     assert HERE.tree("a") == "https://github.com/someone/thing/tree/main/a"
-    assert HERE.raw("a.json") == "https://raw.githubusercontent.com/someone/thing/main/a.json"
     assert HERE.colab("n.ipynb") == "https://colab.research.google.com/github/someone/thing/blob/main/n.ipynb"
     assert Address("SomeOne", "thing", "main").pages == "https://someone.github.io/thing/"
 

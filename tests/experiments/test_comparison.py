@@ -14,7 +14,7 @@ from basis.models import build
 from basis.training.loop import evaluate
 
 SMALL = {"calibration": 60, "held": 40, "batch_size": 20}
-HERE = [name for name in METHODS if "fasterai" not in name and (name != "tensorly" or util.find_spec("tensorly"))]
+HERE = [name for name in METHODS if name != "tensorly" or util.find_spec("tensorly")]
 
 
 @pytest.fixture(scope="module")

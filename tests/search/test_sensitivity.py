@@ -12,11 +12,10 @@ from basis import Recipe, SensitivityTable, cost, sensitivity, substitute
 from basis.data import Data, Images, hold_out, normalise, synthetic
 from basis.models import build
 from basis.search import sensitivity as search
-from basis.search.sensitivity import TRAINING
 from basis.search.table import MEASURES
 from basis.training.loop import TrainingError
 
-EVALUATING = [measure for measure in MEASURES if measure not in TRAINING]
+EVALUATING = [measure for measure in MEASURES if measure != "fine_tuning"]
 
 
 class Net(nn.Module):
@@ -181,7 +180,7 @@ X, Y = batches()[0]
         ("ratios is", {"ratios": (0.5, 1.0)}),
         ("include has", {"include": "nothing"}),
         ("recipe goes with fine_tuning", {"recipe": Recipe()}),
-        ("takes no loss", {"measure": "short_training", "loss": F.cross_entropy}),
+        ("takes no loss", {"measure": "fine_tuning", "loss": F.cross_entropy}),
         ("sep is not", {"measure": "fisher", "layers": "sep"}),
         ("depthwise: one filter per group", {"include": "depthwise"}),
         ("has a candidate to try", {"model": nn.Linear(3, 3)}),
@@ -193,7 +192,7 @@ X, Y = batches()[0]
         ("the loss returned", {"loss": lambda outputs, targets: outputs}),
         ("no validation images", {"data": synthetic(train=20, test=5, size=8)}),
         ("calibration", {"measure": "oneshot_bn", "calibration": []}),
-        ("needs basis.data.Data with validation images", {"measure": "short_training"}),
+        ("needs basis.data.Data with validation images", {"measure": "fine_tuning"}),
     ],
 )
 def test_what_makes_no_sense_is_refused(says, options):
@@ -255,9 +254,14 @@ def images():
     return hold_out(synthetic(train=90, test=10, size=16, seed=3), 30)
 
 
-def training(measure="short_training", model=None, data=None, **options):
+def small_resnet(seed=0):
+    torch.manual_seed(seed)
+    return build("resnet20", width=8)
+
+
+def tuning(model=None, data=None, **options):
     options = {"recipe": RECIPE, "ratios": (0.5,), "include": "layer2.0.conv1", "seeds": 2} | options
-    return sensitivity(model or build("resnet20", width=8), data or images(), measure=measure, **options)
+    return sensitivity(model or small_resnet(), data or images(), measure="fine_tuning", **options)
 
 
 def test_a_training_is_repeatable_and_never_sees_the_test_images():
@@ -265,7 +269,7 @@ def test_a_training_is_repeatable_and_never_sees_the_test_images():
     data = Data(data.name, data.train, Images(data.test.x[:0], data.test.y[:0]), data.validation)
     model = build("resnet20", width=8)
     state = copy.deepcopy(model.state_dict())
-    first, second = (training(model=model, data=data) for _ in range(2))
+    first, second = (tuning(model=model, data=data) for _ in range(2))
     (cell,) = first.cells
     assert cell.low < cell.value < cell.high
     assert cell.n == 2
@@ -294,54 +298,38 @@ def test_trainings_are_resumed_and_a_diverged_one_has_no_value(tmp_path, monkeyp
     path, options = tmp_path / "run.jsonl", {"ratios": (0.5, 0.25), "multiple": 2}
     monkeypatch.setattr(search, "train", Losses(1.0, 2.0, 4.0, Stop()))
     with pytest.raises(Stop):
-        training(resume=path, **options)
+        tuning(resume=path, **options)
     assert [trial.loss for trial in SensitivityTable.load(path).trials] == [1.0, 2.0, 4.0]
     rest = Losses(6.0, TrainingError("diverged"), 1.0)
     monkeypatch.setattr(search, "train", rest)
-    table = training(resume=path, **options)
+    table = tuning(resume=path, **options)
     assert rest.seeds == [1, 0, 1]
     assert table.baseline == {"loss": 1.5}
     assert [cell.value for cell in table.cells] == [3.5, pytest.approx(math.nan, nan_ok=True)]
     with pytest.raises(ValueError, match="was measured with another seeds"):
-        training(resume=path, **options | {"seeds": 3})
+        tuning(resume=path, **options | {"seeds": 3})
     monkeypatch.setattr(search, "train", Losses(TrainingError("diverged")))
     with pytest.raises(ValueError, match="dense network cannot be trained with seed 0: diverged"):
-        training()
+        tuning()
 
 
-@pytest.mark.parametrize("measure", ["short_training", "fine_tuning"])
-def test_where_trainings_begin(measure, tmp_path, monkeypatch):
-    model, losses = build("resnet20", width=8), Losses(*range(12))
+def test_trainings_begin_at_the_weights_of_the_model(tmp_path, monkeypatch):
+    model, losses = small_resnet(), Losses(*range(3))
     monkeypatch.setattr(search, "train", losses)
-    training(measure, model, seeds=1, layers="sep", resume=tmp_path / "run.jsonl")
+    tuning(model, seeds=1, layers="sep", resume=tmp_path / "run.jsonl")
     dense, small, structured = losses.networks
     tuned = substitute(model, {"layer2.0.conv1": 8}).state_dict()
-    same = [torch.equal(value, dense[name]) for name, value in model.named_parameters() if value.dim() == 4]
-    assert all(same) if measure == "fine_tuning" else not any(same)
-    assert torch.equal(small["layer2.0.conv1.basis"], tuned["layer2.0.conv1.basis"]) is (measure == "fine_tuning")
+    assert all(torch.equal(value, dense[name]) for name, value in model.named_parameters())
+    assert torch.equal(small["layer2.0.conv1.basis"], tuned["layer2.0.conv1.basis"])
     assert len(structured) > len(dense)
-    other = build("resnet20", width=8)
-    if measure == "fine_tuning":
-        with pytest.raises(ValueError, match="another weights"):
-            training(measure, other, seeds=1, layers="sep", resume=tmp_path / "run.jsonl")
-    else:
-        training(measure, other, seeds=1, layers="sep", resume=tmp_path / "run.jsonl")
-        assert len(losses.networks) == 3  # all of it was there
+    with pytest.raises(ValueError, match="another weights"):
+        tuning(small_resnet(1), seeds=1, layers="sep", resume=tmp_path / "run.jsonl")
 
 
 def test_what_cannot_be_trained_is_refused():
-    class Own(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale, self.conv = nn.Parameter(torch.ones(1)), nn.Conv2d(3, 16, 3)
-
     net = build("resnet20", width=8)
-    for model, says in (
-        (Own(), "no reset_parameters"),
-        (net.double(), "float32"),
-        (net.requires_grad_(False), "train"),
-    ):
+    for model, says in ((net.double(), "float32"), (net.requires_grad_(False), "train")):
         with pytest.raises(ValueError, match=says):
-            training(model=model, include=())
+            tuning(model=model, include=())
     with pytest.raises(ValueError, match="only 60 training images"):
-        training(recipe=Recipe(epochs=1, batch_size=500))
+        tuning(recipe=Recipe(epochs=1, batch_size=500))

@@ -155,7 +155,7 @@ def test_candidates_are_basis_channels_then_the_texts_that_fit(table, net, tmp_p
     assert SensitivityTable.load(tmp_path / "table").to_lines() == table.to_lines()
     with pytest.raises(ValueError, match="no convolution of the model has a candidate to try"):
         sensitivity(net, measure="spectrum", ratios=(), layers="generic:0.001")
-    for options in ({"rule": "uniform"}, {"ratio": 0.5}, {"rule": "first"}):
+    for options in ({"rule": "uniform"}, {"ratio": 0.5}, {"rule": "largest_first"}):
         with pytest.raises(ValueError, match="chosen by 'optimal'"):
             select(table, budget={"params": 0.5}, **options)
     with pytest.raises(ValueError, match="which is not in the table"):

@@ -46,7 +46,7 @@ def trained(losses, seeds=(0, 1), **options):
         Trial(layer=n, basis_channels=k, seed=s, loss=v, forward=10, backward=6, seconds=1)
         for (n, k, s), v in losses.items()
     )
-    settings = {"cells": (), "seeds": seeds, "trials": trials, "measure": "short_training", "baseline": {}}
+    settings = {"cells": (), "seeds": seeds, "trials": trials, "measure": "fine_tuning", "baseline": {}}
     return table(**(settings | options))
 
 

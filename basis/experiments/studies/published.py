@@ -21,8 +21,6 @@ from basis.layers.structured import StructuredConv2d
 from basis.layers.structured.maps import ACDCConv2d
 from basis.layers.structured.separable import TiedConv2d
 
-INCLUDE = "layer?.*.conv?"  # of WRN-28-10: stem, shortcuts and classifier stay dense
-
 
 class Published(NamedTuple):
     """One network: the authors' ``setting``, our layer's text (None: dense), and what they report.

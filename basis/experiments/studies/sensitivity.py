@@ -8,7 +8,7 @@ dense networks, and the paper's own short training.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from basis.models import build
 from basis.search.table import SensitivityTable
 from basis.statistics import Estimate, Spread
 
-Kind = Literal["spearman", "kendall"]
 Truth = Literal["scratch", "tuned"]
 Values = Mapping[str, float]  # layer -> value
 
@@ -157,32 +156,26 @@ def mean_values(found: Sequence[Values]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Rank correlations of a measure with the truth, mean of both ratios, with bootstrap intervals.
+    """The rank correlation of a measure with the truth, mean of both ratios, with a bootstrap interval.
 
     ``cost`` is in forward passes of one image (a backward pass counts as two), both ratios together.
     """
 
     measure: str
     spearman: Estimate
-    kendall: Estimate
     cost: float = 0
     seconds: float = 0
 
 
-def correlation(kind: Kind, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Spearman's rho or Kendall's tau-b of the rows of ``a`` and ``b``, (..., n); 0 where one side does not vary."""
-    if kind == "spearman":
-        a, b = (stats.rankdata(x, axis=-1) for x in (a, b))
-        a, b = (x - x.mean(-1, keepdims=True) for x in (a, b))
-    else:
-        a, b = (np.sign(x[..., :, None] - x[..., None, :]).reshape(*x.shape[:-1], -1) for x in (a, b))
+def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Spearman's rank correlation of the rows of ``a`` and ``b``, (..., n); 0 where one side does not vary."""
+    a, b = (stats.rankdata(x, axis=-1) for x in (a, b))
+    a, b = (x - x.mean(-1, keepdims=True) for x in (a, b))
     scale = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
     return np.divide((a * b).sum(-1), scale, out=np.zeros_like(scale), where=scale > 0)
 
 
-def bootstrap(
-    truths: Sequence[Losses], predictions: Sequence[Values], *, kind: Kind = "spearman", draws: int = 2000
-) -> Estimate:
+def bootstrap(truths: Sequence[Losses], predictions: Sequence[Values], *, draws: int = 2000) -> Estimate:
     """The mean rank correlation over truths, with a 95 % percentile bootstrap over layers and over seeds.
 
     One draw takes the same layers and seeds of all truths. ``n`` is the number of layers; those that are not finite
@@ -203,17 +196,11 @@ def bootstrap(
     for truth, prediction in zip(truths, predictions, strict=True):
         runs, predicted = truth.runs(names), np.array([prediction[name] for name in names])
         seeds = (fractions[:, : runs.shape[1]] * runs.shape[1]).astype(int)
-        points.append(correlation(kind, runs.mean(1), predicted))
+        points.append(correlation(runs.mean(1), predicted))
         means = runs[layers[:, :, None], seeds[:, None, :]].mean(-1)
-        drawn.append(correlation(kind, means, predicted[layers]))
+        drawn.append(correlation(means, predicted[layers]))
     low, high = np.quantile(np.mean(drawn, axis=0), (0.025, 0.975))
     return Estimate(float(np.mean(points)), float(low), float(high), len(names))
-
-
-def agreement(name: str, truths: Sequence[Losses], predictions: Sequence[Values], **cost: float) -> Agreement:
-    """How predictions agree with truths, and their ``cost`` and ``seconds``."""
-    spearman, kendall = (bootstrap(truths, predictions, kind=kind) for kind in get_args(Kind))
-    return Agreement(name, spearman, kendall, **cost)
 
 
 def reliability(truth: Losses) -> float:
@@ -266,13 +253,13 @@ def agreements(
             if truth == "scratch":
                 predictions = [mean_values(predictions[i :: len(RATIOS)]) for i in range(len(RATIOS))]
             name = measure + " (KL)" * (score == "kl")
-            rows.append(agreement(name, truths, predictions, cost=cost, seconds=seconds))
+            rows.append(Agreement(name, bootstrap(truths, predictions), cost, seconds))
     brief = [losses(records, ratio, short=True) for ratio in RATIOS]
     if "short_training" in measures and all(b.dense and b.layers for b in brief) and truths:
         trained = [r for r in records if r.config["variant"].startswith("short ")]
         cost, seconds = sum(training_cost(r.config) for r in trained), sum(r.result["train_seconds"] for r in trained)
         predictions = [b.truth() for b in brief] * (len(truths) // len(brief))
-        rows.append(agreement("short_training", truths, predictions, cost=cost, seconds=seconds))
+        rows.append(Agreement("short_training", bootstrap(truths, predictions), cost, seconds))
     return sorted(rows, key=lambda row: row.cost)
 
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from basis import cost, count_parameters, count_trained, merge, models, plan_of, substitute
 from basis.costs import Cost
-from basis.experiments.studies.published import GRAY, INCLUDE, mult_adds
+from basis.experiments.studies.published import GRAY, mult_adds
+from basis.experiments.studies.substitutes import BLOCKS
 from basis.layers.structured import LAYERS
 from basis.layers.structured.filters import FilterBasis
 from basis.models import build
@@ -25,7 +26,7 @@ def convolutions(count=4, **options):
 def test_parameters_and_mult_adds_are_those_of_gray_et_al(row):
     with torch.device("meta"):
         wide = build("wrn-28-10")
-    model = substitute(wide, layer=row.layer, include=INCLUDE, init="random") if row.layer else wide
+    model = substitute(wide, layer=row.layer, include=BLOCKS, init="random") if row.layer else wide
     assert count_parameters(model) == row.parameters
     assert f"{mult_adds(model, (3, 32, 32)):.3e}" == f"{row.mult_adds:.3e}"
 

@@ -5,11 +5,10 @@ import dataclasses
 import pytest
 
 from basis import figures
-from basis.experiments import front_page
 from basis.experiments.studies import CLAIMS, STUDIES
 from basis.experiments.studies import headline as study
 from basis.experiments.studies.study import Verdict
-from book.tools import pages
+from book.tools import front_page, pages
 from tests.experiments.test_search_studies import record
 
 LOST = {"selected": 0.1, "uniform": 1.2, "largest first": 0.5, "narrower dense": 1.5}

@@ -6,6 +6,7 @@ Accuracies are of the study ``headline`` (chapters 3 and 5), speeds of the steps
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -14,12 +15,14 @@ from matplotlib.figure import Figure
 
 from basis import figures
 from basis.experiments.runs import Record
+from basis.experiments.studies import STUDIES, valid_records
 from basis.experiments.studies import headline as study
 from basis.experiments.studies.cost import load_benches
 from basis.experiments.studies.speed import step_rows
 from basis.experiments.studies.study import say
 from basis.figures import Theme
 from basis.statistics import Estimate
+from book.tools.derived import HEADLINE
 
 RULES: Mapping[str, str] = {
     "selected": "selected", "largest first": "largest", "uniform": "uniform", study.NARROWER: "narrower"
@@ -44,6 +47,13 @@ class Headline:
         """Percentage points lost against dense at half of the parameters, by the words of :data:`RULES`."""
         halves = {key: study.variant(rule, study.HALF) for rule, key in RULES.items()}
         return {key: study.difference(self.runs, "dense", name) for key, name in halves.items()}
+
+
+def stored(profile: str | None = None) -> Headline | None:
+    """The headline of the stored records of ``profile``, by default of the published one."""
+    source = STUDIES["headline"]
+    shown = profile or source.published
+    return collect(valid_records(source, shown), shown)
 
 
 def collect(records: Sequence[Record], profile: str) -> Headline | None:
@@ -89,6 +99,18 @@ def draw(theme: Theme, headline: Headline) -> Figure:
     right.set(xlabel="step speed, dense = 1")
     right.set_title("What it gives", fontsize=12)
     return figure
+
+
+def save(profile: str | None, folder: Path) -> None:
+    """Draw the figure of :func:`stored` into ``folder``, if there is one."""
+    headline = stored(profile)
+    if headline:
+        figures.save(lambda theme: draw(theme, headline), name=HEADLINE, folder=folder)
+
+
+def about(headline: Headline) -> dict[str, str]:
+    """The figure's name, caption and description, as :func:`book.tools.pages.figure_directive` takes them."""
+    return {"name": HEADLINE, "caption": caption(headline), "alt": alt(headline)}
 
 
 def caption(headline: Headline) -> str:

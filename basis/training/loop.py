@@ -212,6 +212,7 @@ class Switcher:
         self._go_on(training, dense)
         carry_momentum(old.optimizer, training.run.optimizer, model, weights, momentum=self.switch.momentum)
         training.run.scaler.load_state_dict(old.scaler.state_dict())
+        old.forget()  # a graph's memory is set free
         training.switched = {"epoch": training.epoch, **found, "seconds": time.perf_counter() - began}
 
     def rebuild(self, training: Training, switched: Mapping[str, Any]) -> None:
@@ -275,16 +276,16 @@ def train(
     check_recipe(model, first, steps, teacher)
     if step is not None and (step.model is not model or step.beside or teacher is not None):
         raise TrainingError("the step was made for another model, or there is a teacher, with which none is used again")
-    step = step or make_step(model, first, device=place, teacher=teacher)
+    run = step or make_step(model, first, device=place, teacher=teacher)
     data = data.to(place)
     if recipe.switch:
         with as_training_error():
             recipe.switch.check(model, data)
-    if isinstance(step.beside, Attention):
+    if isinstance(run.beside, Attention):
         with as_training_error(), on_device(place):
-            step.beside.check(_input(data.train.x[:1], recipe.memory_format))
-    step.restart()
-    schedule = Schedule(step, first, steps_per_epoch=steps, total_steps=recipe.epochs * steps)
+            run.beside.check(_input(data.train.x[:1], recipe.memory_format))
+    run.restart()
+    schedule = Schedule(run, first, steps_per_epoch=steps, total_steps=recipe.epochs * steps)
     generator = torch.Generator(place).manual_seed(seed)
 
     def validate() -> dict[str, float]:
@@ -292,15 +293,15 @@ def train(
         return {f"validation_{name}": value for name, value in found.items()}
 
     training = Training(
-        run=step, identity=_identity(model, recipe, seed, schedule.total_steps, teacher), epochs=recipe.epochs,
+        run=run, identity=_identity(model, recipe, seed, schedule.total_steps, teacher), epochs=recipe.epochs,
         steps=steps, batches=partial(augmented_batches, data.train, recipe, generator), prepare=schedule.prepare,
         generator=generator, validate=validate,
         switch=Switcher(recipe.switch, recipe, data, place) if recipe.switch else None,
     )  # fmt: skip
-    parts = schedule.parts
-    del step, schedule  # a switch puts others in their place, and the memory of a captured step is to be set free
-    with on_device(place), parts.restored():
+    with on_device(place), schedule.parts.restored():
         training.loop(checkpoint, should_stop, progress, checkpoint_every=checkpoint_every)
+    if step is None:
+        training.run.forget()  # nobody uses it again
     last = partial(evaluate, model, precision=recipe.precision, flip=True)
     return Result(
         curves=training.curves, test=last(data.test) if test else None,

@@ -48,6 +48,10 @@ class Images:
         index = index.to(self.y.device)
         return Images(self.x[index], self.y[index])
 
+    def first(self, n: int) -> Images:
+        """The first ``n`` images, or all where there are fewer."""
+        return Images(self.x[:n], self.y[:n])
+
     def to(self, device: torch.device | str) -> Images:
         """The same images on another device."""
         return Images(self.x.to(device), self.y.to(device))
@@ -164,7 +168,7 @@ def first_images(data: Data, train: int) -> Data:
     """The same data with only the first ``train`` training images."""
     if not 1 <= train <= len(data.train):
         raise ValueError(f"train is {train}, but it must lie between 1 and {len(data.train)} images")
-    return replace(data, train=Images(data.train.x[:train], data.train.y[:train]))
+    return replace(data, train=data.train.first(train))
 
 
 def augment(

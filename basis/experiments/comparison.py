@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from basis.costs import count_parameters
-from basis.data import Data, Images, normalise
+from basis.data import Data, normalise
 from basis.decompositions import svd_pairs, tensorly_network
 from basis.layers.conv import BasisConv2d
 from basis.plan import Plan
@@ -108,7 +108,7 @@ def shrink(model: nn.Module, task: Compression, data: Data) -> tuple[nn.Module, 
         if needed > len(there):
             raise ValueError(f"{name} is {needed}, but there are only {len(there)} such images")
     began = time.perf_counter()
-    images = replace(data, train=first(data.train, task.calibration), validation=first(held, task.held))
+    images = replace(data, train=data.train.first(task.calibration), validation=held.first(task.held))
     smaller, plan = METHODS[task.method](model, task, images)
     about = {"plan": None if plan is None else dict(plan.layers), "seconds": time.perf_counter() - began}
     return smaller, about
@@ -131,7 +131,7 @@ def compare(model: nn.Module, task: Compression, data: Data, *, seed: int = 0, p
     stages = {"made": evaluate(smaller, data.test, precision=precision)}
     counts = (("parameters", count_parameters), ("macs", partial(_macs, image=data.train.x[:1])))
     sizes = {name: count(smaller) for name, count in counts} | {f"dense_{name}": count(model) for name, count in counts}
-    recalibrate(smaller, first(data.train, task.calibration))
+    recalibrate(smaller, data.train.first(task.calibration))
     stages["recalibrated"] = evaluate(smaller, data.test, precision=precision)
     tuning = finetune(
         smaller, replace(data, validation=None), epochs=task.epochs, lr=task.lr, batch_size=task.batch_size, seed=seed,
@@ -143,11 +143,6 @@ def compare(model: nn.Module, task: Compression, data: Data, *, seed: int = 0, p
         "curves": [dict(row) for row in tuning.curves], "train_seconds": tuning.seconds, "precision": precision,
         "settings": asdict(tuning.settings),
     }  # fmt: skip
-
-
-def first(images: Images, n: int) -> Images:
-    """The first ``n`` images."""
-    return Images(images.x[:n], images.y[:n])
 
 
 @torch.no_grad()

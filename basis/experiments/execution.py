@@ -19,7 +19,7 @@ from torch import nn
 from basis.costs import cost, count_parameters, count_trained
 from basis.data import Data, first_images, hold_out, load_cifar10, synthetic
 from basis.environment import results_folder
-from basis.experiments.comparison import compare, first
+from basis.experiments.comparison import compare
 from basis.experiments.records import digest, read_record
 from basis.experiments.runs import Choice, Ladder, Run, plain, spectrum
 from basis.models import build
@@ -192,7 +192,7 @@ def climb(
     """
     if data.validation is None or len(data.validation) < ladder.images:
         raise ValueError(f"the ladder needs {ladder.images} held-out images; set validation to as many")
-    held, calibration, tables = first(data.validation, ladder.images), first(data.train, ladder.calibration), {}
+    held, calibration, tables = data.validation.first(ladder.images), data.train.first(ladder.calibration), {}
     for measure, ratios in ladder.measures.items():
         tuned: dict[str, Any] = {"recipe": ladder.tuning, "seeds": 1} if measure == "fine_tuning" else {}
         tables[measure] = sensitivity(

@@ -29,7 +29,7 @@ from basis.batches import (
     with_labels,
 )
 from basis.costs import Cost, cost, cost_alone, trace_calls
-from basis.data import Data, Images
+from basis.data import Data
 from basis.layers.base import ConvLike
 from basis.layers.structured import Structure
 from basis.modules import tracking_norms
@@ -278,7 +278,7 @@ def _prepare(
             fingerprint["loss"] = name_of(score)
     if measure == "oneshot_bn" or fit == "activation":
         if calibration is None and isinstance(data, Data):
-            calibration = Images(data.train.x[:CALIBRATION_IMAGES], data.train.y[:CALIBRATION_IMAGES])
+            calibration = data.train.first(CALIBRATION_IMAGES)
         given = (x for x, _ in batches) if calibration is None else calibration_inputs(calibration, model)
         inputs = even(list(given))
         outputs_of(model, inputs[0])

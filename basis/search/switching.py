@@ -110,7 +110,7 @@ class Switch:
         layers = {name: int(k) for name, k in plan.layers.items()}
         if self.pairs:
             layers = {name: pair_rank(model.get_submodule(name), k) for name, k in layers.items()}
-        self._put(model, layers, _first(data.train, self.images) if self.fit == "activation" else None)
+        self._put(model, layers, data.train.first(self.images) if self.fit == "activation" else None)
         kept = {key: value for key, value in predicted(table, plan).items() if math.isfinite(value)}
         return {"layers": layers, "predicted": kept}
 
@@ -134,8 +134,8 @@ class Switch:
         else:
             fitted: Any = {"fit": self.fit} if self.measure in FITTING else {}
             table = sensitivity(
-                model, _first(data.validation or data.train, self.images), measure=self.measure, ratios=self.ratios,
-                multiple=self.multiple, calibration=_first(data.train, self.images), **fitted,
+                model, (data.validation or data.train).first(self.images), measure=self.measure, ratios=self.ratios,
+                multiple=self.multiple, calibration=data.train.first(self.images), **fitted,
             )  # fmt: skip
         if self.rule == "stable_rank":
             return table, self._by_stable_rank(table, seen, exclude)
@@ -143,7 +143,7 @@ class Switch:
         return table, select(table, budget=self.budget, rule=rule, ratio=self.ratio, exclude=exclude)
 
     def _spectrum(self, model: nn.Module, data: Data) -> SensitivityTable:
-        shape = _first(data.train, 1)  # whose size tells the multiply-accumulates
+        shape = data.train.first(1)  # whose size tells the multiply-accumulates
         return sensitivity(model, shape, measure="spectrum", ratios=self.ratios, multiple=self.multiple)
 
     def _by_stable_rank(
@@ -173,10 +173,6 @@ class Switch:
             middle = (low + high) / 2
             low, high = (middle, high) if fits(middle) else (low, middle)
         return plan(low)
-
-
-def _first(images: Images, n: int) -> Images:
-    return images.take(torch.arange(min(n, len(images))))
 
 
 @torch.no_grad()

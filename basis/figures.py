@@ -45,7 +45,7 @@ _GREY, _BLUE, _RED, _GREEN, _PURPLE, _GOLD = (
 _COLOURS = {
     "dense": _GREY, "r=1/8": _PURPLE, "r=1/4": _BLUE, "r=1/2": _GREEN, "r=3/4": _GOLD, "factorized": _BLUE,
     "composed": _RED, "auto": _PURPLE, "selected": _BLUE, "uniform": _RED, "narrowerdense": _GREEN,
-    "largestfirst": _PURPLE, "threshold": _GOLD,
+    "largestfirst": _PURPLE, "threshold": _GOLD, "switched": _GOLD,
 }  # fmt: skip
 _LIGHT_COLOURS, _DARK_COLOURS = ({label: pair[i] for label, pair in _COLOURS.items()} for i in (0, 1))
 _LIGHT_CYCLE = ("#2f5fb3", "#c8553d", "#008a7a", "#7b3294", "#b7791f", "#5b6470")

@@ -9,6 +9,7 @@ and code; its cells say by tags what they are:
     card          goals and needs; the page adds the measured run times
     parameters    `name: type = literal  # what it is`, and nothing else
     answer        displays Markdown computed from records; the page puts it under the title
+    solution      the code of an exercise's solution, folded with its output (by the tag hide-cell)
 
 `basis.figures.show` displays a figure; the page numbers it and folds the code that draws it.
 """
@@ -135,6 +136,7 @@ _PROMPTS = {
     "parameters": "Default parameters",
     "answer": "How the answer is computed",
     "figure": "How the figure is drawn",
+    "solution": "The solution, run",
 }
 
 

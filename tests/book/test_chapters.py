@@ -26,6 +26,7 @@ FIRST_EXERCISE = {
     "09_other_structured_layers": {"layer": "shuffle:2"},
     "10_making_it_fast": {"ratio": 0.5},
     "11_your_own_network": {"budget": 0.25},
+    "12_switch_on_the_way": {"profile": "small", "after": 0.7},
 }
 
 

@@ -64,6 +64,15 @@ def test_every_label_can_come_out(ours, narrower, label):
     assert runs.groupby("variant").size()["dense"] == 4
     assert set(runs.loc[runs["variant"] == variant(switch.OURS, HALF), "search"]) == {7.0}
     assert runs.loc[runs["variant"] == "dense", "search"].isna().all()
+    assert list(dict.fromkeys(runs["rule"])) == ["dense", NARROWER, switch.OURS]  # the study's own variants last
+
+
+def test_times_compare_within_one_device_that_equally_many_trainings_share():
+    first, *rest = outcomes([0.0] * 2, [])
+    crowded = dataclasses.replace(first, environment={**first.environment, "jobs": 8})
+    runs = switch.frame([crowded, *rest], "small")
+    device = first.environment["device"]
+    assert runs["place"].value_counts().to_dict() == {device: len(runs) - 1, f"{device}, 8 trainings at a time": 1}
 
 
 def test_without_records_there_are_no_rows():

@@ -63,12 +63,22 @@ def frame(records: Sequence[Record], profile: str) -> pd.DataFrame:
     """:func:`basis.experiments.studies.headline.frame` of both studies, with what the switch did.
 
     ``epoch``: that after which layers were replaced; ``search``: seconds of search and replacement, which are among
-    the ``seconds``; ``setup``: those of compiling and capturing steps, which are not.
+    the ``seconds``; ``setup``: those of compiling and capturing steps, which are not; ``rule``: the variant without its
+    budget; ``place``: the device, and how many trainings shared it: only within one, times compare.
     """
     both = [*records, *valid_records(headline.STUDY, profile)]
     more = {"epoch": "epoch", "search": "seconds"}
-    columns = {name: partial(_of_switch, key=key) for name, key in more.items()}
-    return headline.frame(both, {**columns, "setup": lambda r: r.result.get("setup_seconds", 0.0)})
+    columns: dict[str, Any] = {name: partial(_of_switch, key=key) for name, key in more.items()}
+    columns |= {"setup": lambda r: r.result.get("setup_seconds", 0.0), "place": _place}
+    runs = headline.frame(both, columns)
+    runs["rule"] = runs["variant"].str.replace(r", 1/\d+ of \w+$", "", regex=True)
+    order = {name: i for i, name in enumerate(dict.fromkeys(run.variant for run in STUDY.runs(profile)))}
+    return runs.sort_values("variant", key=lambda v: v.map(order).fillna(-1), kind="stable", ignore_index=True)
+
+
+def _place(record: Record) -> str:
+    device, jobs = record.environment["device"], record.environment.get("jobs", 1)
+    return f"{device}, {jobs} trainings at a time" if jobs > 1 else device
 
 
 def _of_switch(record: Record, *, key: str) -> float:

@@ -17,10 +17,13 @@ from basis.experiments.studies.study import Study, Verdict, label_of, verdict
 RATIO, NARROWEST = 0.5, 128
 
 
-def load_benches(profile: str, *, kind: str = "bench-layer", folder: Path | None = None) -> list[BenchReport]:
-    """The stored benchmarks of a kind, of CPUs for the profile ``cpu`` and of GPUs for ``colab`` and ``paper``."""
+def load_benches(profile: str | None, *, kind: str = "bench-layer", folder: Path | None = None) -> list[BenchReport]:
+    """The stored benchmarks of a kind: of CPUs for the profile ``cpu``, of GPUs for ``colab`` and ``paper``, or all."""
     reports = [BenchReport.load(path) for path in sorted(((folder or results_folder()) / "bench").glob("*.json"))]
-    return [r for r in reports if r.kind == kind and r.environment["device_type"] == DEVICES.get(profile)]
+    of_kind = [report for report in reports if report.kind == kind]
+    if profile is None:
+        return of_kind
+    return [report for report in of_kind if report.environment["device_type"] == DEVICES.get(profile)]
 
 
 def devices(reports: Sequence[BenchReport]) -> str:

@@ -8,12 +8,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from basis.experiments.runs import Record, Run
 from basis.experiments.studies import headline
+from basis.experiments.studies.cost import load_benches
 from basis.experiments.studies.headline import HALF, HALF_MACS, NARROWER, QUARTER, difference, variant
 from basis.experiments.studies.study import Study, Verdict, label_of, untested, valid_records, verdict
 from basis.search.switching import Switch
@@ -64,7 +66,8 @@ def frame(records: Sequence[Record], profile: str) -> pd.DataFrame:
 
     ``epoch``: that after which layers were replaced; ``search``: seconds of search and replacement, which are among
     the ``seconds``; ``setup``: those of compiling and capturing steps, which are not; ``rule``: the variant without its
-    budget; ``place``: the device, and how many trainings shared it: only within one, times compare.
+    budget; ``place``: the GPU, and how many trainings shared it: only within one, times compare. Trainings on a CPU
+    have none, since other work stood beside them; :func:`training_times` has theirs.
     """
     both = [*records, *valid_records(headline.STUDY, profile)]
     more = {"epoch": "epoch", "search": "seconds"}
@@ -76,9 +79,31 @@ def frame(records: Sequence[Record], profile: str) -> pd.DataFrame:
     return runs.sort_values("variant", key=lambda v: v.map(order).fillna(-1), kind="stable", ignore_index=True)
 
 
-def _place(record: Record) -> str:
+def _place(record: Record) -> str | None:
     device, jobs = record.environment["device"], record.environment.get("jobs", 1)
+    if record.environment.get("device_type") != "cuda":
+        return None
     return f"{device}, {jobs} trainings at a time" if jobs > 1 else device
+
+
+def training_times(folder: Path | None = None) -> pd.DataFrame:
+    """What whole trainings take by the steps of ``basis bench switch``, one row a variant and device; empty without.
+
+    ``ms`` of a step with quartiles, ``seconds`` of all steps and the search, ``relative`` to dense, ``search`` seconds.
+    """
+    rows = []
+    for report in load_benches(None, kind="bench-switch", folder=folder):
+        c = report.config
+        steps, before = c["steps_per_epoch"] * c["epochs"], c["steps_per_epoch"] * c["epoch"]
+        for row in report.rows:
+            ours = row["mode"] == variant(OURS, HALF)
+            dense, ms = row["dense_ms"] / 1000, row["ms"] / 1000
+            seconds = before * dense + (steps - before) * ms + c["search_seconds"] if ours else steps * ms
+            about = {"variant": row["mode"], "device": report.environment["device"], "n": row["n"]}
+            about |= {key: row[key] for key in ("ms", "ms_q1", "ms_q3")}
+            search = c["search_seconds"] if ours else math.nan
+            rows.append({**about, "seconds": seconds, "relative": seconds / (steps * dense), "search": search})
+    return pd.DataFrame(rows)
 
 
 def _of_switch(record: Record, *, key: str) -> float:

@@ -67,12 +67,13 @@ def test_every_label_can_come_out(ours, narrower, label):
     assert list(dict.fromkeys(runs["rule"])) == ["dense", NARROWER, switch.OURS]  # the study's own variants last
 
 
-def test_times_compare_within_one_device_that_equally_many_trainings_share():
+def test_times_compare_within_one_gpu_that_equally_many_trainings_share():
     first, *rest = outcomes([0.0] * 2, [])
-    crowded = dataclasses.replace(first, environment={**first.environment, "jobs": 8})
-    runs = switch.frame([crowded, *rest], "small")
-    device = first.environment["device"]
-    assert runs["place"].value_counts().to_dict() == {device: len(runs) - 1, f"{device}, 8 trainings at a time": 1}
+    gpu = {"device": "a GPU", "device_type": "cuda"}
+    crowded = dataclasses.replace(first, environment={**gpu, "jobs": 8})
+    alone = [dataclasses.replace(one, environment=gpu) for one in rest[1:]]
+    runs = switch.frame([crowded, rest[0], *alone], "small")
+    assert runs["place"].value_counts().to_dict() == {"a GPU": len(alone), "a GPU, 8 trainings at a time": 1}
 
 
 def test_without_records_there_are_no_rows():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -34,9 +35,17 @@ TRAINED: Mapping[str, Trained] = {
     "coefficients": Trained(basis=False, coefficients=True),
     "neither": Trained(basis=False, coefficients=False),
 }
-Kind = Mapping[str, Any]  # mode, coefficients, trained, norms and step of a candidate
-PLAIN = {"coefficients": "", "trained": "both", "norms": "ordinary"}
 TOGETHER = 4  # structured networks that are measured in one cell, beside the dense one and its control
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A network whose training steps are timed: what makes it, what its row says, what is trained, and how."""
+
+    make: Callable[[], nn.Module]
+    row: Mapping[str, Any]
+    trained: str = "both"
+    step: Stepping = "eager"
 
 
 def bench_training(
@@ -91,23 +100,27 @@ def bench_training(
     with setting.globals():
         dense = build(model, width=width)
     setting = setting.settled(dense)
-    kinds: dict[str, Kind] = {name: {"mode": name, **PLAIN, "step": steps[0]} for name in ("dense", "control")}
-    others = [step for step in [*steps, *dense_steps] if step != steps[0]]
-    kinds |= {f"dense {step}": {"mode": "dense", **PLAIN, "step": step} for step in others}
-    for kind in itertools.product(modes, coefficients, trained, norms, steps):
-        kinds[" ".join(kind)] = dict(zip(("mode", *PLAIN, "step"), kind, strict=True))
     rows = []
     for value, sizes in cells.items():
-        networks = {name: partial(_candidate, dense, sizes, kind) for name, kind in kinds.items()}
-        for found in measure_steps(networks, kinds, setting):
-            rows.append({"model": model, what: value, **found})
-            tell(progress, rows[-1], model)
-        if {"compiled", "fast"} & {*steps, *dense_steps}:
-            forget_compiled()
+        about = {"model": model, what: value, "coefficients": "", "trained": "both", "norms": "ordinary"}
+        wanted: list[tuple[str, Stepping]] = [("dense", steps[0]), ("control", steps[0])]
+        wanted += [("dense", step) for step in [*steps, *dense_steps] if step != steps[0]]
+        trials = {
+            mode if step == steps[0] else f"{mode} {step}": Trial(
+                make=partial(copy.deepcopy, dense), row={**about, "mode": mode, "step": step}, step=step
+            )
+            for mode, step in wanted
+        }
+        for mode, form, part, norm, step in itertools.product(modes, coefficients, trained, norms, steps):
+            options: dict[str, Any] = {"mode": mode, "coefficients": form, "batch_norm": norm}
+            row = {**about, "mode": mode, "coefficients": form, "trained": part, "norms": norm, "step": step}
+            make = partial(substitute, dense, **sizes, init="random", **options)
+            trials[f"{mode} {form} {part} {norm} {step}"] = Trial(make=make, row=row, trained=part, step=step)
+        rows += measure_steps(trials, setting, progress)
     listed: dict[str, Iterable[Any]] = {f"{what}s": cells, "modes": modes, "coefficients": coefficients}
     listed |= {"trained": trained, "norms": norms, "steps": steps, "dense_steps": dense_steps}
-    options = {name: list(values) for name, values in listed.items()}
-    return setting.report(f"bench-{'train' if plans is None else 'plans'}", rows, model=model, width=width, **options)
+    lists = {name: list(values) for name, values in listed.items()}
+    return setting.report(f"bench-{'train' if plans is None else 'plans'}", rows, model=model, width=width, **lists)
 
 
 def bench_structured_training(
@@ -137,93 +150,82 @@ def bench_structured_training(
         dense = build(model, width=width)
     Plan.uniform(dense, ratio=1, include=include)  # refuses a pattern that none matches
     setting = (setting or Setting()).settled(dense)
+
+    def trial(text: str, its_width: int | None, mode: str) -> Trial:
+        row = {"model": model, "layer": text, "width": its_width, "mode": mode}
+        return Trial(make=partial(_structured, model, text, its_width, include), row=row)
+
     rows = []
     for start in range(0, len(pairs), TOGETHER):
-        wanted: dict[str, tuple[str, int | None]] = {"control": ("dense", width)}
-        wanted |= {f"{text}@{its_width}" if its_width else text: (text, its_width)
-                   for text, its_width in pairs[start : start + TOGETHER]}  # fmt: skip
-        networks = {name: partial(_structured, model, *pair, include) for name, pair in wanted.items()}
-        networks["dense"] = partial(_structured, model, "dense", width, include)
-        kinds = {name: {"mode": name, **PLAIN, "step": "eager"} for name in ("dense", *wanted)}
-        for found in measure_steps(networks, kinds, setting):
-            text, its_width = wanted[found["mode"]]
-            mode = "control" if found["mode"] == "control" else "dense" if text == "dense" else "layer"
-            left = (*PLAIN, "step", "coupled", "means", "trained_numbers")
-            kept = {key: value for key, value in found.items() if key not in left}
-            kept |= {"trained": found["trained_numbers"]} if "trained_numbers" in found else {}
-            rows.append({"model": model, "layer": text, "width": its_width, **kept, "mode": mode})
-            tell(progress, rows[-1], f"{model} {text}")
+        trials = {mode: trial("dense", width, mode) for mode in ("dense", "control")}
+        for text, its_width in pairs[start : start + TOGETHER]:
+            trials[f"{text}@{its_width}"] = trial(text, its_width, "dense" if text == "dense" else "layer")
+        rows += measure_steps(trials, setting, progress)
+    rows = [{**row, "trained": row.get("trained_numbers")} for row in rows]
     options = {"model": model, "width": width, "include": include, "layers": [list(pair) for pair in pairs]}
     return setting.report("bench-structured-train", rows, **options)
 
 
 def measure_steps(
-    networks: Mapping[str, Callable[[], nn.Module]], kinds: Mapping[str, Kind], setting: Setting
+    trials: Mapping[str, Trial], setting: Setting, progress: Progress | None = None
 ) -> list[dict[str, Any]]:
-    """A row for each network but "dense", by turns: ``networks`` makes them, ``kinds`` says how each is trained."""
-    references = {name: f"dense {kind['step']}" for name, kind in kinds.items() if kind["mode"] != "dense"}
-    references = {name: other for name, other in references.items() if other in kinds}
-    compiled = next((name for name in kinds if name in ("dense compiled", "dense fast")), None)
+    """A row for each network but "dense", by turns; "dense graphed" is what graphed ones are compared with, if given.
+
+    Rows have ``parameters``, ``trained_numbers``, the numbers of layers ``coupled`` and ``substituted``,
+    ``parameter_ratio``, ``images_per_second`` and ``means``. A network that cannot be made or run has ``error``.
+    """
+    references = {name: f"dense {trial.step}" for name, trial in trials.items() if f"dense {trial.step}" in trials}
+    references |= {name: "dense" for name in trials if name.startswith("dense")}
+    compiled = next((name for name in trials if name in ("dense compiled", "dense fast")), None)
     made: dict[str, nn.Module] = {}
-    errors: dict[str, str] = {}
+    measured: dict[str, dict[str, Any]] = {}
     with setting.globals():
-        for name, make in networks.items():
+        for name, trial in trials.items():
             try:
-                made[name] = make()
+                made[name] = trial.make()
             except ValueError as error:
-                errors[name] = str(error)
+                measured[name] = {"error": str(error)}
         counts = {name: _counts(network) for name, network in made.items()}
         for name, network in made.items():
-            Parts(network).train(TRAINED[kinds[name]["trained"]])
+            Parts(network).train(TRAINED[trials[name].trained])
         x = setting.place(torch.randn(setting.batch_size, 3, 32, 32))
         labels = torch.randint(10, (setting.batch_size,), device=x.device)
         captures = {
             name: PeakCapture(setting.where, capture)
             for name in made
-            if means_for(kinds[name]["step"], setting.where).graphed and (capture := setting.new_capture())
+            if means_for(trials[name].step, setting.where).graphed and (capture := setting.new_capture())
         }
-        trainers = {name: _trainer(net, setting, kinds[name]["step"], captures.get(name)) for name, net in made.items()}
-        measured = setting.measure(
+        trainers = {name: _trainer(net, setting, trials[name].step, captures.get(name)) for name, net in made.items()}
+        measured |= setting.measure(
             {name: _step(trainer, x, labels) for name, trainer in trainers.items()},
             reference=references,
-            versus=dict.fromkeys(kinds, compiled) if compiled else {},
+            versus=dict.fromkeys(trials, compiled) if compiled else {},
             may_fail=[name for name in made if name != "dense"],
         )
     rows = []
-    for name in (name for name in kinds if name != "dense"):
-        if name in errors:
-            rows.append({**kinds[name], "error": errors[name]})
+    for name, trial in trials.items():
+        if name == "dense":
             continue
-        found = measured[name]
-        other = references.get(name, "dense")
-        peaks = {key: captures[side].peak / 2**20 for key, side in (("peak_mib", name), ("dense_peak_mib", other))
-                 if trainers[side].means.graphed}  # fmt: skip
-        row = _row(found, kinds[name], kinds[other], trainers[name].means, trainers[other].means, peaks)
-        if compiled and not trainers[compiled].means.compiled:
-            row = {key: value for key, value in row.items() if not key.startswith("versus")}
-        row = {key.replace("versus_basis", "versus_compiled"): value for key, value in row.items()}
-        row |= counts[name] | {"parameter_ratio": counts["dense"]["parameters"] / counts[name]["parameters"]}
-        row |= {"images_per_second": setting.batch_size / row["ms"] * 1000} if "ms" in row else {}
-        rows.append(row)
+        found, other = measured[name], references.get(name, "dense")
+        if name in made:
+            sides = {"peak_mib": name, "dense_peak_mib": other}
+            peaks = {key: captures[one].peak / 2**20 for key, one in sides.items() if trainers[one].means.graphed}
+            means, others = trainers[name].means, trainers[other].means
+            if trial.step == trials[other].step and means.graphed != others.graphed and "error" not in found:
+                found = {"error": f"its step is {means}, that of the dense network {others}"}
+            if compiled and not trainers[compiled].means.compiled:
+                found = {key: value for key, value in found.items() if not key.startswith("versus")}
+            found = {key.replace("versus_basis", "versus_compiled"): value for key, value in found.items()}
+            if "ms" in found:
+                found |= {**peaks, "images_per_second": setting.batch_size / found["ms"] * 1000}
+                found |= {"timed": "graph"} if "timed" in found and means.graphed else {}
+            found |= {**counts[name], "means": str(means)}
+            found["parameter_ratio"] = counts["dense"]["parameters"] / counts[name]["parameters"]
+        rows.append({**trial.row, **found})
+        tell(progress, rows[-1])
+    if {"compiled", "fast"} & {trial.step for trial in trials.values()}:
+        forget_compiled()
     return rows
-
-
-def _row(found: dict[str, Any], kind: Kind, other: Kind, means: Any, others: Any, peaks: Any) -> dict[str, Any]:
-    """The measurement of a candidate with what its step was made of; an error where the dense one's was another."""
-    if "error" not in found and kind["step"] == other["step"] and means.graphed != others.graphed:
-        found = {"error": f"its step is {means}, that of the dense network {others}"}
-    row = {**kind, **found, "means": str(means)}
-    row |= {key: peak for key, peak in peaks.items() if key in row}
-    if "timed" in row and means.graphed:
-        row["timed"] = "graph"
-    return row
-
-
-def _candidate(dense: nn.Module, sizes: Mapping[str, Any], kind: Kind) -> nn.Module:
-    if kind["mode"] in ("dense", "control"):
-        return copy.deepcopy(dense)
-    options: Any = {"mode": kind["mode"], "coefficients": kind["coefficients"], "batch_norm": kind["norms"]}
-    return substitute(dense, **sizes, init="random", **options)
 
 
 def _structured(model: str, text: str, width: int | None, include: str) -> nn.Module:

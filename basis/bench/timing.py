@@ -361,13 +361,12 @@ def layer_steps(
     return steps
 
 
-def tell(progress: Progress | None, row: Mapping[str, Any], what: str) -> None:
+def tell(progress: Progress | None, row: Mapping[str, Any]) -> None:
     """One line about a row, for whoever wants to see the progress."""
     if not progress:
         return
-    cell = f"r={row['ratio']:g}" if "ratio" in row else f"in {row['share']:.0%} of the time" if "share" in row else ""
-    named = (row.get(key) for key in ("mode", "coefficients", "trained", "norms", "step"))
-    place = " ".join(str(part) for part in (what, row.get("pass"), cell, *named) if part)
+    named = ("model", "layer", "shape", "pass", "ratio", "share", "mode", "coefficients", "trained", "norms", "step")
+    place = " ".join(f"{row[key]:g}" if isinstance(row[key], float) else str(row[key]) for key in named if row.get(key))
     if "error" in row:
         progress(f"{place}: failed, {row['error']}")
     else:

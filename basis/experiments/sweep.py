@@ -19,7 +19,7 @@ from basis.bench.roofline import measure_machine, with_machine
 from basis.bench.shapes import RESNET18_SHAPES
 from basis.bench.timing import PASSES, Progress, Setting
 from basis.bench.tuning import bench_latency
-from basis.experiments.budget_bench import bench_plans
+from basis.experiments.budget_bench import bench_budget
 from basis.models import build
 from basis.saving import RecordError
 
@@ -61,7 +61,7 @@ def measurements(*, tiny: bool = False) -> tuple[Measurement, ...]:
         return bench_latency(model, name=name, ratios=candidates, passes=both, **given)
 
     step = partial(bench_training, steps=("graphed",))
-    plans = partial(bench_plans, **network, ratios=candidates)
+    plans = partial(bench_budget, **network, ratios=candidates, one="forward+backward")
     eager = tuple(one for one in USUAL if not one.endswith("compiled"))
     # Equal batches where possible: cuDNN chooses its algorithms anew for each other, which takes longer than timing.
     # Compiling takes 40 to 90 seconds, so it is done once, for the dense network, and not where it cannot end.

@@ -176,16 +176,6 @@ def test_both_sides_have_the_same_layout_and_precision(monkeypatch, memory_forma
     assert set(seen) == {("Conv2d", *expected), ("BasisConv2d", *expected)}
 
 
-def test_mac_ratios_are_those_of_the_formulas():
-    shape = Shape.parse("64-128@33/2")  # 17 x 17 pixels come out
-    k, f, c, pixels = 32, 576, 128, 4 * 17 * 17
-    assert shape.macs(k, "dense", 4, "forward") == pixels * c * f
-    assert shape.macs(k, "factorized", 4, "forward") == pixels * k * (f + c)
-    assert shape.macs(k, "composed", 4, "forward") == pixels * c * f + (c - k) * k * f
-    assert shape.macs(k, "factorized", 4, "forward+backward") == 3 * pixels * k * (f + c)
-    assert shape.macs(k, "cat", 4, "forward+backward") == 3 * pixels * k * (f + c - k)
-
-
 @pytest.mark.parametrize("text", ["64@32", "64-128@32/2", "128-64@7"])
 def test_shapes_read_back_as_written(text):
     assert str(Shape.parse(text)) == text

@@ -181,7 +181,7 @@ def measure_fold(
         k, width = layers[name].basis_channels, layers[name].out_channels
         cells.append(
             Cell(
-                about={"layer": name, "shape": str(timed)}, inputs=timed.inputs, one="forward",
+                about={"layer": name, "shape": str(timed), "pass": "forward"}, inputs=timed.inputs,
                 candidates={"dense": partial(copy.deepcopy, dense), "pair": partial(copy.deepcopy, pair)},
                 rows={name: {"ratio": n / width, "basis_channels": n} for name, n in (("control", width), ("pair", k))},
                 key=(timed, k, layers[name].coefficients.groups),
@@ -217,7 +217,7 @@ def bench_inference(
             basis = setting.place(substitute(dense, ratio=ratio, init="random").eval())
         layers, pairs = len(plan_of(basis).layers), measure_fold(basis, setting=setting).faster()
         return Cell(
-            about={"model": model, "ratio": ratio}, inputs=((3, 32, 32),), one="forward",
+            about={"model": model, "pass": "forward", "ratio": ratio},
             candidates={
                 "dense": partial(copy.deepcopy, dense), "dense folded": partial(fold, dense),
                 "auto": partial(copy.deepcopy, basis), "folded": partial(fold, basis),

@@ -165,7 +165,7 @@ def bench_layers(
 
 
 def _cell(kind: Kind, names: Sequence[str], shape: Shape, one: Pass, ratio: float, setting: Setting) -> Cell:
-    about: dict[str, Any] = {"shape": str(shape), "resolved": "dense"}
+    about: dict[str, Any] = {"shape": str(shape), "pass": one, "resolved": "dense"}
     rows: dict[str, dict[str, Any]] = {}
     if kind == "structured":
         rows = {"control": {"layer": "dense"}, **{name: {"layer": name, "mode": "layer"} for name in names}}
@@ -177,7 +177,7 @@ def _cell(kind: Kind, names: Sequence[str], shape: Shape, one: Pass, ratio: floa
         like = "basis compiled" if name.endswith(" compiled") and "basis compiled" in names else "basis"
         if like in names and name != like:
             versus[name] = like
-    return Cell(about=about, candidates=makes, rows=rows, inputs=(shape.input_size,), one=one, versus=versus)
+    return Cell(about=about, candidates=makes, rows=rows, inputs=(shape.input_size,), versus=versus)
 
 
 def _made(case: Case, name: str, shape: Shape, ratio: float, setting: Setting) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -12,9 +12,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from basis.bench.cells import Cell, Row, measure_cells
 from basis.bench.report import BenchReport
 from basis.bench.shapes import RATIOS
-from basis.bench.timing import PeakCapture, Progress, Setting, Step, check_known, forget_compiled, tell
+from basis.bench.timing import PeakCapture, Progress, Setting, Step, check_known
 from basis.costs import count_parameters, count_trained
 from basis.layers.conv import MODES, Mode, basis_channels_for
 from basis.layers.structured import Structure
@@ -39,39 +40,64 @@ TOGETHER = 4  # structured networks that are measured in one cell, beside the de
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
-    """A network whose training steps are timed: what makes it, what its row says, what is trained, and how."""
+class TrainingCell(Cell):
+    """Networks whose whole training steps (forward, loss, backward, SGD) are measured, on random images 3x32x32.
 
-    make: Callable[[], nn.Module]
-    row: Mapping[str, Any]
-    trained: str = "both"
-    step: Stepping = "eager"
+    ``rows`` has the kind of ``step`` of each, eager unless given. A candidate is compared with the dense network by the
+    same kind of step, "dense X", where there is one; where only one of the two could be made that kind, it has failed.
+    """
+
+    def measure(self, modules: Mapping[str, nn.Module], setting: Setting) -> dict[str, Row]:
+        """Rows have ``parameter_ratio`` (dense / candidate), ``images_per_second``, ``means`` (what the kind of step
+        came to on this device), ``trained_numbers``, and the numbers of layers ``substituted`` and ``coupled`` (with
+        batch normalisation through the basis). The peak of a CUDA graph is that of its capture.
+        """
+        kinds: dict[str, Stepping] = {name: self.rows.get(name, {}).get("step", "eager") for name in modules}
+        x = setting.place(torch.randn(setting.batch_size, 3, 32, 32))
+        labels = torch.randint(10, (setting.batch_size,), device=x.device)
+        captures = {
+            name: PeakCapture(setting.where, capture)
+            for name, kind in kinds.items()
+            if means_for(kind, setting.where).graphed and (capture := setting.new_capture())
+        }
+        trainers = {name: _trainer(net, setting, kinds[name], captures.get(name)) for name, net in modules.items()}
+        references = {name: other for name, kind in kinds.items() if (other := f"dense {kind}") in kinds}
+        references |= {name: "dense" for name in kinds if name in references.values()}
+        compiled = next((name for name in kinds if name in ("dense compiled", "dense fast")), None)
+        measured = setting.measure(
+            {name: _step(trainer, x, labels) for name, trainer in trainers.items()},
+            reference=references,
+            versus=dict.fromkeys(kinds, compiled) if compiled else {},
+            may_fail=[name for name in kinds if name != "dense"],
+        )
+        known = compiled is not None and trainers[compiled].means.compiled
+        for name, row in measured.items():
+            other = references.get(name, "dense")
+            means, others = trainers[name].means, trainers[other].means
+            if kinds[name] == kinds[other] and means.graphed != others.graphed and "error" not in row:
+                row = {"error": f"its step is {means}, that of the dense network {others}"}
+            versus = {f"versus_compiled{key[12:]}": row.pop(key) for key in list(row) if key.startswith("versus_basis")}
+            if "ms" in row:
+                row |= {"images_per_second": setting.batch_size / row["ms"] * 1000, **(versus if known else {})}
+                row |= {"timed": "graph"} if "timed" in row and means.graphed else {}
+                for key, side in (("peak_mib", name), ("dense_peak_mib", other)):
+                    row |= {key: captures[side].peak / 2**20} if trainers[side].means.graphed else {}
+            ratio = count_parameters(modules["dense"]) / count_parameters(modules[name])
+            measured[name] = {**row, "means": str(means), "parameter_ratio": ratio, **_counts(modules[name])}
+        return measured
 
 
 def bench_training(
-    *,
-    model: str = "resnet18",
-    width: int | None = None,
-    ratios: Sequence[float] = RATIOS,
-    plans: Mapping[float, Plan] | None = None,
-    modes: Sequence[Mode] = ("auto",),
-    coefficients: Sequence[str] = ("dense",),
-    trained: Sequence[str] = ("both",),
-    norms: Sequence[Norms] = ("ordinary",),
-    steps: Sequence[Stepping] = ("eager",),
-    dense_steps: Sequence[Stepping] = (),
-    setting: Setting | None = None,
-    progress: Progress | None = None,
-) -> BenchReport:
-    """Measure whole training steps (forward, loss, backward, SGD) of a network of :func:`basis.models.build`.
+    *, model: str = "resnet18", width: int | None = None, ratios: Sequence[float] = RATIOS,
+    plans: Mapping[float, Plan] | None = None, modes: Sequence[Mode] = ("auto",),
+    coefficients: Sequence[str] = ("dense",), trained: Sequence[str] = ("both",),
+    norms: Sequence[Norms] = ("ordinary",), steps: Sequence[Stepping] = ("eager",),
+    dense_steps: Sequence[Stepping] = (), setting: Setting | None = None, progress: Progress | None = None,
+) -> BenchReport:  # fmt: skip
+    """Measure training steps of a network of :func:`basis.models.build`, see :class:`TrainingCell`.
 
     A cell is a ratio, at which all eligible convolutions are substituted; its candidates are the combinations of
-    mode, coefficients, trained parts, norms and steps. Images are random, 3x32x32, on the device. Rows have
-    ``parameters``, ``parameter_ratio`` (dense / candidate), ``images_per_second``, ``means`` (what the kind of step
-    came to on this device) and ``coupled``, the number of layers with batch normalisation through the basis.
-
-    Each candidate is compared with the dense network by the same kind of step; where only one of the two could be
-    made that kind, it has failed. The peak of a CUDA graph is that of its capture.
+    mode, coefficients, trained parts, norms and steps.
 
     Args:
         plans: in place of ``ratios``: the share of a budget -> plan; the report is of kind "bench-plans" then.
@@ -89,53 +115,54 @@ def bench_training(
     check_known("norms", norms, NORMS)
     check_known("step", [*steps, *dense_steps], STEPS)
     what = "ratio" if plans is None else "share"
-    cells: dict[float, dict[str, Any]] = {r: {"ratio": r} for r in ratios if basis_channels_for(r, 1)}
+    sizes: dict[float, dict[str, Any]] = {r: {"ratio": r} for r in ratios if basis_channels_for(r, 1)}
     if plans is not None:
-        cells = {share: {"plan": plan} for share, plan in plans.items()}
+        sizes = {share: {"plan": plan} for share, plan in plans.items()}
     setting = setting or Setting()
     with torch.device("meta"):
         shape = build(model, width=width)
-    for sizes, form, norm in itertools.product(cells.values(), coefficients, norms):  # refused before any is measured
-        substitute(shape, **sizes, init="random", coefficients=form, batch_norm=norm)
+    for size, form, norm in itertools.product(sizes.values(), coefficients, norms):  # refused before any is measured
+        substitute(shape, **size, init="random", coefficients=form, batch_norm=norm)
     with setting.globals():
         dense = build(model, width=width)
     setting = setting.settled(dense)
-    rows = []
-    for value, sizes in cells.items():
-        about = {"model": model, what: value, "coefficients": "", "trained": "both", "norms": "ordinary"}
-        wanted: list[tuple[str, Stepping]] = [("dense", steps[0]), ("control", steps[0])]
-        wanted += [("dense", step) for step in [*steps, *dense_steps] if step != steps[0]]
-        trials = {
-            mode if step == steps[0] else f"{mode} {step}": Trial(
-                make=partial(copy.deepcopy, dense), row={**about, "mode": mode, "step": step}, step=step
-            )
-            for mode, step in wanted
-        }
-        for mode, form, part, norm, step in itertools.product(modes, coefficients, trained, norms, steps):
-            options: dict[str, Any] = {"mode": mode, "coefficients": form, "batch_norm": norm}
-            row = {**about, "mode": mode, "coefficients": form, "trained": part, "norms": norm, "step": step}
-            make = partial(substitute, dense, **sizes, init="random", **options)
-            trials[f"{mode} {form} {part} {norm} {step}"] = Trial(make=make, row=row, trained=part, step=step)
-        rows += measure_steps(trials, setting, progress)
-    listed: dict[str, Iterable[Any]] = {f"{what}s": cells, "modes": modes, "coefficients": coefficients}
+    plain = {"coefficients": "", "trained": "both", "norms": "ordinary"}
+    rows: dict[str, dict[str, Any]] = {name: {**plain, "step": steps[0]} for name in ("dense", "control")}
+    others = [step for step in [*steps, *dense_steps] if step != steps[0]]
+    rows |= {f"dense {step}": {**plain, "mode": "dense", "step": step} for step in others}
+    for kind in itertools.product(modes, coefficients, trained, norms, steps):
+        rows[" ".join(kind)] = dict(zip(("mode", *plain, "step"), kind, strict=True))
+    cells = [
+        TrainingCell(
+            about={"model": model, what: value}, rows=rows,
+            candidates={name: partial(_candidate, dense, size, row) for name, row in rows.items() if name != "control"},
+        )
+        for value, size in sizes.items()
+    ]  # fmt: skip
+    listed: dict[str, Iterable[Any]] = {f"{what}s": sizes, "modes": modes, "coefficients": coefficients}
     listed |= {"trained": trained, "norms": norms, "steps": steps, "dense_steps": dense_steps}
-    lists = {name: list(values) for name, values in listed.items()}
-    return setting.report(f"bench-{'train' if plans is None else 'plans'}", rows, model=model, width=width, **lists)
+    options = {"model": model, "width": width, **{name: list(values) for name, values in listed.items()}}
+    found = measure_cells(cells, setting, progress)
+    return setting.report(f"bench-{'train' if plans is None else 'plans'}", found, **options)
+
+
+def _candidate(dense: nn.Module, size: Mapping[str, Any], row: Mapping[str, Any]) -> nn.Module:
+    if not row["coefficients"]:
+        return copy.deepcopy(dense)
+    options: Any = {"mode": row["mode"], "coefficients": row["coefficients"], "batch_norm": row["norms"]}
+    network = substitute(dense, **size, init="random", **options)
+    Parts(network).train(TRAINED[row["trained"]])
+    return network
 
 
 def bench_structured_training(
-    *,
-    layers: Sequence[tuple[str, int | None]],
-    include: str,
-    model: str = "wrn-10-1",
-    width: int | None = None,
-    setting: Setting | None = None,
-    progress: Progress | None = None,
-) -> BenchReport:
-    """Measure training steps of a network whose convolutions are structured layers against the dense one.
+    *, layers: Sequence[tuple[str, int | None]], include: str, model: str = "wrn-10-1", width: int | None = None,
+    setting: Setting | None = None, progress: Progress | None = None,
+) -> BenchReport:  # fmt: skip
+    """Measure training steps of a network whose convolutions are structured layers, see :class:`TrainingCell`.
 
     A few networks at a time are measured together, each few beside the dense network of ``width``. Rows have
-    ``layer``, ``width``, ``parameters`` (stored numbers), ``trained`` ones, and ``substituted``, a number of layers.
+    ``layer``, ``width``, ``parameters`` (stored numbers) and ``trained`` ones.
 
     Args:
         layers: pairs of a text and a width of the stem; ("dense", width) is a narrower dense network.
@@ -150,82 +177,19 @@ def bench_structured_training(
         dense = build(model, width=width)
     Plan.uniform(dense, ratio=1, include=include)  # refuses a pattern that none matches
     setting = (setting or Setting()).settled(dense)
-
-    def trial(text: str, its_width: int | None, mode: str) -> Trial:
-        row = {"model": model, "layer": text, "width": its_width, "mode": mode}
-        return Trial(make=partial(_structured, model, text, its_width, include), row=row)
-
-    rows = []
+    cells = []
     for start in range(0, len(pairs), TOGETHER):
-        trials = {mode: trial("dense", width, mode) for mode in ("dense", "control")}
-        for text, its_width in pairs[start : start + TOGETHER]:
-            trials[f"{text}@{its_width}"] = trial(text, its_width, "dense" if text == "dense" else "layer")
-        rows += measure_steps(trials, setting, progress)
-    rows = [{**row, "trained": row.get("trained_numbers")} for row in rows]
-    options = {"model": model, "width": width, "include": include, "layers": [list(pair) for pair in pairs]}
-    return setting.report("bench-structured-train", rows, **options)
-
-
-def measure_steps(
-    trials: Mapping[str, Trial], setting: Setting, progress: Progress | None = None
-) -> list[dict[str, Any]]:
-    """A row for each network but "dense", by turns; "dense graphed" is what graphed ones are compared with, if given.
-
-    Rows have ``parameters``, ``trained_numbers``, the numbers of layers ``coupled`` and ``substituted``,
-    ``parameter_ratio``, ``images_per_second`` and ``means``. A network that cannot be made or run has ``error``.
-    """
-    references = {name: f"dense {trial.step}" for name, trial in trials.items() if f"dense {trial.step}" in trials}
-    references |= {name: "dense" for name in trials if name.startswith("dense")}
-    compiled = next((name for name in trials if name in ("dense compiled", "dense fast")), None)
-    made: dict[str, nn.Module] = {}
-    measured: dict[str, dict[str, Any]] = {}
-    with setting.globals():
-        for name, trial in trials.items():
-            try:
-                made[name] = trial.make()
-            except ValueError as error:
-                measured[name] = {"error": str(error)}
-        counts = {name: _counts(network) for name, network in made.items()}
-        for name, network in made.items():
-            Parts(network).train(TRAINED[trials[name].trained])
-        x = setting.place(torch.randn(setting.batch_size, 3, 32, 32))
-        labels = torch.randint(10, (setting.batch_size,), device=x.device)
-        captures = {
-            name: PeakCapture(setting.where, capture)
-            for name in made
-            if means_for(trials[name].step, setting.where).graphed and (capture := setting.new_capture())
-        }
-        trainers = {name: _trainer(net, setting, trials[name].step, captures.get(name)) for name, net in made.items()}
-        measured |= setting.measure(
-            {name: _step(trainer, x, labels) for name, trainer in trainers.items()},
-            reference=references,
-            versus=dict.fromkeys(trials, compiled) if compiled else {},
-            may_fail=[name for name in made if name != "dense"],
+        some = {f"{text}@{its_width}": (text, its_width) for text, its_width in pairs[start : start + TOGETHER]}
+        rows = {name: {"mode": "dense" if text == "dense" else "layer", "layer": text, "width": its_width}
+                for name, (text, its_width) in some.items()}  # fmt: skip
+        wanted = {"dense": ("dense", width), **some}
+        makes = {name: partial(_structured, model, *pair, include) for name, pair in wanted.items()}
+        cells.append(
+            TrainingCell(about={"model": model, "layer": "dense", "width": width}, candidates=makes, rows=rows)
         )
-    rows = []
-    for name, trial in trials.items():
-        if name == "dense":
-            continue
-        found, other = measured[name], references.get(name, "dense")
-        if name in made:
-            sides = {"peak_mib": name, "dense_peak_mib": other}
-            peaks = {key: captures[one].peak / 2**20 for key, one in sides.items() if trainers[one].means.graphed}
-            means, others = trainers[name].means, trainers[other].means
-            if trial.step == trials[other].step and means.graphed != others.graphed and "error" not in found:
-                found = {"error": f"its step is {means}, that of the dense network {others}"}
-            if compiled and not trainers[compiled].means.compiled:
-                found = {key: value for key, value in found.items() if not key.startswith("versus")}
-            found = {key.replace("versus_basis", "versus_compiled"): value for key, value in found.items()}
-            if "ms" in found:
-                found |= {**peaks, "images_per_second": setting.batch_size / found["ms"] * 1000}
-                found |= {"timed": "graph"} if "timed" in found and means.graphed else {}
-            found |= {**counts[name], "means": str(means)}
-            found["parameter_ratio"] = counts["dense"]["parameters"] / counts[name]["parameters"]
-        rows.append({**trial.row, **found})
-        tell(progress, rows[-1])
-    if {"compiled", "fast"} & {trial.step for trial in trials.values()}:
-        forget_compiled()
-    return rows
+    found = [{**row, "trained": row.get("trained_numbers")} for row in measure_cells(cells, setting, progress)]
+    options = {"model": model, "width": width, "include": include, "layers": [list(pair) for pair in pairs]}
+    return setting.report("bench-structured-train", found, **options)
 
 
 def _structured(model: str, text: str, width: int | None, include: str) -> nn.Module:

@@ -72,9 +72,9 @@ def bench_latency(
         rows |= {str(k): {"mode": "auto", "ratio": k / width, "basis_channels": k} for k in ks}
         cells += [
             Cell(
-                about={"layer": layer, "shape": str(timed), "resolved": "dense"}, rows=rows, one=one, key=timed,
+                about={"layer": layer, "shape": str(timed), "pass": one, "resolved": "dense"}, rows=rows,
                 candidates={"dense": timed.conv, **{str(k): partial(timed.basis, k) for k in ks}},
-                inputs=timed.inputs, input_gradient=timed.input_gradient,
+                inputs=timed.inputs, input_gradient=timed.input_gradient, key=(timed, one),
             )
             for one in passes
         ]  # fmt: skip
@@ -113,14 +113,13 @@ def tune(
         bn = plain.get_submodule(norms[layer]) if layer in norms else None
         trains = [parameter.requires_grad for parameter in module.parameters()]
         alike = f"{module.extra_repr()} {module.coefficients.form} {module.derives_apart} {trains} {bn}"
-        about = {"layer": layer, "shape": str(timed), "ratio": module.ratio, "basis_channels": module.basis_channels}
+        about = {"layer": layer, "shape": str(timed), "pass": one, "ratio": module.ratio}
         ways = ("dense", *(WAYS if bn is not None else EXPLICIT))
-        cells.append(
-            Cell(
-                about=about, candidates={way: partial(_way, module, bn, way, one) for way in ways}, one=one,
-                inputs=timed.inputs, input_gradient=timed.input_gradient, key=(timed, alike),
-            )
-        )  # fmt: skip
+        cells += [Cell(
+            about={**about, "basis_channels": module.basis_channels}, key=(timed, alike),
+            candidates={way: partial(_way, module, bn, way, one) for way in ways},
+            inputs=timed.inputs, input_gradient=timed.input_gradient,
+        )]  # fmt: skip
     if not cells:
         raise ValueError("the model has no basis convolution that is called, so there is no mode to choose")
     setting = (setting or Setting()).settled(plain)

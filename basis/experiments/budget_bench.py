@@ -79,7 +79,7 @@ def bench_budget(
         kept = count_parameters(small) / count_parameters(dense)
         row = {"predicted": told[share], "parameters": kept, "layers": layers, "pairs": len(pairs)}
         return Cell(
-            about={"model": model, "share": share}, rows={"selected": row}, inputs=((3, 32, 32),), one=one,
+            about={"model": model, "pass": one, "share": share}, rows={"selected": row},
             candidates={
                 "dense": partial(copy.deepcopy, dense), "dense folded": partial(fold, dense),
                 "selected": partial(fold, small, factorized=pairs),

@@ -5,7 +5,6 @@ import torch
 
 from basis.bench.cases import Setting, Shape
 from basis.bench.roofline import (
-    ROOFLINE_MODES,
     Machine,
     floor,
     kernels,

@@ -317,12 +317,12 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "ratio": {"type": float, "metavar": "R", "help": "of all its layers (default: 0.5)"},
     "shares": {"nargs": "+", "type": float, "metavar": "X", "help": "of the dense layers' time"},
     # Of the setting.
-    "device": {"default": None, "type": device, "metavar": "DEVICE", "help": "default: the GPU if there is one"},
-    "precision": {"default": "auto", "choices": ("auto", *DTYPES)},
-    "memory_format": {"default": "auto", "choices": ("auto", "channels_last", "contiguous")},
-    "batch_size": {"default": 64, "type": int, "metavar": "N"},
-    "rounds": {"default": 15, "type": int, "metavar": "N", "help": "measurements of each candidate"},
-    "seconds": {"default": None, "type": float, "metavar": "S", "help": "no new round of a cell after this time"},
+    "device": {"type": device, "metavar": "DEVICE", "help": "default: the GPU if there is one"},
+    "precision": {"choices": ("auto", *DTYPES)},
+    "memory_format": {"choices": ("auto", "channels_last", "contiguous")},
+    "batch_size": {"type": int, "metavar": "N", "help": "images (default: 64)"},
+    "rounds": {"type": int, "metavar": "N", "help": "measurements of each candidate (default: 15)"},
+    "seconds": {"type": float, "metavar": "S", "help": "no new round of a cell after this time"},
 }
 SETTING = ("device", "precision", "memory_format", "batch_size", "rounds", "seconds")
 # What marks the file of a training benchmark that measures others than the usual.
@@ -351,18 +351,21 @@ def _about(function: Any) -> str | None:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    setting = Setting(**{name: getattr(options, name) for name in SETTING})
+    setting = Setting(**_given(options, SETTING))
     folder = results_folder() / "bench"
     check_place(options.out or folder / "report.json")
     function, _, names = BENCHES[options.kind]
-    given = {name: getattr(options, name) for name in names.split() if hasattr(options, name)}
-    report = function(**given, setting=setting, progress=print)
+    report = function(**_given(options, names.split()), setting=setting, progress=print)
     print(report)  # first, and saved without the machine too: minutes of measurement are not lost by what follows
     path = options.out or folder / f"{file_name(_file_stem(options.kind, report.config), report)}.json"
     report.save(path)
     with_machine(report, measure_machine(replace(setting, precision=report.config["precision"]))).save(path)
     print(f"saved in {path}")
     return 0
+
+
+def _given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
 def _file_stem(kind: str, config: Mapping[str, Any]) -> str:
@@ -377,7 +380,7 @@ def _file_stem(kind: str, config: Mapping[str, Any]) -> str:
 def _bench_gpu(options: argparse.Namespace) -> int:
     folder = options.folder or results_folder() / "bench" / ("tiny" if options.tiny else "")
     images = 4 if options.tiny else 1024
-    setting = Setting(device=options.device, batch_size=images, memory_format="channels_last", rounds=11)
+    setting = Setting(**_given(options, ["device"]), batch_size=images, memory_format="channels_last", rounds=11)
     say = partial(print, flush=True)  # into a file, too
     paths = bench_gpu(folder, setting=setting, time_limit=options.time_limit, tiny=options.tiny, progress=say)
     return 0 if paths else 1

@@ -159,12 +159,9 @@ class FoldReport(BenchReport):
 
 
 def measure_fold(
-    model: nn.Module,
-    *,
-    input_size: Sequence[int] = (3, 32, 32),
-    setting: Setting | None = None,
+    model: nn.Module, *, input_size: Sequence[int] = (3, 32, 32), setting: Setting | None = None,
     progress: Progress | None = None,
-) -> FoldReport:
+) -> FoldReport:  # fmt: skip
     """Measure the forward pass of every basis convolution as :func:`fold` makes it: dense, and as a pair, by turns.
 
     Each layer alone, on inputs of the sizes that it gets for images of ``input_size``, (C, H, W). Of layers with equal
@@ -195,13 +192,9 @@ def measure_fold(
 
 
 def bench_inference(
-    *,
-    model: str = "resnet18",
-    width: int | None = None,
-    ratios: Sequence[float] = (1 / 4, 1 / 2),
-    setting: Setting | None = None,
-    progress: Progress | None = None,
-) -> BenchReport:
+    *, model: str = "resnet18", width: int | None = None, ratios: Sequence[float] = (1 / 4, 1 / 2),
+    setting: Setting | None = None, progress: Progress | None = None,
+) -> BenchReport:  # fmt: skip
     """Measure the forward pass, in evaluation mode, of a network of :func:`basis.models.build` and its folded forms.
 
     Modes, on random images 3x32x32: "dense folded"; "auto", substituted at a ratio; "folded", that one as dense

@@ -111,15 +111,10 @@ Kind = Literal["layer", "rivals", "block", "structured"]
 
 
 def bench_layers(
-    kind: Kind = "layer",
-    *,
-    shapes: Sequence[str] | None = None,
-    ratios: Sequence[float] = RATIOS,
-    passes: Sequence[Pass] | None = None,
-    candidates: Sequence[str] | None = None,
-    setting: Setting | None = None,
+    kind: Kind = "layer", *, shapes: Sequence[str] | None = None, ratios: Sequence[float] = RATIOS,
+    passes: Sequence[Pass] | None = None, candidates: Sequence[str] | None = None, setting: Setting | None = None,
     progress: Progress | None = None,
-) -> BenchReport:
+) -> BenchReport:  # fmt: skip
     """Measure layers or blocks against the one with ``nn.Conv2d``; a cell is a shape, a pass and a ratio.
 
     "forward" is inference; "forward+backward" takes the gradients of the input and of all parameters. Rows of kind
@@ -172,12 +167,12 @@ def _cell(kind: Kind, names: Sequence[str], shape: Shape, one: Pass, ratio: floa
     else:
         about |= {"ratio": ratio, "basis_channels": basis_channels_for(ratio, shape.out_channels)}
     makes = {name: partial(_made, CASES[kind], name, shape, ratio, setting) for name in ("dense", *names)}
-    versus = {"through_basis": "auto"}
+    inputs, versus = ((shape.in_channels, shape.size, shape.size),), {"through_basis": "auto"}
     for name in names:
         like = "basis compiled" if name.endswith(" compiled") and "basis compiled" in names else "basis"
         if like in names and name != like:
             versus[name] = like
-    return Cell(about=about, candidates=makes, rows=rows, inputs=(shape.input_size,), versus=versus)
+    return Cell(about=about, candidates=makes, rows=rows, inputs=inputs, versus=versus)
 
 
 def _made(case: Case, name: str, shape: Shape, ratio: float, setting: Setting) -> nn.Module:

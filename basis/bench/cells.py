@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from basis.bench.timing import Progress, Setting, forget_compiled, layer_steps, tell
+from basis.bench.timing import Progress, Setting, layer_steps, tell
 from basis.costs import count_parameters
 
 Row = dict[str, Any]
@@ -91,7 +91,9 @@ def _measured(cell: Cell, setting: Setting, progress: Progress | None) -> list[R
         rows.append({**cell.about, "mode": name, **known.get(name, {}), **cell.rows.get(name, {}), **found[name]})
         tell(progress, rows[-1])
     if any(name.endswith(("compiled", "fast")) for name in makes):
-        forget_compiled()
+        import torch._dynamo  # slow to import
+
+        torch._dynamo.reset()  # compiling gives up in silence after a few networks of a class
     return rows
 
 

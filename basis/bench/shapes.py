@@ -41,11 +41,6 @@ class Shape(NamedTuple):
         stride = f"/{self.stride}" if self.stride > 1 else ""
         return f"{self.in_channels}{out}@{self.size}{stride}"
 
-    @property
-    def input_size(self) -> tuple[int, int, int]:
-        """(C, H, W) of one image."""
-        return self.in_channels, self.size, self.size
-
     def conv(self) -> nn.Conv2d:
         """The dense layer."""
         return nn.Conv2d(self.in_channels, self.out_channels, 3, self.stride, 1, bias=False)

@@ -308,13 +308,6 @@ def _error_of(step: Step) -> str | None:
     return None
 
 
-def forget_compiled() -> None:
-    """Drop what ``torch.compile`` keeps of the networks of a cell: it gives up in silence after a few of a class."""
-    import torch._dynamo  # slow to import
-
-    torch._dynamo.reset()
-
-
 def layer_steps(
     layers: Mapping[str, nn.Module],
     inputs: Sequence[tuple[int, ...]],

@@ -34,16 +34,10 @@ WAYS: tuple[Way, ...] = get_args(Way)
 
 
 def bench_latency(
-    model: nn.Module,
-    *,
-    input_size: Sequence[int] = (3, 32, 32),
-    ratios: Sequence[float] = RATIOS,
-    multiple: int = 8,
-    passes: Sequence[Pass] = PASSES,
-    setting: Setting | None = None,
-    progress: Progress | None = None,
+    model: nn.Module, *, input_size: Sequence[int] = (3, 32, 32), ratios: Sequence[float] = RATIOS, multiple: int = 8,
+    passes: Sequence[Pass] = PASSES, setting: Setting | None = None, progress: Progress | None = None,
     name: str | None = None,
-) -> BenchReport:
+) -> BenchReport:  # fmt: skip
     """Measure every convolution of ``model`` that can be substituted, alone, dense and in mode auto.
 
     For :func:`basis.select`. A cell is a layer and a pass; its candidates are k nearest to each ratio, a multiple of
@@ -87,14 +81,9 @@ def bench_latency(
 
 
 def tune(
-    model: nn.Module,
-    *,
-    input_size: Sequence[int] = (3, 32, 32),
-    one: Pass = "forward+backward",
-    setting: Setting | None = None,
-    progress: Progress | None = None,
-    name: str | None = None,
-) -> BenchReport:
+    model: nn.Module, *, input_size: Sequence[int] = (3, 32, 32), one: Pass = "forward+backward",
+    setting: Setting | None = None, progress: Progress | None = None, name: str | None = None,
+) -> BenchReport:  # fmt: skip
     """Time every basis convolution of ``model`` in every way, beside its dense layer; all of a layer together.
 
     Each layer, with the batch normalisation that directly follows it and a ReLU, is timed alone, as a copy, on the

@@ -23,17 +23,10 @@ from basis.substitution import Plan, substitute
 
 
 def bench_budget(
-    *,
-    model: str = "resnet18",
-    width: int | None = None,
-    shares: Sequence[float] = (0.8, 0.6, 0.4),
-    ratios: Sequence[float] = (3 / 4, 1 / 2, 1 / 4, 1 / 8),
-    one: Pass = "forward",
-    smallest: bool = False,
-    latency: BenchReport | None = None,
-    setting: Setting | None = None,
-    progress: Progress | None = None,
-) -> BenchReport:
+    *, model: str = "resnet18", width: int | None = None, shares: Sequence[float] = (0.8, 0.6, 0.4),
+    ratios: Sequence[float] = (3 / 4, 1 / 2, 1 / 4, 1 / 8), one: Pass = "forward", smallest: bool = False,
+    latency: BenchReport | None = None, setting: Setting | None = None, progress: Progress | None = None,
+) -> BenchReport:  # fmt: skip
     """Measure networks that were selected to take a share of the milliseconds that the dense convolutions take.
 
     Every layer is timed alone (:func:`bench_latency`); for each share :func:`basis.select` finds the plan, by the

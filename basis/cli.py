@@ -357,7 +357,7 @@ def _bench(options: argparse.Namespace) -> int:
     function, _, names = BENCHES[options.kind]
     report = function(**_given(options, names.split()), setting=setting, progress=print)
     print(report)  # first, and saved without the machine too: minutes of measurement are not lost by what follows
-    path = options.out or folder / f"{file_name(_file_stem(options.kind, report.config), report)}.json"
+    path = options.out or folder / f"{file_name(file_stem(options.kind, report.config), report)}.json"
     report.save(path)
     with_machine(report, measure_machine(replace(setting, precision=report.config["precision"]))).save(path)
     print(f"saved in {path}")
@@ -368,7 +368,7 @@ def _given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
-def _file_stem(kind: str, config: Mapping[str, Any]) -> str:
+def file_stem(kind: str, config: Mapping[str, Any]) -> str:
     """What the name of the report's file begins with: the kind, and what else than usual was measured."""
     stem = [kind, *(mark for option, (usual, mark) in MARKS.items() if config.get(option, [usual]) != [usual])]
     stem += [config["model"]] if "model" in config else []

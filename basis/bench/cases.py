@@ -22,7 +22,6 @@ from basis.layers.batchnorm import activate
 from basis.layers.conv import MODES, BasisConv2d, basis_channels_for, derives_apart
 from basis.layers.structured import LAYERS, Structure
 from basis.substitution import substitute
-from basis.training.stepping import compiled
 
 ABOVE = 0.01  # a baseline may have that part more parameters than the basis layer, where its rank is coarse
 
@@ -100,10 +99,9 @@ class Case(NamedTuple):
     passes: Sequence[Pass]
 
 
-USUAL = ("dense compiled", "basis", "basis compiled", "svd", "tucker", "tucker reconstructed")
 CASES: Mapping[str, Case] = {
     "layer": Case(layer_of, MODES, RESNET18_SHAPES, PASSES),
-    "rivals": Case(layer_of, USUAL, RESNET18_SHAPES, PASSES),
+    "rivals": Case(layer_of, ("basis", "svd", "tucker", "tucker reconstructed"), RESNET18_SHAPES, PASSES),
     "block": Case(block_of, (*MODES, "through_basis"), RESNET18_SHAPES, PASSES[1:]),
     "structured": Case(layer_of, (), WRN_SHAPES, PASSES[1:]),
 }
@@ -119,17 +117,14 @@ def bench_layers(
 
     "forward" is inference; "forward+backward" takes the gradients of the input and of all parameters. Rows of kind
     "layer" have ``mac_ratio``, what the multiplications alone would give. ``versus_basis`` is basis / candidate within
-    a round, compiled with compiled, and "through_basis" against mode auto. ``left_out`` in the options names what is
-    not installed.
+    a round, and "through_basis" against mode auto. ``left_out`` in the options names what is not installed.
 
     Args:
         kind: of :data:`CASES`, which gives what else is not given.
         shapes: 3x3 convolutions, see :class:`Shape`.
-        candidates: see :func:`layer_of` and :func:`block_of`; "X compiled" is X after torch.compile(fullgraph=True).
-            One that cannot be made in a shape or run has ``error``.
+        candidates: see :func:`layer_of` and :func:`block_of`. One that cannot be made in a shape or run has ``error``.
 
-    Raises:
-        ValueError: for a kind, shape, ratio, pass, candidate or setting that makes no sense.
+    Raises ``ValueError`` for a kind, shape, ratio, pass, candidate or setting that makes no sense.
     """
     check_known("kind", [kind], CASES)
     case = CASES[kind]
@@ -138,8 +133,8 @@ def bench_layers(
     if kind == "block":
         check_known("candidate", given, case.candidates)
     for name in given if kind != "block" else ():
-        if (plain := name.removesuffix(" compiled")) not in (*MODES, "basis", *BASELINES):
-            Structure.parse(plain)  # refuses what is no candidate
+        if name not in (*MODES, "basis", *BASELINES):
+            Structure.parse(name)  # refuses what is no candidate
     parsed = [Shape.parse(text) for text in shapes or case.shapes]
     for ratio in ratios:
         basis_channels_for(ratio, 1)  # refuses a ratio that makes no sense
@@ -148,10 +143,8 @@ def bench_layers(
     installed = all(map(util.find_spec, ("tltorch", "tensorly")))  # the one does not ask for the other
     left_out = {} if installed else {n: "tensorly-torch is not installed" for n in given if "tucker" in n}
     names = [name for name in given if name not in left_out]
-    cells = [
-        _cell(kind, names, shape, one, ratio, setting)
-        for shape, one, ratio in itertools.product(parsed, passes, ratios if kind != "structured" else (1,))
-    ]
+    each_ratio = ratios if kind != "structured" else (1.0,)
+    cells = [_cell(kind, names, *place) for place in itertools.product(parsed, passes, each_ratio)]
     rows = measure_cells(cells, setting, progress)
     if kind == "layer":
         rows = [row | _mac_ratio(row, setting) for row in rows]
@@ -159,27 +152,17 @@ def bench_layers(
     return setting.report(f"bench-{kind}", rows, **options, candidates=list(given), left_out=left_out)
 
 
-def _cell(kind: Kind, names: Sequence[str], shape: Shape, one: Pass, ratio: float, setting: Setting) -> Cell:
+def _cell(kind: Kind, names: Sequence[str], shape: Shape, one: Pass, ratio: float) -> Cell:
     about: dict[str, Any] = {"shape": str(shape), "pass": one, "resolved": "dense"}
     rows: dict[str, dict[str, Any]] = {}
     if kind == "structured":
         rows = {"control": {"layer": "dense"}, **{name: {"layer": name, "mode": "layer"} for name in names}}
     else:
         about |= {"ratio": ratio, "basis_channels": basis_channels_for(ratio, shape.out_channels)}
-    makes = {name: partial(_made, CASES[kind], name, shape, ratio, setting) for name in ("dense", *names)}
-    inputs, versus = ((shape.in_channels, shape.size, shape.size),), {"through_basis": "auto"}
-    for name in names:
-        like = "basis compiled" if name.endswith(" compiled") and "basis compiled" in names else "basis"
-        if like in names and name != like:
-            versus[name] = like
+    makes = {name: partial(CASES[kind].make, name, shape, ratio) for name in ("dense", *names)}
+    versus = {"through_basis": "auto", **{name: "basis" for name in names if name != "basis" and "basis" in names}}
+    inputs = ((shape.in_channels, shape.size, shape.size),)
     return Cell(about=about, candidates=makes, rows=rows, inputs=inputs, versus=versus)
-
-
-def _made(case: Case, name: str, shape: Shape, ratio: float, setting: Setting) -> nn.Module:
-    layer = case.make(name.removesuffix(" compiled"), shape, ratio)
-    if name.endswith(" compiled"):
-        layer = compiled(setting.place(layer), setting.memory_format == "channels_last", fullgraph=True)
-    return layer
 
 
 def _mac_ratio(row: Mapping[str, Any], setting: Setting) -> dict[str, float]:

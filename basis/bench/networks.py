@@ -107,8 +107,8 @@ def bench_training(
         dense_steps: further kinds of step of the dense network. With a compiled one among them rows also have
             ``versus_compiled``: that dense network / candidate within a round.
 
-    Raises:
-        ValueError: for an unknown model, or a ratio, plan, mode, form, part, norm, step or setting that makes no sense.
+    Raises ``ValueError`` for an unknown model, or a ratio, plan, mode, form, part, norm, step or setting that makes no
+    sense.
     """
     check_known("mode", modes, MODES)
     check_known("trained", trained, TRAINED)
@@ -168,8 +168,7 @@ def bench_structured_training(
         layers: pairs of a text and a width of the stem; ("dense", width) is a narrower dense network.
         include: pattern of the convolutions that are substituted where they can; others stay dense.
 
-    Raises:
-        ValueError: for an unknown model or kind of layer, or a pattern or setting that makes no sense.
+    Raises ``ValueError`` for an unknown model or kind of layer, or a pattern or setting that makes no sense.
     """
     pairs = [(text if text == "dense" else str(Structure.parse(text)), its_width) for text, its_width in layers]
     pairs = [pair for pair in dict.fromkeys(pairs) if pair != ("dense", width)]

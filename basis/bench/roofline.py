@@ -113,8 +113,7 @@ def kernels(shape: Shape, k: int, mode: str, *, batch_size: int, passes: Pass) -
         mode: "dense", "factorized" (M = [I; A] as one 1x1 convolution), "cat" (Z and A Z are concatenated) or
             "composed".
 
-    Raises:
-        ValueError: for an unknown mode or pass, or a k outside 1 .. C_out.
+    Raises ``ValueError`` for an unknown mode or pass, or a k outside 1 .. C_out.
     """
     check_known("mode", [mode], ROOFLINE_MODES)
     check_known("pass", [passes], PASSES)

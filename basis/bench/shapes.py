@@ -84,8 +84,7 @@ class TimedLayer:
 def timed_layers(model: nn.Module, input_size: Sequence[int], names: Collection[str]) -> dict[str, TimedLayer]:
     """Those of the layers named that a forward pass on one image of ``input_size``, (C, H, W), calls.
 
-    Raises:
-        ValueError: for a model that cannot be run on such images.
+    Raises ``ValueError`` for a model that cannot be run on such images.
     """
     return {
         name: TimedLayer.of(layer, (call.x[1:] for call in calls), input_gradient=any(call.needs_dx for call in calls))

@@ -166,8 +166,7 @@ class Setting:
         timer: runs a step and returns its seconds, instead of the device's own clock.
         capture: runs a function so that what it returns repeats it; a CUDA graph on a GPU unless given.
 
-    Raises:
-        ValueError: for an option outside these.
+    Raises ``ValueError`` for an option outside these.
     """
 
     device: str | None = None

@@ -46,9 +46,8 @@ def bench_latency(
     Equal shapes are measured once: the rows of the others name the first in ``same_as``. Rows have ``layer``,
     ``shape``, ``basis_channels`` (C_out in the control row) and ``resolved``.
 
-    Raises:
-        ValueError: for a model without such a layer, or that cannot be run on such images; for a ratio, multiple,
-            pass or setting that makes no sense.
+    Raises ``ValueError`` for a model without such a layer, or that cannot be run on such images; for a ratio, multiple,
+    pass or setting that makes no sense.
     """
     check_known("pass", passes, PASSES)
     if multiple < 1:
@@ -90,9 +89,8 @@ def tune(
     inputs that it gets in one forward pass on images of ``input_size``, (C, H, W); taking the normalisation through
     the basis (:mod:`basis.layers.batchnorm`) is one of the ways. ``model`` is not changed: that is :func:`use_modes`.
 
-    Raises:
-        ValueError: for a model without such a layer, or that cannot be run on such images; for a setting
-            that makes no sense.
+    Raises ``ValueError`` for a model without such a layer, or that cannot be run on such images; for a setting that
+    makes no sense.
     """
     norms, plain = couplings(model).norms, uncouple(model)
     layers = {layer: module for layer, module in plain.named_modules() if isinstance(module, BasisConv2d)}
@@ -129,8 +127,7 @@ def _way(layer: BasisConv2d, bn: nn.Module | None, way: str, one: Pass) -> nn.Mo
 def fastest(table: BenchReport) -> dict[str, Way]:
     """The way of the largest median speed-up of each layer, from a report of :func:`tune`.
 
-    Raises:
-        ValueError: for a report of another kind.
+    Raises ``ValueError`` for a report of another kind.
     """
     if table.kind != "bench-modes":
         raise ValueError(f"the table is a report of kind {table.kind!r}, but it must be one of `basis bench modes`")
@@ -149,9 +146,8 @@ def use_modes(model: nn.Module, table: BenchReport) -> None:
     Changes ``model`` in place: layers for which it is fastest are coupled to their batch normalisation, the other
     named ones are not. Layers whose mode is not "auto" keep theirs.
 
-    Raises:
-        ValueError: where the table is of another kind, or names a layer that is not there, that has another
-            number of basis channels, or that cannot be coupled but should be; nothing is changed then.
+    Raises ``ValueError`` where the table is of another kind, or names a layer that is not there, that has another
+    number of basis channels, or that cannot be coupled but should be; nothing is changed then.
     """
     chosen, device = fastest(table), table.environment["device_type"]
     modules: dict[str, Any] = dict(model.named_modules())

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from basis.bench.cases import USUAL, Kind, bench_layers
+from basis.bench.cases import Kind, bench_layers
 from basis.bench.networks import NORMS, bench_training
 from basis.bench.report import BenchReport, check_place
 from basis.bench.roofline import measure_machine, with_machine
@@ -62,7 +62,6 @@ def measurements(*, tiny: bool = False) -> tuple[Measurement, ...]:
         partial(bench_budget, **network, ratios=candidates, one=both[0], shares=(share,), smallest=share == 0.5)
         for share in ((1.0, 0.9) if tiny else (0.5, 0.8, 0.65))
     ]
-    eager = tuple(one for one in USUAL if not one.endswith("compiled"))
     # Equal batches where possible: cuDNN chooses its algorithms anew for each other, which takes longer than timing.
     # Compiling takes 40 to 90 seconds, so it is done once, for the dense network, and not where it cannot end.
     compiling = partial(step, **network, ratios=(1 / 4,), norms=NORMS, dense_steps=("fast",))
@@ -77,7 +76,7 @@ def measurements(*, tiny: bool = False) -> tuple[Measurement, ...]:
         Measurement(f"train-steps-{wide}", 0.1, wide_steps, batch_size=wide_batch),
         Measurement(f"train-compiled-{name}", 0.12, [compiling], needs=0 if tiny else 70),
         Measurement("layer-forward", 0.05, by_shape("layer", passes=("forward",)), cells=2),
-        Measurement("rivals", 0.05, by_shape("rivals", passes=both, candidates=eager), cells=2),
+        Measurement("rivals", 0.05, by_shape("rivals", passes=both), cells=2),
     )
 
 
@@ -96,9 +95,8 @@ def bench_gpu(
         time_limit: seconds for all of it.
         tiny: tiny shapes and networks, to see that it runs; needs no GPU.
 
-    Raises:
-        ValueError: for a setting on a CPU without ``tiny``, a time limit that is not positive, or a folder that
-            cannot be written to.
+    Raises ``ValueError`` for a setting on a CPU without ``tiny``, a time limit that is not positive, or a folder that
+    cannot be written to.
     """
     setting = setting or Setting(batch_size=1024, memory_format="channels_last", rounds=11)
     if setting.where.type != "cuda" and not tiny:

@@ -483,7 +483,7 @@ def test_the_commands_for_blocks_and_rivals_store_the_machine_too(tmp_path, monk
     assert "versus_basis" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results" / "bench").glob("train-*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "results" / "bench").glob("train-[fnp]*.json")), ids=lambda p: p.stem)
 def test_reports_of_trainings_are_filed_as_the_stored_ones_are(path):
     report = BenchReport.load(path)
     assert file_name(file_stem("train", report.config), report) == path.stem

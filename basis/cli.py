@@ -247,26 +247,51 @@ def _compress(options: argparse.Namespace) -> int:
 
 # -- basis bench --
 
-SHAPES = ("shapes", "ratios", "passes", "candidates")
-# KIND -> the benchmark and what else it takes than a setting; defaults are those of the functions.
-BENCHES: Mapping[str, tuple[Callable[..., BenchReport], str, Sequence[str]]] = {
-    "layer": (partial(bench_layers, "layer"), "single layers of ResNet-18", SHAPES),
-    "block": (partial(bench_layers, "block"), "with batch normalisation and ReLU", SHAPES),
-    "rivals": (partial(bench_layers, "rivals"), "what one would take instead", SHAPES),
-    "structured": (partial(bench_layers, "structured"), "other structured layers", (*SHAPES, "profile")),
-    "latency": (
-        bench_latency, "every layer of a network", ("model", "width", "input_size", "ratios", "multiple", "passes"),
-    ),
+
+def time_layers(*, model: str = "resnet18", width: int | None = None, **options: Any) -> BenchReport:
+    """Measure every convolution of a network that can be substituted, alone, dense and with each k."""
+    return bench_latency(build(model, width=width), name=f"{model}-w{width}" if width else model, **options)
+
+
+def time_modes(*, model: str = "resnet18", width: int | None = None, ratio: float = 0.5, **options: Any) -> BenchReport:
+    """Measure every basis layer of a network in every mode, and with its batch normalisation through the basis."""
+    name = "-".join([model, *([f"w{width}"] if width else []), f"r{ratio:g}"])
+    return tune(substitute(build(model, width=width), ratio=ratio, init="random"), name=name, **options)
+
+
+def time_structured(*, profile: str, candidates: Sequence[str] = (), **options: Any) -> BenchReport:
+    """Measure structured layers, those of chapter 9 unless given, against dense ones."""
+    found = candidates or [text for text, width in bench_variants(profile) if width is None]
+    return bench_layers("structured", candidates=found, **options)
+
+
+def time_structured_steps(
+    *, profile: str, model: str = "wrn-10-1", layers: Sequence[str] = (), **options: Any
+) -> BenchReport:
+    """Measure training steps of networks of structured layers, those of chapter 9 unless given."""
+    parts = [text.partition("@") for text in layers]
+    if wrong := [text for text, at, width in parts if at and not width.isdecimal()]:
+        raise ValueError(f"the layer is {wrong[0]!r}, but after @ stands the width of the stem, as in shuffle:1@8")
+    pairs = [(text, int(width) if at else None) for text, at, width in parts] or bench_variants(profile, model)
+    if not pairs:
+        raise ValueError(f"chapter 9 has no {model} in the profile {profile}; give --layers")
+    return bench_structured_training(layers=pairs, include=BLOCKS, model=model, **options)
+
+
+# KIND -> the benchmark, what it measures, and its options beside those of the setting; defaults are its own.
+BENCHES: Mapping[str, tuple[Callable[..., BenchReport], str, str]] = {
+    "layer": (partial(bench_layers, "layer"), "single layers of ResNet-18", "shapes ratios passes candidates"),
+    "block": (partial(bench_layers, "block"), "with normalisation and ReLU", "shapes ratios passes candidates"),
+    "rivals": (partial(bench_layers, "rivals"), "what one would take instead", "shapes ratios passes candidates"),
+    "structured": (time_structured, "other structured layers", "shapes passes candidates profile"),
+    "latency": (time_layers, "every layer of a network", "model width input_size ratios multiple passes"),
     "train": (
-        bench_training, "whole training steps",
-        ("model", "width", "ratios", "modes", "coefficients", "trained", "norms", "steps"),
+        bench_training, "whole training steps", "model width ratios modes coefficients trained norms steps",
     ),
-    "structured-train": (
-        bench_structured_training, "networks of structured layers", ("layers", "profile", "model", "width"),
-    ),
-    "modes": (tune, "every basis layer of a network, in every mode", ("model", "width", "ratio")),
-    "inference": (bench_inference, "whole networks, folded", ("model", "width", "ratios")),
-    "budget": (bench_budget, "networks chosen for milliseconds", ("model", "width", "shares", "ratios")),
+    "structured-train": (time_structured_steps, "networks of structured layers", "layers profile model width"),
+    "modes": (time_modes, "every basis layer of a network, in every mode", "model width ratio"),
+    "inference": (bench_inference, "whole networks, folded", "model width ratios"),
+    "budget": (bench_budget, "networks chosen for milliseconds", "model width shares ratios"),
 }  # fmt: skip
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "shapes": {"nargs": "+", "metavar": "SHAPE", "help": "such as 64-128@32/2"},
@@ -284,32 +309,35 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "coefficients": {"nargs": "+", "metavar": "FORM", "help": "such as low_rank:1/8"},
     "trained": {"nargs": "+", "choices": tuple(TRAINED), "help": "parts of the basis layers"},
     "steps": {"nargs": "+", "choices": STEPS, "help": "how a step is run"},
-    "ratio": {"type": float, "default": 0.5, "metavar": "R", "help": "of all its layers (default: 0.5)"},
+    "ratio": {"type": float, "metavar": "R", "help": "of all its layers (default: 0.5)"},
     "shares": {"nargs": "+", "type": float, "metavar": "X", "help": "of the dense layers' time"},
+    # Of the setting.
+    "device": {"type": device, "metavar": "DEVICE", "help": "default: the GPU if there is one"},
+    "precision": {"choices": ("auto", *DTYPES)},
+    "memory_format": {"choices": ("auto", "channels_last", "contiguous")},
+    "batch_size": {"type": int, "metavar": "N", "help": "images (default: 64)"},
+    "rounds": {"type": int, "metavar": "N", "help": "measurements of each candidate (default: 15)"},
+    "seconds": {"type": float, "metavar": "S", "help": "no new round of a cell after this time"},
 }
-# What marks the file of a training benchmark that measures these.
-MARKS = {"coefficients": "forms", "trained": "parts", "norms": "norms", "steps": "steps"}
+SETTING = ("device", "precision", "memory_format", "batch_size", "rounds", "seconds")
+# What marks the file of a training benchmark that measures others than the usual.
+MARKS = {"coefficients": ("dense", "forms"), "trained": ("both", "parts"), "norms": ("ordinary", "norms"),
+         "steps": ("eager", "steps")}  # fmt: skip
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
     kinds = bench.add_subparsers(required=True, metavar="KIND")
     for name, (function, about, options) in BENCHES.items():
         kind = kinds.add_parser(name, help=about, description=_about(function))
-        for option in options:
+        for option in (*options.split(), *SETTING):
             kind.add_argument(f"--{option.replace('_', '-')}", **{"default": argparse.SUPPRESS, **OPTIONS[option]})
-        kind.add_argument("--device", type=device, metavar="DEVICE", help="default: the GPU if there is one")
-        kind.add_argument("--precision", default="auto", choices=("auto", *DTYPES))
-        kind.add_argument("--memory-format", default="auto", choices=("auto", "channels_last", "contiguous"))
-        kind.add_argument("--batch-size", type=int, default=64, metavar="N")
-        kind.add_argument("--rounds", type=int, default=15, metavar="N", help="measurements of each candidate")
-        kind.add_argument("--seconds", type=float, metavar="S", help="no new round of a cell after this time")
         kind.add_argument("--out", type=Path, metavar="FILE", help="default: results/bench/KIND-DEVICE-....json")
         kind.set_defaults(command=_bench, kind=name)
     gpu = kinds.add_parser("gpu", help="all of it on a GPU, in one go", description=inspect.getdoc(bench_gpu))
     gpu.add_argument("--time-limit", type=duration, default=240, metavar="TIME", help="default: 4m")
     gpu.add_argument("--tiny", action="store_true", help="tiny shapes, to see that it runs (also on a CPU)")
     gpu.add_argument("--folder", type=Path, metavar="DIR", help="default: results/bench, with --tiny in it tiny")
-    gpu.add_argument("--device", type=device, metavar="DEVICE", help="default: the GPU if there is one")
+    gpu.add_argument("--device", **OPTIONS["device"])
     gpu.set_defaults(command=_bench_gpu)
 
 
@@ -318,78 +346,36 @@ def _about(function: Any) -> str | None:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    setting = Setting(
-        device=options.device, precision=options.precision, memory_format=options.memory_format,
-        batch_size=options.batch_size, rounds=options.rounds, seconds=options.seconds,
-    )  # fmt: skip
+    setting = Setting(**_given(options, SETTING))
     folder = results_folder() / "bench"
     check_place(options.out or folder / "report.json")
     function, _, names = BENCHES[options.kind]
-    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
-    what = _file_stem(options.kind, given)
-    report = function(**_arguments(options.kind, given), setting=setting, progress=print)
+    report = function(**_given(options, names.split()), setting=setting, progress=print)
     print(report)  # first, and saved without the machine too: minutes of measurement are not lost by what follows
-    path = options.out or folder / f"{file_name(what, report)}.json"
+    path = options.out or folder / f"{file_name(file_stem(options.kind, report.config), report)}.json"
     report.save(path)
-    if options.kind not in ("latency", "modes"):
-        settled = replace(setting, precision=report.config["precision"])
-        with_machine(report, measure_machine(settled)).save(path)
+    with_machine(report, measure_machine(replace(setting, precision=report.config["precision"]))).save(path)
     print(f"saved in {path}")
     return 0
 
 
-def _arguments(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the benchmark is called with: networks are built, and layers are those of chapter 9 unless given."""
-    rest = dict(given)
-    if kind in ("latency", "modes"):
-        rest["name"] = _model(given)
-        network = build(rest.pop("model", "resnet18"), width=rest.pop("width", None))
-        ratio = rest.pop("ratio", None)
-        rest["model"] = substitute(network, ratio=ratio, init="random") if ratio else network
-    if kind == "structured" and "candidates" not in rest:
-        rest["candidates"] = [text for text, width in bench_variants(rest.pop("profile")) if width is None]
-    if kind == "structured-train":
-        profile, model = rest.pop("profile"), rest.get("model", "wrn-10-1")
-        rest["layers"] = [_with_width(text) for text in rest.get("layers", ())] or bench_variants(profile, model)
-        if not rest["layers"]:
-            raise ValueError(f"chapter 9 has no {model} in the profile {profile}; give --layers")
-        rest["include"] = BLOCKS
-    rest.pop("profile", None)
-    return rest
+def _given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
-def _with_width(text: str) -> tuple[str, int | None]:
-    """``shuffle:1@8`` as the layer and the stem's width."""
-    layer, at, width = text.partition("@")
-    if at and not width.isdecimal():
-        raise ValueError(f"the layer is {text!r}, but after @ stands the width of the stem, as in shuffle:1@8")
-    return layer, int(width) if at else None
-
-
-def _model(given: Mapping[str, Any]) -> str:
-    name, width = given.get("model", "resnet18"), given.get("width")
-    return f"{name}-w{width}" if width else name
-
-
-def _file_stem(kind: str, given: Mapping[str, Any]) -> str:
-    """What the name of the report's file begins with."""
-    stem = [kind]
-    if kind == "train":
-        stem += [mark for option, mark in MARKS.items() if option in given] + [_model(given)]
-    elif kind == "structured-train":
-        stem += [_model({"model": "wrn-10-1", **given})]
-    elif "model" in BENCHES[kind][2]:
-        stem += [_model(given)]
-    size = given.get("input_size", (3, 32, 32))
-    stem += ["x".join(map(str, size))] if tuple(size) != (3, 32, 32) else []
-    stem += [f"r{given['ratio']:g}"] if "ratio" in given else []
+def file_stem(kind: str, config: Mapping[str, Any]) -> str:
+    """What the name of the report's file begins with: the kind, and what else than usual was measured."""
+    stem = [kind, *(mark for option, (usual, mark) in MARKS.items() if config.get(option, [usual]) != [usual])]
+    stem += [config["model"]] if "model" in config else []
+    stem += [f"w{config['width']}"] if config.get("width") else []
+    stem += ["x".join(map(str, config["input_size"]))] if config.get("input_size", [3, 32, 32]) != [3, 32, 32] else []
     return "-".join(stem)
 
 
 def _bench_gpu(options: argparse.Namespace) -> int:
     folder = options.folder or results_folder() / "bench" / ("tiny" if options.tiny else "")
     images = 4 if options.tiny else 1024
-    setting = Setting(device=options.device, batch_size=images, memory_format="channels_last", rounds=11)
+    setting = Setting(**_given(options, ["device"]), batch_size=images, memory_format="channels_last", rounds=11)
     say = partial(print, flush=True)  # into a file, too
     paths = bench_gpu(folder, setting=setting, time_limit=options.time_limit, tiny=options.tiny, progress=say)
     return 0 if paths else 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from basis.bench.shapes import TimedLayer
-from basis.bench.timing import BenchReport, Progress, Setting, layer_steps, tell
-from basis.costs import trace_calls
+from basis.bench.cells import Cell, measure_cells
+from basis.bench.shapes import TimedLayer, timed_layers
+from basis.bench.timing import BenchReport, Progress, Setting
 from basis.export import Exported, export_onnx, export_program, is_installed  # noqa: F401
 from basis.layers.base import ConvLike
 from basis.layers.batchnorm import uncouple
@@ -26,7 +27,7 @@ from basis.layers.norm_pairs import Pairs, afterwards, norm_pairs
 from basis.layers.structured import StructuredConv2d
 from basis.models import build
 from basis.modules import is_channels_last
-from basis.substitution import HOOKS, replace_modules, substitute
+from basis.substitution import HOOKS, plan_of, replace_modules, substitute
 from basis.text import few
 
 
@@ -158,12 +159,9 @@ class FoldReport(BenchReport):
 
 
 def measure_fold(
-    model: nn.Module,
-    *,
-    input_size: Sequence[int] = (3, 32, 32),
-    setting: Setting | None = None,
+    model: nn.Module, *, input_size: Sequence[int] = (3, 32, 32), setting: Setting | None = None,
     progress: Progress | None = None,
-) -> FoldReport:
+) -> FoldReport:  # fmt: skip
     """Measure the forward pass of every basis convolution as :func:`fold` makes it: dense, and as a pair, by turns.
 
     Each layer alone, on inputs of the sizes that it gets for images of ``input_size``, (C, H, W). Of layers with equal
@@ -171,49 +169,32 @@ def measure_fold(
     basis convolution that is called, on the meta device, or that cannot be run on such images.
     """
     source = uncouple(model).eval()
-    forms = [fold(model), fold(model, factorized=[n for n, m in source.named_modules() if isinstance(m, BasisConv2d)])]
-    setting = (setting or Setting()).settled(source)
-    first: dict[tuple[Any, ...], str] = {}
-    measured: dict[str, list[dict[str, Any]]] = {}
-    rows: list[dict[str, Any]] = []
-    for name, module, calls in trace_calls(source, (1, *input_size)):
-        if isinstance(module, BasisConv2d) and calls:
-            dense, pair = (form.get_submodule(name) for form in forms)
-            timed = TimedLayer.of(dense, (call.x[1:] for call in calls), input_gradient=False)
-            twin = first.setdefault((timed, module.basis_channels, module.coefficients.groups), name)
-            if twin == name:
-                measured[name] = _rows(name, timed, dense, pair, setting, progress)
-            rows += [{**row, "layer": name, "same_as": None if twin == name else twin} for row in measured[twin]]
-    if not rows:
+    layers = {name: module for name, module in source.named_modules() if isinstance(module, BasisConv2d)}
+    forms = [fold(model).float(), fold(model, factorized=layers).float()]
+    cells = []
+    for name, called in timed_layers(source, input_size, layers).items():
+        dense, pair = (form.get_submodule(name) for form in forms)
+        timed = TimedLayer.of(dense, called.inputs, input_gradient=False)
+        k, width = layers[name].basis_channels, layers[name].out_channels
+        cells.append(
+            Cell(
+                about={"layer": name, "shape": str(timed), "pass": "forward"}, inputs=timed.inputs,
+                candidates={"dense": partial(copy.deepcopy, dense), "pair": partial(copy.deepcopy, pair)},
+                rows={name: {"ratio": n / width, "basis_channels": n} for name, n in (("control", width), ("pair", k))},
+                key=(timed, k, layers[name].coefficients.groups),
+            )
+        )  # fmt: skip
+    if not cells:
         raise ValueError("the model has no basis convolution that is called, so there is nothing to measure")
+    setting = (setting or Setting()).settled(source)
     options = {"model": type(model).__name__, "input_size": list(input_size)}
-    return FoldReport(**vars(setting.report("bench-fold", rows, **options)))
-
-
-def _rows(
-    layer: str, timed: TimedLayer, dense: nn.Module, pair: Any, setting: Setting, progress: Progress | None
-) -> list[dict[str, Any]]:
-    """The rows of one layer."""
-    with setting.globals():
-        forms = {"dense": dense, "control": copy.deepcopy(dense), "pair": pair}
-        placed = {name: setting.place(form.float()) for name, form in forms.items()}
-        measured = setting.measure(layer_steps(placed, timed.inputs, "forward", setting))
-    rows = []
-    for name, k in (("control", timed.options[1]), ("pair", pair[0].out_channels)):
-        row = {"layer": layer, "shape": str(timed), "pass": "forward", "ratio": k / timed.options[1]}
-        rows.append({**row, "basis_channels": k, "mode": name, **measured[name]})
-        tell(progress, rows[-1], layer)
-    return rows
+    return FoldReport(**vars(setting.report("bench-fold", measure_cells(cells, setting, progress), **options)))
 
 
 def bench_inference(
-    *,
-    model: str = "resnet18",
-    width: int | None = None,
-    ratios: Sequence[float] = (1 / 4, 1 / 2),
-    setting: Setting | None = None,
-    progress: Progress | None = None,
-) -> BenchReport:
+    *, model: str = "resnet18", width: int | None = None, ratios: Sequence[float] = (1 / 4, 1 / 2),
+    setting: Setting | None = None, progress: Progress | None = None,
+) -> BenchReport:  # fmt: skip
     """Measure the forward pass, in evaluation mode, of a network of :func:`basis.models.build` and its folded forms.
 
     Modes, on random images 3x32x32: "dense folded"; "auto", substituted at a ratio; "folded", that one as dense
@@ -223,18 +204,20 @@ def bench_inference(
     with setting.globals():
         dense = build(model, width=width).eval()
     setting = setting.settled(dense)
-    rows: list[dict[str, Any]] = []
-    for ratio in ratios:
+
+    def cell(ratio: float) -> Cell:
         with setting.globals():
-            basis = substitute(dense, ratio=ratio, init="random").eval()
-            faster = measure_fold(setting.place(basis), setting=setting).faster()
-            networks = {"dense": dense, "control": copy.deepcopy(dense), "dense folded": fold(dense), "auto": basis}
-            networks |= {"folded": fold(basis), "folded, pairs": fold(basis, factorized=faster)}
-            placed = {name: setting.place(network) for name, network in networks.items()}
-            measured = setting.measure(layer_steps(placed, [(3, 32, 32)], "forward", setting))
-        count = sum(isinstance(module, BasisConv2d) for module in basis.modules())
-        for name, values in measured.items():
-            row = {"model": model, "pass": "forward", "ratio": ratio, "mode": name, **values}
-            rows.append(row | ({"pairs": len(faster), "layers": count} if name == "folded, pairs" else {}))
-            tell(progress, rows[-1], model)
+            basis = setting.place(substitute(dense, ratio=ratio, init="random").eval())
+        layers, pairs = len(plan_of(basis).layers), measure_fold(basis, setting=setting).faster()
+        return Cell(
+            about={"model": model, "pass": "forward", "ratio": ratio},
+            candidates={
+                "dense": partial(copy.deepcopy, dense), "dense folded": partial(fold, dense),
+                "auto": partial(copy.deepcopy, basis), "folded": partial(fold, basis),
+                "folded, pairs": partial(fold, basis, factorized=pairs),
+            },
+            rows={"folded, pairs": {"pairs": len(pairs), "layers": layers}},
+        )  # fmt: skip
+
+    rows = measure_cells(map(cell, ratios), setting, progress)
     return setting.report("bench-inference", rows, model=model, width=width, ratios=list(ratios))

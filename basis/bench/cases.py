@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import util
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from basis.bench.cells import Cell, measure_cells
 from basis.bench.report import BenchReport
+from basis.bench.roofline import kernels
 from basis.bench.shapes import RATIOS, RESNET18_SHAPES, WRN_SHAPES, Shape
-from basis.bench.timing import PASSES, Pass, Progress, Setting, check_known, forget_compiled, layer_steps, tell
+from basis.bench.timing import PASSES, Pass, Progress, Setting, check_known
 from basis.costs import count_parameters
 from basis.decompositions import tensorly_conv
 from basis.layers.batchnorm import activate
-from basis.layers.conv import MODES, BasisConv2d, basis_channels_for
+from basis.layers.conv import MODES, BasisConv2d, basis_channels_for, derives_apart
 from basis.layers.structured import LAYERS, Structure
 from basis.substitution import substitute
-from basis.training.stepping import compiled
 
 ABOVE = 0.01  # a baseline may have that part more parameters than the basis layer, where its rank is coarse
 
@@ -97,10 +99,9 @@ class Case(NamedTuple):
     passes: Sequence[Pass]
 
 
-USUAL = ("dense compiled", "basis", "basis compiled", "svd", "tucker", "tucker reconstructed")
 CASES: Mapping[str, Case] = {
     "layer": Case(layer_of, MODES, RESNET18_SHAPES, PASSES),
-    "rivals": Case(layer_of, USUAL, RESNET18_SHAPES, PASSES),
+    "rivals": Case(layer_of, ("basis", "svd", "tucker", "tucker reconstructed"), RESNET18_SHAPES, PASSES),
     "block": Case(block_of, (*MODES, "through_basis"), RESNET18_SHAPES, PASSES[1:]),
     "structured": Case(layer_of, (), WRN_SHAPES, PASSES[1:]),
 }
@@ -108,31 +109,22 @@ Kind = Literal["layer", "rivals", "block", "structured"]
 
 
 def bench_layers(
-    kind: Kind = "layer",
-    *,
-    shapes: Sequence[str] | None = None,
-    ratios: Sequence[float] = RATIOS,
-    passes: Sequence[Pass] | None = None,
-    candidates: Sequence[str] | None = None,
-    setting: Setting | None = None,
+    kind: Kind = "layer", *, shapes: Sequence[str] | None = None, ratios: Sequence[float] = RATIOS,
+    passes: Sequence[Pass] | None = None, candidates: Sequence[str] | None = None, setting: Setting | None = None,
     progress: Progress | None = None,
-) -> BenchReport:
+) -> BenchReport:  # fmt: skip
     """Measure layers or blocks against the one with ``nn.Conv2d``; a cell is a shape, a pass and a ratio.
 
-    "forward" is inference; "forward+backward" takes the gradients of the input and of all parameters. Rows have
-    ``mode`` (the candidate), ``parameters`` and ``resolved``, the mode that "auto" stands for (where that is
-    measured too, "auto" is the same measurement, named in ``same_as``); of kind "layer" ``mac_ratio``, what the
-    multiplications alone would give. ``versus_basis`` is basis / candidate within a round, compiled with compiled,
-    and "through_basis" against mode auto. ``left_out`` in the options names what is not installed.
+    "forward" is inference; "forward+backward" takes the gradients of the input and of all parameters. Rows of kind
+    "layer" have ``mac_ratio``, what the multiplications alone would give. ``versus_basis`` is basis / candidate within
+    a round, and "through_basis" against mode auto. ``left_out`` in the options names what is not installed.
 
     Args:
         kind: of :data:`CASES`, which gives what else is not given.
         shapes: 3x3 convolutions, see :class:`Shape`.
-        candidates: see :func:`layer_of` and :func:`block_of`; "X compiled" is X after torch.compile(fullgraph=True).
-            One that cannot be made in a shape or run has ``error``.
+        candidates: see :func:`layer_of` and :func:`block_of`. One that cannot be made in a shape or run has ``error``.
 
-    Raises:
-        ValueError: for a kind, shape, ratio, pass, candidate or setting that makes no sense.
+    Raises ``ValueError`` for a kind, shape, ratio, pass, candidate or setting that makes no sense.
     """
     check_known("kind", [kind], CASES)
     case = CASES[kind]
@@ -141,83 +133,42 @@ def bench_layers(
     if kind == "block":
         check_known("candidate", given, case.candidates)
     for name in given if kind != "block" else ():
-        if (plain := name.removesuffix(" compiled")) not in (*MODES, "basis", *BASELINES):
-            Structure.parse(plain)  # refuses what is no candidate
+        if name not in (*MODES, "basis", *BASELINES):
+            Structure.parse(name)  # refuses what is no candidate
     parsed = [Shape.parse(text) for text in shapes or case.shapes]
-    for shape, ratio in itertools.product(parsed, ratios):
-        basis_channels_for(ratio, shape.out_channels)  # refuses a ratio that makes no sense
+    for ratio in ratios:
+        basis_channels_for(ratio, 1)  # refuses a ratio that makes no sense
     with torch.device("meta"):
         setting = (setting or Setting()).settled(nn.ModuleList([shape.conv() for shape in parsed]))
     installed = all(map(util.find_spec, ("tltorch", "tensorly")))  # the one does not ask for the other
     left_out = {} if installed else {n: "tensorly-torch is not installed" for n in given if "tucker" in n}
     names = [name for name in given if name not in left_out]
-    rows = []
-    for shape, one, ratio in itertools.product(parsed, passes, ratios if kind != "structured" else (1,)):
-        with setting.globals():
-            about, measured = _measure(case, names, shape, ratio, one, setting)
-        for name in ("control", *names):
-            row: dict[str, Any] = {"shape": str(shape), "pass": one}
-            if kind == "structured":
-                row |= {"layer": "dense" if name == "control" else name}
-                row |= {"mode": "control" if name == "control" else "layer"}
-            else:
-                k = basis_channels_for(ratio, shape.out_channels)
-                row |= {"ratio": ratio, "basis_channels": k, "mode": name}
-            row |= about.get(name, {})
-            executed = row.pop("executed", None)
-            if kind == "layer" and executed:
-                dense, macs = (shape.macs(k, m, setting.batch_size, one) for m in ("dense", executed))
-                row["mac_ratio"] = dense / macs
-            rows.append(row | measured[name])
-            tell(progress, rows[-1], f"{kind} {shape}")
-        if any(name.endswith("compiled") for name in names):
-            forget_compiled()
+    each_ratio = ratios if kind != "structured" else (1.0,)
+    cells = [_cell(kind, names, *place) for place in itertools.product(parsed, passes, each_ratio)]
+    rows = measure_cells(cells, setting, progress)
+    if kind == "layer":
+        rows = [row | _mac_ratio(row, setting) for row in rows]
     options = {"shapes": [str(s) for s in parsed], "ratios": list(ratios), "passes": list(passes)}
     return setting.report(f"bench-{kind}", rows, **options, candidates=list(given), left_out=left_out)
 
 
-Found = dict[str, dict[str, Any]]
+def _cell(kind: Kind, names: Sequence[str], shape: Shape, one: Pass, ratio: float) -> Cell:
+    about: dict[str, Any] = {"shape": str(shape), "pass": one, "resolved": "dense"}
+    rows: dict[str, dict[str, Any]] = {}
+    if kind == "structured":
+        rows = {"control": {"layer": "dense"}, **{name: {"layer": name, "mode": "layer"} for name in names}}
+    else:
+        about |= {"ratio": ratio, "basis_channels": basis_channels_for(ratio, shape.out_channels)}
+    makes = {name: partial(CASES[kind].make, name, shape, ratio) for name in ("dense", *names)}
+    versus = {"through_basis": "auto", **{name: "basis" for name in names if name != "basis" and "basis" in names}}
+    inputs = ((shape.in_channels, shape.size, shape.size),)
+    return Cell(about=about, candidates=makes, rows=rows, inputs=inputs, versus=versus)
 
 
-def _measure(
-    case: Case, names: Sequence[str], shape: Shape, ratio: float, one: Pass, setting: Setting
-) -> tuple[Found, Found]:
-    """What is known of each layer, and what was measured of it; "auto" shares the measurement of its mode."""
-    layers: dict[str, nn.Module] = {}
-    about: Found = {}
-    measured: Found = {}
-    for name in ("dense", "control", *names):
-        try:
-            plain = "dense" if name == "control" else name.removesuffix(" compiled")
-            layer = setting.place(case.make(plain, shape, ratio))
-        except Exception as error:  # another package's layer may raise anything
-            measured[name] = {"error": f"{type(error).__name__}: {error}"}
-            continue
-        conv = getattr(layer, "conv", layer)
-        mode = getattr(conv, "resolved_mode", "dense")
-        apart = mode == "factorized" and getattr(conv, "derives_apart", False)
-        about[name] = {"resolved": mode, "executed": "cat" if apart else mode, "parameters": count_parameters(layer)}
-        if name.endswith(" compiled"):
-            layer = compiled(layer, setting.memory_format == "channels_last", fullgraph=True)
-        layers[name] = layer
-    twin = about["auto"]["resolved"] if "auto" in layers else None
-    if twin in layers:
-        del layers["auto"]
-    steps = layer_steps(layers, [shape.input_size], one, setting)
-    optional = [name for name in layers if name not in ("dense", "control")]
-    measured |= setting.measure(steps, versus=_versus(layers, twin), may_fail=optional)
-    if twin in layers:
-        measured["auto"] = {**measured[twin], "same_as": twin}
-    return about, measured
-
-
-def _versus(layers: Mapping[str, nn.Module], twin: str | None) -> dict[str, str]:
-    """Candidate -> the basis layer that it is compared with: compiled with compiled."""
-    found: dict[str, str] = (
-        {"through_basis": twin if twin in layers else "auto"} if "through_basis" in layers and twin else {}
-    )
-    for name in layers:
-        like = "basis compiled" if name.endswith(" compiled") and "basis compiled" in layers else "basis"
-        if like in layers and name not in (like, "dense", "control"):
-            found[name] = like
-    return found
+def _mac_ratio(row: Mapping[str, Any], setting: Setting) -> dict[str, float]:
+    shape, k, mode = Shape.parse(row["shape"]), row["basis_channels"], row["resolved"]
+    if mode == "factorized" and derives_apart(setting.where, out_channels=shape.out_channels, basis_channels=k):
+        mode = "cat"
+    options: dict[str, Any] = {"batch_size": setting.batch_size, "passes": row["pass"]}
+    dense, macs = (sum(part.macs for part in kernels(shape, k, one, **options)) for one in ("dense", mode))
+    return {"mac_ratio": dense / macs}

@@ -57,9 +57,8 @@ class BenchReport:
     def latencies(self, step: str) -> dict[str, dict[int, float]]:
         """The milliseconds that :func:`bench_latency` found for a pass: layer -> k -> ms, and dense as k = C_out.
 
-        Raises:
-            ValueError: for a report of another kind or without the pass ``step``; where some layers are
-                graph-timed and some host-bound, which do not add up.
+        Raises ``ValueError`` for a report of another kind or without the pass ``step``; where some layers are
+        graph-timed and some host-bound, which do not add up.
         """
         if self.kind != "bench-latency":
             raise ValueError(f"latency is a report of kind {self.kind!r}, but it must be one of `basis bench latency`")

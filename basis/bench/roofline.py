@@ -105,11 +105,6 @@ def machine_of(report: BenchReport) -> Machine | None:
     return Machine(**stored) if stored else None
 
 
-def floor(work_macs: float, moved_bytes: float, machine: Machine) -> float:
-    """The least seconds that a kernel of this work and traffic takes on this machine."""
-    return max(work_macs / machine.macs_per_second, moved_bytes / machine.bytes_per_second)
-
-
 def kernels(shape: Shape, k: int, mode: str, *, batch_size: int, passes: Pass) -> list[Kernel]:
     """The kernels of one step, as in chapter 10; with trainable A.
 
@@ -118,18 +113,12 @@ def kernels(shape: Shape, k: int, mode: str, *, batch_size: int, passes: Pass) -
         mode: "dense", "factorized" (M = [I; A] as one 1x1 convolution), "cat" (Z and A Z are concatenated) or
             "composed".
 
-    Raises:
-        ValueError: for an unknown mode or pass, or a k outside 1 .. C_out.
+    Raises ``ValueError`` for an unknown mode or pass, or a k outside 1 .. C_out.
     """
     check_known("mode", [mode], ROOFLINE_MODES)
     check_known("pass", [passes], PASSES)
     if not 1 <= k <= shape.out_channels:
         raise ValueError(f"k is {k}, but must lie between 1 and C_out = {shape.out_channels}")
-    forward, backward = _kernels(shape, k, mode, batch_size)
-    return forward if passes == "forward" else forward + backward
-
-
-def _kernels(shape: Shape, k: int, mode: str, batch_size: int) -> tuple[list[Kernel], list[Kernel]]:
     c, f, m = shape.out_channels, 9 * shape.in_channels, shape.out_channels - k
     p = batch_size * ((shape.size - 1) // shape.stride + 1) ** 2  # output pixels
     x = batch_size * shape.size**2 * shape.in_channels  # input values
@@ -141,29 +130,27 @@ def _kernels(shape: Shape, k: int, mode: str, batch_size: int) -> tuple[list[Ker
     def product(rows: int, inner: int, columns: int, values: int) -> Kernel:
         return Kernel(rows * inner * columns, values)
 
-    thin = [conv(k), conv(k)]  # gradients of x and of B, from that of Z
+    backward = [conv(k), conv(k)]  # gradients of x and of B, from that of Z
     if mode == "dense":
-        return [conv(c)], [conv(c), conv(c)]
-    if mode == "factorized":
+        forward, backward = [conv(c)], [conv(c), conv(c)]
+    elif mode == "factorized":
         mix = product(p, k, c, p * k + p * c + m * k)
-        return [conv(k), mix], [mix, product(c, p, k, p * c + p * k), *thin]
-    if mode == "cat":
+        forward, backward = [conv(k), mix], [mix, product(c, p, k, p * c + p * k), *backward]
+    elif mode == "cat":
         derive = product(p, k, m, p * k + p * m + m * k)
         # Then [Z, A Z] is copied together, and in the backward pass the two gradients of Z are added.
-        return [conv(k), derive, Kernel(0, 2 * p * c)], [derive, Kernel(0, 3 * p * k), derive, *thin]
-    compose = product(m, k, f, m * k + k * f + m * f)
-    decompose = [product(k, m, f, m * k + c * f + k * f), product(m, f, k, c * f + k * f + m * k)]
-    return [compose, conv(c)], [conv(c), conv(c), *decompose]
-
-
-def moved(shape: Shape, k: int, mode: str, *, batch_size: int, passes: Pass, bytes_per_value: int) -> int:
-    """The least bytes that one step reads and writes, see :func:`kernels`."""
-    return bytes_per_value * sum(one.values for one in kernels(shape, k, mode, batch_size=batch_size, passes=passes))
+        forward, backward = [conv(k), derive, Kernel(0, 2 * p * c)], [derive, Kernel(0, 3 * p * k), derive, *backward]
+    else:
+        compose = product(m, k, f, m * k + k * f + m * f)
+        decompose = [product(k, m, f, m * k + c * f + k * f), product(m, f, k, c * f + k * f + m * k)]
+        forward, backward = [compose, conv(c)], [conv(c), conv(c), *decompose]
+    return forward if passes == "forward" else forward + backward
 
 
 def predicted(
     shape: Shape, k: int, mode: str, *, batch_size: int, passes: Pass, bytes_per_value: int, machine: Machine
 ) -> float:
-    """The least seconds of one step: the sum over its kernels of :func:`floor`."""
+    """The least seconds of one step: a kernel takes the longer of its multiplications and its traffic."""
     steps = kernels(shape, k, mode, batch_size=batch_size, passes=passes)
-    return sum(floor(one.macs, bytes_per_value * one.values, machine) for one in steps)
+    rate, bandwidth = machine.macs_per_second, machine.bytes_per_second / bytes_per_value
+    return sum(max(one.macs / rate, one.values / bandwidth) for one in steps)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from basis.bench.timing import Pass
+from basis.costs import trace_calls
+from basis.layers.conv import BasisConv2d
 
 RATIOS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 # Every 3x3 convolution of the CIFAR ResNet-18 but its first.
@@ -40,26 +41,9 @@ class Shape(NamedTuple):
         stride = f"/{self.stride}" if self.stride > 1 else ""
         return f"{self.in_channels}{out}@{self.size}{stride}"
 
-    @property
-    def input_size(self) -> tuple[int, int, int]:
-        """(C, H, W) of one image."""
-        return self.in_channels, self.size, self.size
-
     def conv(self) -> nn.Conv2d:
         """The dense layer."""
         return nn.Conv2d(self.in_channels, self.out_channels, 3, self.stride, 1, bias=False)
-
-    def macs(self, k: int, mode: str, batch_size: int, passes: Pass) -> int:
-        """Multiply-accumulates of one step with ``k`` basis channels; ``mode`` "dense" is ``nn.Conv2d``.
-
-        What is executed, so with the identity in M = [I; A], which :func:`basis.cost` lists by itself; mode "cat"
-        is factorized without it, [Z; A Z]. A backward pass has twice those of its forward pass.
-        """
-        c, f, m = self.out_channels, 9 * self.in_channels, self.out_channels - k
-        pixels = batch_size * ((self.size - 1) // self.stride + 1) ** 2
-        compose = 0 if mode == "dense" else m * k * f
-        full, thin = pixels * c * f + compose, pixels * k * (f + (m if mode == "cat" else c))
-        return (thin if mode in ("factorized", "cat") else full) * (1 if passes == "forward" else 3)
 
 
 @dataclass(frozen=True)
@@ -91,3 +75,19 @@ class TimedLayer:
     def conv(self) -> nn.Conv2d:
         """The dense layer."""
         return nn.Conv2d(*self.options)
+
+    def basis(self, k: int) -> BasisConv2d:
+        """A basis layer of that shape with ``k`` basis channels, in mode auto."""
+        return BasisConv2d.shaped_like(self.conv(), basis_channels=k, mode="auto")
+
+
+def timed_layers(model: nn.Module, input_size: Sequence[int], names: Collection[str]) -> dict[str, TimedLayer]:
+    """Those of the layers named that a forward pass on one image of ``input_size``, (C, H, W), calls.
+
+    Raises ``ValueError`` for a model that cannot be run on such images.
+    """
+    return {
+        name: TimedLayer.of(layer, (call.x[1:] for call in calls), input_gradient=any(call.needs_dx for call in calls))
+        for name, layer, calls in trace_calls(model, (1, *input_size))
+        if name in names and calls
+    }

@@ -166,8 +166,7 @@ class Setting:
         timer: runs a step and returns its seconds, instead of the device's own clock.
         capture: runs a function so that what it returns repeats it; a CUDA graph on a GPU unless given.
 
-    Raises:
-        ValueError: for an option outside these.
+    Raises ``ValueError`` for an option outside these.
     """
 
     device: str | None = None
@@ -308,13 +307,6 @@ def _error_of(step: Step) -> str | None:
     return None
 
 
-def forget_compiled() -> None:
-    """Drop what ``torch.compile`` keeps of the networks of a cell: it gives up in silence after a few of a class."""
-    import torch._dynamo  # slow to import
-
-    torch._dynamo.reset()
-
-
 def layer_steps(
     layers: Mapping[str, nn.Module],
     inputs: Sequence[tuple[int, ...]],
@@ -361,13 +353,12 @@ def layer_steps(
     return steps
 
 
-def tell(progress: Progress | None, row: Mapping[str, Any], what: str) -> None:
+def tell(progress: Progress | None, row: Mapping[str, Any]) -> None:
     """One line about a row, for whoever wants to see the progress."""
     if not progress:
         return
-    cell = f"r={row['ratio']:g}" if "ratio" in row else f"in {row['share']:.0%} of the time" if "share" in row else ""
-    named = (row.get(key) for key in ("mode", "coefficients", "trained", "norms", "step"))
-    place = " ".join(str(part) for part in (what, row.get("pass"), cell, *named) if part)
+    named = ("model", "layer", "shape", "pass", "ratio", "share", "mode", "coefficients", "trained", "norms", "step")
+    place = " ".join(f"{row[key]:g}" if isinstance(row[key], float) else str(row[key]) for key in named if row.get(key))
     if "error" in row:
         progress(f"{place}: failed, {row['error']}")
     else:

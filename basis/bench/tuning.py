@@ -10,20 +10,19 @@ A table holds for one machine and one setting. Layers that no table names follow
 from __future__ import annotations
 
 import copy
-import itertools
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import nn
 
 from basis.bench.cases import Block
+from basis.bench.cells import Cell, measure_cells
 from basis.bench.report import BenchReport
-from basis.bench.shapes import RATIOS, TimedLayer
-from basis.bench.timing import PASSES, Pass, Progress, Setting, check_known, layer_steps, tell
-from basis.costs import cost, trace_calls
+from basis.bench.shapes import RATIOS, timed_layers
+from basis.bench.timing import PASSES, Pass, Progress, Setting, check_known
+from basis.costs import cost
 from basis.layers.batchnorm import couple, couple_in_place, couplings, uncouple, uncouple_in_place
 from basis.layers.conv import BasisConv2d, ExplicitMode, basis_channels_for
 from basis.substitution import plan_of
@@ -34,50 +33,11 @@ EXPLICIT: tuple[ExplicitMode, ...] = get_args(ExplicitMode)
 WAYS: tuple[Way, ...] = get_args(Way)
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """A layer of a network; those of equal ``key`` are measured once."""
-
-    key: Hashable
-    inputs: tuple[tuple[int, ...], ...]  # (C, H, W) of each call in one forward pass
-    input_gradient: bool
-    make: Callable[[Pass], dict[str, nn.Module]]  # its candidates, with "dense" and "control"
-    about: Callable[[str, nn.Module], dict[str, Any]]  # what the row of a candidate says of it
-
-
-def _measure(
-    layers: Mapping[str, _Layer], passes: Sequence[Pass], setting: Setting, progress: Progress | None
-) -> list[dict[str, Any]]:
-    cells: dict[Hashable, list[dict[str, Any]]] = {}
-    rows: list[dict[str, Any]] = []
-    for (name, layer), one in itertools.product(layers.items(), passes):
-        if (layer.key, one) not in cells:
-            with setting.globals():
-                placed = {key: setting.place(module) for key, module in layer.make(one).items()}
-                steps = layer_steps(placed, layer.inputs, one, setting, input_gradient=layer.input_gradient)
-                optional = [key for key in placed if key not in ("dense", "control")]
-                measured = setting.measure(steps, may_fail=optional)
-            found = cells[layer.key, one] = []
-            for key, values in measured.items():
-                found.append({"layer": name, "pass": one, **layer.about(key, placed[key]), **values})
-                tell(progress, found[-1], name)
-        cell = cells[layer.key, one]
-        first = cell[0]["layer"]
-        rows += [{**row, "layer": name, "same_as": None if name == first else first} for row in cell]
-    return rows
-
-
 def bench_latency(
-    model: nn.Module,
-    *,
-    input_size: Sequence[int] = (3, 32, 32),
-    ratios: Sequence[float] = RATIOS,
-    multiple: int = 8,
-    passes: Sequence[Pass] = PASSES,
-    setting: Setting | None = None,
-    progress: Progress | None = None,
+    model: nn.Module, *, input_size: Sequence[int] = (3, 32, 32), ratios: Sequence[float] = RATIOS, multiple: int = 8,
+    passes: Sequence[Pass] = PASSES, setting: Setting | None = None, progress: Progress | None = None,
     name: str | None = None,
-) -> BenchReport:
+) -> BenchReport:  # fmt: skip
     """Measure every convolution of ``model`` that can be substituted, alone, dense and in mode auto.
 
     For :func:`basis.select`. A cell is a layer and a pass; its candidates are k nearest to each ratio, a multiple of
@@ -86,109 +46,88 @@ def bench_latency(
     Equal shapes are measured once: the rows of the others name the first in ``same_as``. Rows have ``layer``,
     ``shape``, ``basis_channels`` (C_out in the control row) and ``resolved``.
 
-    Raises:
-        ValueError: for a model without such a layer, or that cannot be run on such images; for a ratio, multiple,
-            pass or setting that makes no sense.
+    Raises ``ValueError`` for a model without such a layer, or that cannot be run on such images; for a ratio, multiple,
+    pass or setting that makes no sense.
     """
     check_known("pass", passes, PASSES)
     if multiple < 1:
         raise ValueError(f"multiple is {multiple}, but must be at least 1")
     for ratio in ratios:
         basis_channels_for(ratio, 1)  # refuses a ratio that makes no sense
-    free = {layer for layer, why in plan_of(model).skipped.items() if why == "left dense"}
-    found = {}
-    for layer, conv, calls in trace_calls(model, (1, *input_size)):
-        if layer in free and calls and isinstance(conv, nn.Conv2d):
-            timed = TimedLayer.of(conv, (c.x[1:] for c in calls), input_gradient=any(c.needs_dx for c in calls))
-            ks = {basis_channels_for(r, conv.out_channels, math.lcm(conv.groups, multiple)) for r in ratios}
-            make = partial(_thinner, timed, sorted(k for k in ks if k < conv.out_channels))
-            found[layer] = _Layer(timed, timed.inputs, timed.input_gradient, make, partial(_about, timed))
-    if not found:
+    free = [layer for layer, why in plan_of(model).skipped.items() if why == "left dense"]
+    free = [layer for layer in free if isinstance(model.get_submodule(layer), nn.Conv2d)]
+    cells = []
+    for layer, timed in timed_layers(model, input_size, free).items():
+        conv: Any = model.get_submodule(layer)
+        step, width = math.lcm(conv.groups, multiple), conv.out_channels
+        ks = sorted(k for k in {basis_channels_for(ratio, width, step) for ratio in ratios} if k < width)
+        rows: dict[str, dict[str, Any]] = {"control": {"ratio": 1.0, "basis_channels": width}}
+        rows |= {str(k): {"mode": "auto", "ratio": k / width, "basis_channels": k} for k in ks}
+        cells += [
+            Cell(
+                about={"layer": layer, "shape": str(timed), "pass": one, "resolved": "dense"}, rows=rows,
+                candidates={"dense": timed.conv, **{str(k): partial(timed.basis, k) for k in ks}},
+                inputs=timed.inputs, input_gradient=timed.input_gradient, key=(timed, one),
+            )
+            for one in passes
+        ]  # fmt: skip
+    if not cells:
         raise ValueError("the model has no convolution that can be substituted and is called")
     setting = (setting or Setting()).settled(model)
-    rows = _measure(found, passes, setting, progress)
     options = {"model": name or type(model).__name__, "input_size": list(input_size), "multiple": multiple}
-    options["macs"] = cost(model, input_size).total.forward_macs
-    return setting.report("bench-latency", rows, **options, ratios=list(ratios), passes=list(passes))
-
-
-def _thinner(timed: TimedLayer, ks: Sequence[int], one: Pass) -> dict[str, nn.Module]:
-    layers: dict[str, nn.Module] = {"dense": timed.conv(), "control": timed.conv()}
-    return layers | {str(k): BasisConv2d.shaped_like(timed.conv(), basis_channels=k, mode="auto") for k in ks}
-
-
-def _about(timed: TimedLayer, key: str, layer: nn.Module) -> dict[str, Any]:
-    width: int = timed.options[1]
-    k = width if key == "control" else int(key)
-    about = {"shape": str(timed), "ratio": k / width, "basis_channels": k}
-    return about | {
-        "mode": "control" if key == "control" else "auto",
-        "resolved": getattr(layer, "resolved_mode", "dense"),
-    }
+    options |= {"macs": cost(model, input_size).total.forward_macs, "ratios": list(ratios), "passes": list(passes)}
+    return setting.report("bench-latency", measure_cells(cells, setting, progress), **options)
 
 
 def tune(
-    model: nn.Module,
-    *,
-    input_size: Sequence[int] = (3, 32, 32),
-    one: Pass = "forward+backward",
-    setting: Setting | None = None,
-    progress: Progress | None = None,
-    name: str | None = None,
-) -> BenchReport:
+    model: nn.Module, *, input_size: Sequence[int] = (3, 32, 32), one: Pass = "forward+backward",
+    setting: Setting | None = None, progress: Progress | None = None, name: str | None = None,
+) -> BenchReport:  # fmt: skip
     """Time every basis convolution of ``model`` in every way, beside its dense layer; all of a layer together.
 
     Each layer, with the batch normalisation that directly follows it and a ReLU, is timed alone, as a copy, on the
     inputs that it gets in one forward pass on images of ``input_size``, (C, H, W); taking the normalisation through
     the basis (:mod:`basis.layers.batchnorm`) is one of the ways. ``model`` is not changed: that is :func:`use_modes`.
 
-    Raises:
-        ValueError: for a model without such a layer, or that cannot be run on such images; for a setting
-            that makes no sense.
+    Raises ``ValueError`` for a model without such a layer, or that cannot be run on such images; for a setting that
+    makes no sense.
     """
     norms, plain = couplings(model).norms, uncouple(model)
-    found = {}
-    for layer, _, calls in trace_calls(plain, (1, *input_size)):
-        module = plain.get_submodule(layer)
-        if isinstance(module, BasisConv2d) and calls:
-            bn = plain.get_submodule(norms[layer]) if layer in norms else None
-            inputs, needs_dx = tuple(call.x[1:] for call in calls), any(call.needs_dx for call in calls)
-            trains = [parameter.requires_grad for parameter in module.parameters()]
-            about_module = f"{module.extra_repr()} {module.coefficients.form} {module.derives_apart}"
-            key = f"{about_module} {trains} {bn} {inputs} {needs_dx}"
-            sizes = "+".join("x".join(map(str, size[1:])) for size in inputs)
-            kernel, stride = ("x".join(map(str, pair)) for pair in (module.kernel_size, module.stride))
-            shape = f"{module.in_channels}-{module.out_channels}@{sizes} {kernel}/{stride}"
-            about = {"shape": shape, "ratio": module.ratio, "basis_channels": module.basis_channels}
-            found[layer] = _Layer(key, inputs, needs_dx, partial(_ways, module, bn), partial(_way, about))
-    if not found:
+    layers = {layer: module for layer, module in plain.named_modules() if isinstance(module, BasisConv2d)}
+    cells = []
+    for layer, timed in timed_layers(plain, input_size, layers).items():
+        module = layers[layer]
+        bn = plain.get_submodule(norms[layer]) if layer in norms else None
+        trains = [parameter.requires_grad for parameter in module.parameters()]
+        alike = f"{module.extra_repr()} {module.coefficients.form} {module.derives_apart} {trains} {bn}"
+        about = {"layer": layer, "shape": str(timed), "pass": one, "ratio": module.ratio}
+        ways = ("dense", *(WAYS if bn is not None else EXPLICIT))
+        cells += [Cell(
+            about={**about, "basis_channels": module.basis_channels}, key=(timed, alike),
+            candidates={way: partial(_way, module, bn, way, one) for way in ways},
+            inputs=timed.inputs, input_gradient=timed.input_gradient,
+        )]  # fmt: skip
+    if not cells:
         raise ValueError("the model has no basis convolution that is called, so there is no mode to choose")
     setting = (setting or Setting()).settled(plain)
-    rows = _measure(found, [one], setting, progress)
     options = {"model": name or type(model).__name__, "input_size": list(input_size), "passes": [one]}
-    return setting.report("bench-modes", rows, **options)
+    return setting.report("bench-modes", measure_cells(cells, setting, progress), **options)
 
 
-def _ways(layer: BasisConv2d, bn: nn.Module | None, one: Pass) -> dict[str, nn.Module]:
-    found: dict[str, Any] = {"dense": layer.to_conv(), "control": layer.to_conv()}
-    found |= {mode: copy.deepcopy(layer) for mode in EXPLICIT}
-    for mode in EXPLICIT:
-        found[mode].mode = mode
-    if bn is not None:
-        found = {key: Block(conv, copy.deepcopy(bn)) for key, conv in found.items()}
-        found["through_basis"] = couple(found["factorized"], ["conv"])
-    return {key: module.float().train(one != "forward") for key, module in found.items()}
-
-
-def _way(about: Mapping[str, Any], key: str, layer: nn.Module) -> dict[str, Any]:
-    return {**about, "mode": key}
+def _way(layer: BasisConv2d, bn: nn.Module | None, way: str, one: Pass) -> nn.Module:
+    conv: Any = layer.to_conv() if way == "dense" else copy.deepcopy(layer)
+    if way != "dense":
+        conv.mode = "factorized" if way == "through_basis" else way
+    whole = conv if bn is None else Block(conv, copy.deepcopy(bn))
+    if way == "through_basis":
+        whole = couple(whole, ["conv"])
+    return whole.float().train(one != "forward")
 
 
 def fastest(table: BenchReport) -> dict[str, Way]:
     """The way of the largest median speed-up of each layer, from a report of :func:`tune`.
 
-    Raises:
-        ValueError: for a report of another kind.
+    Raises ``ValueError`` for a report of another kind.
     """
     if table.kind != "bench-modes":
         raise ValueError(f"the table is a report of kind {table.kind!r}, but it must be one of `basis bench modes`")
@@ -207,9 +146,8 @@ def use_modes(model: nn.Module, table: BenchReport) -> None:
     Changes ``model`` in place: layers for which it is fastest are coupled to their batch normalisation, the other
     named ones are not. Layers whose mode is not "auto" keep theirs.
 
-    Raises:
-        ValueError: where the table is of another kind, or names a layer that is not there, that has another
-            number of basis channels, or that cannot be coupled but should be; nothing is changed then.
+    Raises ``ValueError`` where the table is of another kind, or names a layer that is not there, that has another
+    number of basis channels, or that cannot be coupled but should be; nothing is changed then.
     """
     chosen, device = fastest(table), table.environment["device_type"]
     modules: dict[str, Any] = dict(model.named_modules())

@@ -12,28 +12,26 @@ from typing import Any
 
 import torch
 
-from basis.bench.cases import USUAL, Kind, bench_layers
+from basis.bench.cases import Kind, bench_layers
 from basis.bench.networks import NORMS, bench_training
 from basis.bench.report import BenchReport, check_place
 from basis.bench.roofline import measure_machine, with_machine
 from basis.bench.shapes import RESNET18_SHAPES
 from basis.bench.timing import PASSES, Progress, Setting
 from basis.bench.tuning import bench_latency
-from basis.experiments.budget_bench import bench_plans
+from basis.experiments.budget_bench import bench_budget
 from basis.models import build
 from basis.saving import RecordError
 
 Part = Callable[..., BenchReport]  # of setting and progress
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Measurement:
     """One report: the name of its file, its share of the time, and its parts (a shape or a ratio), of ``cells`` each.
 
-    Args:
-        batch_size: that of the setting unless given.
-        latency: name of an earlier report, which the parts are given as ``latency``.
-        needs: no part begins with fewer seconds left.
+    ``batch_size`` is that of the setting unless given; the parts are given the earlier report named ``latency`` as
+    ``latency``; no part begins with fewer seconds left than it ``needs``.
     """
 
     name: str
@@ -51,7 +49,6 @@ def measurements(*, tiny: bool = False) -> tuple[Measurement, ...]:
     network: dict[str, Any] = {"model": "resnet20", "width": 8} if tiny else {"model": "resnet18"}
     name, wide = network["model"], "wrn-10-1" if tiny else "wrn-28-10"
     ratios, candidates, both = (1 / 4, 1 / 2), (1 / 8, 1 / 4, 1 / 2), PASSES[1:]
-    shares = (1.0, 0.9) if tiny else (0.5, 0.8, 0.65)
 
     def by_shape(kind: Kind, **options: Any) -> list[Part]:
         return [partial(bench_layers, kind, shapes=(shape,), ratios=ratios, **options) for shape in shapes]
@@ -61,43 +58,32 @@ def measurements(*, tiny: bool = False) -> tuple[Measurement, ...]:
         return bench_latency(model, name=name, ratios=candidates, passes=both, **given)
 
     step = partial(bench_training, steps=("graphed",))
-    plans = partial(bench_plans, **network, ratios=candidates)
-    eager = tuple(one for one in USUAL if not one.endswith("compiled"))
+    plans = [
+        partial(bench_budget, **network, ratios=candidates, one=both[0], shares=(share,), smallest=share == 0.5)
+        for share in ((1.0, 0.9) if tiny else (0.5, 0.8, 0.65))
+    ]
     # Equal batches where possible: cuDNN chooses its algorithms anew for each other, which takes longer than timing.
     # Compiling takes 40 to 90 seconds, so it is done once, for the dense network, and not where it cannot end.
+    compiling = partial(step, **network, ratios=(1 / 4,), norms=NORMS, dense_steps=("fast",))
+    by_ratio = [partial(step, **network, ratios=(r,), norms=NORMS) for r in ratios]
+    wide_steps, wide_batch = [partial(step, model=wide, ratios=(r,)) for r in ratios], None if tiny else 256
     return (
-        Measurement(name="layer", share=0.2, parts=by_shape("layer", passes=both), cells=2),
-        Measurement(
-            name=f"train-norms-steps-{name}", share=0.14,
-            parts=[partial(step, **network, ratios=(r,), norms=NORMS) for r in ratios],
-        ),
-        Measurement(name="block", share=0.12, parts=by_shape("block", candidates=("auto", "through_basis")), cells=2),
-        Measurement(name=f"latency-{name}", share=0.1, parts=[latency], cells=11),
-        Measurement(
-            name=f"plans-{name}", share=0.12, latency=f"latency-{name}",
-            parts=[partial(plans, shares=(share,), smallest=share == 0.5) for share in shares],
-        ),
-        Measurement(
-            name=f"train-steps-{wide}", share=0.1, parts=[partial(step, model=wide, ratios=(r,)) for r in ratios],
-            batch_size=None if tiny else 256,
-        ),
-        Measurement(
-            name=f"train-compiled-{name}", share=0.12, needs=0 if tiny else 70,
-            parts=[partial(step, **network, ratios=(1 / 4,), norms=NORMS, dense_steps=("fast",))],
-        ),
-        Measurement(name="layer-forward", share=0.05, parts=by_shape("layer", passes=("forward",)), cells=2),
-        Measurement(name="rivals", share=0.05, parts=by_shape("rivals", passes=both, candidates=eager), cells=2),
-    )  # fmt: skip
+        Measurement("layer", 0.2, by_shape("layer", passes=both), cells=2),
+        Measurement(f"train-norms-steps-{name}", 0.14, by_ratio),
+        Measurement("block", 0.12, by_shape("block", candidates=("auto", "through_basis")), cells=2),
+        Measurement(f"latency-{name}", 0.1, [latency], cells=11),
+        Measurement(f"plans-{name}", 0.12, plans, latency=f"latency-{name}"),
+        Measurement(f"train-steps-{wide}", 0.1, wide_steps, batch_size=wide_batch),
+        Measurement(f"train-compiled-{name}", 0.12, [compiling], needs=0 if tiny else 70),
+        Measurement("layer-forward", 0.05, by_shape("layer", passes=("forward",)), cells=2),
+        Measurement("rivals", 0.05, by_shape("rivals", passes=both), cells=2),
+    )
 
 
 def bench_gpu(
-    folder: Path,
-    *,
-    setting: Setting | None = None,
-    time_limit: float = 240,
-    tiny: bool = False,
+    folder: Path, *, setting: Setting | None = None, time_limit: float = 240, tiny: bool = False,
     progress: Progress | None = None,
-) -> list[Path]:
+) -> list[Path]:  # fmt: skip
     """Measure the machine, layers, whole training steps, blocks, plans and baselines; returns the files written.
 
     The time left is shared out among the measurements left; reports are saved after each part. A part that has begun
@@ -109,9 +95,8 @@ def bench_gpu(
         time_limit: seconds for all of it.
         tiny: tiny shapes and networks, to see that it runs; needs no GPU.
 
-    Raises:
-        ValueError: for a setting on a CPU without ``tiny``, a time limit that is not positive, or a folder that
-            cannot be written to.
+    Raises ``ValueError`` for a setting on a CPU without ``tiny``, a time limit that is not positive, or a folder that
+    cannot be written to.
     """
     setting = setting or Setting(batch_size=1024, memory_format="channels_last", rounds=11)
     if setting.where.type != "cuda" and not tiny:
@@ -128,16 +113,15 @@ def bench_gpu(
     machine = measure_machine(setting, **({"side": 256, "copied": 2**20} if tiny else {}))
     tera, giga = machine.macs_per_second / 1e12, machine.bytes_per_second / 1e9
     say(f"machine: {tera:.4g} T multiply-accumulates/s in {machine.precision}, {giga:.4g} GB/s")
-    left = list(measurements(tiny=tiny))
+    plan, end = measurements(tiny=tiny), began + time_limit
     reports: dict[str, BenchReport] = {}
     paths: dict[Path, None] = {}
-    while left:
-        one, now = left[0], time.monotonic()
-        until = now + (began + time_limit - now) * one.share / sum(each.share for each in left)
-        done = 0
+    for i, one in enumerate(plan):
+        now, done = time.monotonic(), 0
+        until = now + (end - now) * one.share / sum(each.share for each in plan[i:])
         for number, measure in enumerate(one.parts):
             now = time.monotonic()
-            if now >= until or began + time_limit - now < one.needs:
+            if now >= until or end - now < one.needs:
                 break
             # Half of the time for the rounds; the rest goes into warming up, compiling and choosing algorithms.
             seconds = (until - now) / (len(one.parts) - number) / one.cells / 2
@@ -159,7 +143,6 @@ def bench_gpu(
                 if setting.where.type == "cuda":
                     torch.cuda.empty_cache()
         say(f"{one.name}: {done} of {len(one.parts)} parts")
-        left.pop(0)
     return list(paths)
 
 

@@ -13,35 +13,14 @@ from basis.bench.roofline import machine_of
 from basis.bench.shapes import Shape
 from basis.bench.timing import MOST_SETS, Setting, compare, interleave, peak_bytes
 from basis.bench.tuning import bench_latency
-from basis.cli import main
-from basis.experiments.sweep import Measurement, bench_gpu
+from basis.cli import BENCHES, file_stem, main
+from basis.experiments.sweep import Measurement, bench_gpu, file_name
 from basis.layers.conv import BasisConv2d
 from basis.saving import RecordError
-from basis.substitution import Plan
 from basis.training.stepping import Means
+from tests.bench.conftest import Clock
 
 ROOT = Path(__file__).resolve().parents[2]
-
-# Nothing here looks at real times, which would make the tests fail on a busy machine.
-
-
-class Clock:
-    """Runs each step and reports a time of its choosing, by the class and mode of what was run."""
-
-    def __init__(self, seconds):
-        self.seconds, self.calls = seconds, 0
-
-    def __call__(self, step):
-        step()
-        self.calls += 1
-        return self.seconds(self.calls)
-
-
-@pytest.fixture
-def setting():
-    return Setting(
-        device="cpu", precision="fp32", memory_format="contiguous", batch_size=2, rounds=3, timer=Clock(lambda _: 0.002)
-    )
 
 
 @pytest.fixture
@@ -174,16 +153,6 @@ def test_both_sides_have_the_same_layout_and_precision(monkeypatch, memory_forma
     )  # fmt: skip
     expected = (dtype, dtype, torch.float32, last, last, last)
     assert set(seen) == {("Conv2d", *expected), ("BasisConv2d", *expected)}
-
-
-def test_mac_ratios_are_those_of_the_formulas():
-    shape = Shape.parse("64-128@33/2")  # 17 x 17 pixels come out
-    k, f, c, pixels = 32, 576, 128, 4 * 17 * 17
-    assert shape.macs(k, "dense", 4, "forward") == pixels * c * f
-    assert shape.macs(k, "factorized", 4, "forward") == pixels * k * (f + c)
-    assert shape.macs(k, "composed", 4, "forward") == pixels * c * f + (c - k) * k * f
-    assert shape.macs(k, "factorized", 4, "forward+backward") == 3 * pixels * k * (f + c)
-    assert shape.macs(k, "cat", 4, "forward+backward") == 3 * pixels * k * (f + c - k)
 
 
 @pytest.mark.parametrize("text", ["64@32", "64-128@32/2", "128-64@7"])
@@ -373,17 +342,6 @@ def test_graphs_beside_a_compiled_dense_network_are_compared_with_it(graphing, s
     assert not any("versus_compiled" in row for row in report.rows)
 
 
-def test_plans_are_measured_in_place_of_ratios(setting):
-    plan = Plan({"layer1.0.conv1": 2, "layer3.0.conv2": 8})
-    report = bench_training(model="resnet20", width=4, plans={0.8: plan}, setting=setting)
-    control, auto = report.rows
-    assert report.kind == "bench-plans"
-    assert control["share"] == auto["share"] == 0.8
-    assert auto["parameter_ratio"] > 1
-    assert "ratio" not in auto
-    assert report.config["shares"] == [0.8]
-
-
 def test_latencies_of_graphs_and_of_the_host_do_not_add_up(latency):
     rows = [{**row, "timed": "graph" if i else "host-bound"} for i, row in enumerate(latency.rows)]
     mixed = replace(latency, rows=rows)
@@ -446,55 +404,45 @@ def report_of(name):
     return BenchReport(kind="bench-layer", config=config, environment={"device": "a processor"}, rows=[row])
 
 
-def test_the_sweep_begins_nothing_when_the_time_is_up(tmp_path, monkeypatch):
-    clock = iter(range(0, 100_000, 30))  # half a minute passes between two looks
-    monkeypatch.setattr("basis.experiments.sweep.time.monotonic", lambda: next(clock))
-    made = []
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """Runs a sweep of made-up measurements: the files, (shape, seconds) of what began, and what was told."""
+    made, told = [], []
 
     def part(name):
         def measure(*, setting, progress):
             made.append((name, setting.seconds))
-            return report_of(name)
-
-        return measure
-
-    plan = (
-        Measurement(name="first", share=0.5, parts=[part("a"), part("b"), part("c")], cells=2),
-        Measurement(name="second", share=0.5, parts=[part("d")]),
-        Measurement(name="third", share=0.1, parts=[part("e")]),
-    )
-    monkeypatch.setattr("basis.experiments.sweep.measurements", lambda tiny: plan)
-    told = []
-    paths = bench_gpu(tmp_path, setting=Setting(device="cpu", timer=Clock(lambda _: 1)), time_limit=200, tiny=True,
-                      progress=told.append)  # fmt: skip
-    assert [name for name, _ in made] == ["a", "b"]
-    assert all(seconds < 200 / 2 / 2 for _, seconds in made)
-    assert [path.name for path in paths] == ["first-cpu-fp32-contiguous.json"]
-    assert [row["shape"] for row in BenchReport.load(paths[0]).rows] == ["a", "b"]
-    assert [line.split(" s  ")[1] for line in told[1:]] == [
-        "first: 2 of 3 parts", "second: 0 of 1 parts", "third: 0 of 1 parts",
-    ]  # fmt: skip
-
-
-def test_the_sweep_goes_on_without_a_part_that_fails_and_shows_what_cannot_be_saved(tmp_path, monkeypatch):
-    def part(name):
-        def measure(*, setting, progress):
-            if name == "b":
+            if name == "broken":
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return report_of(name)
 
         return measure
 
-    plan = (
-        Measurement(name="first", share=0.5, parts=[part("a"), part("b"), part("c")]),
-        Measurement(name="second", share=0.5, parts=[part("d")]),
-    )
-    monkeypatch.setattr("basis.experiments.sweep.measurements", lambda tiny: plan)
+    def run(time_limit=240, **parts):
+        plan = [Measurement(name, 0.5, [part(one) for one in names]) for name, names in parts.items()]
+        monkeypatch.setattr("basis.experiments.sweep.measurements", lambda tiny: plan)
+        setting = Setting(device="cpu", timer=Clock(lambda _: 1))
+        paths = bench_gpu(tmp_path, setting=setting, time_limit=time_limit, tiny=True, progress=told.append)
+        return paths, made, told
+
+    return run
+
+
+def test_the_sweep_begins_nothing_when_the_time_is_up(sweep, monkeypatch):
+    clock = iter(range(0, 100_000, 30))  # half a minute passes between two looks
+    monkeypatch.setattr("basis.experiments.sweep.time.monotonic", lambda: next(clock))
+    paths, made, told = sweep(200, first="abc", second="d", third="e")
+    assert [name for name, _ in made] == ["a"]
+    assert made[0][1] < 200 / 3 / 2
+    assert [path.name for path in paths] == ["first-cpu-fp32-contiguous.json"]
+    assert [line.split(" s  ")[1] for line in told[1:]] == [
+        "first: 1 of 3 parts", "second: 0 of 1 parts", "third: 0 of 1 parts",
+    ]  # fmt: skip
+
+
+def test_the_sweep_goes_on_without_a_part_that_fails_and_shows_what_cannot_be_saved(sweep, tmp_path):
     (tmp_path / "second-cpu-fp32-contiguous.json").mkdir()  # stands for a full disk
-    told = []
-    paths = bench_gpu(
-        tmp_path, setting=Setting(device="cpu", timer=Clock(lambda _: 1)), tiny=True, progress=told.append
-    )
+    paths, _, told = sweep(first=["a", "broken", "c"], second=["d"])
     assert [path.name for path in paths] == ["first-cpu-fp32-contiguous.json"]
     assert [row["shape"] for row in BenchReport.load(paths[0]).rows] == ["a", "c"]
     assert any(line.endswith("first: part 2 failed, OutOfMemoryError: CUDA out of memory") for line in told)
@@ -517,7 +465,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(t
     with pytest.raises(ValueError, match=r"nothing can be written to the folder .*file"):
         bench_gpu(tmp_path / "file", setting=setting, tiny=True)
     assert setting.timer.calls == 0
-    monkeypatch.setattr("basis.cli._arguments", None)
+    monkeypatch.setitem(BENCHES, "layer", (None, *BENCHES["layer"][1:]))
     for out, says in ((tmp_path / "file" / "a.json", "nothing can be written"), (tmp_path, "is a folder, but must be")):
         assert main(["bench", "layer", "--device", "cpu", "--out", str(out)]) == 2
         assert says in capsys.readouterr().err
@@ -533,6 +481,12 @@ def test_the_commands_for_blocks_and_rivals_store_the_machine_too(tmp_path, monk
         report = BenchReport.load(tmp_path / "bench" / f"{name}-cpu-fp32-contiguous.json")
         assert machine_of(report).bytes_per_second > 0
     assert "versus_basis" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results" / "bench").glob("train-[fnp]*.json")), ids=lambda p: p.stem)
+def test_reports_of_trainings_are_filed_as_the_stored_ones_are(path):
+    report = BenchReport.load(path)
+    assert file_name(file_stem("train", report.config), report) == path.stem
 
 
 class Odd(nn.Module):
@@ -684,6 +638,9 @@ def test_bad_settings_are_refused(options, says):
         ({"ratios": [1.5]}, "ratio is 1.5"),
         ({"candidates": ["fast"]}, "'fast', but its kind"),
         ({"passes": ["backward"]}, "pass is 'backward'"),
+        ({"kind": "cell"}, "kind is 'cell'"),
+        ({"kind": "rivals", "candidates": ["cp"]}, "'cp', but its kind"),
+        ({"kind": "block", "candidates": ["svd"]}, "candidate is 'svd'"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_measured(options, says, setting):

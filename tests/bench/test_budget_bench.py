@@ -3,7 +3,7 @@
 import pytest
 
 from basis.bench.timing import BenchReport, Setting
-from basis.experiments.budget_bench import bench_budget, bench_plans
+from basis.experiments.budget_bench import bench_budget
 from basis.search.selection import InfeasibleBudget
 
 TINY = {"model": "resnet20", "width": 16, "ratios": (1 / 2, 1 / 8)}
@@ -48,26 +48,29 @@ def test_every_plan_meets_its_share_and_is_measured_beside_the_dense_network(lay
 
 def test_training_steps_of_plans_count_every_layer_with_its_backward_pass(layers_take):
     layers_take(0.3)
-    report = bench_plans(**TINY, shares=(0.5,), norms=("ordinary",), setting=SETTING)
-    control, auto = report.rows
+    report = bench_budget(**TINY, shares=(0.5,), one="forward+backward", setting=SETTING)
+    control, auto, through = report.rows
+    assert (auto["norms"], through["norms"]) == ("ordinary", "through_basis")
     assert report.kind == "bench-plans"
     assert (control["share"], auto["share"]) == (0.5, 0.5)
     assert 0.35 < auto["predicted"] <= 0.5
     assert 0 < len(auto["layers"]) < 20
     assert "layers" not in control
     assert auto["ms"] > 0
+    assert auto["parameter_ratio"] > 1
+    assert "ratio" not in auto
 
 
 def test_the_smallest_share_that_can_be_met_stands_for_what_is_out_of_reach(layers_take):
     layers_take(0.9)
-    options = {**TINY, "norms": ("ordinary",), "setting": SETTING}
-    report = bench_plans(**options, shares=(0.5, 0.4), smallest=True)
+    options = {**TINY, "one": "forward+backward", "setting": SETTING}
+    report = bench_budget(**options, shares=(0.5, 0.4), smallest=True)
     (least,) = report.config["shares"]
     assert 0.89 < least < 1
     assert report.config["beyond"] == [0.5, 0.4]
     assert report.rows[-1]["predicted"] == pytest.approx(least, abs=1e-3)
     with pytest.raises(InfeasibleBudget, match="milliseconds"):
-        bench_plans(**options, shares=(0.5,))
+        bench_budget(**options, shares=(0.5,))
 
 
 @pytest.mark.parametrize("share", [0, -1, 1.5, float("nan")])

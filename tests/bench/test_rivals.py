@@ -79,34 +79,3 @@ def test_a_candidate_that_fails_is_a_row_with_an_error(monkeypatch, where, setti
     assert "failed" in told[-1]
     assert f"svd failed: {expected}" in str(report)
     assert report.rows[1]["speedup"] == 1
-
-
-def test_compiled_candidates_are_compiled_whole_and_keep_channels_last(monkeypatch, setting):
-    seen = []
-
-    def compile_(layer, **options):
-        seen.append((type(layer).__name__, options))
-        return layer
-
-    monkeypatch.setattr(torch, "compile", compile_)
-    candidates = ["basis", "dense compiled", "basis compiled", "svd"]
-    report = bench_layers(
-        "rivals", shapes=["16@6"], ratios=[0.5], passes=["forward"], candidates=candidates, setting=setting
-    )
-    options = {"fullgraph": True, "dynamic": False, "options": {"force_layout_optimization": True}}
-    assert seen == [("Conv2d", options), ("BasisConv2d", options)]
-    assert [row["mode"] for row in report.rows] == ["control", *candidates]
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"candidates": ["cp"]}, "kind"),
-        ({"shapes": ["64"]}, "shape is '64'"),
-        ({"ratios": [2]}, "ratio is 2"),
-        ({"passes": ["back"]}, "pass is 'back'"),
-    ],
-)
-def test_bad_options_are_refused(options, says, setting):
-    with pytest.raises(ValueError, match=says):
-        bench_layers("rivals", **options, setting=setting)

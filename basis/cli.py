@@ -37,6 +37,7 @@ from basis.experiments.runs import PROFILES, device_for, parse_duration, record_
 from basis.experiments.studies import STUDIES, status
 from basis.experiments.studies.substitutes import BLOCKS, bench_variants
 from basis.experiments.sweep import bench_gpu, file_name
+from basis.experiments.switch_bench import bench_switch
 from basis.experiments.tidy import csv, runs_frame, sound_records
 from basis.inference import bench_inference
 from basis.layers.conv import MODES
@@ -291,6 +292,7 @@ BENCHES: Mapping[str, tuple[Callable[..., BenchReport], str, str]] = {
     "structured-train": (time_structured_steps, "networks of structured layers", "layers profile model width"),
     "modes": (time_modes, "every basis layer of a network, in every mode", "model width ratio"),
     "inference": (bench_inference, "whole networks, folded", "model width ratios"),
+    "switch": (bench_switch, "a training that switches on its way (chapter 12)", ""),
     "budget": (bench_budget, "networks chosen for milliseconds", "model width shares ratios"),
 }  # fmt: skip
 OPTIONS: Mapping[str, Mapping[str, Any]] = {

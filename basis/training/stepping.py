@@ -243,14 +243,14 @@ class CudaCapture:
         return graph.replay
 
 
-def compiled(model: nn.Module, channels_last: bool, *, fullgraph: bool = False) -> Any:
+def compiled(model: nn.Module, channels_last: bool) -> Any:
     """``model`` compiled for fixed shapes, as a function; it keeps channels-last where the model is.
 
     Without ``force_layout_optimization`` inductor gives up channels-last for a whole graph in which one 3x3
     convolution has at most half as many outputs as inputs, as that with B has at r <= 1/2.
     """
     options: Any = {"force_layout_optimization": True} if channels_last else None
-    return torch.compile(model, fullgraph=fullgraph, dynamic=False, options=options)
+    return torch.compile(model, dynamic=False, options=options)
 
 
 def _many_variants() -> AbstractContextManager:

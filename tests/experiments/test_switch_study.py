@@ -5,10 +5,14 @@ import dataclasses
 import pytest
 import torch
 
+from basis.bench.timing import Setting
 from basis.costs import cost
 from basis.experiments.execution import execute, reusable
+from basis.experiments.records import write_record
+from basis.experiments.runs import record_path
 from basis.experiments.studies import STUDIES, switch
 from basis.experiments.studies.headline import HALF, NARROWER, variant
+from basis.experiments.switch_bench import bench_switch
 from basis.models import build
 from tests.experiments.test_search_studies import record
 
@@ -74,6 +78,28 @@ def test_times_compare_within_one_gpu_that_equally_many_trainings_share():
     alone = [dataclasses.replace(one, environment=gpu) for one in rest[1:]]
     runs = switch.frame([crowded, rest[0], *alone], "small")
     assert runs["place"].value_counts().to_dict() == {"a GPU": len(alone), "a GPU, 8 trainings at a time": 1}
+
+
+def test_the_time_of_a_training_follows_from_steps_and_the_search(tmp_path):
+    """Measured on a tiny network, whose plans stand in records."""
+    plan, setting = {"layer2.0.conv2": 3, "layer3.0.conv2": 6}, Setting(device="cpu", rounds=3)
+    with pytest.raises(ValueError, match="no record of selected, 1/2 of parameters and switched"):
+        bench_switch(profile="smoke", setting=setting)
+    for study, name in (("headline", "selected"), ("switch", switch.OURS)):
+        run = next(run for run in STUDIES[study].runs("smoke") if run.variant == variant(name, HALF))
+        made = record(run, plan=plan, switched={"epoch": 1, "layers": plan, "seconds": 2.0})
+        write_record(record_path(tmp_path, run), dataclasses.replace(made, definition=STUDIES[study].definition))
+    report = bench_switch(profile="smoke", setting=setting)
+    assert report.rows[0]["mode"] == "control"
+    assert report.config["search_seconds"] > 0
+    report.save(tmp_path / "bench" / "switch.json")
+    times = switch.training_times(tmp_path).set_index("variant")
+    ours, row = times.loc[variant(switch.OURS, HALF)], next(r for r in report.rows if r["mode"].startswith("switched"))
+    steps = report.config["steps_per_epoch"]  # two epochs, one of them dense
+    expected = steps * (row["dense_ms"] + row["ms"]) / 1000 + report.config["search_seconds"]
+    assert ours["seconds"] == pytest.approx(expected)
+    assert times.loc["control", "seconds"] == pytest.approx(2 * steps * times.loc["control", "ms"] / 1000)
+    assert times["search"].count() == 1
 
 
 def test_without_records_there_are_no_rows():

@@ -27,12 +27,13 @@ _RANKS: Mapping[str, Any] = {"rule": "stable_rank", "fit": "weight", "exclude": 
 # What is changed of the switched training, one thing at a time: the state of the optimizer, a teacher, the moment, ...
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "momentum projected": {"momentum": "projected"},
+    "by Fisher scores": {"measure": "fisher"},
+    "largest first": {"rule": "largest_first", "ratio": 0.25},
     "taught by the dense network": {"teach": 0.5},
     "after 15 %": {"after": 0.15},
     "after 50 %": {"after": 0.5},
     "once ranks settle": {"after": 0.6, "until": "ranks"},
     "once the plan settles": {"after": 0.6, "until": "plan"},
-    "largest first": {"rule": "largest_first", "ratio": 0.25},
     "SVD pairs": {"pairs": True, "fit": "weight"},
 }
 # ... and what others do, in our own small versions.
@@ -55,9 +56,9 @@ def _runs(base: Run, *, multiple: int, seeds: int, fewer: int, images: int = 100
     first = min(NEEDED, seeds)
     found = [one(OURS, seed) for seed in range(first)]
     for seed in range(min(fewer, seeds)):
-        found += [one(OURS, seed, budget) for budget in (QUARTER, HALF_MACS)]
         found += [one(f"{OURS}, {name}", seed, **changes) for name, changes in ABLATIONS.items()]
         found += [one(name, seed, **changes) for name, changes in OTHERS.items()]
+        found += [one(OURS, seed, budget) for budget in (QUARTER, HALF_MACS)]
     return (*found, *(one(OURS, seed) for seed in range(first, seeds)))
 
 

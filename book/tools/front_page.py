@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from basis import figures
 from basis.experiments.runs import Record
-from basis.experiments.studies import STUDIES, valid_records
+from basis.experiments.studies import STUDIES, Verdict, valid_records
 from basis.experiments.studies import headline as study
 from basis.experiments.studies.cost import load_benches
 from basis.experiments.studies.speed import step_rows
@@ -129,8 +129,8 @@ def alt(headline: Headline) -> str:
     return say("front page", "alt", parts=parts, speeds=speeds or "not measured")
 
 
-def in_a_minute(headline: Headline | None) -> str:
-    """Three sentences of Markdown for the front page."""
+def in_a_minute(headline: Headline | None, switched: Sequence[Verdict] = ()) -> str:
+    """A few sentences of Markdown for the front page; ``switched``: the verdicts on the switch within a training."""
     if headline is None:
         return "*The runs behind this summary are not made yet.*"
     speeds = [
@@ -141,7 +141,9 @@ def in_a_minute(headline: Headline | None) -> str:
     speed = f"A training step of ResNet-18 is {'; and '.join(speeds)} ({headline.device})."
     gives = say("front page", "gives", speed=speed if speeds else "No training step is measured yet.")
     costs = _say("costs", headline, [one.n for one in headline.lost.values()])
-    return "\n\n".join((gives, costs, say("front page", "when")))
+    findings = [one.finding[:1].upper() + one.finding[1:] for one in switched if one.label != "not tested"]
+    within = [say("front page", "switch", finding=finding) for finding in findings]
+    return "\n\n".join((gives, costs, *within, say("front page", "when")))
 
 
 def _memory(row: Mapping[str, Any]) -> float:

@@ -395,7 +395,7 @@ def fragments(pages: Mapping[str, Notebook], profile: str | None = None) -> dict
         "bibtex.md": BIBTEX.format(version=numbers["version"], url=here.pages, commit=numbers["commit"]),
         "clone.md": f"```bash\ngit clone {here.repository}\ncd {here.name}\n{COMMANDS}\n```\n",
         "headline.md": headline,
-        "minute.md": front_page.in_a_minute(brief),
+        "minute.md": front_page.in_a_minute(brief, [verdict for _, verdict in found["H5"]]),
         "readme-claims.md": readme_claims(found),
         "rules.md": "\n".join(rules),
         "status.md": table(("Study", "Profile", "Runs", "Time", "Hardware"), states),

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from basis import figures
-from basis.experiments.studies import CLAIMS, STUDIES
+from basis.experiments.studies import CLAIMS, STUDIES, Verdict
 from basis.experiments.studies import headline as study
 from basis.experiments.studies.study import Verdict
 from book.tools import front_page, pages
@@ -49,6 +49,9 @@ def test_the_sentences_state_what_the_records_say(records, brief):
     still = dataclasses.replace(brief, steps={}, device="")
     assert "No training step is measured yet." in front_page.in_a_minute(still)
     assert "Right: measured" not in front_page.caption(still)
+    told, silent = (Verdict("H5", "small", label, "it costs 1.3 points") for label in ("inconclusive", "not tested"))
+    assert "It costs 1.3 points. {doc}" in front_page.in_a_minute(brief, [told])
+    assert front_page.in_a_minute(brief, [silent]) == text
 
 
 def test_the_figure_has_a_point_for_every_variant_and_a_bar_for_every_step(brief):

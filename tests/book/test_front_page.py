@@ -7,7 +7,6 @@ import pytest
 from basis import figures
 from basis.experiments.studies import CLAIMS, STUDIES, Verdict
 from basis.experiments.studies import headline as study
-from basis.experiments.studies.study import Verdict
 from book.tools import front_page, pages
 from tests.experiments.test_search_studies import record
 

@@ -36,8 +36,9 @@ class Switch:
         until: switch earlier, once for ``patience`` epochs in a row "ranks" (the stable ranks ||W||_F^2 / ||W||_2^2 of
             the layers, as in Cuttlefish, change by at most 5 % in the mean) or "plan" (what the spectrum of the weights
             would choose changes in at most 5 % of the layers). None: at ``after``.
-        budget, rule, ratio, exclude: as of :func:`basis.select`, in params, macs and backward_macs. The rule "stable_rank" gives each layer a ratio in
-            proportion to its stable rank, relative to that at the start (Cuttlefish), as large as the budget allows.
+        budget, rule, ratio, exclude: as of :func:`basis.select`, but without milliseconds. The rule "stable_rank" gives
+            each layer a ratio in proportion to its stable rank, relative to that at the start (Cuttlefish), as large as
+            the budget allows.
         measure, ratios, multiple, fit: as of :func:`basis.sensitivity`; "uniform" and "stable_rank" need no measure.
         images: how many the search measures on, and how many layers and normalisations are fitted to.
         momentum: "projected" onto the new factors (:func:`basis.training.switching.carry_momentum`), or "restarted".

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from basis.layers.base import autocast_device
+from basis.layers.base import full_precision
 from basis.layers.conv import BasisConv2d
 from basis.layers.norm_pairs import Pairs, afterwards, norm_pairs
 
@@ -163,7 +163,7 @@ class _Normalise(torch.autograd.Function):
             return _gradients(ctx, dout)
         if torch.is_grad_enabled():
             raise RuntimeError("batch normalisation through the basis has no second derivatives; uncouple the model")
-        with torch.autocast(autocast_device(dout), enabled=False):
+        with full_precision(dout):
             return _gradients(ctx, dout)
 
 
@@ -205,12 +205,7 @@ class BasisBatchNorm2d(nn.BatchNorm2d):
     """An ``nn.BatchNorm2d`` made by :func:`couple`: takes the k basis channels of a convolution and mixes them too."""
 
     _kind: type[nn.BatchNorm2d]  # what it was before
-    _conv: BasisConv2d  # whose basis channels come in; not a submodule: it stands elsewhere in the model
-
-    @property
-    def conv(self) -> BasisConv2d:
-        """Whose basis channels come in."""
-        return self._conv
+    conv: BasisConv2d  # whose basis channels come in; not a submodule: it stands elsewhere in the model
 
     def forward(self, z: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
         """relu(normalised (M z + c) + residual), (N, C, H, W), of the basis channels z, (N, k, H, W).
@@ -219,16 +214,16 @@ class BasisBatchNorm2d(nn.BatchNorm2d):
         ``RuntimeError`` in a backward pass with ``create_graph=True``.
         """
         self._check_input_dim(z)
-        if z.shape[1] != self._conv.basis_channels:
-            raise ValueError(f"expected {self._conv.basis_channels} basis channels, got {z.shape[1]} channels")
+        if z.shape[1] != self.conv.basis_channels:
+            raise ValueError(f"expected {self.conv.basis_channels} basis channels, got {z.shape[1]} channels")
         shape = (z.shape[0], self.num_features, *z.shape[2:])
         if residual is not None and (residual.shape != shape or residual.dtype != z.dtype):
             return _added(self.forward(z), residual, relu)  # by PyTorch's rules of broadcasting and of mixed dtypes
-        with torch.autocast(autocast_device(z), enabled=False):
-            mixing = self._conv.mixing.to(accumulated(z.dtype))
+        with full_precision(z):
+            mixing = self.conv.mixing.to(accumulated(z.dtype))
             gamma = mixing.new_ones(self.num_features) if self.weight is None else self.weight.to(mixing)
             beta = mixing.new_zeros(self.num_features) if self.bias is None else self.bias.to(mixing)
-            bias = None if self._conv.bias is None else self._conv.bias.to(mixing)
+            bias = None if self.conv.bias is None else self.conv.bias.to(mixing)
             if self.training or self.running_mean is None or self.running_var is None:
                 return self._by_batch(z, mixing, gamma, beta, bias, residual, relu)
             scale = (self.running_var.to(mixing.dtype) + self.eps).rsqrt() * gamma
@@ -310,7 +305,7 @@ def copy_of(model: nn.Module) -> nn.Module:
 def couplings(model: nn.Module) -> Pairs:
     """Which basis convolutions are, or can be, coupled to the batch normalisation after them, and why others cannot."""
     layers = {module: name for name, module in model.named_modules() if isinstance(module, BasisConv2d)}
-    coupled = {layers.get(norm._conv): n for n, norm in model.named_modules() if isinstance(norm, BasisBatchNorm2d)}
+    coupled = {layers.get(norm.conv): n for n, norm in model.named_modules() if isinstance(norm, BasisBatchNorm2d)}
     norms, alone = {}, {}
     try:
         pairs = norm_pairs(model, both_modes=True)
@@ -366,7 +361,7 @@ def couple_in_place(model: nn.Module, layers: Iterable[str] | None = None) -> nn
         # The very module, with its parameters, buffers, hooks and flags; only its forward pass is another.
         object.__setattr__(norm, "_kind", type(norm))
         object.__setattr__(norm, "__class__", BasisBatchNormAct2d if afterwards(norm) else BasisBatchNorm2d)
-        object.__setattr__(norm, "_conv", conv)
+        object.__setattr__(norm, "conv", conv)
     return model
 
 
@@ -379,9 +374,9 @@ def uncouple_in_place(model: nn.Module) -> nn.Module:
     """:func:`uncouple` without the copy; gives back ``model``."""
     for module in model.modules():
         if isinstance(module, BasisBatchNorm2d):
-            module._conv.mixed_later = False
+            module.conv.mixed_later = False
             object.__setattr__(module, "__class__", module._kind)
-            object.__delattr__(module, "_conv")
+            object.__delattr__(module, "conv")
             object.__delattr__(module, "_kind")
         elif isinstance(module, BasisConv2d):  # also where something else has taken the place of its normalisation
             module.mixed_later = False

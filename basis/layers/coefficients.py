@@ -160,10 +160,6 @@ class Coefficients(nn.Module):
     def _by_groups(self, rows: Tensor) -> Tensor:
         return rows.unflatten(0, (self.groups, len(rows) // self.groups))
 
-    def extra_repr(self) -> str:
-        """Form and shape."""
-        return f"{self.form}, {self.rows} x {self.columns}, groups={self.groups}"
-
 
 class LowRank(Coefficients):
     """A = U V per group, ``left`` U (rows, rank), ``right`` V (groups * rank, columns); LinearConv (WACV 2021)."""

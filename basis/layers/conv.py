@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from basis.layers.base import ConvLike, PaddingMode, arguments_of, autocast_device, full_precision
 from basis.layers.coefficients import Coefficients, Form
-from basis.layers.factorize import factorize as factorize
 from basis.layers.factorize import fit, principal_directions
 from basis.layers.moments import Moments, lost_mean
 from basis.modules import is_channels_last
@@ -302,7 +301,7 @@ class BasisConv2d(ConvLike):
 
         Keeps device, dtype, memory format, ``training`` and ``requires_grad``; a given module of coefficients stays.
         """
-        layer = cls(*arguments_of(conv), **options, coefficients=coefficients)
+        layer = cls(*arguments_of(conv, conv.weight), **options, coefficients=coefficients)
         if is_channels_last(conv.weight):
             layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         layer.training = conv.training
@@ -326,10 +325,7 @@ class BasisConv2d(ConvLike):
 
     def to_conv(self) -> nn.Conv2d:
         """The dense convolution with the weight ``[B; A B]`` and a copy of the bias."""
-        weight = self.weight.detach()
-        if is_channels_last(self.basis):
-            weight = weight.contiguous(memory_format=torch.channels_last)
-        return self._dense(weight, trains=self.basis.requires_grad or self.coefficients.trains)
+        return self._dense(self.weight, trains=self.basis.requires_grad or self.coefficients.trains)
 
     def _apply(self, *args: Any, **kwargs: Any) -> BasisConv2d:
         super()._apply(*args, **kwargs)

@@ -24,9 +24,8 @@ PLAN_FILE, STATE_FILE = "plan.json", "model.safetensors"
 
 
 def save(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Write ``model`` to ``folder``: ``model.safetensors`` (its state) and ``plan.json``; no pickle.
+    """Write ``model`` to ``folder``: ``model.safetensors`` (its state) and ``plan.json``; no pickle, and no modes.
 
-    A tensor with several names is written once. Modes are not written: they belong to the machine, not to the model.
     Raises ``ValueError`` for a state with entries that are not tensors with values.
     """
     tensors: dict[str, Tensor] = {}
@@ -53,7 +52,6 @@ def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
 
     The weights of ``model`` are not used and it is left alone; device, dtype, flags, hooks and sharing are its own,
     but for coefficients, which are held and shared as in the saved model.
-
     Raises ``FileNotFoundError``, and ``ValueError`` for a damaged file, or a plan or state that does not fit ``model``.
     """
     folder = Path(folder)

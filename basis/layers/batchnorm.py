@@ -210,8 +210,7 @@ class BasisBatchNorm2d(nn.BatchNorm2d):
     def forward(self, z: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
         """relu(normalised (M z + c) + residual), (N, C, H, W), of the basis channels z, (N, k, H, W).
 
-        Raises ``ValueError`` where z is not 4-d or has not k channels, and in training where it has one pixel only;
-        ``RuntimeError`` in a backward pass with ``create_graph=True``.
+        Raises ``ValueError`` for another shape and, in training, one pixel; no second derivatives (``RuntimeError``).
         """
         self._check_input_dim(z)
         if z.shape[1] != self.conv.basis_channels:
@@ -238,10 +237,9 @@ class BasisBatchNorm2d(nn.BatchNorm2d):
         if pixels < 2:  # nothing to normalise, or too little: what PyTorch does, for one pixel an error
             return _added(super().forward(_mix(z, mixing, bias)), residual, relu)
         with torch.no_grad():
-            rows = _rows_for_kernels(z)
-            if rows is not None:
-                maps = rows
-                mean, covariance = kernels.moments(rows)
+            maps = _rows_for_kernels(z)
+            if maps is not None:
+                mean, covariance = kernels.moments(maps)
                 mean_of_z = mean
             else:
                 mean_of_z = _total(z) / pixels
@@ -290,10 +288,7 @@ def activate(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tens
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy, also of modules that keep computed tensors (pruning, the older weight_norm).
-
-    Raises ``ValueError`` for ``DistributedDataParallel``: it knows only the parameters that it was given.
-    """
+    """A deep copy, also where modules keep computed tensors (pruning, old weight_norm); ``ValueError`` for DDP."""
     for name, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             what = f"its layer {name}" if name else "the model"
@@ -337,9 +332,8 @@ def couple(model: nn.Module, layers: Iterable[str] | None = None) -> nn.Module:
 
     Basis convolutions that are directly followed by an ``nn.BatchNorm2d`` give their k basis channels alone, and the
     batch normalisation, then a :class:`BasisBatchNorm2d`, does the mixing. Output, gradients, running statistics and
-    state stay the same. What cannot be coupled is left as it is, with a reason in :func:`couplings`.
-
-    ``layers``: names of the convolutions to couple, ``ValueError`` where one cannot be; None: all that can.
+    state stay the same. ``layers``: names of the convolutions, ``ValueError`` where one cannot be coupled; None: all
+    that can; :func:`couplings` says why others cannot.
     """
     return couple_in_place(copy_of(model), layers)
 

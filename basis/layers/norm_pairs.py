@@ -16,14 +16,11 @@ from basis.text import first_line
 
 @dataclass(frozen=True)
 class Pairs:
-    """``norms``: convolution -> the batch normalisation that directly follows it; ``alone``: other convolution -> why.
+    """Which convolutions have a batch normalisation of their own; all by name."""
 
-    ``hidden``: every layer within one that cannot be traced -> the same, in words. All are names.
-    """
-
-    norms: Mapping[str, str]
-    alone: Mapping[str, str]
-    hidden: Mapping[str, str] = field(default_factory=dict)
+    norms: Mapping[str, str]  # convolution -> the batch normalisation that directly follows it
+    alone: Mapping[str, str]  # other convolution -> why it has none
+    hidden: Mapping[str, str] = field(default_factory=dict)  # layer within one that cannot be traced -> that, in words
 
 
 class _Tracer(fx.Tracer):
@@ -92,10 +89,7 @@ def norm_pairs(model: nn.Module, *, both_modes: bool = False) -> Pairs:
 
 
 def afterwards(norm: nn.Module) -> tuple[nn.Module, ...] | None:
-    """What a batch normalisation does with its result: nothing, or, as timm's ``BatchNormAct2d``, drop and act.
-
-    None where it is none, or has a forward pass that is not known here.
-    """
+    """What a batch normalisation does with its result, as timm's ``BatchNormAct2d``; None where that is not known."""
     kind = type(norm)
     if kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm."):
         return (norm.drop, norm.act)  # type: ignore[return-value]
@@ -103,10 +97,7 @@ def afterwards(norm: nn.Module) -> tuple[nn.Module, ...] | None:
 
 
 def _graphs(model: nn.Module, modes: Sequence[bool | None]) -> tuple[list[fx.Graph], set[nn.Module]]:
-    """What ``model`` computes in training (True), in evaluation (False) or as it is (None).
-
-    Also the layers that could not be traced, which the graphs call as a whole.
-    """
+    """What ``model`` computes in training (True), evaluation (False) or as it is (None), and the layers left opaque."""
     opaque: set[nn.Module] = set()
     graphs: list[fx.Graph] = []
     while len(graphs) < len(modes):

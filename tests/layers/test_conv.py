@@ -166,9 +166,6 @@ def test_from_conv_keeps_what_belongs_to_the_layer():
         assert back.weight.dtype == torch.float16
 
 
-# -- initialisation -----------------------------------------------------------------------------
-
-
 # -- as a module --------------------------------------------------------------------------------
 
 
@@ -293,7 +290,7 @@ def test_factorized_gives_the_same_whether_it_mixes_or_joins(ratio, bias, permut
 )
 def test_mixing_rows_changes_no_number(form, fitted, k, bias, monkeypatch):
     calls, linear = [], F.linear
-    monkeypatch.setattr("basis.layers.conv.uses_tensor_cores", lambda device, dtype: True)
+    monkeypatch.setattr("basis.layers.conv.uses_tensor_cores", lambda x: True)
     monkeypatch.setattr("basis.layers.conv.derives_apart", lambda device, **shape: False)
     monkeypatch.setattr(F, "linear", lambda x, *args: (calls.append(x), linear(x, *args))[1])
     conv = nn.Conv2d(C_IN, 20, 3, padding=1, bias=bias, dtype=torch.float64)

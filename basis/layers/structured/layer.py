@@ -39,12 +39,10 @@ class StructuredConv2d(ConvLike):
     Takes the arguments of ``nn.Conv2d``, but ``groups`` is 1, and ``size``: the text after the colon in
     ``tucker:0.41``. A subclass allocates its parameters in ``_build`` and makes the weight of them in ``_weight``.
 
-    Attributes:
-        products: what the layer multiplies at every pixel, one after the other.
-        building: multiply-accumulates that make the weight, once per step, however many images.
+    ``products`` are what the layer multiplies at every pixel, one after the other; ``building`` are the
+    multiply-accumulates that make the weight, once per step, however many images.
 
-    Raises:
-        ValueError: for a size or shape that the structure cannot take, or where it saves no numbers.
+    Raises ``ValueError`` for a size or shape that the structure cannot take, or where it saves no numbers.
     """
 
     kind: ClassVar[str]  # as in "tucker:0.41"

@@ -84,10 +84,8 @@ def _images(images: Images, weight: Tensor, size: int) -> Iterator[Batch]:
 
 def _pairs(data: Iterable[Any], what: str, bare: bool) -> Iterator[Batch]:
     for i, batch in enumerate(data):
-        pair = batch
-        if bare:
-            inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-            pair = (inputs, inputs)
+        inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        pair = (inputs, inputs) if bare else batch
         good = isinstance(pair, (tuple, list)) and len(pair) == 2
         if not (good and all(isinstance(t, Tensor) and t.dim() for t in pair) and len(pair[0]) == len(pair[1])):
             raise ValueError(

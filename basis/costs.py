@@ -181,9 +181,8 @@ def cost(
                 as_is += _called_cost(module, call, counted)
         if own in parts:  # a normalisation within a structured layer, which a dense one has not
             dense = Cost()
-        known = (
-            bool(calls) if isinstance(module, MATMULS) else all(p.dim() < 2 for p in module.parameters(recurse=False))
-        )
+        plain = all(p.dim() < 2 for p in module.parameters(recurse=False))
+        known = bool(calls) if isinstance(module, MATMULS) else plain
         layers.append(LayerCost(name, type(module).__name__, counted, as_is, dense, known))
     return CostReport(tuple(layers), size, batch_size)
 

@@ -28,6 +28,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from basis.environment import repository_root
 from basis.statistics import mean_estimate
 
 TEXT_WIDTH = 7.0  # inches: the width of the book's text, and of a printed page's
@@ -126,8 +127,6 @@ def show(draw: Draw, *, name: str, caption: str, alt: str, folder: Path | None =
     The files go to `folder`, by default `book/figures` of the checkout, if there is one.
     """
     from IPython.display import Markdown, display
-
-    from basis.environment import repository_root
 
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
         raise ValueError(f"figure name {name!r} must be small letters, digits and hyphens")

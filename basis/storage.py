@@ -39,8 +39,8 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
         else:
             tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     folder, plan = Path(folder), plan_of(model)
-    layers = {name: _layer(model, name) for name, size in plan.layers.items() if not isinstance(size, str)}
-    forms = {name: str(layer.coefficients.form) for name, layer in layers.items()}
+    names = [name for name, size in plan.layers.items() if not isinstance(size, str)]
+    forms = {name: str(_layer(model, name).coefficients.form) for name in names}
     about = {"alias": json.dumps(alias), "coefficients": json.dumps(forms)}
     with replacing(folder / STATE_FILE) as file:
         file.write(safetensors.torch.save(tensors, about))

@@ -120,20 +120,6 @@ def test_from_conv_is_exact_at_full_rank(option):
     assert_same(layer.to_conv()(x), conv(x))
 
 
-def weight_of_rank(rank):
-    return torch.randn(C_OUT, rank).double() @ torch.randn(rank, C_IN * 9).double()
-
-
-@pytest.mark.parametrize("rank", [0, 1, 3, 4])
-def test_from_conv_is_exact_and_finite_for_weights_of_low_rank(rank):
-    conv = nn.Conv2d(C_IN, C_OUT, 3, dtype=torch.float64)
-    with torch.no_grad():
-        conv.weight.copy_(weight_of_rank(rank).view_as(conv.weight))
-    layer = BasisConv2d.from_conv(conv, basis_channels=K)
-    assert_same(layer.weight, conv.weight)
-    assert layer.coefficients.matrix().abs().max() < 10
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_from_conv_works_in_every_floating_dtype(dtype):
     conv = nn.Conv2d(C_IN, C_OUT, 3).to(dtype)

@@ -46,10 +46,7 @@ def stream_batches(
     """The batches (inputs, targets) that are not empty, one by one on the model's device.
 
     With ``bare``, targets may be absent; the inputs stand for them. Images come normalised, in the model's dtype and
-    memory format.
-
-    Raises:
-        ValueError: for a batch of another kind, and at the end where there was no sample.
+    memory format. Raises ``ValueError`` for a batch of another kind, and at the end where there was no sample.
     """
     if not isinstance(data, Iterable) and not isinstance(data, Images):
         raise ValueError(f"{what} is {described(data)}, but it must be an iterable of batches, or basis.data.Images")
@@ -60,11 +57,6 @@ def stream_batches(
             yield x.to(weight.device), y.to(weight.device)
     if not found:
         raise ValueError(f"{what} holds no samples, so there is nothing to measure on")
-
-
-def read_batches(data: Iterable[Any] | Images, model: nn.Module, what: str, *, bare: bool = False) -> list[Batch]:
-    """All of :func:`stream_batches`."""
-    return list(stream_batches(data, model, what, bare=bare))
 
 
 def length_of(data: Any) -> int | None:
@@ -84,7 +76,7 @@ def first_weight(model: nn.Module) -> Tensor:
 
 
 def _images(images: Images, weight: Tensor, size: int) -> Iterator[Batch]:
-    last, images = weight.dim() == 4 and is_channels_last(weight), images.to(weight.device)
+    last, images = is_channels_last(weight), images.to(weight.device)
     for x, y in zip(images.x.split(size), images.y.split(size), strict=True):
         image = normalise(x).to(weight.dtype) if len(x) else x
         yield image if last else image.contiguous(), y
@@ -92,10 +84,8 @@ def _images(images: Images, weight: Tensor, size: int) -> Iterator[Batch]:
 
 def _pairs(data: Iterable[Any], what: str, bare: bool) -> Iterator[Batch]:
     for i, batch in enumerate(data):
-        pair = batch
-        if bare:
-            inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-            pair = (inputs, inputs)
+        inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        pair = (inputs, inputs) if bare else batch
         good = isinstance(pair, (tuple, list)) and len(pair) == 2
         if not (good and all(isinstance(t, Tensor) and t.dim() for t in pair) and len(pair[0]) == len(pair[1])):
             raise ValueError(

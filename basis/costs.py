@@ -1,8 +1,7 @@
 """What a model costs: parameters, multiply-accumulates (MACs) forward and backward, activation bytes.
 
-Everything is counted from shapes, beside the same layer as a dense convolution. The 1x1 convolution with M = [I; A]
-also multiplies by the identity, which stands apart as ``identity_*``; algebra plus identity is what
-``torch.utils.flop_counter`` counts (as 2 per MAC). From k = C_out / 2 on, a CPU does without the identity.
+Everything is counted from shapes, beside the same layer as a dense convolution. What the 1x1 convolution with
+M = [I; A] multiplies by the identity stands apart as ``identity_*``; ``torch.utils.flop_counter`` counts both.
 """
 
 from __future__ import annotations
@@ -46,24 +45,19 @@ COLUMNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 class Cost:
     """Numbers of one layer, or of a whole model, for one training step.
 
-    Attributes:
-        parameters: trained numbers that are stored; a tied one counts where it appears first. A sparse A counts the
-            entries it keeps, a frozen A none, a structured layer its bits, 32 to a number.
-        input_gradient_macs: of gradients that flow on towards the input: dX, and dZ of the basis channels.
-        identity_forward_macs, identity_backward_macs: what is multiplied by the identity in M, on top.
-        activation_bytes: what the layer keeps for its own backward pass: its input (without padding), Z, and the M or
-            W it builds; layers without parameters are not counted.
-        building_macs: what makes a structured layer's weight from its factors, once per step, beside ``forward_macs``.
+    ``parameters`` are trained numbers that are stored; a tied one counts where it appears first. A sparse A counts the
+    entries it keeps, a frozen A none, a structured layer its bits, 32 to a number. ``activation_bytes`` are what a
+    layer with parameters keeps for its own backward pass: its input (without padding), Z, and the M or W it builds.
     """
 
     parameters: int = 0
     forward_macs: int = 0
-    input_gradient_macs: int = 0
+    input_gradient_macs: int = 0  # of gradients that flow on towards the input: dX, and dZ of the basis channels
     weight_gradient_macs: int = 0
-    identity_forward_macs: int = 0
+    identity_forward_macs: int = 0  # what is multiplied by the identity in M, on top
     identity_backward_macs: int = 0
     activation_bytes: int = 0
-    building_macs: int = 0
+    building_macs: int = 0  # what makes a structured layer's weight, once per step, beside ``forward_macs``
 
     @property
     def backward_macs(self) -> int:
@@ -76,17 +70,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer: its ``cost`` as it is (a basis convolution in ``mode``), and as a ``dense`` layer of the same shape.
-
-    ``counted`` is False where it holds weights but is never called, or is of an unknown kind: its MACs are missing.
-    """
+    """One layer: its ``cost`` as it is (a basis convolution in ``mode``), and as a ``dense`` one of the same shape."""
 
     name: str
     kind: str
     mode: str
     cost: Cost
     dense: Cost
-    counted: bool = True
+    counted: bool = True  # else MACs are missing: it holds weights but is never called, or is of an unknown kind
 
 
 @dataclass(frozen=True)
@@ -134,10 +125,9 @@ class CostReport:
         rows += [row(layer.name, f"{layer.kind} {layer.mode}".strip(), layer.cost) for layer in self.layers]
         rows += [row("total", "", self.total), row("dense", "", self.dense), ("total / dense", "", *ratios)]
         title = f"one step of {self.batch_size} image{'s' * (self.batch_size > 1)} of {self.input_size}"
-        missing = ", ".join(layer.name for layer in self.layers if not layer.counted)
         lines = [title, *columns(rows, left=2)]
-        if not all(layer.counted for layer in self.layers):
-            lines.append(f"MACs not counted (not called, or of an unknown kind): {missing}")
+        if missing := [layer.name for layer in self.layers if not layer.counted]:
+            lines.append(f"MACs not counted (not called, or of an unknown kind): {', '.join(missing)}")
         return "\n".join(lines)
 
 
@@ -191,9 +181,8 @@ def cost(
                 as_is += _called_cost(module, call, counted)
         if own in parts:  # a normalisation within a structured layer, which a dense one has not
             dense = Cost()
-        known = (
-            bool(calls) if isinstance(module, MATMULS) else all(p.dim() < 2 for p in module.parameters(recurse=False))
-        )
+        plain = all(p.dim() < 2 for p in module.parameters(recurse=False))
+        known = bool(calls) if isinstance(module, MATMULS) else plain
         layers.append(LayerCost(name, type(module).__name__, counted, as_is, dense, known))
     return CostReport(tuple(layers), size, batch_size)
 
@@ -245,9 +234,6 @@ def _stored(module: nn.Module, seen: set[int]) -> tuple[Cost, Cost]:
     return Cost(own), Cost(dense)
 
 
-# -- shapes -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Call:
     """One call of a layer: shapes in and out, bytes per number, and whether dX is needed."""
@@ -297,9 +283,6 @@ def _run(model: nn.Module, size: tuple[int, ...]) -> list[tuple[str, nn.Module, 
     with torch.enable_grad():
         model(torch.zeros(size, dtype=like.dtype, device=like.device))
     return [(name, module, calls[module]) for name, module in model.named_modules() if module in calls]
-
-
-# -- counting -----------------------------------------------------------------------------------
 
 
 def _called_cost(module: Any, call: Call, mode: str) -> Cost:

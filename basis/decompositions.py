@@ -1,8 +1,7 @@
-"""What other tools make of a trained convolution: factorisations with fitted weights, for whole networks.
+"""What a user would take instead of basis convolutions: other factorisations of trained convolutions.
 
-They are what a user would take instead of basis convolutions, at a number of parameters that is given: two
-convolutions in a row by the truncated SVD of the weight (Zhang et al. 2016, arXiv 1505.06798), and the Tucker
-``FactorizedConv`` of tensorly-torch. Each gives all its layers one common setting, the largest that meets the budget.
+Two convolutions in a row by the truncated SVD of the weight (Zhang et al. 2016, arXiv 1505.06798), and the Tucker
+``FactorizedConv`` of tensorly-torch. Whole networks have one setting for all layers, the largest that meets a budget.
 """
 
 from __future__ import annotations
@@ -29,10 +28,7 @@ class NotInstalled(RuntimeError):
 
 
 def pair_of(conv: nn.Conv2d, q: int) -> nn.Sequential:
-    """The two convolutions C_in -> q -> C_out (1x1) of the SVD of the weight of ``conv``, truncated to rank q.
-
-    Raises ``ValueError`` for grouped convolutions, and for a q that is no rank of the weight.
-    """
+    """The convolutions C_in -> q -> C_out (1x1) of the SVD of the weight; ``ValueError`` where q is no rank of it."""
     ranks = min(conv.weight.flatten(1).shape)
     if conv.groups != 1 or not 1 <= q <= ranks:
         raise ValueError(f"groups is {conv.groups} and q is {q}, but they must be 1 and a rank from 1 to {ranks}")
@@ -58,10 +54,7 @@ def tucker_size(conv: nn.Conv2d, out: int, into: int) -> int:
 
 
 def tucker_ranks(conv: nn.Conv2d, parameters: float) -> tuple[int, int]:
-    """Ranks (output channels, input channels) of the largest Tucker convolution of that size, in their proportion.
-
-    Raises ``ValueError`` where not even ranks 1 and 1 have so few.
-    """
+    """Ranks (output, input channels) of the largest Tucker convolution of that size; ``ValueError`` where none is."""
     c_out, c_in, *_ = conv.weight.shape
     total = c_out + c_in
 
@@ -81,11 +74,8 @@ def tensorly_conv(
 ) -> nn.Module:
     """The Tucker ``FactorizedConv`` of tensorly-torch, with the ranks of :func:`tucker_ranks`; kernels stay whole.
 
-    Args:
-        implementation: "factorized" convolves three times, "reconstructed" builds the dense weight first.
-        fitted: whether the weight of ``conv`` is decomposed, or the layer keeps what memory holds.
-
-    Raises :class:`NotInstalled`, and ``ValueError`` as :func:`tucker_ranks`.
+    ``implementation``: "factorized" convolves three times, "reconstructed" builds the dense weight first. Where not
+    ``fitted``, the layer keeps what memory holds. Raises :class:`NotInstalled`, and what :func:`tucker_ranks` raises.
     """
     rank = (*tucker_ranks(conv, parameters), *conv.kernel_size)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints and warns on import
@@ -101,14 +91,11 @@ def tensorly_conv(
         )  # fmt: skip
 
 
-# -- whole networks ---------------------------------------------------------------------------------
-
-
 def svd_pairs(model: nn.Module, parameters: int, exclude: Iterable[str] = ()) -> nn.Module:
     """A copy of ``model`` whose convolutions are pairs (:func:`pair_of`), all at one fraction of the full rank.
 
     The fraction is the largest at which the network has at most ``parameters``; ``ValueError`` where there is none.
-    Convolutions that would not get smaller stay as they are, and so do grouped ones and those in ``exclude``.
+    Convolutions that would not get smaller stay as they are, as do grouped ones and those in ``exclude``.
     """
 
     def rank(conv: nn.Conv2d, ratio: float) -> int:
@@ -121,10 +108,7 @@ def svd_pairs(model: nn.Module, parameters: int, exclude: Iterable[str] = ()) ->
 
 
 def tensorly_network(model: nn.Module, parameters: int, exclude: Iterable[str] = ()) -> nn.Module:
-    """A copy of ``model`` with fitted :func:`tensorly_conv` layers, each with one common share of its parameters.
-
-    Args and errors are those of :func:`svd_pairs`, and :class:`NotInstalled`.
-    """
+    """:func:`svd_pairs` with fitted :func:`tensorly_conv` layers, each with one common share of its parameters."""
 
     def size(conv: nn.Conv2d, share: float) -> int:
         wanted = max(tucker_size(conv, 1, 1), share * conv.weight.numel())
@@ -134,15 +118,12 @@ def tensorly_network(model: nn.Module, parameters: int, exclude: Iterable[str] =
 
 
 def _shrunk(
-    model: nn.Module,
-    parameters: int,
-    exclude: Iterable[str],
-    size: Callable[[nn.Conv2d, float], int],
+    model: nn.Module, parameters: int, exclude: Iterable[str], size: Callable[[nn.Conv2d, float], int],
     make: Callable[[nn.Conv2d, float], nn.Module],
-) -> nn.Module:
-    """A copy of ``model`` with what ``make`` gives for convolutions at one setting, the largest in [0, 1) that fits.
+) -> nn.Module:  # fmt: skip
+    """A copy of ``model`` with what ``make`` gives, where it is smaller by ``size``, its number of weights.
 
-    ``size`` counts its weights; it is used where it is smaller.
+    All at one setting, the largest in [0, 1) that fits.
     """
     left = set(exclude)
     convs: dict[str, Any] = {name: module for name, module in model.named_modules() if type(module) is nn.Conv2d}

@@ -26,25 +26,17 @@ Runner = Callable[[bytes, Sequence[Tensor]], list[Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """A file that was written, and run with ``batches`` of images (none where onnxruntime is not installed).
-
-    ``error`` is the largest difference to the model's outputs, relative to their largest magnitude.
-    """
+    """A file that was written and run."""
 
     path: Path
-    batches: tuple[int, ...]
-    error: float | None
+    batches: tuple[int, ...]  # of images it was run with; none where onnxruntime is not installed
+    error: float | None  # the largest difference to the model's outputs, relative to their largest magnitude
 
 
 def export_onnx(
-    model: nn.Module,
-    path: str | os.PathLike,
-    input_size: Sequence[int],
-    *,
-    batch: Batch = "dynamic",
-    tolerance: float = 1e-4,
-    overwrite: bool = False,
-) -> Exported:
+    model: nn.Module, path: str | os.PathLike, input_size: Sequence[int], *,
+    batch: Batch = "dynamic", tolerance: float = 1e-4, overwrite: bool = False,
+) -> Exported:  # fmt: skip
     """Write ``model``, best folded first (:func:`basis.fold`), as an ONNX file that is checked and run.
 
     From a copy on the CPU in evaluation mode. The file has one input, "images" (N, \\*input_size), and one output,
@@ -56,11 +48,9 @@ def export_onnx(
         tolerance: largest difference allowed, relative to the largest magnitude of the model's outputs.
         overwrite: replace a file that is there.
 
-    Raises:
-        FileExistsError: for a file at ``path`` without ``overwrite``, or a folder.
-        ModuleNotFoundError: where onnx or onnxscript is missing.
-        ValueError: for a batch out of range, or a model that does not return one tensor for such images.
-        RuntimeError: where the model cannot be exported, the file cannot be run, or its outputs differ.
+    Raises ``FileExistsError`` for a file at ``path`` without ``overwrite``, or a folder; ``ModuleNotFoundError`` where
+    onnx or onnxscript is missing; ``ValueError`` for a batch out of range, or a model that does not return one tensor
+    for such images; ``RuntimeError`` where it cannot be exported, the file cannot be run, or its outputs differ.
     """
     if not (is_installed("onnx") and is_installed("onnxscript")):
         raise ModuleNotFoundError("export to ONNX needs more: pip install onnx onnxscript onnxruntime")
@@ -85,11 +75,7 @@ def export_onnx(
 
 
 def export_program(model: nn.Module, path: str | os.PathLike, input_size: Sequence[int], **options: Any) -> Exported:
-    """Write ``model``, best folded first (:func:`basis.fold`), as a program of ``torch.export`` (a ``.pt2`` file).
-
-    From a copy in evaluation mode, on the model's device. ``torch.export.load`` reads it. ``options`` and errors
-    are those of :func:`export_onnx`.
-    """
+    """As :func:`export_onnx`, a program of ``torch.export`` (a ``.pt2`` file) of a copy on the model's own device."""
 
     def export(copied: nn.Module, example: Tensor, shapes: Any) -> bytes:
         buffer = io.BytesIO()
@@ -111,8 +97,8 @@ def is_installed(package: str) -> bool:
 
 
 def _write(
-    model: nn.Module, path: str | os.PathLike, input_size: Sequence[int], export: Exporter, run: Runner | None,
-    *, batch: Batch = "dynamic", tolerance: float = 1e-4, overwrite: bool = False,
+    model: nn.Module, path: str | os.PathLike, input_size: Sequence[int], export: Exporter, run: Runner | None, *,
+    batch: Batch = "dynamic", tolerance: float = 1e-4, overwrite: bool = False,
 ) -> Exported:  # fmt: skip
     """Export, run and compare; the file appears last, whole."""
     target = Path(path)

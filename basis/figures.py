@@ -1,12 +1,10 @@
 """One style for every figure: colour-blind safe, light, dark and print.
 
-A figure is a pure function of a `Theme`. It is called once for each theme, so the same drawing
-gives the light and the dark picture of the book and the PDF for print:
+A figure is a pure function of a `Theme`, called for the light and the dark picture of the book and the PDF for print:
 
     def draw(theme):
         figure = canvas()
-        axes = figure.subplots()
-        axes.plot(x, y, color=theme.colour("r=1/2"), label="r = 1/2")
+        figure.subplots().plot(x, y, color=theme.colour("r=1/2"), label="r = 1/2")
         return figure
 
     show(draw, name="cost-forward", caption="What to see, with n.", alt="What the picture shows.")
@@ -30,6 +28,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from basis.environment import repository_root
 from basis.statistics import mean_estimate
 
 TEXT_WIDTH = 7.0  # inches: the width of the book's text, and of a printed page's
@@ -47,9 +46,9 @@ _COLOURS = {
     "composed": _RED, "auto": _PURPLE, "selected": _BLUE, "uniform": _RED, "narrowerdense": _GREEN,
     "largestfirst": _PURPLE, "threshold": _GOLD, "switched": _GOLD,
 }  # fmt: skip
+_CYCLE = (_BLUE, _RED, _GREEN, _PURPLE, _GOLD, ("#5b6470", "#aab4c0"))
 _LIGHT_COLOURS, _DARK_COLOURS = ({label: pair[i] for label, pair in _COLOURS.items()} for i in (0, 1))
-_LIGHT_CYCLE = ("#2f5fb3", "#c8553d", "#008a7a", "#7b3294", "#b7791f", "#5b6470")
-_DARK_CYCLE = ("#7fabf5", "#f58f78", "#4fd0bd", "#c58be0", "#f0b754", "#aab4c0")
+_LIGHT_CYCLE, _DARK_CYCLE = (tuple(pair[i] for pair in _CYCLE) for i in (0, 1))
 
 
 @dataclass(frozen=True)
@@ -96,15 +95,6 @@ def canvas(height: float = 3.8, width: float = TEXT_WIDTH) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _check(name: str, caption: str, alt: str) -> None:
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
-        raise ValueError(f"figure name {name!r} must be small letters, digits and hyphens")
-    if not caption.strip():
-        raise ValueError(f"figure {name!r} has no caption; say what it shows and what to notice")
-    if not alt.strip() or is_path(alt):
-        raise ValueError(f"figure {name!r} needs an alt text that says what is seen, not {alt!r}")
-
-
 def is_path(text: str) -> bool:
     """Whether a text is the name of a file and therefore no description."""
     return bool(re.fullmatch(r"\S*[/\\]\S*|\S+\.(svg|png|jpe?g|gif|webp|pdf)", text.strip()))
@@ -125,27 +115,25 @@ def render_figure(draw: Draw, theme: Theme, *, name: str, fmt: str, **options: A
 def save(draw: Draw, *, name: str, folder: Path) -> None:
     """Write NAME.svg, NAME-dark.svg (both without background) and NAME.pdf into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {
-        f"{name}.svg": render_figure(draw, LIGHT, name=name, fmt="svg"),
-        f"{name}-dark.svg": render_figure(draw, DARK, name=name, fmt="svg"),
-        f"{name}.pdf": render_figure(draw, LIGHT, name=name, fmt="pdf"),
-    }
-    for filename, content in files.items():
-        (folder / filename).write_bytes(content)
+    for ending, theme in ((".svg", LIGHT), ("-dark.svg", DARK), (".pdf", LIGHT)):
+        content = render_figure(draw, theme, name=name, fmt=ending[-3:])
+        (folder / f"{name}{ending}").write_bytes(content)
 
 
 def show(draw: Draw, *, name: str, caption: str, alt: str, folder: Path | None = None) -> None:
     """Show a figure with its caption in the notebook, and write its files for the book.
 
-    `caption` is plain Markdown and states the finding; `alt` describes what is seen to someone who
-    does not see it. The files go to `folder`, by default `book/figures` of the checkout; where
-    there is no checkout nothing is written.
+    `caption` is plain Markdown and states the finding; `alt` describes what is seen to someone who does not see it.
+    The files go to `folder`, by default `book/figures` of the checkout, if there is one.
     """
     from IPython.display import Markdown, display
 
-    from basis.environment import repository_root
-
-    _check(name, caption, alt)
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
+        raise ValueError(f"figure name {name!r} must be small letters, digits and hyphens")
+    if not caption.strip():
+        raise ValueError(f"figure {name!r} has no caption; say what it shows and what to notice")
+    if not alt.strip() or is_path(alt):
+        raise ValueError(f"figure {name!r} needs an alt text that says what is seen, not {alt!r}")
     root = repository_root()
     if folder is None and root is not None:
         folder = root / "book" / "figures"
@@ -160,11 +148,9 @@ def show(draw: Draw, *, name: str, caption: str, alt: str, folder: Path | None =
     display(Markdown(caption), metadata={CAPTION_KEY: name})
 
 
-# --- pieces that several figures share ---------------------------------------------------------
-
-
 # For seaborn, where three rows of a frame hold an estimate and both ends of its interval (or quartiles).
 ENDS: Mapping[str, Any] = {"estimator": "median", "errorbar": ("pi", 100)}
+FROM_CORNER: Mapping[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
 
 
 def student(values: Sequence[float]) -> tuple[float, float]:
@@ -182,16 +168,14 @@ def side_by_side(runs: pd.DataFrame, x: str, *, by: str, step: float = 0.012) ->
 
 def note_n(axes: Axes, n: int | str, theme: Theme) -> None:
     """Write "n = ..." above the upper right corner."""
-    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
-    axes.annotate(f"n = {n}", (1, 1), xytext=(0, 5), ha="right", va="bottom", color=theme.muted, **place)
+    axes.annotate(f"n = {n}", (1, 1), xytext=(0, 5), ha="right", va="bottom", color=theme.muted, **FROM_CORNER)
 
 
 def mark_incomplete(axes: Axes, what: str, theme: Theme) -> None:
     """Say on the figure itself that data are missing, for example "6 of 10 runs"."""
-    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
     frame = {"boxstyle": "round,pad=0.35", "facecolor": "none", "edgecolor": theme.warning, "linestyle": "--"}
     text = f"incomplete: {what}"
-    axes.annotate(text, (0, 1), xytext=(6, -8), ha="left", va="top", color=theme.warning, bbox=frame, **place)
+    axes.annotate(text, (0, 1), xytext=(6, -8), ha="left", va="top", color=theme.warning, bbox=frame, **FROM_CORNER)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

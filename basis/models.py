@@ -5,8 +5,6 @@
 - ``resnet20`` ... ``resnet110``: the three-stage networks of its section 4.2, with parameter-free shortcuts (option A).
 - ``wrn-28-10`` ... (depth, widening factor): the wide networks of Zagoruyko and Komodakis 2016 (arXiv 1605.07146,
   table 1), of three stages whose blocks normalise and activate first, without dropout.
-
-Weights are initialised the way PyTorch initialises each layer.
 """
 
 from __future__ import annotations
@@ -159,9 +157,7 @@ def build(name: str, *, num_classes: int = 10, width: int | Sequence[int] | None
     """The network called ``name``: one of :data:`MODELS`, or ``wrn-DEPTH-WIDENING`` such as ``wrn-28-10``.
 
     ``width``, of the stem, is that of the paper unless given; for a ResNet a sequence holds the width of each stage.
-
-    Raises:
-        ValueError: for an unknown name, a width or number of classes below 1, or widths of another number of stages.
+    Raises ``ValueError`` for an unknown name, numbers below 1, or widths of another number of stages.
     """
     wide = re.fullmatch(r"wrn-(\d+)-(\d+)", name)
     if wide:

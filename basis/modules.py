@@ -41,18 +41,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def training_norms(norms: Sequence[_BatchNorm], *, afresh: bool = False) -> Iterator[None]:
-    """These modules in training mode; afterwards they have the flag and the momentum that they had.
+def training_norms(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """These modules in training mode, their statistics from zero the plain average over the batches to come.
 
-    With ``afresh`` their statistics start at zero and become the plain average over the batches to come, whatever
-    their momentum (EagleEye: Li et al. 2020, arXiv 2007.02491, section 3.2).
+    As in EagleEye (Li et al. 2020, arXiv 2007.02491, section 3.2). Flag and momentum come back.
     """
     with keeping(norms, "training", "momentum"):
         for norm in norms:
             norm.train()
-            if afresh:
-                norm.momentum = None
-                norm.reset_running_stats()
+            norm.momentum = None
+            norm.reset_running_stats()
         yield
 
 
@@ -62,5 +60,6 @@ def tracking_norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 def is_channels_last(weight: Tensor) -> bool:
-    """Whether a 4-d weight is stored channels-last and not (also) contiguous in the ordinary sense."""
-    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    """Whether a weight is 4-d and stored channels-last, and not (also) contiguous in the ordinary sense."""
+    last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    return last and not weight.is_contiguous()

@@ -27,15 +27,14 @@ class Plan(Saved):
     """Which layers of a model become basis convolutions or other structured layers, and why the others do not.
 
     ``layers`` maps names to basis channels k, where k = C_out keeps the layer dense, or to texts of structured layers
-    (:class:`basis.layers.structured.Structure`); ``skipped`` maps every other convolution to the reason why it stays
-    dense; ``out_channels`` holds C_out, which a plan written by hand need not know.
+    (:class:`basis.layers.structured.Structure`); ``skipped`` maps every other convolution to the reason.
     """
 
     kind: ClassVar[str] = "plan"
 
     layers: Mapping[str, Size]
     skipped: Mapping[str, str] = field(default_factory=dict)
-    out_channels: Mapping[str, int] = field(default_factory=dict, compare=False)
+    out_channels: Mapping[str, int] = field(default_factory=dict, compare=False)  # a plan written by hand has none
 
     def __post_init__(self) -> None:
         if not isinstance(self.layers, Mapping) or not isinstance(self.skipped, Mapping):
@@ -43,23 +42,16 @@ class Plan(Saved):
 
     @classmethod
     def uniform(
-        cls,
-        model: nn.Module,
-        *,
-        ratio: float | None = None,
-        layer: str | Structure | None = None,
-        coefficients: str | Form = "dense",
-        include: str | Iterable[str] = (),
-        exclude: str | Iterable[str] = (),
+        cls, model: nn.Module, *, ratio: float | None = None, layer: str | Structure | None = None,
+        coefficients: str | Form = "dense", include: str | Iterable[str] = (), exclude: str | Iterable[str] = (),
         multiple: int = 1,
-    ) -> Plan:
+    ) -> Plan:  # fmt: skip
         """Every convolution of ``model`` that can be substituted, all at one ratio or by one structured layer.
 
         A layer that would then store more parameters than the dense one stays dense; ``skipped`` says so.
 
         Args:
-            ratio: r in (0, 1]; k is the nearest to r C_out among the multiples of ``groups`` and of
-                ``multiple`` (8 for tensor cores, say). Give this or ``layer``.
+            ratio: r in (0, 1]; k is the multiple of ``groups`` and ``multiple`` nearest to r C_out. This or ``layer``.
             layer: the text of a structured layer; a layer that cannot take it is skipped with the reason.
             coefficients: the form of A, which decides how many parameters a basis layer stores.
             include, exclude: shell patterns (``fnmatch``) of layer names; to include none means all layers.
@@ -109,10 +101,7 @@ class Plan(Saved):
 
 
 def plan_of(model: nn.Module) -> Plan:
-    """The plan that ``model`` was made by, read from its layers.
-
-    ``skipped`` holds its other convolutions, with the reason where they cannot be substituted, else ``"left dense"``.
-    """
+    """The plan that ``model`` was made by, read from its layers; ``skipped`` says why others stay dense, if known."""
     layers: dict[str, Size] = {}
     skipped: dict[str, str] = {}
     found = convolutions(model)

@@ -27,10 +27,7 @@ class Unwritable(RecordError):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A temporary file beside ``path`` that takes its place when the block ends well, and else vanishes.
-
-    Readers see the old content or the new, never a part, also on a full disk (``OSError``). Makes the folder.
-    """
+    """A temporary file that takes the place of ``path`` where the block ends well: readers see the old or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp", delete=False)  # noqa: SIM115
     try:
@@ -61,13 +58,10 @@ def unwritable(path: Path, error: OSError) -> Unwritable:
 
 
 class Saved:
-    """What a frozen dataclass inherits to be saved and loaded.
+    """What a frozen dataclass inherits to be saved and loaded."""
 
-    ``kind`` is what the file says it is; ``parts`` are the fields that hold another dataclass, or a tuple of them.
-    """
-
-    kind: ClassVar[str]
-    parts: ClassVar[Mapping[str, type]] = {}
+    kind: ClassVar[str]  # what the file says it is
+    parts: ClassVar[Mapping[str, type]] = {}  # the fields that hold another dataclass, or a tuple of them
 
     def to_json(self) -> str:
         """The result as JSON text, for :meth:`from_json`. NaN and infinity become null."""

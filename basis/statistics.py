@@ -38,10 +38,7 @@ def mean_estimate(values: Sequence[float]) -> Estimate:
 
 
 def proportion_estimate(successes: float, n: int) -> Estimate:
-    """The share ``successes / n`` of independent trials with Wilson's score interval (1927), which holds near 0 and 1.
-
-    Raises ``ValueError`` for no trials, or successes outside 0 to n.
-    """
+    """The share ``successes / n`` with Wilson's score interval (1927); ``ValueError`` where there can be no such."""
     from scipy import stats
 
     if n < 1 or not 0 <= successes <= n:

@@ -24,9 +24,8 @@ PLAN_FILE, STATE_FILE = "plan.json", "model.safetensors"
 
 
 def save(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Write ``model`` to ``folder``: ``model.safetensors`` (its state) and ``plan.json``; no pickle.
+    """Write ``model`` to ``folder``: ``model.safetensors`` (its state) and ``plan.json``; no pickle, and no modes.
 
-    A tensor with several names is written once. Modes are not written: they belong to the machine, not to the model.
     Raises ``ValueError`` for a state with entries that are not tensors with values.
     """
     tensors: dict[str, Tensor] = {}
@@ -40,8 +39,8 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
         else:
             tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     folder, plan = Path(folder), plan_of(model)
-    layers = {name: _layer(model, name) for name, size in plan.layers.items() if not isinstance(size, str)}
-    forms = {name: str(layer.coefficients.form) for name, layer in layers.items()}
+    names = [name for name, size in plan.layers.items() if not isinstance(size, str)]
+    forms = {name: str(_layer(model, name).coefficients.form) for name in names}
     about = {"alias": json.dumps(alias), "coefficients": json.dumps(forms)}
     with replacing(folder / STATE_FILE) as file:
         file.write(safetensors.torch.save(tensors, about))
@@ -53,7 +52,6 @@ def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
 
     The weights of ``model`` are not used and it is left alone; device, dtype, flags, hooks and sharing are its own,
     but for coefficients, which are held and shared as in the saved model.
-
     Raises ``FileNotFoundError``, and ``ValueError`` for a damaged file, or a plan or state that does not fit ``model``.
     """
     folder = Path(folder)

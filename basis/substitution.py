@@ -1,7 +1,6 @@
-"""Put basis convolutions, and other structured layers, into a model by plan, and take them out again.
+"""Put basis convolutions, and other structured layers, into a copy of a model by plan, and take them out again.
 
-:func:`substitute` and :func:`merge` return a changed deep copy: the model given is left alone, and everything but
-the layers themselves (device, dtype, memory format, flags, hooks, sharing) is kept.
+Everything but the layers themselves (device, dtype, memory format, flags, hooks, sharing) is kept.
 """
 
 from __future__ import annotations
@@ -24,9 +23,6 @@ from basis.layers.structured import Structure, StructuredConv2d
 from basis.plan import Plan, Size, as_patterns, convolutions, left_out, obstacle, plan_of, size_text, tied  # noqa: F401
 from basis.text import few, shown_name
 
-INITS = ("svd", "random")
-BATCH_NORMS = ("ordinary", "through_basis")
-
 # Every attribute in which nn.Module keeps hooks, with their kwargs / always-call flags.
 HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 
@@ -47,15 +43,12 @@ def substitute(
 ) -> nn.Module:
     """A copy of ``model`` in which the convolutions that the plan names are basis convolutions or structured layers.
 
-    A convolution with several names is replaced once, and any of its names will do. A bare ``nn.Conv2d`` comes back
-    as one layer. :func:`plan_of` tells what was substituted.
+    A convolution with several names is replaced once, and any of them will do. A bare ``nn.Conv2d`` gives one layer.
 
     Args:
-        plan: a :class:`Plan`, or a mapping of layer names to basis channels, or to texts of structured
-            layers such as ``"tucker:0.41"``. Give this, ``ratio`` or ``layer``.
-        ratio: every convolution that does not grow at this ratio, see :meth:`Plan.uniform`, whose ``include`` and
-            ``exclude`` go with it.
-        layer: the same with a structured layer.
+        plan: a :class:`Plan`, or a mapping of names to basis channels, or to texts such as ``"tucker:0.41"``.
+        ratio, layer: in place of a plan, one of them for every convolution that does not grow by it, see
+            :meth:`Plan.uniform`, whose ``include`` and ``exclude`` go with it.
         mode: the mode of the new basis layers, see :class:`BasisConv2d`.
         init: ``"svd"`` approximates each weight; ``"random"`` draws new ones for training from scratch.
         calibration: batches, read once, on which basis layers are fitted to the outputs of the dense ones instead of
@@ -70,7 +63,9 @@ def substitute(
     """
     if [plan, ratio, layer].count(None) != 2:
         raise ValueError("give one of plan, ratio and layer")
-    for name, value, known in (("mode", mode, MODES), ("init", init, INITS), ("batch_norm", batch_norm, BATCH_NORMS)):
+    batch_norms = ("ordinary", "through_basis")
+    known_values = {"mode": (mode, MODES), "init": (init, ("svd", "random")), "batch_norm": (batch_norm, batch_norms)}
+    for name, (value, known) in known_values.items():
         if value not in known:
             raise ValueError(f"{name} is {value!r}, but it must be one of {', '.join(known)}")
     if calibration is not None and init == "random":
@@ -95,22 +90,16 @@ def substitute(
     return copied
 
 
-def substitute_in_place(
-    model: nn.Module, layers: Mapping[str, Size], *, init: Literal["svd", "random"] = "svd",
-    calibration: Batches | None = None,
-) -> None:  # fmt: skip
+def substitute_in_place(model: nn.Module, layers: Mapping[str, Size], *, calibration: Batches | None = None) -> None:
     """:func:`substitute` by such a plan, without the copy; ``ValueError`` where the model itself is the convolution."""
     chosen = _resolve(model, layers)
-    new = _new_layers(model, chosen, calibration, init=init, form=Form("dense"), mode="auto")
+    new = _new_layers(model, chosen, calibration, init="svd", form=Form("dense"), mode="auto")
     if replace_modules(model, new) is not model:
         raise ValueError("the model is one convolution, which cannot be replaced in place")
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` with a plain ``nn.Conv2d`` for each basis convolution (of [B; A B]) and structured layer.
-
-    Keeps what :func:`substitute` keeps. Batch normalisation through the basis is ordinary again.
-    """
+    """A copy of ``model`` of plain ``nn.Conv2d`` and batch normalisation; the way back from :func:`substitute`."""
     copied = uncouple_in_place(copy_of(model))
     layers = [module for module in copied.modules() if isinstance(module, (BasisConv2d, StructuredConv2d))]
     return replace_modules(copied, {layer: hand_over(layer, layer.to_conv()) for layer in layers})
@@ -172,8 +161,9 @@ def _new_layers(
         except ValueError as error:
             raise ValueError(f"{shown_name(names[0])}: {error}") from error
         for name, conv, layer in zip(names, convs, layers, strict=True):
-            if name in norms:
-                _take_mean(model.get_submodule(norms[name]), layer, moments[name])
+            norm: Any = model.get_submodule(norms[name]) if name in norms else None
+            if norm is not None and norm.running_mean is not None:  # the mean of a batch leaves out what is lost anyway
+                norm.running_mean.copy_(norm.running_mean.double() - layer.lost_mean(moments[name]))
             new[conv] = hand_over(conv, layer)
     return new
 
@@ -194,18 +184,8 @@ def _calibrated(
     return moments, {conv: norm for conv, norm in taking_means(model).items() if conv in moments}
 
 
-@torch.no_grad()
-def _take_mean(norm: Any, layer: Any, moments: Moments) -> None:
-    """Take what ``layer`` loses of the mean from the running mean; the mean of a batch leaves it out anyway."""
-    if norm.running_mean is not None:
-        norm.running_mean.copy_(norm.running_mean.double() - layer.lost_mean(moments))
-
-
 def hand_over(old: Any, new: Any) -> nn.Module:
-    """Give ``new`` the hooks of ``old``, and its very bias parameter, which may be tied elsewhere.
-
-    But for the bias of a layer that ``shifts``: in a convolution it has another value.
-    """
+    """Give ``new`` the hooks of ``old``, and its very bias, which may be tied elsewhere, unless ``old`` shifts it."""
     for name in HOOKS:
         setattr(new, name, getattr(old, name))
     for hook in new._load_state_dict_pre_hooks.values():

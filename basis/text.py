@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-def few(items: Iterable[str], separator: str = ", ", limit: int = 4) -> str:
-    """The first items of a list, and how many more there are."""
+def few(items: Iterable[str], separator: str = ", ") -> str:
+    """The first four items of a list, and how many more there are."""
     items = list(items)
-    more = f"{separator}and {len(items) - limit} more" if len(items) > limit else ""
-    return separator.join(items[:limit]) + more
+    more = f"{separator}and {len(items) - 4} more" if len(items) > 4 else ""
+    return separator.join(items[:4]) + more
 
 
 def first_line(error: Exception) -> str:

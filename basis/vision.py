@@ -1,8 +1,7 @@
 """torchvision and timm, imported beside any build of torch.
 
 Beside another build of torch than that of PyPI, as the one for CPUs, torchvision's compiled operators do not load, and
-its import fails where it gives two of them, ``nms`` and ``qnms``, a shape rule. Classification needs neither, so they
-are declared in that case. timm imports torchvision.
+its import fails for two that classification does not need, so they are declared in that case. timm imports torchvision.
 """
 
 from __future__ import annotations

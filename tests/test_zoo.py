@@ -77,7 +77,7 @@ class Case:
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(1)
             self.small = substitute(self.model, self.plan, mode="factorized", init="random")
-            with training_norms(tracking_norms(self.small), afresh=True):
+            with training_norms(tracking_norms(self.small)):
                 self.small(torch.randn(4, *self.size))
             self.images = torch.randn(2, *self.size, dtype=torch.float64)
         self.wide = copy.deepcopy(self.small.eval()).double()

@@ -98,22 +98,18 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Settings that were checked, and what was made from them.
-
-    ``parts``: "train" (augmented), "calibration" of it, "held" out, "scored" of these, and "test". ``identity``: the
-    settings with digests of the files, which make a run this one.
-    """
+    """Settings that were checked, and what was made from them."""
 
     settings: Settings
     out: Path
     say: Say | None
     model: nn.Module
     data: ImageData
-    parts: Mapping[str, Part]
+    parts: Mapping[str, Part]  # "train" (augmented), "calibration" of it, "held" out, "scored" of these, and "test"
     input_size: tuple[int, ...]  # (C, H, W) of one image
     device: torch.device
     measure: str
-    identity: Mapping[str, Any]
+    identity: Mapping[str, Any]  # the settings with digests of the files, which make a run this one
 
     @property
     def setting(self) -> Setting:
@@ -138,9 +134,8 @@ def compress(settings: Settings, *, say: Say | None = None, command: str = "") -
     """Find the layers that can take it, replace, repair and measure them, and export the network.
 
     ``settings.out`` receives ``plan.json`` and ``model.safetensors`` (for :func:`basis.load`), the exported files,
-    ``sensitivity.jsonl``, ``report.html`` and ``report.json``, whose content is returned. Called again with the same
-    settings it goes on where it was. ``say`` receives lines about the progress; ``command`` is for the report. Raises
-    what :func:`prepare` raises, before any long work.
+    ``sensitivity.jsonl``, ``report.html`` and ``report.json``, whose content is returned. ``say`` receives lines about
+    the progress, ``command`` is for the report. Raises what :func:`prepare` raises, before any long work.
     """
     job = prepare(settings, say=say)
     write_json(job.out / "run.json", job.identity)
@@ -151,11 +146,7 @@ def compress(settings: Settings, *, say: Say | None = None, command: str = "") -
 
 
 def prepare(settings: Settings, *, say: Say | None = None) -> Job:
-    """Read and check everything that was given.
-
-    Raises:
-        ValueError: in one sentence, for whatever is missing, unreadable, impossible, or of another run.
-    """
+    """Read and check what was given; ``ValueError`` for what is missing, unreadable, impossible, or of another run."""
     s = settings
     missing = [name for name in ("onnx", "onnxscript") if "onnx" in s.export and not is_installed(name)]
     if missing:
@@ -303,10 +294,7 @@ def evaluate_last(job: Job, done: Mapping[str, Stage]) -> Stage:
 
 
 def measure_latency(job: Job, done: Mapping[str, Stage]) -> Stage:
-    """Whole networks by turns; and which replaced layers are exported as pairs of convolutions.
-
-    A pair is smaller than one dense convolution; for a budget in milliseconds it is used only where it is faster.
-    """
+    """Whole networks by turns; and which layers are exported as pairs: of a budget in milliseconds the faster ones."""
     small, setting = job.small(), job.setting.settled(job.model)
     pairs = list(plan_of(small).layers)
     if pairs and "milliseconds" in job.settings.budget:

@@ -24,18 +24,14 @@ ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images with labels: ``train`` to choose layers and to train on, ``test`` for the final numbers alone.
-
-    ``train`` and ``test`` hold (PIL image, label); ``classes`` are in the order of the network's outputs; ``digest`` is
-    the SHA-256 of the names and sizes of the files, or of the npz; ``side`` is of the images of an npz, in pixels.
-    """
+    """Pairs (PIL image, label): ``train`` to choose layers and to train on, ``test`` for the final numbers alone."""
 
     train: Any
     test: Any
-    classes: tuple[str, ...]
-    digest: str
+    classes: tuple[str, ...]  # in the order of the network's outputs
+    digest: str  # SHA-256 of the names and sizes of the files, or of the npz
     files: tuple[str, ...] = ()
-    side: int | None = None
+    side: int | None = None  # of the images of an npz, in pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +51,7 @@ class Part(Dataset):
 
 
 def open_images(path: str | os.PathLike) -> ImageData:
-    """The images of a folder (train/CLASS/*, val/CLASS/*), not decoded yet, or of an npz (``ARRAYS``).
-
-    Raises:
-        ValueError: where there are no such data, a class has no images, or train and val have other classes.
-    """
+    """The images of a folder (train/CLASS/*, val/CLASS/*), not decoded yet, or of an npz; ``ValueError`` for others."""
     path = Path(path)
     if not path.is_dir() and not (path.is_file() and zipfile.is_zipfile(path)):
         raise ValueError(f"data is {path}, but must be a folder with train/CLASS/* and val/CLASS/*, or an npz file")

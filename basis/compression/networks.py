@@ -32,10 +32,7 @@ def build_network(name: str, *, classes: int) -> nn.Module:
     """The network of this name with random weights and as many outputs as ``classes``; nothing is downloaded.
 
     ``name`` is of torchvision or timm ("resnet50", "timm/resnet50"), or "package.module:factory", where the factory
-    gets ``num_classes`` if it takes that, and the current folder is searched first.
-
-    Raises:
-        ValueError: for an unknown name, a library that is not installed, or a factory that makes no ``nn.Module``.
+    gets ``num_classes`` if it takes that, and the current folder is searched first. ``ValueError`` where that fails.
     """
     with warnings.catch_warnings():  # the libraries warn that their initialisation may change
         warnings.simplefilter("ignore")
@@ -77,10 +74,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
     """Put the weights of a file (safetensors, or tensors of ``torch.save``) into ``model``, in place.
 
     Nothing in the file is executed. Weights inside a checkpoint are found, prefixes of wrappers are removed, and
-    counters of batch normalisation may be missing.
-
-    Raises:
-        ValueError: for a file that is missing, damaged or holds no weights, and for weights that do not fit.
+    counters of batch normalisation may be missing. Raises ``ValueError`` for a file or weights that do not fit.
     """
     state = _read(Path(path))
     expected = model.state_dict(keep_vars=True)
@@ -116,14 +110,9 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def transform_for(
-    name: str,
-    model: nn.Module,
-    *,
-    size: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    whole: bool = False,
-) -> Callable[[Any], Tensor]:
+    name: str, model: nn.Module, *, size: int | None = None, mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None, whole: bool = False,
+) -> Callable[[Any], Tensor]:  # fmt: skip
     """From a PIL image to float32 (C, size, size): the library's own, or that of torchvision's ResNet-18.
 
     ``size`` (pixels), ``mean`` and ``std`` (per channel, in units of full scale) take the place of the library's; with

@@ -47,11 +47,7 @@ class ConvLike(nn.Module):
 
     def _dense(self, weight: Tensor, *, trains: bool) -> nn.Conv2d:
         """``nn.Conv2d`` of this shape with a copy of ``weight``, in its memory format, and of the bias."""
-        padding: Any = self.padding
-        conv = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, padding, self.dilation,  # type: ignore[arg-type]
-            self.groups, self.bias is not None, self.padding_mode, weight.device, weight.dtype,
-        )  # fmt: skip
+        conv = nn.Conv2d(*arguments_of(self, weight))
         conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=trains)
         if self.bias is not None:
             conv.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
@@ -65,11 +61,11 @@ class ConvLike(nn.Module):
         return [*parts, "bias=False"] if self.bias is None else parts
 
 
-def arguments_of(conv: nn.Conv2d) -> tuple[Any, ...]:
-    """The arguments that make another layer of the shape, device and dtype of ``conv``."""
+def arguments_of(conv: nn.Conv2d | ConvLike, weight: Tensor) -> tuple[Any, ...]:
+    """The arguments that make another layer of the shape of ``conv``, with the device and dtype of ``weight``."""
     return (
         conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-        conv.groups, conv.bias is not None, conv.padding_mode, conv.weight.device, conv.weight.dtype,
+        conv.groups, conv.bias is not None, conv.padding_mode, weight.device, weight.dtype,
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from basis.layers.base import autocast_device
+from basis.layers.base import full_precision
 from basis.layers.conv import BasisConv2d
 from basis.layers.norm_pairs import Pairs, afterwards, norm_pairs
 
@@ -163,7 +163,7 @@ class _Normalise(torch.autograd.Function):
             return _gradients(ctx, dout)
         if torch.is_grad_enabled():
             raise RuntimeError("batch normalisation through the basis has no second derivatives; uncouple the model")
-        with torch.autocast(autocast_device(dout), enabled=False):
+        with full_precision(dout):
             return _gradients(ctx, dout)
 
 
@@ -205,30 +205,24 @@ class BasisBatchNorm2d(nn.BatchNorm2d):
     """An ``nn.BatchNorm2d`` made by :func:`couple`: takes the k basis channels of a convolution and mixes them too."""
 
     _kind: type[nn.BatchNorm2d]  # what it was before
-    _conv: BasisConv2d  # whose basis channels come in; not a submodule: it stands elsewhere in the model
-
-    @property
-    def conv(self) -> BasisConv2d:
-        """Whose basis channels come in."""
-        return self._conv
+    conv: BasisConv2d  # whose basis channels come in; not a submodule: it stands elsewhere in the model
 
     def forward(self, z: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
         """relu(normalised (M z + c) + residual), (N, C, H, W), of the basis channels z, (N, k, H, W).
 
-        Raises ``ValueError`` where z is not 4-d or has not k channels, and in training where it has one pixel only;
-        ``RuntimeError`` in a backward pass with ``create_graph=True``.
+        Raises ``ValueError`` for another shape and, in training, one pixel; no second derivatives (``RuntimeError``).
         """
         self._check_input_dim(z)
-        if z.shape[1] != self._conv.basis_channels:
-            raise ValueError(f"expected {self._conv.basis_channels} basis channels, got {z.shape[1]} channels")
+        if z.shape[1] != self.conv.basis_channels:
+            raise ValueError(f"expected {self.conv.basis_channels} basis channels, got {z.shape[1]} channels")
         shape = (z.shape[0], self.num_features, *z.shape[2:])
         if residual is not None and (residual.shape != shape or residual.dtype != z.dtype):
             return _added(self.forward(z), residual, relu)  # by PyTorch's rules of broadcasting and of mixed dtypes
-        with torch.autocast(autocast_device(z), enabled=False):
-            mixing = self._conv.mixing.to(accumulated(z.dtype))
+        with full_precision(z):
+            mixing = self.conv.mixing.to(accumulated(z.dtype))
             gamma = mixing.new_ones(self.num_features) if self.weight is None else self.weight.to(mixing)
             beta = mixing.new_zeros(self.num_features) if self.bias is None else self.bias.to(mixing)
-            bias = None if self._conv.bias is None else self._conv.bias.to(mixing)
+            bias = None if self.conv.bias is None else self.conv.bias.to(mixing)
             if self.training or self.running_mean is None or self.running_var is None:
                 return self._by_batch(z, mixing, gamma, beta, bias, residual, relu)
             scale = (self.running_var.to(mixing.dtype) + self.eps).rsqrt() * gamma
@@ -243,10 +237,9 @@ class BasisBatchNorm2d(nn.BatchNorm2d):
         if pixels < 2:  # nothing to normalise, or too little: what PyTorch does, for one pixel an error
             return _added(super().forward(_mix(z, mixing, bias)), residual, relu)
         with torch.no_grad():
-            rows = _rows_for_kernels(z)
-            if rows is not None:
-                maps = rows
-                mean, covariance = kernels.moments(rows)
+            maps = _rows_for_kernels(z)
+            if maps is not None:
+                mean, covariance = kernels.moments(maps)
                 mean_of_z = mean
             else:
                 mean_of_z = _total(z) / pixels
@@ -295,10 +288,7 @@ def activate(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tens
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy, also of modules that keep computed tensors (pruning, the older weight_norm).
-
-    Raises ``ValueError`` for ``DistributedDataParallel``: it knows only the parameters that it was given.
-    """
+    """A deep copy, also where modules keep computed tensors (pruning, old weight_norm); ``ValueError`` for DDP."""
     for name, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             what = f"its layer {name}" if name else "the model"
@@ -310,7 +300,7 @@ def copy_of(model: nn.Module) -> nn.Module:
 def couplings(model: nn.Module) -> Pairs:
     """Which basis convolutions are, or can be, coupled to the batch normalisation after them, and why others cannot."""
     layers = {module: name for name, module in model.named_modules() if isinstance(module, BasisConv2d)}
-    coupled = {layers.get(norm._conv): n for n, norm in model.named_modules() if isinstance(norm, BasisBatchNorm2d)}
+    coupled = {layers.get(norm.conv): n for n, norm in model.named_modules() if isinstance(norm, BasisBatchNorm2d)}
     norms, alone = {}, {}
     try:
         pairs = norm_pairs(model, both_modes=True)
@@ -342,9 +332,8 @@ def couple(model: nn.Module, layers: Iterable[str] | None = None) -> nn.Module:
 
     Basis convolutions that are directly followed by an ``nn.BatchNorm2d`` give their k basis channels alone, and the
     batch normalisation, then a :class:`BasisBatchNorm2d`, does the mixing. Output, gradients, running statistics and
-    state stay the same. What cannot be coupled is left as it is, with a reason in :func:`couplings`.
-
-    ``layers``: names of the convolutions to couple, ``ValueError`` where one cannot be; None: all that can.
+    state stay the same. ``layers``: names of the convolutions, ``ValueError`` where one cannot be coupled; None: all
+    that can; :func:`couplings` says why others cannot.
     """
     return couple_in_place(copy_of(model), layers)
 
@@ -366,7 +355,7 @@ def couple_in_place(model: nn.Module, layers: Iterable[str] | None = None) -> nn
         # The very module, with its parameters, buffers, hooks and flags; only its forward pass is another.
         object.__setattr__(norm, "_kind", type(norm))
         object.__setattr__(norm, "__class__", BasisBatchNormAct2d if afterwards(norm) else BasisBatchNorm2d)
-        object.__setattr__(norm, "_conv", conv)
+        object.__setattr__(norm, "conv", conv)
     return model
 
 
@@ -379,9 +368,9 @@ def uncouple_in_place(model: nn.Module) -> nn.Module:
     """:func:`uncouple` without the copy; gives back ``model``."""
     for module in model.modules():
         if isinstance(module, BasisBatchNorm2d):
-            module._conv.mixed_later = False
+            module.conv.mixed_later = False
             object.__setattr__(module, "__class__", module._kind)
-            object.__delattr__(module, "_conv")
+            object.__delattr__(module, "conv")
             object.__delattr__(module, "_kind")
         elif isinstance(module, BasisConv2d):  # also where something else has taken the place of its normalisation
             module.mixed_later = False

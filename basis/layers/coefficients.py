@@ -92,24 +92,18 @@ class Form:
 
 
 class Coefficients(nn.Module):
-    """A of one layer or of several that share it; this class: dense, shared or grouped, ``values`` (rows, columns).
+    """A of one layer or of several that share it; this class: dense, shared or grouped, ``values`` (rows, columns)."""
 
-    Attributes:
-        form, rows, columns, groups: the :class:`Form`, the shape of A, and its number of mixing groups.
-        stored: how many trained numbers it holds.
-        products: MACs of each of the :meth:`factors`, for one pixel of maps or one weight of filters.
-        mixes: whether the maps are made by one 1x1 convolution with M = [I; A]; else by :meth:`derive`.
-        free, fits: whether every dense A can be held; whether A can be chosen, by :meth:`fit`.
-    """
-
-    mixes = free = fits = True
+    mixes = True  # the maps are made by one 1x1 convolution with M = [I; A]; else by :meth:`derive`
+    free = True  # every dense A can be held
+    fits = True  # A can be chosen, by :meth:`fit`
     values: Tensor
 
     def __init__(self, form: Form, rows: int, columns: int, groups: int, **factory: Any) -> None:
         super().__init__()
         self.form, self.rows, self.columns, self.groups = form, rows, columns, groups
-        self.stored = rows * columns
-        self.products: tuple[int, ...] = (rows * columns,)
+        self.stored = rows * columns  # trained numbers
+        self.products: tuple[int, ...] = (rows * columns,)  # MACs of each factor, for one pixel of maps or one weight
         self._allocate(**factory)
 
     @property
@@ -159,10 +153,6 @@ class Coefficients(nn.Module):
 
     def _by_groups(self, rows: Tensor) -> Tensor:
         return rows.unflatten(0, (self.groups, len(rows) // self.groups))
-
-    def extra_repr(self) -> str:
-        """Form and shape."""
-        return f"{self.form}, {self.rows} x {self.columns}, groups={self.groups}"
 
 
 class LowRank(Coefficients):

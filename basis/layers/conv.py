@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from basis.layers.base import ConvLike, PaddingMode, arguments_of, autocast_device, full_precision
 from basis.layers.coefficients import Coefficients, Form
-from basis.layers.factorize import factorize as factorize
 from basis.layers.factorize import fit, principal_directions
 from basis.layers.moments import Moments, lost_mean
 from basis.modules import is_channels_last
@@ -48,10 +47,10 @@ def resolve_mode(
 ) -> ExplicitMode:  # fmt: skip
     """What ``mode`` stands for on this device and shape; all but ``"auto"`` stand for themselves.
 
-    ``"auto"`` is the heuristic used until :func:`basis.bench.tuning.tune` has timed the layer: factorized on a CPU
-    where it saves at least 110 multiplications per output value (``fan_in``: those of the dense layer); on a GPU where
-    it saves at least 300 and k, rounded up to a multiple of 8, is at most half of at least 128 output channels; else
-    composed. ``apart``: whether factorized mode multiplies Z with A alone, see :func:`derives_apart`.
+    ``"auto"``, until :func:`basis.bench.tuning.tune` has timed the layer: factorized on a CPU where it saves at least
+    110 multiplications per output value (``fan_in``: those of the dense layer); on a GPU where it saves at least 300
+    and k, rounded up to a multiple of 8, is at most half of at least 128 output channels; else composed. ``apart``:
+    see :func:`derives_apart`.
     """
     if mode != "auto":
         return mode
@@ -64,19 +63,15 @@ def resolve_mode(
 
 
 def derives_apart(device: torch.device, *, out_channels: int, basis_channels: int) -> bool:
-    """Whether factorized mode convolves Z with A alone and joins both, rather than with M = [I; A].
-
-    On a CPU it pays from k = C_out / 2 on (measured).
-    """
+    """Whether factorized mode convolves Z with A alone and joins both, which on a CPU pays from k = C_out / 2 on."""
     return device.type == "cpu" and out_channels <= 2 * basis_channels < 2 * out_channels
 
 
-def uses_tensor_cores(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether factorized mode suits its products to tensor cores: on a GPU in half precision.
-
-    Then it fills k up to a multiple of 8 and mixes channels-last maps as the rows of a matrix.
-    """
-    return device.type == "cuda" and dtype.itemsize == 2
+def uses_tensor_cores(x: Tensor) -> bool:
+    """Whether factorized mode fills k up to a multiple of 8 and mixes channels-last maps as the rows of a matrix."""
+    device = autocast_device(x)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return device == "cuda" and dtype.itemsize == 2
 
 
 class BasisConv2d(ConvLike):
@@ -233,7 +228,7 @@ class BasisConv2d(ConvLike):
             return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
         basis: Tensor = self.basis
         mixing = self.mixing
-        suited = a.groups == 1 and uses_tensor_cores(x.device, _computed_in(x))
+        suited = a.groups == 1 and uses_tensor_cores(x)
         if extra := -self.basis_channels % 8 * suited:
             basis, mixing = F.pad(basis, (0, 0, 0, 0, 0, 0, 0, extra)), F.pad(mixing, (0, extra))
         z = F.conv2d(x, basis, None, *conv)
@@ -253,8 +248,8 @@ class BasisConv2d(ConvLike):
         By SVD, group by group; with ``moments`` of the outputs of ``conv`` on data, their k principal components are
         kept instead (:mod:`basis.layers.moments`), and a bias takes the mean of what that loses. Pivoted QR picks the
         rows that become B, which costs no accuracy and keeps A small; for an A that cannot hold every matrix, B is the
-        least-squares solution. Keeps device, dtype, memory format, ``training``, ``requires_grad``; copies the bias.
-        ``options``: ``basis_channels`` or ``ratio``, and ``mode``.
+        least-squares solution. ``options``: ``basis_channels`` or ``ratio``, and ``mode``. Keeps what
+        :meth:`shaped_like` keeps, and copies the bias.
 
         Raises ``TypeError`` when ``conv`` is not an ``nn.Conv2d``; ``ValueError`` as the class, for moments of another
         layer, or of outputs that were not finite.
@@ -268,8 +263,7 @@ class BasisConv2d(ConvLike):
     ) -> list[BasisConv2d]:  # fmt: skip
         """:meth:`from_conv` of several convolutions (of equal C_out and groups) that are to hold one A.
 
-        With ``moments``, one for each, the sum of their relative errors is least; the inputs of a layer without
-        moments count as white.
+        The sum of their relative errors is least; the inputs of a layer without moments count as white.
         """
         for conv in convs:
             if not isinstance(conv, nn.Conv2d):
@@ -302,7 +296,7 @@ class BasisConv2d(ConvLike):
 
         Keeps device, dtype, memory format, ``training`` and ``requires_grad``; a given module of coefficients stays.
         """
-        layer = cls(*arguments_of(conv), **options, coefficients=coefficients)
+        layer = cls(*arguments_of(conv, conv.weight), **options, coefficients=coefficients)
         if is_channels_last(conv.weight):
             layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         layer.training = conv.training
@@ -326,10 +320,7 @@ class BasisConv2d(ConvLike):
 
     def to_conv(self) -> nn.Conv2d:
         """The dense convolution with the weight ``[B; A B]`` and a copy of the bias."""
-        weight = self.weight.detach()
-        if is_channels_last(self.basis):
-            weight = weight.contiguous(memory_format=torch.channels_last)
-        return self._dense(weight, trains=self.basis.requires_grad or self.coefficients.trains)
+        return self._dense(self.weight, trains=self.basis.requires_grad or self.coefficients.trains)
 
     def _apply(self, *args: Any, **kwargs: Any) -> BasisConv2d:
         super()._apply(*args, **kwargs)
@@ -367,13 +358,8 @@ def _coefficients_for(given: str | Form | Coefficients, shape: tuple[int, int, i
     return given
 
 
-def _computed_in(x: Tensor) -> torch.dtype:
-    device = autocast_device(x)
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 def _channels(maps: Tensor, index: Tensor) -> Tensor:
     """``maps[:, index]``, (N, C, H, W) or (C, H, W), in the memory format of ``maps``."""
-    if maps.dim() == 4 and is_channels_last(maps):  # not index_select, which is slow there on a CPU
+    if is_channels_last(maps):  # not index_select, which is slow there on a CPU
         return maps.permute(0, 2, 3, 1)[..., index].permute(0, 3, 1, 2)
     return maps.index_select(-3, index)

@@ -14,12 +14,11 @@ from basis.layers.moments import Moments, directions
 def factorize(
     matrix: Tensor, k: int, *, pivot: bool = True, left: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split the best rank-k approximation of ``matrix`` (C_out x F) as ``[I; A] B`` in a row order.
+    """Split the best rank-k approximation of ``matrix`` (C_out x F) as ``[I; A] B`` in a row order, in float64.
 
     Returns B (k x F), A ((C_out - k) x k) and ``p`` (C_out,): row ``p[i]`` of the approximation is row i of [B; A B].
-    With ``pivot`` the rows that keep A small come first. At k = C_out the rows are returned as they are. With ``left``
-    (C_out x C_out, orthonormal columns) the approximation is the projection on its first k columns. Computed in
-    float64; where the rank of ``matrix`` is below k, the pseudo-inverse gives the rest.
+    With ``pivot`` the rows that keep A small come first. With ``left`` (C_out x C_out, orthonormal columns) it is the
+    projection on its first k columns. Where the rank of ``matrix`` is below k, the pseudo-inverse gives the rest.
     """
     rows, dtype = matrix.shape[0], matrix.dtype
     identity = torch.arange(rows, device=matrix.device)

@@ -26,10 +26,8 @@ CHUNK = 2**23  # numbers of a layer's output that are looked at together
 class Moments:
     """Mean and scatter of a layer's outputs by groups, merged as Chan, Golub and LeVeque (1979) do, in float64.
 
-    Attributes:
-        n: how many outputs (pixels of images) there were; 0 where the layer was never called.
-        mean: (groups, C_out / groups, 1).
-        scatter: the sum of (y - mean)(y - mean)^T, (groups, C_out / groups, C_out / groups).
+    ``n`` counts outputs (pixels of images), ``mean`` is (groups, C_out / groups, 1), and ``scatter`` the sum of
+    (y - mean)(y - mean)^T, (groups, C_out / groups, C_out / groups).
     """
 
     def __init__(self) -> None:
@@ -56,7 +54,7 @@ class Moments:
     @property
     def finite(self) -> bool:
         """Whether every output was finite."""
-        return bool(self.scatter.isfinite().all()) and bool(self.mean.isfinite().all())
+        return bool(self.scatter.isfinite().all())
 
     def centred(self) -> Moments:
         """The moments of the same outputs less their mean."""

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
 
 from basis.layers.base import ConvLike
+from basis.modules import keeping
+from basis.text import first_line
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """``norms``: convolution -> the batch normalisation that directly follows it; ``alone``: other convolution -> why.
+    """Which convolutions have a batch normalisation of their own; all by name."""
 
-    ``hidden``: every layer within one that cannot be traced -> the same, in words. All are names.
-    """
-
-    norms: Mapping[str, str]
-    alone: Mapping[str, str]
-    hidden: Mapping[str, str] = field(default_factory=dict)
+    norms: Mapping[str, str]  # convolution -> the batch normalisation that directly follows it
+    alone: Mapping[str, str]  # other convolution -> why it has none
+    hidden: Mapping[str, str] = field(default_factory=dict)  # layer within one that cannot be traced -> that, in words
 
 
 class _Tracer(fx.Tracer):
@@ -90,39 +89,28 @@ def norm_pairs(model: nn.Module, *, both_modes: bool = False) -> Pairs:
 
 
 def afterwards(norm: nn.Module) -> tuple[nn.Module, ...] | None:
-    """What a batch normalisation does with its result: nothing, or, as timm's ``BatchNormAct2d``, drop and act.
-
-    None where it is none, or has a forward pass that is not known here.
-    """
+    """What a batch normalisation does with its result, as timm's ``BatchNormAct2d``; None where that is not known."""
     kind = type(norm)
     if kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm."):
         return (norm.drop, norm.act)  # type: ignore[return-value]
     return () if isinstance(norm, nn.BatchNorm2d) and kind.forward is nn.BatchNorm2d.forward else None
 
 
-def _graphs(model: nn.Module, modes: Iterable[bool | None]) -> tuple[list[fx.Graph], set[nn.Module]]:
-    """What ``model`` computes in training (True), in evaluation (False) or as it is (None).
-
-    Also the layers that could not be traced, which the graphs call as a whole.
-    """
-    flags = {module: module.training for module in model.modules()}
+def _graphs(model: nn.Module, modes: Sequence[bool | None]) -> tuple[list[fx.Graph], set[nn.Module]]:
+    """What ``model`` computes in training (True), evaluation (False) or as it is (None), and the layers left opaque."""
     opaque: set[nn.Module] = set()
     graphs: list[fx.Graph] = []
-    modes = list(modes)
-    try:
-        while len(graphs) < len(modes):
-            for module, flag in flags.items():
-                mode = modes[len(graphs)]
-                module.training = flag if mode is None else mode
-            tracer = _Tracer(opaque)
+    while len(graphs) < len(modes):
+        tracer, mode = _Tracer(opaque), modes[len(graphs)]
+        with keeping(model.modules(), "training"):
+            if mode is not None:
+                for module in model.modules():
+                    module.training = mode
             try:
                 graphs.append(tracer.trace(model))
             except Exception as error:  # tracing runs the model's own code, which may raise anything
                 if tracer.culprit is None or tracer.culprit in opaque:
-                    first = (str(error).splitlines() or [type(error).__name__])[0]
-                    raise ValueError(f"{type(model).__name__} cannot be traced by torch.fx ({first})") from error
+                    why = f"{type(model).__name__} cannot be traced by torch.fx ({first_line(error)})"
+                    raise ValueError(why) from error
                 opaque.add(tracer.culprit)  # and try again
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
     return graphs, opaque

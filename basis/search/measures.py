@@ -203,7 +203,7 @@ def _evaluate(
     model: nn.Module, batches: Sequence[Batch], loss: Loss, calibration: Sequence[Tensor]
 ) -> tuple[Tensor, bool, list[Tensor]]:
     """Losses of all samples (float64, on the CPU), whether they are told apart, and the logits (N, classes), if any."""
-    with training_norms(tracking_norms(model) if len(calibration) else [], afresh=True):
+    with training_norms(tracking_norms(model) if len(calibration) else []):
         for x in calibration:
             model(x.clone())
     losses, logits, apart = [], [], True

@@ -25,7 +25,7 @@ from basis.batches import (
     even,
     held_out,
     outputs_of,
-    read_batches,
+    stream_batches,
     with_labels,
 )
 from basis.costs import Cost, cost, cost_alone, trace_calls
@@ -268,7 +268,7 @@ def _prepare(
     if measure == "oneshot_bn" and not tracking_norms(model):
         raise ValueError("the model has no batch normalisation to recalibrate; use measure='oneshot'")
     scored = held_out(data) if isinstance(data, Data) else data
-    batches = [] if scored is None else read_batches(scored, model, "data")
+    batches = [] if scored is None else list(stream_batches(scored, model, "data"))
     score, inputs, fingerprint = loss or cross_entropy, [], {"weights": weights(model)}
     if measure != "spectrum":
         outputs = outputs_of(model, batches[0][0])

@@ -60,7 +60,7 @@ def recalibrate(model: nn.Module, batches: Batches) -> Recalibration:
         return Recalibration(norms=(), skipped=skipped, batches=0, images=0, seconds=0.0)
     before = {norm: copy.deepcopy(norm.state_dict()) for norm in norms}
     try:
-        with evaluating(model), training_norms(norms, afresh=True):
+        with evaluating(model), training_norms(norms):
             for x in _balanced(calibration_inputs(batches, model)):
                 outputs_of(model, x)
                 count, images = count + 1, images + len(x)

@@ -27,11 +27,7 @@ LAYERS: Mapping[str, Any] = {one.kind: one for one in _ALL}
 
 @dataclass(frozen=True)
 class Structure:
-    """A kind of layer and its size: ``parse`` reads a text such as ``tucker:0.41``, ``str`` writes it.
-
-    Raises:
-        ValueError: for a kind that is not one of :data:`LAYERS`.
-    """
+    """A kind of :data:`LAYERS` and its size: ``parse`` reads a text such as ``tucker:0.41``, ``str`` writes it."""
 
     kind: str
     size: str = ""

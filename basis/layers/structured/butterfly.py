@@ -24,8 +24,7 @@ SWEEPS = 5  # of alternating least squares
 class DebutConv2d(StructuredConv2d):
     """A deformable butterfly of ``factor_1``, ``factor_2``, ..., (blocks, r, s, t) each, executed as a convolution.
 
-    Entries are drawn from N(0, 2^(1/N) / s), so that the weight has He's variance; the paper has N(0, 1 / 2), which
-    lets outputs grow for s above 2.
+    Entries are drawn from N(0, 2^(1/N) / s) for He's variance; the paper's N(0, 1 / 2) lets outputs grow for s > 2.
     """
 
     kind = "debut"

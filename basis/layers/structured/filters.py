@@ -18,10 +18,7 @@ from basis.layers.structured.layer import LARGEST, New, Product, StructuredConv2
 
 
 class BasisLayer:
-    """Makes a :class:`~basis.layers.conv.BasisConv2d` (Alekseev et al. 2024, arXiv 2408.06024) in mode auto.
-
-    Its methods are those of :class:`StructuredConv2d`, and raise ``ValueError`` for the same reasons.
-    """
+    """Makes a ``BasisConv2d`` (Alekseev et al. 2024, arXiv 2408.06024) in mode auto, as ``StructuredConv2d`` does."""
 
     kind = "basis"
     sizes = "K or RATIO: basis channels, or basis channels / C_out"
@@ -55,7 +52,7 @@ class BasisLayer:
 class LinearConvLayer(BasisLayer):
     """k = C_out / 2 in composed mode, A dense or of low rank (Kahatapitiya and Rodrigo 2021, arXiv 1907.11432).
 
-    Drawn as ``BasisConv2d`` draws it; their penalty on correlated filters is ``decorrelation`` of a recipe.
+    Their penalty on correlated filters is ``decorrelation`` of a recipe.
     """
 
     kind = "linearconv"
@@ -132,9 +129,8 @@ class FilterBasis(StructuredConv2d):
 class FixedBasisConv2d(FilterBasis):
     """Q = round(r C_out) orthonormal filters, never trained, and ``mixing`` (Tayyab and Mahalanobis, arXiv 1906.04509).
 
-    Random filters come from :attr:`seed` and are not stored (the paper stores them); ``fit`` makes them the leading
-    right singular vectors of the weight, which are stored (``seed`` -1), or raises ``ValueError`` where this saves
-    nothing.
+    Random filters come from :attr:`seed` and are not stored (the paper stores them); fitted ones, the leading right
+    singular vectors of the weight, are (``seed`` -1): ``ValueError`` where this saves nothing.
     """
 
     kind = "basisconv"
@@ -207,7 +203,7 @@ class DSFBConv2d(FilterBasis):
     """Deeply Shared Filter Bases (Kang and Kim, NeurIPS 2021, arXiv 2006.05066), with a normalisation inside.
 
     Layers of equal C_in, C_out and kernel share ``basis``, s C_out filters, and each has ``unique``, u C_out filters;
-    ``norm`` normalises their maps, ``mixing`` mixes them. :attr:`weight`, ``to_conv`` (with a bias) and ``fit`` are of
+    ``norm`` normalises their maps, ``mixing`` mixes them. :attr:`weight`, ``to_conv`` (with a bias) and fits are of
     evaluation mode; ``stored`` is without ``norm``. The authors add 10 times :meth:`penalty` to the loss
     (``Recipe(orthogonality=10)``); their S8U1 of ResNet-32 is ``dsfb:1/2,1/16``.
     """
@@ -275,11 +271,8 @@ class DSFBConv2d(FilterBasis):
 
 
 def _leading(rows: Tensor, filters: Tensor) -> Tensor:
-    """The leading right singular vectors of the rows, shaped as ``filters``, whose own stay where there are too few.
-
-    Several times as fast as an SVD.
-    """
-    count = len(filters)
+    """The leading right singular vectors of the rows, shaped as ``filters``, whose own stay where there are too few."""
+    count = len(filters)  # an SVD would take several times as long
     if len(rows) >= rows.shape[1]:
         vectors = torch.linalg.eigh(rows.mT @ rows).eigenvectors.flip(1)[:, :count].mT
     else:

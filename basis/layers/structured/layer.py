@@ -39,12 +39,10 @@ class StructuredConv2d(ConvLike):
     Takes the arguments of ``nn.Conv2d``, but ``groups`` is 1, and ``size``: the text after the colon in
     ``tucker:0.41``. A subclass allocates its parameters in ``_build`` and makes the weight of them in ``_weight``.
 
-    Attributes:
-        products: what the layer multiplies at every pixel, one after the other.
-        building: multiply-accumulates that make the weight, once per step, however many images.
+    ``products`` are what the layer multiplies at every pixel, one after the other; ``building`` are the
+    multiply-accumulates that make the weight, once per step, however many images.
 
-    Raises:
-        ValueError: for a size or shape that the structure cannot take, or where it saves no numbers.
+    Raises ``ValueError`` for a size or shape that the structure cannot take, or where it saves no numbers.
     """
 
     kind: ClassVar[str]  # as in "tucker:0.41"
@@ -54,21 +52,11 @@ class StructuredConv2d(ConvLike):
     shifts: ClassVar[bool] = False  # whether the bias of `to_conv` is not the layer's own
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: PaddingMode = "zeros",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        size: str | float = "",
-    ) -> None:
+        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1, padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1, groups: int = 1, bias: bool = True, padding_mode: PaddingMode = "zeros",
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, size: str | float = "",
+    ) -> None:  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         self.size = str(size)
         self.text = f"{self.kind}:{self.size}" if self.size else self.kind
@@ -106,7 +94,7 @@ class StructuredConv2d(ConvLike):
         """Compute what is not stored from what is: after drawing, and after loading a state."""
 
     def _fit(self, weight: Tensor) -> None:
-        """Fit the parameters to the weight: by L-BFGS in float64 from the present ones, if nothing is simpler."""
+        """Bring :attr:`weight` near ``weight`` (least squares): by L-BFGS in float64, if nothing is simpler."""
         wide, goal = copy.deepcopy(self).double().requires_grad_(True), weight.double()
         options: Any = {"max_iter": FIT_STEPS, "line_search_fn": "strong_wolfe", "tolerance_change": 1e-12}
         optimizer = torch.optim.LBFGS(list(wide.parts.values()), **options)
@@ -140,11 +128,6 @@ class StructuredConv2d(ConvLike):
         self._derive()
         if self.bias is not None:
             draw_uniform(self.bias, math.prod(self.filter_shape))
-
-    @torch.no_grad()
-    def fit(self, weight: Tensor) -> None:
-        """Bring :attr:`weight` near ``weight`` (C_out, C_in, kh, kw), in the sense of least squares."""
-        self._fit(weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``x``, (N, C_in, H, W) or (C_in, H, W), as ``nn.Conv2d`` with :attr:`weight` would."""
@@ -193,7 +176,7 @@ class StructuredConv2d(ConvLike):
     @classmethod
     def shaped_like(cls: Any, conv: nn.Conv2d, *, size: str | float = "") -> Any:
         """A freshly initialised layer of the shape of ``conv``; keeps device, dtype, memory format and flags."""
-        layer = cls(*arguments_of(conv), size=size)
+        layer = cls(*arguments_of(conv, conv.weight), size=size)
         if is_channels_last(conv.weight):
             layer.to(memory_format=torch.channels_last)
         layer.train(conv.training)
@@ -202,11 +185,6 @@ class StructuredConv2d(ConvLike):
         if layer.bias is not None and conv.bias is not None:
             layer.bias.requires_grad_(conv.bias.requires_grad)
         return layer
-
-    @classmethod
-    def from_conv(cls, conv: nn.Conv2d, *, size: str | float = "") -> Any:
-        """The layer nearest to ``conv`` (see :meth:`fit`), with its bias."""
-        return cls.together([conv], size=str(size), fitted=True)[0]
 
     @classmethod
     @torch.no_grad()

@@ -1,7 +1,4 @@
-"""Structured pointwise maps of separable layers: tensors, cosine transforms, hashed numbers; and hashed weights.
-
-All maps are built from their parameters at every step, which saves numbers but no multiplications.
-"""
+"""Pointwise maps of separable layers, built at every step, which saves numbers but no MACs; and hashed weights."""
 
 from __future__ import annotations
 
@@ -29,8 +26,7 @@ def three_dimensions(n: int) -> tuple[int, int, int]:
 class TensorTrainConv2d(Separable):
     """A tensor train of ranks max(1, round(s min(d, d'))) between dimensions d and d' (Garipov et al. 2016).
 
-    ``core1`` (d1, R1), ``core2`` (R1, d2, R2) and ``core3`` (R2, d3) for the :attr:`dimensions`. At first the
-    decomposition of a map drawn as PyTorch does.
+    ``core1`` (d1, R1), ``core2`` (R1, d2, R2) and ``core3`` (R2, d3), at first of a map drawn as PyTorch does.
     """
 
     kind = "tensor_train"

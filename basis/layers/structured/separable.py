@@ -23,7 +23,7 @@ TINY = 1e-30  # below any squared norm that is divided by
 class Separable(StructuredConv2d):
     """The base: ``W[o, c] = map[o, c] depthwise[c]``, with a pointwise map that subclasses give.
 
-    ``depthwise`` (C_in, 1, kh, kw) is None for 1x1 kernels; :meth:`fit` gives its filters a sum that is not negative.
+    ``depthwise`` (C_in, 1, kh, kw) is None for 1x1 kernels; a fit gives its filters a sum that is not negative.
     """
 
     depthwise: nn.Parameter | None
@@ -110,10 +110,7 @@ class SepConv2d(Separable):
 
 
 class GenericConv2d(Separable):
-    """Depthwise convolution, then ``down`` (rank, C_in, 1, 1) and ``up`` (C_out, rank, 1, 1).
-
-    rank = int(s max(C_in, C_out)): the "generic low rank" of Gray et al., "RF" in their figures.
-    """
+    """Depthwise convolution, ``down`` (rank, C_in, 1, 1), ``up`` (C_out, rank, 1, 1): "RF" in figures of Gray et al."""
 
     kind = "generic"
     sizes = "FRACTION: the rank is that fraction of the larger number of channels"

@@ -73,10 +73,8 @@ class DsfConv2d(StructuredConv2d):
     The weight as a matrix of n rows and m columns is the product of a square factor of the smaller size and one of
     n x m, together with density n m entries that are not zero; the square one has the fraction max(0.05, density / 2)
     of its own, as in the authors' ResNets, but at least one for each row. ``inner`` is (min(n, m), C_in, kh, kw),
-    ``outer`` (C_out, min(n, m), 1, 1); ``inner_mask`` and ``outer_mask`` are stored as one bit each.
-
-    The paper only fits. New layers here have random zeros, equally many in each row, but none on the diagonal of the
-    square factor, and He's variance.
+    ``outer`` (C_out, min(n, m), 1, 1); their masks are stored as one bit each. The paper only fits; new layers have
+    random zeros, equally many in each row, but none on the diagonal of the square factor, and He's variance.
     """
 
     kind = "dsf"
@@ -130,8 +128,7 @@ class DsfConv2d(StructuredConv2d):
 def factorize(matrix: Tensor, square: int, other: int) -> tuple[Tensor, Tensor]:
     """Sparse factors A (n, n), with ``square`` entries, and B (n, m), with ``other``, and A B near ``matrix`` (n, m).
 
-    Alternates between the factors: steps of ADMM for one of a fixed number of entries, with the other fixed. The
-    columns of A and the rows of B are scaled to equal norms.
+    Alternates between steps of ADMM for either factor; the columns of A and the rows of B get equal norms.
     """
     a, b = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device), _largest(matrix, other) * matrix
     dual_a, dual_b = torch.zeros_like(a), torch.zeros_like(b)

@@ -58,14 +58,8 @@ def test_numbers_and_weights_are_those_that_studies_were_made_with(text, monkeyp
     monkeypatch.setattr("basis.layers.structured.layer.FIT_STEPS", 20)
     conv = conv_of()
     new = Structure.parse(text).make([conv], fitted=False)[0]
-    macs = sum(product.macs for product in new.products)
-    found = (
-        new.stored,
-        macs,
-        new.building,
-        float(new.weight.detach().norm()),
-        error(make(text, conv, fitted=True), conv.weight),
-    )
+    sizes = float(new.weight.detach().norm()), error(make(text, conv, fitted=True), conv.weight)
+    found = (new.stored, sum(product.macs for product in new.products), new.building, *sizes)
     assert found == pytest.approx(NUMBERS[text], rel=1e-6)
 
 
@@ -116,10 +110,8 @@ def test_states_by_every_way_that_torch_has(text):
         unmade = make(text, conv.to("meta"))
         assert unmade(x.to("meta")).shape == layer(x).shape
         assert torch.equal(torch.get_rng_state(), state) or hasattr(layer, "norm")  # whose statistics are drawn here
-        fresh, empty = (
-            make(text, conv_of(kernel_size=kernel, padding=1, dtype=torch.float32)),
-            unmade.to_empty(device="cpu"),
-        )
+        fresh = make(text, conv_of(kernel_size=kernel, padding=1, dtype=torch.float32))
+        empty = unmade.to_empty(device="cpu")
         assigned = copy.deepcopy(layer).to("meta")
         assert not torch.equal(fresh.weight, layer.weight)
         for other, assign in ((fresh, False), (empty, False), (assigned, True)):
@@ -205,43 +197,21 @@ def test_the_fit_of_a_weight_of_the_structure_is_that_weight(text):
         assert error(fitted_to(text, source.weight), source.weight) < 1e-7
 
 
+WRONG = (
+    ("basis", (8, 12)), ("basis:1.5", (8, 12)), ("basis:12", (8, 12)), ("linearconv", (8, 13)),
+    ("sep:1", (8, 12)), ("tied:0.1", (16, 24)), ("tied:0.01", (16, 16)), ("hashed:0.00001", (4, 4)),
+    ("sep_hashed:0.9", (16, 1)), ("tensor_train:x", (16, 16)), ("tucker", (16, 16)), ("acdc:1", (16, 16)),
+    ("acdc:3", (15, 15)), ("acdc:2.5", (16, 16)), ("shuffle:2", (16, 3)), ("shuffle:0", (16, 16)),
+    ("shuffle:" + "9" * 5000, (16, 16)), ("tridiagonal:1", (16, 16)), ("tridiagonal:1,-1", (16, 16)),
+    ("tridiagonal:4,4", (8, 8)), ("tridiagonal:1,1,99", (8, 8)), ("lfb:1,0", (8, 12)), ("lfb:1,3", (8, 12)),
+    ("lfb:9", (8, 12)), ("dsfb:1", (8, 12)), ("basisconv:2", (8, 12)), ("dcf:9", (8, 12)), ("dcf:3", (8, 12, 1)),
+    ("dcf:3", (8, 12, (3, 5))), ("debut:0.05", (8, 16)), ("debut:0.5", (1, 7)), ("pemn:0", (8, 12)),
+    ("dsf:0.02", (6, 12)), ("dsf:1", (6, 12)),
+)  # fmt: skip
+
+
 def test_sizes_and_shapes_that_make_no_sense():
-    for text, shape in [
-        ("basis", (8, 12)),
-        ("basis:1.5", (8, 12)),
-        ("basis:12", (8, 12)),
-        ("linearconv", (8, 13)),
-        ("sep:1", (8, 12)),
-        ("tied:0.1", (16, 24)),
-        ("tied:0.01", (16, 16)),
-        ("hashed:0.00001", (4, 4)),
-        ("sep_hashed:0.9", (16, 1)),
-        ("tensor_train:x", (16, 16)),
-        ("tucker", (16, 16)),
-        ("acdc:1", (16, 16)),
-        ("acdc:3", (15, 15)),
-        ("acdc:2.5", (16, 16)),
-        ("shuffle:2", (16, 3)),
-        ("shuffle:0", (16, 16)),
-        ("shuffle:" + "9" * 5000, (16, 16)),
-        ("tridiagonal:1", (16, 16)),
-        ("tridiagonal:1,-1", (16, 16)),
-        ("tridiagonal:4,4", (8, 8)),
-        ("tridiagonal:1,1,99", (8, 8)),
-        ("lfb:1,0", (8, 12)),
-        ("lfb:1,3", (8, 12)),
-        ("lfb:9", (8, 12)),
-        ("dsfb:1", (8, 12)),
-        ("basisconv:2", (8, 12)),
-        ("dcf:9", (8, 12)),
-        ("dcf:3", (8, 12, 1)),
-        ("dcf:3", (8, 12, (3, 5))),
-        ("debut:0.05", (8, 16)),
-        ("debut:0.5", (1, 7)),
-        ("pemn:0", (8, 12)),
-        ("dsf:0.02", (6, 12)),
-        ("dsf:1", (6, 12)),
-    ]:
+    for text, shape in WRONG:
         conv = nn.Conv2d(*(*shape, 3)[:3])
         with pytest.raises(ValueError, match=rf"{text.partition(':')[0]}|chain|rank|basis_channels"):
             Structure.parse(text).check(conv)

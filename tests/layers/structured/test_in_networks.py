@@ -92,7 +92,7 @@ def test_a_shared_basis_is_fitted_to_all_layers(text):
 
     joint = LAYERS[kind].together(convs, size=size, fitted=True)
     assert all(torch.equal(layer.bias, conv.bias) for layer, conv in zip(joint, convs, strict=True))
-    apart = [LAYERS[kind].from_conv(conv, size=size) for conv in convs]
+    apart = [LAYERS[kind].together([conv], size=size, fitted=True)[0] for conv in convs]
     of_the_first = copy.deepcopy(apart)
     for layer, conv in zip(of_the_first, convs, strict=True):
         with torch.no_grad():

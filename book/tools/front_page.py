@@ -141,8 +141,11 @@ def in_a_minute(headline: Headline | None, switched: Sequence[Verdict] = ()) -> 
     speed = f"A training step of ResNet-18 is {'; and '.join(speeds)} ({headline.device})."
     gives = say("front page", "gives", speed=speed if speeds else "No training step is measured yet.")
     costs = _say("costs", headline, [one.n for one in headline.lost.values()])
-    findings = [one.finding[:1].upper() + one.finding[1:] for one in switched if one.label != "not tested"]
-    within = [say("front page", "switch", finding=finding) for finding in findings]
+    within = [
+        say("front page", "switch", finding=one.finding[:1].upper() + one.finding[1:], label=one.label)
+        for one in switched
+        if one.label != "not tested"
+    ]
     return "\n\n".join((gives, costs, *within, say("front page", "when")))
 
 

@@ -49,7 +49,7 @@ def test_the_sentences_state_what_the_records_say(records, brief):
     assert "No training step is measured yet." in front_page.in_a_minute(still)
     assert "Right: measured" not in front_page.caption(still)
     told, silent = (Verdict("H5", "small", label, "it costs 1.3 points") for label in ("inconclusive", "not tested"))
-    assert "It costs 1.3 points. {doc}" in front_page.in_a_minute(brief, [told])
+    assert "It costs 1.3 points. The verdict so far: inconclusive. {doc}" in front_page.in_a_minute(brief, [told])
     assert front_page.in_a_minute(brief, [silent]) == text
 
 

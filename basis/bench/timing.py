@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import _disable_profiler_legacy, _enable_profiler_legacy, profiler_legacy
 
-from basis.bench.report import BenchReport, check_place
+from basis.bench.report import BenchReport
 from basis.environment import environment
 from basis.training.loop import (
     DTYPES,
@@ -39,8 +39,6 @@ from basis.training.loop import (
     on_device,
 )
 from basis.training.stepping import WARM_UPS, Capture, CudaCapture, on_side_stream
-
-__all__ = ["BenchReport", "Pass", "Precision", "Progress", "Setting", "check_place", "layer_steps", "tell"]
 
 Pass = Literal["forward", "forward+backward"]
 PASSES: tuple[Pass, ...] = get_args(Pass)

@@ -68,8 +68,8 @@ def execute(
         plan, foreseen = choose(run.choice, folder or results_folder())
         extra = {"plan": dict(plan.layers), "predicted": foreseen}
     teacher = None if run.teacher is None else taught(model, run)
-    dense = plan is run.ratio is run.layer is run.recipe.switch is None
-    if not dense and run.recipe.switch is None:
+    begins_dense = plan is run.ratio is run.layer is None
+    if not begins_dense:
         model = substitute(
             model if teacher is None or not run.fitted else teacher, plan, ratio=run.ratio, layer=run.layer,
             include=run.include or (), mode=run.mode, init="svd" if run.fitted else "random",
@@ -86,11 +86,12 @@ def execute(
     if run.ladder is not None:
         extra |= {"tables": climb(model, data, run.ladder, beside=checkpoint, should_stop=should_stop)}
     extra |= {"plan": result.switched["layers"]} if result.switched else {}
+    stays_dense = begins_dense and not result.switched
     height, width, channels = data.train.x.shape[1:]
     total = cost(model, (channels, height, width), mode="factorized").total
     extra |= {"macs": total.forward_macs, "backward_macs": total.backward_macs}
     extra |= {"trained": count_trained(model)} if run.layer is not None else {}
-    about = {"parameters": count_parameters(model), "spectrum": spectrum(model) if dense else None}
+    about = {"parameters": count_parameters(model), "spectrum": spectrum(model) if stays_dense else None}
     return {**asdict(result), **about, **extra}
 
 

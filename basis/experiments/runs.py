@@ -14,6 +14,7 @@ import torch
 from basis.experiments.comparison import Compression
 from basis.experiments.records import Record, digest, identity, load_records, read_record  # noqa: F401  others do
 from basis.layers.conv import Mode
+from basis.search.measures import singular_energies
 from basis.training.loop import Recipe, choose_device, choose_precision
 
 PROFILES = ("smoke", "small", "cpu", "colab", "paper")
@@ -132,10 +133,7 @@ def spectrum(model: torch.nn.Module, ratios: Sequence[float] = (0.125, 0.25, 0.5
     errors: dict[str, dict[str, float]] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Conv2d) and module.groups == 1:
-            rows = module.weight.detach().double().flatten(1)
-            # Of the smaller Gram matrix: a hundred times as fast as singular values, and equal to 1e-12 of the largest.
-            gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
-            energy = torch.linalg.eigvalsh(gram).clamp_min(0).flip(0)
+            energy = singular_energies(module.weight)
             kept = {r: int(max(1, round(r * module.out_channels))) for r in ratios}
             errors[name] = {str(r): float((energy[k:].sum() / energy.sum()).sqrt()) for r, k in kept.items()}
     return errors

@@ -17,6 +17,7 @@ from basis.costs import cost
 from basis.data import Data, Images
 from basis.experiments.runs import Run
 from basis.experiments.studies import headline, switch
+from basis.experiments.studies.skip import steps_of
 from basis.experiments.studies.study import result_of, valid_records
 from basis.models import build
 from basis.substitution import substitute
@@ -65,7 +66,7 @@ def bench_switch(
         tell(progress, rows[-1])
     about = {"profile": profile, "search_seconds": search, "epochs": base.recipe.epochs}
     about |= {"epoch": result_of(records, SWITCHED)["switched"]["epoch"]}
-    about |= {"steps_per_epoch": (50_000 - base.validation) // setting.batch_size}
+    about |= {"steps_per_epoch": steps_of(base)["steps_per_epoch"]}
     return setting.report("bench-switch", rows, model=base.model, width=base.width, **about)
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from basis.data import Data, Images
 from basis.decompositions import pair_of
 from basis.modules import tracking_norms
+from basis.search.measures import singular_energies
 from basis.search.selection import predicted, select
 from basis.search.sensitivity import FITTING, Fit, sensitivity
 from basis.search.table import SEARCHES, SensitivityTable
@@ -65,15 +66,12 @@ class Switch:
     teach: float | None = None
 
     def __post_init__(self) -> None:
-        choices = {"until": (None, "ranks", "plan"), "momentum": ("projected", "restarted")}
-        choices["fit"] = ("weight", "activation")
+        choices = {"until": (None, "ranks", "plan"), "momentum": get_args(Momentum), "fit": get_args(Fit)}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but it must be one of {known}")
         if not 0 <= self.after < 1 or (self.teach is not None and not 0 < self.teach < 1):
-            raise ValueError(
-                f"after is {self.after} and teach is {self.teach}, but they must be at least 0 and below 1"
-            )
+            raise ValueError(f"after is {self.after} and teach is {self.teach}, but they must lie in [0, 1) and (0, 1)")
         if min(self.patience, self.images) < 1:
             raise ValueError(f"patience is {self.patience} and images is {self.images}, but both must be at least 1")
 
@@ -111,15 +109,12 @@ class Switch:
         layers = {name: int(k) for name, k in plan.layers.items()}
         if self.pairs:
             layers = {name: pair_rank(model.get_submodule(name), k) for name, k in layers.items()}
-        self._put(model, layers, data.train.first(self.images) if self.fit == "activation" else None)
+        self.rebuild(model, layers, data.train.first(self.images) if self.fit == "activation" else None)
         kept = {key: value for key, value in predicted(table, plan).items() if math.isfinite(value)}
         return {"layers": layers, "predicted": kept}
 
-    def rebuild(self, model: nn.Module, layers: Mapping[str, int]) -> None:
-        """Replace these layers in place, with any values."""
-        self._put(model, layers, None)
-
-    def _put(self, model: nn.Module, layers: Mapping[str, int], calibration: Images | None) -> None:
+    def rebuild(self, model: nn.Module, layers: Mapping[str, int], calibration: Images | None = None) -> None:
+        """Replace these layers in place, fitted to their weights, or to the outputs on ``calibration``."""
         if self.pairs:
             convs: dict[str, Any] = {name: model.get_submodule(name) for name in layers}
             replace_modules(model, {conv: pair_of(conv, layers[name]) for name, conv in convs.items()})
@@ -176,13 +171,10 @@ class Switch:
         return plan(low)
 
 
-@torch.no_grad()
 def stable_rank(weight: torch.Tensor) -> float:
     """||W||_F^2 / ||W||_2^2 of a weight as a matrix of C_out rows; at most its rank."""
-    rows = weight.detach().float().flatten(1)
-    gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
-    energies = torch.linalg.eigvalsh(gram.double()).clamp_min(0)
-    return float(energies.sum() / energies[-1]) if energies[-1] > 0 else 1.0
+    energies = singular_energies(weight)
+    return float(energies.sum() / energies[0]) if energies[0] > 0 else 1.0
 
 
 def pair_rank(conv: Any, k: int) -> int:

@@ -94,13 +94,18 @@ class Training:
 
     def _switch(self, bar: Any) -> float:
         """Let the network be switched, if it is time; the seconds that the search and the replacement took."""
+        if not self.switch or self.switched is not None:
+            return 0.0
         began = time.perf_counter()
-        if self.switch and self.switched is None:
-            self.switch(self)
-            if self.switched is not None and not bar.disable:
-                layers = len(self.switched["layers"])
-                bar.write(f"{layers} layers replaced after epoch {self.epoch}, in {time.perf_counter() - began:.1f} s")
-        return time.perf_counter() - began
+        self.switch(self)
+        seconds = time.perf_counter() - began
+        if self.switched is not None:
+            self.switched = {**self.switched, "seconds": seconds}
+            if not bar.disable:
+                bar.write(
+                    f"{len(self.switched['layers'])} layers replaced after epoch {self.epoch}, in {seconds:.1f} s"
+                )
+        return seconds
 
     def _pass(self, bar: Any) -> dict[str, float]:
         """One epoch. The device is read at its end, and after every ``check_every`` steps."""
@@ -149,7 +154,7 @@ class Training:
             raise TrainingError(
                 f"checkpoint {path} belongs to a training with another model, recipe or seed; delete it"
             )
-        if self.switch and content["switched"] is not None:
+        if self.switch and content["switched"]:
             self.switch.rebuild(self, content["switched"])
         if self.teacher is not None:
             self.teacher.load_state_dict(content["teacher"])
@@ -159,5 +164,5 @@ class Training:
         if self.generator is not None and content["generator"] is not None:
             self.generator.set_state(content["generator"])
         torch.set_rng_state(content["random"])
-        for name in PLACE:
-            setattr(self, name, content[name])
+        for name in PLACE:  # checkpoints of earlier versions lack some
+            setattr(self, name, content.get(name, getattr(self, name)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -77,12 +76,16 @@ class Kind(NamedTuple):
     settled: bool = False
 
 
-def objective(recipe: Recipe, model: nn.Module) -> Callable[[Tensor, Kind | None], Tensor]:
-    """From a loss to what is differentiated: ``recipe``'s terms for single layers, in fp32 and before loss scaling."""
+def objective(recipe: Recipe, model: nn.Module, *, share: float = 1.0) -> Callable[[Tensor, Kind | None], Tensor]:
+    """From a loss to what is differentiated: ``recipe``'s terms for single layers, in fp32 and before loss scaling.
+
+    ``share`` of the loss counts, where a teacher gives the rest.
+    """
     layers = [module for module in model.modules() if isinstance(module, BasisConv2d)]
     penalised: list[Any] = [module for module in model.modules() if callable(getattr(module, "penalty", None))]
 
     def terms(loss: Tensor, kind: Kind | None) -> Tensor:
+        loss = loss if share == 1 else share * loss
         if recipe.decay == "product" and layers:
             norms = [product_norm(a.basis, a.coefficients.matrix(), a.coefficients.groups) for a in layers]
             loss = loss + recipe.weight_decay / 2 * torch.stack(norms).sum()
@@ -169,12 +172,11 @@ def make_step(
     place = choose_device(device)
     recipe = (recipe or Recipe()).resolved(model, place)
     autocast: Any = partial(autocast_in, place, recipe.precision)
-    terms, beside = objective(recipe, model), None
+    terms, beside = objective(recipe, model, share=1 - (distillation or 0)), None
     last = recipe.memory_format == "channels_last"
     layout: Any = torch.channels_last if last else torch.contiguous_format
     if teacher is not None and distillation is not None:
         beside = beside_teacher(model, teacher, share=distillation, temperature=TEMPERATURE, autocast=autocast)
-        terms = partial(_less, terms, 1 - distillation)
     elif teacher is not None:
         with as_training_error():
             beside = Attention(model, teacher, weight=recipe.attention or 0.0, autocast=autocast)
@@ -189,10 +191,6 @@ def make_step(
     )  # fmt: skip
 
 
-def _less(terms: Callable[[Tensor, Kind | None], Tensor], share: float, loss: Tensor, kind: Kind | None) -> Tensor:
-    return terms(share * loss, kind)
-
-
 class Switcher:
     """Carries out the switch of a recipe in the midst of a training."""
 
@@ -201,33 +199,33 @@ class Switcher:
 
     def __call__(self, training: Training) -> None:
         """Observe the network; when it is time, replace layers, and go on with a step for the new network."""
-        model, began = training.run.model, time.perf_counter()
+        model, old = training.run.model, training.run
         training.seen = (*training.seen, dict(self.switch.observe(model, self.data)))
         if not self.switch.due(training.epoch, training.epochs, training.seen):
             return
-        dense, weights = copy.deepcopy(model), dense_weights(model)
+        teacher, weights = self._teacher(model), dense_weights(model)
         with as_training_error():
             found = self.switch.replace(model, self.data, training.seen)
-        old = training.run
-        self._go_on(training, dense)
+        self._go_on(training, teacher)
         carry_momentum(old.optimizer, training.run.optimizer, model, weights, momentum=self.switch.momentum)
         training.run.scaler.load_state_dict(old.scaler.state_dict())
         old.forget()  # a graph's memory is set free
-        training.switched = {"epoch": training.epoch, **found, "seconds": time.perf_counter() - began}
+        training.switched = {"epoch": training.epoch, **found}
 
     def rebuild(self, training: Training, switched: Mapping[str, Any]) -> None:
         """The network and step of a checkpoint that was written after the switch."""
-        dense = copy.deepcopy(training.run.model)
+        teacher = self._teacher(training.run.model)
         self.switch.rebuild(training.run.model, switched["layers"])
-        self._go_on(training, dense)
+        self._go_on(training, teacher)
 
-    def _go_on(self, training: Training, dense: nn.Module) -> None:
-        teacher = None if self.switch.teach is None else dense.eval().requires_grad_(False)
+    def _teacher(self, dense: nn.Module) -> nn.Module | None:
+        return None if self.switch.teach is None else copy.deepcopy(dense).eval().requires_grad_(False)
+
+    def _go_on(self, training: Training, teacher: nn.Module | None) -> None:
         model, training.setup_seconds = training.run.model, training.setup_seconds + training.run.setup_seconds
         run = make_step(model, self.recipe, device=self.place, teacher=teacher, distillation=self.switch.teach)
-        schedule = Schedule(
-            run, self.recipe, steps_per_epoch=training.steps, total_steps=training.epochs * training.steps
-        )
+        steps = training.steps
+        schedule = Schedule(run, self.recipe, steps_per_epoch=steps, total_steps=training.epochs * steps)
         training.run, training.prepare, training.teacher = run, schedule.prepare, teacher
 
 

@@ -66,15 +66,13 @@ def frame(records: Sequence[Record], profile: str) -> pd.DataFrame:
     """:func:`basis.experiments.studies.headline.frame` of both studies, with what the switch did.
 
     ``epoch``: that after which layers were replaced; ``search``: seconds of search and replacement, which are among
-    the ``seconds``; ``setup``: those of compiling and capturing steps, which are not; ``rule``: the variant without its
-    budget; ``place``: the GPU, and how many trainings shared it: only within one, times compare. Trainings on a CPU
-    have none, since other work stood beside them; :func:`training_times` has theirs.
+    the ``seconds``; ``rule``: the variant without its budget; ``place``: the GPU, and how many trainings shared it:
+    only within one, times compare. Trainings on a CPU have none, since other work stood beside them;
+    :func:`training_times` has theirs.
     """
-    both = [*records, *valid_records(headline.STUDY, profile)]
-    more = {"epoch": "epoch", "search": "seconds"}
-    columns: dict[str, Any] = {name: partial(_of_switch, key=key) for name, key in more.items()}
-    columns |= {"setup": lambda r: r.result.get("setup_seconds", 0.0), "place": _place}
-    runs = headline.frame(both, columns)
+    columns: dict[str, Any] = {"epoch": partial(_of_switch, key="epoch"), "place": _place}
+    columns["search"] = partial(_of_switch, key="seconds")
+    runs = headline.frame([*records, *valid_records(headline.STUDY, profile)], columns)
     runs["rule"] = runs["variant"].str.replace(r", 1/\d+ of \w+$", "", regex=True)
     order = {name: i for i, name in enumerate(dict.fromkeys(run.variant for run in STUDY.runs(profile)))}
     return runs.sort_values("variant", key=lambda v: v.map(order).fillna(-1), kind="stable", ignore_index=True)

@@ -95,10 +95,10 @@ def _finish_mixing(
     for start in range(0, k, TILE):
         j = start + tl.arange(0, TILE)
         # Rounded before the shift is made of it, so that low precision shifts no channel.
-        own = (scale[:, None] * load(mixing, first, j, k, C, k, ROWS)).to(weight.dtype.element_ty)
-        store(weight, own, first, j, k, C, k, ROWS)
+        rounded = (scale[:, None] * load(mixing, first, j, k, C, k, ROWS)).to(weight.dtype.element_ty)
+        store(weight, rounded, first, j, k, C, k, ROWS)
         middle = numbers(total + k * k, j, k, 0.0) / P + numbers(z, j, k, 0.0)
-        moved -= tl.sum(own.to(tl.float32) * middle[None, :], 1)
+        moved -= tl.sum(rounded.to(tl.float32) * middle[None, :], 1)
     tl.store(inverse + c, deviation, mask=c < C)
     tl.store(shift + c, moved, mask=c < C)
     track(running_mean, running_var, seen, momentum, centre + numbers(bias, c, C, 0.0), variance, P, c, C)
@@ -225,7 +225,7 @@ def mixing_gradients(
     with on(z):
         _finish_mixing_gradients[(triton.cdiv(k, 16),)](
             sums, mixing, *mixed[:3], gamma, mixed.weight, d_gamma, d_beta, d_mixing, quadratic, constant, P, k, C,
-            TILE=16, WIDTH=block(k, 256), ROWS=32 if k <= 128 else 16, num_warps=8,
+            TILE=16, WIDTH=block(k, 256), ROWS=32 if k <= 64 else 16, num_warps=8,
         )  # fmt: skip
     if gated is not None:
         dout, out = gated, None

@@ -42,9 +42,10 @@ def store(matrix, values, first, cols, stride, height, width, ROWS: tl.constexpr
 @triton.jit
 def numbers(vector, at, width, other):
     """Numbers ``at`` of a vector in float32; ``other`` where there is none."""
-    if vector is None:
-        return tl.full(at.shape, other, tl.float32)
-    return tl.load(vector + at, mask=at < width, other=other).to(tl.float32)
+    values = tl.full(at.shape, other, tl.float32)
+    if vector is not None:
+        values = tl.load(vector + at, mask=at < width, other=other).to(tl.float32)
+    return values
 
 
 @triton.jit

@@ -201,7 +201,7 @@ def mix_and_normalise(
     mixed = Mixed(mean, spread, inverse, z.new_empty((C, k)))
     with on(z):
         _finish_mixing[(triton.cdiv(C, 16),)](
-            total, z, mixing, gamma, beta, bias, *statistics, *mixed, shift, P, k, C, eps, ROWS=16, TILE=block(k, 64)
+            total, z, mixing, gamma, beta, bias, *statistics, *mixed, shift, P, k, C, eps, ROWS=16, TILE=block(k, 32)
         )
     return _mixed(shift, z, mixed.weight, (1, k), residual=residual, relu=relu), mixed
 

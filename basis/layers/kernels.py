@@ -214,18 +214,13 @@ def normalise(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """relu(normalised x * gamma + beta + residual), as x, and the state that :func:`gradients` takes, (4, C)."""
     P, C = rows_of(x).shape
-    partial, grid, tiles = _chunks(P, C, x.device)
-    state, out = partial.new_empty((4, C)), torch.empty_like(x)
+    state = torch.empty((4, C), device=x.device)
     with on(x):
-        _column_sums[grid](x, x, None, None, None, None, None, partial, P, C, **tiles)
-        _finish_sums[(triton.cdiv(C, 16),)](
-            partial, x, gamma, beta, *statistics, state, grid[0], P, C, eps, BLOCK=128, TILE=16
+        partial = _sums(x, x, None, None, None, None, None)
+        _finish_sums[(triton.cdiv(C, 8),)](
+            partial, x, gamma, beta, *statistics, state, len(partial), P, C, eps, BLOCK=512, TILE=8
         )
-        rows, tile = _part(C)
-        _scaled[(triton.cdiv(P, rows) * triton.cdiv(C, tile),)](
-            out, x, residual, None, state, None, P, C, RELU=relu, ROWS=rows, TILE=tile
-        )
-    return out, state
+        return _write(torch.empty_like(x), x, residual, None, state, None, relu=relu), state
 
 
 def gradients(
@@ -236,34 +231,38 @@ def gradients(
     ``dout`` in the memory format of x; ``out`` is needed only where there was a residual and a ReLU.
     """
     P, C = rows_of(x).shape
-    partial, grid, tiles = _chunks(P, C, x.device)
-    result, dx = state.new_empty(state.shape), torch.empty_like(x)
-    both = relu and residual
-    gated = torch.empty_like(dout) if both else None
-    scale, shift = (state[2], state[3]) if relu and not residual else (None, None)
+    result = torch.empty_like(state)
+    gated = torch.empty_like(dout) if relu and residual else None
+    gate = (None, state[2], state[3]) if relu and not residual else (out, None, None)
     with on(x):
-        _column_sums[grid](x, state, dout, out if both else None, scale, shift, gated, partial, P, C, **tiles)
-        _finish_gradient_sums[(triton.cdiv(C, 16),)](partial, state, result, grid[0], P, C, BLOCK=128, TILE=16)
-        if gated is not None:
-            dout = gated
-        rows, tile = _part(C)
-        _scaled[(triton.cdiv(P, rows) * triton.cdiv(C, tile),)](
-            dx, x, None, dout, state, result, P, C, RELU=relu and not residual, ROWS=rows, TILE=tile
-        )
+        partial = _sums(x, state, dout, *gate, gated)
+        _finish_gradient_sums[(triton.cdiv(C, 8),)](partial, state, result, len(partial), P, C, BLOCK=512, TILE=8)
+        dout = dout if gated is None else gated
+        dx = _write(torch.empty_like(x), x, None, dout, state, result, relu=relu and not residual)
     return dx, dout if residual else None, result[1], result[0]
 
 
-def _chunks(P: int, C: int, device: torch.device) -> tuple[Tensor, tuple[int, int], dict[str, int]]:
-    """Where the sums over chunks of rows go, (chunks, 2, C), the grid, and the sizes of chunks and tiles."""
+# The sizes of blocks and the numbers of warps here and in basis.layers.mixing_kernels were the fastest, or nearly, of
+# those tried on one H200 with 1024 images in bfloat16.
+
+
+def _sums(x: Tensor, centre: Tensor, *rest: Any) -> Tensor:
+    """The sums of :func:`_column_sums` over chunks of rows, (chunks, 2, C)."""
+    (P, C), forward = rows_of(x).shape, rest[0] is None
     tile = block(C, 64)
-    rows = 4096 // tile
-    columns = triton.cdiv(C, tile)
-    chunk = rows * triton.cdiv(P, rows * max(1, 1024 // columns))
-    chunks = triton.cdiv(P, chunk)
-    partial = torch.empty((chunks, 2, C), device=device)
-    return partial, (chunks, columns), {"chunk": chunk, "ROWS": rows, "TILE": tile}
+    rows, columns = (8192 if forward else 4096) // tile, triton.cdiv(C, tile)
+    chunk = rows * triton.cdiv(P, rows * max(1, 512 // columns))
+    partial = torch.empty((triton.cdiv(P, chunk), 2, C), device=x.device)
+    _column_sums[len(partial), columns](
+        x, centre, *rest, partial, P, C, chunk, ROWS=rows, TILE=tile, num_warps=4 if forward else 8
+    )
+    return partial
 
 
-def _part(C: int) -> tuple[int, int]:
+def _write(maps: Tensor, *rest: Any, relu: bool) -> Tensor:
+    """``maps`` as :func:`_scaled` fills them."""
+    P, C = rows_of(maps).shape
     tile = block(C, 128)
-    return 8192 // tile, tile
+    rows = 4096 // tile
+    _scaled[(triton.cdiv(P, rows) * triton.cdiv(C, tile),)](maps, *rest, P, C, RELU=relu, ROWS=rows, TILE=tile)
+    return maps

@@ -63,6 +63,16 @@ def _outer_sums(
 
 
 @triton.jit
+def _total(partial, total, chunks, width, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """The sum of the rows of ``partial``."""
+    cols = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    sums = tl.zeros((BLOCK, TILE), tl.float32)
+    for first in range(0, chunks, BLOCK):
+        sums += load(partial, first, cols, width, chunks, width, BLOCK)
+    tl.store(total + cols, tl.sum(sums, 0), mask=cols < width)
+
+
+@triton.jit
 def _finish_mixing(
     total, z, mixing, gamma, beta, bias, running_mean, running_var, seen, momentum,
     mean, spread, inverse, weight, shift, P, k, C, eps, ROWS: tl.constexpr, TILE: tl.constexpr,
@@ -193,10 +203,7 @@ def mix_and_normalise(
 ) -> tuple[Tensor, Mixed]:  # fmt: skip
     """relu(normalised (M z + c) + residual), (N, C, H, W) in the dtype of z, of M (C, k) and c, the ``bias``."""
     (P, k), C = rows_of(z).shape, len(mixing)
-    single = z.dtype == torch.float32
-    tile = block(k, 64 if single or k <= 128 else 128)
-    config = {"FACTOR": tl.float32, "num_warps": 8 if tile == 128 else 4}
-    total = _sums(z, None, z, z, None, (tile, tile), (2048 if single else 4096) // tile, **config)
+    total = _sums(z, None, z, z, None, (block(k, 64), block(k, 64)))
     mean, spread, inverse, shift = (total.new_empty(shape) for shape in ((k,), (C, k), (C,), (C,)))
     mixed = Mixed(mean, spread, inverse, z.new_empty((C, k)))
     with on(z):
@@ -214,12 +221,9 @@ def mixing_gradients(
     ``dout`` is channels-last; ``out`` is what came out where there was a ReLU, else None.
     """
     (P, k), C = rows_of(z).shape, len(mixing)
-    single = z.dtype == torch.float32
-    tile_k = block(k, 64 if single else 256)
-    tile_c = block(C, 64 if single or tile_k == 256 else 128)
-    rows = 64 if tile_k <= 64 and not single else 32
     gated = torch.empty_like(dout) if residual and out is not None else None
-    sums = _sums(dout, out, z, None, gated, (tile_c, tile_k), rows, FACTOR=_factor(z.dtype), num_warps=8)
+    tile = block(k, 64 if z.dtype == torch.float32 else 256)
+    sums = _sums(dout, out, z, None, gated, (block(C, 64 if tile == 256 or z.dtype == torch.float32 else 128), tile))
     d_gamma, d_beta, d_mixing, constant = (sums.new_empty(shape) for shape in ((C,), (C,), (C, k), (k,)))
     quadratic = z.new_empty((k, k))
     with on(z):
@@ -235,22 +239,27 @@ def mixing_gradients(
 
 def _sums(
     left: Tensor, gate: Tensor | None, right: Tensor, shift: Tensor | None, gated: Tensor | None,
-    tiles: tuple[int, int], rows: int, **config: Any,
+    tiles: tuple[int, int],
 ) -> Tensor:  # fmt: skip
     """[sum l r^T; sum l] over all rows as one vector: by about 256 programs, two per multiprocessor of a large GPU."""
     (P, m), n = rows_of(left).shape, right.shape[1]
+    single = left.dtype == torch.float32
+    rows = 32 if single else max(16, min(64, 4096 // max(tiles)))
     grid = triton.cdiv(m, tiles[0]), triton.cdiv(n, tiles[1])
     # With so many rows at least, reading the partial sums does not cost more than reading the maps.
     wanted = max((2 if left is right else 4) * n, triton.cdiv(P, max(1, 256 // (grid[0] * grid[1]))))
     chunk = rows * triton.cdiv(wanted, rows)
-    partial = left.new_empty((triton.cdiv(P, chunk), m * (n + 1)), dtype=torch.float32)
+    partial = torch.empty((triton.cdiv(P, chunk), m * (n + 1)), device=left.device)
+    total = torch.empty_like(partial[0])
     with on(left):
         _outer_sums[len(partial), grid[0], grid[1]](
             left, gate, right, shift, gated, partial, P, m, n, chunk,
             TILE_M=tiles[0], TILE_N=tiles[1], ROWS=rows, SAME=left is right and grid == (1, 1),
-            PRECISION=_precision(left.dtype), num_stages=3, **config,
+            FACTOR=_factor(left.dtype), PRECISION=_precision(left.dtype),
+            num_warps=8 if single or tiles[0] * tiles[1] >= 16384 else 4, num_stages=3,
         )  # fmt: skip
-    return partial.sum(0)
+        _total[(triton.cdiv(len(total), 64),)](partial, total, len(partial), len(total), BLOCK=64, TILE=64)
+    return total
 
 
 def _mixed(
@@ -260,14 +269,15 @@ def _mixed(
     """relu(constant + residual + z matrix + (gated dout) weight), in the dtype of z."""
     (P, k), n, C = rows_of(z).shape, len(constant), 0 if dout is None else dout.shape[1]
     single = z.dtype == torch.float32
-    rows, tile, inner = 64 if single or dout is None else 128, block(n, 64 if single else 128), 32 if single else 64
+    tile = block(n, 64 if single or k <= 32 else 128)
     shape = (z.shape[0], n, *z.shape[2:])
     out = torch.empty(shape, dtype=z.dtype, device=z.device, memory_format=torch.channels_last)
     with on(z):
-        _affine[(triton.cdiv(P, rows) * triton.cdiv(n, tile),)](
+        _affine[(triton.cdiv(P, 64) * triton.cdiv(n, tile),)](
             out, constant, residual, z, matrix, dout, gate, weight, P, n, k, C, *strides,
-            RELU=relu, ROWS=rows, TILE=tile, BLOCK_K=block(k, inner), BLOCK_C=block(C, inner),
-            FACTOR=_factor(z.dtype), PRECISION=_precision(z.dtype), num_warps=8, num_stages=2,
+            RELU=relu, ROWS=64, TILE=tile, BLOCK_K=block(k, 32 if single else 64),
+            BLOCK_C=32 if single or C <= 64 else 64, FACTOR=_factor(z.dtype), PRECISION=_precision(z.dtype),
+            num_warps=8 if single else 4, num_stages=2 if dout is None else 3,
         )  # fmt: skip
     return out
 

@@ -11,14 +11,16 @@ import os
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 kernels: Any = None  # where there is no GPU, importing Triton would only take time
 mixing_kernels: Any = None
+thin: Any = None
 if torch.cuda.device_count() or os.environ.get("TRITON_INTERPRET") == "1":
     with contextlib.suppress(ImportError):  # Triton has no build for this platform
-        from basis.layers import kernels, mixing_kernels
+        from basis.layers import kernels, mixing_kernels, thin
 
 
 def suits(
@@ -108,3 +110,26 @@ class _MixAndNormalise(torch.autograd.Function):
         )
         d_bias = None if bias is None else torch.zeros_like(bias)
         return dz, d_mixing, d_gamma, d_beta, d_bias, d_residual, None, None
+
+
+def convolve(x: Tensor, filters: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
+    """``F.conv2d`` without a bias; the backward pass of few filters by the kernels of :mod:`basis.layers.thin`."""
+    plain = (stride, padding, dilation, groups) == ((1, 1), (1, 1), (1, 1), 1)
+    cast = filters.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+    known = kernels is not None and not torch.compiler.is_compiling()
+    if known and plain and cast and kernels.usable(x) and thin.suits(x, filters):
+        return _ThinConvolution.apply(x, filters)
+    return F.conv2d(x, filters, None, stride, padding, dilation, groups)
+
+
+class _ThinConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, filters: Tensor) -> Tensor:
+        rounded = filters.to(x.dtype, memory_format=torch.channels_last)
+        ctx.save_for_backward(x, rounded)
+        return F.conv2d(x, rounded, padding=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor, Tensor]:
+        return thin.gradients(_last(dz), *ctx.saved_tensors)

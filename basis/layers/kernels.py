@@ -61,6 +61,16 @@ def track(running_mean, running_var, seen, momentum, mean, variance, P, at, widt
             tl.store(seen, tl.load(seen) + 1)
 
 
+@triton.jit
+def _total(partial, total, chunks, width, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """The sum of the rows of ``partial``."""
+    cols = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    sums = tl.zeros((BLOCK, TILE), tl.float32)
+    for first in range(0, chunks, BLOCK):
+        sums += load(partial, first, cols, width, chunks, width, BLOCK)
+    tl.store(total + cols, tl.sum(sums, 0), mask=cols < width)
+
+
 # Whether TRITON_INTERPRET was set when Triton was imported: the kernels then run on any device, slowly.
 INTERPRETED = not isinstance(load, triton.JITFunction)
 
@@ -80,6 +90,13 @@ def usable(maps: Tensor) -> bool:
         return False
     known = maps.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return known and maps.dim() == 4 and maps.numel() > 0 and maps.permute(0, 2, 3, 1).is_contiguous()
+
+
+def added(partial: Tensor) -> Tensor:
+    """The sum of the rows of a float32 matrix."""
+    total = torch.empty_like(partial[0])
+    _total[(triton.cdiv(len(total), 64),)](partial, total, len(partial), len(total), BLOCK=64, TILE=64)
+    return total
 
 
 def rows_of(maps: Tensor) -> Tensor:

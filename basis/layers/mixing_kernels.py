@@ -15,7 +15,7 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
 
-from basis.layers.kernels import INTERPRETED, Statistics, block, load, numbers, on, rows_of, store, track
+from basis.layers.kernels import INTERPRETED, Statistics, added, block, load, numbers, on, rows_of, store, track
 
 # A pass does about k/2 flop per byte, and GPUs turn compute-bound near 200: above this, a GEMM of cuBLAS and a
 # second pass are as fast.
@@ -60,16 +60,6 @@ def _outer_sums(
     tl.store(partial + i[:, None] * n + j[None, :], products, mask=(i < m)[:, None] & (j < n)[None, :])
     if tl.program_id(2) == 0:
         tl.store(partial + m * n + i, tl.sum(sums, 0), mask=i < m)
-
-
-@triton.jit
-def _total(partial, total, chunks, width, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """The sum of the rows of ``partial``."""
-    cols = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    sums = tl.zeros((BLOCK, TILE), tl.float32)
-    for first in range(0, chunks, BLOCK):
-        sums += load(partial, first, cols, width, chunks, width, BLOCK)
-    tl.store(total + cols, tl.sum(sums, 0), mask=cols < width)
 
 
 @triton.jit
@@ -250,7 +240,6 @@ def _sums(
     wanted = max((2 if left is right else 4) * n, triton.cdiv(P, max(1, 256 // (grid[0] * grid[1]))))
     chunk = rows * triton.cdiv(wanted, rows)
     partial = torch.empty((triton.cdiv(P, chunk), m * (n + 1)), device=left.device)
-    total = torch.empty_like(partial[0])
     with on(left):
         _outer_sums[len(partial), grid[0], grid[1]](
             left, gate, right, shift, gated, partial, P, m, n, chunk,
@@ -258,8 +247,7 @@ def _sums(
             FACTOR=_factor(left.dtype), PRECISION=_precision(left.dtype),
             num_warps=8 if single or tiles[0] * tiles[1] >= 16384 else 4, num_stages=3,
         )  # fmt: skip
-        _total[(triton.cdiv(len(total), 64),)](partial, total, len(partial), len(total), BLOCK=64, TILE=64)
-    return total
+        return added(partial)
 
 
 def _mixed(

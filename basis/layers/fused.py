@@ -77,7 +77,8 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, state, out = ctx.saved_tensors
         dx, d_residual, d_gamma, d_beta = kernels.gradients(_last(dout), out, x, state, **ctx.options)
-        return dx, d_gamma, d_beta, d_residual, None, None
+        with_gamma, with_beta = ctx.needs_input_grad[1:3]
+        return dx, d_gamma if with_gamma else None, d_beta if with_beta else None, d_residual, None, None
 
 
 def mix_and_normalise(
@@ -109,6 +110,8 @@ class _MixAndNormalise(torch.autograd.Function):
             _last(dout), out, z, mixing.contiguous(), gamma, mixing_kernels.Mixed(*mixed), residual=ctx.residual
         )
         d_bias = None if bias is None else torch.zeros_like(bias)
+        with_gamma, with_beta = ctx.needs_input_grad[2:4]
+        d_gamma, d_beta = d_gamma if with_gamma else None, d_beta if with_beta else None
         return dz, d_mixing, d_gamma, d_beta, d_bias, d_residual, None, None
 
 

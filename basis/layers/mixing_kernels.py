@@ -198,8 +198,9 @@ def mix_and_normalise(
     mixed = Mixed(mean, spread, inverse, z.new_empty((C, k)))
     with on(z):
         _finish_mixing[(triton.cdiv(C, 16),)](
-            total, z, mixing, gamma, beta, bias, *statistics, *mixed, shift, P, k, C, eps, ROWS=16, TILE=block(k, 32)
-        )
+            total, z, mixing, gamma, beta, bias, *statistics, *mixed, shift, P, k, C, eps,
+            ROWS=16, TILE=block(k, 32), num_warps=8,
+        )  # fmt: skip
     return _mixed(shift, z, mixed.weight, (1, k), residual=residual, relu=relu), mixed
 
 

@@ -2,9 +2,9 @@
 """A Triton kernel for the backward pass of a 3x3 convolution with few basis filters: C_in channels to k.
 
 cuDNN takes as long for 16 filters as for 64, since a convolution as a product of matrices reads its C_in channels nine
-times. Only the forward pass has to. The gradient of the input, ``dx[p] = sum over nine taps of dz[p - tap] B[tap]``, and
-that of the filters, ``dB[tap] = sum over pixels p of dz[p - tap]^T x[p]``, take the k channels of dz nine times, and x
-once. What holds for :mod:`basis.layers.kernels` holds here.
+times. Only the forward pass has to. The gradient of the input, ``dx[p] = sum over nine taps of dz[p - tap] B[tap]``,
+and that of the filters, ``dB[tap] = sum over pixels p of dz[p - tap]^T x[p]``, take the k channels of dz nine times,
+and x once. What holds for :mod:`basis.layers.kernels` holds here.
 """
 
 from __future__ import annotations

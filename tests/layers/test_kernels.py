@@ -88,24 +88,22 @@ def error(actual, exact):
     return ((actual.double().cpu() - exact).norm() / exact.double().norm().clamp_min(1e-30)).item()
 
 
-# channels, k (0: ordinary), images, their size, mean of the input, options
+# channels, k (0: ordinary), images, their size, mean of the input, dtype, options
 CASES = (
-    (10, 0, 3, 5, 100.0, {}),
-    (130, 0, 2, 7, 0.5, {"affine": False}),
-    (64, 0, 9, 17, 0.0, {"track_running_stats": False}),
-    (10, 3, 7, 9, 1.0, {"bias": True}),
-    (130, 40, 2, 6, 0.5, {"momentum": 0.7}),
-    (64, 16, 4, 9, 0.0, {"affine": False}),
+    (10, 0, 3, 5, 100.0, torch.float32, {}),
+    (130, 0, 2, 7, 0.5, torch.float16, {"affine": False}),
+    (64, 0, 5, 11, 0.0, torch.bfloat16, {"track_running_stats": False}),
+    (10, 3, 3, 5, 1.0, torch.float32, {"bias": True}),
+    (130, 40, 2, 6, 0.5, torch.float16, {"momentum": 0.7}),
+    (64, 16, 4, 9, 0.0, torch.bfloat16, {"affine": False}),
+    (32, 20, 4, 6, 10.0, torch.float32, {"eps": 0.1}),
 )
 
 
 @runs
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("relu", "added"), [(True, True), (True, False), (False, True), (False, False)])
-@pytest.mark.parametrize(("channels", "k", "n", "size", "mean", "options"), CASES)
-def test_a_step_is_that_in_float64(monkeypatch, channels, k, n, size, mean, options, relu, added, dtype):
-    if (dtype == torch.float16) != (relu and channels == 130):
-        pytest.skip("one case of float16 for each is enough")
+@pytest.mark.parametrize(("relu", "added"), [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize(("channels", "k", "n", "size", "mean", "dtype", "options"), CASES)
+def test_a_step_is_that_in_float64(monkeypatch, channels, k, n, size, mean, dtype, options, relu, added):
     model = block(channels, k, relu=relu, **options)
     exact = copy.deepcopy(model).double()
     model = model.to(DEVICE)
@@ -217,7 +215,7 @@ def launches(monkeypatch, channels, k):
         signature, constants, attributes = {}, {}, {}
         for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
             value = bound[name]
-            if parameter.is_constexpr or value is None or value == 1:
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
                 signature[name], constants[(i,)] = "constexpr", value
                 continue
             kinds = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64"}
@@ -258,5 +256,5 @@ def test_they_compile_for_gpus_without_spills(monkeypatch, tmp_path, channels, k
         (tmp_path / "kernel.cubin").write_bytes(binary.asm["cubin"])
         used = subprocess.run([tool, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True).stdout
         assert re.findall(r"STACK:(\d+) .*?LOCAL:(\d+)", used) == [("0", "0")], kernel.fn.__name__
-    assert len(compiled) == (11 if k == 16 else 10)
+    assert len(compiled) == (10 if k == 16 else 9)
     assert max(compiled.values()) <= (163 if capability == 80 else 227) * 1024  # bytes of shared memory of a program

@@ -210,7 +210,7 @@ def test_training_measures_norms_and_steps_against_the_dense_network_by_the_same
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"norms": ["none"]}, "norms is 'none', but must be one of ordinary, through_basis"),
+        ({"norms": ["none"]}, "norms is 'none', but must be one of ordinary, fused, through_basis, tuned"),
         ({"steps": ["slow"]}, "step is 'slow', but must be one of eager, compiled, graphed, fast"),
     ],
 )

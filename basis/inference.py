@@ -222,8 +222,8 @@ def bench_inference(
         dense = build(model, width=width).eval()
     setting = setting.settled(dense)
 
-    def cell(size: dict[str, Any]) -> Cell:
-        share = size.pop("share", None)
+    def cell(about: Mapping[str, float]) -> Cell:
+        size: dict[str, Any] = {"plan": plans[about["share"]]} if plans and "share" in about else dict(about)
         with setting.globals():
             basis = setting.place(substitute(dense, **size, init="random").eval())
         layers = plan_of(basis).layers
@@ -232,7 +232,7 @@ def bench_inference(
         best = partial(deployed, basis, setting, pairs)
         graphed = setting.new_capture() is not None
         return Cell(
-            about={"model": model, "pass": "forward", "batch_size": setting.batch_size, "share": share, **size},
+            about={"model": model, "pass": "forward", "batch_size": setting.batch_size, **about},
             candidates={
                 **({"dense": folded, "dense plain": plain} if graphed else {"dense": plain, "dense folded": folded}),
                 "auto": partial(copy.deepcopy, basis), "folded": partial(deployed, basis, setting),
@@ -241,8 +241,7 @@ def bench_inference(
             rows={"folded, pairs": {"pairs": len(pairs), "layers": len(layers)}}, rotated=False,
         )  # fmt: skip
 
-    sizes = [{"ratio": ratio} for ratio in ratios]
-    sizes += [{"share": share, "plan": plan} for share, plan in (plans or {}).items()]
+    sizes = [*({"ratio": ratio} for ratio in ratios), *({"share": share} for share in plans or ())]
     rows = measure_cells(map(cell, sizes), setting, progress)
     options = {"model": model, "width": width, "ratios": list(ratios), "shares": list(plans or ())}
     return setting.report("bench-inference", rows, **options)

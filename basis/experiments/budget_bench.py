@@ -9,12 +9,12 @@ from dataclasses import replace
 from functools import partial
 
 from basis.bench.cells import Cell, measure_cells
-from basis.bench.networks import NORMS, bench_training
+from basis.bench.networks import Norms, bench_training
 from basis.bench.report import BenchReport
 from basis.bench.timing import Pass, Progress, Setting
 from basis.bench.tuning import bench_latency
 from basis.costs import count_parameters
-from basis.inference import fold, measure_fold
+from basis.inference import deployed, measure_fold
 from basis.models import build
 from basis.search.selection import InfeasibleBudget, predicted, select
 from basis.search.sensitivity import sensitivity
@@ -33,7 +33,8 @@ def bench_budget(
     spectrum of the weights. For the forward pass the network is folded, with pairs where :func:`measure_fold` finds
     them faster; modes are "dense folded" and "selected", whose rows have ``parameters`` as a share of the dense
     network's, and ``layers`` and ``pairs``, how many there are. With the backward pass whole graphed training steps
-    are measured, by :func:`bench_training`, and ``layers`` is the plan. Either way ``predicted`` is the share that the
+    are measured, by :func:`bench_training`, and ``layers`` is the plan; on a GPU in mode auto ("fused"), and with each
+    layer in the way that the latencies found fastest ("tuned"). Either way ``predicted`` is the share that the
     layers alone add up to.
 
     Args:
@@ -54,12 +55,16 @@ def bench_budget(
     setting = setting.settled(dense)
     table = sensitivity(dense, measure="spectrum", ratios=ratios)
     times = latency or bench_latency(dense, ratios=ratios, passes=(one,), setting=setting, progress=progress)
-    plans, beyond = _plans(table, times, shares, one, smallest=smallest)
+    plans, beyond = plans_for(table, times, shares, one, smallest=smallest)
     told = {share: predicted(table, plan, times, step=one)["milliseconds"] for share, plan in plans.items()}
     if one != "forward":
+        gpu = setting.where.type == "cuda"
+        norms: tuple[Norms, ...] = ("fused", "tuned") if gpu else ("ordinary", "through_basis")
+        tables = {share: _ways(times, plan, one) for share, plan in plans.items()}
         report = bench_training(
-            model=model, width=width, plans=plans, norms=NORMS, steps=("graphed",), setting=setting, progress=progress
-        )
+            model=model, width=width, plans=plans, norms=norms, steps=("graphed",), tables=tables, setting=setting,
+            progress=progress,
+        )  # fmt: skip
         about = {share: {"predicted": told[share], "layers": dict(plan.layers)} for share, plan in plans.items()}
         rows = [{**row, **(about[row["share"]] if row["mode"] == "auto" else {})} for row in report.rows]
         return replace(report, config={**report.config, "beyond": beyond, "candidates": list(ratios)}, rows=rows)
@@ -74,8 +79,8 @@ def bench_budget(
         return Cell(
             about={"model": model, "pass": one, "share": share}, rows={"selected": row},
             candidates={
-                "dense": partial(copy.deepcopy, dense), "dense folded": partial(fold, dense),
-                "selected": partial(fold, small, factorized=pairs),
+                "dense": partial(copy.deepcopy, dense), "dense folded": partial(deployed, dense, setting),
+                "selected": partial(deployed, small, setting, pairs),
             },
         )  # fmt: skip
 
@@ -84,7 +89,13 @@ def bench_budget(
     return setting.report("bench-budget", rows, **options)
 
 
-def _plans(
+def _ways(times: BenchReport, plan: Plan, one: Pass) -> BenchReport:
+    """What a report of latencies says of the layers of ``plan``, as a table for :func:`basis.use_modes`."""
+    rows = [row for row in times.rows if row["pass"] == one and plan.layers.get(row["layer"]) == row["basis_channels"]]
+    return replace(times, kind="bench-modes", rows=[{**row, "mode": row["resolved"]} for row in rows])
+
+
+def plans_for(
     table: SensitivityTable, times: BenchReport, shares: Sequence[float], one: Pass, *, smallest: bool
 ) -> tuple[Mapping[float, Plan], list[float]]:
     """The plan of each share, and the shares out of reach; raises ``InfeasibleBudget`` where all are."""

@@ -169,8 +169,9 @@ def measure_fold(
     """Measure the forward pass of every basis convolution as :func:`fold` makes it: dense, and as a pair, by turns.
 
     Each layer alone, on inputs of the sizes that it gets for images of ``input_size``, (C, H, W). Of layers with equal
-    shapes the first is measured, which the others name in ``same_as``. Weights are held in the precision. Raises ``ValueError`` for a model without a
-    basis convolution that is called, on the meta device, or that cannot be run on such images.
+    shapes the first is measured, which the others name in ``same_as``. Weights are in the setting's precision. Raises
+    ``ValueError`` for a model without a basis convolution that is called, on the meta device, or that cannot be run on
+    such images.
     """
     source = uncouple(model).eval()
     layers = {name: module for name, module in source.named_modules() if isinstance(module, BasisConv2d)}
@@ -196,7 +197,7 @@ def measure_fold(
 
 
 def deployed(model: nn.Module, setting: Setting, pairs: Iterable[str] = ()) -> nn.Module:
-    """``model`` folded, its weights in the precision of ``setting`` itself, which spares a cast of each in each pass."""
+    """``model`` folded, its weights in the precision of ``setting``: no pass has to cast them."""
     return fold(model, factorized=pairs).to(DTYPES[setting.precision])
 
 

@@ -369,7 +369,8 @@ def _given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 
 def file_stem(kind: str, config: Mapping[str, Any]) -> str:
     """What the name of the report's file begins with: the kind, and what else than usual was measured."""
-    stem = [kind, *(mark for option, (usual, mark) in MARKS.items() if config.get(option, [usual]) != [usual])]
+    unmarked = (["fused"], *([usual] for usual, _ in MARKS.values()))
+    stem = [kind, *(mark for option, (usual, mark) in MARKS.items() if config.get(option, [usual]) not in unmarked)]
     stem += [config["model"]] if "model" in config else []
     stem += [f"w{config['width']}"] if config.get("width") else []
     stem += ["x".join(map(str, config["input_size"]))] if config.get("input_size", [3, 32, 32]) != [3, 32, 32] else []

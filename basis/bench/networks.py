@@ -18,6 +18,7 @@ from basis.bench.shapes import RATIOS
 from basis.bench.timing import PeakCapture, Progress, Setting, Step, check_known
 from basis.bench.tuning import tune, use_modes
 from basis.costs import count_parameters, count_trained
+from basis.layers.batchnorm import couple_in_place
 from basis.layers.conv import MODES, BasisConv2d, Mode, basis_channels_for
 from basis.layers.structured import Structure
 from basis.models import build
@@ -164,11 +165,13 @@ def bench_training(
 def _candidate(
     dense: nn.Module, size: Mapping[str, Any], row: Mapping[str, Any], setting: Setting, table: BenchReport | None
 ) -> nn.Module:
-    network, norms = copy.deepcopy(dense), row["norms"]
-    if row["coefficients"]:
+    norms = row["norms"]
+    if not row["coefficients"]:
+        network = copy.deepcopy(dense)
+    else:
         options: Any = {"mode": row["mode"], "coefficients": row["coefficients"]}
-        options["batch_norm"] = "through_basis" if norms == "through_basis" else "ordinary"
         network = substitute(dense, **size, init="random", **options)
+        network = couple_in_place(network) if norms == "through_basis" else network
         Parts(network).train(TRAINED[row["trained"]])
     if norms == "tuned":
         use_modes(network, table or tune(network, setting=replace(setting, seconds=TUNING_SECONDS)))

@@ -22,13 +22,13 @@ from basis.substitution import substitute
 from basis.training.loop import Recipe, make_step
 
 PARTS = ("convolution", "mixing", "normalisation", "optimizer", "other")
-WARM_UPS, STEPS = 3, 5
+WARM_UPS, STEPS = 3, 3
 # A kernel and the operations that it is launched in, from the inside out; the first rule that fits counts. Kernels that
 # have the names of Python functions are Triton's, those of :mod:`basis.layers`.
 RULES = (
     ("normalisation", re.compile(r"^kernel _[a-z]")),
     ("optimizer", re.compile(r"^Optimizer\.|^aten::_fused_sgd", re.M)),
-    ("mixing", re.compile(r"conv(.|\n)*^_Normalise|^aten::(mm|bmm|baddbmm)$(?!(.|\n)*(addmm|Addmm))", re.M)),
+    ("mixing", re.compile(r"^aten::.*conv(.|\n)*^_Normalise|^aten::(mm|bmm|baddbmm)$(?!(.|\n)*(addmm|Addmm))", re.M)),
     ("convolution", re.compile(r"^(aten::.*conv|Convolution)", re.M)),
     ("normalisation", re.compile(r"batch_norm|BatchNorm|^_Normalise|^basis::|relu|Relu|threshold|^aten::add\Z", re.M)),
 )

@@ -20,11 +20,10 @@ from basis.bench.roofline import measure_machine, with_machine
 from basis.bench.shapes import RESNET18_SHAPES, RESNET50_SHAPES, WRN28_SHAPES
 from basis.bench.timing import PASSES, Pass, Progress, Setting
 from basis.bench.tuning import bench_latency
-from basis.experiments.budget_bench import bench_budget, plans_for
+from basis.experiments.budget_bench import bench_budget
 from basis.inference import bench_inference
 from basis.models import build
 from basis.saving import RecordError
-from basis.search.sensitivity import sensitivity
 
 Part = Callable[..., BenchReport]  # of setting and progress
 
@@ -54,7 +53,7 @@ def measurements(*, tiny: bool = False) -> tuple[Measurement, ...]:
     name, wide = network["model"], "wrn-10-1" if tiny else "wrn-28-10"
     ratios, candidates, (forward, both) = (1 / 4, 1 / 2), (1 / 8, 1 / 4, 1 / 2), PASSES
     shares = (1.0, 0.9) if tiny else (0.8, 0.65, 0.5)
-    half, middle, one, wide_batch = (2, 3, 1, 2) if tiny else (512, 64, 1, 256)
+    half, wide_batch, batches = (2, 2, (3, 1)) if tiny else (512, 256, (64, 1))
 
     def by_shape(kind: Kind, some: Sequence[str] = shapes, **options: Any) -> list[Part]:
         return [partial(bench_layers, kind, shapes=(shape,), ratios=ratios, **options) for shape in some]
@@ -67,42 +66,32 @@ def measurements(*, tiny: bool = False) -> tuple[Measurement, ...]:
         make = partial(bench_training, **{**network, **options}, norms=norms, steps=("graphed",))
         return [partial(make, ratios=(ratio,)) for ratio in ratios]
 
-    def served(size: int | None, which: Pass | None = None, **options: Any) -> Part:
-        """Inference on batches of a size, of a ratio or of the plans that are chosen for the milliseconds of a pass."""
-
-        def measure(*, setting: Setting, progress: Progress, latency: BenchReport | None = None) -> BenchReport:
-            given = {**network, **options, "setting": replace(setting, batch_size=size or setting.batch_size)}
-            if latency and which:
-                dense = build(name, width=network.get("width"))
-                table = sensitivity(dense, measure="spectrum", ratios=candidates)
-                given |= {"ratios": (), "plans": plans_for(table, latency, shares, which, smallest=True)[0]}
-            return bench_inference(**given, progress=progress)
-
-        return measure
-
     plans = partial(bench_budget, **network, ratios=candidates, one=both, shares=shares, smallest=True)
     # Compiling takes 40 to 90 seconds, so it is done once, for the dense network, and not where it cannot end.
     compiling = partial(steps(("fused",), dense_steps=("fast",))[0], ratios=(1 / 2,))
-    sizes = [served(size, ratios=(r,), exported=r == 1 / 2) for size in (None, middle, one) for r in (1 / 2, 1 / 4)]
-    forwards = [served(size, forward) for size in (None, middle, one)]
+    served = [partial(bench_inference, **network, ratios=(r,), exported=r == 1 / 2) for r in (1 / 2, 1 / 4)]
+    folded = partial(plans, one=forward)
     # Equal batches where possible: cuDNN chooses its algorithms anew for each other, which takes longer than timing.
+    told = f"latency-{name}", f"latency-forward-{name}"
     return (
-        Measurement(f"train-norms-steps-{name}", 0.22, steps(NORMS)),
-        Measurement(f"train-batch{half}-{name}", 0.14, steps(NORMS[:3]), batch_size=half),
-        Measurement("block", 0.12, by_shape("block", candidates=("auto", "through_basis", "ordinary")), cells=2),
-        Measurement(f"latency-{name}", 0.12, [partial(latency, both)], cells=12),
-        Measurement(f"plans-{name}", 0.1, [plans], cells=4, latency=f"latency-{name}"),
-        Measurement(f"parts-{name}", 0.07, [partial(bench_parts, **network)]),
-        Measurement("layer", 0.1, by_shape("layer", passes=(both,)), cells=2),
-        Measurement("layer-larger", 0.08, by_shape("layer", larger, passes=(both,)), cells=2, batch_size=wide_batch),
+        Measurement(f"train-norms-steps-{name}", 0.5, steps(NORMS)),
+        Measurement(f"train-batch{half}-{name}", 0.2, steps(NORMS[:3]), batch_size=half),
+        Measurement("block", 0.2, by_shape("block", candidates=("auto", "through_basis", "ordinary")), cells=2),
+        Measurement(told[0], 0.2, [partial(latency, both)], cells=12),
+        Measurement(f"plans-{name}", 0.15, [plans], cells=4, latency=told[0]),
+        Measurement(f"parts-{name}", 0.1, [partial(bench_parts, **network)]),
+        Measurement("layer", 0.15, by_shape("layer", passes=(both,)), cells=2),
+        Measurement("layer-larger", 0.12, by_shape("layer", larger, passes=(both,)), cells=2, batch_size=wide_batch),
         Measurement(
-            f"train-steps-{wide}", 0.13, steps(("fused", "tuned"), model=wide, width=None), batch_size=wide_batch
+            f"train-steps-{wide}", 0.15, steps(("fused", "tuned"), model=wide, width=None), batch_size=wide_batch
         ),
         Measurement(f"train-compiled-{name}", 0.1, [compiling], needs=0 if tiny else 70),
-        Measurement(f"inference-{name}", 0.1, sizes),
-        Measurement(f"inference-plans-{name}", 0.03, [served(None, both)], cells=4, latency=f"latency-{name}"),
-        Measurement(f"latency-forward-{name}", 0.04, [partial(latency, forward)], cells=12),
-        Measurement(f"inference-forward-{name}", 0.06, forwards, cells=4, latency=f"latency-forward-{name}"),
+        Measurement(f"inference-{name}", 0.05, served),
+        *(Measurement(f"inference-batch{n}-{name}", 0.05, served, batch_size=n) for n in batches),
+        Measurement(f"budget-training-{name}", 0.03, [partial(folded, chosen_for=both)], cells=4, latency=told[0]),
+        Measurement(told[1], 0.04, [partial(latency, forward)], cells=12),
+        Measurement(f"budget-{name}", 0.03, [folded], cells=4, latency=told[1]),
+        *(Measurement(f"budget-batch{n}-{name}", 0.03, [folded], 4, n, latency=told[1]) for n in batches),
         Measurement("rivals", 0.05, by_shape("rivals", passes=(both,)), cells=2),
     )
 

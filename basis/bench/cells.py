@@ -69,7 +69,7 @@ def measure_cells(cells: Iterable[Cell], setting: Setting, progress: Progress | 
             rows += [{**row, "same_as": None} for row in first[cell.key][1]]
         else:
             layer, found = first[cell.key]
-            rows += [{**row, **cell.about, "same_as": layer} for row in found]
+            rows += [{**row, "layer": cell.about["layer"], "same_as": layer} for row in found]
     return rows
 
 

@@ -55,22 +55,18 @@ def bench_parts(
     with setting.globals():
         dense = build(model, width=width)
         setting = setting.settled(dense)
-        networks = {
-            ("dense", 1.0, "ordinary"): with_pytorchs_norms(copy.deepcopy(dense)),
-            ("dense", 1.0, "fused"): dense,
-        }
+        plain, rows = with_pytorchs_norms(copy.deepcopy(dense)), []
+        networks = {("dense", 1.0, "ordinary"): plain, ("dense", 1.0, "fused"): dense}
         for ratio in ratios:
             basis = substitute(dense, ratio=ratio, init="random")
-            through = couple(basis)
-            networks |= {("auto", ratio, "fused"): basis, ("auto", ratio, "through_basis"): through}
-        rows = []
+            networks |= {("auto", ratio, "fused"): basis, ("auto", ratio, "through_basis"): couple(basis)}
         for (mode, ratio, norms), network in networks.items():
             sums = step_parts(network, setting)
             whole = sum(sums.values())
             about = {"model": model, "mode": mode, "ratio": ratio, "norms": norms, "step_ms": whole}
             rows += [{**about, "part": part, "ms": sums[part], "share": sums[part] / whole} for part in PARTS]
-            told = ", ".join(f"{part} {sums[part]:.3g}" for part in PARTS)
             if progress:
+                told = ", ".join(f"{part} {sums[part]:.3g}" for part in PARTS)
                 progress(f"{model} {mode} {ratio:g} {norms}: {whole:.3g} ms: {told}")
     return setting.report("bench-parts", rows, model=model, width=width, ratios=list(ratios))
 

@@ -18,9 +18,9 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from basis.bench.cases import Block
-from basis.bench.cells import Cell, measure_cells
+from basis.bench.cells import Cell, Make, measure_cells
 from basis.bench.report import BenchReport
-from basis.bench.shapes import RATIOS, TimedLayer, timed_layers
+from basis.bench.shapes import RATIOS, timed_layers
 from basis.bench.timing import PASSES, Pass, Progress, Setting, check_known
 from basis.costs import cost
 from basis.layers.batchnorm import copy_of, couple, couple_in_place, couplings, uncouple, uncouple_in_place
@@ -74,13 +74,13 @@ def bench_latency(
         for one in passes:
             norm = norms.get(layer) if one != "forward" else None
             rows: dict[str, dict[str, Any]] = {"control": {"ratio": 1.0, "basis_channels": width}}
-            makes = {"dense": partial(_timed, timed, norm, one)}
+            makes = {"dense": partial(_with_norm, timed.conv, norm, one)}
             for k in ks:
                 about = {"mode": "auto", "ratio": k / width, "basis_channels": k}
                 rows |= {f"{k}": about, f"{k} through_basis": {**about, "resolved": "through_basis"}}
-                makes[f"{k}"] = partial(_timed, timed, norm, one, k)
+                makes[f"{k}"] = partial(_with_norm, partial(timed.basis, k), norm, one)
                 if captures and norm is not None:
-                    makes[f"{k} through_basis"] = partial(_timed, timed, norm, one, k, coupled=True)
+                    makes[f"{k} through_basis"] = partial(makes[f"{k}"], coupled=True)
             cells += [Cell(
                 about={"layer": layer, "shape": str(timed), "pass": one, "resolved": "dense"}, rows=rows,
                 candidates=makes, inputs=timed.inputs, input_gradient=timed.input_gradient, key=(timed, one, str(norm)),
@@ -91,10 +91,8 @@ def bench_latency(
     dense_rows = [row for row in found if row["mode"] == "control" and "dense_ms" in row]
     options = {"model": name or type(model).__name__, "input_size": list(input_size), "multiple": multiple}
     options |= {"macs": cost(model, input_size).total.forward_macs, "ratios": list(ratios), "passes": list(passes)}
-    options |= {
-        "norm": True,
-        "layers_ms": {p: sum(r["dense_ms"] for r in dense_rows if r["pass"] == p) for p in passes},
-    }
+    sums = {one: sum(row["dense_ms"] for row in dense_rows if row["pass"] == one) for one in passes}
+    options |= {"norm": True, "layers_ms": sums}
     if captures:
         options["network_ms"] = {one: _whole_ms(model, input_size, one, setting) for one in passes}
     fastest_rows: dict[Any, Mapping[str, Any]] = {}
@@ -112,14 +110,8 @@ def _norms(model: nn.Module) -> dict[str, nn.Module]:
         return {}
 
 
-def _timed(
-    layer: TimedLayer, norm: nn.Module | None, one: Pass, k: int | None = None, *, coupled: bool = False
-) -> nn.Module:
-    return _with_norm(layer.conv() if k is None else layer.basis(k), norm, one, coupled=coupled)
-
-
-def _with_norm(conv: nn.Module, norm: nn.Module | None, one: Pass, *, coupled: bool) -> nn.Module:
-    whole = conv if norm is None else Block(conv, copy.deepcopy(norm))
+def _with_norm(make: Make, norm: nn.Module | None, one: Pass, *, coupled: bool = False) -> nn.Module:
+    whole = make() if norm is None else Block(make(), copy.deepcopy(norm))
     whole = couple(whole, ["conv"]) if coupled else whole
     return whole.float().train(one != "forward")
 
@@ -175,7 +167,7 @@ def _way(layer: BasisConv2d, bn: nn.Module | None, way: str, one: Pass) -> nn.Mo
     conv: Any = layer.to_conv() if way == "dense" else copy.deepcopy(layer)
     if way != "dense":
         conv.mode = "factorized" if way == "through_basis" else way
-    return _with_norm(conv, bn, one, coupled=way == "through_basis")
+    return _with_norm(lambda: conv, bn, one, coupled=way == "through_basis")
 
 
 def fastest(table: BenchReport) -> dict[str, Way]:

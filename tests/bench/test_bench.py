@@ -380,7 +380,7 @@ def test_the_sweep_measures_everything_and_saves_each_report(tmp_path, monkeypat
     setting = Setting(
         device="cpu", precision="fp32", batch_size=2, rounds=3, timer=Clock(lambda _: 0.002), capture=rehearse
     )
-    paths = bench_gpu(tmp_path, setting=setting, tiny=True, progress=told.append)
+    paths = bench_gpu(tmp_path, setting=setting, time_limit=3600, tiny=True, progress=told.append)
     reports = [BenchReport.load(path) for path in paths]
     assert [report.kind for report in reports] == [
         "bench-train", "bench-train", "bench-block", "bench-latency", "bench-plans", "bench-parts", "bench-layer",

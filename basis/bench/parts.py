@@ -26,6 +26,7 @@ WARM_UPS, STEPS = 3, 3
 # A kernel and the operations that it is launched in, from the inside out; the first rule that fits counts. Kernels that
 # have the names of Python functions are Triton's, those of :mod:`basis.layers`.
 RULES = (
+    ("convolution", re.compile(r"^kernel _both_gradients")),
     ("normalisation", re.compile(r"^kernel _[a-z]")),
     ("optimizer", re.compile(r"^Optimizer\.|^aten::_fused_sgd", re.M)),
     ("mixing", re.compile(r"^aten::.*conv(.|\n)*^_Normalise|^aten::(mm|bmm|baddbmm)$(?!(.|\n)*(addmm|Addmm))", re.M)),
@@ -46,7 +47,8 @@ def bench_parts(
 
     - "convolution": forward and both gradients, with the casts of its operands;
     - "mixing": products of matrices, of factorized and composed mode and, small ones, of normalisation by the basis;
-    - "normalisation": also its ReLU and the addition of the shortcut, and every Triton kernel of :mod:`basis.layers`;
+    - "normalisation": also its ReLU and the addition of the shortcut, and every other Triton kernel of
+      :mod:`basis.layers`;
     - "optimizer"; "other": the loss, pooling, the linear layer, sums of gradients, casts and copies.
 
     Raises ``ValueError`` for an unknown model, a ratio or a setting that makes no sense.

@@ -56,22 +56,28 @@ def _both_gradients(
     store(partial + 8 * K * C, to_ninth, 0, cols, C, K, C, K)
 
 
+# The fastest of those tried on one H200, with 1024 images of 32 x 32 pixels.
+ROWS, WARPS, STAGES, PROGRAMS = 64, 8, 3, 264
+BASIS_CHANNELS = (16, 32)
+
+
 def suits(x: Tensor, filters: Tensor) -> bool:
     """Whether the kernels can take x (N, C_in, H, W) and filters (k, C_in, 3, 3), at stride 1 and with padding 1."""
-    small = filters.shape[0] in (16, 32) and filters.shape[1] <= 64
+    small = filters.shape[0] in BASIS_CHANNELS and filters.shape[1] <= 64
     return small and filters.shape[2:] == (3, 3) and x.dtype in (torch.bfloat16, torch.float16) and x.requires_grad
 
 
 def gradients(dz: Tensor, x: Tensor, filters: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x, and of the filters in float32; all channels-last."""
-    (P, C), k, rows = rows_of(x).shape, len(filters), 64
-    chunk = rows * triton.cdiv(P, 264 * rows)
+    (P, C), k = rows_of(x).shape, len(filters)
+    chunk = ROWS * triton.cdiv(P, PROGRAMS * ROWS)
     partial = torch.empty((triton.cdiv(P, chunk), 9 * k * C), device=x.device)
     dx, low = torch.empty_like(x), tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
     with on(x):
         _both_gradients[(len(partial),)](
             dx, partial, x, dz, filters, P, x.shape[2], x.shape[3], C, chunk,
-            K=k, ROWS=rows, TILE=block(C, 64), FACTOR=tl.float32 if INTERPRETED else low, num_warps=8,
+            K=k, ROWS=ROWS, TILE=block(C, 64), FACTOR=tl.float32 if INTERPRETED else low,
+            num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
         total = added(partial)
     return dx, total.view(3, 3, k, C).permute(2, 3, 0, 1).contiguous(memory_format=torch.channels_last)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from basis.search.sensitivity import sensitivity
 from basis.search.table import SensitivityTable
 from basis.substitution import substitute
 from basis.training.loop import Recipe, TrainingError, TrainingPaused, choose_precision, train
-from basis.training.reuse import Reuse
 
 Stop = Callable[[], bool] | None
 
@@ -40,22 +38,20 @@ class TableMissing(RuntimeError):
 
 
 def execute(
-    run: Run, *, device: torch.device, reuse: Reuse | None = None, folder: Path | None = None,
-    checkpoint: Path | None = None, should_stop: Stop = None, progress: bool | str = False,
+    run: Run, *, device: torch.device, folder: Path | None = None, checkpoint: Path | None = None,
+    should_stop: Stop = None, progress: bool | str = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Do ``run`` and return its result as plain values: the training's, with size and best rank-k errors.
 
     The weights of the layers that stay dense are drawn alike in all runs of one seed. ``folder`` is where
-    the records are that a :class:`Choice` refers to; ``reuse`` is what earlier runs have left. Sensitivities and
-    teachers are kept beside the ``checkpoint``.
+    the records are that a :class:`Choice` refers to. Sensitivities and teachers are kept beside the ``checkpoint``.
 
     Raises:
         TrainingPaused: when ``should_stop`` says so.
         TableMissing: where the sensitivities that the plan is selected from are not there.
     """
     _check(run)
-    reuse, key = reuse or Reuse(), (run.data, run.validation, run.images, device)
-    data = reuse.data(key, lambda: prepare_data(run).to(device))
+    data = prepare_data(run.data, run.validation, run.images, device)
     how: dict[str, Any] = {"should_stop": should_stop, "progress": progress}
     taught: Any = partial(teacher_of, data=data, device=device, checkpoint=checkpoint, **how)
     torch.manual_seed(run.seed)
@@ -75,10 +71,8 @@ def execute(
             include=run.include or (), mode=run.mode, init="svd" if run.fitted else "random",
             coefficients=run.coefficients or "dense",
         )  # fmt: skip
-    step = reuse.step(network_of(run, plan), model, run.recipe, device) if reusable(run) else None
-    model = model if step is None else step.model
     result = train(
-        model, data, run.recipe, device=device, seed=run.seed, test=run.test is not False, step=step,
+        model, data, run.recipe, device=device, seed=run.seed, test=run.test is not False,
         teacher=teacher if run.recipe.attention else None, checkpoint=checkpoint,
         checkpoint_every=60 if run.ladder is None else 0,  # sensitivities go on with the very same weights
         **how,
@@ -95,25 +89,13 @@ def execute(
     return {**asdict(result), **about, **extra}
 
 
-def prepare_data(run: Run) -> Data:
-    """The data that ``run`` trains on, with its validation images held out and its images chosen."""
-    if run.data not in ("synthetic", "cifar10"):
-        raise ValueError(f"data is {run.data!r}, but it must be cifar10 or synthetic")
-    data = hold_out(synthetic() if run.data == "synthetic" else load_cifar10(), run.validation)
-    return data if run.images is None else first_images(data, run.images)
-
-
-def reusable(run: Run) -> bool:
-    """Whether the weights are all that tells this run's network from another of :func:`network_of` equal."""
-    others = (run.teacher, run.compression, run.layer, run.recipe.skip, run.recipe.attention, run.recipe.switch)
-    return others == (None,) * 6 and run.coefficients in (None, "dense")
-
-
-def network_of(run: Run, plan: Plan | None) -> str:
-    """Everything but the seed that a run's network and its training step depend on."""
-    layers = None if plan is None else dict(plan.layers)
-    images = [run.data, run.images, run.validation]
-    return json.dumps([run.model, run.width, run.ratio, layers, run.mode, asdict(run.recipe), images])
+@lru_cache(maxsize=1)  # the next run of a process mostly trains on the same images
+def prepare_data(name: str, validation: int, images: int | None, device: torch.device) -> Data:
+    """The data that a run trains on, on its device, with its validation images held out and its images chosen."""
+    if name not in ("synthetic", "cifar10"):
+        raise ValueError(f"data is {name!r}, but it must be cifar10 or synthetic")
+    data = hold_out(synthetic() if name == "synthetic" else load_cifar10(), validation)
+    return (data if images is None else first_images(data, images)).to(device)
 
 
 def _check(run: Run) -> None:

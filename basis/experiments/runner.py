@@ -20,7 +20,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,12 +29,11 @@ import torch
 from basis.data import DataError
 from basis.decompositions import NotInstalled
 from basis.environment import environment, results_folder
-from basis.experiments.execution import TableMissing, execute
+from basis.experiments.execution import TableMissing, execute, prepare_data
 from basis.experiments.records import Record, read_record, write_record
 from basis.experiments.runs import DEVICES, Run, checkpoint_path, device_for, record_path
 from basis.saving import Unwritable, unwritable
 from basis.training.loop import TrainingPaused
-from basis.training.reuse import Reuse
 
 TRIES = 3  # how often a run is begun whose worker dies
 THIN = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
@@ -109,7 +107,7 @@ def attempt(
         if path.exists() and read_record(path).definition == definition:
             return None
         result = execute(
-            run, device=place, folder=folder, checkpoint=checkpoint, reuse=_kept(),
+            run, device=place, folder=folder, checkpoint=checkpoint,
             should_stop=lambda: time.time() >= deadline, progress=progress and f"{run.variant}, seed {run.seed}",
         )  # fmt: skip
         write_record(path, Record(run.id, run.config, result, environment(place) | {"jobs": jobs}, definition))
@@ -129,18 +127,11 @@ def attempt(
         raise TooLittleMemory(f"{place} has too little free memory for {run.model}; give fewer --jobs") from error
     except (RuntimeError, ValueError) as error:
         outcome, message = "failed", f"{type(error).__name__}: {error}"
-        _kept().forget_networks()
     finally:
         if lock.is_locked and path.exists():
             path.with_suffix(".lock").unlink(missing_ok=True)  # while it is held: nobody else can hold it then
         lock.release()
     return Progress(run, outcome, message, time.monotonic() - began)
-
-
-@cache
-def _kept() -> Reuse:
-    """What a process keeps between its runs."""
-    return Reuse()
 
 
 def dispatch(
@@ -195,7 +186,7 @@ def in_processes(order: Order, jobs: int) -> Generator[Progress, None, None]:
         try:
             yield from dispatch(order, here, 1)
         finally:
-            _kept.cache_clear()
+            prepare_data.cache_clear()
         return
     context, gpus = multiprocessing.get_context("spawn"), max(1, torch.cuda.device_count())
     alive, ours = context.Pipe(duplex=False)  # ends when `ours` is closed or this process dies

@@ -242,7 +242,7 @@ def train(
     model: nn.Module, data: Data, recipe: Recipe | None = None, *, device: str | torch.device | None = None,
     seed: int = 0, checkpoint: str | Path | None = None, checkpoint_every: float = 60.0,
     should_stop: Callable[[], bool] | None = None, progress: bool | str = False, test: bool = True,
-    step: TrainingStep | None = None, teacher: nn.Module | None = None,
+    teacher: nn.Module | None = None,
 ) -> Result:  # fmt: skip
     """Train ``model`` in place and test it once, at the end.
 
@@ -257,11 +257,10 @@ def train(
         should_stop: asked after every epoch but the last; True ends the training by :class:`TrainingPaused`.
         progress: whether to draw a bar, or what to write beside it.
         test: whether to look at the test images at all.
-        step: made by :func:`make_step` for this model and recipe, and used before, so that nothing is captured again.
         teacher: for ``recipe.attention``, see :class:`basis.training.attention.Attention`; moved to ``device``.
 
     Raises:
-        TrainingError: for too few images, a recipe, step, teacher or checkpoint that does not fit the model, or a loss
+        TrainingError: for too few images, a recipe, teacher or checkpoint that does not fit the model, or a loss
             that is no longer finite.
         TrainingPaused: see ``should_stop``.
     """
@@ -272,9 +271,7 @@ def train(
         raise TrainingError(f"batch_size is {recipe.batch_size}, but there are only {len(data.train)} training images")
     first = recipe.before_switch
     check_recipe(model, first, steps, teacher)
-    if step is not None and (step.model is not model or step.beside or teacher is not None):
-        raise TrainingError("the step was made for another model, or there is a teacher, with which none is used again")
-    run = step or make_step(model, first, device=place, teacher=teacher)
+    run = make_step(model, first, device=place, teacher=teacher)
     data = data.to(place)
     if recipe.switch:
         with as_training_error():
@@ -282,7 +279,6 @@ def train(
     if isinstance(run.beside, Attention):
         with as_training_error(), on_device(place):
             run.beside.check(_input(data.train.x[:1], recipe.memory_format))
-    run.restart()
     schedule = Schedule(run, first, steps_per_epoch=steps, total_steps=recipe.epochs * steps)
     generator = torch.Generator(place).manual_seed(seed)
 
@@ -298,8 +294,7 @@ def train(
     )  # fmt: skip
     with on_device(place), schedule.parts.restored():
         training.loop(checkpoint, should_stop, progress, checkpoint_every=checkpoint_every)
-    if step is None:
-        training.run.forget()  # nobody uses it again
+    training.run.forget()  # a graph's memory is set free
     last = partial(evaluate, model, precision=recipe.precision, flip=True)
     return Result(
         curves=training.curves, test=last(data.test) if test else None,

@@ -7,6 +7,7 @@ import time
 
 import filelock
 import pytest
+import torch
 
 from basis.data import DataError
 from basis.experiments import runner, runs
@@ -213,7 +214,7 @@ def test_what_a_run_needs_and_is_not_there_is_named(tmp_path):
     with pytest.raises(TableMissing, match="0" * 16):
         choose(choice, tmp_path)
     with pytest.raises(ValueError, match="data is 'mnist'"):
-        prepare_data(dataclasses.replace(SMOKE[0], data="mnist"))
+        prepare_data("mnist", 0, None, torch.device("cpu"))
 
 
 def test_durations():

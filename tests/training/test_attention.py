@@ -145,9 +145,6 @@ def test_a_teacher_goes_with_attention_alone_and_is_no_part_of_the_model():
     model = student()
     with pytest.raises(TrainingError, match="shares parameters"):
         train(model, DATA, RECIPE, device="cpu", teacher=copy.copy(model))
-    step = make_step(model, RECIPE, device="cpu", teacher=dense())
-    with pytest.raises(TrainingError, match="step"):
-        train(model, DATA, common.RECIPE, device="cpu", step=step)
 
 
 def test_a_checkpoint_knows_weight_and_teacher(tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,10 @@ from basis.training.recipe import (  # noqa: F401  (also for those who import th
 )
 from basis.training.skipping import Parts, Trained, check_skip
 from basis.training.stepping import Capture, TrainingStep, means_for
-from basis.training.switching import Switching, carry_momentum, dense_weights
+from basis.training.switching import carry_momentum, dense_weights
+
+if TYPE_CHECKING:
+    from basis.search.switching import Switch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +197,7 @@ def make_step(
 class Switcher:
     """Carries out the switch of a recipe in the midst of a training."""
 
-    def __init__(self, switch: Switching, recipe: Recipe, data: Data, place: torch.device) -> None:
+    def __init__(self, switch: Switch, recipe: Recipe, data: Data, place: torch.device) -> None:
         self.switch, self.recipe, self.data, self.place = switch, recipe.after_switch, data, place
 
     def __call__(self, training: Training) -> None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -18,7 +18,9 @@ from torch import nn
 from basis.training.penalties import parameter_groups
 from basis.training.skipping import Skip
 from basis.training.stepping import Step
-from basis.training.switching import Switching
+
+if TYPE_CHECKING:
+    from basis.search.switching import Switch
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MemoryFormat = Literal["auto", "channels_last", "contiguous"]
@@ -100,7 +102,7 @@ class Recipe:
     step: Step | None = None
     attention: float | None = None
     orthogonality: float | None = None
-    switch: Switching | None = None
+    switch: Switch | None = None
 
     def __post_init__(self) -> None:
         for name in (*POSITIVE, *BELOW, "weight_decay"):

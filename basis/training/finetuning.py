@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from torch import nn
 from basis.batches import Batch, Batches, first_weight, length_of, stream_batches, with_labels
 from basis.data import Data, Images
 from basis.modules import evaluating, is_channels_last
-from basis.saving import Saved, columns
+from basis.saving import columns
 from basis.statistics import proportion_estimate
 from basis.training.distillation import TEMPERATURE, beside_teacher, teacher_logits
 from basis.training.epochs import Training
@@ -63,7 +63,7 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTuning(Saved):
+class FineTuning:
     """What :func:`finetune` leaves.
 
     Attributes:
@@ -72,9 +72,6 @@ class FineTuning(Saved):
             validation_loss, validation_accuracy and its 95 % interval. Accuracies are fractions.
         steps, images, seconds: over all epochs; seconds without evaluation.
     """
-
-    kind: ClassVar[str] = "fine_tuning"
-    parts: ClassVar[Mapping[str, type]] = {"settings": Settings}
 
     settings: Settings
     curves: tuple[Mapping[str, float], ...]

@@ -210,7 +210,6 @@ def test_plans_apply_and_meet_the_budget(rule, network, table):
         sizes = {"params": report.parameters, "backward_macs": report.backward_macs}
         assert sizes[unit] <= 0.55 * table.total[unit]
         assert predicted(table, plan)[unit] == pytest.approx(sizes[unit] / table.total[unit])
-        assert Plan.from_json(plan.to_json()) == plan
         assert plan.skipped["conv1"] == "excluded by 'conv1'"
         assert list(plan.layers) == [at.name for at in table.layers if at.name in plan.layers]
 

@@ -221,7 +221,7 @@ def _add_compress(command: argparse.ArgumentParser) -> None:
     command.set_defaults(command=_compress)
     command.add_argument("model", metavar="MODEL", help="a network of torchvision or timm, or package.module:factory")
     command.add_argument("--weights", required=True, metavar="FILE", help="safetensors, or a state_dict of torch.save")
-    command.add_argument("--data", required=True, help="folder with train/CLASS/* and val/CLASS/*, or an npz")
+    command.add_argument("--data", required=True, help="folder with train/CLASS/* and val/CLASS/*")
     budget = "share of params, macs, backward_macs or milliseconds that may stay, as params=0.5; repeatable"
     command.add_argument("--budget", required=True, action="append", type=_share, metavar="UNIT=SHARE", help=budget)
     command.add_argument("--out", required=True, help="folder to fill; a run of the same settings there goes on")

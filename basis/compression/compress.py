@@ -74,7 +74,7 @@ class Settings:
     epochs: int = option(1, "of fine-tuning, 0 for none", type=int)
     lr: float = option(0.01, "peak learning rate of fine-tuning", type=float)
     batch_size: int = option(64, "also of the latencies", type=int)
-    image_size: int | None = option(None, "side in pixels (default: the network's own)", type=int)
+    image_size: int | None = option(None, "side in pixels, of the whole image (default: the network's own)", type=int)
     mean: Sequence[float] | None = option(None, "per channel, in [0, 1] (default: known)", nargs="+", type=float)
     std: Sequence[float] | None = option(None, "as for mean", nargs="+", type=float)
     validation: int | None = option(None, "training images held out to choose on (default: a tenth)", type=int)
@@ -174,13 +174,12 @@ def prepare(settings: Settings, *, say: Say | None = None) -> Job:
 
 
 def _split(s: Settings, model: nn.Module, data: ImageData) -> dict[str, Part]:
-    size, bands = s.image_size or data.side, len(data.train[0][0].getbands())
-    if bands != len(s.mean or "RGB"):
-        raise ValueError(f"mean and std must have a number for each of the {bands} channels of the images")
-    evaluate = transform_for(s.model, model, size=size, mean=s.mean, std=s.std, whole=data.side is not None)
+    if not len(s.mean or "RGB") == len(s.std or "RGB") == 3:
+        raise ValueError("mean and std must have a number for each of the 3 channels of the images")
+    evaluate = transform_for(s.model, model, size=s.image_size, mean=s.mean, std=s.std)
     make = import_torchvision().transforms
     augment = make.Compose([make.RandomHorizontalFlip(), evaluate])  # as in evaluation: arXiv 1906.06423, section 3
-    total, most = len(data.train), 2000 if size and size <= 64 else 256  # small images are cheap
+    total, most = len(data.train), 2000 if s.image_size and s.image_size <= 64 else 256  # small images are cheap
     held = s.validation or min(2000, max(1, total // 10))
     if held >= total:
         raise ValueError(f"validation is {held}, but must be below the number of training images, {total}")
@@ -365,7 +364,7 @@ def _report(job: Job, done: Mapping[str, Stage], command: str) -> dict[str, Any]
     report = {
         "command": command, "settings": asdict(job.settings), "identity": job.identity, "classes": job.data.classes,
         "cost": _costs(job, small), "images": {name: len(part) for name, part in job.parts.items()},
-        "input_size": job.input_size, "whole": job.data.side is not None, "folder": str(job.out.absolute()),
+        "input_size": job.input_size, "folder": str(job.out.absolute()),
         "cells": table.to_frame().to_dict("records"), "stages": done,
     }  # fmt: skip
     report = plain(report)

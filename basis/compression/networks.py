@@ -111,24 +111,21 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def transform_for(
     name: str, model: nn.Module, *, size: int | None = None, mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None, whole: bool = False,
+    std: Sequence[float] | None = None,
 ) -> Callable[[Any], Tensor]:  # fmt: skip
     """From a PIL image to float32 (C, size, size): the library's own, or that of torchvision's ResNet-18.
 
-    ``size`` (pixels), ``mean`` and ``std`` (per channel, in units of full scale) take the place of the library's; with
-    ``whole`` all of the image is used, not its middle.
+    ``mean`` and ``std`` (per channel, in units of full scale) take the place of the library's; so does ``size``
+    (pixels), and then all of the image is used, not its middle.
     """
     given: dict[str, Any] = {"mean": tuple(mean), "std": tuple(std)} if mean and std else {}
     if getattr(model, "pretrained_cfg", None):
         data = import_timm().data
-        given |= ({"img_size": size} if size else {}) | ({"crop_pct": 1.0} if whole else {})
+        given |= {"img_size": size, "crop_pct": 1.0} if size else {}
         return data.create_transform(**data.resolve_data_config(given, model=model))
     models = import_torchvision().models
     try:
         weights = models.get_model_weights(name.rpartition("/")[2]).DEFAULT
     except ValueError:  # no network of torchvision's
         weights = models.ResNet18_Weights.DEFAULT
-    usual = weights.transforms()
-    size = size or usual.crop_size[0]
-    resized = size if whole else round(size * usual.resize_size[0] / usual.crop_size[0])
-    return weights.transforms(crop_size=size, resize_size=resized, **given)
+    return weights.transforms(**given, **({"crop_size": size, "resize_size": size} if size else {}))

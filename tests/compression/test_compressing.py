@@ -102,13 +102,11 @@ def test_the_test_images_are_used_for_the_last_numbers_only(place, tmp_path, mon
     assert first["fine_tune"]["accuracy"]
 
 
-def test_an_npz_a_budget_in_milliseconds_and_no_fine_tuning(place, tmp_path, monkeypatch):
+def test_a_budget_in_milliseconds_and_no_fine_tuning(place, tmp_path, monkeypatch):
     times = {"0": {16: 16.0, 8: 8.0}, "5": {32: 32.0, 16: 16.0, 8: 8.0}}
     monkeypatch.setattr(module.BenchReport, "latencies", lambda report, step: times)
-    x = np.random.default_rng(0).integers(0, 256, (90, 16, 16, 3), dtype=np.uint8)
-    np.savez(tmp_path / "data.npz", x_train=x[:60], x_test=x[60:], y_train=np.arange(60) % 3, y_test=np.arange(30) % 3)
     budget = {"milliseconds": 0.7, "params": 0.9}
-    options = {"data": str(tmp_path / "data.npz"), "image_size": None, "budget": budget, "epochs": 0}
+    options = {"budget": budget, "epochs": 0}
     report = compress(settings(place, tmp_path / "out", **options))
     assert report["input_size"] == [3, 16, 16]
     assert report["stages"]["time_layers"]["dense_ms"] == 48

@@ -109,5 +109,5 @@ def test_transforms_are_the_librarys_own():
 
 def test_a_whole_image_of_the_right_size_is_only_normalised():
     image = Image.effect_noise((16, 16), 50)
-    x = transform_for("tests.tiny:network", tiny.network(), size=16, mean=(0.5,), std=(0.25,), whole=True)(image)
+    x = transform_for("tests.tiny:network", tiny.network(), size=16, mean=(0.5,), std=(0.25,))(image)
     assert ((x * 0.25 + 0.5) * 255).round().byte().flatten().tolist() == list(image.tobytes())

@@ -51,9 +51,7 @@ def open_images(path: str | os.PathLike) -> ImageData:
     try:
         train, test = folder(path / "train"), folder(path / "val")
     except OSError as error:
-        raise ValueError(
-            f"data is {path}, but must hold train/CLASS/* and val/CLASS/* ({error})"
-        ) from error
+        raise ValueError(f"data is {path}, but must hold train/CLASS/* and val/CLASS/* ({error})") from error
     if train.classes != test.classes:
         differing = few(sorted(set(train.classes) ^ set(test.classes)))
         raise ValueError(f"data in {path} cannot be used: train and val differ in {differing}")

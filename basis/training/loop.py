@@ -103,15 +103,14 @@ def objective(recipe: Recipe, model: nn.Module, *, share: float = 1.0) -> Callab
 
 
 class Schedule:
-    """What a recipe changes from step to step: learning rates, trained parts, settled masks."""
+    """What changes from step to step: learning rates, trained parts, and the masks of sparse A, fixed halfway."""
 
     def __init__(self, run: TrainingStep, recipe: Recipe, *, steps_per_epoch: int, total_steps: int) -> None:
         self.run, self.recipe, self.steps_per_epoch, self.total_steps = run, recipe, steps_per_epoch, total_steps
         self.parts = Parts(run.model)
         layers = [module for module in run.model.modules() if isinstance(module, BasisConv2d)]
         self.sparse = [a for a in (layer.coefficients for layer in layers) if isinstance(a, Sparse)]
-        settle = 0.5 if recipe.settle is None else recipe.settle
-        self.settles_at = min(round(settle * total_steps), total_steps - 1)
+        self.settles_at = round(total_steps / 2)
 
     def kind(self, step: int) -> Kind:
         """Which kind of step this is."""
@@ -149,7 +148,6 @@ def check_recipe(model: nn.Module, recipe: Recipe, steps_per_epoch: int, teacher
         "decorrelation": basis,
         "decay": basis or (factors and recipe.decay == "scaled"),
         "orthogonality": any(callable(getattr(module, "penalty", None)) for module in modules),
-        "settle": any(isinstance(module, Sparse) for module in modules),
     }
     for name, good in needs.items():
         if getattr(recipe, name) not in (None, "factors") and not good:

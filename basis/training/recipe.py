@@ -33,7 +33,7 @@ CHOICES = {
     "step": (None, *get_args(Step)),
 }
 POSITIVE = ("epochs", "batch_size", "lr", "peak", "decorrelation", "attention", "orthogonality")
-BELOW = {"peak": 1, "momentum": 1, "label_smoothing": 1, "settle": 1, "translate": 16, "cutout": 33}
+BELOW = {"peak": 1, "momentum": 1, "label_smoothing": 1, "translate": 16, "cutout": 33}
 
 
 class TrainingError(RuntimeError):
@@ -70,7 +70,6 @@ class Recipe:
             :func:`basis.training.penalties.compression`, also for the ``factors`` of other structured layers.
         decorrelation: weight of :func:`basis.training.penalties.decorrelation`, summed over the layers, added at every
             tenth step that updates B, as LinearConv does (with 0.01).
-        settle: the fraction of the training after which the masks of sparse coefficients are fixed (None: 0.5).
         step: "eager", "compiled" by torch.compile, "graphed" as a CUDA graph, "fast": both; None: graphed on a GPU,
             else eager. What is not supported is left out, and :attr:`Result.step` says why.
         attention: weight of the attention transfer from a teacher; 1000 in Gray et al. 2019.
@@ -98,7 +97,6 @@ class Recipe:
     skip: Skip | None = None
     decay: Decay | None = None
     decorrelation: float | None = None
-    settle: float | None = None
     step: Step | None = None
     attention: float | None = None
     orthogonality: float | None = None

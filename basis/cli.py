@@ -31,9 +31,9 @@ from basis.environment import repository_root, results_folder
 from basis.experiments.archives import pack, packed, take_in
 from basis.experiments.budget_bench import bench_budget
 from basis.experiments.campaign import in_order, missing
-from basis.experiments.pace import in_hours
+from basis.experiments.records import in_hours
 from basis.experiments.runner import Order, Task, TooLittleMemory, in_processes, jobs_for, on_ray
-from basis.experiments.runs import PROFILES, device_for, parse_duration, record_path
+from basis.experiments.runs import PROFILES, device_for, duration, record_path
 from basis.experiments.studies import STUDIES, status
 from basis.experiments.studies.substitutes import BLOCKS, bench_variants
 from basis.experiments.sweep import bench_gpu, file_name
@@ -83,14 +83,6 @@ def _parser() -> argparse.ArgumentParser:
     derived = commands.add_parser("sync", help="renew the README, citation and notebook cells made from elsewhere")
     derived.set_defaults(command=_sync)
     return parser
-
-
-def duration(text: str) -> float:
-    """Seconds of an argument such as 9m."""
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def device(text: str) -> str:

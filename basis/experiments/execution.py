@@ -20,10 +20,10 @@ from basis.data import Data, first_images, hold_out, load_cifar10, synthetic
 from basis.environment import results_folder
 from basis.experiments.comparison import compare
 from basis.experiments.records import digest, read_record
-from basis.experiments.runs import Choice, Ladder, Run, plain, spectrum
+from basis.experiments.runs import Choice, Ladder, Run, spectrum
 from basis.models import build
 from basis.plan import Plan
-from basis.saving import replacing
+from basis.saving import plain, replacing
 from basis.search.selection import predicted, select
 from basis.search.sensitivity import sensitivity
 from basis.search.table import SensitivityTable
@@ -116,22 +116,16 @@ def teacher_of(
     Runs with equal teachers train it once: it is kept beside their checkpoints.
 
     Raises:
-        TrainingPaused: when the time is up while it is trained, here or by another process.
+        TrainingPaused: when the time is up while it is trained.
         TrainingError: where the kept one cannot be read.
     """
     teacher, recipe = copy.deepcopy(model), run.teacher or Recipe()
-    name = digest([run.model, run.width, run.data, run.images, run.validation, run.seed, plain(recipe)])
+    name = digest([run.model, run.width, run.data, run.images, run.validation, run.seed, plain(asdict(recipe))])
     with tempfile.TemporaryDirectory() as nowhere:
         folder = Path(nowhere) if checkpoint is None else checkpoint.parent
         kept = folder / f"teacher-{name}-{device.type}-{choose_precision(device)}.pt"
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(kept.with_suffix(".lock"))
-        while not lock.is_locked:
-            try:
-                lock.acquire(timeout=2)
-            except filelock.Timeout:
-                _pause(should_stop, "waiting for the teacher of another run")
-        try:
+        with filelock.FileLock(kept.with_suffix(".lock")):  # another run may be training it
             if not kept.exists():
                 trained, part = copy.deepcopy(model), kept.with_suffix(".part")
                 with torch.random.fork_rng(devices=[]):  # what is drawn after it must not depend on it
@@ -146,8 +140,6 @@ def teacher_of(
                 teacher.load_state_dict(torch.load(kept, map_location="cpu", weights_only=True))
             except Exception as error:  # torch.load raises many kinds for a damaged file
                 raise TrainingError(f"{kept} cannot be read ({error}); delete it to train the teacher again") from error
-        finally:
-            lock.release()
     return teacher
 
 

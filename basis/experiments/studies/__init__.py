@@ -9,9 +9,9 @@ from pathlib import Path
 import pandas as pd
 
 from basis.environment import results_folder
-from basis.experiments.pace import spent
+from basis.experiments.records import spent
 from basis.experiments.runner import work
-from basis.experiments.runs import PROFILES, Record, parse_duration, read_record, record_path
+from basis.experiments.runs import PROFILES, Record, duration, read_record, record_path
 from basis.experiments.studies import (
     coefficients,
     cost,
@@ -114,7 +114,7 @@ def gather(
     Without a GPU nothing is trained for ``colab`` and ``paper``. Raises ``ValueError`` for an unknown study, profile or
     duration.
     """
-    study, seconds = find_study(name), parse_duration(time_limit)
+    study, seconds = find_study(name), duration(time_limit)
     if profile not in PROFILES:
         raise ValueError(f"profile is {profile!r}, but it must be one of {', '.join(PROFILES)}")
     runs, folder = study.runs(profile), folder or results_folder()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from basis.storage import misfits, put_state
+from basis.storage import put_state
 from basis.text import few, first_line
 from basis.vision import import_timm, import_torchvision
 
@@ -76,18 +76,15 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
     Nothing in the file is executed. Weights inside a checkpoint are found, prefixes of wrappers are removed, and
     counters of batch normalisation may be missing. Raises ``ValueError`` for a file or weights that do not fit.
     """
-    state = _read(Path(path))
-    expected = model.state_dict(keep_vars=True)
+    state, expected = _read(Path(path)), model.state_dict()
     if not expected.keys() & state.keys():
         state.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
         for prefix in PREFIXES:
             consume_prefix_in_state_dict_if_present(state, prefix)
     state = {name: value for name, value in expected.items() if name.endswith("num_batches_tracked")} | state
-    problems = misfits(expected, state)
-    problems += [f"{name} has values that are not finite" for name, value in state.items() if value.isnan().any()]
-    if problems:
-        raise ValueError(f"the weights in {path} do not fit the network: {few(problems, '; ')}")
-    put_state(model, state)
+    if strange := [name for name, value in state.items() if value.isnan().any()]:
+        raise ValueError(f"the weights {few(strange)} in {path} are not finite")
+    put_state(model, state, Path(path))
 
 
 def _read(path: Path) -> dict[str, Tensor]:

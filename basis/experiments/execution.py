@@ -15,6 +15,7 @@ import filelock
 import torch
 from torch import nn
 
+from basis.batches import held_out
 from basis.costs import cost, count_parameters, count_trained
 from basis.data import Data, first_images, hold_out, load_cifar10, synthetic
 from basis.environment import results_folder
@@ -50,7 +51,6 @@ def execute(
         TrainingPaused: when ``should_stop`` says so.
         TableMissing: where the sensitivities that the plan is selected from are not there.
     """
-    _check(run)
     data = prepare_data(run.data, run.validation, run.images, device)
     how: dict[str, Any] = {"should_stop": should_stop, "progress": progress}
     taught: Any = partial(teacher_of, data=data, device=device, checkpoint=checkpoint, **how)
@@ -92,19 +92,8 @@ def execute(
 @lru_cache(maxsize=1)  # the next run of a process mostly trains on the same images
 def prepare_data(name: str, validation: int, images: int | None, device: torch.device) -> Data:
     """The data that a run trains on, on its device, with its validation images held out and its images chosen."""
-    if name not in ("synthetic", "cifar10"):
-        raise ValueError(f"data is {name!r}, but it must be cifar10 or synthetic")
     data = hold_out(synthetic() if name == "synthetic" else load_cifar10(), validation)
     return (data if images is None else first_images(data, images)).to(device)
-
-
-def _check(run: Run) -> None:
-    if run.compression is not None and (run.ladder, run.layer, run.ratio, run.plan, run.choice) != (None,) * 5:
-        raise ValueError("compression makes the layers itself; it goes with no ladder, layer, ratio, plan or choice")
-    if (run.teacher is not None) != bool(run.fitted or run.recipe.attention):
-        raise ValueError("teacher goes with fitted or recipe.attention, and each of those needs one")
-    if run.fitted and run.ratio is run.plan is run.choice is run.layer is None:
-        raise ValueError("fitted is set for the dense network, but only substituted layers can be fitted; set layer")
 
 
 def teacher_of(
@@ -165,9 +154,7 @@ def climb(
     Measured layers are kept ``beside`` the checkpoint. Raises ``TrainingPaused`` between two of them when
     ``should_stop`` says so.
     """
-    if data.validation is None or len(data.validation) < ladder.images:
-        raise ValueError(f"the ladder needs {ladder.images} held-out images; set validation to as many")
-    held, calibration, tables = data.validation.first(ladder.images), data.train.first(ladder.calibration), {}
+    held, calibration, tables = held_out(data).first(ladder.images), data.train.first(ladder.calibration), {}
     for measure, ratios in ladder.measures.items():
         tuned: dict[str, Any] = {"recipe": ladder.tuning, "seeds": 1} if measure == "fine_tuning" else {}
         tables[measure] = sensitivity(

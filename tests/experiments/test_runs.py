@@ -7,11 +7,10 @@ import time
 
 import filelock
 import pytest
-import torch
 
 from basis.data import DataError
 from basis.experiments import runner, runs
-from basis.experiments.execution import TableMissing, choose, prepare_data
+from basis.experiments.execution import TableMissing, choose
 from basis.experiments.records import VERSION, identity
 from basis.experiments.runner import work
 from basis.experiments.runs import Choice, Run, duration, load_records, read_record, record_path
@@ -205,8 +204,6 @@ def test_what_a_run_needs_and_is_not_there_is_named(tmp_path):
     choice = Choice(rule="optimal", unit="params", budget=0.5, table="0" * 16, measure="spectrum")
     with pytest.raises(TableMissing, match="0" * 16):
         choose(choice, tmp_path)
-    with pytest.raises(ValueError, match="data is 'mnist'"):
-        prepare_data("mnist", 0, None, torch.device("cpu"))
 
 
 def test_durations():

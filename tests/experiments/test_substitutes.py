@@ -107,17 +107,3 @@ def test_a_run_is_the_same_with_a_teacher_trained_at_once_kept_or_interrupted(tm
     kept.write_bytes(kept.read_bytes()[:2000])
     (step,) = work([run], "", folder=tmp_path, device="cpu")
     assert (step.outcome, str(kept) in step.message) == ("failed", True)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"fitted": None}, "teacher"),
-        ({"layer": None, "include": None}, "dense"),
-        ({"fitted": None, "teacher": None, "recipe": Recipe(attention=1.0)}, "recipe.attention"),
-    ],
-)
-def test_a_teacher_goes_with_what_uses_it(tmp_path, changes, message):
-    run, options = tiny(tmp_path, **changes)
-    with pytest.raises(ValueError, match=message):
-        execution.execute(run, **options)

@@ -277,9 +277,6 @@ def train(
     if recipe.switch:
         with as_training_error():
             recipe.switch.check(model, data)
-    if isinstance(run.beside, Attention):
-        with as_training_error(), on_device(place):
-            run.beside.check(_input(data.train.x[:1], recipe.memory_format))
     schedule = Schedule(run, first, steps_per_epoch=steps, total_steps=recipe.epochs * steps)
     generator = torch.Generator(place).manual_seed(seed)
 

@@ -95,7 +95,7 @@ def sensitivity(
             size, fingerprint, start = _tunings(dense, data, recipe or TUNING, seeds)
         else:
             size, fingerprint, start = _evaluations(dense, data, measure, loss, calibration, fit)
-        counted, total, _ = layer_costs(dense, found, size)
+        counted, total = layer_costs(dense, found, size)
         counted, idle = called_layers(counted)
         table = SensitivityTable(
             measure=measure, layers=counted, cells=(), skipped=skipped | idle, total=total, baseline={},
@@ -201,8 +201,8 @@ def _alone(model: nn.Module, plan: Plan) -> Plan:
 
 def layer_costs(
     model: nn.Module, layers: Sequence[Layer], size: tuple[int, ...] | None
-) -> tuple[tuple[Layer, ...], dict[str, int | None], dict[str, int]]:
-    """The layers with what they cost, the whole network's total, and the MACs of each module by name.
+) -> tuple[tuple[Layer, ...], dict[str, int | None]]:
+    """The layers with what they cost, and the whole network's total.
 
     As if all parameters were trained, and were a layer's own. Without images of (C, H, W), or where the network
     cannot be run on a single one, no MACs are known.
@@ -231,7 +231,7 @@ def layer_costs(
     total = (
         {"params": sum(p.numel() for p in model.parameters()), **unknown} if report is None else _units(report.total)
     )
-    return tuple(counted), total, {name: row.forward_macs for name, row in rows.items()}
+    return tuple(counted), total
 
 
 def _units(found: Cost) -> dict[str, int | None]:

@@ -70,9 +70,7 @@ class Plan:
             basis_channels_for(ratio, 1)  # refuses a bad ratio, whatever the layers are
         included, excluded = as_patterns(include), as_patterns(exclude)
         found = convolutions(model)
-        for pattern in included:
-            if not any(fnmatchcase(name, pattern) for names in found.values() for name in names):
-                raise ValueError(f"include has {pattern!r}, but no convolution has such a name")
+        check_patterns("include", included, [name for names in found.values() for name in names])
         layers: dict[str, Size] = {}
         skipped: dict[str, str] = {}
         for conv, names in found.items():
@@ -205,6 +203,13 @@ def _growth(convs: Sequence[Any], size: Size, form: Form) -> str | None:
 def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
     """One pattern or several, as a tuple."""
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def check_patterns(argument: str, patterns: Iterable[str], names: Sequence[str]) -> None:
+    """Raise ``ValueError`` for a pattern that none of the names matches."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"{argument} has {pattern!r}, but no convolution has such a name")
 
 
 def left_out(names: Sequence[str], include: tuple[str, ...], exclude: tuple[str, ...]) -> str | None:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from basis.layers.coefficients import Form
-from basis.layers.conv import BasisConv2d
 from basis.plan import Plan, Size, plan_of
 from basis.saving import replacing
 from basis.substitution import substitute
@@ -91,11 +91,8 @@ def put_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None
         raise ValueError(f"{path} does not fit this {type(model).__name__}: {error}") from error
 
 
-def _layer(model: nn.Module, name: str) -> BasisConv2d:
-    layer = model.get_submodule(name)
-    if not isinstance(layer, BasisConv2d):
-        raise ValueError(f"{name} is a basis convolution in the file, but a {type(layer).__name__} in the model")
-    return layer
+def _layer(model: nn.Module, name: str) -> Any:
+    return model.get_submodule(name)
 
 
 def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:

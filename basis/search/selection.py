@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from basis.layers.conv import basis_channels_for, check_basis_channels
+from basis.plan import check_patterns
 from basis.search.table import Layer, SensitivityTable
 from basis.substitution import Plan, Size, as_patterns, left_out, size_text
 from basis.text import few
@@ -73,9 +73,7 @@ def select(
         raise ValueError("the rule 'uniform' finds the ratio itself; leave out ratio")
     _check_budget(budget, table, latency)
     names, patterns = [layer.name for layer in table.layers], as_patterns(exclude)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in (*names, *table.skipped)):
-            raise ValueError(f"exclude has {pattern!r}, but no layer of the table has such a name")
+    check_patterns("exclude", patterns, [*names, *table.skipped])
     dense = {name: reason for name in names if (reason := left_out([name], (), patterns))}
     scores = _scores(table, dense, ratio)
     texts = dict.fromkeys(k for own in scores.values() for k in own if isinstance(k, str))

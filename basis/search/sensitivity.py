@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 import torch
@@ -33,6 +32,7 @@ from basis.data import Data
 from basis.layers.base import ConvLike
 from basis.layers.structured import Structure
 from basis.modules import tracking_norms
+from basis.plan import check_patterns
 from basis.search import measures
 from basis.search.journal import Journal, digest, name_of, samples, structure, weights
 from basis.search.table import MEASURES, Cell, Layer, SensitivityTable
@@ -160,9 +160,7 @@ def candidate_layers(
 ) -> tuple[list[Layer], dict[str, str]]:  # fmt: skip
     """Every layer with a candidate, its cost not counted yet, and why each other convolution has none."""
     names = [name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, (_ConvNd, ConvLike))]
-    for pattern in as_patterns(exclude):
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"exclude has {pattern!r}, but no convolution has such a name")
+    check_patterns("exclude", as_patterns(exclude), names)
     among: dict[str, Any] = {"include": as_patterns(include), "exclude": as_patterns(exclude)}
     plans = [Plan.uniform(model, ratio=ratio, multiple=multiple, **among) for ratio in sorted(ratios, reverse=True)]
     plans += [_alone(model, Plan.uniform(model, layer=text, **among)) for text in texts]

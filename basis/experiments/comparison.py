@@ -94,8 +94,8 @@ def shrink(model: nn.Module, task: Compression, data: Data) -> tuple[nn.Module, 
     """The network that the method of ``task`` makes of the trained ``model``, which is left alone, and facts about it.
 
     The facts are ``plan`` (layer -> basis channels, or None) and the ``seconds`` that making it took. Methods fit to
-    the training images of ``data`` and measure on its validation images. Raises
-    :class:`basis.decompositions.NotInstalled`.
+    the training images of ``data`` and measure on its validation images. Raises ``ModuleNotFoundError`` for a package
+    of somebody else that is not here.
     """
     began, held = time.perf_counter(), data.validation or data.train
     images = replace(data, train=data.train.first(task.calibration), validation=held.first(task.held))

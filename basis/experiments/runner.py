@@ -27,8 +27,7 @@ import filelock
 import torch
 
 from basis.data import DataError
-from basis.decompositions import NotInstalled
-from basis.environment import environment, results_folder
+from basis.environment import environment
 from basis.experiments.execution import TableMissing, execute, prepare_data
 from basis.experiments.records import Record, read_record, write_record
 from basis.experiments.runs import DEVICES, Run, checkpoint_path, device_for, record_path
@@ -75,16 +74,6 @@ class Order:
         return {"folder": self.folder.resolve(), "deadline": self.deadline, "device": self.device}
 
 
-def work(
-    runs: Sequence[Run], definition: str, *, folder: Path | None = None, device: str | None = None,
-    deadline: float | None = None, progress: bool = False,
-) -> Iterator[Progress]:  # fmt: skip
-    """Do the missing runs of one study here, in the order given, until a ``time.monotonic()``."""
-    until = math.inf if deadline is None else deadline - time.monotonic() + time.time()
-    tasks, folder = [Task(run, definition) for run in runs], folder or results_folder()
-    return in_processes(Order(tasks=tasks, folder=folder, device=device, deadline=until, progress=progress), 1)
-
-
 def attempt(
     run: Run, definition: str, *, folder: Path, device: str | None = None, deadline: float = math.inf,
     progress: bool = False, jobs: int = 1,
@@ -117,7 +106,7 @@ def attempt(
         outcome, message = "done", f"{images} accuracy {result[images]['accuracy']:.2%}"
     except filelock.Timeout:
         return None
-    except (TrainingPaused, TableMissing, NotInstalled) as pause:
+    except (TrainingPaused, TableMissing, ModuleNotFoundError) as pause:
         outcome, message = "paused", str(pause)
     except (DataError, Unwritable):
         raise

@@ -7,7 +7,7 @@ import torch
 
 from basis import substitute
 from basis.experiments import execution
-from basis.experiments.runner import work
+from basis.experiments.runner import Order, Task, in_processes
 from basis.experiments.runs import Run, checkpoint_path
 from basis.experiments.studies import STUDIES
 from basis.experiments.studies import substitutes as study_of
@@ -105,5 +105,5 @@ def test_a_run_is_the_same_with_a_teacher_trained_at_once_kept_or_interrupted(tm
     assert results[0]["test"] == results[1]["test"] == results[2]["test"]
     (kept,) = tmp_path.glob("**/teacher-*.pt")
     kept.write_bytes(kept.read_bytes()[:2000])
-    (step,) = work([run], "", folder=tmp_path, device="cpu")
+    (step,) = in_processes(Order(tasks=[Task(run, "")], folder=tmp_path, device="cpu"), 1)
     assert (step.outcome, str(kept) in step.message) == ("failed", True)

@@ -10,7 +10,7 @@ import pandas as pd
 
 from basis.environment import results_folder
 from basis.experiments.records import spent
-from basis.experiments.runner import work
+from basis.experiments.runner import Order, Task, in_processes
 from basis.experiments.runs import PROFILES, Record, duration, read_record, record_path
 from basis.experiments.studies import (
     coefficients,
@@ -122,10 +122,10 @@ def gather(
     failures: list[str] = []
     late = False
     if run_missing and not hopeless:
-        deadline = time.monotonic() + seconds
-        steps = list(work(runs, study.definition, folder=folder, deadline=deadline, progress=True))
+        deadline, tasks = time.time() + seconds, [Task(run, study.definition) for run in runs]
+        steps = list(in_processes(Order(tasks=tasks, folder=folder, deadline=deadline, progress=True), 1))
         failures = [f"{s.run.variant}, seed {s.run.seed}: {s.message}" for s in steps if s.outcome == "failed"]
-        late = time.monotonic() >= deadline
+        late = time.time() >= deadline
     records = valid_records(study, profile, folder)
     reasons = {
         "The others need a GPU, and there is none here.": hopeless,

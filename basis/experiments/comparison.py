@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -131,7 +131,6 @@ def compare(model: nn.Module, task: Compression, data: Data, *, seed: int = 0, p
     return {
         **about, **sizes, "stages": stages, "test": stages["tuned"], "validation": None,
         "curves": [dict(row) for row in tuning.curves], "train_seconds": tuning.seconds, "precision": precision,
-        "settings": asdict(tuning.settings),
     }  # fmt: skip
 
 

@@ -315,7 +315,7 @@ def export(job: Job, done: Mapping[str, Stage]) -> Stage:
     for name, writer in (EXPORTS[kind] for kind in job.settings.export):
         for batch in ("dynamic", job.settings.batch_size):  # some networks have a fixed batch
             try:
-                made = writer(folded, job.out / name, job.input_size, batch=batch, overwrite=True)
+                made = writer(folded, job.out / name, job.input_size, batch=batch)
                 files[name] = {"batch": batch, "error": made.error}
                 break
             except (RuntimeError, ValueError) as error:  # other people's exporters: the rest is not lost

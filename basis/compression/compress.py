@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from basis.batches import outputs_of
 from basis.bench.report import BenchReport
 from basis.bench.timing import Setting, layer_steps
 from basis.bench.tuning import bench_latency
-from basis.compression.images import ImageData, Part, check_images, open_images
+from basis.compression.images import ImageData, check_images, open_images, subset
 from basis.compression.networks import build_network, load_weights, transform_for
 from basis.compression.report import render
 from basis.costs import cost
@@ -105,7 +105,7 @@ class Job:
     say: Say | None
     model: nn.Module
     data: ImageData
-    parts: Mapping[str, Part]  # "train" (augmented), "calibration" of it, "held" out, "scored" of these, and "test"
+    parts: Mapping[str, Subset]  # "train" (augmented), "calibration" of it, "held" out, "scored" of these, and "test"
     input_size: tuple[int, ...]  # (C, H, W) of one image
     device: torch.device
     measure: str
@@ -173,7 +173,7 @@ def prepare(settings: Settings, *, say: Say | None = None) -> Job:
     return job
 
 
-def _split(s: Settings, model: nn.Module, data: ImageData) -> dict[str, Part]:
+def _split(s: Settings, model: nn.Module, data: ImageData) -> dict[str, Subset]:
     if not len(s.mean or "RGB") == len(s.std or "RGB") == 3:
         raise ValueError("mean and std must have a number for each of the 3 channels of the images")
     evaluate = transform_for(s.model, model, size=s.image_size, mean=s.mean, std=s.std)
@@ -185,8 +185,9 @@ def _split(s: Settings, model: nn.Module, data: ImageData) -> dict[str, Part]:
         raise ValueError(f"validation is {held}, but must be below the number of training images, {total}")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(s.seed)).tolist()
     index = {"held": order[:held], "scored": order[:held][:most], "calibration": order[held:][:most]}
-    parts = {name: Part(data.train, own, evaluate) for name, own in index.items()}
-    return parts | {"train": Part(data.train, order[held:], augment), "test": Part(data.test, None, evaluate)}
+    parts = {name: subset(data.train, own, evaluate) for name, own in index.items()}
+    parts["train"] = subset(data.train, order[held:], augment)
+    return parts | {"test": subset(data.test, range(len(data.test)), evaluate)}
 
 
 def _check_network(job: Job) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Subset
 
 from basis.text import few, first_line
 from basis.vision import import_torchvision
@@ -29,20 +30,11 @@ class ImageData:
     files: tuple[str, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Part(Dataset):
-    """Some images of ``source`` (None: all), each through ``transform``."""
-
-    source: Any
-    index: Sequence[int] | None
-    transform: Callable[[Any], Tensor]
-
-    def __len__(self) -> int:
-        return len(self.source if self.index is None else self.index)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        image, label = self.source[i if self.index is None else self.index[i]]
-        return self.transform(image), label
+def subset(images: Any, index: Sequence[int], transform: Callable[[Any], Tensor]) -> Subset:
+    """Some of the images of a folder, each through ``transform``."""
+    images = copy.copy(images)
+    images.transform = transform
+    return Subset(images, index)
 
 
 def open_images(path: str | os.PathLike) -> ImageData:

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,10 +90,8 @@ def export_program(model: nn.Module, path: str | os.PathLike, input_size: Sequen
 
 
 def is_installed(package: str) -> bool:
-    """Whether ``package`` can be imported."""
-    with contextlib.suppress(ImportError):
-        return bool(__import__(package))
-    return False
+    """Whether there is such a package."""
+    return find_spec(package) is not None
 
 
 def _write(

@@ -18,11 +18,6 @@ from basis.saving import plain, replacing
 from basis.search.table import Cell, SensitivityTable
 
 
-def different(first: Mapping[str, str], second: Mapping[str, str]) -> list[str]:
-    """The entries of two fingerprints that are not equal."""
-    return [key for key in dict.fromkeys((*first, *second)) if first.get(key) != second.get(key)]
-
-
 def digest(text: str | bytes) -> str:
     """Thirty-two hexadecimal digits of the SHA-256."""
     return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()[:32]
@@ -84,7 +79,8 @@ class Journal:
         if self.path is None or not self.begun:
             return
         known = SensitivityTable.load(self.path)
-        differing = different(known.fingerprint, table.fingerprint)
+        before, now = known.fingerprint, table.fingerprint
+        differing = [key for key in dict.fromkeys((*before, *now)) if before.get(key) != now.get(key)]
         if differing:
             what = f"{'another' if len(differing) == 1 else 'other'} {', '.join(differing)}"
             raise ValueError(f"{path} was measured with {what}; name another file, or delete this one to measure again")

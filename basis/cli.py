@@ -32,9 +32,9 @@ from basis.environment import repository_root, results_folder
 from basis.experiments.archives import pack, packed, take_in
 from basis.experiments.budget_bench import bench_budget
 from basis.experiments.campaign import in_order, missing
-from basis.experiments.pace import in_hours
+from basis.experiments.records import in_hours
 from basis.experiments.runner import Order, Task, TooLittleMemory, in_processes, jobs_for, on_ray
-from basis.experiments.runs import PROFILES, device_for, parse_duration, record_path
+from basis.experiments.runs import PROFILES, device_for, duration, record_path
 from basis.experiments.studies import STUDIES, status
 from basis.experiments.studies.substitutes import BLOCKS, bench_variants
 from basis.experiments.sweep import bench_gpu, file_name
@@ -84,14 +84,6 @@ def _parser() -> argparse.ArgumentParser:
     derived = commands.add_parser("sync", help="renew the README, citation and notebook cells made from elsewhere")
     derived.set_defaults(command=_sync)
     return parser
-
-
-def duration(text: str) -> float:
-    """Seconds of an argument such as 9m."""
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def device(text: str) -> str:
@@ -222,7 +214,7 @@ def _add_compress(command: argparse.ArgumentParser) -> None:
     command.set_defaults(command=_compress)
     command.add_argument("model", metavar="MODEL", help="a network of torchvision or timm, or package.module:factory")
     command.add_argument("--weights", required=True, metavar="FILE", help="safetensors, or a state_dict of torch.save")
-    command.add_argument("--data", required=True, help="folder with train/CLASS/* and val/CLASS/*, or an npz")
+    command.add_argument("--data", required=True, help="folder with train/CLASS/* and val/CLASS/*")
     budget = "share of params, macs, backward_macs or milliseconds that may stay, as params=0.5; repeatable"
     command.add_argument("--budget", required=True, action="append", type=_share, metavar="UNIT=SHARE", help=budget)
     command.add_argument("--out", required=True, help="folder to fill; a run of the same settings there goes on")

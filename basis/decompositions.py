@@ -23,10 +23,6 @@ from basis.costs import count_parameters
 STEPS = 20  # of bisection
 
 
-class NotInstalled(RuntimeError):
-    """A package of somebody else that is not here; the message says how to bring it."""
-
-
 def pair_of(conv: nn.Conv2d, q: int) -> nn.Sequential:
     """The convolutions C_in -> q -> C_out (1x1) of the SVD of the weight; ``ValueError`` where q is no rank of it."""
     ranks = min(conv.weight.flatten(1).shape)
@@ -75,16 +71,13 @@ def tensorly_conv(
     """The Tucker ``FactorizedConv`` of tensorly-torch, with the ranks of :func:`tucker_ranks`; kernels stay whole.
 
     ``implementation``: "factorized" convolves three times, "reconstructed" builds the dense weight first. Where not
-    ``fitted``, the layer keeps what memory holds. Raises :class:`NotInstalled`, and what :func:`tucker_ranks` raises.
+    ``fitted``, the layer keeps what memory holds. Raises ``ModuleNotFoundError`` without tensorly-torch, and what
+    :func:`tucker_ranks` raises.
     """
     rank = (*tucker_ranks(conv, parameters), *conv.kernel_size)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints and warns on import
         warnings.simplefilter("ignore")
-        try:
-            factorized = importlib.import_module("tltorch").FactorizedConv
-        except ImportError as error:
-            says = "tltorch cannot be imported here; `pip install tensorly tensorly-torch` brings it"
-            raise NotInstalled(says) from error
+        factorized = importlib.import_module("tltorch").FactorizedConv
         return factorized.from_conv(
             conv, rank=rank, factorization="tucker", implementation=implementation, decompose_weights=fitted,
             fixed_rank_modes="spatial",

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,22 +36,22 @@ class Exported:
 
 def export_onnx(
     model: nn.Module, path: str | os.PathLike, input_size: Sequence[int], *,
-    batch: Batch = "dynamic", tolerance: float = 1e-4, overwrite: bool = False,
+    batch: Batch = "dynamic", tolerance: float = 1e-4,
 ) -> Exported:  # fmt: skip
     """Write ``model``, best folded first (:func:`basis.fold`), as an ONNX file that is checked and run.
 
     From a copy on the CPU in evaluation mode. The file has one input, "images" (N, \\*input_size), and one output,
-    "logits". Where onnxruntime is installed it is run on random images and compared; only then it appears.
+    "logits". Where onnxruntime is installed it is run on random images and compared; only then it appears, in the place
+    of a file that was there.
 
     Args:
         input_size: (C, H, W) of one image.
         batch: images per call; "dynamic" leaves it open, and the file is run with 1 and with 3 images.
         tolerance: largest difference allowed, relative to the largest magnitude of the model's outputs.
-        overwrite: replace a file that is there.
 
-    Raises ``FileExistsError`` for a file at ``path`` without ``overwrite``, or a folder; ``ModuleNotFoundError`` where
-    onnx or onnxscript is missing; ``ValueError`` for a batch out of range, or a model that does not return one tensor
-    for such images; ``RuntimeError`` where it cannot be exported, the file cannot be run, or its outputs differ.
+    Raises ``ModuleNotFoundError`` where onnx or onnxscript is missing; ``ValueError`` for a batch out of range, or a
+    model that does not return one tensor for such images; ``RuntimeError`` where it cannot be exported, the file cannot
+    be run, or its outputs differ.
     """
     if not (is_installed("onnx") and is_installed("onnxscript")):
         raise ModuleNotFoundError("export to ONNX needs more: pip install onnx onnxscript onnxruntime")
@@ -70,8 +71,7 @@ def export_onnx(
         return [torch.from_numpy(session.run(None, {"images": x.numpy()})[0]) for x in images]
 
     runner = run if is_installed("onnxruntime") else None
-    options: dict[str, Any] = {"batch": batch, "tolerance": tolerance, "overwrite": overwrite}
-    return _write(uncouple(model).eval().cpu(), path, input_size, export, runner, **options)
+    return _write(uncouple(model).eval().cpu(), path, input_size, export, runner, batch=batch, tolerance=tolerance)
 
 
 def export_program(model: nn.Module, path: str | os.PathLike, input_size: Sequence[int], **options: Any) -> Exported:
@@ -90,20 +90,16 @@ def export_program(model: nn.Module, path: str | os.PathLike, input_size: Sequen
 
 
 def is_installed(package: str) -> bool:
-    """Whether ``package`` can be imported."""
-    with contextlib.suppress(ImportError):
-        return bool(__import__(package))
-    return False
+    """Whether there is such a package."""
+    return find_spec(package) is not None
 
 
 def _write(
     model: nn.Module, path: str | os.PathLike, input_size: Sequence[int], export: Exporter, run: Runner | None, *,
-    batch: Batch = "dynamic", tolerance: float = 1e-4, overwrite: bool = False,
+    batch: Batch = "dynamic", tolerance: float = 1e-4,
 ) -> Exported:  # fmt: skip
     """Export, run and compare; the file appears last, whole."""
     target = Path(path)
-    if target.is_dir() or (target.exists() and not overwrite):
-        raise FileExistsError(f"{target} is there already; overwrite=True replaces a file, but no folder")
     if batch != "dynamic" and (type(batch) is not int or batch < 1):
         raise ValueError(f"batch is {batch!r}, but it must be 'dynamic' or a whole number of at least 1")
     sizes: tuple[Any, ...] = (1, 3) if batch == "dynamic" else (batch,)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -16,21 +19,21 @@ from basis.layers.base import ConvLike
 from basis.layers.coefficients import Form
 from basis.layers.conv import BasisConv2d, basis_channels_for
 from basis.layers.structured import Structure, StructuredConv2d
-from basis.saving import Saved, columns
+from basis.saving import columns, write_json
 from basis.text import shown_name
+
+VERSION = 1  # of the file of a plan
 
 Size = int | str  # basis channels k of a basis convolution, or the text of a structured layer, "tucker:0.41"
 
 
 @dataclass(frozen=True)
-class Plan(Saved):
+class Plan:
     """Which layers of a model become basis convolutions or other structured layers, and why the others do not.
 
     ``layers`` maps names to basis channels k, where k = C_out keeps the layer dense, or to texts of structured layers
     (:class:`basis.layers.structured.Structure`); ``skipped`` maps every other convolution to the reason.
     """
-
-    kind: ClassVar[str] = "plan"
 
     layers: Mapping[str, Size]
     skipped: Mapping[str, str] = field(default_factory=dict)
@@ -67,9 +70,7 @@ class Plan(Saved):
             basis_channels_for(ratio, 1)  # refuses a bad ratio, whatever the layers are
         included, excluded = as_patterns(include), as_patterns(exclude)
         found = convolutions(model)
-        for pattern in included:
-            if not any(fnmatchcase(name, pattern) for names in found.values() for name in names):
-                raise ValueError(f"include has {pattern!r}, but no convolution has such a name")
+        check_patterns("include", included, [name for names in found.values() for name in names])
         layers: dict[str, Size] = {}
         skipped: dict[str, str] = {}
         for conv, names in found.items():
@@ -90,6 +91,21 @@ class Plan(Saved):
                 layers = {name: size for name, size in layers.items() if name not in names}
                 skipped |= dict.fromkeys(names, reason)
         return cls(layers, skipped, _widths(found))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the plan as JSON to ``path``, whole or not at all."""
+        write_json(Path(path), {"basis_plan": VERSION, **asdict(self)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Plan:
+        """Read a plan. Raises ``FileNotFoundError``, or ``ValueError`` for what is not one."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content.pop("basis_plan", None) != VERSION:
+                raise ValueError(f"this JSON is no plan of version {VERSION}")
+            return cls(**content)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{os.fspath(path)} holds no plan: {error}") from error
 
     def __str__(self) -> str:
         others = any(isinstance(size, str) for size in self.layers.values())
@@ -187,6 +203,13 @@ def _growth(convs: Sequence[Any], size: Size, form: Form) -> str | None:
 def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
     """One pattern or several, as a tuple."""
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def check_patterns(argument: str, patterns: Iterable[str], names: Sequence[str]) -> None:
+    """Raise ``ValueError`` for a pattern that none of the names matches."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"{argument} has {pattern!r}, but no convolution has such a name")
 
 
 def left_out(names: Sequence[str], include: tuple[str, ...], exclude: tuple[str, ...]) -> str | None:

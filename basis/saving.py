@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and results kept as JSON: frozen dataclasses of plain values."""
+"""Files written whole or not at all, and results as JSON and as lines of text."""
 
 from __future__ import annotations
 
@@ -8,13 +8,8 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
 from pathlib import Path
-from typing import IO, Any, ClassVar, TypeVar
-
-VERSION = 1
-
-Own = TypeVar("Own", bound="Saved")
+from typing import IO, Any
 
 
 class RecordError(RuntimeError):
@@ -55,58 +50,6 @@ def unwritable(path: Path, error: OSError) -> Unwritable:
     """What to raise where ``path`` could not be written."""
     then = "make room there and run the command again, which goes on where it stopped"
     return Unwritable(f"{path} could not be written ({error.strerror}); {then}")
-
-
-class Saved:
-    """What a frozen dataclass inherits to be saved and loaded."""
-
-    kind: ClassVar[str]  # what the file says it is
-    parts: ClassVar[Mapping[str, type]] = {}  # the fields that hold another dataclass, or a tuple of them
-
-    def to_json(self) -> str:
-        """The result as JSON text, for :meth:`from_json`. NaN and infinity become null."""
-        content: Any = asdict(self)  # type: ignore[call-overload]
-        return json.dumps({f"basis_{self.kind}": VERSION} | plain(content), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls: type[Own], text: str) -> Own:
-        """The result that :meth:`to_json` wrote. Raises ``ValueError`` where ``text`` is not one."""
-        try:
-            content = json.loads(text)
-            if not isinstance(content, dict) or content.pop(f"basis_{cls.kind}", None) != VERSION:
-                raise ValueError(f"this JSON is no {cls.kind} of version {VERSION}")
-            return _made(cls, content)
-        except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"the {cls.kind} is damaged: {error}") from error
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the result as JSON to ``path``, whole or not at all."""
-        with replacing(Path(path)) as file:
-            file.write(self.to_json().encode())
-
-    @classmethod
-    def load(cls: type[Own], path: str | os.PathLike) -> Own:
-        """Read a result. Raises ``FileNotFoundError``, or ``ValueError`` for what is not one."""
-        try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"there is no {cls.kind} at {os.fspath(path)}") from error
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from error
-
-
-def _made(kind: Any, content: Mapping[str, Any]) -> Any:
-    parts: Mapping[str, type] = getattr(kind, "parts", {})
-    types = {field.name: str(field.type) for field in fields(kind)}
-
-    def value(name: str, given: Any) -> Any:
-        if isinstance(given, list):
-            return tuple(value(name, one) for one in given) if name in parts else tuple(given)
-        if name in parts and given is not None:
-            return _made(parts[name], given)
-        return number(given) if types.get(name) == "float" else given
-
-    return kind(**{name: value(name, given) for name, given in content.items()})
 
 
 def plain(value: Any) -> Any:

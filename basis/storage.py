@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -14,11 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from basis.layers.coefficients import Form
-from basis.layers.conv import BasisConv2d
 from basis.plan import Plan, Size, plan_of
 from basis.saving import replacing
 from basis.substitution import substitute
-from basis.text import few
 
 PLAN_FILE, STATE_FILE = "plan.json", "model.safetensors"
 
@@ -74,39 +73,26 @@ def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
         if ".coefficients." in name:
             owner, source = (entry.rpartition(".coefficients.")[0] for entry in (name, other))
             _layer(loaded, owner).coefficients = _layer(loaded, source).coefficients
-    if problems := misfits(loaded.state_dict(keep_vars=True), state):
-        raise ValueError(f"{folder / STATE_FILE} does not fit this {type(model).__name__}: {few(problems, '; ')}")
-    put_state(loaded, state)
+    put_state(loaded, state, folder / STATE_FILE)
     return loaded
 
 
-def put_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """``load_state_dict`` with the versions of ``model``, without which torchvision's MNASNet refuses a state."""
+def put_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """``load_state_dict`` with the versions of ``model``, without which torchvision's MNASNet refuses a state.
+
+    Raises ``ValueError`` where the state of the file ``path`` does not fit.
+    """
     versioned = model.state_dict()
+    versioned.clear()  # but for the versions
     versioned.update(state)
-    model.load_state_dict(versioned)
+    try:
+        model.load_state_dict(versioned)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit this {type(model).__name__}: {error}") from error
 
 
-def misfits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """What differs between the entries of a model and of a file, in words."""
-    problems = [f"{name} is missing from the file" for name in expected if name not in state]
-    problems += [f"{name} is in the file but not in the model" for name in state if name not in expected]
-    first: dict[int, str] = {}
-    for name in (name for name in expected if name in state):
-        here, there = tuple(expected[name].shape), tuple(state[name].shape)
-        if here != there:
-            problems.append(f"{name} is {there} in the file, but {here} in the model")
-        twin = first.setdefault(id(expected[name]), name)
-        if twin in state and not torch.equal(state[twin], state[name]):
-            problems.append(f"{twin} and {name} are one tensor in the model, but differ in the file")
-    return problems
-
-
-def _layer(model: nn.Module, name: str) -> BasisConv2d:
-    layer = model.get_submodule(name)
-    if not isinstance(layer, BasisConv2d):
-        raise ValueError(f"{name} is a basis convolution in the file, but a {type(layer).__name__} in the model")
-    return layer
+def _layer(model: nn.Module, name: str) -> Any:
+    return model.get_submodule(name)
 
 
 def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from basis.batches import Batches, calibration_inputs
 from basis.layers.batchnorm import copy_of, couple_in_place, couplings, uncouple_in_place
-from basis.layers.coefficients import Coefficients, Form
+from basis.layers.coefficients import Form
 from basis.layers.conv import MODES, BasisConv2d, Mode, check_basis_channels
 from basis.layers.moments import Moments, output_moments, taking_means, untied
 from basis.layers.structured import Structure, StructuredConv2d
@@ -70,8 +70,6 @@ def substitute(
             raise ValueError(f"{name} is {value!r}, but it must be one of {', '.join(known)}")
     if calibration is not None and init == "random":
         raise ValueError("calibration data fit layers to outputs, but init='random' fits nothing; leave one out")
-    if isinstance(coefficients, Coefficients):
-        raise ValueError("coefficients are a module, which the new layers would share with its owner; give a form")
     form = Form.parse(coefficients)
     if plan is None:
         plan = Plan.uniform(model, ratio=ratio, layer=layer, coefficients=form, include=include, exclude=exclude)

@@ -15,26 +15,17 @@ import torch
 def import_torchvision() -> ModuleType:
     """The module ``torchvision``, with its compiled operators where they fit this torch, else without them."""
     try:
-        return _import("torchvision")
+        return importlib.import_module("torchvision")
     except RuntimeError as error:
         if "operator torchvision::" not in str(error):
             raise
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return _import("torchvision")
+    return importlib.import_module("torchvision")
 
 
 def import_timm() -> ModuleType:
     """The module ``timm``."""
     import_torchvision()
-    return _import("timm")
-
-
-def _import(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise ModuleNotFoundError(f"{name} is not installed: pip install {name}", name=name) from error
+    return importlib.import_module("timm")

@@ -1,6 +1,5 @@
 """What other tools make of a trained convolution: exact at full rank, best at a smaller one, within the budget."""
 
-import sys
 from importlib import util
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from torch import nn
 
 from basis.costs import count_parameters
-from basis.decompositions import NotInstalled, pair_of, svd_pairs, tensorly_conv, tensorly_network
+from basis.decompositions import pair_of, svd_pairs, tensorly_conv, tensorly_network
 
 needs_tltorch = pytest.mark.skipif(util.find_spec("tensorly") is None, reason="needs tensorly-torch")
 
@@ -79,9 +78,3 @@ def test_tensorlys_network_meets_the_budget():
     small = tensorly_network(model, wanted, ["0", "5"])
     assert 0.9 * wanted < count_parameters(small) <= wanted
     assert [type(small[i]) is nn.Conv2d for i in (0, 3, 5, 7)] == [True, False, True, False]
-
-
-def test_what_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tltorch", None)
-    with pytest.raises(NotInstalled, match="pip install tensorly tensorly-torch"):
-        tensorly_conv(nn.Conv2d(8, 8, 3), 400)

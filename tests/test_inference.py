@@ -321,17 +321,6 @@ def test_every_mode_and_form_as_a_program():
 
 @pytest.mark.parametrize("export", [export_onnx, export_program])
 class TestRefusals:
-    def test_what_is_there_is_not_overwritten_unless_asked(self, export, onnx, tmp_path):
-        path, model = tmp_path / "net", nn.Conv2d(3, 2, 3)
-        path.write_text("mine")
-        with pytest.raises(FileExistsError, match="overwrite=True"):
-            export(model, path, (3, 8, 8))
-        with pytest.raises(FileExistsError, match="no folder"):
-            export(model, tmp_path, (3, 8, 8), overwrite=True)
-        assert path.read_text() == "mine"
-        export(model, path, (3, 8, 8), overwrite=True)
-        assert path.read_bytes() != b"mine"
-
     def test_what_makes_no_sense_or_cannot_be_exported(self, export, onnx, tmp_path):
         class Noisy(nn.Module):
             def forward(self, x):
@@ -357,4 +346,4 @@ def test_missing_packages(onnx, tmp_path, monkeypatch):
     assert path.exists()
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ModuleNotFoundError, match="pip install"):
-        export_onnx(model, path, (3, 8, 8), overwrite=True)
+        export_onnx(model, path, (3, 8, 8))

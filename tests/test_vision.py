@@ -3,10 +3,6 @@
 import subprocess
 import sys
 
-import pytest
-
-from basis import vision
-
 
 def python(code):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=400)
@@ -40,13 +36,3 @@ for kind in {list(sources)}:
     print(found, [name for name in ("nms", "qnms", "own") if hasattr(torch.ops.torchvision, name)])
 """
     assert python(code) == ["made for another CUDA []", "loading ['own']", "lacking ['nms', 'qnms', 'own']"]
-
-
-def test_what_is_not_installed_is_named(monkeypatch):
-    def missing(name):
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-    monkeypatch.setattr(vision.importlib, "import_module", missing)
-    for function in (vision.import_timm, vision.import_torchvision):
-        with pytest.raises(ModuleNotFoundError, match=r"^torchvision is not installed: pip install torchvision$"):
-            function()

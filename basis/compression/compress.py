@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from basis.batches import outputs_of
 from basis.bench.report import BenchReport
 from basis.bench.timing import Setting, layer_steps
 from basis.bench.tuning import bench_latency
-from basis.compression.images import ImageData, Part, check_images, open_images
+from basis.compression.images import ImageData, check_images, open_images, subset
 from basis.compression.networks import build_network, load_weights, transform_for
 from basis.compression.report import render
 from basis.costs import cost
@@ -74,7 +74,7 @@ class Settings:
     epochs: int = option(1, "of fine-tuning, 0 for none", type=int)
     lr: float = option(0.01, "peak learning rate of fine-tuning", type=float)
     batch_size: int = option(64, "also of the latencies", type=int)
-    image_size: int | None = option(None, "side in pixels (default: the network's own)", type=int)
+    image_size: int | None = option(None, "side in pixels, of the whole image (default: the network's own)", type=int)
     mean: Sequence[float] | None = option(None, "per channel, in [0, 1] (default: known)", nargs="+", type=float)
     std: Sequence[float] | None = option(None, "as for mean", nargs="+", type=float)
     validation: int | None = option(None, "training images held out to choose on (default: a tenth)", type=int)
@@ -105,7 +105,7 @@ class Job:
     say: Say | None
     model: nn.Module
     data: ImageData
-    parts: Mapping[str, Part]  # "train" (augmented), "calibration" of it, "held" out, "scored" of these, and "test"
+    parts: Mapping[str, Subset]  # "train" (augmented), "calibration" of it, "held" out, "scored" of these, and "test"
     input_size: tuple[int, ...]  # (C, H, W) of one image
     device: torch.device
     measure: str
@@ -173,21 +173,21 @@ def prepare(settings: Settings, *, say: Say | None = None) -> Job:
     return job
 
 
-def _split(s: Settings, model: nn.Module, data: ImageData) -> dict[str, Part]:
-    size, bands = s.image_size or data.side, len(data.train[0][0].getbands())
-    if bands != len(s.mean or "RGB"):
-        raise ValueError(f"mean and std must have a number for each of the {bands} channels of the images")
-    evaluate = transform_for(s.model, model, size=size, mean=s.mean, std=s.std, whole=data.side is not None)
+def _split(s: Settings, model: nn.Module, data: ImageData) -> dict[str, Subset]:
+    if not len(s.mean or "RGB") == len(s.std or "RGB") == 3:
+        raise ValueError("mean and std must have a number for each of the 3 channels of the images")
+    evaluate = transform_for(s.model, model, size=s.image_size, mean=s.mean, std=s.std)
     make = import_torchvision().transforms
     augment = make.Compose([make.RandomHorizontalFlip(), evaluate])  # as in evaluation: arXiv 1906.06423, section 3
-    total, most = len(data.train), 2000 if size and size <= 64 else 256  # small images are cheap
+    total, most = len(data.train), 2000 if s.image_size and s.image_size <= 64 else 256  # small images are cheap
     held = s.validation or min(2000, max(1, total // 10))
     if held >= total:
         raise ValueError(f"validation is {held}, but must be below the number of training images, {total}")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(s.seed)).tolist()
     index = {"held": order[:held], "scored": order[:held][:most], "calibration": order[held:][:most]}
-    parts = {name: Part(data.train, own, evaluate) for name, own in index.items()}
-    return parts | {"train": Part(data.train, order[held:], augment), "test": Part(data.test, None, evaluate)}
+    parts = {name: subset(data.train, own, evaluate) for name, own in index.items()}
+    parts["train"] = subset(data.train, order[held:], augment)
+    return parts | {"test": subset(data.test, range(len(data.test)), evaluate)}
 
 
 def _check_network(job: Job) -> None:
@@ -316,7 +316,7 @@ def export(job: Job, done: Mapping[str, Stage]) -> Stage:
     for name, writer in (EXPORTS[kind] for kind in job.settings.export):
         for batch in ("dynamic", job.settings.batch_size):  # some networks have a fixed batch
             try:
-                made = writer(folded, job.out / name, job.input_size, batch=batch, overwrite=True)
+                made = writer(folded, job.out / name, job.input_size, batch=batch)
                 files[name] = {"batch": batch, "error": made.error}
                 break
             except (RuntimeError, ValueError) as error:  # other people's exporters: the rest is not lost
@@ -365,7 +365,7 @@ def _report(job: Job, done: Mapping[str, Stage], command: str) -> dict[str, Any]
     report = {
         "command": command, "settings": asdict(job.settings), "identity": job.identity, "classes": job.data.classes,
         "cost": _costs(job, small), "images": {name: len(part) for name, part in job.parts.items()},
-        "input_size": job.input_size, "whole": job.data.side is not None, "folder": str(job.out.absolute()),
+        "input_size": job.input_size, "folder": str(job.out.absolute()),
         "cells": table.to_frame().to_dict("records"), "stages": done,
     }  # fmt: skip
     report = plain(report)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from basis.storage import misfits, put_state
+from basis.storage import put_state
 from basis.text import few, first_line
 from basis.vision import import_timm, import_torchvision
 
@@ -76,18 +76,15 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
     Nothing in the file is executed. Weights inside a checkpoint are found, prefixes of wrappers are removed, and
     counters of batch normalisation may be missing. Raises ``ValueError`` for a file or weights that do not fit.
     """
-    state = _read(Path(path))
-    expected = model.state_dict(keep_vars=True)
+    state, expected = _read(Path(path)), model.state_dict()
     if not expected.keys() & state.keys():
         state.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
         for prefix in PREFIXES:
             consume_prefix_in_state_dict_if_present(state, prefix)
     state = {name: value for name, value in expected.items() if name.endswith("num_batches_tracked")} | state
-    problems = misfits(expected, state)
-    problems += [f"{name} has values that are not finite" for name, value in state.items() if value.isnan().any()]
-    if problems:
-        raise ValueError(f"the weights in {path} do not fit the network: {few(problems, '; ')}")
-    put_state(model, state)
+    if strange := [name for name, value in state.items() if value.isnan().any()]:
+        raise ValueError(f"the weights {few(strange)} in {path} are not finite")
+    put_state(model, state, Path(path))
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -111,24 +108,21 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def transform_for(
     name: str, model: nn.Module, *, size: int | None = None, mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None, whole: bool = False,
+    std: Sequence[float] | None = None,
 ) -> Callable[[Any], Tensor]:  # fmt: skip
     """From a PIL image to float32 (C, size, size): the library's own, or that of torchvision's ResNet-18.
 
-    ``size`` (pixels), ``mean`` and ``std`` (per channel, in units of full scale) take the place of the library's; with
-    ``whole`` all of the image is used, not its middle.
+    ``mean`` and ``std`` (per channel, in units of full scale) take the place of the library's; so does ``size``
+    (pixels), and then all of the image is used, not its middle.
     """
     given: dict[str, Any] = {"mean": tuple(mean), "std": tuple(std)} if mean and std else {}
     if getattr(model, "pretrained_cfg", None):
         data = import_timm().data
-        given |= ({"img_size": size} if size else {}) | ({"crop_pct": 1.0} if whole else {})
+        given |= {"img_size": size, "crop_pct": 1.0} if size else {}
         return data.create_transform(**data.resolve_data_config(given, model=model))
     models = import_torchvision().models
     try:
         weights = models.get_model_weights(name.rpartition("/")[2]).DEFAULT
     except ValueError:  # no network of torchvision's
         weights = models.ResNet18_Weights.DEFAULT
-    usual = weights.transforms()
-    size = size or usual.crop_size[0]
-    resized = size if whole else round(size * usual.resize_size[0] / usual.crop_size[0])
-    return weights.transforms(crop_size=size, resize_size=resized, **given)
+    return weights.transforms(**given, **({"crop_size": size, "resize_size": size} if size else {}))

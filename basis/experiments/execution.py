@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,21 @@ import filelock
 import torch
 from torch import nn
 
+from basis.batches import held_out
 from basis.costs import cost, count_parameters, count_trained
 from basis.data import Data, first_images, hold_out, load_cifar10, synthetic
 from basis.environment import results_folder
 from basis.experiments.comparison import compare
 from basis.experiments.records import digest, read_record
-from basis.experiments.runs import Choice, Ladder, Run, plain, spectrum
+from basis.experiments.runs import Choice, Ladder, Run, spectrum
 from basis.models import build
 from basis.plan import Plan
-from basis.saving import replacing
+from basis.saving import plain, replacing
 from basis.search.selection import predicted, select
 from basis.search.sensitivity import sensitivity
 from basis.search.table import SensitivityTable
 from basis.substitution import substitute
 from basis.training.loop import Recipe, TrainingError, TrainingPaused, choose_precision, train
-from basis.training.reuse import Reuse
 
 Stop = Callable[[], bool] | None
 
@@ -40,22 +39,19 @@ class TableMissing(RuntimeError):
 
 
 def execute(
-    run: Run, *, device: torch.device, reuse: Reuse | None = None, folder: Path | None = None,
-    checkpoint: Path | None = None, should_stop: Stop = None, progress: bool | str = False,
+    run: Run, *, device: torch.device, folder: Path | None = None, checkpoint: Path | None = None,
+    should_stop: Stop = None, progress: bool | str = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Do ``run`` and return its result as plain values: the training's, with size and best rank-k errors.
 
     The weights of the layers that stay dense are drawn alike in all runs of one seed. ``folder`` is where
-    the records are that a :class:`Choice` refers to; ``reuse`` is what earlier runs have left. Sensitivities and
-    teachers are kept beside the ``checkpoint``.
+    the records are that a :class:`Choice` refers to. Sensitivities and teachers are kept beside the ``checkpoint``.
 
     Raises:
         TrainingPaused: when ``should_stop`` says so.
         TableMissing: where the sensitivities that the plan is selected from are not there.
     """
-    _check(run)
-    reuse, key = reuse or Reuse(), (run.data, run.validation, run.images, device)
-    data = reuse.data(key, lambda: prepare_data(run).to(device))
+    data = prepare_data(run.data, run.validation, run.images, device)
     how: dict[str, Any] = {"should_stop": should_stop, "progress": progress}
     taught: Any = partial(teacher_of, data=data, device=device, checkpoint=checkpoint, **how)
     torch.manual_seed(run.seed)
@@ -75,10 +71,8 @@ def execute(
             include=run.include or (), mode=run.mode, init="svd" if run.fitted else "random",
             coefficients=run.coefficients or "dense",
         )  # fmt: skip
-    step = reuse.step(network_of(run, plan), model, run.recipe, device) if reusable(run) else None
-    model = model if step is None else step.model
     result = train(
-        model, data, run.recipe, device=device, seed=run.seed, test=run.test is not False, step=step,
+        model, data, run.recipe, device=device, seed=run.seed, test=run.test is not False,
         teacher=teacher if run.recipe.attention else None, checkpoint=checkpoint,
         checkpoint_every=60 if run.ladder is None else 0,  # sensitivities go on with the very same weights
         **how,
@@ -95,34 +89,11 @@ def execute(
     return {**asdict(result), **about, **extra}
 
 
-def prepare_data(run: Run) -> Data:
-    """The data that ``run`` trains on, with its validation images held out and its images chosen."""
-    if run.data not in ("synthetic", "cifar10"):
-        raise ValueError(f"data is {run.data!r}, but it must be cifar10 or synthetic")
-    data = hold_out(synthetic() if run.data == "synthetic" else load_cifar10(), run.validation)
-    return data if run.images is None else first_images(data, run.images)
-
-
-def reusable(run: Run) -> bool:
-    """Whether the weights are all that tells this run's network from another of :func:`network_of` equal."""
-    others = (run.teacher, run.compression, run.layer, run.recipe.skip, run.recipe.attention, run.recipe.switch)
-    return others == (None,) * 6 and run.coefficients in (None, "dense")
-
-
-def network_of(run: Run, plan: Plan | None) -> str:
-    """Everything but the seed that a run's network and its training step depend on."""
-    layers = None if plan is None else dict(plan.layers)
-    images = [run.data, run.images, run.validation]
-    return json.dumps([run.model, run.width, run.ratio, layers, run.mode, asdict(run.recipe), images])
-
-
-def _check(run: Run) -> None:
-    if run.compression is not None and (run.ladder, run.layer, run.ratio, run.plan, run.choice) != (None,) * 5:
-        raise ValueError("compression makes the layers itself; it goes with no ladder, layer, ratio, plan or choice")
-    if (run.teacher is not None) != bool(run.fitted or run.recipe.attention):
-        raise ValueError("teacher goes with fitted or recipe.attention, and each of those needs one")
-    if run.fitted and run.ratio is run.plan is run.choice is run.layer is None:
-        raise ValueError("fitted is set for the dense network, but only substituted layers can be fitted; set layer")
+@lru_cache(maxsize=1)  # the next run of a process mostly trains on the same images
+def prepare_data(name: str, validation: int, images: int | None, device: torch.device) -> Data:
+    """The data that a run trains on, on its device, with its validation images held out and its images chosen."""
+    data = hold_out(synthetic() if name == "synthetic" else load_cifar10(), validation)
+    return (data if images is None else first_images(data, images)).to(device)
 
 
 def teacher_of(
@@ -134,22 +105,16 @@ def teacher_of(
     Runs with equal teachers train it once: it is kept beside their checkpoints.
 
     Raises:
-        TrainingPaused: when the time is up while it is trained, here or by another process.
+        TrainingPaused: when the time is up while it is trained.
         TrainingError: where the kept one cannot be read.
     """
     teacher, recipe = copy.deepcopy(model), run.teacher or Recipe()
-    name = digest([run.model, run.width, run.data, run.images, run.validation, run.seed, plain(recipe)])
+    name = digest([run.model, run.width, run.data, run.images, run.validation, run.seed, plain(asdict(recipe))])
     with tempfile.TemporaryDirectory() as nowhere:
         folder = Path(nowhere) if checkpoint is None else checkpoint.parent
         kept = folder / f"teacher-{name}-{device.type}-{choose_precision(device)}.pt"
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(kept.with_suffix(".lock"))
-        while not lock.is_locked:
-            try:
-                lock.acquire(timeout=2)
-            except filelock.Timeout:
-                _pause(should_stop, "waiting for the teacher of another run")
-        try:
+        with filelock.FileLock(kept.with_suffix(".lock")):  # another run may be training it
             if not kept.exists():
                 trained, part = copy.deepcopy(model), kept.with_suffix(".part")
                 with torch.random.fork_rng(devices=[]):  # what is drawn after it must not depend on it
@@ -164,8 +129,6 @@ def teacher_of(
                 teacher.load_state_dict(torch.load(kept, map_location="cpu", weights_only=True))
             except Exception as error:  # torch.load raises many kinds for a damaged file
                 raise TrainingError(f"{kept} cannot be read ({error}); delete it to train the teacher again") from error
-        finally:
-            lock.release()
     return teacher
 
 
@@ -191,9 +154,7 @@ def climb(
     Measured layers are kept ``beside`` the checkpoint. Raises ``TrainingPaused`` between two of them when
     ``should_stop`` says so.
     """
-    if data.validation is None or len(data.validation) < ladder.images:
-        raise ValueError(f"the ladder needs {ladder.images} held-out images; set validation to as many")
-    held, calibration, tables = data.validation.first(ladder.images), data.train.first(ladder.calibration), {}
+    held, calibration, tables = held_out(data).first(ladder.images), data.train.first(ladder.calibration), {}
     for measure, ratios in ladder.measures.items():
         tuned: dict[str, Any] = {"recipe": ladder.tuning, "seeds": 1} if measure == "fine_tuning" else {}
         tables[measure] = sensitivity(

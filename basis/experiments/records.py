@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from basis.environment import results_folder
 from basis.saving import RecordError, write_json
+from basis.search.table import SensitivityTable
 
 VERSION = 1
+KINDS = {"cpu": "CPU", "cuda": "GPU"}  # of devices
 PLACE = ("study", "profile")  # entries of a configuration that say where it belongs, not what was done
 
 
@@ -79,3 +82,27 @@ def load_records(folder: Path | None = None, *, study: str = "*", profile: str =
     files = (folder or results_folder()).glob(f"{study}/{profile}/*.json")
     records = [read_record(path) for path in sorted(files) if path.parts[-3] != "bench"]
     return sorted(records, key=lambda r: tuple(r.config[key] for key in ("study", "profile", "variant", "seed")))
+
+
+def device_seconds(record: Record) -> float:
+    """Seconds of training, its preparation and the sensitivities; shared out where runs stood side by side.
+
+    Reading data, evaluation and a teacher's training are not timed.
+    """
+    tables = record.result.get("tables") or {}
+    measuring = sum(cell.seconds for lines in tables.values() for cell in SensitivityTable.from_lines(lines).cells)
+    training = record.result["train_seconds"] + record.result.get("setup_seconds", 0.0)
+    return float(training + measuring) / record.environment.get("jobs", 1)
+
+
+def spent(records: Iterable[Record]) -> dict[str, float]:
+    """Device seconds by kind of device ("cpu", "cuda"), which are never added up."""
+    total: dict[str, float] = defaultdict(float)
+    for record in records:
+        total[record.environment.get("device_type", "cpu")] += device_seconds(record)
+    return dict(total)
+
+
+def in_hours(seconds: Mapping[str, float]) -> str:
+    """Such as ``0.25 h CPU, 1.50 h GPU``; empty for nothing."""
+    return ", ".join(f"{value / 3600:.2f} h {KINDS.get(device, device)}" for device, value in sorted(seconds.items()))

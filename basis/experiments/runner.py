@@ -20,7 +20,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,14 +27,12 @@ import filelock
 import torch
 
 from basis.data import DataError
-from basis.decompositions import NotInstalled
-from basis.environment import environment, results_folder
-from basis.experiments.execution import TableMissing, execute
+from basis.environment import environment
+from basis.experiments.execution import TableMissing, execute, prepare_data
 from basis.experiments.records import Record, read_record, write_record
 from basis.experiments.runs import DEVICES, Run, checkpoint_path, device_for, record_path
 from basis.saving import Unwritable, unwritable
 from basis.training.loop import TrainingPaused
-from basis.training.reuse import Reuse
 
 TRIES = 3  # how often a run is begun whose worker dies
 THIN = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
@@ -77,16 +74,6 @@ class Order:
         return {"folder": self.folder.resolve(), "deadline": self.deadline, "device": self.device}
 
 
-def work(
-    runs: Sequence[Run], definition: str, *, folder: Path | None = None, device: str | None = None,
-    deadline: float | None = None, progress: bool = False,
-) -> Iterator[Progress]:  # fmt: skip
-    """Do the missing runs of one study here, in the order given, until a ``time.monotonic()``."""
-    until = math.inf if deadline is None else deadline - time.monotonic() + time.time()
-    tasks, folder = [Task(run, definition) for run in runs], folder or results_folder()
-    return in_processes(Order(tasks=tasks, folder=folder, device=device, deadline=until, progress=progress), 1)
-
-
 def attempt(
     run: Run, definition: str, *, folder: Path, device: str | None = None, deadline: float = math.inf,
     progress: bool = False, jobs: int = 1,
@@ -109,7 +96,7 @@ def attempt(
         if path.exists() and read_record(path).definition == definition:
             return None
         result = execute(
-            run, device=place, folder=folder, checkpoint=checkpoint, reuse=_kept(),
+            run, device=place, folder=folder, checkpoint=checkpoint,
             should_stop=lambda: time.time() >= deadline, progress=progress and f"{run.variant}, seed {run.seed}",
         )  # fmt: skip
         write_record(path, Record(run.id, run.config, result, environment(place) | {"jobs": jobs}, definition))
@@ -119,7 +106,7 @@ def attempt(
         outcome, message = "done", f"{images} accuracy {result[images]['accuracy']:.2%}"
     except filelock.Timeout:
         return None
-    except (TrainingPaused, TableMissing, NotInstalled) as pause:
+    except (TrainingPaused, TableMissing, ModuleNotFoundError) as pause:
         outcome, message = "paused", str(pause)
     except (DataError, Unwritable):
         raise
@@ -129,18 +116,11 @@ def attempt(
         raise TooLittleMemory(f"{place} has too little free memory for {run.model}; give fewer --jobs") from error
     except (RuntimeError, ValueError) as error:
         outcome, message = "failed", f"{type(error).__name__}: {error}"
-        _kept().forget_networks()
     finally:
         if lock.is_locked and path.exists():
             path.with_suffix(".lock").unlink(missing_ok=True)  # while it is held: nobody else can hold it then
         lock.release()
     return Progress(run, outcome, message, time.monotonic() - began)
-
-
-@cache
-def _kept() -> Reuse:
-    """What a process keeps between its runs."""
-    return Reuse()
 
 
 def dispatch(
@@ -195,7 +175,7 @@ def in_processes(order: Order, jobs: int) -> Generator[Progress, None, None]:
         try:
             yield from dispatch(order, here, 1)
         finally:
-            _kept.cache_clear()
+            prepare_data.cache_clear()
         return
     context, gpus = multiprocessing.get_context("spawn"), max(1, torch.cuda.device_count())
     alive, ours = context.Pipe(duplex=False)  # ends when `ours` is closed or this process dies

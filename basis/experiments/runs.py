@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from basis.experiments.comparison import Compression
 from basis.experiments.records import Record, digest, identity, load_records, read_record  # noqa: F401  others do
 from basis.layers.conv import Mode
+from basis.saving import plain
 from basis.search.measures import singular_energies
 from basis.training.loop import Recipe, choose_device, choose_precision
 
@@ -56,10 +57,7 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training, fully described.
-
-    A field that is renamed keeps its old key in records and identities by ``field(metadata={"key": "old_name"})``.
-    """
+    """One training, fully described."""
 
     study: str  # with `profile`: where it belongs; no part of its identity
     profile: str
@@ -87,22 +85,13 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The configuration as plain values under fixed keys, as a record holds it."""
-        return plain(self)
+        """The configuration as plain values, as a record holds it."""
+        return plain(asdict(self))
 
     @cached_property
     def id(self) -> str:
         """Sixteen hexadecimal digits that identify what is done, and name the record."""
         return identity(self.config)
-
-
-def plain(value: Any) -> Any:
-    """A value made of JSON types; the fields of a dataclass stand under their ``metadata["key"]``, else their name."""
-    if is_dataclass(value):
-        return {one.metadata.get("key", one.name): plain(getattr(value, one.name)) for one in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def record_path(folder: Path, run: Run) -> Path:
@@ -139,7 +128,7 @@ def spectrum(model: torch.nn.Module, ratios: Sequence[float] = (0.125, 0.25, 0.5
     return errors
 
 
-def parse_duration(text: str) -> float:
+def duration(text: str) -> float:
     """Seconds of a duration such as ``90s``, ``9m``, ``1h30m``; a bare number counts seconds."""
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
     if not text.strip() or match is None:

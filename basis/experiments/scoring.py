@@ -35,7 +35,7 @@ def score(
         of chapter 4.
 
     Raises:
-        ValueError: for an unknown or unmeasured truth, and scores that are missing, repeated, not finite or a set.
+        ValueError: for an unknown or unmeasured truth, and scores that are missing or not finite.
     """
     for name, value, known in (("truth", truth, get_args(Truth)), ("profile", profile, PROFILES)):
         if value not in known:
@@ -55,8 +55,6 @@ def score(
 def _values(scores: Scores, ratio: float, layers: Sequence[str]) -> dict[str, float]:
     """The score of every layer at one ratio."""
     items: list[tuple[Any, float]]
-    if isinstance(scores, (set, frozenset)):
-        raise ValueError("the layers are a set, which has no order; give a list, from the least to the most sensitive")
     if isinstance(scores, SensitivityTable):
         items = [(name, cell.value) for name, cell in scores.at(ratio).items() if cell is not None]
     elif isinstance(scores, (Mapping, pd.Series)):
@@ -65,9 +63,6 @@ def _values(scores: Scores, ratio: float, layers: Sequence[str]) -> dict[str, fl
     else:
         items = [(name, float(place)) for place, name in enumerate(scores)]
     found = dict(items)
-    if len(found) < len(items):
-        repeated = next(name for i, (name, _) in enumerate(items) if name in dict(items[:i]))
-        raise ValueError(f"the ranking has {repeated} more than once, but it names every layer once")
     if absent := [name for name in layers if name not in found]:
         raise ValueError(f"scores for r = {ratio:g} lack {len(absent)} of {len(layers)} layers: {', '.join(absent)}")
     if strange := [name for name in layers if not math.isfinite(found[name])]:

@@ -22,14 +22,12 @@ CHANNELS = 16
 GAP, START = 4, 188  # cells between two tensors; where the weight begins
 
 
-def stored_tensors(layer: nn.Module) -> list[Tensor]:
+def stored_tensors(layer: BasisConv2d | StructuredConv2d) -> list[Tensor]:
     """The tensors that a layer stores (one entry a number), as matrices of about as many rows as filters."""
     if isinstance(layer, BasisConv2d):
         parts: Sequence[Tensor] = [layer.basis, layer.coefficients.matrix()]
-    elif isinstance(layer, StructuredConv2d):
-        parts = [_as_stored(layer, name) for name in layer.parts if layer.bits(name)]
     else:
-        raise ValueError(f"{type(layer).__name__} is no basis convolution and no structured layer")
+        parts = [_as_stored(layer, name) for name in layer.parts if layer.bits(name)]
     return [_matrix(part.detach()) for part in parts]
 
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from basis.experiments.pace import device_seconds
-from basis.experiments.records import Record
+from basis.experiments.records import Record, device_seconds
 from basis.experiments.runs import PROFILES
 from basis.experiments.studies import STUDIES, valid_records
 

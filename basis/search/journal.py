@@ -15,12 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from basis.saving import plain, replacing
-from basis.search.table import SensitivityTable, Trial
-
-
-def different(first: Mapping[str, str], second: Mapping[str, str]) -> list[str]:
-    """The entries of two fingerprints that are not equal."""
-    return [key for key in dict.fromkeys((*first, *second)) if first.get(key) != second.get(key)]
+from basis.search.table import Cell, SensitivityTable
 
 
 def digest(text: str | bytes) -> str:
@@ -84,23 +79,14 @@ class Journal:
         if self.path is None or not self.begun:
             return
         known = SensitivityTable.load(self.path)
-        differing = different(known.fingerprint, table.fingerprint)
+        before, now = known.fingerprint, table.fingerprint
+        differing = [key for key in dict.fromkeys((*before, *now)) if before.get(key) != now.get(key)]
         if differing:
             what = f"{'another' if len(differing) == 1 else 'other'} {', '.join(differing)}"
             raise ValueError(f"{path} was measured with {what}; name another file, or delete this one to measure again")
-        self.table = replace(table, cells=known.cells, trials=known.trials, baseline=known.baseline)
+        self.table = replace(table, cells=known.cells, baseline=known.baseline)
         with self.path.open("rb+") as file:  # a last line that was cut short goes
             file.truncate(file.read().rfind(b"\n") + 1)
-
-    @property
-    def pending(self) -> list[tuple[str | None, Any, int]]:
-        """What is still to be measured: (layer, k or text, seed); the layer None is the dense network's training."""
-        if not self.table.seeds:
-            return [(name, k, 0) for name, k in self.table.missing]
-        known = {(trial.layer, trial.basis_channels, trial.seed) for trial in self.table.trials}
-        pairs = ((None, 0), *self.table.candidates)
-        every = [(name, k, seed) for name, k in pairs for seed in self.table.seeds]
-        return [one for one in every if one not in known]
 
     def begin(self, baseline: Mapping[str, float]) -> None:
         """Write the first line, where the file is new."""
@@ -109,14 +95,11 @@ class Journal:
             with replacing(self.path) as file:
                 file.write(json.dumps(self.table.to_lines()[0]).encode() + b"\n")
 
-    def append(self, item: Any) -> None:
-        """Keep one measurement, a cell or a trial, on the disk before this returns."""
-        if isinstance(item, Trial):
-            self.table = replace(self.table, trials=(*self.table.trials, item))
-        else:
-            self.table = replace(self.table, cells=(*self.table.cells, item))
+    def append(self, cell: Cell) -> None:
+        """Keep one measurement, on the disk before this returns."""
+        self.table = replace(self.table, cells=(*self.table.cells, cell))
         if self.path is not None:
             with self.path.open("ab") as file:
-                file.write(json.dumps(plain(asdict(item))).encode() + b"\n")
+                file.write(json.dumps(plain(asdict(cell))).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())

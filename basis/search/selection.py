@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from basis.layers.conv import basis_channels_for, check_basis_channels
+from basis.plan import check_patterns
 from basis.search.table import Layer, SensitivityTable
 from basis.substitution import Plan, Size, as_patterns, left_out, size_text
 from basis.text import few
@@ -31,22 +31,18 @@ Numbers = Mapping[str, Mapping[Any, float]]  # layer -> k or text -> sensitivity
 class InfeasibleBudget(ValueError):
     """No plan of the rule meets the budget.
 
-    ``fractions`` gives for each unit the smallest budget that can be met, as a fraction of the dense network's (of
-    several units, budgets that can be met together, none smaller than was asked for); ``numbers`` the same absolutely.
+    ``fractions`` gives for each unit the smallest budget that can be met, as a fraction of the dense network's; of
+    several units, budgets that can be met together, none smaller than was asked for.
     """
 
-    def __init__(self, message: str, fractions: Mapping[str, float], numbers: Mapping[str, float]) -> None:
-        super().__init__(message, fractions, numbers)
-        self.fractions, self.numbers = fractions, numbers
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+    def __init__(self, message: str, fractions: Mapping[str, float]) -> None:
+        super().__init__(message)
+        self.fractions = fractions
 
 
 def select(
     table: SensitivityTable, *, budget: Mapping[str, float], rule: Rule = "optimal", ratio: float | None = None,
     latency: BenchReport | None = None, step: str = "forward+backward", exclude: str | Iterable[str] = (),
-    absolute: bool = False,
 ) -> Plan:  # fmt: skip
     """Choose on a budget which layers are substituted, with how many basis channels or as which structured layer.
 
@@ -60,8 +56,8 @@ def select(
       candidate until the budget is met, and the last of them the largest k that still does.
 
     Args:
-        budget: unit of ``UNITS`` -> what the network may still have, as a fraction in (0, 1] of the dense network's,
-            or ``absolute``. Several are all met.
+        budget: unit of ``UNITS`` -> what the network may still have, as a fraction in (0, 1] of the dense network's.
+            Several are all met.
         ratio: only the candidate nearest to ratio x C_out is used of each layer.
         latency: a report of :func:`basis.bench.tuning.bench_latency`, for a budget in milliseconds. Only what it has
             measured is chosen then. Its pass ``step`` counts, "forward" or "forward+backward".
@@ -75,11 +71,9 @@ def select(
         raise ValueError(f"rule is {rule!r}, but it must be one of {', '.join(RULES)}")
     if rule == "uniform" and ratio is not None:
         raise ValueError("the rule 'uniform' finds the ratio itself; leave out ratio")
-    _check_budget(budget, table, absolute, latency)
+    _check_budget(budget, table, latency)
     names, patterns = [layer.name for layer in table.layers], as_patterns(exclude)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in (*names, *table.skipped)):
-            raise ValueError(f"exclude has {pattern!r}, but no layer of the table has such a name")
+    check_patterns("exclude", patterns, [*names, *table.skipped])
     dense = {name: reason for name in names if (reason := left_out([name], (), patterns))}
     scores = _scores(table, dense, ratio)
     texts = dict.fromkeys(k for own in scores.values() for k in own if isinstance(k, str))
@@ -87,7 +81,7 @@ def select(
         raise ValueError(f"structured layers ({few(texts)}) are chosen by 'optimal', without ratio and latency, alone")
     times, totals = _times(latency, step, table, scores)
     total = np.array([totals[unit] for unit in budget], float)
-    limit = np.array(list(budget.values()), float) * (1 if absolute else total)
+    limit = np.array(list(budget.values()), float) * total
     multiple = math.gcd(*(k for _, k in table.candidates if not isinstance(k, str))) or 1
     layers = tuple(layer for layer in table.layers if layer.name in scores)
     problem = _Problem(rule, layers, scores, times, tuple(budget), total, limit, multiple)
@@ -134,13 +128,14 @@ def _cost(layer: Layer, k: Size, unit: str, times: Numbers) -> float:
     return math.nan if known is None else known
 
 
-def _check_budget(budget: Mapping[str, float], table: SensitivityTable, absolute: bool, latency: Any) -> None:
+def _check_budget(budget: Mapping[str, float], table: SensitivityTable, latency: Any) -> None:
     if not isinstance(budget, Mapping) or not budget or not set(budget) <= set(UNITS):
         raise ValueError(f"budget is {budget!r}, but it must map at least one of {', '.join(UNITS)} to a number")
     for unit, value in budget.items():
-        if not 0 < value < math.inf or (value > 1 and not absolute):
-            right = "a number above 0" if absolute else "a fraction of the dense network's, in (0, 1]"
-            raise ValueError(f"the budget of {unit} is {value!r}, but it must be {right}")
+        if not 0 < value <= 1:
+            raise ValueError(
+                f"the budget of {unit} is {value!r}, but it must be a fraction in (0, 1] of the dense one's"
+            )
         if unit != "milliseconds" and table.total[unit] is None:
             raise ValueError(f"the table was made without images and knows no {unit}; give a budget in params")
     if ("milliseconds" in budget) != (latency is not None):
@@ -229,7 +224,7 @@ class _Problem:
     def infeasible(self, used: np.ndarray) -> InfeasibleBudget:
         """The error to raise, where ``used`` is the least that the rule can reach."""
         least = np.maximum(used, self.limit)
-        fractions, numbers = (dict(zip(self.units, x.tolist(), strict=True)) for x in (least / self.total, least))
+        fractions = dict(zip(self.units, (least / self.total).tolist(), strict=True))
 
         def text(budget: np.ndarray) -> str:  # rounded up, so that it can be met as it is printed
             shares = np.ceil(budget / self.total * 1e4 / ROUNDING) / 1e4
@@ -237,7 +232,7 @@ class _Problem:
             return " and ".join(f"{share:g} of the {unit} ({number:,.10g})" for share, unit, number in parts)
 
         says = f"meets a budget of {text(self.limit)}; the smallest that can be met is {text(least)}"
-        return InfeasibleBudget(f"no plan of the rule {self.rule!r} {says}", fractions, numbers)
+        return InfeasibleBudget(f"no plan of the rule {self.rule!r} {says}", fractions)
 
 
 def _optimal(problem: _Problem) -> Choice:

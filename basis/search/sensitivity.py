@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 import torch
@@ -33,10 +32,11 @@ from basis.data import Data
 from basis.layers.base import ConvLike
 from basis.layers.structured import Structure
 from basis.modules import tracking_norms
+from basis.plan import check_patterns
 from basis.search import measures
 from basis.search.journal import Journal, digest, name_of, samples, structure, weights
-from basis.search.table import MEASURES, Layer, SensitivityTable, Trial
-from basis.statistics import Estimate
+from basis.search.table import MEASURES, Cell, Layer, SensitivityTable
+from basis.statistics import Estimate, difference_estimate
 from basis.substitution import Plan, Size, as_patterns, merge, substitute
 from basis.text import few
 from basis.training.loop import Recipe, TrainingError, train
@@ -90,29 +90,31 @@ def sensitivity(
     _check(measure, fit, MEASURES)
     found, skipped = candidate_layers(model, ratios, texts, multiple, include, exclude)
     dense = substitute(model, {}).eval()
-    numbers = tuple(range(seeds)) if trains else ()
     with _own_random_numbers(dense):
         if trains:
-            size, fingerprint, start = _tunings(dense, data, recipe or TUNING, numbers)
+            size, fingerprint, start = _tunings(dense, data, recipe or TUNING, seeds)
         else:
             size, fingerprint, start = _evaluations(dense, data, measure, loss, calibration, fit)
-        counted, total, _ = layer_costs(dense, found, size)
+        counted, total = layer_costs(dense, found, size)
         counted, idle = called_layers(counted)
         table = SensitivityTable(
-            measure=measure, layers=counted, cells=(), skipped=skipped | idle, total=total, baseline={}, seeds=numbers,
+            measure=measure, layers=counted, cells=(), skipped=skipped | idle, total=total, baseline={},
             fingerprint={**_question(dense, measure, counted), **fingerprint},
         )  # fmt: skip
         journal = Journal(resume, table)
-        if pending := journal.pending:
-            baseline, measured = start(pending)
+        if pending := journal.table.missing:
+            wanted: dict[str, list[Any]] = {}
+            for name, k in pending:
+                wanted.setdefault(name, []).append(k)
+            baseline, measured = start(wanted)
             if not math.isfinite(baseline.get("loss", 0.0)):
                 raise ValueError(f"the dense network's loss is {baseline['loss']} on these data; check its weights")
             journal.begin(baseline)
             title, drawn = progress if isinstance(progress, str) else measure, progress and not callable(progress)
-            for item in tqdm(measured, title, len(pending), disable=not drawn, dynamic_ncols=True):
-                journal.append(item)
+            for cell in tqdm(measured, title, len(pending), disable=not drawn, dynamic_ncols=True):
+                journal.append(cell)
                 if callable(progress):
-                    progress(item)
+                    progress(cell)
     return journal.table
 
 
@@ -158,9 +160,7 @@ def candidate_layers(
 ) -> tuple[list[Layer], dict[str, str]]:  # fmt: skip
     """Every layer with a candidate, its cost not counted yet, and why each other convolution has none."""
     names = [name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, (_ConvNd, ConvLike))]
-    for pattern in as_patterns(exclude):
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"exclude has {pattern!r}, but no convolution has such a name")
+    check_patterns("exclude", as_patterns(exclude), names)
     among: dict[str, Any] = {"include": as_patterns(include), "exclude": as_patterns(exclude)}
     plans = [Plan.uniform(model, ratio=ratio, multiple=multiple, **among) for ratio in sorted(ratios, reverse=True)]
     plans += [_alone(model, Plan.uniform(model, layer=text, **among)) for text in texts]
@@ -199,8 +199,8 @@ def _alone(model: nn.Module, plan: Plan) -> Plan:
 
 def layer_costs(
     model: nn.Module, layers: Sequence[Layer], size: tuple[int, ...] | None
-) -> tuple[tuple[Layer, ...], dict[str, int | None], dict[str, int]]:
-    """The layers with what they cost, the whole network's total, and the MACs of each module by name.
+) -> tuple[tuple[Layer, ...], dict[str, int | None]]:
+    """The layers with what they cost, and the whole network's total.
 
     As if all parameters were trained, and were a layer's own. Without images of (C, H, W), or where the network
     cannot be run on a single one, no MACs are known.
@@ -229,7 +229,7 @@ def layer_costs(
     total = (
         {"params": sum(p.numel() for p in model.parameters()), **unknown} if report is None else _units(report.total)
     )
-    return tuple(counted), total, {name: row.forward_macs for name, row in rows.items()}
+    return tuple(counted), total
 
 
 def _units(found: Cost) -> dict[str, int | None]:
@@ -254,9 +254,8 @@ def _question(model: nn.Module, measure: str, layers: Sequence[Layer]) -> dict[s
 
 # -- measures -----------------------------------------------------------------------------------
 
-# The size (C, H, W) of an image, the fingerprint, and what gives the baseline and the measurements that are pending:
-# of (layer, or None for the dense network; k or text; seed).
-_Work = tuple[tuple[int, ...] | None, dict[str, str], Callable[[list[Any]], tuple[dict[str, float], Iterator[Any]]]]
+# The size (C, H, W) of an image, the fingerprint, and what measures candidates.
+_Work = tuple[tuple[int, ...] | None, dict[str, str], Callable[[measures.Candidates], measures.Measured]]
 
 
 def _prepare(
@@ -294,10 +293,7 @@ def _evaluations(
     batches, score, inputs, fingerprint = _prepare(model, data, measure, loss, calibration, fit)
     fitted = inputs if fit == "activation" else []
 
-    def start(pending: list[Any]) -> measures.Measured:
-        wanted: dict[str, list[Any]] = {}
-        for name, k, _ in pending:
-            wanted.setdefault(name, []).append(k)
+    def start(wanted: Any) -> measures.Measured:
         if measure == "spectrum":
             return measures.spectrum(model, wanted)
         if measure == "activation":
@@ -311,32 +307,51 @@ def _evaluations(
     return size, fingerprint, start
 
 
-def _tunings(model: nn.Module, data: Batches | None, recipe: Recipe, seeds: Sequence[int]) -> _Work:
-    """Train the dense network on, and copies with one layer substituted one after the other."""
+def _tunings(model: nn.Module, data: Batches | None, recipe: Recipe, seeds: int) -> _Work:
+    """Train the dense network on, and copies with one layer substituted one after the other, with each seed."""
     if not isinstance(data, Data) or data.validation is None:
         raise ValueError("fine_tuning needs basis.data.Data with validation images (see basis.data.hold_out)")
     device, held = next(model.parameters()).device, data.validation
     if {p.dtype for p in model.parameters()} != {torch.float32} or not any(p.requires_grad for p in model.parameters()):
         raise ValueError("fine_tuning trains parameters of float32, but the model has others, or none to train")
     seen = f"{samples([(data.train.x, data.train.y)])}; {samples([(held.x, held.y)])}"
-    fingerprint = {"seeds": ", ".join(map(str, seeds)), "data": seen, "recipe": repr(recipe), "weights": weights(model)}
+    fingerprint = {"seeds": str(seeds), "data": seen, "recipe": repr(recipe), "weights": weights(model)}
     there = data.to(device)
+    backward = recipe.epochs * (len(data.train) // recipe.batch_size) * recipe.batch_size * seeds
+    forward = backward + (recipe.epochs + 2) * len(held) * seeds
 
-    def trial(layer: str | None, k: Size, seed: int) -> Trial:
+    def losses(plan: Mapping[str, Size]) -> list[float]:
+        """The validation loss after training with each seed."""
+        found = []
+        for seed in range(seeds):
+            torch.manual_seed(seed)  # fitting a structured layer may begin at random
+            result = train(substitute(model, plan).train(), there, recipe, device=device, seed=seed, test=False)
+            found.append((result.validation or {})["loss"])
+        return found
+
+    def start(wanted: measures.Candidates) -> measures.Measured:
         began = time.perf_counter()
-        torch.manual_seed(seed)  # fitting a structured layer may begin at random
-        network = substitute(model, {} if layer is None else {layer: k}).train()
-        backward = recipe.epochs * (len(data.train) // recipe.batch_size) * recipe.batch_size
-        forward = backward + (recipe.epochs + 2) * len(held)
         try:
-            result = train(network, there, recipe, device=device, seed=seed, test=False)
-            loss = (result.validation or {})["loss"]
+            dense = losses({})
         except TrainingError as error:
-            if layer is None:
-                raise ValueError(f"the dense network cannot be trained with seed {seed}: {error}") from error
-            loss, forward, backward = math.nan, 0, 0  # diverged: there is no other reason left
-        costs = {"forward": forward, "backward": backward, "seconds": time.perf_counter() - began}
-        return Trial(layer=layer, basis_channels=k, seed=seed, loss=loss, **costs)
+            raise ValueError(f"the dense network cannot be trained: {error}") from error
+        share = 1 + 1 / sum(map(len, wanted.values()))  # of the passes: its own, and the dense network's shared evenly
+        common = (time.perf_counter() - began) * (share - 1)
 
-    size = (data.train.x.shape[3], *data.train.x.shape[1:3])
-    return size, fingerprint, lambda pending: ({}, (trial(*one) for one in pending))
+        def cells() -> Iterator[Cell]:
+            for name, k in ((name, k) for name, sizes in wanted.items() for k in sizes):
+                began = time.perf_counter()
+                try:
+                    own = losses({name: k})
+                except TrainingError:  # it diverged: there is no other reason left
+                    own = [math.nan]
+                found: dict[str, Any] = {"value": math.nan}
+                if all(map(math.isfinite, own)):
+                    found = dict(vars(difference_estimate(own, dense)))
+                found |= {"forward": share * forward, "backward": share * backward}
+                seconds = time.perf_counter() - began + common
+                yield Cell(layer=name, basis_channels=k, seconds=seconds, **found)
+
+        return {"loss": sum(dense) / seeds}, cells()
+
+    return (data.train.x.shape[3], *data.train.x.shape[1:3]), fingerprint, start

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from basis.saving import columns, number, plain, replacing
-from basis.statistics import difference_estimate
 from basis.substitution import Size, size_text
 from basis.text import shown_name
 
 TABLE_VERSION = 1
-COSTS = ("forward", "backward", "seconds")
 
 # Every measure, from cheap to dear, and what its values are.
 MEASURES: Mapping[str, str] = {
@@ -92,22 +90,6 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
-    """One training: of the dense network (``layer`` None, k = 0), or with one layer substituted.
-
-    ``loss`` is the final validation loss, NaN where the training diverged.
-    """
-
-    layer: str | None
-    basis_channels: Size
-    seed: int
-    loss: float
-    forward: float = 0.0
-    backward: float = 0.0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
 class SensitivityTable:
     """What :func:`basis.sensitivity` returns.
 
@@ -119,7 +101,6 @@ class SensitivityTable:
         total: ``params``, ``macs`` and ``backward_macs`` of the dense network (per image; None without images).
         fingerprint: what the cells were measured on.
         baseline: what was measured of the dense network, such as its ``loss``.
-        seeds, trials: of "fine_tuning"; cells and baseline follow from the trials.
     """
 
     measure: str
@@ -129,19 +110,10 @@ class SensitivityTable:
     total: Mapping[str, int | None]
     fingerprint: Mapping[str, str]
     baseline: Mapping[str, float]
-    seeds: tuple[int, ...] = ()
-    trials: tuple[Trial, ...] = ()
 
     def __post_init__(self) -> None:
-        """Put the cells, or those that the trials give, in the order of the layers, each once."""
-        cells = self.cells
-        if self.seeds:
-            cells, baseline = _from_trials(self.candidates, self.seeds, self.trials)
-            object.__setattr__(self, "baseline", baseline)
-            order: dict[tuple[str | None, Size], int] = {pair: i for i, pair in enumerate(self.candidates)}
-            trials = sorted(self.trials, key=lambda t: (order.get((t.layer, t.basis_channels), -1), t.seed))
-            object.__setattr__(self, "trials", tuple(trials))
-        unique = {(cell.layer, cell.basis_channels): cell for cell in reversed(cells)}
+        """Put the cells in the order of the layers, each once."""
+        unique = {(cell.layer, cell.basis_channels): cell for cell in reversed(self.cells)}
         object.__setattr__(self, "cells", tuple(unique[pair] for pair in self.candidates if pair in unique))
 
     @property
@@ -213,7 +185,8 @@ class SensitivityTable:
             known = {k: values.get((layer.name, k)) for k in layer.candidates}
             found = {ratio_of(layer, k): "..." if value is None else f"{value:.3g}" for k, value in known.items()}
             rows.append((shown_name(layer.name), str(layer.out_channels), *(found.get(c, "") for c in self.columns)))
-        forward, backward, seconds = (sum(getattr(cell, key) for cell in self.cells) for key in COSTS)
+        keys = ("forward", "backward", "seconds")
+        forward, backward, seconds = (sum(getattr(cell, key) for cell in self.cells) for key in keys)
         dense = f"; dense loss {self.baseline['loss']:.4g}" if "loss" in self.baseline else ""
         passes = f"{forward:,.0f} forward passes, {backward:,.0f} backward passes (in images)"
         lines = [f"{self.measure}: {self.unit}{dense}", *columns(rows), f"cost: {passes}, {seconds:,.3g} s"]
@@ -227,13 +200,13 @@ class SensitivityTable:
         return "\n".join(lines)
 
     def to_lines(self) -> list[dict[str, Any]]:
-        """Plain values: all but the measurements, then an entry for each. NaN becomes None."""
+        """Plain values: all but the cells, then an entry for each of them. NaN becomes None."""
         content = plain(asdict(self))
-        cells, trials = content.pop("cells"), content.pop("trials")
+        cells = content.pop("cells")
         for layer in content["layers"]:
             if not layer["costs"]:
                 del layer["costs"]
-        return [{"basis_sensitivity": TABLE_VERSION} | content, *(trials if self.seeds else cells)]
+        return [{"basis_sensitivity": TABLE_VERSION} | content, *cells]
 
     @classmethod
     def from_lines(cls, lines: Sequence[Mapping[str, Any]]) -> SensitivityTable:
@@ -243,12 +216,12 @@ class SensitivityTable:
             version = head.pop("basis_sensitivity")
             if version != TABLE_VERSION:
                 raise ValueError(f"the sensitivity table has version {version!r}, but {TABLE_VERSION} is read here")
-            kind: Any = Trial if head["seeds"] else Cell
-            entries = ({key: one if key == "layer" else number(one) for key, one in e.items()} for e in lines[1:])
-            head |= {"cells": (), ("trials" if head["seeds"] else "cells"): tuple(kind(**entry) for entry in entries)}
+            head.pop("seeds", None)  # tables were once written with them
+            entries: Any = ({key: one if key == "layer" else number(one) for key, one in e.items()} for e in lines[1:])
+            head["cells"] = tuple(Cell(**entry) for entry in entries)
             head["layers"] = tuple(Layer(**e | {"candidates": tuple(e["candidates"])}) for e in head["layers"])
             head["baseline"] = {key: number(value) for key, value in head["baseline"].items()}
-            return cls(**head | {"seeds": tuple(head["seeds"])})
+            return cls(**head)
         except (IndexError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is no sensitivity table, or damaged: {error!r}") from error
 
@@ -272,31 +245,3 @@ class SensitivityTable:
 def ratio_of(layer: Layer, k: Size) -> Any:
     """k / C_out to three digits; the text of a structured layer as it is."""
     return k if isinstance(k, str) else round(k / layer.out_channels, 3)
-
-
-def _from_trials(
-    pairs: Sequence[tuple[str, Size]], seeds: Sequence[int], trials: Sequence[Trial]
-) -> tuple[tuple[Cell, ...], dict[str, float]]:
-    """Mean loss with one layer substituted minus the dense network's, with Welch's 95 % interval, and the latter.
-
-    Only where every seed has been trained, of the pair and of the dense network, whose cost all pairs share.
-    """
-    runs = {(trial.layer, trial.basis_channels, trial.seed): trial for trial in trials}
-
-    def of(layer: str | None, k: Size) -> list[Trial]:
-        return [runs[layer, k, seed] for seed in seeds if (layer, k, seed) in runs]
-
-    dense, cells = of(None, 0), []
-    if len(dense) < len(seeds):
-        return (), {}
-    losses = [trial.loss for trial in dense]
-    for name, k in pairs:
-        own = of(name, k)
-        if len(own) == len(seeds):
-            found = difference_estimate([trial.loss for trial in own], losses)
-            value: dict[str, Any] = vars(found) if math.isfinite(found.value) else {"value": math.nan}
-            for key in COSTS:
-                alone, shared = (sum(getattr(trial, key) for trial in side) for side in (own, dense))
-                value = {**value, key: alone + shared / len(pairs)}
-            cells.append(Cell(layer=name, basis_channels=k, **value))
-    return tuple(cells), {"loss": sum(losses) / len(seeds)}

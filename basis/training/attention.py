@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from basis.batches import described
 from basis.layers.batchnorm import accumulated
 from basis.modules import evaluating, hooked
 from basis.training.stepping import Autocast
@@ -36,7 +35,7 @@ class Attention:
         autocast: makes the context of a forward pass.
 
     Raises:
-        ValueError: for a network without these stages, and a teacher that training would change.
+        ValueError: for a student that names no stages, and a teacher that training would change.
     """
 
     def __init__(
@@ -45,10 +44,6 @@ class Attention:
         stages: Any = getattr(student, "stages", ())
         if not stages:
             raise ValueError(f"{type(student).__name__} names no stages to compare")
-        for who, network in (("model", student), ("teacher", teacher)):
-            missing = set(stages) - {name for name, _ in network.named_modules()}
-            if missing:
-                raise ValueError(f"the {who} has no module {', '.join(sorted(missing))} to compare")
         if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
             raise ValueError("the teacher shares parameters with the model, so training would change it; give a copy")
         self.student, self.teacher, self.taps, self.weight = student, teacher, tuple(stages), weight
@@ -62,26 +57,13 @@ class Attention:
         differences = [(ours[tap] - theirs[tap]).square().mean() for tap in self.taps]
         return logits, self.weight * torch.stack(differences).sum()
 
-    def check(self, x: Tensor) -> None:
-        """Raise ``ValueError`` for a stage that is not called once on images x, or whose maps differ in size."""
-        with torch.no_grad(), evaluating(self.student), evaluating(self.teacher):
-            ours, theirs = (self._watched(network, x)[1] for network in (self.student, self.teacher))
-        for tap in self.taps:
-            if ours[tap].shape != theirs[tap].shape:
-                pixels = f"{ours[tap].shape[1]} pixels in the model and {theirs[tap].shape[1]} in the teacher"
-                raise ValueError(f"the attention maps of {tap!r} have {pixels}, but must have equally many")
-
     def _watched(self, network: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """What ``network`` gives, and the attention map of each stage."""
         found: dict[str, Tensor] = {}
 
         def keep(tap: str, module: nn.Module, args: tuple, output: Any) -> None:
-            if tap in found or not isinstance(output, Tensor) or output.dim() != 4:
-                raise ValueError(f"{tap!r} gives {described(output)}, but must give (N, C, H, W), and once")
             found[tap] = attention_map(output)
 
         with hooked(network, {tap: partial(keep, tap) for tap in self.taps}), self._autocast():
             output = network(x)
-        if missing := set(self.taps) - set(found):
-            raise ValueError(f"{', '.join(missing)} must be called once, but is never")
         return output, found

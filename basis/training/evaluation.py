@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, overload
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,6 @@ from torch import nn
 from basis.batches import first_weight, logits_of, outputs_of, stream_batches, with_labels
 from basis.data import Data, Images
 from basis.modules import evaluating
-from basis.saving import Saved
 from basis.statistics import Estimate, proportion_estimate
 from basis.training.recipe import Precision, autocast_in, choose_precision
 
@@ -23,7 +22,7 @@ BATCH = 1000  # images at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(Saved, Mapping[str, float]):
+class Evaluation(Mapping[str, float]):
     """What :func:`evaluate` finds on batches. As a mapping it holds ``loss``, ``accuracy`` and ``top5``.
 
     Attributes:
@@ -32,9 +31,6 @@ class Evaluation(Saved, Mapping[str, float]):
             classes or fewer), with Wilson's 95 % interval.
         n, classes, seconds: samples, classes, wall-clock time.
     """
-
-    kind: ClassVar[str] = "evaluation"
-    parts: ClassVar[Mapping[str, type]] = {"accuracy": Estimate, "top5": Estimate}
 
     loss: float
     accuracy: Estimate

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from torch import nn
 from basis.batches import Batch, Batches, first_weight, length_of, stream_batches, with_labels
 from basis.data import Data, Images
 from basis.modules import evaluating, is_channels_last
-from basis.saving import Saved, columns
+from basis.saving import columns
 from basis.statistics import proportion_estimate
 from basis.training.distillation import TEMPERATURE, beside_teacher, teacher_logits
 from basis.training.epochs import Training
@@ -37,56 +37,29 @@ WARM_UP = 0.05  # the fraction of all steps in which the learning rate rises
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How :func:`finetune` trained; see there."""
-
-    epochs: int
-    lr: float
-    weight_decay: float
-    label_smoothing: float
-    temperature: float | None
-    distillation: float | None
-    precision: Precision
-
-    def __post_init__(self) -> None:
-        for name, most in (("temperature", math.inf), ("distillation", 1)):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= most:
-                raise ValueError(f"{name} is {value}, but it must lie in (0, {most}]")
-
-    def rate(self, step: int, total: int) -> float:
-        """The learning rate of a step: up to ``lr`` in the warm-up, then by a cosine down to 0 at the end."""
-        warm = round(WARM_UP * total)
-        if step < warm:
-            return self.lr * (step + 1) / (warm + 1)
-        return self.lr * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, total - warm)))) / 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class FineTuning(Saved):
+class FineTuning:
     """What :func:`finetune` leaves.
 
     Attributes:
-        settings: the options, with the precision that "auto" stood for.
+        recipe: the options, with the precision that "auto" stood for.
+        distillation: the share of the loss that came from a teacher; None without one.
         curves: one row per epoch, with train_loss (what was minimised) and lr (at its end), and with validation data
             validation_loss, validation_accuracy and its 95 % interval. Accuracies are fractions.
         steps, images, seconds: over all epochs; seconds without evaluation.
     """
 
-    kind: ClassVar[str] = "fine_tuning"
-    parts: ClassVar[Mapping[str, type]] = {"settings": Settings}
-
-    settings: Settings
+    recipe: Recipe
+    distillation: float | None
     curves: tuple[Mapping[str, float], ...]
     steps: int
     images: int
     seconds: float
 
     def __str__(self) -> str:
-        s = self.settings
-        taught = "" if s.distillation is None else f", {s.distillation:g} of the loss from a teacher"
-        head = f"fine-tuned for {s.epochs} epoch{'s' * (s.epochs > 1)}: {self.steps:,} steps, {self.images:,} images, "
-        head += f"{self.seconds:.1f} s, {s.precision}, lr {s.lr:g}{taught}"
+        of, epochs = self.recipe, self.recipe.epochs
+        taught = "" if self.distillation is None else f", {self.distillation:g} of the loss from a teacher"
+        head = f"fine-tuned for {epochs} epoch{'s' * (epochs > 1)}: {self.steps:,} steps, {self.images:,} images, "
+        head += f"{self.seconds:.1f} s, {of.precision}, lr {of.lr:g}{taught}"
         names = [name for name in self.curves[0] if name not in ("lr", "validation_low", "validation_high")]
         rows = [[name.replace("_", " ") for name in names]] + [[f"{row[n]:.4g}" for n in names] for row in self.curves]
         return "\n".join([head, *columns([tuple(row) for row in rows])])
@@ -121,14 +94,12 @@ def finetune(
         TrainingPaused: see ``should_stop``.
     """
     device, precision = first_weight(model).device, _precision(model, teacher, precision)
-    settings = Settings(
-        epochs=epochs, lr=lr, weight_decay=weight_decay, label_smoothing=label_smoothing, precision=precision,
-        temperature=None if teacher is None else temperature, distillation=None if teacher is None else distillation,
-    )  # fmt: skip
     recipe = Recipe(
         epochs=epochs, lr=lr, weight_decay=weight_decay, label_smoothing=label_smoothing, batch_size=batch_size,
         precision=precision,
     )  # fmt: skip
+    if not (0 < temperature < math.inf and 0 < distillation <= 1):
+        raise ValueError(f"temperature is {temperature} and distillation is {distillation}, but must be > 0, and <= 1")
     generator = getattr(data, "generator", None)
     if isinstance(data, Data):
         generator = torch.Generator(device).manual_seed(seed)
@@ -148,18 +119,26 @@ def finetune(
     networks = [network for network in (model, teacher) if network is not None]
     shapes = [tuple(p.shape) for network in networks for p in network.parameters()]
     training = Training(
-        run=run, identity=repr((asdict(settings), steps, shapes)), epochs=epochs, steps=steps,
+        run=run, identity=repr((recipe, temperature, distillation, steps, shapes)), epochs=epochs, steps=steps,
         batches=lambda: _fitting(source(), networks, autocast),
-        prepare=lambda step: run.set_rates([settings.rate(step, epochs * steps)]),
+        prepare=lambda step: run.set_rates([rate(lr, step, epochs * steps)]),
         validate=lambda: {"lr": run.optimizer.param_groups[0]["lr"]} | _validated(model, validation, precision),
         generator=generator if isinstance(generator, torch.Generator) else None, check_every=20,
     )  # fmt: skip
     with on_device(device), evaluating(model), as_training_error():
         training.loop(checkpoint, should_stop, progress, title="fine-tune")
     return FineTuning(
-        settings=settings, curves=training.curves, steps=training.step, images=training.images,
-        seconds=training.seconds,
+        recipe=recipe, distillation=None if teacher is None else distillation, curves=training.curves,
+        steps=training.step, images=training.images, seconds=training.seconds,
     )  # fmt: skip
+
+
+def rate(peak: float, step: int, total: int) -> float:
+    """The learning rate of a step: up to its peak in the warm-up, then by a cosine down to 0 at the end."""
+    warm = round(WARM_UP * total)
+    if step < warm:
+        return peak * (step + 1) / (warm + 1)
+    return peak * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, total - warm)))) / 2
 
 
 def _precision(model: nn.Module, teacher: nn.Module | None, precision: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,10 @@ from basis.training.recipe import (  # noqa: F401  (also for those who import th
 )
 from basis.training.skipping import Parts, Trained, check_skip
 from basis.training.stepping import Capture, TrainingStep, means_for
-from basis.training.switching import Switching, carry_momentum, dense_weights
+from basis.training.switching import carry_momentum, dense_weights
+
+if TYPE_CHECKING:
+    from basis.search.switching import Switch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,15 +103,14 @@ def objective(recipe: Recipe, model: nn.Module, *, share: float = 1.0) -> Callab
 
 
 class Schedule:
-    """What a recipe changes from step to step: learning rates, trained parts, settled masks."""
+    """What changes from step to step: learning rates, trained parts, and the masks of sparse A, fixed halfway."""
 
     def __init__(self, run: TrainingStep, recipe: Recipe, *, steps_per_epoch: int, total_steps: int) -> None:
         self.run, self.recipe, self.steps_per_epoch, self.total_steps = run, recipe, steps_per_epoch, total_steps
         self.parts = Parts(run.model)
         layers = [module for module in run.model.modules() if isinstance(module, BasisConv2d)]
         self.sparse = [a for a in (layer.coefficients for layer in layers) if isinstance(a, Sparse)]
-        settle = 0.5 if recipe.settle is None else recipe.settle
-        self.settles_at = min(round(settle * total_steps), total_steps - 1)
+        self.settles_at = round(total_steps / 2)
 
     def kind(self, step: int) -> Kind:
         """Which kind of step this is."""
@@ -146,7 +148,6 @@ def check_recipe(model: nn.Module, recipe: Recipe, steps_per_epoch: int, teacher
         "decorrelation": basis,
         "decay": basis or (factors and recipe.decay == "scaled"),
         "orthogonality": any(callable(getattr(module, "penalty", None)) for module in modules),
-        "settle": any(isinstance(module, Sparse) for module in modules),
     }
     for name, good in needs.items():
         if getattr(recipe, name) not in (None, "factors") and not good:
@@ -194,7 +195,7 @@ def make_step(
 class Switcher:
     """Carries out the switch of a recipe in the midst of a training."""
 
-    def __init__(self, switch: Switching, recipe: Recipe, data: Data, place: torch.device) -> None:
+    def __init__(self, switch: Switch, recipe: Recipe, data: Data, place: torch.device) -> None:
         self.switch, self.recipe, self.data, self.place = switch, recipe.after_switch, data, place
 
     def __call__(self, training: Training) -> None:
@@ -242,7 +243,7 @@ def train(
     model: nn.Module, data: Data, recipe: Recipe | None = None, *, device: str | torch.device | None = None,
     seed: int = 0, checkpoint: str | Path | None = None, checkpoint_every: float = 60.0,
     should_stop: Callable[[], bool] | None = None, progress: bool | str = False, test: bool = True,
-    step: TrainingStep | None = None, teacher: nn.Module | None = None,
+    teacher: nn.Module | None = None,
 ) -> Result:  # fmt: skip
     """Train ``model`` in place and test it once, at the end.
 
@@ -257,11 +258,10 @@ def train(
         should_stop: asked after every epoch but the last; True ends the training by :class:`TrainingPaused`.
         progress: whether to draw a bar, or what to write beside it.
         test: whether to look at the test images at all.
-        step: made by :func:`make_step` for this model and recipe, and used before, so that nothing is captured again.
         teacher: for ``recipe.attention``, see :class:`basis.training.attention.Attention`; moved to ``device``.
 
     Raises:
-        TrainingError: for too few images, a recipe, step, teacher or checkpoint that does not fit the model, or a loss
+        TrainingError: for too few images, a recipe, teacher or checkpoint that does not fit the model, or a loss
             that is no longer finite.
         TrainingPaused: see ``should_stop``.
     """
@@ -272,17 +272,11 @@ def train(
         raise TrainingError(f"batch_size is {recipe.batch_size}, but there are only {len(data.train)} training images")
     first = recipe.before_switch
     check_recipe(model, first, steps, teacher)
-    if step is not None and (step.model is not model or step.beside or teacher is not None):
-        raise TrainingError("the step was made for another model, or there is a teacher, with which none is used again")
-    run = step or make_step(model, first, device=place, teacher=teacher)
+    run = make_step(model, first, device=place, teacher=teacher)
     data = data.to(place)
     if recipe.switch:
         with as_training_error():
             recipe.switch.check(model, data)
-    if isinstance(run.beside, Attention):
-        with as_training_error(), on_device(place):
-            run.beside.check(_input(data.train.x[:1], recipe.memory_format))
-    run.restart()
     schedule = Schedule(run, first, steps_per_epoch=steps, total_steps=recipe.epochs * steps)
     generator = torch.Generator(place).manual_seed(seed)
 
@@ -298,8 +292,7 @@ def train(
     )  # fmt: skip
     with on_device(place), schedule.parts.restored():
         training.loop(checkpoint, should_stop, progress, checkpoint_every=checkpoint_every)
-    if step is None:
-        training.run.forget()  # nobody uses it again
+    training.run.forget()  # a graph's memory is set free
     last = partial(evaluate, model, precision=recipe.precision, flip=True)
     return Result(
         curves=training.curves, test=last(data.test) if test else None,

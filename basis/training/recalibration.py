@@ -6,7 +6,6 @@ import copy
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from basis.batches import Batches, calibration_inputs, outputs_of
 from basis.modules import evaluating, tracking_norms, training_norms
-from basis.saving import Saved
 from basis.text import few, shown_name
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recalibration(Saved):
+class Recalibration:
     """What :func:`recalibrate` did: the names of the norms measured anew, and of the others (``skipped``) why not."""
-
-    kind: ClassVar[str] = "recalibration"
 
     norms: tuple[str, ...]
     skipped: Mapping[str, str]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -18,7 +18,9 @@ from torch import nn
 from basis.training.penalties import parameter_groups
 from basis.training.skipping import Skip
 from basis.training.stepping import Step
-from basis.training.switching import Switching
+
+if TYPE_CHECKING:
+    from basis.search.switching import Switch
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MemoryFormat = Literal["auto", "channels_last", "contiguous"]
@@ -31,7 +33,7 @@ CHOICES = {
     "step": (None, *get_args(Step)),
 }
 POSITIVE = ("epochs", "batch_size", "lr", "peak", "decorrelation", "attention", "orthogonality")
-BELOW = {"peak": 1, "momentum": 1, "label_smoothing": 1, "settle": 1, "translate": 16, "cutout": 33}
+BELOW = {"peak": 1, "momentum": 1, "label_smoothing": 1, "translate": 16, "cutout": 33}
 
 
 class TrainingError(RuntimeError):
@@ -68,7 +70,6 @@ class Recipe:
             :func:`basis.training.penalties.compression`, also for the ``factors`` of other structured layers.
         decorrelation: weight of :func:`basis.training.penalties.decorrelation`, summed over the layers, added at every
             tenth step that updates B, as LinearConv does (with 0.01).
-        settle: the fraction of the training after which the masks of sparse coefficients are fixed (None: 0.5).
         step: "eager", "compiled" by torch.compile, "graphed" as a CUDA graph, "fast": both; None: graphed on a GPU,
             else eager. What is not supported is left out, and :attr:`Result.step` says why.
         attention: weight of the attention transfer from a teacher; 1000 in Gray et al. 2019.
@@ -96,11 +97,10 @@ class Recipe:
     skip: Skip | None = None
     decay: Decay | None = None
     decorrelation: float | None = None
-    settle: float | None = None
     step: Step | None = None
     attention: float | None = None
     orthogonality: float | None = None
-    switch: Switching | None = None
+    switch: Switch | None = None
 
     def __post_init__(self) -> None:
         for name in (*POSITIVE, *BELOW, "weight_decay"):

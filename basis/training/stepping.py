@@ -102,7 +102,6 @@ class TrainingStep:
         self._network: Callable[[Tensor], Tensor] = compiled(model, channels_last) if means.compiled else model
         self._capture = capture or (CudaCapture(self._device) if means.graphed else None)
         self._rates = [torch.tensor(group["lr"], device=self._device) for group in optimizer.param_groups]
-        self._fresh_scaler = scaler.state_dict()
         self._prepared: dict[Hashable, Callable[[Tensor, Tensor], None]] = {}
         self.set_rates([group["lr"] for group in optimizer.param_groups])
         self.forget()
@@ -136,15 +135,6 @@ class TrainingStep:
             for group in self.optimizer.param_groups:
                 for p in group["params"] if group["momentum"] else ():
                     self.optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-
-    def restart(self) -> None:
-        """Make ready for another training of the same model."""
-        for state in self.optimizer.state.values():
-            state["momentum_buffer"].zero_()
-        self.scaler.load_state_dict(self._fresh_scaler)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.setup_seconds = 0.0
-        self.start_epoch()
 
     def _run(self, x: Tensor, labels: Tensor, *, kind: Hashable) -> None:
         term: Tensor | None = None

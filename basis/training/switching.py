@@ -1,4 +1,4 @@
-"""A training that turns from dense layers to smaller ones on its way: what a switch is, and what is carried over.
+"""A training that turns from dense layers to smaller ones on its way: what is carried over.
 
 Pufferfish (Wang et al., MLSys 2021, arXiv 2103.03936) and Cuttlefish (Wang et al., MLSys 2023, arXiv 2305.02538) train
 dense for some epochs, factorise, and go on. :class:`basis.Switch` decides by a sensitivity search.
@@ -6,42 +6,13 @@ dense for some epochs, factorise, and go on. :class:`basis.Switch` decides by a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from basis.data import Data
-
 Momentum = Literal["projected", "restarted"]
-
-
-class Switching(Protocol):
-    """What decides when the network is switched, and carries it out; frozen, of plain values."""
-
-    @property
-    def momentum(self) -> Momentum:
-        """Whether the momentum of a replaced weight is projected onto the new factors, or they begin with none."""
-
-    @property
-    def teach(self) -> float | None:
-        """The share of the loss that comes from the dense network at the switch; None: it does not teach."""
-
-    def check(self, model: nn.Module, data: Data) -> None:
-        """Raise ``ValueError`` before any training where the switch could not be carried out."""
-
-    def observe(self, model: nn.Module, data: Data) -> Mapping[str, float]:
-        """What is kept of the network before each dense epoch."""
-
-    def due(self, epoch: int, epochs: int, seen: Sequence[Mapping[str, float]]) -> bool:
-        """Whether the network is switched after ``epoch`` of ``epochs``, by all that was observed until then."""
-
-    def replace(self, model: nn.Module, data: Data, seen: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-        """Choose layers and replace them in place; plain values, among them ``layers`` (name -> size)."""
-
-    def rebuild(self, model: nn.Module, layers: Mapping[str, Any]) -> None:
-        """Replace these layers in place, with any values: a checkpoint brings them."""
 
 
 def dense_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from basis.figures import is_path
 from book.tools.address import Address
 
 Notebook = Any  # nbformat.NotebookNode, which carries no types
@@ -255,6 +254,11 @@ class Page(HTMLParser):
 def read_pages(html: Path) -> list[Page]:
     """Parse every page of a built book."""
     return [Page(path) for path in sorted(html.rglob("*.html")) if "_static" not in path.parts]
+
+
+def is_path(text: str) -> bool:
+    """Whether a text is the name of a file and therefore no description."""
+    return bool(re.fullmatch(r"\S*[/\\]\S*|\S+\.(svg|png|jpe?g|gif|webp|pdf)", text.strip()))
 
 
 def alt_problems(pages: Iterable[Page]) -> list[str]:

@@ -32,7 +32,7 @@ import pandas as pd
 from nbformat.v4 import new_markdown_cell
 
 from basis.environment import commit
-from basis.experiments.pace import KINDS
+from basis.experiments.records import KINDS
 from basis.experiments.studies import CLAIMS, STUDIES, Study, Verdict, status, valid_records
 from basis.experiments.studies.cost import load_benches
 from basis.experiments.tidy import sound_records

@@ -102,13 +102,11 @@ def test_the_test_images_are_used_for_the_last_numbers_only(place, tmp_path, mon
     assert first["fine_tune"]["accuracy"]
 
 
-def test_an_npz_a_budget_in_milliseconds_and_no_fine_tuning(place, tmp_path, monkeypatch):
+def test_a_budget_in_milliseconds_and_no_fine_tuning(place, tmp_path, monkeypatch):
     times = {"0": {16: 16.0, 8: 8.0}, "5": {32: 32.0, 16: 16.0, 8: 8.0}}
     monkeypatch.setattr(module.BenchReport, "latencies", lambda report, step: times)
-    x = np.random.default_rng(0).integers(0, 256, (90, 16, 16, 3), dtype=np.uint8)
-    np.savez(tmp_path / "data.npz", x_train=x[:60], x_test=x[60:], y_train=np.arange(60) % 3, y_test=np.arange(30) % 3)
     budget = {"milliseconds": 0.7, "params": 0.9}
-    options = {"data": str(tmp_path / "data.npz"), "image_size": None, "budget": budget, "epochs": 0}
+    options = {"budget": budget, "epochs": 0}
     report = compress(settings(place, tmp_path / "out", **options))
     assert report["input_size"] == [3, 16, 16]
     assert report["stages"]["time_layers"]["dense_ms"] == 48
@@ -210,10 +208,10 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_network(place, tmp_pa
         ({"mean": (0.5, 0.5, 0.5)}, "std"),
         ({"mean": (0.5,) * 4, "std": (0.5,) * 4}, "mean"),
         ({"ratios": (1.5,)}, "ratio"),
-        ({"classes": 2}, "do not fit|classes"),
+        ({"classes": 2}, "does not fit|classes"),
         ({"device": "cuda:99"}, "CUDA|cuda|NVIDIA"),
         ({"model": "tests.tiny:squeezed"}, "logits"),
-        ({"model": "tests.tiny:four"}, r"\(3, 32\) in the file"),
+        ({"model": "tests.tiny:four"}, r"\[3, 32\]"),
         ({"model": "tests.tiny:frozen"}, "epochs must be 0"),
         ({"model": "tests.tiny:with_auxiliary_output"}, "epochs must be 0"),
     ],
@@ -240,10 +238,10 @@ def test_missing_packages_are_named(place, tmp_path, monkeypatch):
         prepare(settings(place, tmp_path / "out", export=("onnx",)))
 
     def missing():
-        raise ModuleNotFoundError("torchvision is not installed: pip install torchvision")
+        raise ModuleNotFoundError("No module named 'torchvision'")
 
     monkeypatch.setattr("basis.compression.images.import_torchvision", missing)
-    with pytest.raises(ValueError, match="pip install torchvision"):
+    with pytest.raises(ValueError, match="No module named 'torchvision'"):
         prepare(settings(place, tmp_path / "out"))
 
 

@@ -1,10 +1,10 @@
-"""Images of a user's: folders by class, and npz files."""
+"""Images of a user's: folders by class."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from basis.compression.images import Part, check_images, open_images
+from basis.compression.images import check_images, open_images, subset
 from tests import tiny
 
 
@@ -12,13 +12,6 @@ from tests import tiny
 def folder(tmp_path):
     tiny.image_folder(tmp_path / "data", train=6, val=4)
     return tmp_path / "data"
-
-
-def arrays(tmp_path, **changes):
-    x = np.random.default_rng(0).integers(0, 256, (18, 8, 8, 3), dtype=np.uint8)
-    content = {"x_train": x[:12], "y_train": np.arange(12) % 3, "x_test": x[12:], "y_test": np.arange(6) % 3} | changes
-    np.savez(tmp_path / "data.npz", **{name: value for name, value in content.items() if value is not None})
-    return tmp_path / "data.npz"
 
 
 def test_a_folder_has_its_classes_in_alphabetical_order(folder):
@@ -59,30 +52,14 @@ def test_unreadable_images_are_named(folder):
         check_images(open_images(folder).files)
 
 
-def test_an_npz_is_read(tmp_path):
-    data = open_images(arrays(tmp_path, classes=np.array(["a", "b", "c", "d"])))
-    assert (data.classes, data.side, data.files) == (("a", "b", "c", "d"), 8, ())
-    x = np.random.default_rng(0).integers(0, 256, (18, 8, 8, 3), dtype=np.uint8)
-    assert np.array_equal(np.asarray(data.train[5][0]), x[5])
-    assert open_images(arrays(tmp_path, x_train=x[:12, ..., :1], x_test=x[12:, ..., :1])).train[0][0].mode == "L"
-    part = Part(data.train, [3, 4], lambda image: image.size)
-    assert list(part[i] for i in range(len(part))) == [((8, 8), 0), ((8, 8), 1)]
-    assert len(Part(data.test, None, str)) == 6
+def test_a_part_has_some_of_the_images(folder):
+    data = open_images(folder)
+    part = subset(data.train, [5, 6], lambda image: image.size)
+    assert list(part[i] for i in range(len(part))) == [((24, 20), 0), ((24, 20), 1)]
+    assert data.train[5][0].size == (24, 20)  # is left alone
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"y_test": None}, "y_test"),
-        ({"x_train": np.zeros((12, 3, 8, 8), np.uint8)}, "uint8"),
-        ({"x_test": np.zeros((6, 8, 8, 3), np.float32)}, "float32"),
-        ({"y_train": np.arange(5)}, "12 whole numbers"),
-        ({"y_test": np.arange(6)}, "from 0 to 2"),
-    ],
-)
-def test_arrays_that_are_no_data(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        open_images(arrays(tmp_path, **changes))
+def test_a_file_is_no_folder(tmp_path):
     for path in (tmp_path / "gone", __file__):
         with pytest.raises(ValueError, match="data is"):
             open_images(path)

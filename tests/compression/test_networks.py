@@ -73,12 +73,12 @@ def test_safetensors_are_known_by_their_content(tmp_path, state):
 
 def test_weights_that_do_not_fit_are_named(tmp_path, state):
     changed = state | {"0.weight": torch.zeros(16, 3, 5, 5), "stem": state["5.weight"]}
-    with pytest.raises(ValueError, match=r"stem .*; 0.weight is \(16, 3, 5, 5\)"):
+    with pytest.raises(ValueError, match=r"(?s)stem.*0.weight.*\[16, 3, 5, 5\]"):
         load_weights(tiny.network(), saved(tmp_path, changed))
-    with pytest.raises(ValueError, match=r"\(7, 32\) in the file"):
+    with pytest.raises(ValueError, match=r"\[7, 32\]"):
         load_weights(tiny.network(), saved(tmp_path, tiny.network(7).state_dict()))
     state["0.weight"][0, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"0.weight has values that are not finite"):
+    with pytest.raises(ValueError, match=r"0.weight .* not finite"):
         load_weights(tiny.network(), saved(tmp_path, state))
 
 
@@ -109,5 +109,5 @@ def test_transforms_are_the_librarys_own():
 
 def test_a_whole_image_of_the_right_size_is_only_normalised():
     image = Image.effect_noise((16, 16), 50)
-    x = transform_for("tests.tiny:network", tiny.network(), size=16, mean=(0.5,), std=(0.25,), whole=True)(image)
+    x = transform_for("tests.tiny:network", tiny.network(), size=16, mean=(0.5,), std=(0.25,))(image)
     assert ((x * 0.25 + 0.5) * 255).round().byte().flatten().tolist() == list(image.tobytes())

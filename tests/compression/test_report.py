@@ -36,7 +36,7 @@ def report():
     return {
         "command": "basis compress resnet18", "settings": settings, "identity": {"weights": "ab12", "data": "cd34"},
         "cost": {"params": [11173962, 5432100], "macs": [1814073344, 899000000], "backward_macs": [0, 0]},
-        "images": {"train": 9000, "scored": 250}, "input_size": [3, 224, 224], "whole": False, "folder": "/out",
+        "images": {"train": 9000, "scored": 250}, "input_size": [3, 224, 224], "folder": "/out",
         "cells": [cell, cell | {"layer": "stem"}],
         "stages": {name: one | {"seconds": 1.5} for name, one in stages.items()},
         "classes": ["ant", "<cat>"],

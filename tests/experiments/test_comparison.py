@@ -72,17 +72,3 @@ def test_multiplications_are_those_of_factorized_mode(model, data):
     small, _ = shrink(model, Compression(method="uniform", budget=0.5, **SMALL), data)
     counted = cost(small, (3, 12, 12), mode="factorized").total
     assert result["macs"] == counted.forward_macs + counted.identity_forward_macs
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"method": "magic", "budget": 0.5}, "method is"),
-        ({"method": "svd", "budget": 0}, "budget is 0"),
-        ({"method": "svd", "budget": 0.5, "calibration": 10**6}, "calibration is 1000000"),
-        ({"method": "svd", "budget": 0.5, "calibration": 10, "held": 100}, "held is 100"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(options, says, model, data):
-    with pytest.raises(ValueError, match=says):
-        shrink(model, Compression(**options), data)

@@ -1,20 +1,15 @@
-"""The study of chapters 3 and 5: its variants, its verdicts, and networks that are used again."""
-
-import dataclasses
+"""The study of chapters 3 and 5: its variants and its verdicts."""
 
 import pytest
 import torch
 
 from basis.costs import cost, count_parameters
-from basis.experiments.execution import execute, reusable
 from basis.experiments.studies import STUDIES, headline
 from basis.experiments.studies.headline import HALF, STAGES, variant
 from basis.models import build
-from basis.training.reuse import Reuse
 from tests.experiments.test_search_studies import record
 
 STUDY = STUDIES["headline"]
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("profile", ["small", "paper"])
@@ -65,16 +60,6 @@ def outcomes(**lost):
 def test_every_label_can_come_out(uniform, selected, c3, c4):
     verdicts = {v.claim: v for v in STUDY.verdicts(outcomes(uniform=uniform, optimal=selected), "small")}
     assert {claim: v.label for claim, v in verdicts.items()} == {"C1": "by construction", "C3": c3, "C4": c4}
-
-
-def test_a_network_that_is_reused_learns_the_same_to_the_bit():
-    base = next(run for run in STUDY.runs("smoke") if run.variant == "dense")
-    base = dataclasses.replace(base, images=200, recipe=dataclasses.replace(base.recipe, epochs=1))
-    reuse = Reuse()
-    for run in (dataclasses.replace(base, seed=seed, ratio=0.5) for seed in (0, 1)):
-        again, fresh = execute(run, device=CPU, reuse=reuse), execute(run, device=CPU)
-        assert [again["test"], again["validation"]] == [fresh["test"], fresh["validation"]]
-    assert [reusable(dataclasses.replace(base, layer=layer)) for layer in (None, "sep")] == [True, False]
 
 
 def test_without_records_there_are_no_rows_but_the_columns_of_texts():

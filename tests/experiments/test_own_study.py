@@ -73,5 +73,3 @@ def test_networks_of_one_seed_are_made_of_one_trained_network(tmp_path, monkeypa
         execute(short, device=choose_device("cpu"), checkpoint=tmp_path / f"{i}.pt")
     assert len(list(tmp_path.glob("teacher-*.pt"))) == 1
     assert all(bool((given[0][name] == value).all()) for name, value in given[1].items())
-    with pytest.raises(ValueError, match="compression"):
-        execute(dataclasses.replace(base, ratio=0.5), device=choose_device("cpu"))

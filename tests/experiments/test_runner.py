@@ -266,7 +266,7 @@ def test_an_interrupted_command_packs_what_it_has_and_says_what_is_next(tmp_path
         (["nothing"], "there is no study 'nothing'"),
         (["cost", "--profile", "paper"], "has no runs"),
         (["headline", "--profile", "huge"], "huge"),
-        (["headline", "--time-limit", "soon"], "not a duration"),
+        (["headline", "--time-limit", "soon"], "invalid duration value: 'soon'"),
         (["headline", "--device", "cuda:99"], "no device of this machine"),
         (["headline", "--profile", "paper", "--device", "cpu"], "'paper' is for cuda"),
         (["headline", "--archive", "{tmp}/mine"], "no whole archive"),

@@ -23,12 +23,12 @@ def test_every_study_judges_claims_that_are_listed():
 
 
 def test_gathering_trains_what_is_missing_only_when_asked(tmp_path, monkeypatch):
-    def fake_work(runs, definition, *, folder, **options):
-        for run in runs[1:]:
-            put_record(folder, run)
-        yield Progress(runs[0], "failed", "ValueError: nothing worked", 1.0)
+    def fake(order, jobs):
+        for task in order.tasks[1:]:
+            put_record(order.folder, task.run)
+        yield Progress(order.tasks[0].run, "failed", "ValueError: nothing worked", 1.0)
 
-    monkeypatch.setattr(studies, "work", fake_work)
+    monkeypatch.setattr(studies, "in_processes", fake)
     put_record(tmp_path, HEADLINE.runs("smoke")[1])
     gathered = gather("headline", "smoke", folder=tmp_path)
     assert (len(gathered.records), gathered.complete) == (1, False)
@@ -41,7 +41,7 @@ def test_gathering_trains_what_is_missing_only_when_asked(tmp_path, monkeypatch)
 
 def test_nothing_hopeless_is_begun_without_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(studies, "work", lambda *a, **k: pytest.fail("a training was begun"))
+    monkeypatch.setattr(studies, "in_processes", lambda *a, **k: pytest.fail("a training was begun"))
     assert "need a GPU" in gather("headline", "paper", run_missing=True, folder=tmp_path).note
 
 

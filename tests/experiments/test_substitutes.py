@@ -2,13 +2,12 @@
 
 import dataclasses
 
-import filelock
 import pytest
 import torch
 
 from basis import substitute
 from basis.experiments import execution
-from basis.experiments.runner import work
+from basis.experiments.runner import Order, Task, in_processes
 from basis.experiments.runs import Run, checkpoint_path
 from basis.experiments.studies import STUDIES
 from basis.experiments.studies import substitutes as study_of
@@ -104,24 +103,7 @@ def test_a_run_is_the_same_with_a_teacher_trained_at_once_kept_or_interrupted(tm
         options["checkpoint"].unlink(missing_ok=True)
     results.append(execution.execute(run, device=options["device"]))
     assert results[0]["test"] == results[1]["test"] == results[2]["test"]
-    (lock,) = tmp_path.glob("**/teacher-*.lock")
-    with filelock.FileLock(lock, thread_local=False), pytest.raises(TrainingPaused, match="teacher"):
-        execution.execute(run, **options, should_stop=lambda: True)
     (kept,) = tmp_path.glob("**/teacher-*.pt")
     kept.write_bytes(kept.read_bytes()[:2000])
-    (step,) = work([run], "", folder=tmp_path, device="cpu")
+    (step,) = in_processes(Order(tasks=[Task(run, "")], folder=tmp_path, device="cpu"), 1)
     assert (step.outcome, str(kept) in step.message) == ("failed", True)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"fitted": None}, "teacher"),
-        ({"layer": None, "include": None}, "dense"),
-        ({"fitted": None, "teacher": None, "recipe": Recipe(attention=1.0)}, "recipe.attention"),
-    ],
-)
-def test_a_teacher_goes_with_what_uses_it(tmp_path, changes, message):
-    run, options = tiny(tmp_path, **changes)
-    with pytest.raises(ValueError, match=message):
-        execution.execute(run, **options)

@@ -7,7 +7,7 @@ import torch
 
 from basis.bench.timing import Setting
 from basis.costs import cost
-from basis.experiments.execution import execute, reusable
+from basis.experiments.execution import execute
 from basis.experiments.records import write_record
 from basis.experiments.runs import record_path
 from basis.experiments.studies import STUDIES, switch
@@ -116,4 +116,3 @@ def test_a_run_keeps_what_the_switch_did():
     assert result["parameters"] <= 0.5 * dense.parameters
     assert result["macs"] == pytest.approx(result["switched"]["predicted"]["macs"] * dense.forward_macs, rel=1e-6)
     assert result["spectrum"] is None
-    assert not reusable(run)

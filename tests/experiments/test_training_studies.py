@@ -10,7 +10,7 @@ from basis.bench.networks import TRAINED
 from basis.bench.report import BenchReport
 from basis.costs import count_parameters
 from basis.experiments.execution import execute
-from basis.experiments.runner import work
+from basis.experiments.runner import Order, Task, in_processes
 from basis.experiments.runs import load_records
 from basis.experiments.studies import STUDIES, coefficients, family, skip
 from basis.models import build
@@ -163,7 +163,7 @@ def test_the_rule_for_c7(selected, label):
 @pytest.mark.weekly
 @pytest.mark.parametrize("study", [COEFFICIENTS, SKIP, FAMILY], ids=lambda study: study.name)
 def test_one_seed_of_the_smoke_profile_runs(study, tmp_path):
-    runs = [run for run in study.runs("smoke") if run.seed != 1]
-    steps = list(work(runs, study.definition, folder=tmp_path, device="cpu"))
+    tasks = [Task(run, study.definition) for run in study.runs("smoke") if run.seed != 1]
+    steps = list(in_processes(Order(tasks=tasks, folder=tmp_path, device="cpu"), 1))
     assert {step.outcome for step in steps} == {"done"}, [step.message for step in steps]
-    assert {record.config["variant"] for record in load_records(tmp_path)} == {run.variant for run in runs}
+    assert {record.config["variant"] for record in load_records(tmp_path)} == {task.run.variant for task in tasks}

@@ -111,17 +111,17 @@ def test_what_saves_nothing_is_passed_over():
 def test_an_infeasible_budget_names_the_smallest(rule, table):
     with pytest.raises(InfeasibleBudget, match="the smallest that can be met is") as caught:
         select(table, budget={"params": 0.01}, rule=rule)
-    number, fraction = caught.value.numbers["params"], caught.value.fractions["params"]
-    assert number == int(number)
+    fraction = caught.value.fractions["params"]
+    number = round(fraction * table.total["params"])
     assert fraction == number / table.total["params"]
-    assert f"({int(number):,})" in str(caught.value)
+    assert f"({number:,})" in str(caught.value)
     assert f"rule {rule!r} meets a budget of 0.01 of the params" in str(caught.value)
     plan = select(table, budget=caught.value.fractions, rule=rule)
     assert used(table, plan.layers, "params") == number
     printed = float(str(caught.value).split("met is ")[1].split()[0])
     assert select(table, budget={"params": printed}, rule=rule).layers
     with pytest.raises(InfeasibleBudget):
-        select(table, budget={"params": number - 1}, rule=rule, absolute=True)
+        select(table, budget={"params": (number - 1) / table.total["params"]}, rule=rule)
 
 
 def test_nothing_to_choose_from(table):
@@ -175,7 +175,8 @@ def test_the_optimum_is_that_of_trying_everything(seed):
     if best is None:
         with pytest.raises(InfeasibleBudget) as caught:
             select(table, budget=budget)
-        assert best_of_all(table, {u: n * (1 + 1e-9) for u, n in caught.value.numbers.items()}) is not None
+        limits = {unit: part * (1 + 1e-9) * table.total[unit] for unit, part in caught.value.fractions.items()}
+        assert best_of_all(table, limits) is not None
         assert select(table, budget=caught.value.fractions).layers
     else:
         plan = select(table, budget=budget)
@@ -193,10 +194,11 @@ def test_an_optimiser_that_is_not_exact_is_put_right(seed, monkeypatch):
         return milp(values, constraints=loose, **options)
 
     table = random_table(seed, layers=6)
-    limits = {unit: 0.85 * table.total[unit] for unit in ("params", "macs")}
+    budget = {"params": 0.85, "macs": 0.85}
+    limits = {unit: part * table.total[unit] for unit, part in budget.items()}
     best = best_of_all(table, limits)
     monkeypatch.setattr("scipy.optimize.milp", sloppy)
-    plan = select(table, budget=limits, absolute=True)
+    plan = select(table, budget=budget)
     assert predicted(table, plan)["sensitivity"] == pytest.approx(best, abs=1e-12)
     assert all(used(table, plan.layers, unit) <= limit for unit, limit in limits.items())
     assert asked == list(range(2, 2 + len(asked)))  # each time one constraint more
@@ -210,7 +212,6 @@ def test_plans_apply_and_meet_the_budget(rule, network, table):
         sizes = {"params": report.parameters, "backward_macs": report.backward_macs}
         assert sizes[unit] <= 0.55 * table.total[unit]
         assert predicted(table, plan)[unit] == pytest.approx(sizes[unit] / table.total[unit])
-        assert Plan.from_json(plan.to_json()) == plan
         assert plan.skipped["conv1"] == "excluded by 'conv1'"
         assert list(plan.layers) == [at.name for at in table.layers if at.name in plan.layers]
 
@@ -306,7 +307,6 @@ REPORT = BenchReport(kind="", config={}, environment={}, rows=[])
         ({"budget": {"params": 0}}, "budget of params is 0"),
         ({"budget": {"params": 1.5}}, "budget of params is 1.5"),
         ({"budget": {"params": math.nan}}, "budget of params is nan"),
-        ({"budget": {"params": math.inf}, "absolute": True}, "budget of params is inf"),
         ({"budget": {"milliseconds": 0.5}}, "go together"),
         ({"latency": REPORT}, "go together"),
         ({"rule": "best"}, "rule is 'best'"),

@@ -5,9 +5,7 @@ import numpy as np
 import pytest
 
 from basis import figures, plots
-from basis.search.journal import Journal
-from basis.search.table import Cell, Layer, SensitivityTable, Trial
-from basis.statistics import difference_estimate
+from basis.search.table import Cell, Layer, SensitivityTable
 
 VALUES = {("a", 8): 0.1, ("a", 4): 0.4, ("b", 16): -0.05, ("b", 8): math.nan, ("c", 4): 0.2}
 
@@ -41,15 +39,6 @@ def table(values=None, **options):
     return SensitivityTable(**(settings | options))
 
 
-def trained(losses, seeds=(0, 1), **options):
-    trials = tuple(
-        Trial(layer=n, basis_channels=k, seed=s, loss=v, forward=10, backward=6, seconds=1)
-        for (n, k, s), v in losses.items()
-    )
-    settings = {"cells": (), "seeds": seeds, "trials": trials, "measure": "fine_tuning", "baseline": {}}
-    return table(**(settings | options))
-
-
 def test_ranking_takes_the_nearest_candidate_and_leaves_out_what_is_not_finite():
     assert table().ranking(0.5) == ("b", "a", "c")
     assert table().ranking(0.25) == ("c", "a")  # b is not finite there, and c has no smaller candidate
@@ -73,28 +62,11 @@ def test_frame():
     assert {"low", "high", "n", "kl", "forward", "backward", "seconds", "saved_backward_macs"} <= set(frame.columns)
 
 
-LOSSES = {(None, 0, 0): 1.0, (None, 0, 1): 1.2, ("a", 8, 0): 1.5, ("a", 8, 1): 1.9, ("a", 4, 0): 3.0, ("c", 4, 0): 1.0}
-
-
-def test_cells_follow_from_trials():
-    own = trained(LOSSES)
-    (cell,) = own.cells  # only where all seeds are there
-    expected = difference_estimate([1.5, 1.9], [1.0, 1.2])
-    assert (cell.layer, cell.basis_channels, cell.n) == ("a", 8, 2)
-    assert (cell.value, cell.low, cell.high) == (expected.value, expected.low, expected.high)
-    assert cell.value == pytest.approx(0.6)
-    assert cell.forward == pytest.approx(20 + 20 / 5)  # its own, and a share of the dense trainings
-    assert cell.backward == pytest.approx(12 + 12 / 5)
-    assert cell.seconds == pytest.approx(2 + 2 / 5)
-    assert own.baseline == {"loss": pytest.approx(1.1)}
-    assert own.missing == (("a", 4), ("b", 16), ("b", 8), ("c", 4))
-
-
 def equal(first, second):
     return repr(first) == repr(second)  # NaN is not equal to itself
 
 
-@pytest.mark.parametrize("made", [table(), table(cells=()), trained(LOSSES), trained(LOSSES | {("a", 8, 1): math.nan})])
+@pytest.mark.parametrize("made", [table(), table(cells=())])
 def test_saved_and_loaded(made, tmp_path):
     path = tmp_path / "deep" / "table.jsonl"
     made.save(path)
@@ -102,15 +74,6 @@ def test_saved_and_loaded(made, tmp_path):
     assert equal(SensitivityTable.from_lines(made.to_lines()), made)
     for line in path.read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)  # no NaN, which is no JSON
-
-
-def test_a_diverged_trial_gives_nan_and_without_dense_trials_there_are_no_cells():
-    own = trained(LOSSES | {("a", 8, 1): math.nan, ("c", 4, 1): 1.1})
-    assert [math.isnan(cell.value) for cell in own.cells] == [True, False]
-    assert own.ranking(0.5) == ("c",)
-    alone = trained({key: value for key, value in LOSSES.items() if key[0]})
-    assert (alone.cells, alone.baseline) == ((), {})
-    assert Journal(None, alone).pending[:2] == [(None, 0, 0), (None, 0, 1)]
 
 
 def test_what_is_no_table_is_refused(tmp_path):

@@ -188,29 +188,28 @@ def test_decorrelation_is_added_at_every_tenth_step():
         {"decay": "product", "decorrelation": 0.01},
         {"decay": "scaled", "skip": Skip(basis_every=2)},
         {"decay": "product", "skip": Skip(alternate=True), "precision": "bf16"},
-        {"settle": 0.7},
+        {"lr": 0.1},
     ],
     ids=str,
 )
 def test_a_resumed_training_is_bit_identical(tmp_path, terms):
     recipe = dataclasses.replace(RECIPE, **terms)
-    form = "sparse:1/2" if "settle" in terms else "dense"
+    form = "sparse:1/2" if "lr" in terms else "dense"
     whole = resumed(recipe, tmp_path / "c.pt", partial(network, form))
     plain = network(form)
     train(plain, DATA, dataclasses.replace(RECIPE, precision=recipe.precision), device="cpu")
     assert not torch.equal(weights(plain), weights(whole))
 
 
-@pytest.mark.parametrize(("settle", "step"), [(None, 6), (0.0, 0), (0.3, 4), (0.99, 11)])
-def test_masks_are_settled_once(settle, step, monkeypatch):
+def test_masks_are_settled_once_halfway(monkeypatch):
     calls, now = [], []
     monkeypatch.setattr(Sparse, "settle", lambda self: calls.append(len(now)))
     model = network("sparse:1/2")
-    plan = schedule(model, dataclasses.replace(RECIPE, settle=settle))
+    plan = schedule(model, RECIPE)
     for i in range(12):
-        assert plan.prepare(i).settled == (i >= step)
+        assert plan.prepare(i).settled == (i >= 6)
         now.append(i)
-    assert calls == [step] * len(layers(model))
+    assert calls == [6] * len(layers(model))
 
 
 @pytest.mark.parametrize(
@@ -221,7 +220,6 @@ def test_masks_are_settled_once(settle, step, monkeypatch):
         {"decay": "scaled"},
         {"decorrelation": 0.1},
         {"orthogonality": 1.0},
-        {"settle": 0.5},
     ],
     ids=str,
 )

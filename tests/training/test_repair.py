@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from basis import Recalibration, recalibrate
+from basis import recalibrate
 
 
 class Net(nn.Module):
@@ -92,9 +92,7 @@ def test_where_it_fails_the_old_statistics_are_back(net):
         assert not net.norm.training
 
 
-def test_it_prints_and_is_kept(net, tmp_path):
+def test_it_prints(net):
     assert recalibrate(nn.Sequential(nn.Conv2d(3, 4, 3)), [torch.randn(2, 3, 5, 5)]).norms == ()
     result = recalibrate(net, [torch.randn(8, 3, 6, 6)])
     assert "left alone: idle" in str(result)
-    result.save(tmp_path / "r.json")
-    assert Recalibration.load(tmp_path / "r.json") == result

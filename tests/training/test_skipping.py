@@ -63,12 +63,6 @@ def test_a_schedule_without_effect_is_an_error():
     check_skip(frozen, Skip(basis_every=2), **steps)
     with pytest.raises(ValueError, match="only one epoch"):
         check_skip(network("dense"), Skip(alternate=True), steps_per_epoch=12, total_steps=12)
-    model = network("dense").requires_grad_(False)
-    for layer in layers(model):
-        layer.coefficients.requires_grad_(True)
-    check_skip(model, Skip(coefficients_every=2), **steps)
-    with pytest.raises(ValueError, match="skip leaves nothing to train"):
-        check_skip(model, Skip(coefficients_until=0), **steps)
 
 
 def gradients_seen(model, DATA, skip):

@@ -9,9 +9,9 @@ from pathlib import Path
 import pandas as pd
 
 from basis.environment import results_folder
-from basis.experiments.pace import spent
-from basis.experiments.runner import work
-from basis.experiments.runs import PROFILES, Record, parse_duration, read_record, record_path
+from basis.experiments.records import spent
+from basis.experiments.runner import Order, Task, in_processes
+from basis.experiments.runs import PROFILES, Record, duration, read_record, record_path
 from basis.experiments.studies import (
     coefficients,
     cost,
@@ -114,7 +114,7 @@ def gather(
     Without a GPU nothing is trained for ``colab`` and ``paper``. Raises ``ValueError`` for an unknown study, profile or
     duration.
     """
-    study, seconds = find_study(name), parse_duration(time_limit)
+    study, seconds = find_study(name), duration(time_limit)
     if profile not in PROFILES:
         raise ValueError(f"profile is {profile!r}, but it must be one of {', '.join(PROFILES)}")
     runs, folder = study.runs(profile), folder or results_folder()
@@ -122,10 +122,10 @@ def gather(
     failures: list[str] = []
     late = False
     if run_missing and not hopeless:
-        deadline = time.monotonic() + seconds
-        steps = list(work(runs, study.definition, folder=folder, deadline=deadline, progress=True))
+        deadline, tasks = time.time() + seconds, [Task(run, study.definition) for run in runs]
+        steps = list(in_processes(Order(tasks=tasks, folder=folder, deadline=deadline, progress=True), 1))
         failures = [f"{s.run.variant}, seed {s.run.seed}: {s.message}" for s in steps if s.outcome == "failed"]
-        late = time.monotonic() >= deadline
+        late = time.time() >= deadline
     records = valid_records(study, profile, folder)
     reasons = {
         "The others need a GPU, and there is none here.": hopeless,

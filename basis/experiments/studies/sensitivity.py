@@ -281,12 +281,5 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     ),)  # fmt: skip
 
 
-STUDY = Study.named(
-    "sensitivity",
-    _runs,
-    judge,
-    dict(variant="dense", test=False),
-    recommended=RECOMMENDED,
-    spearman=SPEARMAN,
-    cost=COST,
-)
+FIXED: Mapping[str, Any] = {"variant": "dense", "test": False}
+STUDY = Study.named("sensitivity", _runs, judge, FIXED, recommended=RECOMMENDED, spearman=SPEARMAN, cost=COST)

@@ -124,12 +124,5 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     ),)  # fmt: skip
 
 
-STUDY = Study.named(
-    "skip",
-    _runs,
-    judge,
-    dict(variant=FULL, ratio=RATIO, mode="factorized"),
-    ratio_name=RATIO_NAME,
-    saved=SAVED,
-    points=POINTS,
-)
+FIXED: Mapping[str, Any] = {"variant": FULL, "ratio": RATIO, "mode": "factorized"}
+STUDY = Study.named("skip", _runs, judge, FIXED, ratio_name=RATIO_NAME, saved=SAVED, points=POINTS)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from basis.layers.base import ConvLike
+from basis.layers.base import ConvLike, arguments_of
 from basis.layers.structured import butterfly, filters, maps, separable, sparse
 from basis.layers.structured.layer import Product, StructuredConv2d
 
@@ -76,7 +75,5 @@ def _reason(attempt: Callable[[], object]) -> str | None:
 
 
 def _on_meta(conv: nn.Conv2d) -> nn.Conv2d:
-    """``conv`` with a weight that is a shape only."""
-    weight, like = conv.weight, copy.copy(conv)
-    like._parameters = dict(conv._parameters, weight=nn.Parameter(weight.to("meta"), weight.requires_grad))
-    return like
+    """A convolution of the shape of ``conv``, without values."""
+    return nn.Conv2d(*arguments_of(conv, conv.weight.to("meta")))

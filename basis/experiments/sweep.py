@@ -75,6 +75,7 @@ def measurements(*, tiny: bool = False) -> tuple[Measurement, ...]:
     told = f"latency-{name}", f"latency-forward-{name}"
     return (
         Measurement(f"train-norms-steps-{name}", 0.5, steps(NORMS)),
+        Measurement(f"train-compiled-{name}", 0.2, [compiling], needs=0 if tiny else 70),
         Measurement(f"train-batch{half}-{name}", 0.2, steps(NORMS[:3]), batch_size=half),
         Measurement("block", 0.2, by_shape("block", candidates=("auto", "through_basis", "ordinary")), cells=2),
         Measurement(told[0], 0.2, [partial(latency, both)], cells=12),
@@ -85,7 +86,6 @@ def measurements(*, tiny: bool = False) -> tuple[Measurement, ...]:
         Measurement(
             f"train-steps-{wide}", 0.15, steps(("fused", "tuned"), model=wide, width=None), batch_size=wide_batch
         ),
-        Measurement(f"train-compiled-{name}", 0.1, [compiling], needs=0 if tiny else 70),
         Measurement(f"inference-{name}", 0.05, served),
         *(Measurement(f"inference-batch{n}-{name}", 0.05, served, batch_size=n) for n in batches),
         Measurement(f"budget-training-{name}", 0.03, [partial(folded, chosen_for=both)], cells=4, latency=told[0]),

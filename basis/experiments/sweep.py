@@ -80,7 +80,6 @@ def measurements(*, tiny: bool = False) -> tuple[Measurement, ...]:
         Measurement("block", 0.2, by_shape("block", candidates=("auto", "through_basis", "ordinary")), cells=2),
         Measurement(told[0], 0.2, [partial(latency, both)], cells=12),
         Measurement(f"plans-{name}", 0.15, [plans], cells=4, latency=told[0]),
-        Measurement(f"parts-{name}", 0.1, [partial(bench_parts, **network)]),
         Measurement("layer", 0.15, by_shape("layer", passes=(both,)), cells=2),
         Measurement("layer-larger", 0.12, by_shape("layer", larger, passes=(both,)), cells=2, batch_size=wide_batch),
         Measurement(
@@ -93,6 +92,7 @@ def measurements(*, tiny: bool = False) -> tuple[Measurement, ...]:
         Measurement(f"budget-{name}", 0.03, [folded], cells=4, latency=told[1]),
         *(Measurement(f"budget-batch{n}-{name}", 0.03, [folded], 4, n, latency=told[1]) for n in batches),
         Measurement("rivals", 0.05, by_shape("rivals", passes=(both,)), cells=2),
+        Measurement(f"parts-{name}", 0.05, [partial(bench_parts, **network)]),
     )
 
 

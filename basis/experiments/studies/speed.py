@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+import pandas as pd
 import torch
 
 from basis.bench.report import BenchReport
 from basis.bench.shapes import RESNET18_SHAPES, Shape
 from basis.experiments.runs import Record
-from basis.experiments.studies.cost import counts, devices, facts, load_benches
+from basis.experiments.studies.cost import COLUMNS, counts, devices, facts, load_benches
 from basis.experiments.studies.study import Study, Verdict, label_of, say, verdict
 from basis.layers.conv import derives_apart
 
@@ -94,6 +95,14 @@ def whole_steps(reports: Sequence[BenchReport]) -> list[dict[str, Any]]:
                 step |= {"dense_ms": least, "dense_peak_mib": peak, "scaled": not together}
             found.append(step)
     return found
+
+
+def load_steps(*kinds: str) -> pd.DataFrame:
+    """:func:`whole_steps` of the stored benchmarks of these kinds, of CPUs first."""
+    rows = whole_steps([one for kind in kinds for one in load_benches(None, kind=kind)])
+    more = ["best_norms", "best_step", "best_ms", "scaled", *(key for row in rows for key in row)]
+    frame = pd.DataFrame(rows, columns=list(dict.fromkeys([*COLUMNS, *more])))
+    return frame.sort_values("device_type", kind="stable", ignore_index=True)
 
 
 def _is_dense(row: Mapping[str, Any]) -> bool:

@@ -20,9 +20,10 @@ RATIO, NARROWEST = 0.5, 128
 USUAL_NORMS = (["ordinary"], ["fused"])  # batch normalisation as a dense network has it, on a CPU and on a GPU
 # What a row of :func:`load_rows` always has; others are there where some benchmark has them.
 COLUMNS = (
-    "kind", "device", "device_type", "layout", "batch_size", "model", "width", "shape", "channels", "pass", "ratio",
-    "share", "mode", "norms", "step", "means", "part", "n", "ms", "dense_ms", "speedup", "speedup_q1", "speedup_q3",
-    "versus_basis", "versus_basis_q1", "versus_basis_q3", "peak_mib", "dense_peak_mib", "resolved", "machine",
+    "kind", "device", "device_type", "layout", "precision", "batch_size", "model", "width", "shape", "channels", "pass",
+    "ratio", "share", "basis_channels", "mode", "coefficients", "norms", "step", "means", "part", "n", "ms", "dense_ms",
+    "speedup", "speedup_q1", "speedup_q3", "versus_basis", "versus_basis_q1", "versus_basis_q3", "peak_mib",
+    "dense_peak_mib", "resolved", "machine",
 )  # fmt: skip
 FORMATS = ("bf16 NHWC", "fp16 NHWC", "fp32 NHWC", "bf16 NCHW", "fp16 NCHW", "fp32 NCHW")
 

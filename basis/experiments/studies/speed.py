@@ -69,9 +69,9 @@ def whole_steps(reports: Sequence[BenchReport]) -> list[dict[str, Any]]:
     """Full training steps of basis networks after their report's facts, each against the *best* dense one.
 
     That is the dense step of the least milliseconds, whatever its norms and kind of step (``best_norms``,
-    ``best_step``, ``best_ms``), of the same network, batch, format and device. Where the row was compared with another one, its
-    ``speedup``, ``dense_ms`` and ``dense_peak_mib`` are of the best one: round by round where both were timed together
-    (``versus_compiled``), else scaled by medians (``scaled``).
+    ``best_step``, ``best_ms``), of the same network, batch, format and device. Where the row was compared with another
+    one, its ``speedup``, ``dense_ms`` and ``dense_peak_mib`` are of the best one: round by round where both were timed
+    together (``versus_compiled``), else scaled by medians (``scaled``).
     """
     found, dense = [], _dense_steps(reports)
     for report in reports:

@@ -21,6 +21,7 @@ import torch
 
 from basis.bench.cases import bench_layers
 from basis.bench.networks import NORMS, STEPS, TRAINED, bench_structured_training, bench_training
+from basis.bench.parts import bench_parts
 from basis.bench.report import BenchReport, check_place
 from basis.bench.roofline import measure_machine, with_machine
 from basis.bench.timing import PASSES, Setting
@@ -292,6 +293,7 @@ BENCHES: Mapping[str, tuple[Callable[..., BenchReport], str, str]] = {
     "structured-train": (time_structured_steps, "networks of structured layers", "layers profile model width"),
     "modes": (time_modes, "every basis layer of a network, in every mode", "model width ratio"),
     "inference": (bench_inference, "whole networks, folded", "model width ratios"),
+    "parts": (bench_parts, "where the time of a training step goes", "model width ratios"),
     "switch": (bench_switch, "a training that switches on its way (chapter 12)", ""),
     "budget": (bench_budget, "networks chosen for milliseconds", "model width shares ratios"),
 }  # fmt: skip
@@ -336,7 +338,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
         kind.add_argument("--out", type=Path, metavar="FILE", help="default: results/bench/KIND-DEVICE-....json")
         kind.set_defaults(command=_bench, kind=name)
     gpu = kinds.add_parser("gpu", help="all of it on a GPU, in one go", description=inspect.getdoc(bench_gpu))
-    gpu.add_argument("--time-limit", type=duration, default=240, metavar="TIME", help="default: 4m")
+    gpu.add_argument("--time-limit", type=duration, default=170, metavar="TIME", help="default: 170s")
     gpu.add_argument("--tiny", action="store_true", help="tiny shapes, to see that it runs (also on a CPU)")
     gpu.add_argument("--folder", type=Path, metavar="DIR", help="default: results/bench, with --tiny in it tiny")
     gpu.add_argument("--device", **OPTIONS["device"])
@@ -367,7 +369,8 @@ def _given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 
 def file_stem(kind: str, config: Mapping[str, Any]) -> str:
     """What the name of the report's file begins with: the kind, and what else than usual was measured."""
-    stem = [kind, *(mark for option, (usual, mark) in MARKS.items() if config.get(option, [usual]) != [usual])]
+    unmarked = (["fused"], *([usual] for usual, _ in MARKS.values()))
+    stem = [kind, *(mark for option, (usual, mark) in MARKS.items() if config.get(option, [usual]) not in unmarked)]
     stem += [config["model"]] if "model" in config else []
     stem += [f"w{config['width']}"] if config.get("width") else []
     stem += ["x".join(map(str, config["input_size"]))] if config.get("input_size", [3, 32, 32]) != [3, 32, 32] else []

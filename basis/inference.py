@@ -7,8 +7,10 @@ section 3.2): of a basis convolution into M = [I; A], so that B and M stay a pai
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +29,10 @@ from basis.layers.norm_pairs import Pairs, afterwards, norm_pairs
 from basis.layers.structured import StructuredConv2d
 from basis.models import build
 from basis.modules import is_channels_last
+from basis.plan import Plan
 from basis.substitution import HOOKS, plan_of, replace_modules, substitute
 from basis.text import few
+from basis.training.loop import DTYPES
 
 
 def fold(model: nn.Module, *, factorized: Iterable[str] = (), strict: bool = False) -> nn.Module:
@@ -165,12 +169,14 @@ def measure_fold(
     """Measure the forward pass of every basis convolution as :func:`fold` makes it: dense, and as a pair, by turns.
 
     Each layer alone, on inputs of the sizes that it gets for images of ``input_size``, (C, H, W). Of layers with equal
-    shapes the first is measured, which the others name in ``same_as``. Raises ``ValueError`` for a model without a
-    basis convolution that is called, on the meta device, or that cannot be run on such images.
+    shapes the first is measured, which the others name in ``same_as``. Weights are in the setting's precision. Raises
+    ``ValueError`` for a model without a basis convolution that is called, on the meta device, or that cannot be run on
+    such images.
     """
     source = uncouple(model).eval()
     layers = {name: module for name, module in source.named_modules() if isinstance(module, BasisConv2d)}
-    forms = [fold(model).float(), fold(model, factorized=layers).float()]
+    setting = (setting or Setting()).settled(source)
+    forms = [deployed(model, setting), deployed(model, setting, pairs=layers)]
     cells = []
     for name, called in timed_layers(source, input_size, layers).items():
         dense, pair = (form.get_submodule(name) for form in forms)
@@ -186,38 +192,65 @@ def measure_fold(
         )  # fmt: skip
     if not cells:
         raise ValueError("the model has no basis convolution that is called, so there is nothing to measure")
-    setting = (setting or Setting()).settled(source)
     options = {"model": type(model).__name__, "input_size": list(input_size)}
     return FoldReport(**vars(setting.report("bench-fold", measure_cells(cells, setting, progress), **options)))
 
 
+def deployed(model: nn.Module, setting: Setting, pairs: Iterable[str] = ()) -> nn.Module:
+    """``model`` folded, its weights in the precision of ``setting``: no pass has to cast them."""
+    return fold(model, factorized=pairs).to(DTYPES[setting.precision])
+
+
 def bench_inference(
     *, model: str = "resnet18", width: int | None = None, ratios: Sequence[float] = (1 / 4, 1 / 2),
+    plans: Mapping[float, Plan] | None = None, exported: bool = False,
     setting: Setting | None = None, progress: Progress | None = None,
 ) -> BenchReport:  # fmt: skip
     """Measure the forward pass, in evaluation mode, of a network of :func:`basis.models.build` and its folded forms.
 
     Modes, on random images 3x32x32: "dense folded"; "auto", substituted at a ratio; "folded", that one as dense
-    convolutions; "folded, pairs", with the pairs that :func:`measure_fold` finds faster (``pairs`` of ``layers``).
+    convolutions; "folded, pairs", with the pairs that :func:`measure_fold` finds faster (``pairs`` of ``layers``);
+    "program", if ``exported``: that one written by ``torch.export`` and loaded again. Folded ones hold their weights
+    in the precision, "auto" and the dense one get there by autocast. All are compared with the dense network; where
+    steps are captured, with "dense folded", and the dense network is a candidate, "dense plain". Rows have
+    ``batch_size``.
+
+    Args:
+        plans: the share of a budget -> plan, measured after the ``ratios``; rows have ``share`` then.
     """
     setting = setting or Setting()
     with setting.globals():
         dense = build(model, width=width).eval()
     setting = setting.settled(dense)
 
-    def cell(ratio: float) -> Cell:
+    def cell(about: Mapping[str, float]) -> Cell:
+        size: dict[str, Any] = {"plan": plans[about["share"]]} if plans and "share" in about else dict(about)
         with setting.globals():
-            basis = setting.place(substitute(dense, ratio=ratio, init="random").eval())
-        layers, pairs = len(plan_of(basis).layers), measure_fold(basis, setting=setting).faster()
+            basis = setting.place(substitute(dense, **size, init="random").eval())
+        layers = plan_of(basis).layers
+        pairs = measure_fold(basis, setting=setting).faster() if layers else ()
+        plain, folded = partial(copy.deepcopy, dense), partial(deployed, dense, setting)
+        best = partial(deployed, basis, setting, pairs)
+        graphed = setting.new_capture() is not None
         return Cell(
-            about={"model": model, "pass": "forward", "ratio": ratio},
+            about={"model": model, "pass": "forward", "batch_size": setting.batch_size, **about},
             candidates={
-                "dense": partial(copy.deepcopy, dense), "dense folded": partial(fold, dense),
-                "auto": partial(copy.deepcopy, basis), "folded": partial(fold, basis),
-                "folded, pairs": partial(fold, basis, factorized=pairs),
+                **({"dense": folded, "dense plain": plain} if graphed else {"dense": plain, "dense folded": folded}),
+                "auto": partial(copy.deepcopy, basis), "folded": partial(deployed, basis, setting),
+                "folded, pairs": best, **({"program": lambda: _loaded(best(), setting)} if exported else {}),
             },
-            rows={"folded, pairs": {"pairs": len(pairs), "layers": layers}},
+            rows={"folded, pairs": {"pairs": len(pairs), "layers": len(layers)}}, rotated=False,
         )  # fmt: skip
 
-    rows = measure_cells(map(cell, ratios), setting, progress)
-    return setting.report("bench-inference", rows, model=model, width=width, ratios=list(ratios))
+    sizes = [*({"ratio": ratio} for ratio in ratios), *({"share": share} for share in plans or ())]
+    rows = measure_cells(map(cell, sizes), setting, progress)
+    options = {"model": model, "width": width, "ratios": list(ratios), "shares": list(plans or ())}
+    return setting.report("bench-inference", rows, **options)
+
+
+def _loaded(model: nn.Module, setting: Setting) -> nn.Module:
+    """``model`` written as a program for such batches, and loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.pt2"
+        export_program(setting.place(model), path, (3, 32, 32), batch=setting.batch_size, tolerance=0.05)
+        return torch.export.load(path).module()

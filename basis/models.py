@@ -31,6 +31,15 @@ class PaddedShortcut(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], self.padding)
 
 
+class Projection(nn.Sequential):
+    """Option B of He et al. 2016: a 1x1 convolution and batch normalisation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) to (N, out_channels, H', W')."""
+        conv, norm = self
+        return activate(norm, conv(x), relu=False)
+
+
 def _conv(in_channels: int, out_channels: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, size, stride=stride, padding=size // 2, bias=False)
 
@@ -40,7 +49,7 @@ def _shortcut(in_channels: int, out_channels: int, stride: int, projection: bool
         return nn.Identity()
     if not projection:
         return PaddedShortcut(in_channels, out_channels, stride)
-    return nn.Sequential(_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+    return Projection(_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
 
 
 class BasicBlock(nn.Module):

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from basis.bench.cells import Cell, measure_cells
+from basis.bench.cells import Cell, measure_cells, with_pytorchs_norms
 from basis.bench.report import BenchReport
 from basis.bench.roofline import kernels
 from basis.bench.shapes import RATIOS, RESNET18_SHAPES, WRN_SHAPES, Shape
@@ -81,10 +81,13 @@ def layer_of(name: str, shape: Shape, ratio: float) -> nn.Module:
 
 
 def block_of(name: str, shape: Shape, ratio: float) -> nn.Module:
-    """The block of a candidate: "dense", a mode, or "through_basis" (batch normalisation through the basis)."""
+    """The block of a candidate: a mode, or "through_basis" (batch normalisation through the basis).
+
+    Or "dense", or "ordinary": the dense one whose normalisation is PyTorch's own, which is fused nowhere.
+    """
     block = Block(shape.conv(), nn.BatchNorm2d(shape.out_channels))
-    if name == "dense":
-        return block
+    if name in ("dense", "ordinary"):
+        return with_pytorchs_norms(block) if name == "ordinary" else block
     norm: Any = "through_basis" if name == "through_basis" else "ordinary"
     mode: Any = "auto" if name == "through_basis" else name
     return substitute(block, ratio=ratio, mode=mode, init="random", batch_norm=norm)
@@ -131,7 +134,7 @@ def bench_layers(
     passes, given = passes or case.passes, case.candidates if candidates is None else candidates
     check_known("pass", passes, PASSES)
     if kind == "block":
-        check_known("candidate", given, case.candidates)
+        check_known("candidate", given, (*case.candidates, "ordinary"))
     for name in given if kind != "block" else ():
         if name not in (*MODES, "basis", *BASELINES):
             Structure.parse(name)  # refuses what is no candidate

@@ -26,6 +26,7 @@ class Cell:
         rows: name -> what the row of that candidate, or of "control", says besides.
         inputs: (C, H, W) of the images of each call in one pass.
         input_gradient: whether a backward pass takes the gradients of the inputs.
+        rotated: whether there are several sets of inputs on a GPU; a whole network's maps fill its cache anyway.
         versus: candidate -> the other one that it is compared with as well.
         key: cells of equal keys are measured once; the others name the first one's layer in ``same_as``.
     """
@@ -35,6 +36,7 @@ class Cell:
     rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     inputs: tuple[tuple[int, ...], ...] = ((3, 32, 32),)
     input_gradient: bool = True
+    rotated: bool = True
     versus: Mapping[str, str] = field(default_factory=dict)
     key: Hashable = None
 
@@ -43,7 +45,8 @@ class Cell:
         twin = resolved(modules["auto"]) if "auto" in modules else None
         timed = {name: module for name, module in modules.items() if name != "auto" or twin not in modules}
         versus = {name: twin if other == "auto" and twin in timed else other for name, other in self.versus.items()}
-        steps = layer_steps(timed, self.inputs, self.about["pass"], setting, input_gradient=self.input_gradient)
+        options = {"input_gradient": self.input_gradient, "rotated": self.rotated}
+        steps = layer_steps(timed, self.inputs, self.about["pass"], setting, **options)
         optional = [name for name in timed if name not in ("dense", "control")]
         found = setting.measure(steps, versus=versus, may_fail=optional)
         return found if twin not in timed else {**found, "auto": {**found[twin], "same_as": twin}}
@@ -66,7 +69,7 @@ def measure_cells(cells: Iterable[Cell], setting: Setting, progress: Progress | 
             rows += [{**row, "same_as": None} for row in first[cell.key][1]]
         else:
             layer, found = first[cell.key]
-            rows += [{**row, **cell.about, "same_as": layer} for row in found]
+            rows += [{**row, "layer": cell.about["layer"], "same_as": layer} for row in found]
     return rows
 
 
@@ -100,3 +103,11 @@ def _measured(cell: Cell, setting: Setting, progress: Progress | None) -> list[R
 def resolved(module: nn.Module) -> str | None:
     """The mode that a basis layer, or that of a block as its ``conv``, executes; None for others."""
     return getattr(getattr(module, "conv", module), "resolved_mode", None)
+
+
+def with_pytorchs_norms(module: nn.Module) -> nn.Module:
+    """``module``, in which batch normalisation is PyTorch's own from now on: where there are hooks, none is fused."""
+    for norm in module.modules():
+        if type(norm) is nn.BatchNorm2d:
+            norm.register_forward_hook(lambda *_: None)
+    return module

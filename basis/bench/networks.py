@@ -5,19 +5,21 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from basis.bench.cells import Cell, Row, measure_cells
+from basis.bench.cells import Cell, Row, measure_cells, with_pytorchs_norms
 from basis.bench.report import BenchReport
 from basis.bench.shapes import RATIOS
 from basis.bench.timing import PeakCapture, Progress, Setting, Step, check_known
+from basis.bench.tuning import tune, use_modes
 from basis.costs import count_parameters, count_trained
-from basis.layers.conv import MODES, Mode, basis_channels_for
+from basis.layers.batchnorm import couple_in_place
+from basis.layers.conv import MODES, BasisConv2d, Mode, basis_channels_for
 from basis.layers.structured import Structure
 from basis.models import build
 from basis.substitution import Plan, plan_of, substitute
@@ -27,8 +29,10 @@ from basis.training.stepping import Step as Stepping
 from basis.training.stepping import TrainingStep, means_for
 
 STEPS: tuple[Stepping, ...] = get_args(Stepping)
-Norms = Literal["ordinary", "through_basis"]
+# PyTorch's batch normalisation; ours, fused where the device can; through the basis; what :func:`tune` finds fastest.
+Norms = Literal["ordinary", "fused", "through_basis", "tuned"]
 NORMS: tuple[Norms, ...] = get_args(Norms)
+TUNING_SECONDS = 0.4  # of rounds for each layer, for "tuned"
 # What a training step may train of the basis layers; everything else is always trained.
 TRAINED: Mapping[str, Trained] = {
     "both": Trained(basis=True, coefficients=True),
@@ -49,8 +53,9 @@ class TrainingCell(Cell):
 
     def measure(self, modules: Mapping[str, nn.Module], setting: Setting) -> dict[str, Row]:
         """Rows have ``parameter_ratio`` (dense / candidate), ``images_per_second``, ``means`` (what the kind of step
-        came to on this device), ``trained_numbers``, and the numbers of layers ``substituted`` and ``coupled`` (with
-        batch normalisation through the basis). The peak of a CUDA graph is that of its capture.
+        came to on this device), ``trained_numbers``, and the numbers of layers ``substituted``, ``coupled`` (with
+        batch normalisation through the basis) and otherwise ``factorized``. The peak of a CUDA graph is that of its
+        capture.
         """
         kinds: dict[str, Stepping] = {name: self.rows.get(name, {}).get("step", "eager") for name in modules}
         x = setting.place(torch.randn(setting.batch_size, 3, 32, 32))
@@ -91,8 +96,9 @@ def bench_training(
     *, model: str = "resnet18", width: int | None = None, ratios: Sequence[float] = RATIOS,
     plans: Mapping[float, Plan] | None = None, modes: Sequence[Mode] = ("auto",),
     coefficients: Sequence[str] = ("dense",), trained: Sequence[str] = ("both",),
-    norms: Sequence[Norms] = ("ordinary",), steps: Sequence[Stepping] = ("eager",),
-    dense_steps: Sequence[Stepping] = (), setting: Setting | None = None, progress: Progress | None = None,
+    norms: Sequence[Norms] | None = None, steps: Sequence[Stepping] = ("eager",),
+    dense_steps: Sequence[Stepping] = (), tables: Mapping[float, BenchReport] | None = None,
+    setting: Setting | None = None, progress: Progress | None = None,
 ) -> BenchReport:  # fmt: skip
     """Measure training steps of a network of :func:`basis.models.build`, see :class:`TrainingCell`.
 
@@ -103,6 +109,9 @@ def bench_training(
         plans: in place of ``ratios``: the share of a budget -> plan; the report is of kind "bench-plans" then.
         coefficients: forms of the coefficient matrix, see :class:`basis.layers.coefficients.Form`.
         trained: what a step trains of the basis layers, of :data:`TRAINED`.
+        norms: of :data:`NORMS`; "fused" on a GPU unless given, where the dense network is fused, too. Where it is, and
+            "ordinary" is among them, that dense network is a candidate ("dense" with ``norms`` "ordinary").
+        tables: ratio or share -> the report by which :func:`use_modes` makes "tuned"; measured unless given.
         steps: "eager", "compiled", "graphed" or "fast" (:mod:`basis.training.stepping`).
         dense_steps: further kinds of step of the dense network. With a compiled one among them rows also have
             ``versus_compiled``: that dense network / candidate within a round.
@@ -112,30 +121,37 @@ def bench_training(
     """
     check_known("mode", modes, MODES)
     check_known("trained", trained, TRAINED)
+    setting = setting or Setting()
+    norms = norms or (("fused",) if setting.where.type == "cuda" else ("ordinary",))
     check_known("norms", norms, NORMS)
+    usual: Norms = "fused" if "fused" in norms or setting.where.type == "cuda" else "ordinary"
     check_known("step", [*steps, *dense_steps], STEPS)
     what = "ratio" if plans is None else "share"
     sizes: dict[float, dict[str, Any]] = {r: {"ratio": r} for r in ratios if basis_channels_for(r, 1)}
     if plans is not None:
         sizes = {share: {"plan": plan} for share, plan in plans.items()}
-    setting = setting or Setting()
     with torch.device("meta"):
         shape = build(model, width=width)
-    for size, form, norm in itertools.product(sizes.values(), coefficients, norms):  # refused before any is measured
-        substitute(shape, **size, init="random", coefficients=form, batch_norm=norm)
+    for size, form in itertools.product(sizes.values(), coefficients):  # refused before any is measured
+        substitute(shape, **size, init="random", coefficients=form)
     with setting.globals():
         dense = build(model, width=width)
     setting = setting.settled(dense)
-    plain = {"coefficients": "", "trained": "both", "norms": "ordinary"}
+    plain = {"coefficients": "", "trained": "both", "norms": usual}
     rows: dict[str, dict[str, Any]] = {name: {**plain, "step": steps[0]} for name in ("dense", "control")}
     others = [step for step in [*steps, *dense_steps] if step != steps[0]]
     rows |= {f"dense {step}": {**plain, "mode": "dense", "step": step} for step in others}
+    if "ordinary" in norms and usual != "ordinary":
+        rows["dense ordinary"] = {**plain, "norms": "ordinary", "mode": "dense", "step": steps[0]}
     for kind in itertools.product(modes, coefficients, trained, norms, steps):
         rows[" ".join(kind)] = dict(zip(("mode", *plain, "step"), kind, strict=True))
     cells = [
         TrainingCell(
             about={"model": model, what: value}, rows=rows,
-            candidates={name: partial(_candidate, dense, size, row) for name, row in rows.items() if name != "control"},
+            candidates={
+                name: partial(_candidate, dense, size, row, setting, (tables or {}).get(value))
+                for name, row in rows.items() if name != "control"
+            },
         )
         for value, size in sizes.items()
     ]  # fmt: skip
@@ -146,13 +162,20 @@ def bench_training(
     return setting.report(f"bench-{'train' if plans is None else 'plans'}", found, **options)
 
 
-def _candidate(dense: nn.Module, size: Mapping[str, Any], row: Mapping[str, Any]) -> nn.Module:
+def _candidate(
+    dense: nn.Module, size: Mapping[str, Any], row: Mapping[str, Any], setting: Setting, table: BenchReport | None
+) -> nn.Module:
+    norms = row["norms"]
     if not row["coefficients"]:
-        return copy.deepcopy(dense)
-    options: Any = {"mode": row["mode"], "coefficients": row["coefficients"], "batch_norm": row["norms"]}
-    network = substitute(dense, **size, init="random", **options)
-    Parts(network).train(TRAINED[row["trained"]])
-    return network
+        network = copy.deepcopy(dense)
+    else:
+        options: Any = {"mode": row["mode"], "coefficients": row["coefficients"]}
+        network = substitute(dense, **size, init="random", **options)
+        network = couple_in_place(network) if norms == "through_basis" else network
+        Parts(network).train(TRAINED[row["trained"]])
+    if norms == "tuned":
+        use_modes(network, table or tune(network, setting=replace(setting, seconds=TUNING_SECONDS)))
+    return with_pytorchs_norms(network) if norms == "ordinary" else network
 
 
 def bench_structured_training(
@@ -203,10 +226,11 @@ def _structured(model: str, text: str, width: int | None, include: str) -> nn.Mo
 
 
 def _counts(network: nn.Module) -> dict[str, int]:
-    coupled = sum(getattr(module, "mixed_later", False) for module in network.modules())
+    ways = [(m.mixed_later, m.resolved_mode) for m in network.modules() if isinstance(m, BasisConv2d)]
+    coupled, factorized = sum(later for later, _ in ways), ways.count((False, "factorized"))
     substituted = len(plan_of(network).layers)
     numbers = {"parameters": count_parameters(network), "trained_numbers": count_trained(network)}
-    return numbers | {"coupled": coupled, "substituted": substituted}
+    return numbers | {"coupled": coupled, "factorized": factorized, "substituted": substituted}
 
 
 def _trainer(network: nn.Module, setting: Setting, step: Any, capture: Any) -> TrainingStep:

@@ -15,6 +15,9 @@ from basis.layers.conv import BasisConv2d
 RATIOS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 # Every 3x3 convolution of the CIFAR ResNet-18 but its first.
 RESNET18_SHAPES = ("64@32", "128@16", "256@8", "512@4", "64-128@32/2", "128-256@16/2", "256-512@8/2")
+# The 3x3 ones of ResNet-50 on images of 224 pixels, and of the stages of WRN-28-10.
+RESNET50_SHAPES = ("64@56", "128@28", "256@14", "512@7")
+WRN28_SHAPES = ("160@32", "320@16", "640@8")
 # Those of the blocks of WRN-16-4.
 WRN_SHAPES = ("16-64@32", "64@32", "64-128@32/2", "128@16", "128-256@16/2", "256@8")
 

@@ -312,11 +312,12 @@ def layer_steps(
     setting: Setting,
     *,
     input_gradient: bool = True,
+    rotated: bool = True,
 ) -> dict[str, LayerStep]:
     """One step for each layer: a call on images of each of the ``inputs``, (C, H, W), and its backward pass.
 
     The gradients are set free after each call, so that they count as memory that it takes. Where steps are captured
-    there are several sets of inputs.
+    there are several sets of inputs, unless they are not to be ``rotated``.
     """
     train = one != "forward"
 
@@ -336,7 +337,7 @@ def layer_steps(
 
     calls = [make(size) for size in inputs]
     sets = 1
-    if setting.new_capture():
+    if rotated and setting.new_capture():
         moved = sum(x.nbytes * (1 + x.requires_grad) + (dy.nbytes if train else 0) for x, dy in calls)
         sets = min(max(LEAST_SETS, math.ceil(ROTATED_BYTES / moved)), MOST_SETS)
         calls += [make(size) for _ in range(sets - 1) for size in inputs]
@@ -355,7 +356,8 @@ def tell(progress: Progress | None, row: Mapping[str, Any]) -> None:
     """One line about a row, for whoever wants to see the progress."""
     if not progress:
         return
-    named = ("model", "layer", "shape", "pass", "ratio", "share", "mode", "coefficients", "trained", "norms", "step")
+    named = ("model", "layer", "shape", "pass", "ratio", "share", "mode", "coefficients", "trained", "norms", "step",
+             "resolved", "batch_size")  # fmt: skip
     place = " ".join(f"{row[key]:g}" if isinstance(row[key], float) else str(row[key]) for key in named if row.get(key))
     if "error" in row:
         progress(f"{place}: failed, {row['error']}")

@@ -18,13 +18,14 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from basis.bench.cases import Block
-from basis.bench.cells import Cell, measure_cells
+from basis.bench.cells import Cell, Make, measure_cells
 from basis.bench.report import BenchReport
 from basis.bench.shapes import RATIOS, timed_layers
 from basis.bench.timing import PASSES, Pass, Progress, Setting, check_known
 from basis.costs import cost
-from basis.layers.batchnorm import couple, couple_in_place, couplings, uncouple, uncouple_in_place
+from basis.layers.batchnorm import copy_of, couple, couple_in_place, couplings, uncouple, uncouple_in_place
 from basis.layers.conv import BasisConv2d, ExplicitMode, basis_channels_for
+from basis.layers.norm_pairs import norm_pairs
 from basis.substitution import plan_of
 from basis.text import few
 
@@ -43,8 +44,15 @@ def bench_latency(
     For :func:`basis.select`. A cell is a layer and a pass; its candidates are k nearest to each ratio, a multiple of
     ``multiple`` and of the layer's groups, below C_out. Layers have the model's shapes but fresh weights, on the
     inputs of one forward pass on images of ``input_size``, (C, H, W); the first layer takes no gradient of its input.
-    Equal shapes are measured once: the rows of the others name the first in ``same_as``. Rows have ``layer``,
-    ``shape``, ``basis_channels`` (C_out in the control row) and ``resolved``.
+    With the backward pass a layer is timed with the batch normalisation that directly follows it, and a ReLU
+    (``config["norm"]``); a forward pass is that of a folded layer, without. Where steps are captured a k also has
+    batch normalisation through the basis, and the row of the faster one stays. Equal shapes are measured once: the
+    rows of the others name the first in ``same_as``. Rows have ``layer``, ``shape``, ``basis_channels`` (C_out in the
+    control row) and ``resolved``: a mode, or "through_basis".
+
+    ``config`` has for each pass ``layers_ms``, the sum of the dense layers' times, and, where steps are captured,
+    ``network_ms``, that of the whole dense network. The latter has what the former lacks: the addition of shortcuts,
+    the pooling, the linear layer, and the normalisations that follow no convolution. Neither has loss or optimiser.
 
     Raises ``ValueError`` for a model without such a layer, or that cannot be run on such images; for a ratio, multiple,
     pass or setting that makes no sense.
@@ -56,27 +64,68 @@ def bench_latency(
         basis_channels_for(ratio, 1)  # refuses a ratio that makes no sense
     free = [layer for layer, why in plan_of(model).skipped.items() if why == "left dense"]
     free = [layer for layer in free if isinstance(model.get_submodule(layer), nn.Conv2d)]
+    setting = (setting or Setting()).settled(model)
+    captures, norms = setting.new_capture() is not None, _norms(model)
     cells = []
     for layer, timed in timed_layers(model, input_size, free).items():
         conv: Any = model.get_submodule(layer)
         step, width = math.lcm(conv.groups, multiple), conv.out_channels
         ks = sorted(k for k in {basis_channels_for(ratio, width, step) for ratio in ratios} if k < width)
-        rows: dict[str, dict[str, Any]] = {"control": {"ratio": 1.0, "basis_channels": width}}
-        rows |= {str(k): {"mode": "auto", "ratio": k / width, "basis_channels": k} for k in ks}
-        cells += [
-            Cell(
+        for one in passes:
+            norm = norms.get(layer) if one != "forward" else None
+            rows: dict[str, dict[str, Any]] = {"control": {"ratio": 1.0, "basis_channels": width}}
+            makes = {"dense": partial(_with_norm, timed.conv, norm, one)}
+            for k in ks:
+                about = {"mode": "auto", "ratio": k / width, "basis_channels": k}
+                rows |= {f"{k}": about, f"{k} through_basis": {**about, "resolved": "through_basis"}}
+                makes[f"{k}"] = partial(_with_norm, partial(timed.basis, k), norm, one)
+                if captures and norm is not None:
+                    makes[f"{k} through_basis"] = partial(makes[f"{k}"], coupled=True)
+            cells += [Cell(
                 about={"layer": layer, "shape": str(timed), "pass": one, "resolved": "dense"}, rows=rows,
-                candidates={"dense": timed.conv, **{str(k): partial(timed.basis, k) for k in ks}},
-                inputs=timed.inputs, input_gradient=timed.input_gradient, key=(timed, one),
-            )
-            for one in passes
-        ]  # fmt: skip
+                candidates=makes, inputs=timed.inputs, input_gradient=timed.input_gradient, key=(timed, one, str(norm)),
+            )]  # fmt: skip
     if not cells:
         raise ValueError("the model has no convolution that can be substituted and is called")
-    setting = (setting or Setting()).settled(model)
+    found = measure_cells(cells, setting, progress)
+    dense_rows = [row for row in found if row["mode"] == "control" and "dense_ms" in row]
     options = {"model": name or type(model).__name__, "input_size": list(input_size), "multiple": multiple}
     options |= {"macs": cost(model, input_size).total.forward_macs, "ratios": list(ratios), "passes": list(passes)}
-    return setting.report("bench-latency", measure_cells(cells, setting, progress), **options)
+    sums = {one: sum(row["dense_ms"] for row in dense_rows if row["pass"] == one) for one in passes}
+    options |= {"norm": True, "layers_ms": sums}
+    if captures:
+        options["network_ms"] = {one: _whole_ms(model, input_size, one, setting) for one in passes}
+    fastest_rows: dict[Any, Mapping[str, Any]] = {}
+    for row in sorted(found, key=lambda row: row.get("ms", math.inf)):
+        fastest_rows.setdefault((row["layer"], row["pass"], row["basis_channels"]), row)
+    kept = {id(row) for row in fastest_rows.values()}
+    return setting.report("bench-latency", [row for row in found if id(row) in kept], **options)
+
+
+def _norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Convolution -> the batch normalisation that directly follows it; none for a model that cannot be traced."""
+    try:
+        return {conv: model.get_submodule(norm) for conv, norm in norm_pairs(model, both_modes=True).norms.items()}
+    except ValueError:
+        return {}
+
+
+def _with_norm(make: Make, norm: nn.Module | None, one: Pass, *, coupled: bool = False) -> nn.Module:
+    whole = make() if norm is None else Block(make(), copy.deepcopy(norm))
+    whole = couple(whole, ["conv"]) if coupled else whole
+    return whole.float().train(one != "forward")
+
+
+def _whole_ms(model: nn.Module, input_size: Sequence[int], one: Pass, setting: Setting) -> float | None:
+    """Milliseconds of the pass of a whole network; None where it cannot be run like a layer."""
+    cell = Cell(
+        about={"pass": one}, candidates={"dense": lambda: copy_of(model).train(one != "forward")},
+        inputs=(tuple(input_size),), input_gradient=False, rotated=False,
+    )  # fmt: skip
+    try:
+        return measure_cells([cell], setting)[0]["dense_ms"]
+    except Exception:  # it returns several tensors, or needs more memory than its layers
+        return None
 
 
 def tune(
@@ -118,10 +167,7 @@ def _way(layer: BasisConv2d, bn: nn.Module | None, way: str, one: Pass) -> nn.Mo
     conv: Any = layer.to_conv() if way == "dense" else copy.deepcopy(layer)
     if way != "dense":
         conv.mode = "factorized" if way == "through_basis" else way
-    whole = conv if bn is None else Block(conv, copy.deepcopy(bn))
-    if way == "through_basis":
-        whole = couple(whole, ["conv"])
-    return whole.float().train(one != "forward")
+    return _with_norm(lambda: conv, bn, one, coupled=way == "through_basis")
 
 
 def fastest(table: BenchReport) -> dict[str, Way]:

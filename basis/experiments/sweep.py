@@ -13,13 +13,15 @@ from typing import Any
 import torch
 
 from basis.bench.cases import Kind, bench_layers
-from basis.bench.networks import NORMS, bench_training
+from basis.bench.networks import NORMS, Norms, bench_training
+from basis.bench.parts import bench_parts
 from basis.bench.report import BenchReport, check_place
 from basis.bench.roofline import measure_machine, with_machine
-from basis.bench.shapes import RESNET18_SHAPES
-from basis.bench.timing import PASSES, Progress, Setting
+from basis.bench.shapes import RESNET18_SHAPES, RESNET50_SHAPES, WRN28_SHAPES
+from basis.bench.timing import PASSES, Pass, Progress, Setting
 from basis.bench.tuning import bench_latency
 from basis.experiments.budget_bench import bench_budget
+from basis.inference import bench_inference
 from basis.models import build
 from basis.saving import RecordError
 
@@ -46,45 +48,59 @@ class Measurement:
 def measurements(*, tiny: bool = False) -> tuple[Measurement, ...]:
     """What :func:`bench_gpu` measures, in order; ``tiny`` shapes show that all of it runs."""
     shapes = ("16@6", "16-32@6/2") if tiny else RESNET18_SHAPES
+    larger = ("16@8",) if tiny else (*RESNET50_SHAPES, *WRN28_SHAPES)
     network: dict[str, Any] = {"model": "resnet20", "width": 8} if tiny else {"model": "resnet18"}
     name, wide = network["model"], "wrn-10-1" if tiny else "wrn-28-10"
-    ratios, candidates, both = (1 / 4, 1 / 2), (1 / 8, 1 / 4, 1 / 2), PASSES[1:]
+    ratios, candidates, (forward, both) = (1 / 4, 1 / 2), (1 / 8, 1 / 4, 1 / 2), PASSES
+    shares = (1.0, 0.9) if tiny else (0.8, 0.65, 0.5)
+    half, wide_batch, batches = (2, 2, (3, 1)) if tiny else (512, 256, (64, 1))
 
-    def by_shape(kind: Kind, **options: Any) -> list[Part]:
-        return [partial(bench_layers, kind, shapes=(shape,), ratios=ratios, **options) for shape in shapes]
+    def by_shape(kind: Kind, some: Sequence[str] = shapes, **options: Any) -> list[Part]:
+        return [partial(bench_layers, kind, shapes=(shape,), ratios=ratios, **options) for shape in some]
 
-    def latency(**given: Any) -> BenchReport:
+    def latency(which: Pass, **given: Any) -> BenchReport:
         model = build(name, width=network.get("width"))
-        return bench_latency(model, name=name, ratios=candidates, passes=both, **given)
+        return bench_latency(model, name=name, ratios=candidates, passes=(which,), **given)
 
-    step = partial(bench_training, steps=("graphed",))
-    plans = [
-        partial(bench_budget, **network, ratios=candidates, one=both[0], shares=(share,), smallest=share == 0.5)
-        for share in ((1.0, 0.9) if tiny else (0.5, 0.8, 0.65))
-    ]
-    # Equal batches where possible: cuDNN chooses its algorithms anew for each other, which takes longer than timing.
+    def steps(norms: Sequence[Norms], **options: Any) -> list[Part]:
+        make = partial(bench_training, **{**network, **options}, norms=norms, steps=("graphed",))
+        return [partial(make, ratios=(ratio,)) for ratio in ratios]
+
+    plans = partial(bench_budget, **network, ratios=candidates, one=both, shares=shares, smallest=True)
     # Compiling takes 40 to 90 seconds, so it is done once, for the dense network, and not where it cannot end.
-    compiling = partial(step, **network, ratios=(1 / 4,), norms=NORMS, dense_steps=("fast",))
-    by_ratio = [partial(step, **network, ratios=(r,), norms=NORMS) for r in ratios]
-    wide_steps, wide_batch = [partial(step, model=wide, ratios=(r,)) for r in ratios], None if tiny else 256
+    compiling = partial(steps(("fused",), dense_steps=("fast",))[0], ratios=(1 / 2,))
+    served = [partial(bench_inference, **network, ratios=(r,), exported=r == 1 / 2) for r in (1 / 2, 1 / 4)]
+    folded = partial(plans, one=forward)
+    # Equal batches where possible: cuDNN chooses its algorithms anew for each other, which takes longer than timing.
+    told = f"latency-{name}", f"latency-forward-{name}"
     return (
-        Measurement("layer", 0.2, by_shape("layer", passes=both), cells=2),
-        Measurement(f"train-norms-steps-{name}", 0.14, by_ratio),
-        Measurement("block", 0.12, by_shape("block", candidates=("auto", "through_basis")), cells=2),
-        Measurement(f"latency-{name}", 0.1, [latency], cells=11),
-        Measurement(f"plans-{name}", 0.12, plans, latency=f"latency-{name}"),
-        Measurement(f"train-steps-{wide}", 0.1, wide_steps, batch_size=wide_batch),
-        Measurement(f"train-compiled-{name}", 0.12, [compiling], needs=0 if tiny else 70),
-        Measurement("layer-forward", 0.05, by_shape("layer", passes=("forward",)), cells=2),
-        Measurement("rivals", 0.05, by_shape("rivals", passes=both), cells=2),
+        Measurement(f"train-norms-steps-{name}", 0.5, steps(NORMS)),
+        Measurement(f"train-batch{half}-{name}", 0.2, steps(NORMS[:3]), batch_size=half),
+        Measurement("block", 0.2, by_shape("block", candidates=("auto", "through_basis", "ordinary")), cells=2),
+        Measurement(told[0], 0.2, [partial(latency, both)], cells=12),
+        Measurement(f"plans-{name}", 0.15, [plans], cells=4, latency=told[0]),
+        Measurement(f"parts-{name}", 0.1, [partial(bench_parts, **network)]),
+        Measurement("layer", 0.15, by_shape("layer", passes=(both,)), cells=2),
+        Measurement("layer-larger", 0.12, by_shape("layer", larger, passes=(both,)), cells=2, batch_size=wide_batch),
+        Measurement(
+            f"train-steps-{wide}", 0.15, steps(("fused", "tuned"), model=wide, width=None), batch_size=wide_batch
+        ),
+        Measurement(f"train-compiled-{name}", 0.1, [compiling], needs=0 if tiny else 70),
+        Measurement(f"inference-{name}", 0.05, served),
+        *(Measurement(f"inference-batch{n}-{name}", 0.05, served, batch_size=n) for n in batches),
+        Measurement(f"budget-training-{name}", 0.03, [partial(folded, chosen_for=both)], cells=4, latency=told[0]),
+        Measurement(told[1], 0.04, [partial(latency, forward)], cells=12),
+        Measurement(f"budget-{name}", 0.03, [folded], cells=4, latency=told[1]),
+        *(Measurement(f"budget-batch{n}-{name}", 0.03, [folded], 4, n, latency=told[1]) for n in batches),
+        Measurement("rivals", 0.05, by_shape("rivals", passes=(both,)), cells=2),
     )
 
 
 def bench_gpu(
-    folder: Path, *, setting: Setting | None = None, time_limit: float = 240, tiny: bool = False,
+    folder: Path, *, setting: Setting | None = None, time_limit: float = 170, tiny: bool = False,
     progress: Progress | None = None,
 ) -> list[Path]:  # fmt: skip
-    """Measure the machine, layers, whole training steps, blocks, plans and baselines; returns the files written.
+    """Measure training steps, blocks, plans, parts of a step, layers and inference; returns the files written.
 
     The time left is shared out among the measurements left; reports are saved after each part. A part that has begun
     is finished, none begins when its time is up; ``progress`` is told how many were made, which failed and why.

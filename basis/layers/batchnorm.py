@@ -8,17 +8,15 @@ G = sum of dO (z - m)^T and q = s rowsum(G * M) / P (Ioffe and Szegedy 2015, arX
     dbeta = t    dgamma = P q    dresidual = dO    dc = 0    dM = diag(gamma s) (G - P diag(s q) M S)
     dz = W^T dO - E z + e    with    E = M^T diag(gamma s^2 q) M,    e = E m - W^T t / P
 
-The four passes over whole maps are :func:`moments`, :func:`apply`, :func:`gradient_sums` and :func:`input_gradient`,
-on GPUs those of :mod:`basis.layers.kernels`. Here z is first centred, and matrices are rounded before biases are made
-of them, so that low precision shifts no channel. A channel in which M cancels large basis channels down to a fraction f
-of their spread is off by 1e-7 / f^2 to twice that in float32.
+The four passes over whole maps are :func:`moments`, :func:`apply`, :func:`gradient_sums` and :func:`input_gradient`;
+GPUs have kernels of their own (:mod:`basis.layers.fused`). Here z is first centred, and matrices are rounded before
+biases are made of them, so that low precision shifts no channel. A channel in which M cancels large basis channels down
+to a fraction f of their spread is off by 1e-7 / f^2 to twice that in float32.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,14 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from basis.layers import fused
 from basis.layers.base import full_precision
 from basis.layers.conv import BasisConv2d
 from basis.layers.norm_pairs import Pairs, afterwards, norm_pairs
-
-kernels: Any = None  # where there is no GPU, importing Triton would only take time
-if torch.cuda.device_count() or os.environ.get("TRITON_INTERPRET") == "1":
-    with contextlib.suppress(ImportError):  # Triton has no build for this platform
-        from basis.layers import kernels
 
 # The four passes: maps are (N, n, H, W) in either memory format; small tensors are of ``accumulated`` dtype.
 
@@ -52,18 +46,15 @@ def apply(z: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu
     return out.relu_() if relu else out
 
 
-def gradient_sums(dout: Tensor, out: Tensor | None, z: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums of dO (C,) and of dO (z - mean)^T (C, k): dO is ``dout`` where ``out``, if given, is positive."""
-    dout = _before_relu(dout, out)
+def gradient_sums(dout: Tensor, z: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of dO (C,) and of dO (z - mean)^T (C, k)."""
     total = _total(dout)
     return total, _outer(dout, z).addr(total, mean, alpha=-1)
 
 
-def input_gradient(
-    dout: Tensor, out: Tensor | None, z: Tensor, weight: Tensor, quadratic: Tensor, constant: Tensor
-) -> Tensor:
+def input_gradient(dout: Tensor, z: Tensor, weight: Tensor, quadratic: Tensor, constant: Tensor) -> Tensor:
     """weight^T dO - quadratic^T z + constant, maps of k channels in the dtype of z."""
-    return _mix(z, -quadratic.t(), constant).add_(_mix(_before_relu(dout, out), weight.t()))
+    return _mix(z, -quadratic.t(), constant).add_(_mix(dout, weight.t()))
 
 
 def accumulated(dtype: torch.dtype) -> torch.dtype:
@@ -72,7 +63,7 @@ def accumulated(dtype: torch.dtype) -> torch.dtype:
 
 
 def _pixels(maps: Tensor) -> int:
-    """P of maps, or of rows (P, n)."""
+    """P of maps (N, n, H, W)."""
     return maps.numel() // maps.shape[1]
 
 
@@ -119,27 +110,13 @@ def _rows(maps: Tensor) -> Tensor:
     return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
 
 
-def _as_maps(rows: Tensor, like: Tensor) -> Tensor:
-    """Rows (P, n) as maps (N, n, H, W), channels-last; N, H and W are those of ``like``."""
-    return rows.view(like.shape[0], *like.shape[2:], -1).permute(0, 3, 1, 2)
-
-
-def _rows_for_kernels(z: Tensor) -> Tensor | None:
-    """The rows (P, k) of z where the kernels can be used on them; a compiler gets plain operations instead."""
-    last = z.permute(0, 2, 3, 1)
-    if kernels is None or torch.compiler.is_compiling() or not last.is_contiguous():
-        return None
-    rows = last.flatten(0, 2)
-    return rows if kernels.usable(rows) else None
-
-
 def _rounded(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounded to ``dtype`` but kept as it was."""
     return matrix.to(dtype).to(matrix.dtype)
 
 
 class _Normalise(torch.autograd.Function):
-    """The formulas at the top; ``maps``: rows of z (P, k) for the kernels, else z centred, (N, k, H, W)."""
+    """The formulas at the top; ``maps``: z centred, (N, k, H, W)."""
 
     @staticmethod  # mean: of maps, (k,); spread: M S, (C, k); inverse: s, (C,)
     def forward(
@@ -148,11 +125,7 @@ class _Normalise(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         weight = _rounded((gamma * inverse)[:, None] * mixing, z.dtype)
         shift = torch.addmv(beta, weight, mean, alpha=-1)
-        if maps.dim() == 4:
-            out = apply(maps, weight, shift, residual, relu)
-        else:
-            out = kernels.apply(maps, weight, shift, None if residual is None else _rows(residual), relu)
-            out = out.new_empty(0).set_(_as_maps(out, z))  # no view, as in _mix
+        out = apply(maps, weight, shift, residual, relu)
         ctx.memory_format = torch.contiguous_format if out.is_contiguous() else torch.channels_last
         ctx.save_for_backward(maps, out if relu else None, mixing, gamma, bias, mean, spread, inverse)
         return out
@@ -171,19 +144,12 @@ def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of the inputs of :class:`_Normalise`."""
     maps, out, mixing, gamma, bias, mean, spread, inverse = ctx.saved_tensors
     need_z, need_mixing, need_gamma, need_beta, need_bias, need_residual, *_ = ctx.needs_input_grad
-    in_rows = maps.dim() == 2
-    sums, to_z = (kernels.gradient_sums, kernels.input_gradient) if in_rows else (gradient_sums, input_gradient)
-    dout = dout.contiguous(memory_format=ctx.memory_format)
-    if out is not None and (need_residual or not in_rows):
-        dout, out = _before_relu(dout, out), None
+    dout = _before_relu(dout.contiguous(memory_format=ctx.memory_format), out)
     d_residual = dout if need_residual else None
 
     dz = d_mixing = d_gamma = d_beta = None
     if need_z or need_mixing or need_gamma or need_beta:
-        like = dout
-        if in_rows:
-            dout, out = _rows(dout), None if out is None else _rows(out)
-        d_beta, moment = sums(dout, out, maps, mean)
+        d_beta, moment = gradient_sums(dout, maps, mean)
         d_gamma = inverse * (moment * mixing).sum(1)  # P q
         scale = gamma * inverse
         slope = scale * inverse * d_gamma  # P gamma s^2 q
@@ -194,8 +160,7 @@ def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
             weight = _rounded(scale[:, None] * mixing, maps.dtype)
             quadratic = _rounded(mixing.t() @ (slope[:, None] / pixels * mixing), maps.dtype)
             constant = quadratic @ mean - d_beta @ weight / pixels
-            dz = to_z(dout, out, maps, weight, quadratic, constant)
-            dz = _as_maps(dz, like) if in_rows else dz
+            dz = input_gradient(dout, maps, weight, quadratic, constant)
     d_gamma, d_beta = d_gamma if need_gamma else None, d_beta if need_beta else None
     d_bias = torch.zeros_like(bias) if need_bias else None
     return dz, d_mixing, d_gamma, d_beta, d_bias, d_residual, None, None, None, None, None
@@ -220,6 +185,8 @@ class BasisBatchNorm2d(nn.BatchNorm2d):
             return _added(self.forward(z), residual, relu)  # by PyTorch's rules of broadcasting and of mixed dtypes
         with full_precision(z):
             mixing = self.conv.mixing.to(accumulated(z.dtype))
+            if fused.suits(self, z, basis_channels=self.conv.basis_channels):
+                return fused.mix_and_normalise(self, z, mixing, self.conv.bias, residual, relu=relu)
             gamma = mixing.new_ones(self.num_features) if self.weight is None else self.weight.to(mixing)
             beta = mixing.new_zeros(self.num_features) if self.bias is None else self.bias.to(mixing)
             bias = None if self.conv.bias is None else self.conv.bias.to(mixing)
@@ -237,14 +204,9 @@ class BasisBatchNorm2d(nn.BatchNorm2d):
         if pixels < 2:  # nothing to normalise, or too little: what PyTorch does, for one pixel an error
             return _added(super().forward(_mix(z, mixing, bias)), residual, relu)
         with torch.no_grad():
-            maps = _rows_for_kernels(z)
-            if maps is not None:
-                mean, covariance = kernels.moments(maps)
-                mean_of_z = mean
-            else:
-                mean_of_z = _total(z) / pixels
-                maps = z - mean_of_z.to(z.dtype)[:, None, None]
-                mean, covariance = moments(maps.to(mixing.dtype))
+            mean_of_z = _total(z) / pixels
+            maps = z - mean_of_z.to(z.dtype)[:, None, None]
+            mean, covariance = moments(maps.to(mixing.dtype))
             spread = mixing @ covariance
             variance = (spread * mixing).sum(1).clamp_min(0)
             if self.training and self.track_running_stats:
@@ -279,12 +241,17 @@ def _added(out: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     return torch.relu(out) if relu else out
 
 
-def activate(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """``relu(norm(x) + residual)``, in one pass where ``norm`` is a :class:`BasisBatchNorm2d` without hooks."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if isinstance(norm, BasisBatchNorm2d) and not any(getattr(norm, kind) for kind in hooks):
-        return norm(x, residual, relu=True)
-    return _added(norm(x), residual, True)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def activate(norm: nn.Module, x: Tensor, residual: Tensor | None = None, *, relu: bool = True) -> Tensor:
+    """``relu(norm(x) + residual)``, in one pass where ``norm`` has no hooks and :mod:`basis.layers.fused` suits it."""
+    if not any(getattr(norm, kind) for kind in HOOKS):
+        if isinstance(norm, BasisBatchNorm2d):
+            return norm(x, residual, relu=relu)
+        if type(norm) is nn.BatchNorm2d and fused.suits(norm, x, residual):
+            return fused.normalise(norm, x, residual, relu=relu)
+    return _added(norm(x), residual, relu)
 
 
 def copy_of(model: nn.Module) -> nn.Module:

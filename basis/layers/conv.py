@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from basis.layers.base import ConvLike, PaddingMode, arguments_of, autocast_device, full_precision
 from basis.layers.coefficients import Coefficients, Form
 from basis.layers.factorize import fit, principal_directions
+from basis.layers.fused import convolve
 from basis.layers.moments import Moments, lost_mean
 from basis.modules import is_channels_last
 
@@ -214,7 +215,7 @@ class BasisConv2d(ConvLike):
         x, padding = self._pad(x)
         conv = (self.stride, padding, self.dilation, self.groups)
         if self.mixed_later:
-            return F.conv2d(x, self.basis, None, *conv)
+            return convolve(x, self.basis, *conv)
         if self.resolved_mode == "factorized":
             return self._factorized(x, conv)
         return F.conv2d(x, self.weight, self.bias, *conv)
@@ -231,7 +232,7 @@ class BasisConv2d(ConvLike):
         suited = a.groups == 1 and uses_tensor_cores(x)
         if extra := -self.basis_channels % 8 * suited:
             basis, mixing = F.pad(basis, (0, 0, 0, 0, 0, 0, 0, extra)), F.pad(mixing, (0, extra))
-        z = F.conv2d(x, basis, None, *conv)
+        z = convolve(x, basis, *conv)
         if suited and z.dim() == 4:
             rows = z.permute(0, 2, 3, 1)
             if rows.is_contiguous():  # channels-last, asked in a way that vmap knows

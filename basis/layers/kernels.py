@@ -1,250 +1,285 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Triton kernels for batch normalisation through the basis: each passes over the C-channel maps once.
+"""Triton kernels for training: batch normalisation, ReLU and the sum with a residual in few passes over the maps.
 
-The functions are those of :mod:`basis.layers.batchnorm` on matrices: P pixels x channels, as channels-last maps store
-them; other arguments are float32, and matrices are rounded to the dtype of z. Check :func:`usable` first.
+Maps are channels-last, (N, n, H, W), and matrices to the kernels: P pixels x channels; parameters and statistics are
+float32. Those through the basis are in :mod:`basis.layers.mixing_kernels`. Check :func:`usable` first.
 
-Sums are accumulated in float32, in chunks of rows, without atomics: equal input gives equal bits. Products run on
-tensor cores in the dtype of z; those of float32 are full float32 unless ``torch.backends.cuda.matmul.allow_tf32``. To
-``torch.compile`` every function is one opaque operator, without a derivative. CUDA graphs can capture them.
+Each direction is a pass that sums over pixels, in chunks of rows and without atomics, so that equal input gives equal
+bits; a small kernel that finishes what follows from the sums; and a pass that writes the maps. Sums are accumulated in
+float32. CUDA graphs can capture all of it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
-from torch.library import custom_op
-
-# A pass does about k/2 flop per byte, and GPUs turn compute-bound near 200: above this, a GEMM of cuBLAS and a
-# second pass are as fast.
-MAX_BASIS_CHANNELS = 256
 
 # Row numbers are int64, since rows times stride may exceed 2^31. All loads are masked, so no size need be a multiple
 # of a block.
 
 
 @triton.jit
-def _load(matrix, gate, shift, first, cols, stride, gate_stride, height, width, ROWS: tl.constexpr):
-    """Columns ``cols`` of ROWS rows from ``first``, less the shift; 0 outside, and where the gate is not positive."""
+def load(matrix, first, cols, stride, height, width, ROWS: tl.constexpr):
+    """Columns ``cols`` of ROWS rows from ``first``; 0 outside."""
     rows = first + tl.arange(0, ROWS).to(tl.int64)
     inside = (rows < height)[:, None] & (cols < width)[None, :]
-    values = tl.load(matrix + rows[:, None] * stride + cols[None, :], mask=inside, other=0.0)
-    if gate is not None:
-        gates = tl.load(gate + rows[:, None] * gate_stride + cols[None, :], mask=inside, other=0.0)
-        values = tl.where(gates.to(tl.float32) > 0, values, 0.0)
-    if shift is not None:
-        shifts = tl.load(shift + cols, mask=cols < width, other=0.0)
-        values = tl.where(inside, values.to(tl.float32) - shifts[None, :], 0.0)
+    return tl.load(matrix + rows[:, None] * stride + cols[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store(matrix, values, first, cols, stride, height, width, ROWS: tl.constexpr):
+    """Write there."""
+    rows = first + tl.arange(0, ROWS).to(tl.int64)
+    inside = (rows < height)[:, None] & (cols < width)[None, :]
+    tl.store(matrix + rows[:, None] * stride + cols[None, :], values.to(matrix.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def numbers(vector, at, width, other):
+    """Numbers ``at`` of a vector in float32; ``other`` where there is none."""
+    values = tl.full(at.shape, other, tl.float32)
+    if vector is not None:
+        values = tl.load(vector + at, mask=at < width, other=other).to(tl.float32)
     return values
 
 
 @triton.jit
-def _outer_sums(
-    left, gate, right, shift, partial, P, m, n, left_stride, gate_stride, right_stride, chunk,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, ROWS: tl.constexpr, SAME: tl.constexpr, FACTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A TILE_M x TILE_N part of partial[p] = [sum l r^T; sum l] over the rows l, r of chunk p."""
-    p = tl.program_id(0)
-    i = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
-    j = tl.program_id(2) * TILE_N + tl.arange(0, TILE_N)
-    products = tl.zeros((TILE_M, TILE_N), tl.float32)
-    sums = tl.zeros((TILE_M,), tl.float32)
-    for first in range(p * chunk, tl.minimum((p + 1) * chunk, P), ROWS):
-        a = _load(left, gate, shift, first, i, left_stride, gate_stride, P, m, ROWS)
-        b = a if SAME else _load(right, None, shift, first, j, right_stride, 0, P, n, ROWS)
-        products = tl.dot(tl.trans(a.to(FACTOR)), b.to(FACTOR), products, input_precision=PRECISION)
-        sums += tl.sum(a.to(tl.float32), 0)
-    partial += p * m * (n + 1)
-    tl.store(partial + i[:, None] * n + j[None, :], products, mask=(i < m)[:, None] & (j < n)[None, :])
-    if tl.program_id(2) == 0:
-        tl.store(partial + m * n + i, sums, mask=i < m)
+def track(running_mean, running_var, seen, momentum, mean, variance, P, at, width):
+    """Move the running statistics towards those of the batch, the variance without bias; count the batch."""
+    if running_mean is not None:
+        new = (1 - momentum) * numbers(running_mean, at, width, 0.0) + momentum * mean
+        tl.store(running_mean + at, new, mask=at < width)
+        new = (1 - momentum) * numbers(running_var, at, width, 0.0) + momentum * variance * (P / (P - 1))
+        tl.store(running_var + at, new, mask=at < width)
+    if seen is not None:  # noqa: SIM102 (Triton compiles the inner condition only where there is one)
+        if tl.program_id(0) == 0:
+            tl.store(seen, tl.load(seen) + 1)
 
 
 @triton.jit
-def _product(
-    acc, maps, gate, matrix, first, cols, P, inner, width, stride, gate_stride,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc + (gated maps)[rows, :] matrix[:, cols], for ROWS rows from ``first``."""
-    for start in range(0, inner, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        left = _load(maps, gate, None, first, at, stride, gate_stride, P, inner, ROWS)
-        inside = (at < inner)[:, None] & (cols < width)[None, :]
-        right = tl.load(matrix + at[:, None] * width + cols[None, :], mask=inside, other=0.0)
-        acc = tl.dot(left.to(FACTOR), right.to(FACTOR), acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
-def _affine(
-    out, constant, residual, z, matrix, dout, gate, weight, P, n, k, C, residual_stride, stride, dout_stride,
-    gate_stride,
-    RELU: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-    FACTOR: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A ROWS x TILE part of out (P x n) = relu(constant + residual + z matrix + (gated dout) weight)."""
-    tiles = tl.cdiv(n, TILE)  # neighbouring programs share the rows of the maps in the cache
-    first = (tl.program_id(0) // tiles) * ROWS
-    cols = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)
-    acc = tl.zeros((ROWS, TILE), tl.float32) + tl.load(constant + cols, mask=cols < n, other=0.0)[None, :]
-    if residual is not None:
-        acc += _load(residual, None, None, first, cols, residual_stride, 0, P, n, ROWS).to(tl.float32)
-    acc = _product(acc, z, None, matrix, first, cols, P, k, n, stride, 0, ROWS, BLOCK_K, FACTOR, PRECISION)
-    if dout is not None:
-        acc = _product(
-            acc, dout, gate, weight, first, cols, P, C, n, dout_stride, gate_stride, ROWS, BLOCK_C, FACTOR, PRECISION
-        )
-    if RELU:
-        acc = tl.where(acc < 0, 0.0, acc)  # and NaN stays NaN
-    rows = first + tl.arange(0, ROWS).to(tl.int64)
-    inside = (rows < P)[:, None] & (cols < n)[None, :]
-    tl.store(out + rows[:, None] * n + cols[None, :], acc.to(out.dtype.element_ty), mask=inside)
+def _total(partial, total, chunks, width, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """The sum of the rows of ``partial``."""
+    cols = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    sums = tl.zeros((BLOCK, TILE), tl.float32)
+    for first in range(0, chunks, BLOCK):
+        sums += load(partial, first, cols, width, chunks, width, BLOCK)
+    tl.store(total + cols, tl.sum(sums, 0), mask=cols < width)
 
 
 # Whether TRITON_INTERPRET was set when Triton was imported: the kernels then run on any device, slowly.
-_INTERPRETED = not isinstance(_load, triton.JITFunction)
+INTERPRETED = not isinstance(load, triton.JITFunction)
 
 
-def _block(size: int, largest: int) -> int:
+class Statistics(NamedTuple):
+    """What a batch normalisation does with the statistics of a batch besides normalising; None: nothing."""
+
+    mean: Tensor | None = None  # running mean and variance, (C,)
+    variance: Tensor | None = None
+    seen: Tensor | None = None  # the number of batches, ()
+    momentum: float = 0.0
+
+
+def usable(maps: Tensor) -> bool:
+    """Whether the kernels can take these maps, (N, n, H, W): channels-last, on a GPU of CUDA capability 8.0 or more."""
+    if not INTERPRETED and not (maps.is_cuda and torch.cuda.get_device_properties(maps.device).major >= 8):
+        return False
+    known = maps.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return known and maps.dim() == 4 and maps.numel() > 0 and maps.permute(0, 2, 3, 1).is_contiguous()
+
+
+def added(partial: Tensor) -> Tensor:
+    """The sum of the rows of a float32 matrix."""
+    total = torch.empty_like(partial[0])
+    _total[(triton.cdiv(len(total), 64),)](partial, total, len(partial), len(total), BLOCK=64, TILE=64)
+    return total
+
+
+def rows_of(maps: Tensor) -> Tensor:
+    """Maps (N, n, H, W) as rows (P, n), a view."""
+    return maps.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def block(size: int, largest: int) -> int:
     """The power of two that holds ``size``, from 16, the least tensor cores take, to ``largest``."""
     return min(largest, max(16, triton.next_power_of_2(size)))
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """How float32 factors are multiplied: those of float32 maps as PyTorch is told to, others on tensor cores."""
-    matmul = torch.backends.cuda.matmul
-    setting = getattr(matmul, "fp32_precision", None)  # since torch 2.9, where allow_tf32 may refuse to be read
-    allowed = matmul.allow_tf32 if setting is None else setting == "tf32"
-    return "ieee" if dtype == torch.float32 and not allowed else "tf32"
+def on(maps: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The context that launches kernels on the device of the maps."""
+    return torch.cuda.device(maps.device) if maps.is_cuda else contextlib.nullcontext()
 
 
-def _factor(dtype: torch.dtype) -> Any:
-    """What the factors of a product are held in: their own dtype, but the interpreter cannot multiply bfloat16."""
-    if dtype == torch.float32 or (dtype == torch.bfloat16 and _INTERPRETED):
-        return tl.float32
-    return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
+# -- ordinary batch normalisation: C channels, rows next to each other -------------------------------
 
 
-def _rounded(matrix: Tensor, z: Tensor) -> Tensor:
-    """In the dtype of z: half the traffic, since every program reads the matrix."""
-    return z.new_empty(matrix.shape).copy_(matrix)
+@triton.jit
+def _column_sums(
+    x, centre, dout, out, scale, shift, gated, partial, P, C, chunk, ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """partial[p] = [sum u, sum u v] over the rows of chunk p, with v = x - centre.
 
-
-def _stride(maps: Tensor | None) -> int:
-    return 0 if maps is None else maps.stride(0)
-
-
-def _on(z: Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext()
-
-
-def _sums(
-    left: Tensor, gate: Tensor | None, right: Tensor, shift: Tensor | None, tiles: tuple[int, int], rows: int,
-    **config: Any,
-) -> Tensor:  # fmt: skip
-    """[sum l r^T; sum l] over all rows as one vector: by about 256 programs, two per multiprocessor of a large GPU."""
-    (P, m), n = left.shape, right.shape[1]
-    grid = triton.cdiv(m, tiles[0]), triton.cdiv(n, tiles[1])
-    # With so many rows at least, reading the partial sums does not cost more than reading the maps.
-    wanted = max((2 if left is right else 4) * n, triton.cdiv(P, max(1, 256 // (grid[0] * grid[1]))))
-    chunk = rows * triton.cdiv(wanted, rows)
-    partial = left.new_empty((triton.cdiv(P, chunk), m * (n + 1)), dtype=torch.float32)
-    with _on(left):
-        _outer_sums[len(partial), grid[0], grid[1]](
-            left, gate, right, shift, partial, P, m, n, left.stride(0), _stride(gate), right.stride(0), chunk,
-            TILE_M=tiles[0], TILE_N=tiles[1], ROWS=rows, SAME=left is right and grid == (1, 1),
-            PRECISION=_precision(left.dtype), num_stages=3, **config,
-        )  # fmt: skip
-    return partial.sum(0)
-
-
-def _mixed(
-    constant: Tensor, z: Tensor, matrix: Tensor, *, residual: Tensor | None = None, dout: Tensor | None = None,
-    gate: Tensor | None = None, weight: Tensor | None = None, relu: bool = False,
-) -> Tensor:  # fmt: skip
-    """relu(constant + residual + z matrix + (gated dout) weight), in the dtype of z."""
-    (P, k), n, C = z.shape, len(constant), 0 if dout is None else dout.shape[1]
-    single = z.dtype == torch.float32
-    rows, tile, inner = 64 if single or dout is None else 128, _block(n, 64 if single else 128), 32 if single else 64
-    out = z.new_empty((P, n))
-    with _on(z):
-        _affine[(triton.cdiv(P, rows) * triton.cdiv(n, tile),)](
-            out, constant.contiguous(), residual, z, _rounded(matrix, z), dout, gate,
-            None if weight is None else _rounded(weight, z), P, n, k, C,
-            _stride(residual), z.stride(0), _stride(dout), _stride(gate),
-            RELU=relu, ROWS=rows, TILE=tile, BLOCK_K=_block(k, inner), BLOCK_C=_block(C, inner),
-            FACTOR=_factor(z.dtype), PRECISION=_precision(z.dtype), num_warps=8, num_stages=2,
-        )  # fmt: skip
-    return out
-
-
-def usable(z: Tensor) -> bool:
-    """Whether these kernels can take z (P, k): rows contiguous, P >= 1, k <= 256, and CUDA capability 8.0 or more."""
-    if not _INTERPRETED and not (z.is_cuda and torch.cuda.get_device_properties(z.device).major >= 8):
-        return False
-    known = z.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    fits = z.dim() == 2 and z.shape[0] >= 1 and 1 <= z.shape[1] <= MAX_BASIS_CHANNELS
-    return known and fits and (z.shape[1] == 1 or z.stride(1) == 1)
-
-
-@custom_op("basis::moments", mutates_args=())
-def moments(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (k,) and covariance (k, k) of the rows of z (P, k), divided by P, both in float32.
-
-    One pass: the rows are centred on the mean of some of them, and what that leaves is corrected at the end.
+    u is v; or dout where it is given, gated by out > 0 or else by scale x + shift > 0, and written to ``gated``.
     """
-    P, k = z.shape
-    single = z.dtype == torch.float32
-    tile = _block(k, 64 if single or k <= 128 else 128)
-    step = max(1, P // 64)
-    shift = z[: 64 * step : step].mean(0, dtype=torch.float32).to(z.dtype).float()
-    config = {"rows": (2048 if single else 4096) // tile, "FACTOR": tl.float32, "num_warps": 8 if tile == 128 else 4}
-    total = (_sums(z, None, z, shift, (tile, tile), **config) / P).view(k + 1, k)
-    rest = total[k]
-    return shift + rest, torch.addr(total[:k], rest, rest, alpha=-1)
+    p = tl.program_id(0)
+    cols = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    middle = numbers(centre, cols, C, 0.0)
+    sums = tl.zeros((ROWS, TILE), tl.float32)
+    products = tl.zeros((ROWS, TILE), tl.float32)
+    for first in range(p * chunk, tl.minimum((p + 1) * chunk, P), ROWS):
+        v = load(x, first, cols, C, P, C, ROWS).to(tl.float32)
+        if dout is None:
+            rows = first + tl.arange(0, ROWS)
+            v = tl.where((rows < P)[:, None], v - middle[None, :], 0.0)
+            sums += v
+            products += v * v
+        else:
+            u = load(dout, first, cols, C, P, C, ROWS).to(tl.float32)
+            if out is not None:
+                u = tl.where(load(out, first, cols, C, P, C, ROWS).to(tl.float32) > 0, u, 0.0)
+            elif scale is not None:
+                before = v * numbers(scale, cols, C, 0.0)[None, :] + numbers(shift, cols, C, 0.0)[None, :]
+                u = tl.where(before > 0, u, 0.0)
+            if gated is not None:
+                store(gated, u, first, cols, C, P, C, ROWS)
+            sums += u
+            products += u * (v - middle[None, :])
+    partial += p * 2 * C
+    tl.store(partial + cols, tl.sum(sums, 0), mask=cols < C)
+    tl.store(partial + C + cols, tl.sum(products, 0), mask=cols < C)
 
 
-@custom_op("basis::apply", mutates_args=())
-def apply(z: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """relu(z weight^T + bias + residual), (P, C) in the dtype of z, of weight (C, k) and bias (C,)."""
-    return _mixed(bias, z, weight.t(), residual=residual, relu=relu)
+@triton.jit
+def _added(partial, chunks, C, cols, BLOCK: tl.constexpr):
+    """The two sums over all chunks."""
+    sums = tl.zeros((BLOCK, cols.shape[0]), tl.float32)
+    products = tl.zeros((BLOCK, cols.shape[0]), tl.float32)
+    for first in range(0, chunks, BLOCK):
+        sums += load(partial, first, cols, 2 * C, chunks, C, BLOCK)
+        products += load(partial + C, first, cols, 2 * C, chunks, C, BLOCK)
+    return tl.sum(sums, 0), tl.sum(products, 0)
 
 
-@custom_op("basis::gradient_sums", mutates_args=())
-def gradient_sums(dout: Tensor, out: Tensor | None, z: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """With dO = dout * (out > 0): the sum of dO (C,), and dO^T (z - mean) (C, k), in float32.
+@triton.jit
+def _finish_sums(
+    partial, x, gamma, beta, running_mean, running_var, seen, momentum, state, chunks, P, C, eps,
+    BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """state = [mean, 1 / deviation, scale, shift], of the sums of x less its first row."""
+    cols = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    sums, squares = _added(partial, chunks, C, cols, BLOCK)
+    rest = sums / P
+    mean = numbers(x, cols, C, 0.0) + rest
+    variance = squares / P - rest * rest
+    variance = tl.where(variance < 0, 0.0, variance)  # and NaN stays NaN
+    inverse = tl.rsqrt(variance + eps)
+    scale = numbers(gamma, cols, C, 1.0) * inverse
+    tl.store(state + cols, mean, mask=cols < C)
+    tl.store(state + C + cols, inverse, mask=cols < C)
+    tl.store(state + 2 * C + cols, scale, mask=cols < C)
+    tl.store(state + 3 * C + cols, numbers(beta, cols, C, 0.0) - scale * mean, mask=cols < C)
+    track(running_mean, running_var, seen, momentum, mean, variance, P, cols, C)
 
-    The mean is subtracted from the sums, which multiplies the rounding errors of float32 by 1 + |mean| / deviation.
+
+@triton.jit
+def _finish_gradient_sums(partial, state, result, chunks, P, C, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """result = [d beta, d gamma, slope, constant], for dx = scale dO + slope x + constant."""
+    cols = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    total, moment = _added(partial, chunks, C, cols, BLOCK)
+    mean, inverse = numbers(state, cols, C, 0.0), numbers(state + C, cols, C, 0.0)
+    scale = numbers(state + 2 * C, cols, C, 0.0)
+    slope = -scale * inverse * inverse * moment / P
+    tl.store(result + cols, total, mask=cols < C)
+    tl.store(result + C + cols, inverse * moment, mask=cols < C)
+    tl.store(result + 2 * C + cols, slope, mask=cols < C)
+    tl.store(result + 3 * C + cols, -scale * total / P - slope * mean, mask=cols < C)
+
+
+@triton.jit
+def _scaled(
+    y, x, residual, dout, state, result, P, C,
+    RELU: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A ROWS x TILE part of y: relu(scale x + shift + residual), or of dx, with dout, gated where RELU."""
+    tiles = tl.cdiv(C, TILE)
+    first = (tl.program_id(0) // tiles).to(tl.int64) * ROWS
+    cols = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)
+    scale, shift = numbers(state + 2 * C, cols, C, 0.0)[None, :], numbers(state + 3 * C, cols, C, 0.0)[None, :]
+    x_part = load(x, first, cols, C, P, C, ROWS).to(tl.float32)
+    if dout is None:
+        value = x_part * scale + shift
+        if residual is not None:
+            value += load(residual, first, cols, C, P, C, ROWS).to(tl.float32)
+        if RELU:
+            value = tl.where(value < 0, 0.0, value)  # and NaN stays NaN
+    else:
+        u = load(dout, first, cols, C, P, C, ROWS).to(tl.float32)
+        if RELU:
+            u = tl.where(x_part * scale + shift > 0, u, 0.0)
+        slope, constant = numbers(result + 2 * C, cols, C, 0.0), numbers(result + 3 * C, cols, C, 0.0)
+        value = scale * u + slope[None, :] * x_part + constant[None, :]
+    store(y, value, first, cols, C, P, C, ROWS)
+
+
+def normalise(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Tensor | None, *,
+    statistics: Statistics, eps: float, relu: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """relu(normalised x * gamma + beta + residual), as x, and the state that :func:`gradients` takes, (4, C)."""
+    P, C = rows_of(x).shape
+    state = torch.empty((4, C), device=x.device)
+    with on(x):
+        partial = _sums(x, x, None, None, None, None, None)
+        _finish_sums[(triton.cdiv(C, 8),)](
+            partial, x, gamma, beta, *statistics, state, len(partial), P, C, eps, BLOCK=512, TILE=8
+        )
+        return _write(torch.empty_like(x), x, residual, None, state, None, relu=relu), state
+
+
+def gradients(
+    dout: Tensor, out: Tensor | None, x: Tensor, state: Tensor, *, relu: bool, residual: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Of :func:`normalise`: the gradients of x, of the residual (None unless there was one), of gamma and of beta.
+
+    ``dout`` in the memory format of x; ``out`` is needed only where there was a residual and a ReLU.
     """
-    C, k = dout.shape[1], z.shape[1]
-    single = z.dtype == torch.float32
-    tile_k = _block(k, 64 if single else 256)
-    tile_c = _block(C, 64 if single or tile_k == 256 else 128)
-    rows = 64 if tile_k <= 64 and not single else 32
-    sums = _sums(dout, out, z, None, (tile_c, tile_k), rows, FACTOR=_factor(z.dtype), num_warps=8)
-    products, total = sums.split([C * k, C])
-    return total.clone(), torch.addr(products.view(C, k), total, mean, alpha=-1)
+    P, C = rows_of(x).shape
+    result = torch.empty_like(state)
+    gated = torch.empty_like(dout) if relu and residual else None
+    gate = (None, state[2], state[3]) if relu and not residual else (out, None, None)
+    with on(x):
+        partial = _sums(x, state, dout, *gate, gated)
+        _finish_gradient_sums[(triton.cdiv(C, 8),)](partial, state, result, len(partial), P, C, BLOCK=512, TILE=8)
+        dout = dout if gated is None else gated
+        dx = _write(torch.empty_like(x), x, None, dout, state, result, relu=relu and not residual)
+    return dx, dout if residual else None, result[1], result[0]
 
 
-@custom_op("basis::input_gradient", mutates_args=())
-def input_gradient(
-    dout: Tensor, out: Tensor | None, z: Tensor, weight: Tensor, quadratic: Tensor, constant: Tensor
-) -> Tensor:
-    """With dO = dout * (out > 0): dO weight - z quadratic + constant, (P, k) in the dtype of z."""
-    return _mixed(constant, z, -quadratic, dout=dout, gate=out, weight=weight)
+# The sizes of blocks and the numbers of warps here and in basis.layers.mixing_kernels were the fastest, or nearly, of
+# those tried on one H200 with 1024 images in bfloat16.
 
 
-def _float32(like: Tensor, *shapes: Any) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(shape, dtype=torch.float32) for shape in shapes)
+def _sums(x: Tensor, centre: Tensor, *rest: Any) -> Tensor:
+    """The sums of :func:`_column_sums` over chunks of rows, (chunks, 2, C)."""
+    (P, C), forward = rows_of(x).shape, rest[0] is None
+    tile = block(C, 64)
+    rows, columns = (8192 if forward else 4096) // tile, triton.cdiv(C, tile)
+    chunk = rows * triton.cdiv(P, rows * max(1, 512 // columns))
+    partial = torch.empty((triton.cdiv(P, chunk), 2, C), device=x.device)
+    _column_sums[len(partial), columns](
+        x, centre, *rest, partial, P, C, chunk, ROWS=rows, TILE=tile, num_warps=4 if forward else 8
+    )
+    return partial
 
 
-moments.register_fake(lambda z: _float32(z, z.shape[1:], 2 * z.shape[1:]))
-apply.register_fake(lambda z, weight, *_: z.new_empty((len(z), len(weight))))
-gradient_sums.register_fake(lambda dout, out, z, mean: _float32(z, dout.shape[1:], (dout.shape[1], z.shape[1])))
-input_gradient.register_fake(lambda dout, out, z, *_: z.new_empty(z.shape))
+def _write(maps: Tensor, *rest: Any, relu: bool) -> Tensor:
+    """``maps`` as :func:`_scaled` fills them."""
+    P, C = rows_of(maps).shape
+    tile = block(C, 128)
+    rows = 4096 // tile
+    _scaled[(triton.cdiv(P, rows) * triton.cdiv(C, tile),)](maps, *rest, P, C, RELU=relu, ROWS=rows, TILE=tile)
+    return maps

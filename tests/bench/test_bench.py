@@ -210,7 +210,7 @@ def test_training_measures_norms_and_steps_against_the_dense_network_by_the_same
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"norms": ["none"]}, "norms is 'none', but must be one of ordinary, through_basis"),
+        ({"norms": ["none"]}, "norms is 'none', but must be one of ordinary, fused, through_basis, tuned"),
         ({"steps": ["slow"]}, "step is 'slow', but must be one of eager, compiled, graphed, fast"),
     ],
 )
@@ -380,20 +380,24 @@ def test_the_sweep_measures_everything_and_saves_each_report(tmp_path, monkeypat
     setting = Setting(
         device="cpu", precision="fp32", batch_size=2, rounds=3, timer=Clock(lambda _: 0.002), capture=rehearse
     )
-    paths = bench_gpu(tmp_path, setting=setting, tiny=True, progress=told.append)
+    paths = bench_gpu(tmp_path, setting=setting, time_limit=3600, tiny=True, progress=told.append)
     reports = [BenchReport.load(path) for path in paths]
     assert [report.kind for report in reports] == [
-        "bench-layer", "bench-train", "bench-block", "bench-latency", "bench-plans", "bench-train", "bench-train",
-        "bench-layer", "bench-rivals",
+        "bench-train", "bench-train", "bench-block", "bench-latency", "bench-plans", "bench-parts", "bench-layer",
+        "bench-layer", "bench-train", "bench-train", *["bench-inference"] * 3, "bench-budget", "bench-latency",
+        *["bench-budget"] * 3, "bench-rivals",
     ]  # fmt: skip
     assert len(set(paths)) == len(reports)
     assert all(
         machine_of(report).macs_per_second == pytest.approx(2 * 16**2 * 64 * 9 * 64 / 0.002) for report in reports
     )
-    layers = reports[0]
+    assert not [row for report in reports for row in report.rows if "error" in row]
+    layers = reports[6]
     assert layers.config["shapes"] == ["16@6", "16-32@6/2"] == list(dict.fromkeys(r["shape"] for r in layers.rows))
     assert {row.get("timed") for row in layers.rows + reports[3].rows} == {"graph"}
+    assert {row["norms"] for row in reports[0].rows} == {"ordinary", "fused", "through_basis", "tuned"}
     assert {row["share"] for row in reports[4].rows} == {1.0}
+    assert [report.config["batch_size"] for report in reports[10:13]] == [2, 3, 1]
     assert [line for line in told if line.endswith(" s  layer: 2 of 2 parts")]
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from basis.bench.timing import BenchReport
-from basis.experiments.studies import speed
+from basis.experiments.studies import cost, speed
 
 
 def report(kind, rows, **config):
@@ -120,3 +120,26 @@ def test_rows_say_what_was_executed():
     row = {"mode": "auto", "resolved": "factorized", "shape": "64@32", "basis_channels": 32}
     assert [speed.executed_mode(row, device) for device in ("cpu", "cuda")] == ["cat", "factorized"]
     assert speed.executed_mode({**row, "mode": "control"}, "cpu") == "dense"
+
+
+@pytest.mark.parametrize(
+    ("device", "short"),
+    [
+        ("AMD EPYC, 2 cores", "EPYC"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+    ],
+)
+def test_devices_have_short_names(device, short):
+    assert cost.short_name({"device": device, "device_type": "cuda"}) == f"GPU {short}"
+
+
+def test_rows_of_all_devices_are_one_frame(tmp_path):
+    cpu = [report("bench-layer", [layer(1.5)], precision=p) for p in ("fp32", "bf16")]
+    for number, one in enumerate(cpu):
+        one.save(tmp_path / "bench" / f"{number}.json")
+    rows = cost.load_rows("bench-layer", "bench-parts", folder=tmp_path)
+    assert rows[["layout", "channels"]].to_numpy().tolist() == [["fp32 NHWC", 64], ["bf16 NHWC", 64]]
+    assert cost.in_one_format(rows)["layout"].tolist() == ["bf16 NHWC"]
+    assert cost.in_one_format(cost.load_rows("bench-parts", folder=tmp_path)).empty

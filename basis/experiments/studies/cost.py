@@ -65,6 +65,14 @@ def in_one_format(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[order == order.groupby(rows["device"]).transform("min")]
 
 
+def short_name(row: Mapping[str, Any]) -> str:
+    """A row's device in a few letters, such as ``CPU EPYC``, ``GPU H200`` or ``GPU RTX 4090``."""
+    name, makers = row["device"].split(",")[0], ("AMD", "Intel(R)", "NVIDIA", "Tesla", "GeForce")
+    first, *rest = [word for word in name.split() if word not in makers] or [name]
+    model = f"{first} {rest[0]}" if rest and first.isalpha() and rest[0][0].isdigit() else first
+    return f"{'CPU' if row['device_type'] == 'cpu' else 'GPU'} {model}"
+
+
 def devices(reports: Sequence[BenchReport]) -> str:
     """The names of the devices that were measured."""
     return ", ".join(sorted({report.environment["device"] for report in reports}))

@@ -290,9 +290,9 @@ def records_provenance(study: Study, profile: str) -> dict[str, str]:
         environments = [record.environment for record in records]
         facts = {"records": f"{len(records)} of study {study.name}, profile {profile}"}
     else:
-        reports = [one for kind in study.benches for one in load_benches(profile, kind=kind)]
+        reports = [one for kind in study.benches for one in load_benches(None, kind=kind)]
         environments = [report.environment for report in reports]
-        facts = {"records": f"{len(reports)} benchmarks of profile {profile}"}
+        facts = {"records": f"{len(reports)} benchmarks"}
     for key, label in (("device", "measured on"), ("torch", "with torch")):
         values = sorted({str(environment[key]) for environment in environments if environment.get(key)})
         if values:

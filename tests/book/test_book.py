@@ -536,7 +536,7 @@ def test_provenance_names_only_the_benchmarks_that_the_page_shows(tmp_path, monk
             tmp_path / "bench" / f"{kind}-{device_type}.json"
         )
     facts = pages.records_provenance(STUDIES["cost"], "cpu")
-    assert facts == {"records": "1 benchmarks of profile cpu", "measured on": "a CPU", "dated": "2026-01-02"}
+    assert facts == {"records": "2 benchmarks", "measured on": "a CPU, a GPU", "dated": "2026-01-02"}
 
 
 def test_the_claims_table_marks_verdicts():

@@ -3,7 +3,7 @@
 import pytest
 
 from basis.bench.timing import BenchReport
-from basis.experiments.studies import speed
+from basis.experiments.studies import cost, speed
 
 
 def report(kind, rows, **config):
@@ -89,10 +89,57 @@ def test_the_step_judged_is_the_one_in_which_dense_is_fastest_by_the_image():
     others = [{"mode": "composed"}, {"coefficients": "frozen"}, {"trained": "neither"}, {"error": "failed"}]
     rows = [step(3.0, 0.5, dense_ms=200.0), wanted, *(step(3.0, 0.5, dense_ms=50.0, **other) for other in others)]
     small = report("bench-train", [step(3.0, 0.5, dense_ms=60.0)], batch_size=32)
-    assert speed.step_rows([small, report("bench-train", rows)])[0.5] is wanted
+    assert wanted.items() <= speed.step_rows([small, report("bench-train", rows)])[0.5].items()
+
+
+def dense_step(ms, **options):
+    row = {"model": "resnet18", "ratio": 0.5, "mode": "dense", "norms": "ordinary", "step": "eager", "n": 9}
+    return {**row, "ms": ms, "dense_ms": 100.0, "peak_mib": 80.0, "dense_peak_mib": 100.0, **options}
+
+
+@pytest.mark.parametrize(
+    ("compiled", "versus", "speedup", "scaled"),
+    [
+        (120.0, 1.8, 1.5, False),  # fused norms are faster than compiling: the row's own dense step
+        (80.0, 1.25, 1.25, False),  # compiled is the better one, timed in the same rounds
+        (80.0, None, 1.2, True),  # and where it was not: by medians
+    ],
+)
+def test_a_step_is_judged_against_the_better_of_fused_and_compiled_dense(judged, compiled, versus, speedup, scaled):
+    fused = dense_step(100.0, mode="control", norms="fused")
+    others = [dense_step(130.0), dense_step(compiled, norms="fused", step="fast")]
+    basis = step(1.5, 0.5, **({} if versus is None else quartiles("versus_compiled", versus)))
+    rows = [fused, *others, basis, step(1.9, 0.5, norms="fused"), step(1.9, 0.5, norms="tuned")]
+    found = speed.step_rows([report("bench-train", rows)])[0.5]
+    assert (found["speedup"], found["scaled"]) == (pytest.approx(speedup), scaled)
+    assert found["dense_peak_mib"] == (100.0 if compiled > 100 else 80.0)
+    assert speed.whole_steps([report("bench-train", rows)])[1]["norms"] == "fused"
 
 
 def test_rows_say_what_was_executed():
     row = {"mode": "auto", "resolved": "factorized", "shape": "64@32", "basis_channels": 32}
     assert [speed.executed_mode(row, device) for device in ("cpu", "cuda")] == ["cat", "factorized"]
     assert speed.executed_mode({**row, "mode": "control"}, "cpu") == "dense"
+
+
+@pytest.mark.parametrize(
+    ("device", "short"),
+    [
+        ("AMD EPYC, 2 cores", "EPYC"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+    ],
+)
+def test_devices_have_short_names(device, short):
+    assert cost.short_name({"device": device, "device_type": "cuda"}) == f"GPU {short}"
+
+
+def test_rows_of_all_devices_are_one_frame(tmp_path):
+    cpu = [report("bench-layer", [layer(1.5)], precision=p) for p in ("fp32", "bf16")]
+    for number, one in enumerate(cpu):
+        one.save(tmp_path / "bench" / f"{number}.json")
+    rows = cost.load_rows("bench-layer", "bench-parts", folder=tmp_path)
+    assert rows[["layout", "channels"]].to_numpy().tolist() == [["fp32 NHWC", 64], ["bf16 NHWC", 64]]
+    assert cost.in_one_format(rows)["layout"].tolist() == ["bf16 NHWC"]
+    assert cost.in_one_format(cost.load_rows("bench-parts", folder=tmp_path)).empty

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from basis.bench.report import BenchReport
 from basis.bench.shapes import RESNET18_SHAPES, Shape
 from basis.environment import results_folder
@@ -15,6 +17,15 @@ from basis.experiments.runs import DEVICES, Record, Run
 from basis.experiments.studies.study import Study, Verdict, label_of, verdict
 
 RATIO, NARROWEST = 0.5, 128
+USUAL_NORMS = (["ordinary"], ["fused"])  # batch normalisation as a dense network has it, on a CPU and on a GPU
+# What a row of :func:`load_rows` always has; others are there where some benchmark has them.
+COLUMNS = (
+    "kind", "device", "device_type", "layout", "precision", "batch_size", "model", "width", "shape", "channels", "pass",
+    "ratio", "share", "basis_channels", "mode", "coefficients", "norms", "step", "means", "part", "n", "ms", "dense_ms",
+    "speedup", "speedup_q1", "speedup_q3", "versus_basis", "versus_basis_q1", "versus_basis_q3", "peak_mib",
+    "dense_peak_mib", "resolved", "machine",
+)  # fmt: skip
+FORMATS = ("bf16 NHWC", "fp16 NHWC", "fp32 NHWC", "bf16 NCHW", "fp16 NCHW", "fp32 NCHW")
 
 
 def load_benches(profile: str | None, *, kind: str = "bench-layer", folder: Path | None = None) -> list[BenchReport]:
@@ -24,6 +35,42 @@ def load_benches(profile: str | None, *, kind: str = "bench-layer", folder: Path
     if profile is None:
         return of_kind
     return [report for report in of_kind if report.environment["device_type"] == DEVICES.get(profile)]
+
+
+def layout(report: BenchReport) -> str:
+    """Number and memory format in a few letters, as in :data:`FORMATS`."""
+    nhwc = report.config["memory_format"] == "channels_last"
+    return f"{report.config['precision']} {'NHWC' if nhwc else 'NCHW'}"
+
+
+def facts(report: BenchReport) -> dict[str, Any]:
+    """What a report says of all its rows: its options, kind, format and device."""
+    about = {key: report.environment[key] for key in ("device", "device_type")}
+    return {**report.config, **about, "kind": report.kind, "layout": layout(report)}
+
+
+def load_rows(*kinds: str, folder: Path | None = None) -> pd.DataFrame:
+    """All rows of the stored benchmarks of these kinds that count, of CPUs first, each after its report's facts."""
+    reports = [one for kind in kinds for one in load_benches(None, kind=kind, folder=folder)]
+    rows = [{**facts(one), **row} for one in reports for row in one.rows if counts(row)]
+    frame = pd.DataFrame(rows, columns=list(dict.fromkeys([*COLUMNS, *(key for row in rows for key in row)])))
+    widths = {text: Shape.parse(text).out_channels for text in frame["shape"].dropna().unique() if " " not in text}
+    frame["channels"] = frame["shape"].map(widths)
+    return frame.sort_values("device_type", kind="stable", ignore_index=True)
+
+
+def in_one_format(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each device in the first of :data:`FORMATS` that was measured there."""
+    order = rows["layout"].map(FORMATS.index)
+    return rows[order == order.groupby(rows["device"]).transform("min")]
+
+
+def short_name(row: Mapping[str, Any]) -> str:
+    """A row's device in a few letters, such as ``CPU EPYC``, ``GPU H200`` or ``GPU RTX 4090``."""
+    name, makers = row["device"].split(",")[0], ("AMD", "Intel(R)", "NVIDIA", "Tesla", "GeForce")
+    first, *rest = [word for word in name.split() if word not in makers] or [name]
+    model = f"{first} {rest[0]}" if rest and first.isalpha() and rest[0][0].isdigit() else first
+    return f"{'CPU' if row['device_type'] == 'cpu' else 'GPU'} {model}"
 
 
 def devices(reports: Sequence[BenchReport]) -> str:
@@ -36,15 +83,18 @@ def find_training_bench(
 ) -> BenchReport | None:
     """The stored benchmark of training steps like those of ``run``, with all these parts or forms, or None.
 
-    In factorized mode, with the network, batch size and (unless the run leaves it open) precision of the run.
+    In factorized mode, with the usual batch normalisation, and with the network, batch size and (unless the run leaves
+    it open) precision of the run.
     """
-    wanted: dict[str, object] = {"norms": ["ordinary"], "steps": ["eager"], "batch_size": run.recipe.batch_size}
+    wanted: dict[str, object] = {"steps": ["eager"], "batch_size": run.recipe.batch_size}
     wanted |= {"model": run.model, "width": run.width}
     wanted |= {} if run.recipe.precision == "auto" else {"precision": run.recipe.precision}
     listed = {"modes": ("factorized",), "trained": trained, "coefficients": coefficients}
     for report in load_benches(profile, kind="bench-train"):
         has = {"norms": ["ordinary"], "steps": ["eager"], **report.config}
-        if wanted.items() <= has.items() and all(set(has.get(key, ())) >= set(names) for key, names in listed.items()):
+        if not (wanted.items() <= has.items() and has["norms"] in USUAL_NORMS):
+            continue
+        if all(set(has.get(key, ())) >= set(names) for key, names in listed.items()):
             return report
     return None
 

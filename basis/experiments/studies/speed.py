@@ -4,6 +4,7 @@ The measurements are those of ``basis bench``: single layers, layers beside thei
 """
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -12,7 +13,7 @@ import torch
 from basis.bench.report import BenchReport
 from basis.bench.shapes import RESNET18_SHAPES, Shape
 from basis.experiments.runs import Record
-from basis.experiments.studies.cost import counts, devices, load_benches
+from basis.experiments.studies.cost import COLUMNS, counts, devices, facts, load_benches
 from basis.experiments.studies.study import Study, Verdict, label_of, say, verdict
 from basis.layers.conv import derives_apart
 
@@ -22,15 +23,6 @@ WANTED: Mapping[float, float] = {1 / 2: 1.3, 1 / 4: 1.6}  # ratio -> speed-up of
 RIVALS: Mapping[str, str] = {
     "svd": "the SVD pair", "tucker": "Tucker, factorized", "tucker reconstructed": "Tucker, reconstructed"
 }  # fmt: skip
-
-
-def load_rows(profile: str) -> pd.DataFrame:
-    """All that was measured on such devices: each row after what its report says (``kind``, ``device``, options)."""
-    reports = [one for kind in STUDY.benches for one in load_benches(profile, kind=kind)]
-    about = [{**one.config, "kind": one.kind, "device": one.environment["device"]} for one in reports]
-    return pd.DataFrame(
-        {**what, **row} for what, one in zip(about, reports, strict=True) for row in one.rows if counts(row)
-    )
 
 
 def cells(layers: Sequence[BenchReport], rivals: Sequence[BenchReport]) -> list[dict[str, Any]]:
@@ -73,20 +65,87 @@ def _judge_layers(profile: str) -> Verdict:
     )  # fmt: skip
 
 
+def whole_steps(reports: Sequence[BenchReport]) -> list[dict[str, Any]]:
+    """Full training steps of basis networks after their report's facts, each against the *best* dense one.
+
+    That is the dense step of the least milliseconds, whatever its norms and kind of step (``best_norms``,
+    ``best_step``, ``best_ms``), of the same network, batch, format and device. Where the row was compared with another
+    one, its ``speedup``, ``dense_ms`` and ``dense_peak_mib`` are of the best one: round by round where both were timed
+    together (``versus_compiled``), else scaled by medians (``scaled``).
+    """
+    found, dense = [], _dense_steps(reports)
+    for report in reports:
+        about = facts(report)
+        own_norms = next((row.get("norms", "ordinary") for row in report.rows if row["mode"] == "control"), "ordinary")
+        for row in report.rows:
+            parts = row.get("coefficients", "dense"), row.get("trained", "both")
+            if not counts(row) or row["mode"] == "control" or _is_dense(row) or parts != ("dense", "both"):
+                continue
+            own = own_norms, row.get("step", "eager")
+            known = dense.get(_network(about, row), {})
+            best = min(known, key=lambda kind: known[kind][0]) if own in known else own
+            step = {"norms": "ordinary", "step": own[1], **about, **row, "scaled": best != own}
+            step |= {"best_norms": best[0], "best_step": best[1], "best_ms": known.get(best, (row["dense_ms"],))[0]}
+            if best != own:
+                (least, peak), factor = known[best], known[best][0] / known[own][0]
+                together = best[1] in ("compiled", "fast") and "versus_compiled" in row
+                for quartile in ("", "_q1", "_q3"):
+                    scaled = row[f"speedup{quartile}"] * factor
+                    step[f"speedup{quartile}"] = row[f"versus_compiled{quartile}"] if together else scaled
+                step |= {"dense_ms": least, "dense_peak_mib": peak, "scaled": not together}
+            found.append(step)
+    return found
+
+
+def load_steps(*kinds: str) -> pd.DataFrame:
+    """:func:`whole_steps` of the stored benchmarks of these kinds, of CPUs first."""
+    rows = whole_steps([one for kind in kinds for one in load_benches(None, kind=kind)])
+    more = ["best_norms", "best_step", "best_ms", "scaled", *(key for row in rows for key in row)]
+    frame = pd.DataFrame(rows, columns=list(dict.fromkeys([*COLUMNS, *more])))
+    return frame.sort_values("device_type", kind="stable", ignore_index=True)
+
+
+def _is_dense(row: Mapping[str, Any]) -> bool:
+    return str(row["mode"]).startswith("dense")
+
+
+def _network(about: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row.get("model"), *(about.get(key) for key in ("width", "batch_size", "layout", "device"))
+
+
+def _dense_steps(reports: Sequence[BenchReport]) -> dict[tuple[Any, ...], dict[tuple[str, str], tuple[float, Any]]]:
+    """Network -> (norms, kind of step) -> the median milliseconds and the peak memory of its dense step."""
+    times: dict[tuple[Any, ...], dict[tuple[str, str], list[tuple[float, Any]]]] = {}
+    for report in reports:
+        about = facts(report)
+        for row in report.rows:
+            if counts(row) and (row["mode"] == "control" or _is_dense(row)):
+                side = "dense_" if row["mode"] == "control" else ""
+                kind = row.get("norms", "ordinary"), row.get("step", "eager")
+                known = times.setdefault(_network(about, row), {}).setdefault(kind, [])
+                known.append((row[f"{side}ms"], row.get(f"{side}peak_mib")))
+    return {
+        network: {kind: (median(ms for ms, _ in seen), seen[0][1]) for kind, seen in kinds.items()}
+        for network, kinds in times.items()
+    }
+
+
 def step_rows(reports: Sequence[BenchReport]) -> dict[float, Mapping[str, Any]]:
     """Ratio -> the row of the training step that H3 speaks of: with batch normalisation through the basis.
 
-    All parts are trained, in mode auto with dense coefficients, in the kind of step in which dense is fastest by image.
+    All parts are trained, in mode auto with dense coefficients, against the best dense step (:func:`whole_steps`); of
+    several, the one whose dense step is fastest by the image.
     """
-    wanted = {"norms": "through_basis", "mode": "auto", "coefficients": "dense", "trained": "both", "model": "resnet18"}
-    found: dict[float, tuple[float, Mapping[str, Any]]] = {}
-    for report in reports:
-        rows = () if report.config["width"] else report.rows
-        for row in (row for row in rows if not row.get("error") and wanted.items() <= row.items()):
-            per_image = row["dense_ms"] / report.config["batch_size"]
-            if row["ratio"] not in found or per_image < found[row["ratio"]][0]:
-                found[row["ratio"]] = per_image, row
-    return {ratio: row for ratio, (_, row) in found.items()}
+    wanted = {"norms": "through_basis", "mode": "auto", "model": "resnet18", "width": None}
+    found: dict[float, Mapping[str, Any]] = {}
+
+    def order(row: Mapping[str, Any]) -> tuple[float, bool, float]:
+        return row["best_ms"] / row["batch_size"], row["scaled"], row["dense_ms"]
+
+    for row in whole_steps(reports):
+        if wanted.items() <= row.items() and (row["ratio"] not in found or order(row) < order(found[row["ratio"]])):
+            found[row["ratio"]] = row
+    return found
 
 
 def executed_mode(row: Mapping[str, Any], device_type: str) -> str:

@@ -65,9 +65,8 @@ class _Normalise(torch.autograd.Function):
         ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Tensor | None,
         norm: nn.BatchNorm2d, relu: bool,
     ) -> Tensor:  # fmt: skip
-        out, state = kernels.normalise(
-            x, gamma, beta, residual, statistics=_statistics(norm), eps=norm.eps, relu=relu
-        )  # fmt: skip
+        options = {"statistics": _statistics(norm), "eps": norm.eps, "relu": relu}
+        out, state = kernels.normalise(x, gamma, beta, residual, **options)
         ctx.save_for_backward(x, state, out if relu and residual is not None else None)
         ctx.options = {"relu": relu, "residual": residual is not None}
         return out
@@ -95,9 +94,8 @@ class _MixAndNormalise(torch.autograd.Function):
         ctx: Any, z: Tensor, mixing: Tensor, gamma: Tensor | None, beta: Tensor | None, bias: Tensor | None,
         residual: Tensor | None, norm: nn.BatchNorm2d, relu: bool,
     ) -> Tensor:  # fmt: skip
-        out, mixed = mixing_kernels.mix_and_normalise(
-            z, mixing.contiguous(), gamma, beta, bias, residual, statistics=_statistics(norm), eps=norm.eps, relu=relu
-        )  # fmt: skip
+        options = {"statistics": _statistics(norm), "eps": norm.eps, "relu": relu}
+        out, mixed = mixing_kernels.mix_and_normalise(z, mixing.contiguous(), gamma, beta, bias, residual, **options)
         ctx.save_for_backward(z, mixing, gamma, bias, out if relu else None, *mixed)
         ctx.residual = residual is not None
         return out
@@ -117,11 +115,11 @@ class _MixAndNormalise(torch.autograd.Function):
 
 def convolve(x: Tensor, filters: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
     """``F.conv2d`` without a bias; the backward pass of few filters by the kernels of :mod:`basis.layers.thin`."""
-    plain = (stride, padding, dilation, groups) == ((1, 1), (1, 1), (1, 1), 1)
-    cast = filters.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
     known = kernels is not None and not torch.compiler.is_compiling()
-    if known and plain and cast and kernels.usable(x) and thin.suits(x, filters):
-        return _ThinConvolution.apply(x, filters)
+    if known and (stride, padding, dilation, groups) == ((1, 1), (1, 1), (1, 1), 1):
+        cast = filters.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+        if cast and kernels.usable(x) and thin.suits(x, filters):
+            return _ThinConvolution.apply(x, filters)
     return F.conv2d(x, filters, None, stride, padding, dilation, groups)
 
 

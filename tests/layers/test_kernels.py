@@ -125,7 +125,7 @@ def test_a_step_is_that_in_float64(monkeypatch, channels, k, n, size, mean, dtyp
 
 
 @runs
-@pytest.mark.parametrize(("k", "channels", "size"), [(16, 64, 7), (32, 48, 8), (16, 20, 33)])
+@pytest.mark.parametrize(("k", "channels", "size"), [(16, 64, 7), (16, 20, 33)])
 def test_gradients_of_a_thin_convolution(k, channels, size):
     x, dz, filters = maps(2, channels, size, torch.float16), maps(2, k, size, torch.float16), maps(k, channels, 3)
     rounded = filters.half()
@@ -237,7 +237,7 @@ def launches(monkeypatch, channels, k):
         kernels.gradients(x, out, x, state, relu=True, residual=other is not None)
         out, mixed = mixing_kernels.mix_and_normalise(z, mixing, vector, vector, None, other, **options)
         mixing_kernels.mixing_gradients(x, out, z, mixing, vector, mixed, residual=other is not None)
-    if k in (16, 32):
+    if k == 16:
         thin.gradients(z, x, maps(k, channels, 3, **low))
     return found
 

@@ -56,7 +56,8 @@ def substitute(
             into the running mean of the batch normalisation that directly follows.
         coefficients: the form of A (:class:`Form`); with ``"shared"``, layers of equal C_out, k and groups hold one.
         batch_norm: ``"through_basis"`` couples each new layer to the batch normalisation that directly follows it,
-            where there is one (:func:`basis.layers.batchnorm.couple`): the same function, trained faster.
+            where there is one (:func:`basis.layers.batchnorm.couple`): the same function, trained with less memory
+            and, where layers are narrow, faster on a GPU.
 
     Raises ``ValueError`` for a layer that is not there or cannot be substituted (with the reason), a k or form that
     does not fit, another argument out of range, and calibration data that are empty or give no finite outputs.

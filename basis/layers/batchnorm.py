@@ -299,7 +299,7 @@ def couple(model: nn.Module, layers: Iterable[str] | None = None) -> nn.Module:
 
     Basis convolutions that are directly followed by an ``nn.BatchNorm2d`` give their k basis channels alone, and the
     batch normalisation, then a :class:`BasisBatchNorm2d`, does the mixing. Output, gradients, running statistics and
-    state stay the same; memory is saved. Time was saved on an H200 up to about k = 64 and C_out = 256, on CPUs nowhere
+    state stay the same; memory is saved. Time was saved on an H200 up to about k = 64 and C_out = 256, on a CPU hardly
     (chapter 10); :func:`basis.bench.tuning.tune` measures it. ``layers``: names of the convolutions, ``ValueError``
     where one cannot be coupled; None: all that can; :func:`couplings` says why others cannot.
     """

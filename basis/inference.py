@@ -7,10 +7,8 @@ section 3.2): of a basis convolution into M = [I; A], so that B and M stay a pai
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,6 @@ from basis.bench.cells import Cell, measure_cells
 from basis.bench.report import BenchReport
 from basis.bench.shapes import TimedLayer, timed_layers
 from basis.bench.timing import Progress, Setting
-from basis.export import export_program
 from basis.layers.base import ConvLike
 from basis.layers.batchnorm import uncouple
 from basis.layers.conv import BasisConv2d
@@ -163,17 +160,16 @@ def deployed(model: nn.Module, setting: Setting, pairs: Iterable[str] = ()) -> n
 
 def bench_inference(
     *, model: str = "resnet18", width: int | None = None, ratios: Sequence[float] = (1 / 4, 1 / 2),
-    plans: Mapping[float, Plan] | None = None, exported: bool = False,
+    plans: Mapping[float, Plan] | None = None,
     setting: Setting | None = None, progress: Progress | None = None,
 ) -> BenchReport:  # fmt: skip
     """Measure the forward pass, in evaluation mode, of a network of :func:`basis.models.build` and its folded forms.
 
     Modes, on random images 3x32x32: "dense folded"; "auto", substituted at a ratio; "folded", that one as dense
-    convolutions; "folded, pairs", with the pairs that :func:`measure_fold` finds faster (``pairs`` of ``layers``);
-    "program", if ``exported``: that one written by ``torch.export`` and loaded again. Folded ones hold their weights
-    in the precision, "auto" and the dense one get there by autocast. All are compared with the dense network; where
-    steps are captured, with "dense folded", and the dense network is a candidate, "dense plain". Rows have
-    ``batch_size``.
+    convolutions; "folded, pairs", with the pairs that :func:`measure_fold` finds faster (``pairs`` of ``layers``).
+    Folded ones hold their weights in the precision, "auto" and the dense one get there by autocast. All are compared
+    with the dense network; where steps are captured, with "dense folded", and the dense network is a candidate,
+    "dense plain". Rows have ``batch_size``.
 
     Args:
         plans: the share of a budget -> plan, measured after the ``ratios``; rows have ``share`` then.
@@ -182,6 +178,7 @@ def bench_inference(
     with setting.globals():
         dense = build(model, width=width).eval()
     setting = setting.settled(dense)
+    captures = setting.captures
 
     def cell(about: Mapping[str, float]) -> Cell:
         size: dict[str, Any] = {"plan": plans[about["share"]]} if plans and "share" in about else dict(about)
@@ -190,14 +187,12 @@ def bench_inference(
         layers = plan_of(basis).layers
         pairs = measure_fold(basis, setting=setting) if layers else ()
         plain, folded = partial(copy.deepcopy, dense), partial(deployed, dense, setting)
-        best = partial(deployed, basis, setting, pairs)
-        graphed = setting.new_capture() is not None
         return Cell(
             about={"model": model, "pass": "forward", "batch_size": setting.batch_size, **about},
             candidates={
-                **({"dense": folded, "dense plain": plain} if graphed else {"dense": plain, "dense folded": folded}),
+                **({"dense": folded, "dense plain": plain} if captures else {"dense": plain, "dense folded": folded}),
                 "auto": partial(copy.deepcopy, basis), "folded": partial(deployed, basis, setting),
-                "folded, pairs": best, **({"program": lambda: _loaded(best(), setting)} if exported else {}),
+                "folded, pairs": partial(deployed, basis, setting, pairs),
             },
             rows={"folded, pairs": {"pairs": len(pairs), "layers": len(layers)}}, rotated=False,
         )  # fmt: skip
@@ -206,11 +201,3 @@ def bench_inference(
     rows = measure_cells(map(cell, sizes), setting, progress)
     options = {"model": model, "width": width, "ratios": list(ratios), "shares": list(plans or ())}
     return setting.report("bench-inference", rows, **options)
-
-
-def _loaded(model: nn.Module, setting: Setting) -> nn.Module:
-    """``model`` written as a program for such batches, and loaded."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "network.pt2"
-        export_program(setting.place(model), path, (3, 32, 32), batch=setting.batch_size, tolerance=0.05)
-        return torch.export.load(path).module()

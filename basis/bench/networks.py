@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from basis.bench.cells import Cell, Row, measure_cells, with_pytorchs_norms
 from basis.bench.report import BenchReport
 from basis.bench.shapes import RATIOS
-from basis.bench.timing import PeakCapture, Progress, Setting, Step, check_known
+from basis.bench.timing import PeakCapture, Progress, Setting, Step
 from basis.bench.tuning import tune, use_modes
 from basis.costs import count_parameters, count_trained
 from basis.layers.batchnorm import couple_in_place
-from basis.layers.conv import MODES, BasisConv2d, Mode, basis_channels_for
+from basis.layers.conv import BasisConv2d, Mode
 from basis.layers.structured import Structure
 from basis.models import build
 from basis.substitution import Plan, plan_of, substitute
@@ -52,18 +52,17 @@ class TrainingCell(Cell):
     """
 
     def measure(self, modules: Mapping[str, nn.Module], setting: Setting) -> dict[str, Row]:
-        """Rows have ``parameter_ratio`` (dense / candidate), ``images_per_second``, ``means`` (what the kind of step
-        came to on this device), ``trained_numbers``, and the numbers of layers ``substituted``, ``coupled`` (with
-        batch normalisation through the basis) and otherwise ``factorized``. The peak of a CUDA graph is that of its
-        capture.
+        """Rows have ``means`` (what the kind of step came to on this device), ``trained_numbers``, and the numbers of
+        layers ``substituted``, ``coupled`` (with batch normalisation through the basis) and otherwise ``factorized``.
+        The peak of a CUDA graph is that of its capture.
         """
         kinds: dict[str, Stepping] = {name: self.rows.get(name, {}).get("step", "eager") for name in modules}
         x = setting.place(torch.randn(setting.batch_size, 3, 32, 32))
         labels = torch.randint(10, (setting.batch_size,), device=x.device)
         captures = {
-            name: PeakCapture(setting.where, capture)
+            name: PeakCapture(setting.where, setting.new_capture())
             for name, kind in kinds.items()
-            if means_for(kind, setting.where).graphed and (capture := setting.new_capture())
+            if means_for(kind, setting.where).graphed and setting.captures
         }
         trainers = {name: _trainer(net, setting, kinds[name], captures.get(name)) for name, net in modules.items()}
         references = {name: other for name, kind in kinds.items() if (other := f"dense {kind}") in kinds}
@@ -83,12 +82,11 @@ class TrainingCell(Cell):
                 row = {"error": f"its step is {means}, that of the dense network {others}"}
             versus = {f"versus_compiled{key[12:]}": row.pop(key) for key in list(row) if key.startswith("versus_basis")}
             if "ms" in row:
-                row |= {"images_per_second": setting.batch_size / row["ms"] * 1000, **(versus if known else {})}
+                row |= versus if known else {}
                 row |= {"timed": "graph"} if "timed" in row and means.graphed else {}
                 for key, side in (("peak_mib", name), ("dense_peak_mib", other)):
                     row |= {key: captures[side].peak / 2**20} if trainers[side].means.graphed else {}
-            ratio = count_parameters(modules["dense"]) / count_parameters(modules[name])
-            measured[name] = {**row, "means": str(means), "parameter_ratio": ratio, **_counts(modules[name])}
+            measured[name] = {**row, "means": str(means), **_counts(modules[name])}
         return measured
 
 
@@ -116,18 +114,13 @@ def bench_training(
         dense_steps: further kinds of step of the dense network. With a compiled one among them rows also have
             ``versus_compiled``: that dense network / candidate within a round.
 
-    Raises ``ValueError`` for an unknown model, or a ratio, plan, mode, form, part, norm, step or setting that makes no
-    sense.
+    Raises ``ValueError`` for an unknown model, or a ratio, plan, form or setting that makes no sense.
     """
-    check_known("mode", modes, MODES)
-    check_known("trained", trained, TRAINED)
     setting = setting or Setting()
     norms = norms or (("fused",) if setting.where.type == "cuda" else ("ordinary",))
-    check_known("norms", norms, NORMS)
     usual: Norms = "fused" if "fused" in norms or setting.where.type == "cuda" else "ordinary"
-    check_known("step", [*steps, *dense_steps], STEPS)
     what = "ratio" if plans is None else "share"
-    sizes: dict[float, dict[str, Any]] = {r: {"ratio": r} for r in ratios if basis_channels_for(r, 1)}
+    sizes: dict[float, dict[str, Any]] = {r: {"ratio": r} for r in ratios}
     if plans is not None:
         sizes = {share: {"plan": plan} for share, plan in plans.items()}
     with torch.device("meta"):

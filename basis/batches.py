@@ -138,8 +138,13 @@ def with_labels(batches: list[Batch], outputs: Any) -> list[Batch]:
     return result
 
 
-def even(inputs: list[Tensor]) -> list[Tensor]:
-    """The same inputs in as many batches of (nearly) equal size; where their shapes differ they stay as they are."""
-    if len({len(x) for x in inputs}) == 1 or len({x.shape[1:] for x in inputs}) > 1:
-        return inputs
-    return list(torch.cat(inputs).tensor_split(len(inputs)))
+def balanced(inputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same inputs; a last batch that is smaller than that before it shares both evenly."""
+    last: list[Tensor] = []
+    for x in inputs:
+        if len(last) == 2:
+            yield last.pop(0)
+        last.append(x)
+    if len(last) == 2 and len(last[1]) < len(last[0]) and last[0].shape[1:] == last[1].shape[1:]:
+        last = list(torch.cat(last).tensor_split(2))
+    yield from last

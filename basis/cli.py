@@ -266,7 +266,7 @@ BENCHES: Mapping[str, tuple[Callable[..., BenchReport], str, str]] = {
     "block": (partial(bench_layers, "block"), "with normalisation and ReLU", "shapes ratios passes candidates"),
     "rivals": (partial(bench_layers, "rivals"), "what one would take instead", "shapes ratios passes candidates"),
     "structured": (time_structured, "other structured layers", "shapes passes candidates profile"),
-    "latency": (time_layers, "every layer of a network", "model width input_size ratios passes"),
+    "latency": (time_layers, "every layer of a network", "model width ratios passes"),
     "train": (
         bench_training, "whole training steps", "model width ratios modes coefficients trained norms steps",
     ),
@@ -286,7 +286,6 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "profile": {"default": "cpu", "choices": PROFILES, "help": "whose layers of chapter 9"},
     "model": {"help": "a network of basis.models"},
     "width": {"type": int, "help": "its width (default: the published one)"},
-    "input_size": {"nargs": 3, "type": int, "metavar": ("C", "H", "W")},
     "coefficients": {"nargs": "+", "metavar": "FORM", "help": "such as low_rank:1/8"},
     "trained": {"nargs": "+", "choices": tuple(TRAINED), "help": "parts of the basis layers"},
     "steps": {"nargs": "+", "choices": STEPS, "help": "how a step is run"},
@@ -349,7 +348,6 @@ def file_stem(kind: str, config: Mapping[str, Any]) -> str:
     stem = [kind, *(mark for option, (usual, mark) in MARKS.items() if config.get(option, [usual]) not in unmarked)]
     stem += [config["model"]] if "model" in config else []
     stem += [f"w{config['width']}"] if config.get("width") else []
-    stem += ["x".join(map(str, config["input_size"]))] if config.get("input_size", [3, 32, 32]) != [3, 32, 32] else []
     return "-".join(stem)
 
 

@@ -206,7 +206,7 @@ def test_the_faster_form_is_measured_once_for_each_shape():
 
     def timer(step):  # pairs are twice as fast at 16 channels, and half as fast elsewhere
         module = step.args[0]
-        measured.update([id(module)] if isinstance(module, nn.Sequential) else [])
+        measured.update([module] if isinstance(module, nn.Sequential) else [])
         if isinstance(module, nn.Conv2d):
             return 1.0
         return 0.5 if module[1].out_channels == 16 else 2.0
@@ -258,7 +258,6 @@ def test_networks_as_onnx(name, form, onnx, tmp_path, capfd):
         done = export_onnx(model, tmp_path / "net.onnx", (3, 16, 16))
     assert capfd.readouterr() == ("", "")
     assert model.training  # a copy is exported
-    assert done.batches == (1, 3)
     assert done.error < 1e-4
     assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
     graph = onnx.load(tmp_path / "net.onnx").graph
@@ -327,7 +326,7 @@ def test_missing_packages(onnx, tmp_path, monkeypatch):
     model, path = nn.Conv2d(3, 2, 3), tmp_path / "net.onnx"
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     done = export_onnx(model, path, (3, 8, 8))
-    assert (done.error, done.batches) == (None, ())
+    assert done.error is None
     assert path.exists()
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ModuleNotFoundError, match="pip install"):

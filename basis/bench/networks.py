@@ -20,9 +20,8 @@ from basis.bench.tuning import tune, use_modes
 from basis.costs import count_parameters, count_trained
 from basis.layers.batchnorm import couple_in_place
 from basis.layers.conv import BasisConv2d, Mode
-from basis.layers.structured import Structure
 from basis.models import build
-from basis.substitution import Plan, plan_of, substitute
+from basis.substitution import Plan, substitute
 from basis.training.loop import Recipe, make_step
 from basis.training.skipping import Parts, Trained
 from basis.training.stepping import Step as Stepping
@@ -53,8 +52,8 @@ class TrainingCell(Cell):
 
     def measure(self, modules: Mapping[str, nn.Module], setting: Setting) -> dict[str, Row]:
         """Rows have ``means`` (what the kind of step came to on this device), ``trained_numbers``, and the numbers of
-        layers ``substituted``, ``coupled`` (with batch normalisation through the basis) and otherwise ``factorized``.
-        The peak of a CUDA graph is that of its capture.
+        layers ``coupled`` (with batch normalisation through the basis) and otherwise ``factorized``. The peak of a CUDA
+        graph is that of its capture.
         """
         kinds: dict[str, Stepping] = {name: self.rows.get(name, {}).get("step", "eager") for name in modules}
         x = setting.place(torch.randn(setting.batch_size, 3, 32, 32))
@@ -184,14 +183,11 @@ def bench_structured_training(
         layers: pairs of a text and a width of the stem; ("dense", width) is a narrower dense network.
         include: pattern of the convolutions that are substituted where they can; others stay dense.
 
-    Raises ``ValueError`` for an unknown model or kind of layer, or a pattern or setting that makes no sense.
+    Raises ``ValueError`` for an unknown model.
     """
-    pairs = [(text if text == "dense" else str(Structure.parse(text)), its_width) for text, its_width in layers]
-    pairs = [pair for pair in dict.fromkeys(pairs) if pair != ("dense", width)]
+    pairs = [pair for pair in dict.fromkeys(layers) if pair != ("dense", width)]
     with torch.device("meta"):
-        dense = build(model, width=width)
-    Plan.uniform(dense, ratio=1, include=include)  # refuses a pattern that none matches
-    setting = (setting or Setting()).settled(dense)
+        setting = (setting or Setting()).settled(build(model, width=width))
     cells = []
     for start in range(0, len(pairs), TOGETHER):
         some = {f"{text}@{its_width}": (text, its_width) for text, its_width in pairs[start : start + TOGETHER]}
@@ -221,9 +217,8 @@ def _structured(model: str, text: str, width: int | None, include: str) -> nn.Mo
 def _counts(network: nn.Module) -> dict[str, int]:
     ways = [(m.mixed_later, m.resolved_mode) for m in network.modules() if isinstance(m, BasisConv2d)]
     coupled, factorized = sum(later for later, _ in ways), ways.count((False, "factorized"))
-    substituted = len(plan_of(network).layers)
     numbers = {"parameters": count_parameters(network), "trained_numbers": count_trained(network)}
-    return numbers | {"coupled": coupled, "factorized": factorized, "substituted": substituted}
+    return numbers | {"coupled": coupled, "factorized": factorized}
 
 
 def _trainer(network: nn.Module, setting: Setting, step: Any, capture: Any) -> TrainingStep:

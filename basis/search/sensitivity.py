@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from basis.batches import (
     Batch,
     Batches,
+    balanced,
     calibration_inputs,
-    even,
     held_out,
     outputs_of,
     stream_batches,
@@ -275,7 +275,7 @@ def _prepare(
         if calibration is None and isinstance(data, Data):
             calibration = data.train.first(CALIBRATION_IMAGES)
         given = (x for x, _ in batches) if calibration is None else calibration_inputs(calibration, model)
-        inputs = even(list(given))
+        inputs = list(balanced(given))
         outputs_of(model, inputs[0])
         fingerprint["calibration"] = samples([(x, None) for x in inputs])
     if fit != "weight":

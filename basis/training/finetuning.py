@@ -15,7 +15,6 @@ from torch import nn
 from basis.batches import Batch, first_weight, length_of, stream_batches, with_labels
 from basis.data import Data, Images
 from basis.modules import evaluating, is_channels_last
-from basis.saving import columns
 from basis.training.distillation import teacher_logits
 from basis.training.epochs import Training
 from basis.training.loop import augmented_batches, make_step
@@ -56,9 +55,7 @@ class FineTuning:
         taught = "" if self.distillation is None else f", {self.distillation:g} of the loss from a teacher"
         head = f"fine-tuned for {epochs} epoch{'s' * (epochs > 1)}: {self.steps:,} steps, {self.images:,} images, "
         head += f"{self.seconds:.1f} s, {of.precision}, lr {of.lr:g}{taught}"
-        names = [name for name in self.curves[0] if name != "lr"]
-        rows = [[name.replace("_", " ") for name in names]] + [[f"{row[n]:.4g}" for n in names] for row in self.curves]
-        return "\n".join([head, *columns([tuple(row) for row in rows])])
+        return f"{head}, train loss {self.curves[-1]['train_loss']:.4g} in the last epoch"
 
 
 def finetune(
@@ -108,7 +105,7 @@ def finetune(
         batches=lambda: _fitting(source(), networks, partial(autocast_in, device, precision)),
         prepare=lambda step: run.set_rates([rate(lr, step, epochs * steps)]),
         validate=lambda: {"lr": run.optimizer.param_groups[0]["lr"]},
-        generator=generator if isinstance(generator, torch.Generator) else None, check_every=20,
+        generator=generator if isinstance(generator, torch.Generator) else None,
     )  # fmt: skip
     with on_device(device), evaluating(model), as_training_error():
         training.loop(checkpoint, should_stop, progress, title="fine-tune")

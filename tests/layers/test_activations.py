@@ -227,7 +227,7 @@ def test_the_search_scores_what_substitution_builds(net, measure):
     if measure == "oneshot":
         small = substitute(net, {"pair": 8}, calibration=calibration)
         own = next(c for c in table.cells if (c.layer, c.basis_channels) == ("pair", 8))
-        assert own.value == pytest.approx(evaluate(small, data)["loss"] - table.baseline["loss"], abs=1e-5)
+        assert own.value == pytest.approx(evaluate(small, data).loss - table.baseline["loss"], abs=1e-5)
 
 
 def test_taylor_is_exact_where_the_loss_is_linear_in_the_outputs():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from basis.text import few
 
 Batch = tuple[Tensor, Tensor]
 Batches = Iterable[Any] | Images | Data
-Loss = Callable[[Any, Tensor], Tensor]
 BATCH = 250  # images in a batch, where the data come as one piece
 
 
@@ -23,14 +22,6 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each sample in nats, (N,): logits (N, classes, ...) and labels, or class probabilities."""
     losses = F.cross_entropy(outputs.float(), targets, reduction="none")
     return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
-
-
-def sample_losses(loss: Loss, outputs: Any, targets: Tensor) -> tuple[Tensor, bool]:
-    """The loss of each sample, (N,), and whether ``loss`` tells them apart; else each is the batch's mean."""
-    values = loss(outputs, targets)
-    if not isinstance(values, Tensor) or tuple(values.shape) not in ((), (len(targets),)):
-        raise ValueError(f"the loss returned {described(values)}, but must return one value a sample, or their mean")
-    return (values, True) if values.dim() else (values.expand(len(targets)), False)
 
 
 def held_out(data: Data) -> Images:
@@ -130,14 +121,14 @@ def logits_of(outputs: Any) -> Tensor:
 def with_labels(batches: list[Batch], outputs: Any) -> list[Batch]:
     """The batches with targets as cross-entropy takes them, or a ``ValueError`` that says what does not fit."""
     if not isinstance(outputs, Tensor) or outputs.dim() < 2 or not outputs.is_floating_point():
-        raise ValueError(f"the model returns {described(outputs)}, not logits (N, classes); give a loss of your own")
+        raise ValueError(f"the model returns {described(outputs)}, but it must return logits (N, classes)")
     classes, rest, result = outputs.shape[1], tuple(outputs.shape[2:]), []
     for x, y in batches:
         probabilities = y.is_floating_point()
         if tuple(y.shape) != ((len(x), classes, *rest) if probabilities else (len(x), *rest)):
             raise ValueError(
                 f"the labels are {y.dtype} of shape {tuple(y.shape)}, but to logits of shape {tuple(outputs.shape)} "
-                f"belong whole numbers of shape {('N', *rest)}; give a loss of your own for anything else"
+                f"belong whole numbers of shape {('N', *rest)}, or probabilities"
             )
         if not probabilities and (y.min() < 0 or y.max() >= classes):
             raise ValueError(
@@ -147,8 +138,13 @@ def with_labels(batches: list[Batch], outputs: Any) -> list[Batch]:
     return result
 
 
-def even(inputs: list[Tensor]) -> list[Tensor]:
-    """The same inputs in as many batches of (nearly) equal size; where their shapes differ they stay as they are."""
-    if len({len(x) for x in inputs}) == 1 or len({x.shape[1:] for x in inputs}) > 1:
-        return inputs
-    return list(torch.cat(inputs).tensor_split(len(inputs)))
+def balanced(inputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same inputs; a last batch that is smaller than that before it shares both evenly."""
+    last: list[Tensor] = []
+    for x in inputs:
+        if len(last) == 2:
+            yield last.pop(0)
+        last.append(x)
+    if len(last) == 2 and len(last[1]) < len(last[0]) and last[0].shape[1:] == last[1].shape[1:]:
+        last = list(torch.cat(last).tensor_split(2))
+    yield from last

@@ -25,7 +25,7 @@ from basis.bench.parts import bench_parts
 from basis.bench.report import BenchReport, check_place
 from basis.bench.roofline import measure_machine, with_machine
 from basis.bench.timing import PASSES, Setting
-from basis.bench.tuning import bench_latency, tune
+from basis.bench.tuning import bench_latency
 from basis.compression.compress import Settings, compress
 from basis.data import DataError, load_cifar10
 from basis.environment import repository_root, results_folder
@@ -44,7 +44,6 @@ from basis.inference import bench_inference
 from basis.layers.conv import MODES
 from basis.models import build
 from basis.saving import RecordError, replacing
-from basis.substitution import substitute
 from basis.training.loop import DTYPES, TrainingError
 
 
@@ -247,28 +246,17 @@ def time_layers(*, model: str = "resnet18", width: int | None = None, **options:
     return bench_latency(build(model, width=width), name=f"{model}-w{width}" if width else model, **options)
 
 
-def time_modes(*, model: str = "resnet18", width: int | None = None, ratio: float = 0.5, **options: Any) -> BenchReport:
-    """Measure every basis layer of a network in every mode, and with its batch normalisation through the basis."""
-    name = "-".join([model, *([f"w{width}"] if width else []), f"r{ratio:g}"])
-    return tune(substitute(build(model, width=width), ratio=ratio, init="random"), name=name, **options)
-
-
 def time_structured(*, profile: str, candidates: Sequence[str] = (), **options: Any) -> BenchReport:
     """Measure structured layers, those of chapter 9 unless given, against dense ones."""
     found = candidates or [text for text, width in bench_variants(profile) if width is None]
     return bench_layers("structured", candidates=found, **options)
 
 
-def time_structured_steps(
-    *, profile: str, model: str = "wrn-10-1", layers: Sequence[str] = (), **options: Any
-) -> BenchReport:
-    """Measure training steps of networks of structured layers, those of chapter 9 unless given."""
-    parts = [text.partition("@") for text in layers]
-    if wrong := [text for text, at, width in parts if at and not width.isdecimal()]:
-        raise ValueError(f"the layer is {wrong[0]!r}, but after @ stands the width of the stem, as in shuffle:1@8")
-    pairs = [(text, int(width) if at else None) for text, at, width in parts] or bench_variants(profile, model)
+def time_structured_steps(*, profile: str, model: str = "wrn-10-1", **options: Any) -> BenchReport:
+    """Measure training steps of networks of the structured layers of chapter 9."""
+    pairs = bench_variants(profile, model)
     if not pairs:
-        raise ValueError(f"chapter 9 has no {model} in the profile {profile}; give --layers")
+        raise ValueError(f"chapter 9 has no {model} in the profile {profile}")
     return bench_structured_training(layers=pairs, include=BLOCKS, model=model, **options)
 
 
@@ -278,12 +266,11 @@ BENCHES: Mapping[str, tuple[Callable[..., BenchReport], str, str]] = {
     "block": (partial(bench_layers, "block"), "with normalisation and ReLU", "shapes ratios passes candidates"),
     "rivals": (partial(bench_layers, "rivals"), "what one would take instead", "shapes ratios passes candidates"),
     "structured": (time_structured, "other structured layers", "shapes passes candidates profile"),
-    "latency": (time_layers, "every layer of a network", "model width input_size ratios multiple passes"),
+    "latency": (time_layers, "every layer of a network", "model width ratios passes"),
     "train": (
         bench_training, "whole training steps", "model width ratios modes coefficients trained norms steps",
     ),
-    "structured-train": (time_structured_steps, "networks of structured layers", "layers profile model width"),
-    "modes": (time_modes, "every basis layer of a network, in every mode", "model width ratio"),
+    "structured-train": (time_structured_steps, "networks of structured layers", "profile model width"),
     "inference": (bench_inference, "whole networks, folded", "model width ratios"),
     "parts": (bench_parts, "where the time of a training step goes", "model width ratios"),
     "switch": (bench_switch, "a training that switches on its way (chapter 12)", ""),
@@ -296,16 +283,12 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "passes": {"nargs": "+", "choices": PASSES},
     "norms": {"nargs": "+", "choices": NORMS, "help": "batch normalisation"},
     "candidates": {"nargs": "+", "metavar": "NAME", "help": "a mode, a baseline, or a layer such as tucker:0.41"},
-    "layers": {"nargs": "+", "metavar": "LAYER", "help": "such as tucker:0.41, or shuffle:1@8 with a stem of width 8"},
-    "profile": {"default": "cpu", "choices": PROFILES, "help": "whose layers of chapter 9, unless some are given"},
+    "profile": {"default": "cpu", "choices": PROFILES, "help": "whose layers of chapter 9"},
     "model": {"help": "a network of basis.models"},
     "width": {"type": int, "help": "its width (default: the published one)"},
-    "input_size": {"nargs": 3, "type": int, "metavar": ("C", "H", "W")},
-    "multiple": {"type": int, "metavar": "N", "help": "what every k is a multiple of"},
     "coefficients": {"nargs": "+", "metavar": "FORM", "help": "such as low_rank:1/8"},
     "trained": {"nargs": "+", "choices": tuple(TRAINED), "help": "parts of the basis layers"},
     "steps": {"nargs": "+", "choices": STEPS, "help": "how a step is run"},
-    "ratio": {"type": float, "metavar": "R", "help": "of all its layers (default: 0.5)"},
     "shares": {"nargs": "+", "type": float, "metavar": "X", "help": "of the dense layers' time"},
     # Of the setting.
     "device": {"type": device, "metavar": "DEVICE", "help": "default: the GPU if there is one"},
@@ -365,7 +348,6 @@ def file_stem(kind: str, config: Mapping[str, Any]) -> str:
     stem = [kind, *(mark for option, (usual, mark) in MARKS.items() if config.get(option, [usual]) not in unmarked)]
     stem += [config["model"]] if "model" in config else []
     stem += [f"w{config['width']}"] if config.get("width") else []
-    stem += ["x".join(map(str, config["input_size"]))] if config.get("input_size", [3, 32, 32]) != [3, 32, 32] else []
     return "-".join(stem)
 
 

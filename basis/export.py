@@ -30,8 +30,8 @@ class Exported:
     """A file that was written and run."""
 
     path: Path
-    batches: tuple[int, ...]  # of images it was run with; none where onnxruntime is not installed
-    error: float | None  # the largest difference to the model's outputs, relative to their largest magnitude
+    # The largest difference to the model's outputs, relative to their largest magnitude; None without onnxruntime.
+    error: float | None
 
 
 def export_onnx(
@@ -126,7 +126,7 @@ def _write(
         raise RuntimeError(f"the file differs from the model by {apart:.1e}, but tolerance is {tolerance:g}")
     with replacing(target) as file:
         file.write(content)
-    return Exported(path=target, batches=sizes if run else (), error=apart if run else None)
+    return Exported(path=target, error=apart if run else None)
 
 
 def _difference(got: Tensor, wanted: Tensor) -> float:

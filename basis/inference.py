@@ -7,25 +7,22 @@ section 3.2): of a basis convolution into M = [I; A], so that B and M stay a pai
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from basis.bench.cells import Cell, measure_cells
+from basis.bench.report import BenchReport
 from basis.bench.shapes import TimedLayer, timed_layers
-from basis.bench.timing import BenchReport, Progress, Setting
-from basis.export import Exported, export_onnx, export_program, is_installed  # noqa: F401
+from basis.bench.timing import Progress, Setting
 from basis.layers.base import ConvLike
 from basis.layers.batchnorm import uncouple
 from basis.layers.conv import BasisConv2d
-from basis.layers.norm_pairs import Pairs, afterwards, norm_pairs
+from basis.layers.norm_pairs import afterwards, norm_pairs
 from basis.layers.structured import StructuredConv2d
 from basis.models import build
 from basis.modules import is_channels_last
@@ -35,19 +32,20 @@ from basis.text import few
 from basis.training.loop import DTYPES
 
 
-def fold(model: nn.Module, *, factorized: Iterable[str] = (), strict: bool = False) -> nn.Module:
+def fold(model: nn.Module, *, factorized: Iterable[str] = ()) -> nn.Module:
     """A copy of ``model`` for inference, of plain ``torch.nn`` layers, with batch normalisation folded away.
 
     Every basis convolution or structured layer becomes one dense ``nn.Conv2d``. The ``nn.BatchNorm2d`` that directly
-    follows a convolution goes into its weight and bias, computed in float64 on the CPU and rounded once. The copy is
-    in evaluation mode, takes no gradients, and keeps device, dtype, memory format and hooks.
+    follows a convolution goes into its weight and bias, computed in float64 on the CPU and rounded once. Others stay:
+    those with statistics of each batch alone, with hooks on them or their convolution, after a convolution whose
+    forward pass or weight is made by somebody else, or in a model that torch.fx cannot trace. The copy is in evaluation
+    mode, takes no gradients, and keeps device, dtype, memory format and hooks.
 
     Args:
         factorized: names of the basis convolutions that become ``nn.Sequential`` pairs of B (C_in -> k) and
-            M = [I; A] (k -> C_out, 1x1), e.g. ``measure_fold(...).faster()``.
-        strict: raise ``ValueError`` for batch normalisations that would stay, with the reasons.
+            M = [I; A] (k -> C_out, 1x1), such as :func:`measure_fold` finds.
 
-    Raises ``ValueError`` also for a name in ``factorized`` that is no basis convolution, and on the meta device.
+    Raises ``ValueError`` for a name in ``factorized`` that is no basis convolution, and on the meta device.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model is on the meta device and has no values to fold; load its values first")
@@ -57,10 +55,7 @@ def fold(model: nn.Module, *, factorized: Iterable[str] = (), strict: bool = Fal
     if unknown := [name for name in names if name not in bases]:
         raise ValueError(f"factorized has {unknown[0]!r}, but it must name basis convolutions ({few(bases) or 'none'})")
     pairs = {bases[name] for name in names}
-    norms, left = _folding(folded)
-    if strict and left:
-        reasons = few((f"{name} ({why})" for name, why in left.items()), "; ")
-        raise ValueError(f"not every batch normalisation can be folded: {reasons}")
+    norms = _foldable(folded)
     new: dict[nn.Module, nn.Module] = {}
     for name, layer in folded.named_modules():
         if isinstance(layer, ConvLike) or name in norms:
@@ -75,47 +70,23 @@ def fold(model: nn.Module, *, factorized: Iterable[str] = (), strict: bool = Fal
     return replace_modules(folded, new).eval().requires_grad_(False)
 
 
-def norms_left(model: nn.Module) -> dict[str, str]:
-    """The batch normalisations that :func:`fold` leaves in ``model``: their names, each with the reason."""
-    return _folding(uncouple(model).eval())[1]
-
-
-def _folding(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
-    """Convolution -> the batch normalisation to fold into it, and every other batch normalisation -> why not."""
-    own = {part for layer in model.modules() if isinstance(layer, ConvLike) for part in layer.modules()}
-    left = {
-        name: "it does not directly follow a convolution, or not that alone"
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module not in own
-    }
+def _foldable(model: nn.Module) -> dict[str, str]:
+    """Convolution -> the batch normalisation to fold into it."""
     try:
-        found = norm_pairs(model) if left else Pairs({}, {})
-    except ValueError as error:
-        return {}, dict.fromkeys(left, str(error))
-    left |= {name: why for name, why in found.hidden.items() if name in left}
-    norms = {}
-    for conv, norm in found.norms.items():
-        if why := _obstacle(model.get_submodule(conv), model.get_submodule(norm)):
-            left[norm] = why
-        else:
-            norms[conv] = norm
-            del left[norm]
-    return norms, left
+        found = norm_pairs(model).norms
+    except ValueError:  # it cannot be traced
+        return {}
+    return {conv: norm for conv, norm in found.items() if _fit(model.get_submodule(conv), model.get_submodule(norm))}
 
 
-def _obstacle(conv: Any, norm: Any) -> str | None:
-    """Why ``norm`` cannot be folded into ``conv``; None where it can."""
+def _fit(conv: Any, norm: Any) -> bool:
+    """Whether ``norm`` can be folded into ``conv``."""
     if norm.running_mean is None or norm.running_var is None:
-        return "it normalises by the statistics of each batch (track_running_stats=False)"
-    if conv._forward_hooks or norm._forward_hooks or norm._forward_pre_hooks:
-        return "it or its convolution has forward hooks, which would see other values"
-    if isinstance(conv, ConvLike):
-        return None
-    if type(conv) is not nn.Conv2d or {"forward", "_conv_forward"} & set(vars(conv)):
-        return f"its convolution is a {type(conv).__name__}, which may compute something of its own"
-    if set(conv._parameters) != {"weight", "bias"}:
-        return "its convolution is parametrized: the weight is made from other parameters"
-    return None
+        return False
+    if conv._forward_hooks or norm._forward_hooks or norm._forward_pre_hooks:  # which would see other values
+        return False
+    plain = type(conv) is nn.Conv2d and not {"forward", "_conv_forward"} & set(vars(conv))
+    return isinstance(conv, ConvLike) or (plain and set(conv._parameters) == {"weight", "bias"})
 
 
 @torch.no_grad()
@@ -151,27 +122,15 @@ def _conv(like: Tensor, weight: Tensor, bias: Tensor | None, groups: int, **opti
 # -- which form is faster ---------------------------------------------------------------------------
 
 
-class FoldReport(BenchReport):
-    """What :func:`measure_fold` found: of every layer its pair, and its dense form again ("control"), against dense."""
-
-    def faster(self) -> tuple[str, ...]:
-        """The layers whose pair is faster (lower quartile of dense / pair above 1), for :func:`fold`."""
-        if self.kind != "bench-fold":
-            raise ValueError(f"this is a report of kind {self.kind!r}, but it must be one that measure_fold made")
-        pairs = [row for row in self.rows if row["mode"] == "pair"]
-        return tuple(row["layer"] for row in pairs if (row.get("speedup_q1") or 0) > 1)
-
-
 def measure_fold(
-    model: nn.Module, *, input_size: Sequence[int] = (3, 32, 32), setting: Setting | None = None,
-    progress: Progress | None = None,
-) -> FoldReport:  # fmt: skip
-    """Measure the forward pass of every basis convolution as :func:`fold` makes it: dense, and as a pair, by turns.
+    model: nn.Module, *, input_size: Sequence[int] = (3, 32, 32), setting: Setting | None = None
+) -> tuple[str, ...]:
+    """The basis convolutions whose forward pass is faster as a pair than dense, for :func:`fold`, by turns.
 
-    Each layer alone, on inputs of the sizes that it gets for images of ``input_size``, (C, H, W). Of layers with equal
-    shapes the first is measured, which the others name in ``same_as``. Weights are in the setting's precision. Raises
-    ``ValueError`` for a model without a basis convolution that is called, on the meta device, or that cannot be run on
-    such images.
+    Faster is a lower quartile of dense / pair above 1. Each layer alone, on inputs of the sizes that it gets for images
+    of ``input_size``, (C, H, W), and of layers with equal shapes the first. Weights are in the setting's precision.
+    Raises ``ValueError`` for a model without a basis convolution that is called, on the meta device, or that cannot be
+    run on such images.
     """
     source = uncouple(model).eval()
     layers = {name: module for name, module in source.named_modules() if isinstance(module, BasisConv2d)}
@@ -181,19 +140,17 @@ def measure_fold(
     for name, called in timed_layers(source, input_size, layers).items():
         dense, pair = (form.get_submodule(name) for form in forms)
         timed = TimedLayer.of(dense, called.inputs, input_gradient=False)
-        k, width = layers[name].basis_channels, layers[name].out_channels
         cells.append(
             Cell(
-                about={"layer": name, "shape": str(timed), "pass": "forward"}, inputs=timed.inputs,
+                about={"layer": name, "pass": "forward"}, inputs=timed.inputs,
                 candidates={"dense": partial(copy.deepcopy, dense), "pair": partial(copy.deepcopy, pair)},
-                rows={name: {"ratio": n / width, "basis_channels": n} for name, n in (("control", width), ("pair", k))},
-                key=(timed, k, layers[name].coefficients.groups),
+                key=(timed, layers[name].basis_channels, layers[name].coefficients.groups),
             )
         )  # fmt: skip
     if not cells:
         raise ValueError("the model has no basis convolution that is called, so there is nothing to measure")
-    options = {"model": type(model).__name__, "input_size": list(input_size)}
-    return FoldReport(**vars(setting.report("bench-fold", measure_cells(cells, setting, progress), **options)))
+    rows = [row for row in measure_cells(cells, setting) if row["mode"] == "pair"]
+    return tuple(row["layer"] for row in rows if row.get("speedup_q1", 0) > 1)
 
 
 def deployed(model: nn.Module, setting: Setting, pairs: Iterable[str] = ()) -> nn.Module:
@@ -203,17 +160,16 @@ def deployed(model: nn.Module, setting: Setting, pairs: Iterable[str] = ()) -> n
 
 def bench_inference(
     *, model: str = "resnet18", width: int | None = None, ratios: Sequence[float] = (1 / 4, 1 / 2),
-    plans: Mapping[float, Plan] | None = None, exported: bool = False,
+    plans: Mapping[float, Plan] | None = None,
     setting: Setting | None = None, progress: Progress | None = None,
 ) -> BenchReport:  # fmt: skip
     """Measure the forward pass, in evaluation mode, of a network of :func:`basis.models.build` and its folded forms.
 
     Modes, on random images 3x32x32: "dense folded"; "auto", substituted at a ratio; "folded", that one as dense
-    convolutions; "folded, pairs", with the pairs that :func:`measure_fold` finds faster (``pairs`` of ``layers``);
-    "program", if ``exported``: that one written by ``torch.export`` and loaded again. Folded ones hold their weights
-    in the precision, "auto" and the dense one get there by autocast. All are compared with the dense network; where
-    steps are captured, with "dense folded", and the dense network is a candidate, "dense plain". Rows have
-    ``batch_size``.
+    convolutions; "folded, pairs", with the pairs that :func:`measure_fold` finds faster (``pairs`` of ``layers``).
+    Folded ones hold their weights in the precision, "auto" and the dense one get there by autocast. All are compared
+    with the dense network; where steps are captured, with "dense folded", and the dense network is a candidate,
+    "dense plain". Rows have ``batch_size``.
 
     Args:
         plans: the share of a budget -> plan, measured after the ``ratios``; rows have ``share`` then.
@@ -222,22 +178,21 @@ def bench_inference(
     with setting.globals():
         dense = build(model, width=width).eval()
     setting = setting.settled(dense)
+    captures = setting.captures
 
     def cell(about: Mapping[str, float]) -> Cell:
         size: dict[str, Any] = {"plan": plans[about["share"]]} if plans and "share" in about else dict(about)
         with setting.globals():
             basis = setting.place(substitute(dense, **size, init="random").eval())
         layers = plan_of(basis).layers
-        pairs = measure_fold(basis, setting=setting).faster() if layers else ()
+        pairs = measure_fold(basis, setting=setting) if layers else ()
         plain, folded = partial(copy.deepcopy, dense), partial(deployed, dense, setting)
-        best = partial(deployed, basis, setting, pairs)
-        graphed = setting.new_capture() is not None
         return Cell(
             about={"model": model, "pass": "forward", "batch_size": setting.batch_size, **about},
             candidates={
-                **({"dense": folded, "dense plain": plain} if graphed else {"dense": plain, "dense folded": folded}),
+                **({"dense": folded, "dense plain": plain} if captures else {"dense": plain, "dense folded": folded}),
                 "auto": partial(copy.deepcopy, basis), "folded": partial(deployed, basis, setting),
-                "folded, pairs": best, **({"program": lambda: _loaded(best(), setting)} if exported else {}),
+                "folded, pairs": partial(deployed, basis, setting, pairs),
             },
             rows={"folded, pairs": {"pairs": len(pairs), "layers": len(layers)}}, rotated=False,
         )  # fmt: skip
@@ -246,11 +201,3 @@ def bench_inference(
     rows = measure_cells(map(cell, sizes), setting, progress)
     options = {"model": model, "width": width, "ratios": list(ratios), "shares": list(plans or ())}
     return setting.report("bench-inference", rows, **options)
-
-
-def _loaded(model: nn.Module, setting: Setting) -> nn.Module:
-    """``model`` written as a program for such batches, and loaded."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "network.pt2"
-        export_program(setting.place(model), path, (3, 32, 32), batch=setting.batch_size, tolerance=0.05)
-        return torch.export.load(path).module()

@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from basis.layers.coefficients import Form
 from basis.plan import Plan, Size, plan_of
 from basis.saving import replacing
 from basis.substitution import substitute
@@ -25,24 +24,21 @@ PLAN_FILE, STATE_FILE = "plan.json", "model.safetensors"
 def save(model: nn.Module, folder: str | os.PathLike) -> None:
     """Write ``model`` to ``folder``: ``model.safetensors`` (its state) and ``plan.json``; no pickle, and no modes.
 
+    A tensor of several names is written once for each.
+
     Raises ``ValueError`` for a state with entries that are not tensors with values.
     """
     tensors: dict[str, Tensor] = {}
-    alias: dict[str, str] = {}
-    first: dict[int, str] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor) or is_lazy(value) or value.is_meta:
             raise ValueError(f"the state's entry {name!r} is not a tensor with values and cannot be saved")
-        if first.setdefault(id(value), name) != name:
-            alias[name] = first[id(value)]
-        else:
-            tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     folder, plan = Path(folder), plan_of(model)
     names = [name for name, size in plan.layers.items() if not isinstance(size, str)]
-    forms = {name: str(_layer(model, name).coefficients.form) for name in names}
-    about = {"alias": json.dumps(alias), "coefficients": json.dumps(forms)}
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+    forms = {name: str(layer.coefficients.form) for name, layer in layers.items()}
     with replacing(folder / STATE_FILE) as file:
-        file.write(safetensors.torch.save(tensors, about))
+        file.write(safetensors.torch.save(tensors, {"coefficients": json.dumps(forms)}))
     plan.save(folder / PLAN_FILE)
 
 
@@ -50,29 +46,21 @@ def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     """The model that :func:`save` wrote to ``folder``, on the architecture of the dense ``model``.
 
     The weights of ``model`` are not used and it is left alone; device, dtype, flags, hooks and sharing are its own,
-    but for coefficients, which are held and shared as in the saved model.
+    but for coefficients, which are held as in the saved model, and shared by layers of equal shape where it shared any.
     Raises ``FileNotFoundError``, and ``ValueError`` for a damaged file, or a plan or state that does not fit ``model``.
     """
     folder = Path(folder)
     plan = Plan.load(folder / PLAN_FILE)
-    state, alias, forms = _read_state(folder / STATE_FILE)
+    state, forms = _read_state(folder / STATE_FILE)
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("model is on the meta device; give it storage first: model.to_empty(device='cpu')")
     loaded = model
     with torch.random.fork_rng(devices=[]):  # the random start is overwritten: leave no trace of it
-        # Which layers share coefficients is told by the names of the tensors, so here each gets its own.
         parts: dict[str, dict[str, Size]] = {"dense": {}}
         for name, size in plan.layers.items():
-            kind = forms.get(name, "dense")
-            parts.setdefault("dense" if kind == "shared" else kind, {})[name] = size
+            parts.setdefault(forms.get(name, "dense"), {})[name] = size
         for form, part in parts.items():
             loaded = substitute(loaded, part, init="random", coefficients=form)
-    for name in (name for name, kind in forms.items() if kind == "shared"):
-        _layer(loaded, name).coefficients.form = Form("shared")
-    for name, other in alias.items():
-        if ".coefficients." in name:
-            owner, source = (entry.rpartition(".coefficients.")[0] for entry in (name, other))
-            _layer(loaded, owner).coefficients = _layer(loaded, source).coefficients
     put_state(loaded, state, folder / STATE_FILE)
     return loaded
 
@@ -91,19 +79,14 @@ def put_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None
         raise ValueError(f"{path} does not fit this {type(model).__name__}: {error}") from error
 
 
-def _layer(model: nn.Module, name: str) -> Any:
-    return model.get_submodule(name)
-
-
-def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
-    """The tensors by name, the names that are others' too, and the layers' forms of coefficients."""
+def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors by name, and the layers' forms of coefficients."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no saved state at {path}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             about = file.metadata() or {}
-        alias, forms = (json.loads(about.get(key, "{}")) for key in ("alias", "coefficients"))
-        return state | {name: state[other] for name, other in alias.items()}, alias, forms
+        return state, json.loads(about.get("coefficients", "{}"))
     except (SafetensorError, ValueError, KeyError, AttributeError, OSError) as error:
         raise ValueError(f"{path} is damaged or no state that save() wrote: {error}") from error

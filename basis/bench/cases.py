@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from basis.bench.cells import Cell, measure_cells, with_pytorchs_norms
 from basis.bench.report import BenchReport
-from basis.bench.roofline import kernels
 from basis.bench.shapes import RATIOS, RESNET18_SHAPES, WRN_SHAPES, Shape
-from basis.bench.timing import PASSES, Pass, Progress, Setting, check_known
+from basis.bench.timing import PASSES, Pass, Progress, Setting
 from basis.costs import count_parameters
 from basis.decompositions import tensorly_conv
 from basis.layers.batchnorm import activate
-from basis.layers.conv import MODES, BasisConv2d, basis_channels_for, derives_apart
+from basis.layers.conv import MODES, BasisConv2d, basis_channels_for
 from basis.layers.structured import LAYERS, Structure
 from basis.substitution import substitute
 
@@ -118,29 +117,23 @@ def bench_layers(
 ) -> BenchReport:  # fmt: skip
     """Measure layers or blocks against the one with ``nn.Conv2d``; a cell is a shape, a pass and a ratio.
 
-    "forward" is inference; "forward+backward" takes the gradients of the input and of all parameters. Rows of kind
-    "layer" have ``mac_ratio``, what the multiplications alone would give. ``versus_basis`` is basis / candidate within
-    a round, and "through_basis" against mode auto. ``left_out`` in the options names what is not installed.
+    "forward" is inference; "forward+backward" takes the gradients of the input and of all parameters.
+    ``versus_basis`` is basis / candidate within a round, and "through_basis" against mode auto. ``left_out`` in the
+    options names what is not installed.
 
     Args:
         kind: of :data:`CASES`, which gives what else is not given.
         shapes: 3x3 convolutions, see :class:`Shape`.
         candidates: see :func:`layer_of` and :func:`block_of`. One that cannot be made in a shape or run has ``error``.
 
-    Raises ``ValueError`` for a kind, shape, ratio, pass, candidate or setting that makes no sense.
+    Raises ``ValueError`` for a shape, ratio, layer or setting that makes no sense.
     """
-    check_known("kind", [kind], CASES)
     case = CASES[kind]
     passes, given = passes or case.passes, case.candidates if candidates is None else candidates
-    check_known("pass", passes, PASSES)
-    if kind == "block":
-        check_known("candidate", given, (*case.candidates, "ordinary"))
     for name in given if kind != "block" else ():
         if name not in (*MODES, "basis", *BASELINES):
             Structure.parse(name)  # refuses what is no candidate
     parsed = [Shape.parse(text) for text in shapes or case.shapes]
-    for ratio in ratios:
-        basis_channels_for(ratio, 1)  # refuses a ratio that makes no sense
     with torch.device("meta"):
         setting = (setting or Setting()).settled(nn.ModuleList([shape.conv() for shape in parsed]))
     installed = all(map(util.find_spec, ("tltorch", "tensorly")))  # the one does not ask for the other
@@ -149,8 +142,6 @@ def bench_layers(
     each_ratio = ratios if kind != "structured" else (1.0,)
     cells = [_cell(kind, names, *place) for place in itertools.product(parsed, passes, each_ratio)]
     rows = measure_cells(cells, setting, progress)
-    if kind == "layer":
-        rows = [row | _mac_ratio(row, setting) for row in rows]
     options = {"shapes": [str(s) for s in parsed], "ratios": list(ratios), "passes": list(passes)}
     return setting.report(f"bench-{kind}", rows, **options, candidates=list(given), left_out=left_out)
 
@@ -166,12 +157,3 @@ def _cell(kind: Kind, names: Sequence[str], shape: Shape, one: Pass, ratio: floa
     versus = {"through_basis": "auto", **{name: "basis" for name in names if name != "basis" and "basis" in names}}
     inputs = ((shape.in_channels, shape.size, shape.size),)
     return Cell(about=about, candidates=makes, rows=rows, inputs=inputs, versus=versus)
-
-
-def _mac_ratio(row: Mapping[str, Any], setting: Setting) -> dict[str, float]:
-    shape, k, mode = Shape.parse(row["shape"]), row["basis_channels"], row["resolved"]
-    if mode == "factorized" and derives_apart(setting.where, out_channels=shape.out_channels, basis_channels=k):
-        mode = "cat"
-    options: dict[str, Any] = {"batch_size": setting.batch_size, "passes": row["pass"]}
-    dense, macs = (sum(part.macs for part in kernels(shape, k, one, **options)) for one in ("dense", mode))
-    return {"mac_ratio": dense / macs}

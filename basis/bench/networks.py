@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from basis.bench.cells import Cell, Row, measure_cells, with_pytorchs_norms
 from basis.bench.report import BenchReport
 from basis.bench.shapes import RATIOS
-from basis.bench.timing import PeakCapture, Progress, Setting, Step, check_known
+from basis.bench.timing import PeakCapture, Progress, Setting, Step
 from basis.bench.tuning import tune, use_modes
 from basis.costs import count_parameters, count_trained
 from basis.layers.batchnorm import couple_in_place
-from basis.layers.conv import MODES, BasisConv2d, Mode, basis_channels_for
-from basis.layers.structured import Structure
+from basis.layers.conv import BasisConv2d, Mode
 from basis.models import build
-from basis.substitution import Plan, plan_of, substitute
+from basis.substitution import Plan, substitute
 from basis.training.loop import Recipe, make_step
 from basis.training.skipping import Parts, Trained
 from basis.training.stepping import Step as Stepping
@@ -52,18 +51,17 @@ class TrainingCell(Cell):
     """
 
     def measure(self, modules: Mapping[str, nn.Module], setting: Setting) -> dict[str, Row]:
-        """Rows have ``parameter_ratio`` (dense / candidate), ``images_per_second``, ``means`` (what the kind of step
-        came to on this device), ``trained_numbers``, and the numbers of layers ``substituted``, ``coupled`` (with
-        batch normalisation through the basis) and otherwise ``factorized``. The peak of a CUDA graph is that of its
-        capture.
+        """Rows have ``means`` (what the kind of step came to on this device), ``trained_numbers``, and the numbers of
+        layers ``coupled`` (with batch normalisation through the basis) and otherwise ``factorized``. The peak of a CUDA
+        graph is that of its capture.
         """
         kinds: dict[str, Stepping] = {name: self.rows.get(name, {}).get("step", "eager") for name in modules}
         x = setting.place(torch.randn(setting.batch_size, 3, 32, 32))
         labels = torch.randint(10, (setting.batch_size,), device=x.device)
         captures = {
-            name: PeakCapture(setting.where, capture)
+            name: PeakCapture(setting.where, setting.new_capture())
             for name, kind in kinds.items()
-            if means_for(kind, setting.where).graphed and (capture := setting.new_capture())
+            if means_for(kind, setting.where).graphed and setting.captures
         }
         trainers = {name: _trainer(net, setting, kinds[name], captures.get(name)) for name, net in modules.items()}
         references = {name: other for name, kind in kinds.items() if (other := f"dense {kind}") in kinds}
@@ -83,12 +81,11 @@ class TrainingCell(Cell):
                 row = {"error": f"its step is {means}, that of the dense network {others}"}
             versus = {f"versus_compiled{key[12:]}": row.pop(key) for key in list(row) if key.startswith("versus_basis")}
             if "ms" in row:
-                row |= {"images_per_second": setting.batch_size / row["ms"] * 1000, **(versus if known else {})}
+                row |= versus if known else {}
                 row |= {"timed": "graph"} if "timed" in row and means.graphed else {}
                 for key, side in (("peak_mib", name), ("dense_peak_mib", other)):
                     row |= {key: captures[side].peak / 2**20} if trainers[side].means.graphed else {}
-            ratio = count_parameters(modules["dense"]) / count_parameters(modules[name])
-            measured[name] = {**row, "means": str(means), "parameter_ratio": ratio, **_counts(modules[name])}
+            measured[name] = {**row, "means": str(means), **_counts(modules[name])}
         return measured
 
 
@@ -116,18 +113,13 @@ def bench_training(
         dense_steps: further kinds of step of the dense network. With a compiled one among them rows also have
             ``versus_compiled``: that dense network / candidate within a round.
 
-    Raises ``ValueError`` for an unknown model, or a ratio, plan, mode, form, part, norm, step or setting that makes no
-    sense.
+    Raises ``ValueError`` for an unknown model, or a ratio, plan, form or setting that makes no sense.
     """
-    check_known("mode", modes, MODES)
-    check_known("trained", trained, TRAINED)
     setting = setting or Setting()
     norms = norms or (("fused",) if setting.where.type == "cuda" else ("ordinary",))
-    check_known("norms", norms, NORMS)
     usual: Norms = "fused" if "fused" in norms or setting.where.type == "cuda" else "ordinary"
-    check_known("step", [*steps, *dense_steps], STEPS)
     what = "ratio" if plans is None else "share"
-    sizes: dict[float, dict[str, Any]] = {r: {"ratio": r} for r in ratios if basis_channels_for(r, 1)}
+    sizes: dict[float, dict[str, Any]] = {r: {"ratio": r} for r in ratios}
     if plans is not None:
         sizes = {share: {"plan": plan} for share, plan in plans.items()}
     with torch.device("meta"):
@@ -191,14 +183,11 @@ def bench_structured_training(
         layers: pairs of a text and a width of the stem; ("dense", width) is a narrower dense network.
         include: pattern of the convolutions that are substituted where they can; others stay dense.
 
-    Raises ``ValueError`` for an unknown model or kind of layer, or a pattern or setting that makes no sense.
+    Raises ``ValueError`` for an unknown model.
     """
-    pairs = [(text if text == "dense" else str(Structure.parse(text)), its_width) for text, its_width in layers]
-    pairs = [pair for pair in dict.fromkeys(pairs) if pair != ("dense", width)]
+    pairs = [pair for pair in dict.fromkeys(layers) if pair != ("dense", width)]
     with torch.device("meta"):
-        dense = build(model, width=width)
-    Plan.uniform(dense, ratio=1, include=include)  # refuses a pattern that none matches
-    setting = (setting or Setting()).settled(dense)
+        setting = (setting or Setting()).settled(build(model, width=width))
     cells = []
     for start in range(0, len(pairs), TOGETHER):
         some = {f"{text}@{its_width}": (text, its_width) for text, its_width in pairs[start : start + TOGETHER]}
@@ -228,9 +217,8 @@ def _structured(model: str, text: str, width: int | None, include: str) -> nn.Mo
 def _counts(network: nn.Module) -> dict[str, int]:
     ways = [(m.mixed_later, m.resolved_mode) for m in network.modules() if isinstance(m, BasisConv2d)]
     coupled, factorized = sum(later for later, _ in ways), ways.count((False, "factorized"))
-    substituted = len(plan_of(network).layers)
     numbers = {"parameters": count_parameters(network), "trained_numbers": count_trained(network)}
-    return numbers | {"coupled": coupled, "factorized": factorized, "substituted": substituted}
+    return numbers | {"coupled": coupled, "factorized": factorized}
 
 
 def _trainer(network: nn.Module, setting: Setting, step: Any, capture: Any) -> TrainingStep:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from basis.bench.report import BenchReport
 from basis.bench.shapes import Shape
-from basis.bench.timing import PASSES, Pass, Setting, check_known, time_on_cpu, time_on_gpu
+from basis.bench.timing import Pass, Setting, time_on_cpu, time_on_gpu
 from basis.training.loop import DTYPES, choose_precision
 
 ROOFLINE_MODES = ("dense", "factorized", "cat", "composed")
@@ -99,12 +99,6 @@ def with_machine(report: BenchReport, machine: Machine) -> BenchReport:
     return replace(report, config={**report.config, "machine": asdict(machine)})
 
 
-def machine_of(report: BenchReport) -> Machine | None:
-    """The machine that :func:`with_machine` put into a report, None where there is none."""
-    stored = report.config.get("machine")
-    return Machine(**stored) if stored else None
-
-
 def kernels(shape: Shape, k: int, mode: str, *, batch_size: int, passes: Pass) -> list[Kernel]:
     """The kernels of one step, as in chapter 10; with trainable A.
 
@@ -113,10 +107,8 @@ def kernels(shape: Shape, k: int, mode: str, *, batch_size: int, passes: Pass) -
         mode: "dense", "factorized" (M = [I; A] as one 1x1 convolution), "cat" (Z and A Z are concatenated) or
             "composed".
 
-    Raises ``ValueError`` for an unknown mode or pass, or a k outside 1 .. C_out.
+    Raises ``ValueError`` for a k outside 1 .. C_out.
     """
-    check_known("mode", [mode], ROOFLINE_MODES)
-    check_known("pass", [passes], PASSES)
     if not 1 <= k <= shape.out_channels:
         raise ValueError(f"k is {k}, but must lie between 1 and C_out = {shape.out_channels}")
     c, f, m = shape.out_channels, 9 * shape.in_channels, shape.out_channels - k

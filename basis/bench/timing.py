@@ -16,7 +16,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -218,9 +218,14 @@ class Setting:
             torch.manual_seed(self.seed)
             yield
 
-    def new_capture(self) -> Capture | None:
-        """What captures a step; None where none are captured."""
-        return self.capture or (CudaCapture(self.where) if self.where.type == "cuda" else None)
+    @property
+    def captures(self) -> bool:
+        """Whether steps are captured."""
+        return self.capture is not None or self.where.type == "cuda"
+
+    def new_capture(self) -> Capture:
+        """What captures a step."""
+        return self.capture or CudaCapture(self.where)
 
     def measure(
         self,
@@ -233,18 +238,30 @@ class Setting:
         """What was measured of each other step against the step "dense", or against the one that ``reference`` names.
 
         ``versus`` names the step of a basis layer that a step is compared with as well. A step of ``may_fail``
-        that raises an error, or cannot be captured where the others can, has ``error`` in place of all else. Where
-        any other cannot be captured all are timed eagerly, so that like is compared with like.
+        that raises an error, or is a layer's and cannot be captured, has ``error`` in place of all else.
         """
         reference, versus = reference or {}, versus or {}
         timer = self.timer or (time_on_gpu if self.where.type == "cuda" else time_on_cpu)
         errors = {name: error for name, step in steps.items() if name in may_fail and (error := _error_of(step))}
-        graphs, peaks, failed = self._graphs({name: step for name, step in steps.items() if name not in errors})
-        reason = next((f"{name}: {why}" for name, why in failed.items() if name not in may_fail), None)
-        if reason:
-            graphs, peaks = {}, {}
-        else:
-            errors |= {name: f"could not be captured: {why}" for name, why in failed.items()}
+        graphs: dict[str, Step] = {}
+        peaks: dict[str, int] = {}
+
+        def capture(name: str, step: LayerStep) -> None:
+            # A capture of its own for each: one that fails may leave its memory unusable.
+            recorder = PeakCapture(self.where, self.new_capture())
+            with on_side_stream(self.where):
+                for _ in range(WARM_UPS):
+                    step()
+            graphs[name] = recorder(step)
+            peaks[name] = recorder.peak
+
+        for name, step in steps.items():
+            if not isinstance(step, LayerStep) or not self.captures or name in errors:
+                continue
+            if name not in may_fail:
+                capture(name, step)
+            elif error := _error_of(partial(capture, name, step)):
+                errors[name] = f"could not be captured: {error}"
         running = {name: graphs.get(name, step) for name, step in steps.items() if name not in errors}
         times = interleave(running, timer=timer, rounds=self.rounds, seconds=self.seconds, seed=self.seed)
         times = {name: [one / getattr(steps[name], "sets", 1) for one in own] for name, own in times.items()}
@@ -257,33 +274,10 @@ class Setting:
             elif name != "dense":
                 found[name] = compare(times[name], times[dense], times.get(versus.get(name, "")))
                 found[name] |= {"peak_mib": peaks[name] / 2**20, "dense_peak_mib": peaks[dense] / 2**20}
-                if self.capture or self.where.type == "cuda":
+                if self.captures:
                     found[name] |= {"timed": "graph" if name in graphs else "host-bound"}
                     found[name] |= {"sets": step.sets} if isinstance(step, LayerStep) else {}
-                found[name] |= {"reason": reason} if reason else {}
         return found
-
-    def _graphs(self, steps: Mapping[str, Step]) -> tuple[dict[str, Step], dict[str, int], dict[str, str]]:
-        """What repeats each step of a layer, its peak of memory, and why some could not be captured."""
-        graphs: dict[str, Step] = {}
-        peaks: dict[str, int] = {}
-
-        def prepare(name: str, step: LayerStep, capture: Capture) -> None:
-            recorder = PeakCapture(self.where, capture)
-            with on_side_stream(self.where):
-                for _ in range(WARM_UPS):
-                    step()
-            graphs[name] = recorder(step)
-            peaks[name] = recorder.peak
-
-        failed = {
-            name: error
-            for name, step in steps.items()
-            # A capture of its own for each: one that fails may leave its memory unusable.
-            if isinstance(step, LayerStep) and (capture := self.new_capture())
-            if (error := _error_of(partial(prepare, name, step, capture)))
-        }
-        return graphs, peaks, failed
 
     def report(self, kind: str, rows: Sequence[Mapping[str, Any]], **options: Any) -> BenchReport:
         """The rows with the options and the machine they were measured with."""
@@ -337,7 +331,7 @@ def layer_steps(
 
     calls = [make(size) for size in inputs]
     sets = 1
-    if rotated and setting.new_capture():
+    if rotated and setting.captures:
         moved = sum(x.nbytes * (1 + x.requires_grad) + (dy.nbytes if train else 0) for x, dy in calls)
         sets = min(max(LEAST_SETS, math.ceil(ROTATED_BYTES / moved)), MOST_SETS)
         calls += [make(size) for _ in range(sets - 1) for size in inputs]
@@ -364,10 +358,3 @@ def tell(progress: Progress | None, row: Mapping[str, Any]) -> None:
     else:
         spread = f"[{row['speedup_q1']:.2f}, {row['speedup_q3']:.2f}]"
         progress(f"{place}: {row['speedup']:.2f}x {spread}, {row['ms']:.3g} ms")
-
-
-def check_known(what: str, values: Iterable[str], known: Iterable[str]) -> None:
-    """Raise ``ValueError`` for a value that is not among the known ones."""
-    for value in values:
-        if value not in known:
-            raise ValueError(f"{what} is {value!r}, but must be one of {', '.join(known)}")

@@ -21,7 +21,7 @@ from basis.bench.cases import Block
 from basis.bench.cells import Cell, Make, measure_cells
 from basis.bench.report import BenchReport
 from basis.bench.shapes import RATIOS, timed_layers
-from basis.bench.timing import PASSES, Pass, Progress, Setting, check_known
+from basis.bench.timing import PASSES, Pass, Progress, Setting
 from basis.costs import cost
 from basis.layers.batchnorm import copy_of, couple, couple_in_place, couplings, uncouple, uncouple_in_place
 from basis.layers.conv import BasisConv2d, ExplicitMode, basis_channels_for
@@ -54,18 +54,13 @@ def bench_latency(
     ``network_ms``, that of the whole dense network. The latter has what the former lacks: the addition of shortcuts,
     the pooling, the linear layer, and the normalisations that follow no convolution. Neither has loss or optimiser.
 
-    Raises ``ValueError`` for a model without such a layer, or that cannot be run on such images; for a ratio, multiple,
-    pass or setting that makes no sense.
+    Raises ``ValueError`` for a model without such a layer, or that cannot be run on such images; for a ratio or setting
+    that makes no sense.
     """
-    check_known("pass", passes, PASSES)
-    if multiple < 1:
-        raise ValueError(f"multiple is {multiple}, but must be at least 1")
-    for ratio in ratios:
-        basis_channels_for(ratio, 1)  # refuses a ratio that makes no sense
     free = [layer for layer, why in plan_of(model).skipped.items() if why == "left dense"]
     free = [layer for layer in free if isinstance(model.get_submodule(layer), nn.Conv2d)]
     setting = (setting or Setting()).settled(model)
-    captures, norms = setting.new_capture() is not None, _norms(model)
+    captures, norms = setting.captures, _norms(model)
     cells = []
     for layer, timed in timed_layers(model, input_size, free).items():
         conv: Any = model.get_submodule(layer)
@@ -176,7 +171,7 @@ def fastest(table: BenchReport) -> dict[str, Way]:
     Raises ``ValueError`` for a report of another kind.
     """
     if table.kind != "bench-modes":
-        raise ValueError(f"the table is a report of kind {table.kind!r}, but it must be one of `basis bench modes`")
+        raise ValueError(f"the table is a report of kind {table.kind!r}, but it must be one that tune made")
     best: dict[str, Mapping[str, Any]] = {}
     for row in table.rows:
         if row["mode"] not in WAYS or row.get("error"):

@@ -29,7 +29,8 @@ from basis.compression.networks import build_network, load_weights, transform_fo
 from basis.compression.report import render
 from basis.costs import cost
 from basis.environment import environment
-from basis.inference import export_onnx, export_program, fold, is_installed, measure_fold
+from basis.export import export_onnx, export_program, is_installed
+from basis.inference import fold, measure_fold
 from basis.modules import tracking_norms
 from basis.saving import plain, replacing, write_json
 from basis.search.selection import UNITS, select
@@ -298,7 +299,7 @@ def measure_latency(job: Job, done: Mapping[str, Stage]) -> Stage:
     small, setting = job.small(), job.setting.settled(job.model)
     pairs = list(plan_of(small).layers)
     if pairs and "milliseconds" in job.settings.budget:
-        pairs = list(measure_fold(small, input_size=job.input_size, setting=job.setting).faster())
+        pairs = list(measure_fold(small, input_size=job.input_size, setting=job.setting))
     networks = {"dense": copy.deepcopy(job.model), "control": copy.deepcopy(job.model), "folded": fold(job.model)}
     networks["exported"] = fold(small, factorized=pairs)
     with setting.globals():

@@ -22,7 +22,7 @@ from basis.substitution import Plan, substitute
 
 def bench_budget(
     *, model: str = "resnet18", width: int | None = None, shares: Sequence[float] = (0.8, 0.6, 0.4),
-    ratios: Sequence[float] = (3 / 4, 1 / 2, 1 / 4, 1 / 8), one: Pass = "forward", chosen_for: Pass | None = None,
+    ratios: Sequence[float] = (3 / 4, 1 / 2, 1 / 4, 1 / 8), one: Pass = "forward",
     smallest: bool = False, latency: BenchReport | None = None, setting: Setting | None = None,
     progress: Progress | None = None,
 ) -> BenchReport:  # fmt: skip
@@ -37,9 +37,8 @@ def bench_budget(
 
     Args:
         one: the pass; reports of "forward+backward" are of kind "bench-plans".
-        chosen_for: the pass whose milliseconds count in the choice, the same unless given.
         smallest: in place of the shares out of reach measure the smallest one that can be met.
-        latency: of the network, in the pass that counts; measured unless given.
+        latency: of the network, in that pass; measured unless given.
 
     Raises:
         InfeasibleBudget: where no share can be reached; otherwise those out of reach stand in ``config["beyond"]``.
@@ -48,17 +47,17 @@ def bench_budget(
     for share in shares:
         if not 0 < share <= 1:
             raise ValueError(f"a share is {share}, but must be in (0, 1]")
-    setting, step = setting or Setting(), chosen_for or one
+    setting = setting or Setting()
     with setting.globals():
         dense = build(model, width=width).train(one != "forward")
     setting = setting.settled(dense)
     table = sensitivity(dense, measure="spectrum", ratios=ratios)
-    times = latency or bench_latency(dense, ratios=ratios, passes=(step,), setting=setting, progress=progress)
-    plans, beyond = _plans(table, times, shares, step, smallest=smallest)
+    times = latency or bench_latency(dense, ratios=ratios, passes=(one,), setting=setting, progress=progress)
+    plans, beyond = _plans(table, times, shares, one, smallest=smallest)
     more: dict[float, dict[str, Any]] = {}
     for share, plan in plans.items():
         small = substitute(dense, plan, init="random")
-        more[share] = {"predicted": predicted(table, plan, times, step=step)["milliseconds"]}
+        more[share] = {"predicted": predicted(table, plan, times, step=one)["milliseconds"]}
         more[share] |= {"layers": dict(plan.layers)} if one != "forward" else {}
         more[share] |= {"parameters": count_parameters(small) / count_parameters(dense)} if one == "forward" else {}
     given: Any = {"model": model, "width": width, "plans": plans, "setting": setting, "progress": progress}
@@ -67,7 +66,7 @@ def bench_budget(
         rows = [row for row in report.rows if row["mode"] not in ("auto", "folded")]
         rows = [{**row, "mode": "selected"} if row["mode"] == "folded, pairs" else row for row in rows]
     else:
-        norms: tuple[Norms, ...] = ("fused", "tuned") if setting.new_capture() else ("ordinary", "through_basis")
+        norms: tuple[Norms, ...] = ("fused", "tuned") if setting.captures else ("ordinary", "through_basis")
         tables = {share: _ways(times, plan, one) for share, plan in plans.items()}
         report = bench_training(**given, norms=norms, steps=("graphed",), tables=tables)
         rows = list(report.rows)

@@ -124,9 +124,8 @@ def compare(model: nn.Module, task: Compression, data: Data, *, seed: int = 0, p
     recalibrate(smaller, data.train.first(task.calibration))
     stages["recalibrated"] = evaluate(smaller, data.test, precision=precision)
     tuning = finetune(
-        smaller, replace(data, validation=None), epochs=task.epochs, lr=task.lr, batch_size=task.batch_size, seed=seed,
-        progress=progress,
-    )  # fmt: skip
+        smaller, data, epochs=task.epochs, lr=task.lr, batch_size=task.batch_size, seed=seed, progress=progress
+    )
     stages["tuned"] = evaluate(smaller, data.test, precision=precision)
     return {
         **about, **sizes, "stages": stages, "test": stages["tuned"], "validation": None,

@@ -30,7 +30,7 @@ from basis.data import DataError
 from basis.environment import environment
 from basis.experiments.execution import TableMissing, execute, prepare_data
 from basis.experiments.records import Record, read_record, write_record
-from basis.experiments.runs import DEVICES, Run, checkpoint_path, device_for, record_path
+from basis.experiments.runs import Run, checkpoint_path, device_for, record_path
 from basis.saving import Unwritable, unwritable
 from basis.training.loop import TrainingPaused
 
@@ -161,7 +161,7 @@ def dispatch(
 
 
 def in_processes(order: Order, jobs: int) -> Generator[Progress, None, None]:
-    """``jobs`` runs side by side on this machine, in processes that share its cores and its GPUs; 1: in this one.
+    """``jobs`` runs side by side on this machine, in processes that share its cores and its GPU; 1: in this one.
 
     The processes end with the iteration, and with this process, however that ends. Raises what :func:`attempt` does.
     """
@@ -177,9 +177,9 @@ def in_processes(order: Order, jobs: int) -> Generator[Progress, None, None]:
         finally:
             prepare_data.cache_clear()
         return
-    context, gpus = multiprocessing.get_context("spawn"), max(1, torch.cuda.device_count())
+    context = multiprocessing.get_context("spawn")
     alive, ours = context.Pipe(duplex=False)  # ends when `ours` is closed or this process dies
-    options = order.options | {"jobs": -(-jobs // (gpus if order.device is None else 1))}
+    options = order.options | {"jobs": jobs}
 
     def pool() -> ProcessPoolExecutor:  # of one, since a process that dies breaks its pool
         given = (alive, max(1, cores() // jobs))
@@ -188,13 +188,11 @@ def in_processes(order: Order, jobs: int) -> Generator[Progress, None, None]:
     pools = [pool() for _ in range(jobs)]
 
     def submit(worker: int, task: Task) -> Future[Progress | None]:
-        several = order.device is None and gpus > 1 and DEVICES.get(task.run.profile) != "cpu"
-        given = options | ({"device": f"cuda:{worker % gpus}"} if several else {})
         try:
-            return pools[worker].submit(attempt, *task, **given)
+            return pools[worker].submit(attempt, *task, **options)
         except BrokenProcessPool:
             pools[worker] = pool()
-            return pools[worker].submit(attempt, *task, **given)
+            return pools[worker].submit(attempt, *task, **options)
 
     try:
         yield from dispatch(order, submit, jobs)

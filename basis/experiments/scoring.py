@@ -2,16 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import get_args
 
 import pandas as pd
 
 from basis.experiments.runs import PROFILES, Record
 from basis.experiments.studies import STUDIES, valid_records
 from basis.experiments.studies.sensitivity import RATIOS, Truth, agreements, bootstrap, truths_of
-from basis.search.table import SensitivityTable
 
-Scores = Mapping[str, float] | Mapping[tuple[str, float], float] | pd.Series | Sequence[str] | SensitivityTable
+Scores = Mapping[str, float] | Mapping[tuple[str, float], float]
 
 
 def score(
@@ -22,8 +21,7 @@ def score(
 
     Args:
         scores: how much each 3x3 convolution would suffer, larger for worse, in any unit: layer -> value or
-            (layer, ratio) -> value, with the ratios 1/8 and 1/32 of the truth (mapping or pandas Series); a
-            :class:`basis.SensitivityTable`; or a list of layers, the least sensitive first. Further layers are ignored.
+            (layer, ratio) -> value, with the ratios 1/8 and 1/32 of the truth. Further layers are ignored.
         truth: what a layer loses after training from scratch ("scratch"), or after fine-tuning ("tuned").
         profile: whose truth, "cpu" or "paper".
         records: of the study "sensitivity"; default: the committed ones.
@@ -54,15 +52,8 @@ def score(
 
 def _values(scores: Scores, ratio: float, layers: Sequence[str]) -> dict[str, float]:
     """The score of every layer at one ratio."""
-    items: list[tuple[Any, float]]
-    if isinstance(scores, SensitivityTable):
-        items = [(name, cell.value) for name, cell in scores.at(ratio).items() if cell is not None]
-    elif isinstance(scores, (Mapping, pd.Series)):
-        pairs = [(key if isinstance(key, tuple) else (key, ratio), value) for key, value in scores.items()]
-        items = [(name, float(value)) for (name, at), value in pairs if math.isclose(at, ratio)]
-    else:
-        items = [(name, float(place)) for place, name in enumerate(scores)]
-    found = dict(items)
+    pairs = [(key if isinstance(key, tuple) else (key, ratio), value) for key, value in scores.items()]
+    found = {name: float(value) for (name, at), value in pairs if math.isclose(at, ratio)}
     if absent := [name for name in layers if name not in found]:
         raise ValueError(f"scores for r = {ratio:g} lack {len(absent)} of {len(layers)} layers: {', '.join(absent)}")
     if strange := [name for name in layers if not math.isfinite(found[name])]:

@@ -69,7 +69,7 @@ def measurements(*, tiny: bool = False) -> tuple[Measurement, ...]:
     plans = partial(bench_budget, **network, ratios=candidates, one=both, shares=shares, smallest=True)
     # Compiling takes 40 to 90 seconds, so it is done once, for the dense network, and not where it cannot end.
     compiling = partial(steps(("fused",), dense_steps=("fast",))[0], ratios=(1 / 2,))
-    served = [partial(bench_inference, **network, ratios=(r,), exported=r == 1 / 2) for r in (1 / 2, 1 / 4)]
+    served = [partial(bench_inference, **network, ratios=(r,)) for r in (1 / 2, 1 / 4)]
     folded = partial(plans, one=forward)
     # Equal batches where possible: cuDNN chooses its algorithms anew for each other, which takes longer than timing.
     told = f"latency-{name}", f"latency-forward-{name}"
@@ -87,7 +87,6 @@ def measurements(*, tiny: bool = False) -> tuple[Measurement, ...]:
         ),
         Measurement(f"inference-{name}", 0.05, served),
         *(Measurement(f"inference-batch{n}-{name}", 0.05, served, batch_size=n) for n in batches),
-        Measurement(f"budget-training-{name}", 0.03, [partial(folded, chosen_for=both)], cells=4, latency=told[0]),
         Measurement(told[1], 0.04, [partial(latency, forward)], cells=12),
         Measurement(f"budget-{name}", 0.03, [folded], cells=4, latency=told[1]),
         *(Measurement(f"budget-batch{n}-{name}", 0.03, [folded], 4, n, latency=told[1]) for n in batches),

@@ -36,7 +36,7 @@ def samples(batches: Iterable[tuple[Tensor, Tensor | None]]) -> str:
 def structure(model: nn.Module) -> str:
     """A digest of the modules and the shapes of the parameters."""
     shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
-    return digest(_without_addresses(repr(model)) + repr(shapes))
+    return digest(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(model)) + repr(shapes))
 
 
 def weights(model: nn.Module) -> str:
@@ -48,23 +48,11 @@ def weights(model: nn.Module) -> str:
     return digest(b"".join(parts))
 
 
-def name_of(loss: Any) -> str:
-    """A loss by its qualified name; of a module with the numbers and strings that it was made with."""
-    if isinstance(loss, nn.Module):
-        settings = sorted((k, repr(v)) for k, v in vars(loss).items() if isinstance(v, (int, float, str, type(None))))
-        return _without_addresses(f"{loss!r} {settings}")
-    return f"{loss.__module__}.{loss.__qualname__}" if hasattr(loss, "__qualname__") else _without_addresses(repr(loss))
-
-
 def _bytes(tensor: Tensor) -> Any:
     """The tensor as rows of bytes, one for each entry of its first dimension."""
     rows = len(tensor) if tensor.dim() else 1
     flat = tensor.detach().reshape(rows, tensor.numel() // rows if rows else 0)
     return flat.contiguous().view(torch.uint8).cpu().numpy()
-
-
-def _without_addresses(text: str) -> str:
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
 
 
 class Journal:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from basis.batches import Batch, Loss, cross_entropy, sample_losses
+from basis.batches import Batch, cross_entropy
 from basis.layers.moments import Moments, directions, lost_mean, output_moments, taking_means, untied
 from basis.layers.structured import Structure
 from basis.modules import hooked, tracking_norms, training_norms
@@ -74,7 +74,7 @@ def activation(model: nn.Module, candidates: Mapping[str, Sequence[int]], batche
 
 
 def gradients(
-    model: nn.Module, candidates: Mapping[str, Sequence[int]], batches: Sequence[Batch], loss: Loss, *, squared: bool,
+    model: nn.Module, candidates: Mapping[str, Sequence[int]], batches: Sequence[Batch], *, squared: bool,
     fit: Sequence[Tensor] = (),
 ) -> Measured:  # fmt: skip
     """Taylor and Fisher scores of every k of every layer, from one forward and one backward pass.
@@ -87,17 +87,17 @@ def gradients(
 
     Raises ``ValueError`` where a layer sees other images than the batch's, or the model cannot be differentiated.
     """
-    began, losses, apart = time.perf_counter(), [], True
+    began, losses = time.perf_counter(), []
     model.requires_grad_(False)  # nobody needs gradients of parameters here
     fitted = _fitted(model, candidates, fit)
     products: dict[str, list[Tensor]] = {name: [] for name in candidates}  # p_i g_i of each batch, (N, components)
     hooks = {name: _catching(model, name, fitted, held) for name, held in products.items()}
     with hooked(model, hooks), torch.enable_grad():
-        for x, y in _parts(batches, loss):
+        for x, y in _parts(batches):
             for name, held in products.items():
                 conv = _conv(model, name)
                 held.append(conv.weight.new_zeros((len(y), conv.out_channels // conv.groups), dtype=torch.float64))
-            values, apart = sample_losses(loss, model(x.clone()), y)
+            values = cross_entropy(model(x.clone()), y)
             try:
                 if values.requires_grad:
                     values.sum().backward()
@@ -109,7 +109,7 @@ def gradients(
         product, groups = torch.cat(products[name]), _conv(model, name).groups
         for k in ks:
             delta = -product[:, k // groups :].sum(1)
-            scores[name, k] = _estimate(delta.square() / 2 if squared else delta, apart)
+            scores[name, k] = _estimate(delta.square() / 2 if squared else delta)
     images = sum(len(y) for _, y in batches)
     cells = _cells(scores, began, forward=images + sum(map(len, fit)), backward=images)
     return {"loss": torch.cat(losses).mean().item()}, cells
@@ -148,21 +148,21 @@ def _catching(model: nn.Module, name: str, fitted: Fitted, products: list[Tensor
     return hook
 
 
-def _parts(batches: Sequence[Batch], loss: Loss) -> Iterator[Batch]:
-    """The batches in parts of at most ``PART`` numbers, where the loss is cross-entropy, which takes samples alone."""
+def _parts(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """The batches in parts of at most ``PART`` numbers."""
     for x, y in batches:
-        size = max(1, PART // max(1, x[:1].numel())) if loss is cross_entropy else len(x)
+        size = max(1, PART // max(1, x[:1].numel()))
         yield from zip(x.split(size), y.split(size), strict=True)
 
 
 def oneshot(
-    model: nn.Module, candidates: Candidates, batches: Sequence[Batch], loss: Loss, *,
-    calibration: Sequence[Tensor] = (), fit: Sequence[Tensor] = (),
+    model: nn.Module, candidates: Candidates, batches: Sequence[Batch], *, calibration: Sequence[Tensor] = (),
+    fit: Sequence[Tensor] = (),
 ) -> Measured:  # fmt: skip
     """Replace the weight of one layer by its approximation of rank k, or by a structured layer's, and evaluate.
 
     The value is the mean loss minus the dense network's, its interval over samples (paired); ``kl`` the mean
-    divergence of the predictions, where the loss is cross-entropy of logits (N, classes).
+    divergence of the predictions, where they are logits (N, classes).
 
     Args:
         calibration: inputs on which the statistics of batch normalisation are measured anew before each evaluation,
@@ -171,7 +171,7 @@ def oneshot(
     """
     began = time.perf_counter()
     fitted = _fitted(model, candidates, fit)
-    losses, apart, dense = _evaluate(model, batches, loss, calibration)
+    losses, dense = _evaluate(model, batches, calibration)
     images, count = len(losses) + sum(map(len, calibration)), sum(map(len, candidates.values()))
     forward = images + (images + sum(map(len, fit))) / count
     common = (time.perf_counter() - began) / count
@@ -180,9 +180,8 @@ def oneshot(
         for name, sizes in candidates.items():
             began = time.perf_counter()
             for k in _replacing(model, name, sizes, fitted):
-                new, _, logits = _evaluate(model, batches, loss, calibration)
-                found = _estimate(new - losses, apart)
-                kl = _divergence(dense, logits) if loss is cross_entropy else math.nan
+                new, logits = _evaluate(model, batches, calibration)
+                found, kl = _estimate(new - losses), _divergence(dense, logits)
                 seconds = time.perf_counter() - began + common
                 yield Cell(layer=name, basis_channels=k, **vars(found), kl=kl, forward=forward, seconds=seconds)
                 began = time.perf_counter()
@@ -191,29 +190,26 @@ def oneshot(
 
 
 def growth(
-    dense: nn.Module, changed: nn.Module, batches: Sequence[Batch], loss: Loss, *, calibration: Sequence[Tensor] = ()
+    dense: nn.Module, changed: nn.Module, batches: Sequence[Batch], *, calibration: Sequence[Tensor] = ()
 ) -> Estimate:
     """How much larger the mean loss of ``changed`` is than that of ``dense``, paired over samples."""
-    (before, apart, _), (after, _, _) = (_evaluate(one, batches, loss, calibration) for one in (dense, changed))
-    return _estimate(after - before, apart)
+    (before, _), (after, _) = (_evaluate(one, batches, calibration) for one in (dense, changed))
+    return _estimate(after - before)
 
 
 @torch.no_grad()
-def _evaluate(
-    model: nn.Module, batches: Sequence[Batch], loss: Loss, calibration: Sequence[Tensor]
-) -> tuple[Tensor, bool, list[Tensor]]:
-    """Losses of all samples (float64, on the CPU), whether they are told apart, and the logits (N, classes), if any."""
+def _evaluate(model: nn.Module, batches: Sequence[Batch], calibration: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Losses of all samples (float64, on the CPU), and the logits, where they are (N, classes)."""
     with training_norms(tracking_norms(model) if len(calibration) else []):
         for x in calibration:
             model(x.clone())
-    losses, logits, apart = [], [], True
+    losses, logits = [], []
     for x, y in batches:
         output = model(x.clone())
-        values, apart = sample_losses(loss, output, y)
-        losses.append(values.double())
-        if isinstance(output, Tensor) and output.dim() == 2:
+        losses.append(cross_entropy(output, y).double())
+        if output.dim() == 2:
             logits.append(output)
-    return torch.cat(losses).cpu(), apart, logits
+    return torch.cat(losses).cpu(), logits
 
 
 def _fitted(model: nn.Module, candidates: Candidates, fit: Sequence[Tensor]) -> Fitted:
@@ -308,11 +304,10 @@ def _cells(values: Mapping[tuple[str, Size], Any], began: float, **passes: float
         yield Cell(layer=name, basis_channels=k, **found, **costs)
 
 
-def _estimate(values: Tensor, apart: bool) -> Estimate:
-    """The mean over samples with its interval; none where the loss does not tell samples apart, NaN if not finite."""
+def _estimate(values: Tensor) -> Estimate:
+    """The mean over samples with its interval; NaN if it is not finite."""
     found = mean_estimate(values.tolist())
-    finite = math.isfinite(found.value)
-    return found if apart and finite else Estimate(found.value if finite else math.nan, math.nan, math.nan, 0)
+    return found if math.isfinite(found.value) else Estimate(math.nan, math.nan, math.nan, 0)
 
 
 def _divergence(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:

@@ -18,10 +18,8 @@ from tqdm.auto import tqdm
 from basis.batches import (
     Batch,
     Batches,
-    Loss,
+    balanced,
     calibration_inputs,
-    cross_entropy,
-    even,
     held_out,
     outputs_of,
     stream_batches,
@@ -34,7 +32,7 @@ from basis.layers.structured import Structure
 from basis.modules import tracking_norms
 from basis.plan import check_patterns
 from basis.search import measures
-from basis.search.journal import Journal, digest, name_of, samples, structure, weights
+from basis.search.journal import Journal, digest, samples, structure, weights
 from basis.search.table import MEASURES, Cell, Layer, SensitivityTable
 from basis.statistics import Estimate, difference_estimate
 from basis.substitution import Plan, Size, as_patterns, merge, substitute
@@ -51,7 +49,7 @@ Fit = Literal["weight", "activation"]
 def sensitivity(
     model: nn.Module, data: Batches | None = None, *, measure: str = "oneshot_bn",
     ratios: Sequence[float] = (0.5, 0.25), layers: str | Sequence[str] = (), multiple: int = 8,
-    include: str | Iterable[str] = (), exclude: str | Iterable[str] = (), loss: Loss | None = None,
+    include: str | Iterable[str] = (), exclude: str | Iterable[str] = (),
     calibration: Batches | None = None, fit: Fit = "weight", recipe: Recipe | None = None, seeds: int = 3,
     resume: str | os.PathLike | None = None, progress: bool | str | Callable[[Any], None] | None = None,
 ) -> SensitivityTable:  # fmt: skip
@@ -66,7 +64,6 @@ def sensitivity(
         ratios: of k to C_out; each layer gets the nearest multiple of ``multiple`` and of its groups.
         layers: texts of structured layers, such as "tucker:0.41", as candidates; not of activation, taylor, fisher.
         include, exclude: shell patterns of layer names, as in :meth:`basis.Plan.uniform`.
-        loss: of (outputs, targets): of each sample (N,), or the mean, without intervals; default: cross-entropy.
         calibration: batches for "oneshot_bn" and ``fit``; ``data``, or the first 2,000 training images of ``Data``.
         fit: basis layers nearest to the "weight", or, as by ``substitute(model, plan, calibration=...)``, to the
             outputs ("activation") on ``calibration``; of taylor, fisher, oneshot and oneshot_bn.
@@ -83,8 +80,8 @@ def sensitivity(
     if texts and measure in ("activation", "taylor", "fisher"):
         raise ValueError(f"{measure} is defined by truncation to k, which {few(texts)} is not; leave out layers")
     trains = measure == "fine_tuning"
-    if trains and (loss is not None or seeds < 1):
-        raise ValueError("fine_tuning takes no loss, and seeds of at least 1")
+    if trains and seeds < 1:
+        raise ValueError(f"seeds is {seeds}, but fine_tuning needs at least 1")
     if recipe is not None and not trains:
         raise ValueError(f"{measure} trains nothing; a recipe goes with fine_tuning")
     _check(measure, fit, MEASURES)
@@ -94,7 +91,7 @@ def sensitivity(
         if trains:
             size, fingerprint, start = _tunings(dense, data, recipe or TUNING, seeds)
         else:
-            size, fingerprint, start = _evaluations(dense, data, measure, loss, calibration, fit)
+            size, fingerprint, start = _evaluations(dense, data, measure, calibration, fit)
         counted, total = layer_costs(dense, found, size)
         counted, idle = called_layers(counted)
         table = SensitivityTable(
@@ -120,7 +117,7 @@ def sensitivity(
 
 def joint(
     model: nn.Module, plan: Plan | Mapping[str, Size], data: Batches, *, measure: str = "oneshot_bn",
-    loss: Loss | None = None, calibration: Batches | None = None, fit: Fit = "weight",
+    calibration: Batches | None = None, fit: Fit = "weight",
 ) -> Estimate:  # fmt: skip
     """How much the mean loss grows with all layers of ``plan`` replaced at once, paired over samples.
 
@@ -129,11 +126,11 @@ def joint(
     """
     _check(measure, fit, ("oneshot", "oneshot_bn"))
     dense = substitute(model, {}).eval()
-    batches, score, inputs, _ = _prepare(dense, data, measure, loss, calibration, fit)
+    batches, inputs, _ = _prepare(dense, data, measure, calibration, fit)
     with _own_random_numbers(dense):
         torch.manual_seed(0)  # fitting a structured layer may begin at random
         changed = merge(substitute(model, plan, calibration=inputs if fit == "activation" else None)).eval()
-    return measures.growth(dense, changed, batches, score, calibration=inputs if measure == "oneshot_bn" else ())
+    return measures.growth(dense, changed, batches, calibration=inputs if measure == "oneshot_bn" else ())
 
 
 def _own_random_numbers(model: nn.Module) -> Any:
@@ -259,38 +256,35 @@ _Work = tuple[tuple[int, ...] | None, dict[str, str], Callable[[measures.Candida
 
 
 def _prepare(
-    model: nn.Module, data: Batches | None, measure: str, loss: Loss | None, calibration: Batches | None, fit: Fit
-) -> tuple[list[Batch], Loss, list[Tensor], dict[str, str]]:
-    """The batches, the loss, the inputs for calibration, and the fingerprint of all of them, checked."""
+    model: nn.Module, data: Batches | None, measure: str, calibration: Batches | None, fit: Fit
+) -> tuple[list[Batch], list[Tensor], dict[str, str]]:
+    """The batches, the inputs for calibration, and the fingerprint of both, checked."""
     if data is None and measure != "spectrum":
         raise ValueError(f"{measure} needs data: batches (inputs, targets), or basis.data.Images")
     if measure == "oneshot_bn" and not tracking_norms(model):
         raise ValueError("the model has no batch normalisation to recalibrate; use measure='oneshot'")
     scored = held_out(data) if isinstance(data, Data) else data
     batches = [] if scored is None else list(stream_batches(scored, model, "data"))
-    score, inputs, fingerprint = loss or cross_entropy, [], {"weights": weights(model)}
+    inputs, fingerprint = [], {"weights": weights(model)}
     if measure != "spectrum":
         outputs = outputs_of(model, batches[0][0])
         fingerprint["data"] = samples(batches)
         if measure != "activation":
-            batches = batches if loss else with_labels(batches, outputs)
-            fingerprint["loss"] = name_of(score)
+            batches = with_labels(batches, outputs)
     if measure == "oneshot_bn" or fit == "activation":
         if calibration is None and isinstance(data, Data):
             calibration = data.train.first(CALIBRATION_IMAGES)
         given = (x for x, _ in batches) if calibration is None else calibration_inputs(calibration, model)
-        inputs = even(list(given))
+        inputs = list(balanced(given))
         outputs_of(model, inputs[0])
         fingerprint["calibration"] = samples([(x, None) for x in inputs])
     if fit != "weight":
         fingerprint["fit"] = fit
-    return batches, score, inputs, fingerprint
+    return batches, inputs, fingerprint
 
 
-def _evaluations(
-    model: nn.Module, data: Batches | None, measure: str, loss: Loss | None, calibration: Batches | None, fit: Fit
-) -> _Work:
-    batches, score, inputs, fingerprint = _prepare(model, data, measure, loss, calibration, fit)
+def _evaluations(model: nn.Module, data: Batches | None, measure: str, calibration: Batches | None, fit: Fit) -> _Work:
+    batches, inputs, fingerprint = _prepare(model, data, measure, calibration, fit)
     fitted = inputs if fit == "activation" else []
 
     def start(wanted: Any) -> measures.Measured:
@@ -299,9 +293,9 @@ def _evaluations(
         if measure == "activation":
             return measures.activation(model, wanted, batches)
         if measure in ("taylor", "fisher"):
-            return measures.gradients(model, wanted, batches, score, squared=measure == "fisher", fit=fitted)
+            return measures.gradients(model, wanted, batches, squared=measure == "fisher", fit=fitted)
         again = inputs if measure == "oneshot_bn" else []
-        return measures.oneshot(model, wanted, batches, score, calibration=again, fit=fitted)
+        return measures.oneshot(model, wanted, batches, calibration=again, fit=fitted)
 
     size = tuple(batches[0][0].shape[1:]) if batches and batches[0][0].dim() == 4 else None
     return size, fingerprint, start

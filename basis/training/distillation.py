@@ -14,13 +14,13 @@ from basis.training.stepping import Autocast
 TEMPERATURE = 4.0
 
 
-def distillation_loss(logits: Tensor, taught: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(p || q) at temperature T, mean over samples; logits (N, classes) of the model and of its teacher.
+def distillation_loss(logits: Tensor, taught: Tensor) -> Tensor:
+    """T^2 KL(p || q), mean over samples; logits (N, classes) of the model and of its teacher.
 
-    T^2 keeps the size of the gradients.
+    T = :data:`TEMPERATURE`; T^2 keeps the size of the gradients.
     """
-    log_q, log_p = (values.div(temperature).log_softmax(1) for values in (logits, taught))
-    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(1).mean()
+    log_q, log_p = (values.div(TEMPERATURE).log_softmax(1) for values in (logits, taught))
+    return TEMPERATURE**2 * (log_p.exp() * (log_p - log_q)).sum(1).mean()
 
 
 def teacher_logits(network: nn.Module, x: Tensor, autocast: Autocast) -> Tensor:
@@ -30,13 +30,13 @@ def teacher_logits(network: nn.Module, x: Tensor, autocast: Autocast) -> Tensor:
 
 
 def beside_teacher(
-    student: nn.Module, teacher: nn.Module, *, share: float, temperature: float, autocast: Autocast
+    student: nn.Module, teacher: nn.Module, *, share: float, autocast: Autocast
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """What runs a network beside its teacher: to the logits, and ``share`` times the :func:`distillation_loss`."""
 
     def both(x: Tensor) -> tuple[Tensor, Tensor]:
         with autocast():
             logits = logits_of(student(x)).float()
-        return logits, share * distillation_loss(logits, teacher_logits(teacher, x, autocast), temperature)
+        return logits, share * distillation_loss(logits, teacher_logits(teacher, x, autocast))
 
     return both

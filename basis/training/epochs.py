@@ -34,7 +34,6 @@ class Training:
         prepare: called with the step's number before each step; gives its kind.
         generator: of the order and augmentation of the data, where there is one.
         validate: measures the model after each epoch; what it gives is added to the epoch's row.
-        check_every: steps after which the loss is looked at within an epoch; on a GPU that waits for it.
         switch: called with the training before each epoch until it has replaced layers, ``run`` and ``prepare``; its
             ``rebuild`` does the same for a checkpoint.
 
@@ -52,7 +51,6 @@ class Training:
     prepare: Callable[[int], Any]
     generator: torch.Generator | None = None
     validate: Callable[[], Mapping[str, float]] = dict
-    check_every: int | None = None
     switch: Any = None
     epoch: int = 0
     step: int = 0
@@ -108,7 +106,7 @@ class Training:
         return seconds
 
     def _pass(self, bar: Any) -> dict[str, float]:
-        """One epoch. The device is read at its end, and after every ``check_every`` steps."""
+        """One epoch. The device is read at its end."""
         run, first, images = self.run, self.step, 0
         run.model.train()
         run.start_epoch()
@@ -116,8 +114,6 @@ class Training:
         for x, labels in self.batches():
             run(x, labels, self.prepare(self.step))
             self.step, images = self.step + 1, images + len(labels)
-            if self.check_every and (self.step - first) % self.check_every == 1:
-                self._check(run.loss)
             bar.update()
         self._check(run.loss)
         self.epoch, self.images = self.epoch + 1, self.images + images

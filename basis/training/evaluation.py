@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -22,8 +22,8 @@ BATCH = 1000  # images at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(Mapping[str, float]):
-    """What :func:`evaluate` finds on batches. As a mapping it holds ``loss``, ``accuracy`` and ``top5``.
+class Evaluation:
+    """What :func:`evaluate` finds on batches.
 
     Attributes:
         loss: mean cross-entropy in nats.
@@ -38,16 +38,6 @@ class Evaluation(Mapping[str, float]):
     n: int
     classes: int
     seconds: float
-
-    def __getitem__(self, key: str) -> float:
-        top5 = {} if self.top5 is None else {"top5": self.top5.value}
-        return ({"loss": self.loss, "accuracy": self.accuracy.value} | top5)[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(("loss", "accuracy", "top5")[: len(self)])
-
-    def __len__(self) -> int:
-        return 2 if self.top5 is None else 3
 
     def __str__(self) -> str:
         top5 = "" if self.top5 is None else f", top-5 {self.top5.text(scale=100)} %"
@@ -71,7 +61,7 @@ def evaluate(
         flip: for ``Images``: adds ``accuracy_flip``, the logits averaged over each image and its mirror image.
 
     Returns:
-        A dictionary for ``Images``; an :class:`Evaluation`, which has the same keys, for batches.
+        A dictionary for ``Images``; an :class:`Evaluation` for batches.
 
     Raises:
         ValueError: for batches that are empty, that the model cannot run on, or whose labels do not fit.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from basis.batches import Batch, Batches, first_weight, length_of, stream_batches, with_labels
+from basis.batches import Batch, first_weight, length_of, stream_batches, with_labels
 from basis.data import Data, Images
 from basis.modules import evaluating, is_channels_last
-from basis.saving import columns
-from basis.statistics import proportion_estimate
-from basis.training.distillation import TEMPERATURE, beside_teacher, teacher_logits
+from basis.training.distillation import teacher_logits
 from basis.training.epochs import Training
-from basis.training.evaluation import evaluate
-from basis.training.loop import augmented_batches
+from basis.training.loop import augmented_batches, make_step
 from basis.training.recipe import (
     Precision,
     Recipe,
@@ -28,10 +25,9 @@ from basis.training.recipe import (
     as_training_error,
     autocast_in,
     choose_precision,
-    make_optimizer,
     on_device,
 )
-from basis.training.stepping import Autocast, Means, TrainingStep
+from basis.training.stepping import Autocast
 
 WARM_UP = 0.05  # the fraction of all steps in which the learning rate rises
 
@@ -43,9 +39,8 @@ class FineTuning:
     Attributes:
         recipe: the options, with the precision that "auto" stood for.
         distillation: the share of the loss that came from a teacher; None without one.
-        curves: one row per epoch, with train_loss (what was minimised) and lr (at its end), and with validation data
-            validation_loss, validation_accuracy and its 95 % interval. Accuracies are fractions.
-        steps, images, seconds: over all epochs; seconds without evaluation.
+        curves: one row per epoch, with train_loss (cross-entropy), train_accuracy (a fraction) and lr (at its end).
+        steps, images, seconds: over all epochs.
     """
 
     recipe: Recipe
@@ -60,16 +55,13 @@ class FineTuning:
         taught = "" if self.distillation is None else f", {self.distillation:g} of the loss from a teacher"
         head = f"fine-tuned for {epochs} epoch{'s' * (epochs > 1)}: {self.steps:,} steps, {self.images:,} images, "
         head += f"{self.seconds:.1f} s, {of.precision}, lr {of.lr:g}{taught}"
-        names = [name for name in self.curves[0] if name not in ("lr", "validation_low", "validation_high")]
-        rows = [[name.replace("_", " ") for name in names]] + [[f"{row[n]:.4g}" for n in names] for row in self.curves]
-        return "\n".join([head, *columns([tuple(row) for row in rows])])
+        return f"{head}, train loss {self.curves[-1]['train_loss']:.4g} in the last epoch"
 
 
 def finetune(
     model: nn.Module, data: Iterable[Any] | Data, *, epochs: int = 1, lr: float = 0.01, weight_decay: float = 5e-4,
-    label_smoothing: float = 0.0, teacher: nn.Module | None = None, temperature: float = TEMPERATURE,
-    distillation: float = 0.9, precision: Precision = "auto", batch_size: int = 128, seed: int = 0,
-    validation: Batches | None = None, checkpoint: str | Path | None = None,
+    label_smoothing: float = 0.0, teacher: nn.Module | None = None, distillation: float = 0.9,
+    precision: Precision = "auto", batch_size: int = 128, seed: int = 0, checkpoint: str | Path | None = None,
     should_stop: Callable[[], bool] | None = None, progress: bool | str = False,
 ) -> FineTuning:  # fmt: skip
     """Train ``model`` further, in place and on its own device: SGD with Nesterov momentum 0.9.
@@ -81,9 +73,8 @@ def finetune(
         epochs, lr: passes over the data; the peak learning rate, for a loss that is the mean over the batch. It rises
             in the first twentieth of all steps and falls by a cosine to 0.
         weight_decay, label_smoothing, precision: as in :class:`basis.Recipe`.
-        teacher, temperature, distillation: a network with the same outputs, such as the dense one; T and d of the loss
+        teacher, distillation: a network with the same outputs, such as the dense one; d of the loss
             (1 - d) CE + d T^2 KL(p || q), see :mod:`basis.training.distillation`.
-        validation: evaluated after every epoch: batches or :class:`basis.data.Images`; those of ``Data`` unless given.
         checkpoint, should_stop, progress: as in :func:`basis.train`, written after every epoch. The order of a
             ``DataLoader`` is resumed, too, where it comes from torch's random numbers or the loader's ``generator``.
 
@@ -96,40 +87,31 @@ def finetune(
     device, precision = first_weight(model).device, _precision(model, teacher, precision)
     recipe = Recipe(
         epochs=epochs, lr=lr, weight_decay=weight_decay, label_smoothing=label_smoothing, batch_size=batch_size,
-        precision=precision,
+        precision=precision, step="eager",
+        memory_format="channels_last" if is_channels_last(first_weight(model)) else "contiguous",
     )  # fmt: skip
-    if not (0 < temperature < math.inf and 0 < distillation <= 1):
-        raise ValueError(f"temperature is {temperature} and distillation is {distillation}, but must be > 0, and <= 1")
+    if not 0 < distillation <= 1:
+        raise ValueError(f"distillation is {distillation}, but it must lie in (0, 1]")
     generator = getattr(data, "generator", None)
     if isinstance(data, Data):
         generator = torch.Generator(device).manual_seed(seed)
-        validation = data.validation if validation is None else validation
     source, steps = _source(model, data, recipe, generator)
-    if isinstance(validation, Iterator) and epochs > 1:
-        raise TrainingError("validation can be gone through only once, but there are more epochs; give a list")
-    autocast, weight, beside = partial(autocast_in, device, precision), 1.0, None
-    if teacher is not None:
-        taught: dict[str, Any] = {"share": distillation, "temperature": temperature, "autocast": autocast}
-        weight, beside = 1 - distillation, beside_teacher(model, teacher.to(device), **taught)
-    run = TrainingStep(
-        model, make_optimizer(model, recipe, device), torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        lambda loss, kind: weight * loss, means=Means(), autocast=autocast, label_smoothing=label_smoothing,
-        beside=beside, sums_objective=True,
-    )  # fmt: skip
+    taught = None if teacher is None else distillation
+    run = make_step(model, recipe, device=device, teacher=teacher, distillation=taught)
     networks = [network for network in (model, teacher) if network is not None]
     shapes = [tuple(p.shape) for network in networks for p in network.parameters()]
     training = Training(
-        run=run, identity=repr((recipe, temperature, distillation, steps, shapes)), epochs=epochs, steps=steps,
-        batches=lambda: _fitting(source(), networks, autocast),
+        run=run, identity=repr((recipe, taught, steps, shapes)), epochs=epochs, steps=steps,
+        batches=lambda: _fitting(source(), networks, partial(autocast_in, device, precision)),
         prepare=lambda step: run.set_rates([rate(lr, step, epochs * steps)]),
-        validate=lambda: {"lr": run.optimizer.param_groups[0]["lr"]} | _validated(model, validation, precision),
-        generator=generator if isinstance(generator, torch.Generator) else None, check_every=20,
+        validate=lambda: {"lr": run.optimizer.param_groups[0]["lr"]},
+        generator=generator if isinstance(generator, torch.Generator) else None,
     )  # fmt: skip
     with on_device(device), evaluating(model), as_training_error():
         training.loop(checkpoint, should_stop, progress, title="fine-tune")
     return FineTuning(
-        recipe=recipe, distillation=None if teacher is None else distillation, curves=training.curves,
-        steps=training.step, images=training.images, seconds=training.seconds,
+        recipe=recipe, distillation=taught, curves=training.curves, steps=training.step, images=training.images,
+        seconds=training.seconds,
     )  # fmt: skip
 
 
@@ -161,9 +143,7 @@ def _source(model: nn.Module, data: Any, recipe: Recipe, generator: Any) -> tupl
     if isinstance(data, Data):
         if len(data.train) < recipe.batch_size:
             raise TrainingError(f"batch_size is {recipe.batch_size}, but there are {len(data.train)} training images")
-        weight = first_weight(model)
-        recipe = replace(recipe, memory_format="channels_last" if is_channels_last(weight) else "contiguous")
-        images = data.train.to(weight.device)
+        images = data.train.to(first_weight(model).device)
         return partial(augmented_batches, images, recipe, generator), len(images) // recipe.batch_size
     steps = length_of(data)
     if not steps:
@@ -181,13 +161,3 @@ def _fitting(batches: Iterable[Batch], networks: Sequence[nn.Module], autocast: 
             if taught and taught[0].shape != like.shape:
                 raise ValueError(f"the teacher's logits are {taught[0].shape}, but the model's {like.shape}")
         yield with_labels([(x, y)], like)[0]
-
-
-def _validated(model: nn.Module, data: Any, precision: Precision) -> dict[str, float]:
-    if data is None:
-        return {}
-    found = evaluate(model, data, precision=precision)
-    n = len(data) if isinstance(data, Images) else found.n
-    accuracy = proportion_estimate(round(found["accuracy"] * n), n)
-    values = {"loss": found["loss"], "accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high}
-    return {f"validation_{name}": value for name, value in values.items()}

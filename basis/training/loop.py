@@ -17,7 +17,7 @@ from basis.layers.coefficients import Sparse
 from basis.layers.conv import BasisConv2d
 from basis.layers.structured import StructuredConv2d
 from basis.training.attention import Attention
-from basis.training.distillation import TEMPERATURE, beside_teacher
+from basis.training.distillation import beside_teacher
 from basis.training.epochs import Training
 from basis.training.evaluation import evaluate
 from basis.training.penalties import decorrelation, product_norm
@@ -177,7 +177,7 @@ def make_step(
     last = recipe.memory_format == "channels_last"
     layout: Any = torch.channels_last if last else torch.contiguous_format
     if teacher is not None and distillation is not None:
-        beside = beside_teacher(model, teacher, share=distillation, temperature=TEMPERATURE, autocast=autocast)
+        beside = beside_teacher(model, teacher, share=distillation, autocast=autocast)
     elif teacher is not None:
         with as_training_error():
             beside = Attention(model, teacher, weight=recipe.attention or 0.0, autocast=autocast)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from basis.batches import Batches, calibration_inputs, outputs_of
+from basis.batches import Batches, balanced, calibration_inputs, outputs_of
 from basis.modules import evaluating, tracking_norms, training_norms
 from basis.text import few, shown_name
 
@@ -57,7 +57,7 @@ def recalibrate(model: nn.Module, batches: Batches) -> Recalibration:
     before = {norm: copy.deepcopy(norm.state_dict()) for norm in norms}
     try:
         with evaluating(model), training_norms(norms):
-            for x in _balanced(calibration_inputs(batches, model)):
+            for x in balanced(calibration_inputs(batches, model)):
                 outputs_of(model, x)
                 count, images = count + 1, images + len(x)
         for norm in norms:
@@ -74,15 +74,3 @@ def recalibrate(model: nn.Module, batches: Batches) -> Recalibration:
     measured = tuple(names[norm] for norm in norms if names[norm] not in skipped)
     seconds = time.perf_counter() - began
     return Recalibration(norms=measured, skipped=skipped, batches=count, images=images, seconds=seconds)
-
-
-def _balanced(inputs: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The same inputs; a last batch that is smaller than that before it shares both evenly."""
-    last: list[Tensor] = []
-    for x in inputs:
-        if len(last) == 2:
-            yield last.pop(0)
-        last.append(x)
-    if len(last) == 2 and len(last[1]) < len(last[0]) and last[0].shape[1:] == last[1].shape[1:]:
-        last = list(torch.cat(last).tensor_split(2))
-    yield from last

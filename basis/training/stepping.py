@@ -78,7 +78,6 @@ class TrainingStep:
         capture: runs a function and returns what repeats it; a CUDA graph unless given.
         beside: runs ``model`` beside a teacher, (N, C, H, W) to logits and a term that is added to what is
             differentiated. Not compiled: torch compiles modules of one class once, whatever hooks they have.
-        sums_objective: whether ``loss`` sums what is differentiated instead of the cross-entropy.
 
     Attributes:
         loss, correct: sums since :meth:`start_epoch` of the batches' mean losses, and of images classified rightly.
@@ -89,13 +88,12 @@ class TrainingStep:
         objective: Callable[[Tensor, Any], Tensor], *, means: Means,
         autocast: Autocast = nullcontext, label_smoothing: float = 0.0,
         channels_last: bool = False, capture: Capture | None = None,
-        beside: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None, sums_objective: bool = False,
+        beside: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> None:  # fmt: skip
         if beside and means.compiled:
             means = means._replace(compiled=False, reason="attention transfer is not compiled")
         self.model, self.optimizer, self.scaler, self.means = model, optimizer, scaler, means
-        self.beside, self._sums_objective = beside, sums_objective
-        self.setup_seconds = 0.0
+        self.beside, self.setup_seconds = beside, 0.0
         self._objective, self._autocast, self._label_smoothing = objective, autocast, label_smoothing
         self._device = next(model.parameters()).device
         self.loss, self.correct = (torch.zeros((), device=self._device) for _ in range(2))
@@ -152,7 +150,7 @@ class TrainingStep:
             self.scaler.scale(objective).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        self.loss += (objective if self._sums_objective else loss).detach()
+        self.loss += loss.detach()
         right = labels if labels.dim() == 1 else labels.argmax(1)  # labels may be probabilities
         self.correct += (logits.detach().argmax(1) == right).sum()
 

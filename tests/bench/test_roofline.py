@@ -75,8 +75,6 @@ def test_the_time_of_a_mode_is_the_sum_over_its_kernels(machine):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"mode": "mix"}, "mode is 'mix', but must be one of dense, factorized, cat, composed"),
-        ({"passes": "backward"}, "pass is 'backward'"),
         ({"k": 0}, "k is 0, but must lie between 1 and C_out = 4"),
         ({"k": 5}, "k is 5"),
     ],

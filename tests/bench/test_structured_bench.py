@@ -38,7 +38,6 @@ def test_networks_are_measured_in_cells_with_a_dense_one_each(setting):
     sizes = {(row["layer"], row["width"]): row.get("parameters") for row in report.rows}
     assert sizes["dense", None] == sum(p.numel() for p in build("wrn-10-1").parameters())
     assert sizes["dense", 8] == sum(p.numel() for p in build("wrn-10-1", width=8).parameters())
-    assert [row["substituted"] for row in report.rows[:-1]] == [0, 6, 6, 0, 6, 0, 6]
     assert sizes["sep", None] < sizes["dense", None]
     assert all(row["peak_mib"] > 0 for row in report.rows[:-1])
     assert len(told) == len(report.rows)
@@ -47,9 +46,7 @@ def test_networks_are_measured_in_cells_with_a_dense_one_each(setting):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"layers": [("low", None)], "include": "*"}, "kind"),
         ({"layers": [("sep", None)], "include": "*", "model": "wrn"}, "model"),
-        ({"layers": [("sep", None)], "include": "x*"}, "include"),
     ],
 )
 def test_bad_options_are_refused(options, says, setting):

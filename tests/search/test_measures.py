@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from basis import substitute
-from basis.batches import cross_entropy
 from basis.search.measures import activation, gradients, oneshot, spectrum
 
 
@@ -168,8 +167,8 @@ def deltas(model, name, k, data):
 def test_taylor_and_fisher_from_the_change_of_the_output_and_its_gradient():
     model, data, candidates = made(Net), batches(), CANDIDATES
     model.requires_grad_(False)  # a frozen network has sensitivities too
-    base, taylor = gradients(model, candidates, data, cross_entropy, squared=False)
-    fisher = by_key(gradients(model, candidates, data, cross_entropy, squared=True)[1])
+    base, taylor = gradients(model, candidates, data, squared=False)
+    fisher = by_key(gradients(model, candidates, data, squared=True)[1])
     taylor = by_key(taylor)
     assert set(taylor) == {(name, k) for name, ks in candidates.items() for k in ks}
     for (name, k), cell in taylor.items():
@@ -189,16 +188,6 @@ def test_taylor_and_fisher_from_the_change_of_the_output_and_its_gradient():
     assert sum(c.backward for c in taylor.values()) == pytest.approx(19)
 
 
-def test_a_mean_loss_gives_the_same_scores_without_intervals():
-    model, data = made(Net), batches()
-    single = by_key(gradients(model, CANDIDATES, data, cross_entropy, squared=True)[1])
-    mean = by_key(gradients(model, CANDIDATES, data, nn.CrossEntropyLoss(), squared=True)[1])
-    for key, cell in mean.items():
-        assert cell.value == pytest.approx(single[key].value, rel=1e-5)
-        assert cell.n == 0
-        assert math.isnan(cell.low)
-
-
 def test_a_layer_without_gradients_scores_nan_not_zero():
     class Frozen(Net):
         def forward(self, x):
@@ -207,7 +196,7 @@ def test_a_layer_without_gradients_scores_nan_not_zero():
             x = self.norm(self.grouped(x))
             return self.fc((x + self.shared(x)).mean((2, 3)))
 
-    cells = by_key(gradients(made(Frozen), CANDIDATES, batches(), cross_entropy, squared=False)[1])
+    cells = by_key(gradients(made(Frozen), CANDIDATES, batches(), squared=False)[1])
     assert math.isnan(cells["first", 2].value)
     assert math.isfinite(cells["shared", 3].value)
     assert cells["shared", 3].value != 0
@@ -220,10 +209,10 @@ def test_a_layer_that_sees_other_images_than_the_batch_is_refused():
 
     model, data = made(Folded), batches()
     with pytest.raises(ValueError, match="first sees 14 images where the batch holds 7"):
-        gradients(model, CANDIDATES, data, cross_entropy, squared=False)
-    assert len(list(oneshot(model, CANDIDATES, data, cross_entropy)[1])) == 6
+        gradients(model, CANDIDATES, data, squared=False)
+    assert len(list(oneshot(model, CANDIDATES, data)[1])) == 6
     with pytest.raises(ValueError, match="cannot be differentiated"):
-        gradients(made(PreActivation), {"stem": (4,)}, batches(), cross_entropy, squared=False)
+        gradients(made(PreActivation), {"stem": (4,)}, batches(), squared=False)
 
 
 def scored(model, data):
@@ -264,7 +253,7 @@ def test_oneshot_is_what_substitution_and_evaluation_give(kind, calibrated):
     candidates = CANDIDATES if kind is not PreActivation else {"stem": (4,), "side": (4, 2), "main": (5, 1)}
     inputs = [x for x, _ in batches(count=2, seed=2)] if calibrated else []
     state = copy.deepcopy(model.state_dict())
-    base, cells = oneshot(copy.deepcopy(model), candidates, data, cross_entropy, calibration=inputs)
+    base, cells = oneshot(copy.deepcopy(model), candidates, data, calibration=inputs)
     cells = by_key(cells)
     ready = recalibrated if calibrated else lambda model, inputs: model
     dense, log_p = scored(ready(model, inputs), data)
@@ -283,12 +272,12 @@ def test_oneshot_is_what_substitution_and_evaluation_give(kind, calibrated):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes(dtype):
     model, data = made(Net).to(dtype), [(x.to(dtype), y) for x, y in batches()]
-    plain = by_key(oneshot(made(Net), CANDIDATES, batches(), cross_entropy)[1])
-    own = by_key(oneshot(model, CANDIDATES, data, cross_entropy)[1])
+    plain = by_key(oneshot(made(Net), CANDIDATES, batches())[1])
+    own = by_key(oneshot(model, CANDIDATES, data)[1])
     tolerance = 1e-5 if dtype == torch.float64 else 0.05
     assert all(own[key].value == pytest.approx(plain[key].value, abs=tolerance) for key in plain)
-    taylor = by_key(gradients(made(Net), CANDIDATES, batches(), cross_entropy, squared=False)[1])
-    own = by_key(gradients(model, CANDIDATES, data, cross_entropy, squared=False)[1])
+    taylor = by_key(gradients(made(Net), CANDIDATES, batches(), squared=False)[1])
+    own = by_key(gradients(model, CANDIDATES, data, squared=False)[1])
     assert all(own[key].value == pytest.approx(taylor[key].value, abs=tolerance) for key in plain)
     error = by_key(activation(made(Net), CANDIDATES, batches())[1])
     own = by_key(activation(model, CANDIDATES, data)[1])

@@ -5,21 +5,9 @@ CIFAR-10, trained with attention transfer. Errors were decoded from ``images/wrn
 given its setting by its number of parameters, which ours equals to the unit.
 """
 
-import copy
 import csv
-import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-
-from basis.layers.base import ConvLike
-from basis.layers.structured import StructuredConv2d
-from basis.layers.structured.maps import ACDCConv2d
-from basis.layers.structured.separable import TiedConv2d
+from typing import NamedTuple
 
 
 class Published(NamedTuple):
@@ -41,41 +29,3 @@ with Path(__file__).with_name("gray2019.csv").open(encoding="utf-8", newline="")
         Published(setting, layer or None, int(parameters), float(count), tuple(map(float, errors.split())))
         for setting, layer, parameters, count, errors in list(csv.reader(file))[1:]
     )
-
-
-def mult_adds(model: nn.Module, input_size: Sequence[int]) -> int:
-    """Multiply-adds of one image of (C, H, W) through ``model`` as Gray et al. count them.
-
-    Those of convolutions and linear layers, and one for each element of a ReLU. :func:`basis.cost` counts what is
-    executed instead. Raises ``ValueError`` for basis convolutions, which are not theirs.
-    """
-    traced = copy.deepcopy(model).to("meta").eval()
-    counted = []
-    for name, module in traced.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear, StructuredConv2d)):
-            module.register_forward_hook(lambda layer, args, out: counted.append(_layer_mult_adds(layer, args[0], out)))
-        elif isinstance(module, ConvLike):
-            raise ValueError(f"{name} is a {type(module).__name__}, but Gray et al. have no such layer to count")
-    dtype = next((p.dtype for p in traced.parameters()), None)
-    relu = torch.ops.aten.relu
-    elements = {op: lambda *_, out_shape, **__: math.prod(out_shape) for op in (relu, torch.ops.aten.relu_)}
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=elements) as counter:
-        traced(torch.empty((1, *input_size), dtype=dtype, device="meta"))
-    relus = counter.get_flop_counts()["Global"]
-    return sum(counted) + sum(relus.get(op, 0) for op in elements)
-
-
-def _layer_mult_adds(module: Any, x: Tensor, y: Tensor) -> int:
-    if isinstance(module, nn.Linear):
-        return module.weight.numel() * (y.numel() // module.out_features)
-    pixels = {"input": x.shape[-2] * x.shape[-1], "output": y.shape[-2] * y.shape[-1]}
-    if isinstance(module, nn.Conv2d):
-        return module.weight.numel() * pixels["output"]
-    depthwise = getattr(module, "depthwise", None)
-    filters = 0 if depthwise is None else depthwise.numel() * pixels["output"]
-    if isinstance(module, ACDCConv2d):
-        factors, n = module.a.shape
-        return filters + round(factors * (4 * n + 5 * n * math.log2(n)) * pixels["input"])
-    if isinstance(module, TiedConv2d):
-        return filters + 2 * module.factor.numel() * pixels["output"]
-    return sum(product.macs * pixels[product.at] for product in module.products)

@@ -168,8 +168,8 @@ def bench_inference(
     Modes, on random images 3x32x32: "dense folded"; "auto", substituted at a ratio; "folded", that one as dense
     convolutions; "folded, pairs", with the pairs that :func:`measure_fold` finds faster (``pairs`` of ``layers``).
     Folded ones hold their weights in the precision, "auto" and the dense one get there by autocast. All are compared
-    with the dense network; where steps are captured, with "dense folded", and the dense network is a candidate,
-    "dense plain". Rows have ``batch_size``.
+    with the dense network. Where steps are captured, they are compared with "dense folded", the dense network is a
+    candidate, "dense plain", and so is "program", the pairs exported by ``torch.export``. Rows have ``batch_size``.
 
     Args:
         plans: the share of a budget -> plan, measured after the ``ratios``; rows have ``share`` then.
@@ -192,7 +192,8 @@ def bench_inference(
             candidates={
                 **({"dense": folded, "dense plain": plain} if captures else {"dense": plain, "dense folded": folded}),
                 "auto": partial(copy.deepcopy, basis), "folded": partial(deployed, basis, setting),
-                "folded, pairs": partial(deployed, basis, setting, pairs),
+                "folded, pairs": (best := partial(deployed, basis, setting, pairs)),
+                **({"program": lambda: _program(best(), setting)} if captures else {}),
             },
             rows={"folded, pairs": {"pairs": len(pairs), "layers": len(layers)}}, rotated=False,
         )  # fmt: skip
@@ -201,3 +202,9 @@ def bench_inference(
     rows = measure_cells(map(cell, sizes), setting, progress)
     options = {"model": model, "width": width, "ratios": list(ratios), "shares": list(plans or ())}
     return setting.report("bench-inference", rows, **options)
+
+
+def _program(model: nn.Module, setting: Setting) -> nn.Module:
+    """``model`` as an exported program for such batches."""
+    images = setting.place(torch.randn(setting.batch_size, 3, 32, 32)).to(next(model.parameters()).dtype)
+    return torch.export.export(setting.place(model), (images,)).module()

@@ -36,8 +36,10 @@ class Projection(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, out_channels, H', W')."""
-        conv, norm = self
-        return activate(norm, conv(x), relu=False)
+        *before, norm = self
+        for module in before:
+            x = module(x)
+        return activate(norm, x, relu=False)
 
 
 def _conv(in_channels: int, out_channels: int, size: int = 3, stride: int = 1) -> nn.Conv2d:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from basis.layers import fused
 from basis.layers.base import full_precision
@@ -185,7 +186,7 @@ class BasisBatchNorm2d(nn.BatchNorm2d):
             return _added(self.forward(z), residual, relu)  # by PyTorch's rules of broadcasting and of mixed dtypes
         with full_precision(z):
             mixing = self.conv.mixing.to(accumulated(z.dtype))
-            if fused.suits(self, z, basis_channels=self.conv.basis_channels):
+            if fused.suits(self, z, basis_channels=self.conv.basis_channels, bias=self.conv.bias):
                 return fused.mix_and_normalise(self, z, mixing, self.conv.bias, residual, relu=relu)
             gamma = mixing.new_ones(self.num_features) if self.weight is None else self.weight.to(mixing)
             beta = mixing.new_zeros(self.num_features) if self.bias is None else self.bias.to(mixing)
@@ -245,8 +246,12 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def activate(norm: nn.Module, x: Tensor, residual: Tensor | None = None, *, relu: bool = True) -> Tensor:
-    """``relu(norm(x) + residual)``, in one pass where ``norm`` has no hooks and :mod:`basis.layers.fused` suits it."""
-    if not any(getattr(norm, kind) for kind in HOOKS):
+    """``relu(norm(x) + residual)``, together where nothing else looks at ``norm`` (hooks, a forward of its own).
+
+    An ``nn.BatchNorm2d`` in training goes through the kernels of :mod:`basis.layers.fused` where they can do it.
+    """
+    watched = _has_any_global_hook() or "forward" in vars(norm) or any(getattr(norm, kind) for kind in HOOKS)
+    if not watched:
         if isinstance(norm, BasisBatchNorm2d):
             return norm(x, residual, relu=relu)
         if type(norm) is nn.BatchNorm2d and fused.suits(norm, x, residual):

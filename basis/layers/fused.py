@@ -1,7 +1,8 @@
-"""Batch normalisation in training by the kernels of :mod:`basis.layers.kernels`, with derivatives.
+"""The Triton kernels with derivatives: batch normalisation in training, and convolutions with few filters.
 
-They need maps that are channels-last in float32, bfloat16 or float16, a GPU of CUDA capability 8.0 or more, and Triton.
-A compiler gets PyTorch's own operations instead. There are no second derivatives (``RuntimeError``).
+They take maps that are channels-last in float32, bfloat16 or float16, on a GPU of CUDA capability 8.0 or more. What
+compiles, traces or transforms the model, or watches its operations, gets PyTorch's own instead; so does everything
+where the environment variable ``BASIS_KERNELS`` is 0 when this is imported. There are no second derivatives.
 """
 
 from __future__ import annotations
@@ -13,23 +14,39 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 kernels: Any = None  # where there is no GPU, importing Triton would only take time
 mixing_kernels: Any = None
 thin: Any = None
-if torch.cuda.device_count() or os.environ.get("TRITON_INTERPRET") == "1":
+interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+if os.environ.get("BASIS_KERNELS") != "0" and (torch.cuda.device_count() or interpreted):
     with contextlib.suppress(ImportError):  # Triton has no build for this platform
         from basis.layers import kernels, mixing_kernels, thin
 
 
+def _take(maps: Tensor) -> bool:
+    """Whether the kernels can take these maps now."""
+    return (
+        kernels is not None
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        and type(maps) in (Tensor, nn.Parameter)
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and _get_current_dispatch_mode() is None
+        and kernels.usable(maps)
+    )
+
+
 def suits(
-    norm: nn.BatchNorm2d, maps: Tensor, residual: Tensor | None = None, *, basis_channels: int | None = None
-) -> bool:
-    """Whether the kernels can do what ``norm`` does with these maps now; ``basis_channels``: with their mixture."""
-    if kernels is None or not isinstance(maps, Tensor) or torch.compiler.is_compiling() or not kernels.usable(maps):
+    norm: nn.BatchNorm2d, maps: Tensor, residual: Tensor | None = None, *, basis_channels: int | None = None,
+    bias: Tensor | None = None,
+) -> bool:  # fmt: skip
+    """Whether the kernels can do what ``norm`` does with these maps now; or with their mixture plus a bias."""
+    if not _take(maps):
         return False
-    tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    tensors = [t for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var, bias) if t is not None]
     channels, narrow = norm.num_features, True
     if basis_channels is not None:
         channels, narrow = basis_channels, basis_channels <= mixing_kernels.MAX_BASIS_CHANNELS
@@ -38,10 +55,19 @@ def suits(
         and maps.shape[1] == channels
         and maps[:, 0].numel() > 1
         and norm.momentum is not None
+        and norm.eps > 0
+        and (norm.running_mean is None) == (norm.running_var is None)
         and (norm.training or norm.running_mean is None)
-        and all(tensor is None or tensor.dtype == torch.float32 for tensor in tensors)
+        and all(t.dtype == torch.float32 and t.is_contiguous() and t.device == maps.device for t in tensors)
+        and all(t.numel() == norm.num_features for t in tensors)
         and (residual is None or (residual.shape == maps.shape and residual.dtype == maps.dtype))
     )
+
+
+def _first_derivative() -> None:
+    if torch.is_grad_enabled():
+        text = "the Triton kernels of basis have no second derivatives; set BASIS_KERNELS=0 in the environment"
+        raise RuntimeError(text)
 
 
 def _statistics(norm: nn.BatchNorm2d) -> Any:
@@ -72,10 +98,10 @@ class _Normalise(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, state, out = ctx.saved_tensors
-        dx, d_residual, d_gamma, d_beta = kernels.gradients(_last(dout), out, x, state, **ctx.options)
+        _first_derivative()
+        x, state, out = ctx.saved_tensors  # hooks may have changed their memory format
+        dx, d_residual, d_gamma, d_beta = kernels.gradients(_last(dout), _last(out), _last(x), state, **ctx.options)
         with_gamma, with_beta = ctx.needs_input_grad[1:3]
         return dx, d_gamma if with_gamma else None, d_beta if with_beta else None, d_residual, None, None
 
@@ -101,11 +127,12 @@ class _MixAndNormalise(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        _first_derivative()
         z, mixing, gamma, bias, out, *mixed = ctx.saved_tensors
+        maps = _last(dout), _last(out), _last(z)
         dz, d_residual, d_mixing, d_gamma, d_beta = mixing_kernels.mixing_gradients(
-            _last(dout), out, z, mixing.contiguous(), gamma, mixing_kernels.Mixed(*mixed), residual=ctx.residual
+            *maps, mixing.contiguous(), gamma, mixing_kernels.Mixed(*mixed), residual=ctx.residual
         )
         d_bias = None if bias is None else torch.zeros_like(bias)
         with_gamma, with_beta = ctx.needs_input_grad[2:4]
@@ -115,10 +142,11 @@ class _MixAndNormalise(torch.autograd.Function):
 
 def convolve(x: Tensor, filters: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
     """``F.conv2d`` without a bias; the backward pass of few filters by the kernels of :mod:`basis.layers.thin`."""
-    known = kernels is not None and not torch.compiler.is_compiling()
-    if known and (stride, padding, dilation, groups) == ((1, 1), (1, 1), (1, 1), 1):
-        cast = filters.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
-        if cast and kernels.usable(x) and thin.suits(x, filters):
+    plain = (stride, padding, dilation, groups) == ((1, 1), (1, 1), (1, 1), 1)
+    if plain and _take(x):
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else filters.dtype
+        if x.dtype == dtype and thin.suits(x, filters):
             return _ThinConvolution.apply(x, filters)
     return F.conv2d(x, filters, None, stride, padding, dilation, groups)
 
@@ -126,11 +154,11 @@ def convolve(x: Tensor, filters: Tensor, stride: Any, padding: Any, dilation: An
 class _ThinConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, filters: Tensor) -> Tensor:
-        rounded = filters.to(x.dtype, memory_format=torch.channels_last)
+        rounded = filters.to(x.dtype).contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(x, rounded)
         return F.conv2d(x, rounded, padding=1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor, Tensor]:
-        return thin.gradients(_last(dz), *ctx.saved_tensors)
+        _first_derivative()
+        return thin.gradients(_last(dz), *map(_last, ctx.saved_tensors))

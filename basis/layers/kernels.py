@@ -12,6 +12,8 @@ float32. CUDA graphs can capture all of it.
 from __future__ import annotations
 
 import contextlib
+import functools
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +21,10 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
 
-# Row numbers are int64, since rows times stride may exceed 2^31. All loads are masked, so no size need be a multiple
-# of a block.
+# Rows times stride are int64, since they may exceed 2^31; numbers of pixels are below. All loads are masked, so no size
+# need be a multiple of a block. Sums are of differences from the mean of the first rows, so that they lose nothing
+# where the mean is large.
+FIRST = tl.constexpr(64)
 
 
 @triton.jit
@@ -41,11 +45,17 @@ def store(matrix, values, first, cols, stride, height, width, ROWS: tl.constexpr
 
 @triton.jit
 def numbers(vector, at, width, other):
-    """Numbers ``at`` of a vector in float32; ``other`` where there is none."""
+    """Numbers ``at`` of a vector in float32; ``other`` where there is no vector."""
     values = tl.full(at.shape, other, tl.float32)
     if vector is not None:
-        values = tl.load(vector + at, mask=at < width, other=other).to(tl.float32)
+        values = tl.load(vector + at, mask=at < width, other=0.0).to(tl.float32)
     return values
+
+
+@triton.jit
+def first_mean(maps, at, width, P):
+    """The mean of the first rows of maps, columns ``at``."""
+    return tl.sum(load(maps, 0, at, width, P, width, FIRST).to(tl.float32), 0) / tl.minimum(P, FIRST)
 
 
 @triton.jit
@@ -86,10 +96,23 @@ class Statistics(NamedTuple):
 
 def usable(maps: Tensor) -> bool:
     """Whether the kernels can take these maps, (N, n, H, W): channels-last, on a GPU of CUDA capability 8.0 or more."""
-    if not INTERPRETED and not (maps.is_cuda and torch.cuda.get_device_properties(maps.device).major >= 8):
-        return False
     known = maps.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return known and maps.dim() == 4 and maps.numel() > 0 and maps.permute(0, 2, 3, 1).is_contiguous()
+    fits = known and maps.dim() == 4 and maps.numel() > 0 and maps.permute(0, 2, 3, 1).is_contiguous()
+    return fits and (INTERPRETED or (maps.is_cuda and _run_on(maps.device)))
+
+
+@functools.cache
+def _run_on(device: torch.device) -> bool:
+    """Whether this GPU is one that runs them, and one does run: Triton needs a C compiler."""
+    if torch.version.hip or torch.cuda.get_device_properties(device).major < 8:
+        return False
+    try:
+        with torch.cuda.device(device):
+            added(torch.zeros(1, 1, device=device))
+    except Exception as error:  # of Triton, the driver or a compiler
+        warnings.warn(f"basis trains without its Triton kernels, which do not run here: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def added(partial: Tensor) -> Tensor:
@@ -121,13 +144,13 @@ def on(maps: Tensor) -> contextlib.AbstractContextManager[Any]:
 def _column_sums(
     x, centre, dout, out, scale, shift, gated, partial, P, C, chunk, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """partial[p] = [sum u, sum u v] over the rows of chunk p, with v = x - centre.
+    """partial[p] = [sum u, sum u v] over the rows of chunk p, with v = x - centre, or less the mean of its first rows.
 
     u is v; or dout where it is given, gated by out > 0 or else by scale x + shift > 0, and written to ``gated``.
     """
     p = tl.program_id(0)
     cols = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    middle = numbers(centre, cols, C, 0.0)
+    middle = first_mean(x, cols, C, P) if centre is None else numbers(centre, cols, C, 0.0)
     sums = tl.zeros((ROWS, TILE), tl.float32)
     products = tl.zeros((ROWS, TILE), tl.float32)
     for first in range(p * chunk, tl.minimum((p + 1) * chunk, P), ROWS):
@@ -169,11 +192,11 @@ def _finish_sums(
     partial, x, gamma, beta, running_mean, running_var, seen, momentum, state, chunks, P, C, eps,
     BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """state = [mean, 1 / deviation, scale, shift], of the sums of x less its first row."""
+    """state = [mean, 1 / deviation, scale, shift], of the sums of x less the mean of its first rows."""
     cols = tl.program_id(0) * TILE + tl.arange(0, TILE)
     sums, squares = _added(partial, chunks, C, cols, BLOCK)
     rest = sums / P
-    mean = numbers(x, cols, C, 0.0) + rest
+    mean = first_mean(x, cols, C, P) + rest
     variance = squares / P - rest * rest
     variance = tl.where(variance < 0, 0.0, variance)  # and NaN stays NaN
     inverse = tl.rsqrt(variance + eps)
@@ -233,7 +256,7 @@ def normalise(
     P, C = rows_of(x).shape
     state = torch.empty((4, C), device=x.device)
     with on(x):
-        partial = _sums(x, x, None, None, None, None, None)
+        partial = _sums(x, None, None, None, None, None, None)
         _finish_sums[(triton.cdiv(C, 8),)](
             partial, x, gamma, beta, *statistics, state, len(partial), P, C, eps, BLOCK=512, TILE=8
         )
@@ -263,9 +286,9 @@ def gradients(
 # those tried on one H200 with 1024 images in bfloat16.
 
 
-def _sums(x: Tensor, centre: Tensor, *rest: Any) -> Tensor:
+def _sums(x: Tensor, centre: Tensor | None, *rest: Any) -> Tensor:
     """The sums of :func:`_column_sums` over chunks of rows, (chunks, 2, C)."""
-    (P, C), forward = rows_of(x).shape, rest[0] is None
+    (P, C), forward = rows_of(x).shape, centre is None
     tile = block(C, 64)
     rows, columns = (8192 if forward else 4096) // tile, triton.cdiv(C, tile)
     chunk = rows * triton.cdiv(P, rows * max(1, 512 // columns))

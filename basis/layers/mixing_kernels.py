@@ -15,7 +15,19 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
 
-from basis.layers.kernels import INTERPRETED, Statistics, added, block, load, numbers, on, rows_of, store, track
+from basis.layers.kernels import (
+    INTERPRETED,
+    Statistics,
+    added,
+    block,
+    first_mean,
+    load,
+    numbers,
+    on,
+    rows_of,
+    store,
+    track,
+)
 
 # A pass does about k/2 flop per byte, and GPUs turn compute-bound near 200: above this, a GEMM of cuBLAS and a
 # second pass are as fast.
@@ -24,19 +36,22 @@ MAX_BASIS_CHANNELS = 256
 
 @triton.jit
 def _outer_sums(
-    left, gate, right, shift, gated, partial, P, m, n, chunk,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, ROWS: tl.constexpr, SAME: tl.constexpr, FACTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
+    left, gate, right, gated, partial, P, m, n, chunk,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr, SAME: tl.constexpr,
+    FACTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A TILE_M x TILE_N part of partial[p] = [sum l r^T; sum l] over the rows l, r of chunk p.
 
-    l is 0 where its gate is not positive, and then written to ``gated``; the shift is taken from both.
+    l is 0 where its gate is not positive, and then written to ``gated``. Where CENTRED, both
+    are the same maps, less the mean of their first rows.
     """
     p = tl.program_id(0)
     i = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
     j = tl.program_id(2) * TILE_N + tl.arange(0, TILE_N)
     products = tl.zeros((TILE_M, TILE_N), tl.float32)
     sums = tl.zeros((ROWS, TILE_M), tl.float32)
+    if CENTRED:
+        left_mean, right_mean = first_mean(left, i, m, P), first_mean(right, j, n, P)
     for first in range(p * chunk, tl.minimum((p + 1) * chunk, P), ROWS):
         a = load(left, first, i, m, P, m, ROWS)
         if gate is not None:
@@ -44,16 +59,15 @@ def _outer_sums(
         if gated is not None:  # noqa: SIM102 (as in track)
             if tl.program_id(2) == 0:
                 store(gated, a, first, i, m, P, m, ROWS)
-        if shift is not None:
-            rows = first + tl.arange(0, ROWS)
-            a = tl.where((rows < P)[:, None], a.to(tl.float32) - numbers(shift, i, m, 0.0)[None, :], 0.0)
+        if CENTRED:
+            inside = (first + tl.arange(0, ROWS) < P)[:, None]
+            a = tl.where(inside, a.to(tl.float32) - left_mean[None, :], 0.0)
         if SAME:
             b = a
         else:
             b = load(right, first, j, n, P, n, ROWS)
-            if shift is not None:
-                rows = first + tl.arange(0, ROWS)
-                b = tl.where((rows < P)[:, None], b.to(tl.float32) - numbers(shift, j, n, 0.0)[None, :], 0.0)
+            if CENTRED:
+                b = tl.where(inside, b.to(tl.float32) - right_mean[None, :], 0.0)
         products = tl.dot(tl.trans(a.to(FACTOR)), b.to(FACTOR), products, input_precision=PRECISION)
         sums += a.to(tl.float32)
     partial += p * m * (n + 1)
@@ -67,7 +81,7 @@ def _finish_mixing(
     total, z, mixing, gamma, beta, bias, running_mean, running_var, seen, momentum,
     mean, spread, inverse, weight, shift, P, k, C, eps, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Of [sum u u^T; sum u] with u = z - (first row of z): mean m, spread M S, 1 / deviation, W and beta - W m."""
+    """Mean m, spread M S, 1 / deviation, W, beta - W m: of [sum u u^T; sum u], u = z - (the mean of its first rows)."""
     first = tl.program_id(0) * ROWS
     c = first + tl.arange(0, ROWS)
     variance = tl.zeros((ROWS,), tl.float32)
@@ -83,7 +97,7 @@ def _finish_mixing(
             product = tl.dot(load(mixing, first, i, k, C, k, ROWS), covariance, product, input_precision="ieee")
         store(spread, product, first, j, k, C, k, ROWS)
         own = load(mixing, first, j, k, C, k, ROWS)
-        rest += numbers(z, j, k, 0.0)
+        rest += first_mean(z, j, k, P)
         variance += tl.sum(product * own, 1)
         centre += tl.sum(own * rest[None, :], 1)
         if tl.program_id(0) == 0:
@@ -97,7 +111,7 @@ def _finish_mixing(
         # Rounded before the shift is made of it, so that low precision shifts no channel.
         rounded = (scale[:, None] * load(mixing, first, j, k, C, k, ROWS)).to(weight.dtype.element_ty)
         store(weight, rounded, first, j, k, C, k, ROWS)
-        middle = numbers(total + k * k, j, k, 0.0) / P + numbers(z, j, k, 0.0)
+        middle = numbers(total + k * k, j, k, 0.0) / P + first_mean(z, j, k, P)
         moved -= tl.sum(rounded.to(tl.float32) * middle[None, :], 1)
     tl.store(inverse + c, deviation, mask=c < C)
     tl.store(shift + c, moved, mask=c < C)
@@ -193,7 +207,7 @@ def mix_and_normalise(
 ) -> tuple[Tensor, Mixed]:  # fmt: skip
     """relu(normalised (M z + c) + residual), (N, C, H, W) in the dtype of z, of M (C, k) and c, the ``bias``."""
     (P, k), C = rows_of(z).shape, len(mixing)
-    total = _sums(z, None, z, z, None, (block(k, 64), block(k, 64)))
+    total = _sums(z, None, z, None, (block(k, 64), block(k, 64)), centred=True)
     mean, spread, inverse, shift = (total.new_empty(shape) for shape in ((k,), (C, k), (C,), (C,)))
     mixed = Mixed(mean, spread, inverse, z.new_empty((C, k)))
     with on(z):
@@ -214,7 +228,7 @@ def mixing_gradients(
     (P, k), C = rows_of(z).shape, len(mixing)
     gated = torch.empty_like(dout) if residual and out is not None else None
     tile = block(k, 64 if z.dtype == torch.float32 else 256)
-    sums = _sums(dout, out, z, None, gated, (block(C, 64 if tile == 256 or z.dtype == torch.float32 else 128), tile))
+    sums = _sums(dout, out, z, gated, (block(C, 64 if tile == 256 or z.dtype == torch.float32 else 128), tile))
     d_gamma, d_beta, d_mixing, constant = (sums.new_empty(shape) for shape in ((C,), (C,), (C, k), (k,)))
     quadratic = z.new_empty((k, k))
     with on(z):
@@ -229,8 +243,8 @@ def mixing_gradients(
 
 
 def _sums(
-    left: Tensor, gate: Tensor | None, right: Tensor, shift: Tensor | None, gated: Tensor | None,
-    tiles: tuple[int, int],
+    left: Tensor, gate: Tensor | None, right: Tensor, gated: Tensor | None, tiles: tuple[int, int], *,
+    centred: bool = False,
 ) -> Tensor:  # fmt: skip
     """[sum l r^T; sum l] over all rows as one vector: by about 256 programs, two per multiprocessor of a large GPU."""
     (P, m), n = rows_of(left).shape, right.shape[1]
@@ -238,13 +252,13 @@ def _sums(
     rows = 32 if single else max(16, min(64, 4096 // max(tiles)))
     grid = triton.cdiv(m, tiles[0]), triton.cdiv(n, tiles[1])
     # With so many rows at least, reading the partial sums does not cost more than reading the maps.
-    wanted = max((2 if left is right else 4) * n, triton.cdiv(P, max(1, 256 // (grid[0] * grid[1]))))
+    wanted = max((2 if centred else 4) * n, triton.cdiv(P, max(1, 256 // (grid[0] * grid[1]))))
     chunk = rows * triton.cdiv(wanted, rows)
     partial = torch.empty((triton.cdiv(P, chunk), m * (n + 1)), device=left.device)
     with on(left):
         _outer_sums[len(partial), grid[0], grid[1]](
-            left, gate, right, shift, gated, partial, P, m, n, chunk,
-            TILE_M=tiles[0], TILE_N=tiles[1], ROWS=rows, SAME=left is right and grid == (1, 1),
+            left, gate, right, gated, partial, P, m, n, chunk,
+            TILE_M=tiles[0], TILE_N=tiles[1], ROWS=rows, CENTRED=centred, SAME=centred and grid == (1, 1),
             FACTOR=_factor(left.dtype), PRECISION=_precision(left.dtype),
             num_warps=8 if single or tiles[0] * tiles[1] >= 16384 else 4, num_stages=3,
         )  # fmt: skip

@@ -4,7 +4,7 @@
 cuDNN takes as long for 16 filters as for 64, since a convolution as a product of matrices reads its C_in channels nine
 times. Only the forward pass has to. The gradient of the input, ``dx[p] = sum over nine taps of dz[p - tap] B[tap]``,
 and that of the filters, ``dB[tap] = sum over pixels p of dz[p - tap]^T x[p]``, take the k channels of dz nine times,
-and x once. What holds for :mod:`basis.layers.kernels` holds here.
+and x once. It was measured on Hopper GPUs alone; else what holds for :mod:`basis.layers.kernels` holds here.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ BASIS_CHANNELS = 16  # with 32 the backward pass of cuDNN was as fast
 
 
 def suits(x: Tensor, filters: Tensor) -> bool:
-    """Whether the kernels can take x (N, C_in, H, W) and filters (16, C_in, 3, 3), at stride 1 and with padding 1."""
+    """Whether the kernel is made for x (N, C_in, H, W), with a gradient, and filters (16, C_in, 3, 3), on this GPU."""
+    if not (INTERPRETED or torch.cuda.get_device_capability(x.device) >= (9, 0)):
+        return False
     small = filters.shape[0] == BASIS_CHANNELS and filters.shape[1] <= 64
     return small and filters.shape[2:] == (3, 3) and x.dtype in (torch.bfloat16, torch.float16) and x.requires_grad
 

@@ -108,7 +108,7 @@ def test_a_plan_is_trained_in_the_ways_that_its_latencies_found(captured):
 def test_inference_is_compared_with_the_folded_network_where_it_is_captured(captured):
     half = replace(captured, precision="bf16")
     report = bench_inference(model="resnet20", width=4, ratios=[0.5], setting=half)
-    modes = ["control", "dense plain", "auto", "folded", "folded, pairs"]
+    modes = ["control", "dense plain", "auto", "folded", "folded, pairs", "program"]
     assert [row["mode"] for row in report.rows] == modes
     assert not any("error" in row for row in report.rows)
     assert {row["batch_size"] for row in report.rows} == {2}

@@ -132,7 +132,7 @@ def test_what_cannot_be_exported_is_said_and_the_rest_is_kept(place, tmp_path, m
     def fixed(model, path, size, *, batch, **options):
         if batch == "dynamic":
             raise RuntimeError("fixed")
-        return basis.inference.export_program(model, path, size, batch=batch, **options)
+        return basis.export.export_program(model, path, size, batch=batch, **options)
 
     def broken(*arguments, **options):
         raise RuntimeError("no such operator")

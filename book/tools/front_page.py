@@ -68,8 +68,8 @@ def collect(records: Sequence[Record], profile: str) -> Headline | None:
     benches = [load_benches(device_of, kind="bench-train") for device_of in ("paper", "cpu")]
     reports = next((found for found in benches if step_rows(found)), [])
     steps = step_rows(reports)
-    device = next((r.environment["device"] for r in reports if any(row in steps.values() for row in r.rows)), "")
-    return Headline(profile, runs, dict(sorted(steps.items())), str(device))
+    device = next((str(row["device"]) for row in steps.values()), "")
+    return Headline(profile, runs, dict(sorted(steps.items())), device)
 
 
 def draw(theme: Theme, headline: Headline) -> Figure:
@@ -117,7 +117,9 @@ def caption(headline: Headline) -> str:
     """The finding, with every n."""
     text = _say("caption", headline, list(headline.runs.groupby("variant").size())) + " "
     if headline.steps:
-        text += say("front page", "steps", device=headline.device, row=next(iter(headline.steps.values())))
+        row = next(iter(headline.steps.values()))
+        memory = ", and its peak memory against the dense one's" if _memory(row) else ""
+        text += say("front page", "steps", device=headline.device, row=row, memory=memory)
     return text
 
 
@@ -138,7 +140,9 @@ def in_a_minute(headline: Headline | None, switched: Sequence[Verdict] = ()) -> 
         + (f", with {_memory(row):.0%} of the memory" if _memory(row) else "")
         for r, row in sorted(headline.steps.items(), reverse=True)
     ]
-    speed = f"A training step of ResNet-18 is {'; and '.join(speeds)} ({headline.device})."
+    speed = (
+        f"A training step of ResNet-18 is {'; and '.join(speeds)}, against the fastest dense one ({headline.device})."
+    )
     gives = say("front page", "gives", speed=speed if speeds else "No training step is measured yet.")
     costs = _say("costs", headline, [one.n for one in headline.lost.values()])
     within = [

@@ -29,7 +29,7 @@ def records():
 
 @pytest.fixture
 def brief(records, monkeypatch):
-    row = {"speedup_q1": 1.3, "speedup_q3": 1.5, "peak_mib": 50, "dense_peak_mib": 100, "n": 9, "step": "eager"}
+    row = {"speedup_q1": 1.3, "speedup_q3": 1.5, "peak_mib": 50, "dense_peak_mib": 100, "n": 9, "device": "Z1"}
     steps = {r: {**row, "speedup": 1.5 - r / 4} for r in (0.5, 0.25)}
     monkeypatch.setattr(front_page, "load_benches", lambda *_, **__: [])
     monkeypatch.setattr(front_page, "step_rows", lambda _: steps)
@@ -44,6 +44,8 @@ def test_the_sentences_state_what_the_records_say(records, brief):
         assert lost.text() in text
         assert lost.text() in caption
     assert "1.44 [1.30, 1.50] times as fast at r = 1/4, with 50% of the memory" in text
+    assert "beside the fastest dense one (Z1)" in text
+    assert "(Z1; medians and quartiles of 9" in caption
     assert "nan" not in caption + front_page.alt(brief)
     still = dataclasses.replace(brief, steps={}, device="")
     assert "No training step is measured yet." in front_page.in_a_minute(still)

@@ -44,8 +44,8 @@ def test_the_sentences_state_what_the_records_say(records, brief):
         assert lost.text() in text
         assert lost.text() in caption
     assert "1.44 [1.30, 1.50] times as fast at r = 1/4, with 50% of the memory" in text
-    assert "beside the fastest dense one (Z1)" in text
-    assert "(Z1; medians and quartiles of 9" in caption
+    assert "against the fastest dense one (Z1)" in text
+    assert "(Z1; medians and quartiles of 9 or more" in caption
     assert "nan" not in caption + front_page.alt(brief)
     still = dataclasses.replace(brief, steps={}, device="")
     assert "No training step is measured yet." in front_page.in_a_minute(still)

@@ -355,9 +355,8 @@ def test_the_sweep_measures_everything_and_saves_each_report(tmp_path, monkeypat
     paths = bench_gpu(tmp_path, setting=setting, time_limit=3600, tiny=True, progress=told.append)
     reports = [BenchReport.load(path) for path in paths]
     assert [report.kind for report in reports] == [
-        "bench-train", "bench-train", "bench-block", "bench-latency", "bench-plans", "bench-parts", "bench-layer",
-        "bench-layer", "bench-train", "bench-train", *["bench-inference"] * 3, "bench-latency",
-        *["bench-budget"] * 3, "bench-rivals",
+        *["bench-train"] * 3, "bench-block", "bench-latency", "bench-plans", "bench-layer", "bench-layer",
+        "bench-train", *["bench-inference"] * 3, "bench-latency", *["bench-budget"] * 3, "bench-rivals", "bench-parts",
     ]  # fmt: skip
     assert len(set(paths)) == len(reports)
     rates = [report.config["machine"]["macs_per_second"] for report in reports]
@@ -365,10 +364,10 @@ def test_the_sweep_measures_everything_and_saves_each_report(tmp_path, monkeypat
     assert not [row for report in reports for row in report.rows if "error" in row]
     layers = reports[6]
     assert layers.config["shapes"] == ["16@6", "16-32@6/2"] == list(dict.fromkeys(r["shape"] for r in layers.rows))
-    assert {row.get("timed") for row in layers.rows + reports[3].rows} == {"graph"}
+    assert {row.get("timed") for row in layers.rows + reports[4].rows} == {"graph"}
     assert {row["norms"] for row in reports[0].rows} == {"ordinary", "fused", "through_basis", "tuned"}
-    assert {row["share"] for row in reports[4].rows} == {1.0}
-    assert [report.config["batch_size"] for report in reports[10:13]] == [2, 3, 1]
+    assert {row["share"] for row in reports[5].rows} == {1.0}
+    assert [report.config["batch_size"] for report in reports[9:12]] == [2, 3, 1]
     assert [line for line in told if line.endswith(" s  layer: 2 of 2 parts")]
 
 

@@ -24,8 +24,8 @@ from basis.models import build
 from basis.substitution import Plan, substitute
 from basis.training.loop import Recipe, make_step
 from basis.training.skipping import Parts, Trained
+from basis.training.stepping import Capture, TrainingStep, means_for
 from basis.training.stepping import Step as Stepping
-from basis.training.stepping import TrainingStep, means_for
 
 STEPS: tuple[Stepping, ...] = get_args(Stepping)
 # PyTorch's batch normalisation; ours, fused where the device can; through the basis; what :func:`tune` finds fastest.
@@ -63,7 +63,7 @@ class TrainingCell(Cell):
             for name, kind in kinds.items()
             if means_for(kind, setting.where).graphed and setting.captures
         }
-        trainers = {name: _trainer(net, setting, kinds[name], captures.get(name)) for name, net in modules.items()}
+        trainers = {name: trainer_of(net, setting, kinds[name], captures.get(name)) for name, net in modules.items()}
         references = {name: other for name, kind in kinds.items() if (other := f"dense {kind}") in kinds}
         references |= {name: "dense" for name in kinds if name in references.values()}
         compiled = next((name for name in kinds if name in ("dense compiled", "dense fast")), None)
@@ -221,7 +221,10 @@ def _counts(network: nn.Module) -> dict[str, int]:
     return numbers | {"coupled": coupled, "factorized": factorized}
 
 
-def _trainer(network: nn.Module, setting: Setting, step: Any, capture: Any) -> TrainingStep:
+def trainer_of(
+    network: nn.Module, setting: Setting, step: Stepping = "eager", capture: Capture | None = None
+) -> TrainingStep:
+    """The training step of a network that is placed, as benchmarks time it."""
     # A learning rate at which no network diverges: infinities and denormals have other speeds.
     recipe = Recipe(lr=1e-3, step=step, precision=setting.precision, memory_format=setting.memory_format)
     return make_step(network, recipe, device=setting.where, capture=capture)

@@ -14,12 +14,12 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from basis.bench.cells import with_pytorchs_norms
+from basis.bench.networks import trainer_of
 from basis.bench.report import BenchReport
 from basis.bench.timing import Progress, Setting
 from basis.layers.batchnorm import couple
 from basis.models import build
 from basis.substitution import substitute
-from basis.training.loop import Recipe, make_step
 
 PARTS = ("convolution", "mixing", "normalisation", "optimizer", "other")
 WARM_UPS, STEPS = 3, 3
@@ -75,8 +75,7 @@ def bench_parts(
 
 def step_parts(network: nn.Module, setting: Setting) -> dict[str, float]:
     """Milliseconds of each of :data:`PARTS` in a step that trains ``network`` (on random images 3x32x32)."""
-    recipe = Recipe(lr=1e-3, step="eager", precision=setting.precision, memory_format=setting.memory_format)
-    step = make_step(network, recipe, device=setting.where)
+    step = trainer_of(setting.place(network), setting)
     x = setting.place(torch.randn(setting.batch_size, 3, 32, 32))
     labels = torch.randint(10, (setting.batch_size,), device=x.device)
     for _ in range(WARM_UPS):

@@ -56,10 +56,12 @@ def bench_budget(
     plans, beyond = _plans(table, times, shares, one, smallest=smallest)
     more: dict[float, dict[str, Any]] = {}
     for share, plan in plans.items():
-        small = substitute(dense, plan, init="random")
         more[share] = {"predicted": predicted(table, plan, times, step=one)["milliseconds"]}
-        more[share] |= {"layers": dict(plan.layers)} if one != "forward" else {}
-        more[share] |= {"parameters": count_parameters(small) / count_parameters(dense)} if one == "forward" else {}
+        if one == "forward":
+            small = substitute(dense, plan, init="random")
+            more[share]["parameters"] = count_parameters(small) / count_parameters(dense)
+        else:
+            more[share]["layers"] = dict(plan.layers)
     given: Any = {"model": model, "width": width, "plans": plans, "setting": setting, "progress": progress}
     if one == "forward":
         report = replace(bench_inference(**given, ratios=()), kind="bench-budget")

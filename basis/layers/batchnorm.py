@@ -242,7 +242,7 @@ def _added(out: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     return torch.relu(out) if relu else out
 
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def activate(norm: nn.Module, x: Tensor, residual: Tensor | None = None, *, relu: bool = True) -> Tensor:
@@ -250,7 +250,7 @@ def activate(norm: nn.Module, x: Tensor, residual: Tensor | None = None, *, relu
 
     An ``nn.BatchNorm2d`` in training goes through the kernels of :mod:`basis.layers.fused` where they can do it.
     """
-    watched = _has_any_global_hook() or "forward" in vars(norm) or any(getattr(norm, kind) for kind in HOOKS)
+    watched = _has_any_global_hook() or "forward" in vars(norm) or any(getattr(norm, kind) for kind in _HOOKS)
     if not watched:
         if isinstance(norm, BasisBatchNorm2d):
             return norm(x, residual, relu=relu)

@@ -20,8 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 kernels: Any = None  # where there is no GPU, importing Triton would only take time
 mixing_kernels: Any = None
 thin: Any = None
-interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-if os.environ.get("BASIS_KERNELS") != "0" and (torch.cuda.device_count() or interpreted):
+if os.environ.get("BASIS_KERNELS") != "0" and (torch.cuda.device_count() or os.environ.get("TRITON_INTERPRET") == "1"):
     with contextlib.suppress(ImportError):  # Triton has no build for this platform
         from basis.layers import kernels, mixing_kernels, thin
 

@@ -132,6 +132,13 @@ def block(size: int, largest: int) -> int:
     return min(largest, max(16, triton.next_power_of_2(size)))
 
 
+def factor(dtype: torch.dtype) -> Any:
+    """What the factors of a product are held in: their own dtype, but the interpreter cannot multiply bfloat16."""
+    if dtype == torch.float32 or (dtype == torch.bfloat16 and INTERPRETED):
+        return tl.float32
+    return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
+
+
 def on(maps: Tensor) -> contextlib.AbstractContextManager[Any]:
     """The context that launches kernels on the device of the maps."""
     return torch.cuda.device(maps.device) if maps.is_cuda else contextlib.nullcontext()
@@ -177,7 +184,7 @@ def _column_sums(
 
 
 @triton.jit
-def _added(partial, chunks, C, cols, BLOCK: tl.constexpr):
+def _both_totals(partial, chunks, C, cols, BLOCK: tl.constexpr):
     """The two sums over all chunks."""
     sums = tl.zeros((BLOCK, cols.shape[0]), tl.float32)
     products = tl.zeros((BLOCK, cols.shape[0]), tl.float32)
@@ -194,7 +201,7 @@ def _finish_sums(
 ):  # fmt: skip
     """state = [mean, 1 / deviation, scale, shift], of the sums of x less the mean of its first rows."""
     cols = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    sums, squares = _added(partial, chunks, C, cols, BLOCK)
+    sums, squares = _both_totals(partial, chunks, C, cols, BLOCK)
     rest = sums / P
     mean = first_mean(x, cols, C, P) + rest
     variance = squares / P - rest * rest
@@ -212,7 +219,7 @@ def _finish_sums(
 def _finish_gradient_sums(partial, state, result, chunks, P, C, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """result = [d beta, d gamma, slope, constant], for dx = scale dO + slope x + constant."""
     cols = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    total, moment = _added(partial, chunks, C, cols, BLOCK)
+    total, moment = _both_totals(partial, chunks, C, cols, BLOCK)
     mean, inverse = numbers(state, cols, C, 0.0), numbers(state + C, cols, C, 0.0)
     scale = numbers(state + 2 * C, cols, C, 0.0)
     slope = -scale * inverse * inverse * moment / P

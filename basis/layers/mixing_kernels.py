@@ -8,7 +8,7 @@ otherwise.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
@@ -16,10 +16,10 @@ import triton.language as tl  # type: ignore[import-untyped, import-not-found, u
 from torch import Tensor
 
 from basis.layers.kernels import (
-    INTERPRETED,
     Statistics,
     added,
     block,
+    factor,
     first_mean,
     load,
     numbers,
@@ -259,7 +259,7 @@ def _sums(
         _outer_sums[len(partial), grid[0], grid[1]](
             left, gate, right, gated, partial, P, m, n, chunk,
             TILE_M=tiles[0], TILE_N=tiles[1], ROWS=rows, CENTRED=centred, SAME=centred and grid == (1, 1),
-            FACTOR=_factor(left.dtype), PRECISION=_precision(left.dtype),
+            FACTOR=factor(left.dtype), PRECISION=_precision(left.dtype),
             num_warps=8 if single or tiles[0] * tiles[1] >= 16384 else 4, num_stages=3,
         )  # fmt: skip
         return added(partial)
@@ -279,7 +279,7 @@ def _mixed(
         _affine[(triton.cdiv(P, 64) * triton.cdiv(n, tile),)](
             out, constant, residual, z, matrix, dout, gate, weight, P, n, k, C, *strides,
             RELU=relu, ROWS=64, TILE=tile, BLOCK_K=block(k, 32 if single else 64),
-            BLOCK_C=32 if single or C <= 64 else 64, FACTOR=_factor(z.dtype), PRECISION=_precision(z.dtype),
+            BLOCK_C=32 if single or C <= 64 else 64, FACTOR=factor(z.dtype), PRECISION=_precision(z.dtype),
             num_warps=8 if single else 4, num_stages=2 if dout is None else 3,
         )  # fmt: skip
     return out
@@ -291,10 +291,3 @@ def _precision(dtype: torch.dtype) -> str:
     setting = getattr(matmul, "fp32_precision", None)  # since torch 2.9, where allow_tf32 may refuse to be read
     allowed = matmul.allow_tf32 if setting is None else setting == "tf32"
     return "ieee" if dtype == torch.float32 and not allowed else "tf32"
-
-
-def _factor(dtype: torch.dtype) -> Any:
-    """What the factors of a product are held in: their own dtype, but the interpreter cannot multiply bfloat16."""
-    if dtype == torch.float32 or (dtype == torch.bfloat16 and INTERPRETED):
-        return tl.float32
-    return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16

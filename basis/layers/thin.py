@@ -14,7 +14,7 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
 
-from basis.layers.kernels import INTERPRETED, added, block, load, on, rows_of, store
+from basis.layers.kernels import INTERPRETED, added, block, factor, load, on, rows_of, store
 
 
 @triton.jit
@@ -74,12 +74,11 @@ def gradients(dz: Tensor, x: Tensor, filters: Tensor) -> tuple[Tensor, Tensor]:
     (P, C), k = rows_of(x).shape, len(filters)
     chunk = ROWS * triton.cdiv(P, PROGRAMS * ROWS)
     partial = torch.empty((triton.cdiv(P, chunk), 9 * k * C), device=x.device)
-    dx, low = torch.empty_like(x), tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
+    dx = torch.empty_like(x)
     with on(x):
         _both_gradients[(len(partial),)](
             dx, partial, x, dz, filters, P, x.shape[2], x.shape[3], C, chunk,
-            K=k, ROWS=ROWS, TILE=block(C, 64), FACTOR=tl.float32 if INTERPRETED else low,
-            num_warps=WARPS, num_stages=STAGES,
+            K=k, ROWS=ROWS, TILE=block(C, 64), FACTOR=factor(x.dtype), num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
         total = added(partial)
     return dx, total.view(3, 3, k, C).permute(2, 3, 0, 1).contiguous(memory_format=torch.channels_last)

@@ -34,13 +34,17 @@ class Headline:
     """What the records of a profile say in brief.
 
     ``runs`` is the headline study's frame of dense and the :data:`RULES` (``rule``: a variant without its budget);
-    ``steps`` has the row of a training step by ratio r, measured on ``device``.
+    ``steps`` has the row of a training step by ratio r.
     """
 
     profile: str
     runs: pd.DataFrame
     steps: Mapping[float, Mapping[str, Any]]
-    device: str
+
+    @property
+    def device(self) -> str:
+        """What the steps were measured on."""
+        return next((str(row["device"]) for row in self.steps.values()), "")
 
     @property
     def lost(self) -> dict[str, Estimate]:
@@ -65,11 +69,9 @@ def collect(records: Sequence[Record], profile: str) -> Headline | None:
     if not enough or not study.difference(runs, "dense", study.variant("selected", study.HALF)).n:
         return None
     # Times belong to a device, not to the profile that was trained: those of a GPU where there are any.
-    benches = [load_benches(device_of, kind="bench-train") for device_of in ("paper", "cpu")]
-    reports = next((found for found in benches if step_rows(found)), [])
-    steps = step_rows(reports)
-    device = next((str(row["device"]) for row in steps.values()), "")
-    return Headline(profile, runs, dict(sorted(steps.items())), device)
+    benches = (load_benches(device_of, kind="bench-train") for device_of in ("paper", "cpu"))
+    steps = next(filter(None, map(step_rows, benches)), {})
+    return Headline(profile, runs, dict(sorted(steps.items())))
 
 
 def draw(theme: Theme, headline: Headline) -> Figure:

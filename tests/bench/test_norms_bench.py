@@ -39,14 +39,14 @@ def captured(setting, monkeypatch):
 def test_training_has_the_dense_network_fused_and_with_pytorchs_norms(setting, monkeypatch):
     from basis.bench import networks
 
-    hooked, real = [], networks._trainer
+    hooked, real = [], networks.trainer_of
 
     def spy(network, *args):
         norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
         hooked.append({bool(norm._forward_hooks) for norm in norms})
         return real(network, *args)
 
-    monkeypatch.setattr(networks, "_trainer", spy)
+    monkeypatch.setattr(networks, "trainer_of", spy)
     model = substitute(build("resnet20", width=4), ratio=0.5, init="random")
     table = tune(model, setting=replace(setting, timer=clock))
     norms = ["ordinary", "fused", "through_basis", "tuned"]

@@ -47,7 +47,7 @@ def test_the_sentences_state_what_the_records_say(records, brief):
     assert "against the fastest dense one (Z1)" in text
     assert "(Z1; medians and quartiles of 9 or more" in caption
     assert "nan" not in caption + front_page.alt(brief)
-    still = dataclasses.replace(brief, steps={}, device="")
+    still = dataclasses.replace(brief, steps={})
     assert "No training step is measured yet." in front_page.in_a_minute(still)
     assert "Right: measured" not in front_page.caption(still)
     told, silent = (Verdict("H5", "small", label, "it costs 1.3 points") for label in ("inconclusive", "not tested"))

@@ -6,7 +6,6 @@ M = [I; A] multiplies by the identity stands apart as ``identity_*``; ``torch.ut
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
+from basis.copies import copy_of, shape_copy, without_hooks
 from basis.layers.base import ConvLike
-from basis.layers.batchnorm import BasisBatchNorm2d, copy_of, uncouple
+from basis.layers.batchnorm import BasisBatchNorm2d, uncouple
 from basis.layers.coefficients import Coefficients, LowRank, Sparse
 from basis.layers.conv import BasisConv2d, ExplicitMode
 from basis.layers.structured import StructuredConv2d
@@ -247,21 +247,12 @@ class Call:
 def trace_calls(model: nn.Module, size: tuple[int, ...]) -> list[tuple[str, nn.Module, list[Call]]]:
     """Every layer (in a copy of the model) with its calls in one forward pass."""
     try:
-        return _run(_meta_copy(model), size)
+        return _run(shape_copy(model), size)
     except Exception:  # whatever the meta device cannot do, or a wrong input: the real run tells
         try:
             return _run(copy_of(model), size)
         except Exception as error:
             raise ValueError(f"the model cannot be run on an input of {size} (images, C, H, W): {error}") from error
-
-
-def _meta_copy(model: nn.Module) -> nn.Module:
-    """A deep copy whose parameters, buffers and other tensors are shapes only."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
-    others = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
-    for tensor in (*model.buffers(), *others):
-        memo[id(tensor)] = tensor.detach().to("meta").requires_grad_(tensor.requires_grad)
-    return copy.deepcopy(model, memo)
 
 
 def _run(model: nn.Module, size: tuple[int, ...]) -> list[tuple[str, nn.Module, list[Call]]]:
@@ -272,9 +263,7 @@ def _run(model: nn.Module, size: tuple[int, ...]) -> list[tuple[str, nn.Module, 
         if x is not None and isinstance(output, Tensor):
             calls[module].append(Call(tuple(x.shape), tuple(output.shape), x.element_size(), x.requires_grad))
 
-    for module in model.eval().modules():
-        for hooks in (value for key, value in vars(module).items() if "hook" in key and isinstance(value, dict)):
-            hooks.clear()
+    for module in without_hooks(model).eval().modules():
         holds = next(module.parameters(False), None) is not None and not isinstance(module, Coefficients)
         if holds or isinstance(module, MATMULS):
             calls[module] = []

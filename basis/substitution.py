@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from basis.batches import Batches, calibration_inputs
-from basis.layers.batchnorm import copy_of, couple_in_place, couplings, uncouple_in_place
+from basis.copies import copy_of
+from basis.layers.batchnorm import couple_in_place, couplings, uncouple_in_place
 from basis.layers.coefficients import Form
 from basis.layers.conv import MODES, BasisConv2d, Mode, check_basis_channels
 from basis.layers.moments import Moments, output_moments, taking_means, untied

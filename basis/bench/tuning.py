@@ -22,8 +22,9 @@ from basis.bench.cells import Cell, Make, measure_cells
 from basis.bench.report import BenchReport
 from basis.bench.shapes import RATIOS, timed_layers
 from basis.bench.timing import PASSES, Pass, Progress, Setting
+from basis.copies import copy_of
 from basis.costs import cost
-from basis.layers.batchnorm import copy_of, couple, couple_in_place, couplings, uncouple, uncouple_in_place
+from basis.layers.batchnorm import couple, couple_in_place, couplings, uncouple, uncouple_in_place
 from basis.layers.conv import BasisConv2d, ExplicitMode, basis_channels_for
 from basis.layers.norm_pairs import norm_pairs
 from basis.substitution import plan_of

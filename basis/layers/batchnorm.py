@@ -16,7 +16,6 @@ to a fraction f of their spread is off by 1e-7 / f^2 to twice that in float32.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from basis.copies import copy_of
 from basis.layers import fused
 from basis.layers.base import full_precision
 from basis.layers.conv import BasisConv2d
@@ -257,16 +257,6 @@ def activate(norm: nn.Module, x: Tensor, residual: Tensor | None = None, *, relu
         if type(norm) is nn.BatchNorm2d and fused.suits(norm, x, residual):
             return fused.normalise(norm, x, residual, relu=relu)
     return _added(norm(x), residual, relu)
-
-
-def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy, also where modules keep computed tensors (pruning, old weight_norm); ``ValueError`` for DDP."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            what = f"its layer {name}" if name else "the model"
-            raise ValueError(f"{what} is wrapped in DistributedDataParallel; change its .module, and wrap the result")
-    computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
 
 
 def couplings(model: nn.Module) -> Pairs:

@@ -1,0 +1,51 @@
+"""Copies of any network, whatever tensors its modules keep beside parameters and buffers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+class _Copying(TorchFunctionMode):
+    """Tensors that ``copy.deepcopy`` meets are copied by ``how``; by torch where it gives None."""
+
+    def __init__(self, how: Callable[[Tensor], Tensor | None]) -> None:
+        super().__init__()
+        self.how = how
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        if id(tensor) not in memo and (copied := self.how(tensor)) is not None:
+            memo[id(tensor)] = copied
+        return memo[id(tensor)] if id(tensor) in memo else func(*args)
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy, also where modules keep computed tensors (pruning, activations); ``ValueError`` for DDP."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            what = f"its layer {name}" if name else "the model"
+            raise ValueError(f"{what} is wrapped in DistributedDataParallel; change its .module, and wrap the result")
+    with _Copying(lambda tensor: None if tensor.is_leaf else tensor.detach().clone()):
+        return copy.deepcopy(model)
+
+
+def shape_copy(model: nn.Module) -> nn.Module:
+    """A deep copy on the meta device: shapes without values."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    with _Copying(lambda tensor: tensor.detach().to("meta").requires_grad_(tensor.requires_grad)):
+        return copy.deepcopy(model, memo)
+
+
+def without_hooks(model: nn.Module) -> nn.Module:
+    """``model`` itself, all of whose hooks are gone: for copies that are run and thrown away."""
+    for module in model.modules():
+        for hooks in (value for key, value in vars(module).items() if "hook" in key and isinstance(value, dict)):
+            hooks.clear()
+    return model

@@ -1,0 +1,80 @@
+"""What a network takes: one tensor, a tuple or list of positional arguments, or a dictionary of keyword arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """``value`` with every tensor in it, in whatever tuples, lists and dictionaries, changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: mapped(change, item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        items = [mapped(change, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor in ``value``, in order."""
+    found: list[Tensor] = []
+    mapped(lambda tensor: found.append(tensor) or tensor, value)  # type: ignore[func-returns-value]
+    return found
+
+
+def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and the keyword arguments of a call with ``inputs``."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
+
+
+def run(model: nn.Module, inputs: Inputs) -> Any:
+    """What ``model`` gives for copies of ``inputs``, which it may change."""
+    args, kwargs = arguments(mapped(Tensor.clone, inputs))
+    return model(*args, **kwargs)
+
+
+def samples_in(inputs: Inputs) -> int:
+    """The size of the batch: of the first dimension of the first tensor that has one; 0 where there is none."""
+    return next((len(tensor) for tensor in tensors_in(inputs) if tensor.dim()), 0)
+
+
+def first_samples(inputs: Inputs, n: int) -> Inputs:
+    """The first ``n`` samples of a batch; tensors that have another length are left whole."""
+    total = samples_in(inputs)
+    return mapped(lambda t: t[:n] if t.dim() and len(t) == total else t, inputs)
+
+
+def shapes_of(inputs: Inputs) -> str:
+    """Shapes and dtypes in words."""
+    return ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors_in(inputs))
+
+
+def example_inputs(
+    model: nn.Module, input_size: Sequence[int] | None, inputs: Inputs | None, *, batch_size: int = 1
+) -> Inputs:
+    """``inputs`` on the model's device; or zeros (batch_size, \\*input_size), in its dtype too.
+
+    Raises ``ValueError`` unless exactly one of the two is given, and for sizes that are no whole numbers of at least 1.
+    """
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    if (input_size is None) == (inputs is None):
+        raise ValueError("give one of input_size, such as (3, 32, 32), and inputs, a batch as the model takes it")
+    if inputs is not None:
+        if not samples_in(inputs):
+            raise ValueError("inputs hold no tensor with a sample; give a batch as the model takes it")
+        return mapped(lambda t: t.to(like.device), inputs)
+    size = (batch_size, *input_size) if isinstance(input_size, Sequence) else (0,)
+    if not all(hasattr(n, "__index__") and n > 0 for n in size):
+        given = f"input_size is {input_size!r} and batch_size is {batch_size!r}"
+        raise ValueError(f"{given}, but they must be (C, H, W) or the like, and a number, all at least 1")
+    return torch.zeros([int(n) for n in size], dtype=like.dtype, device=like.device)

@@ -247,14 +247,15 @@ def test_shared_ties_the_layers_of_equal_shape(init):
     assert apart[0].coefficients is not apart[1].coefficients
 
 
-def test_a_form_that_does_not_fit_names_the_layer():
-    for form, says in (
-        ("low_rank:3", "conv1: .*'low_rank:3'"),
-        ("grouped:3", "conv1: "),
-        ("low-rank:3", "^coefficients is"),
-    ):
-        with pytest.raises(ValueError, match=says):
-            substitute(Net(), ratio=0.25, init="random", coefficients=form)
+@pytest.mark.parametrize("form", ["low_rank:3", "grouped:3", "sparse:3"])
+def test_a_layer_too_narrow_for_a_form_stays_dense_unless_a_plan_names_it(form):
+    small = substitute(Net(), ratio=0.25, init="random", coefficients=form)
+    assert plan_of(small).layers == {"conv2": 3}
+    assert form in Plan.uniform(Net(), ratio=0.25, coefficients=form).skipped["conv1"]
+    with pytest.raises(ValueError, match=f"conv1: .*'{form}'"):
+        substitute(Net(), {"conv1": 2}, init="random", coefficients=form)
+    with pytest.raises(ValueError, match="^coefficients is"):
+        substitute(Net(), ratio=0.25, coefficients="low-rank:3")
 
 
 # -- plans --------------------------------------------------------------------------------------

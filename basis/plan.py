@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -156,12 +157,9 @@ def _converted(module: Any) -> str | None:
     """What was made of a convolution, so that it is none of ``torch.nn`` any more; None for other modules."""
     scripted = isinstance(module, torch.jit.ScriptModule)
     name = getattr(module, "original_name", "") if scripted else type(module).__name__
-    if "Conv" not in name or next(module.children(), None) is not None:
-        return None
-    if scripted:
-        return f"{name}, scripted or traced: substitute before that"
-    quantized = type(module).__module__.startswith("torch.ao.") and not isinstance(module, _ConvNd)
-    return f"{name}, quantized: substitute before that" if quantized else None
+    one = isinstance(module, _ConvNd) or next(module.children(), None) is None
+    done = "scripted or traced" if scripted else "quantized" * type(module).__module__.startswith("torch.ao.")
+    return f"{name}, {done}: substitute before that" if "Conv" in name and one and done else None
 
 
 def _widths(found: Mapping[Any, Sequence[str]]) -> dict[str, int]:
@@ -174,7 +172,7 @@ def _size(name: str, size: Any) -> Size:
     try:
         if isinstance(size, (str, Structure)):
             return str(Structure.parse(size))
-        if not isinstance(size, bool) and operator.index(size) >= 1:
+        if not isinstance(size, (bool, np.bool_)) and operator.index(size) >= 1:
             return operator.index(size)
     except (ValueError, TypeError) as error:
         why = str(error) if isinstance(error, ValueError) else why

@@ -30,7 +30,7 @@ HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 
 def substitute(
     model: nn.Module,
-    plan: Plan | Mapping[str, Size | float] | None = None,
+    plan: Plan | Mapping[str, Size] | None = None,
     *,
     ratio: float | None = None,
     layer: str | Structure | None = None,
@@ -117,7 +117,7 @@ def _resolve(model: nn.Module, plan: Plan) -> dict[str, Size]:
     """The layers to substitute, each module once, after checking all that ``plan`` says."""
     module_of = {name: module for module, names in convolutions(model).items() for name in names}
     names = meant(plan.layers, module_of)
-    chosen: dict[nn.Module, tuple[str, Size]] = {}
+    chosen: dict[Any, tuple[str, Size]] = {}
     for given, size in plan.layers.items():
         if given not in names:
             near = few(difflib.get_close_matches(given, module_of, n=3) or list(module_of)) or "none: it has none"
@@ -151,7 +151,7 @@ def _new_layers(
 ) -> dict[nn.Module, nn.Module]:
     """Convolution of ``model`` -> the layer for its place; those that share parameters are made together."""
     for name in chosen if init == "svd" else ():
-        weight = model.get_submodule(name).weight
+        weight: Any = model.get_submodule(name).weight
         if weight.is_meta:
             raise ValueError(f"{shown_name(name)} is on the meta device and has no values; use init='random'")
         if not weight.isfinite().all():

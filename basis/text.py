@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|[@-_])")  # of terminals: colours and the like
 # What exporters and data loaders put around a reason.
-AROUND = re.compile(r"Failed to \w+ the (model|exported program)[^.]*\.|torch\.export\.|This is step .* Next steps:.*|"
-                    r"Caught \w+ in \w+ (worker process|replica) .*|<class '[^']*'>: ")  # fmt: skip
+AROUND = re.compile(r"Failed to \w+ the (model|exported program)[^.]*\.|torch\.export\.|"
+                    r"This is step .* Next steps:(?s:.*)|<class '[^']*'>: ")  # fmt: skip
 TRACEBACK, SUMMARY = "Traceback (most recent call last):", "## Exception summary"
 
 

@@ -47,7 +47,7 @@ def _from_factory(name: str, classes: int) -> nn.Module:
         takes = "num_classes" in inspect.signature(factory).parameters
         model = factory(num_classes=classes) if takes else factory()
     except (Exception, SystemExit) as error:  # the user's own code may raise anything
-        raise ValueError(f"model {name} makes no network ({type(error).__name__}: {error})") from error
+        raise ValueError(f"model {name} makes no network ({type(error).__name__}: {first_line(error)})") from error
     finally:
         sys.path.remove(here)
     if not isinstance(model, nn.Module):
@@ -82,7 +82,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
         for prefix in PREFIXES:
             consume_prefix_in_state_dict_if_present(state, prefix)
     state = {name: value for name, value in expected.items() if name.endswith("num_batches_tracked")} | state
-    if strange := [name for name, value in state.items() if value.isnan().any()]:
+    numbers = dict(model.named_parameters())  # a mask among the buffers may be infinite
+    if strange := [n for n, value in state.items() if not (value.isfinite() if n in numbers else ~value.isnan()).all()]:
         raise ValueError(f"the weights {few(strange)} in {path} are not finite")
     put_state(model, state, Path(path))
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -89,8 +89,8 @@ class Settings:
     seed: int = option(0, "of all randomness", type=int)
 
     def __post_init__(self) -> None:
-        for name in ("weights", "data", "out"):
-            object.__setattr__(self, name, os.fspath(getattr(self, name)))
+        for name, value in asdict(self).items():
+            object.__setattr__(self, name, plain(value, finite=False))
         if not self.budget or not all(unit in UNITS and 0 < share <= 1 for unit, share in self.budget.items()):
             raise ValueError(f"budget is {dict(self.budget)}, but must have shares in (0, 1] of {', '.join(UNITS)}")
         least = {"epochs": 0, "seed": 0, "batch_size": 2, "validation": 1, "image_size": 1, "lr": 1e-9}
@@ -360,11 +360,12 @@ def _check_same(what: str, found: Tensor, expected: Tensor) -> None:
 @torch.no_grad()
 def _run(path: Path, images: Tensor) -> Tensor:
     """What an exported file gives."""
+    content = path.read_bytes()  # not every library opens a path that is no UTF-8
     if path.suffix == ".pt2":
-        return torch.export.load(path).module()(images)
+        return torch.export.load(io.BytesIO(content)).module()(images)
     import onnxruntime  # type: ignore[import-untyped]
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import io
 import os
 import pkgutil
 import sys
@@ -92,9 +93,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"there is no file of weights at {path}")
     try:
-        with path.open("rb") as file:
-            safe = file.read(9)[8:] == b"{"
-        content = safetensors.torch.load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        data = path.read_bytes()
+        safe = data[8:9] == b"{"
+        content = safetensors.torch.load(data) if safe else torch.load(io.BytesIO(data), "cpu", weights_only=True)
     except Exception as error:  # the readers raise errors of many kinds
         raise ValueError(f"{path} is not readable as model.state_dict() alone ({first_line(error)})") from error
     for key in WRAPPERS * 2:  # one may be inside another

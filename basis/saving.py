@@ -75,7 +75,7 @@ def unwritable(path: Path, error: OSError) -> Unwritable:
     """What to raise where ``path`` could not be written."""
     then = f"{HELP[error.errno]} and " if error.errno in HELP else ""
     again = "run the command again, which goes on where it stopped"
-    return Unwritable(f"{path} could not be written ({first_line(error)}); {then}{again}")
+    return Unwritable(f"{path} could not be written ({error.strerror or first_line(error)}); {then}{again}")
 
 
 def plain(value: Any, *, finite: bool = True) -> Any:

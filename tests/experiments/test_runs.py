@@ -174,8 +174,8 @@ def test_a_file_system_without_locks_stops_nothing(tmp_path, instant, monkeypatc
 
     monkeypatch.setattr("fcntl.flock", refuse)
     with pytest.warns(UserWarning, match="lock"):
-        assert [step.outcome for step in do(DENSE[:2], tmp_path)] == ["done", "done"]
-    assert do(DENSE[:2], tmp_path) == []
+        steps = [*do(DENSE[:2], tmp_path), *do(DENSE[:2], tmp_path)]
+    assert [step.outcome for step in steps] == ["done", "done"]
     assert instant == DENSE[:2]
 
 

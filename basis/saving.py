@@ -73,9 +73,8 @@ def write_json(path: Path, value: object) -> None:
 
 def unwritable(path: Path, error: OSError) -> Unwritable:
     """What to raise where ``path`` could not be written."""
-    then = f"{HELP[error.errno]} and " if error.errno in HELP else ""
-    again = "run the command again, which goes on where it stopped"
-    return Unwritable(f"{path} could not be written ({error.strerror or first_line(error)}); {then}{again}")
+    then = f"{HELP.get(error.errno or 0, 'mend that')} and run the command again, which goes on where it stopped"
+    return Unwritable(f"{path} could not be written ({error.strerror or first_line(error)}); {then}")
 
 
 def plain(value: Any, *, finite: bool = True) -> Any:

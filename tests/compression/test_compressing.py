@@ -164,6 +164,21 @@ def test_what_differs_from_the_network_that_was_scored_is_not_exported(place, tm
     assert not {"model.pt2", "stages/export.json", "report.json"} & left.keys()
 
 
+def test_a_network_that_is_traced_wrongly_is_refused_or_exported_as_it_was_scored(place, tmp_path):
+    out, refused = tmp_path / "out", ""
+    try:
+        compress(settings(place, out, model="tests.tiny:branching", epochs=0))
+    except ValueError as error:
+        refused = str(error)
+    if refused:
+        assert "differs by" in refused
+        assert not (out / "model.pt2").exists()
+    else:
+        x = torch.randn(3, 3, 16, 16)
+        small = basis.load(tiny.branching(), out).eval()
+        torch.testing.assert_close(torch.export.load(out / "model.pt2").module()(x), small(x), atol=1e-3, rtol=1e-3)
+
+
 def test_images_that_exif_would_turn_are_told_in_one_line(place, tmp_path, monkeypatch):
     tiny.image_folder(tmp_path / "data", train=24, val=12)
     exif, said = Image.Exif(), []

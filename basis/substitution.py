@@ -226,7 +226,7 @@ def keep_attributes(old: Any, new: Any) -> None:
         fresh = BasisConv2d(1, 1, 1, ratio=1, device="meta")
     else:
         fresh = nn.Conv2d(1, 1, 1, device="meta")
-    for name in vars(old).keys() - vars(fresh).keys() - vars(new).keys():
+    for name in vars(old).keys() - vars(fresh).keys() - {*vars(new), *new._parameters, *new._modules}:
         vars(new)[name] = vars(old)[name]
     for name in old._buffers.keys() - fresh._buffers.keys() - new._buffers.keys():
         new.register_buffer(name, old._buffers[name], persistent=name not in old._non_persistent_buffers_set)

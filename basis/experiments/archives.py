@@ -45,7 +45,8 @@ def packed(archive: Path) -> dict[str, bytes]:
     """
     found = {}
     try:
-        with tarfile.open(archive, mode="r:gz") as tar:
+        content = gzip.decompress(archive.read_bytes())  # all of it, which checks its sum
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
             for member in tar:
                 file = tar.extractfile(member) if member.isreg() and member.name.endswith(".json") else None
                 if file is None:

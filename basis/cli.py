@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import io
 import math
 import shlex
 import signal
@@ -44,6 +45,7 @@ from basis.inference import bench_inference
 from basis.layers.conv import MODES
 from basis.models import build
 from basis.saving import RecordError, replacing
+from basis.text import first_line
 from basis.training.loop import DTYPES, TrainingError
 
 
@@ -51,10 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and do what it says; the exit status is 0, 1 (failed) or 2 (misused)."""
     options = _parser().parse_args(arguments)
     options.typed = list(sys.argv[1:] if arguments is None else arguments)  # for reports
+    for stream in (sys.stdout, sys.stderr):  # whose encoding may lack what is in a name
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return options.command(options)
     except (ValueError, DataError, RecordError, TooLittleMemory, TrainingError) as error:
         print(f"basis: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        said = f"a file could not be read or written ({first_line(error)}); what is finished is kept"
+        print(f"basis: {said}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:  # the book's tools and Ray are extras
         extra = "ray" if error.name == "ray" else "book"
@@ -213,7 +222,8 @@ def _add_compress(command: argparse.ArgumentParser) -> None:
     command.set_defaults(command=_compress)
     command.add_argument("model", metavar="MODEL", help="a network of torchvision or timm, or package.module:factory")
     command.add_argument("--weights", required=True, metavar="FILE", help="safetensors, or a state_dict of torch.save")
-    command.add_argument("--data", required=True, help="folder with train/CLASS/* and val/CLASS/*")
+    data = "folder with train/CLASS/* and val/CLASS/*; rotations in EXIF are ignored, as in torchvision's training"
+    command.add_argument("--data", required=True, help=data)
     budget = "share of params, macs, backward_macs or milliseconds that may stay, as params=0.5; repeatable"
     command.add_argument("--budget", required=True, action="append", type=_share, metavar="UNIT=SHARE", help=budget)
     command.add_argument("--out", required=True, help="folder to fill; a run of the same settings there goes on")
@@ -231,10 +241,7 @@ def _compress(options: argparse.Namespace) -> int:
     export. May be stopped and repeated at will: the same command goes on where it was.
     """
     given = {field.name: getattr(options, field.name) for field in fields(Settings)} | {"budget": dict(options.budget)}
-    try:
-        compress(Settings(**given), say=print, command=shlex.join(["basis", *options.typed]))
-    except OSError as error:
-        raise ValueError(f"a file could not be read or written ({error}); finished stages are kept") from error
+    compress(Settings(**given), say=print, command=shlex.join(["basis", *options.typed]))
     return 0
 
 

@@ -46,7 +46,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def _cpu_name() -> str:
     with suppress(OSError):
-        if names := re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+        if names := re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE):
             return f"{names[0]}, {len(names)} cores"
     return platform.processor() or platform.machine()
 

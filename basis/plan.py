@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
@@ -20,9 +23,11 @@ from basis.layers.coefficients import Form
 from basis.layers.conv import BasisConv2d, basis_channels_for
 from basis.layers.structured import Structure, StructuredConv2d
 from basis.saving import columns, write_json
-from basis.text import shown_name
+from basis.text import first_line, shown_name
 
 VERSION = 1  # of the file of a plan
+# What DataParallel, DistributedDataParallel, torch.compile, FSDP and checkpointing put into the names of layers.
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 Size = int | str  # basis channels k of a basis convolution, or the text of a structured layer, "tucker:0.41"
 
@@ -33,6 +38,9 @@ class Plan:
 
     ``layers`` maps names to basis channels k, where k = C_out keeps the layer dense, or to texts of structured layers
     (:class:`basis.layers.structured.Structure`); ``skipped`` maps every other convolution to the reason.
+    ``out_channels`` are the C_out of the model's, by which a plan of another model is known.
+
+    Raises ``TypeError`` for what is no mapping, ``ValueError`` for a size that no layer could have.
     """
 
     layers: Mapping[str, Size]
@@ -40,8 +48,11 @@ class Plan:
     out_channels: Mapping[str, int] = field(default_factory=dict, compare=False)  # a plan written by hand has none
 
     def __post_init__(self) -> None:
-        if not isinstance(self.layers, Mapping) or not isinstance(self.skipped, Mapping):
-            raise TypeError("layers and skipped must map names of layers to sizes and reasons")
+        if not all(isinstance(getattr(self, one.name), Mapping) for one in fields(self)):
+            raise TypeError("layers, skipped and out_channels must map names of layers to sizes, reasons and numbers")
+        object.__setattr__(self, "layers", {name: _size(name, size) for name, size in self.layers.items()})
+        for name, kind in (("skipped", str), ("out_channels", int)):
+            object.__setattr__(self, name, {layer: kind(one) for layer, one in getattr(self, name).items()})
 
     @classmethod
     def uniform(
@@ -51,7 +62,8 @@ class Plan:
     ) -> Plan:  # fmt: skip
         """Every convolution of ``model`` that can be substituted, all at one ratio or by one structured layer.
 
-        A layer that would then store more parameters than the dense one stays dense; ``skipped`` says so.
+        A layer that the form of A does not fit, or that would then store more parameters than the dense one, stays
+        dense; ``skipped`` says so.
 
         Args:
             ratio: r in (0, 1]; k is the multiple of ``groups`` and ``multiple`` nearest to r C_out. This or ``layer``.
@@ -101,11 +113,12 @@ class Plan:
         """Read a plan. Raises ``FileNotFoundError``, or ``ValueError`` for what is not one."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if content.pop("basis_plan", None) != VERSION:
-                raise ValueError(f"this JSON is no plan of version {VERSION}")
+            version = content.pop("basis_plan", None)
+            if version != VERSION:
+                raise ValueError(f"its version is {version!r}, but {VERSION} is read here")
             return cls(**content)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{os.fspath(path)} holds no plan: {error}") from error
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{os.fspath(path)} holds no plan: {first_line(error)}") from error
 
     def __str__(self) -> str:
         others = any(isinstance(size, str) for size in self.layers.values())
@@ -135,13 +148,51 @@ def convolutions(model: nn.Module) -> dict[Any, list[str]]:
     """Every convolution-like module with all its names, in the order of the model."""
     found: dict[Any, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (_ConvNd, ConvLike)):
+        if isinstance(module, (_ConvNd, ConvLike)) or _converted(module):
             found.setdefault(module, []).append(name)
     return found
 
 
+def _converted(module: Any) -> str | None:
+    """What was made of a convolution, so that it is none of ``torch.nn`` any more; None for other modules."""
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    name = getattr(module, "original_name", "") if scripted else type(module).__name__
+    one = isinstance(module, _ConvNd) or next(module.children(), None) is None
+    done = "scripted or traced" if scripted else "quantized" * type(module).__module__.startswith("torch.ao.")
+    return f"{name}, {done}: substitute before that" if "Conv" in name and one and done else None
+
+
 def _widths(found: Mapping[Any, Sequence[str]]) -> dict[str, int]:
-    return {names[0]: conv.out_channels for conv, names in found.items()}
+    return {names[0]: conv.out_channels for conv, names in found.items() if hasattr(conv, "out_channels")}
+
+
+def _size(name: str, size: Any) -> Size:
+    """A size as a plan holds it: any kind of whole number as an int, texts of structured layers without spaces."""
+    why = f"basis_channels is {size!r}, but it must be a whole number of at least 1, or the text of a structured layer"
+    try:
+        if isinstance(size, (str, Structure)):
+            return str(Structure.parse(size))
+        if not isinstance(size, (bool, np.bool_)) and operator.index(size) >= 1:
+            return operator.index(size)
+    except (ValueError, TypeError) as error:
+        why = str(error) if isinstance(error, ValueError) else why
+    raise ValueError(f"the plan for {shown_name(name)}: {why}")
+
+
+def meant(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
+    """Each of ``names`` -> the one of ``known`` that it means: itself, or the only one that differs by wrappers alone.
+
+    Wrappers are those of DataParallel, torch.compile and the like; names that mean none are left out.
+    """
+
+    def bare(name: str) -> str:
+        return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+    by_bare: dict[str, list[str]] = {}
+    for name in known:
+        by_bare.setdefault(bare(name), []).append(name)
+    found = {name: by_bare.get(bare(name), []) for name in names}
+    return {name: name if name in near else near[0] for name, near in found.items() if name in near or len(near) == 1}
 
 
 def obstacle(model: nn.Module, module: nn.Module) -> str | None:
@@ -151,6 +202,8 @@ def obstacle(model: nn.Module, module: nn.Module) -> str | None:
         return f"already a basis convolution, with k = {module.basis_channels}"
     if isinstance(module, StructuredConv2d):
         return f"already a structured layer, {module.text}"
+    if reason := _converted(module):
+        return reason
     if not isinstance(module, nn.Conv2d):
         return f"{kind.__name__}: only nn.Conv2d can be substituted"
     if any(is_lazy(parameter) for parameter in module.parameters()):
@@ -168,6 +221,11 @@ def obstacle(model: nn.Module, module: nn.Module) -> str | None:
     ]
     if twins:
         return f"weight tied with {', '.join(twins)}"
+    if hasattr(module.weight, "__tensor_flatten__") or module.weight.layout != torch.strided:
+        what = type(module.weight).__name__ if module.weight.layout == torch.strided else module.weight.layout
+        return f"its weight is {what}, not a plain tensor: substitute before sharding, quantizing or the like"
+    if not module.weight.is_floating_point():
+        return f"its weight is {module.weight.dtype}, and only real floating-point numbers can be approximated"
     if module.out_channels == module.groups:
         return "depthwise: one filter per group" if module.groups > 1 else "one filter: nothing to derive"
     return None
@@ -193,8 +251,8 @@ def _growth(convs: Sequence[Any], size: Size, form: Form) -> str | None:
     conv = convs[0]
     try:
         coefficients = form.make(conv.out_channels, size, conv.groups, device="meta").stored
-    except ValueError:  # a form that does not fit the layer: substitute() refuses it by name
-        return None
+    except ValueError as error:  # the form does not fit the layer
+        return str(error)
     dense = sum(conv.weight.numel() for conv in convs)
     stored = coefficients + sum(size * conv.weight[0].numel() for conv in convs)
     return f"k = {size} makes it larger: {stored:,} parameters in place of {dense:,}" if stored > dense else None

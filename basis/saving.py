@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
+
+from basis.text import first_line
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+LOST = (*FULL, errno.EIO, errno.EFBIG)  # what says that a write failed, not that a file system lacks a call
+# What helps where something cannot be written.
+HELP = dict.fromkeys(FULL, "make room there") | {errno.ENAMETOOLONG: "name a shorter one"}
+HELP |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "allow writing there, or name another folder")
 
 
 class RecordError(RuntimeError):
@@ -22,43 +33,64 @@ class Unwritable(RecordError):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A temporary file that takes the place of ``path`` where the block ends well: readers see the old or the new."""
+    """A temporary file that takes the place of ``path`` where the block ends well: readers see the old or the new.
+
+    Its mode is that of the file that was there, where the file system can set one, else what the umask leaves.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp", delete=False)  # noqa: SIM115
+    temporary = path.with_name(f"{path.name[:40]}.{secrets.token_hex(4)}.tmp")  # also where the name is of full length
     try:
-        with file:
+        with temporary.open("xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+            sync(file)
+        with suppress(OSError):
+            temporary.chmod(path.stat().st_mode & 0o7777)
+        os.replace(temporary, path)
     except BaseException:
-        Path(file.name).unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
+
+
+def sync(file: IO[bytes]) -> None:
+    """Bring to the disk what was written, as far as the file system can; ``OSError`` where writing failed."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno in LOST:
+            raise
 
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON, whole or not at all. Raises :class:`Unwritable` when that fails, as on a full disk."""
     try:
         with replacing(path) as file:
-            file.write(json.dumps(value, indent=1).encode() + b"\n")
+            file.write(json.dumps(plain(value, finite=False), indent=1).encode() + b"\n")
     except OSError as error:
         raise unwritable(path, error) from error
 
 
 def unwritable(path: Path, error: OSError) -> Unwritable:
     """What to raise where ``path`` could not be written."""
-    then = "make room there and run the command again, which goes on where it stopped"
-    return Unwritable(f"{path} could not be written ({error.strerror}); {then}")
+    then = f"{HELP.get(error.errno or 0, 'mend that')} and run the command again, which goes on where it stopped"
+    return Unwritable(f"{path} could not be written ({error.strerror or first_line(error)}); {then}")
 
 
-def plain(value: Any) -> Any:
-    """Nested mappings and sequences as JSON takes them; numbers that are not finite become None."""
+def plain(value: Any, *, finite: bool = True) -> Any:
+    """Nested mappings and sequences, numbers of numpy and paths as JSON takes them.
+
+    Numbers that are not finite become None, if ``finite``.
+    """
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: plain(item, finite=finite) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [plain(item, finite=finite) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return None if finite and isinstance(value, float) and not math.isfinite(value) else value
 
 
 def number(value: float | None) -> float:

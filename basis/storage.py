@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from basis.plan import Plan, Size, plan_of
+from basis.plan import Plan, Size, meant, plan_of
 from basis.saving import replacing
 from basis.substitution import substitute
+from basis.text import few, first_line, shown_name
 
 PLAN_FILE, STATE_FILE = "plan.json", "model.safetensors"
 
@@ -37,8 +39,9 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
     names = [name for name, size in plan.layers.items() if not isinstance(size, str)]
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
     forms = {name: str(layer.coefficients.form) for name, layer in layers.items()}
+    about = {"coefficients": json.dumps(forms), "layers": json.dumps(plan.layers)}
     with replacing(folder / STATE_FILE) as file:
-        file.write(safetensors.torch.save(tensors, {"coefficients": json.dumps(forms)}))
+        file.write(safetensors.torch.save(tensors, about))
     plan.save(folder / PLAN_FILE)
 
 
@@ -51,7 +54,11 @@ def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     """
     folder = Path(folder)
     plan = Plan.load(folder / PLAN_FILE)
-    state, forms = _read_state(folder / STATE_FILE)
+    state, forms, layers = _read_state(folder / STATE_FILE)
+    if layers is not None and layers != plan.layers:
+        differing = few(shown_name(name) for name in dict.fromkeys((*layers, *plan.layers))
+                        if layers.get(name) != plan.layers.get(name))  # fmt: skip
+        raise ValueError(f"{folder / STATE_FILE} was saved with another {PLAN_FILE}: they differ in {differing}")
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("model is on the meta device; give it storage first: model.to_empty(device='cpu')")
     loaded = model
@@ -60,7 +67,7 @@ def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
         for name, size in plan.layers.items():
             parts.setdefault(forms.get(name, "dense"), {})[name] = size
         for form, part in parts.items():
-            loaded = substitute(loaded, part, init="random", coefficients=form)
+            loaded = substitute(loaded, replace(plan, layers=part), init="random", coefficients=form)
     put_state(loaded, state, folder / STATE_FILE)
     return loaded
 
@@ -68,25 +75,29 @@ def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
 def put_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     """``load_state_dict`` with the versions of ``model``, without which torchvision's MNASNet refuses a state.
 
-    Raises ``ValueError`` where the state of the file ``path`` does not fit.
+    Names may differ by what DataParallel or torch.compile put before them. Raises ``ValueError`` where the state of the
+    file ``path`` does not fit.
     """
     versioned = model.state_dict()
+    names = meant(state, versioned)
+    names = names if len(set(names.values())) == len(names) else {}
     versioned.clear()  # but for the versions
-    versioned.update(state)
+    versioned.update({names.get(name, name): value for name, value in state.items()})
     try:
         model.load_state_dict(versioned)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit this {type(model).__name__}: {error}") from error
+        raise ValueError(f"{path} does not fit this {type(model).__name__}: {first_line(error)}") from error
 
 
-def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors by name, and the layers' forms of coefficients."""
+def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Size] | None]:
+    """The tensors by name, the layers' forms of coefficients, and the plan's layers; None in files of old."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no saved state at {path}")
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            about = file.metadata() or {}
-        return state, json.loads(about.get("coefficients", "{}"))
-    except (SafetensorError, ValueError, KeyError, AttributeError, OSError) as error:
-        raise ValueError(f"{path} is damaged or no state that save() wrote: {error}") from error
+        content = path.read_bytes()  # safetensors opens no path that is no UTF-8
+        state = safetensors.torch.load(content)
+        about = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
+        forms, layers = (json.loads(about.get(key, "null")) for key in ("coefficients", "layers"))
+        return state, dict(forms or {}), layers if layers is None else dict(layers)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no state that save() wrote: {first_line(error)}") from error

@@ -21,7 +21,7 @@ from basis.layers.coefficients import Form
 from basis.layers.conv import MODES, BasisConv2d, Mode, check_basis_channels
 from basis.layers.moments import Moments, output_moments, taking_means, untied
 from basis.layers.structured import Structure, StructuredConv2d
-from basis.plan import Plan, Size, as_patterns, convolutions, left_out, obstacle, plan_of, size_text, tied  # noqa: F401
+from basis.plan import Plan, Size, as_patterns, convolutions, left_out, meant, obstacle, plan_of, size_text, tied  # noqa: F401
 from basis.text import few, shown_name
 
 # Every attribute in which nn.Module keeps hooks, with their kwargs / always-call flags.
@@ -30,7 +30,7 @@ HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 
 def substitute(
     model: nn.Module,
-    plan: Plan | Mapping[str, Size | float] | None = None,
+    plan: Plan | Mapping[str, Size] | None = None,
     *,
     ratio: float | None = None,
     layer: str | Structure | None = None,
@@ -44,10 +44,12 @@ def substitute(
 ) -> nn.Module:
     """A copy of ``model`` in which the convolutions that the plan names are basis convolutions or structured layers.
 
-    A convolution with several names is replaced once, and any of them will do. A bare ``nn.Conv2d`` gives one layer.
+    A convolution with several names is replaced once, and any of them will do; so do names with or without what
+    DataParallel or torch.compile put before them. A bare ``nn.Conv2d`` gives one layer.
 
     Args:
-        plan: a :class:`Plan`, or a mapping of names to basis channels, or to texts such as ``"tucker:0.41"``.
+        plan: a :class:`Plan`, or a mapping of names to basis channels, or to texts such as ``"tucker:0.41"``. What it
+            names is done, also where a layer grows by it.
         ratio, layer: in place of a plan, one of them for every convolution that does not grow by it, see
             :meth:`Plan.uniform`, whose ``include`` and ``exclude`` go with it.
         mode: the mode of the new basis layers, see :class:`BasisConv2d`.
@@ -60,8 +62,9 @@ def substitute(
             where there is one (:func:`basis.layers.batchnorm.couple`): the same function, trained with less memory
             and, where layers are narrow, faster on a GPU.
 
-    Raises ``ValueError`` for a layer that is not there or cannot be substituted (with the reason), a k or form that
-    does not fit, another argument out of range, and calibration data that are empty or give no finite outputs.
+    Raises ``ValueError`` for a layer that is not there or cannot be substituted (with the reason), a plan of another
+    model, a k or form that does not fit, weights that are not finite, another argument out of range, and calibration
+    data that are empty or give no finite outputs. Warns where ``ratio`` or ``layer`` finds nothing to substitute.
     """
     if [plan, ratio, layer].count(None) != 2:
         raise ValueError("give one of plan, ratio and layer")
@@ -75,9 +78,14 @@ def substitute(
     form = Form.parse(coefficients)
     if plan is None:
         plan = Plan.uniform(model, ratio=ratio, layer=layer, coefficients=form, include=include, exclude=exclude)
+        if not plan.layers:
+            traced = "the model is scripted or traced: substitute before that"
+            none = traced if isinstance(model, torch.jit.ScriptModule) else "the model has no convolution"
+            why = few(dict.fromkeys(plan.skipped.values()), "; ") or none
+            warnings.warn(f"nothing was substituted: {why}", stacklevel=2)
     elif as_patterns(include) or as_patterns(exclude):
         raise ValueError("include and exclude go with a ratio or a layer; a plan names its layers itself")
-    chosen = _resolve(model, plan.layers if isinstance(plan, Plan) else plan)
+    chosen = _resolve(model, plan if isinstance(plan, Plan) else Plan(plan))
     texts = [size for size in chosen.values() if isinstance(size, str)]
     if texts and len(texts) == len(chosen) and (mode != "auto" or form.kind != "dense"):
         raise ValueError(f"mode and coefficients are for basis channels k, but every layer of the plan is a {texts[0]}")
@@ -92,7 +100,7 @@ def substitute(
 
 def substitute_in_place(model: nn.Module, layers: Mapping[str, Size], *, calibration: Batches | None = None) -> None:
     """:func:`substitute` by such a plan, without the copy; ``ValueError`` where the model itself is the convolution."""
-    chosen = _resolve(model, layers)
+    chosen = _resolve(model, Plan(layers))
     new = _new_layers(model, chosen, calibration, init="svd", form=Form("dense"), mode="auto")
     if replace_modules(model, new) is not model:
         raise ValueError("the model is one convolution, which cannot be replaced in place")
@@ -105,23 +113,28 @@ def merge(model: nn.Module) -> nn.Module:
     return replace_modules(copied, {layer: hand_over(layer, layer.to_conv()) for layer in layers})
 
 
-def _resolve(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, Size]:
-    """The layers to substitute, each module once, after checking all that ``layers`` says."""
+def _resolve(model: nn.Module, plan: Plan) -> dict[str, Size]:
+    """The layers to substitute, each module once, after checking all that ``plan`` says."""
     module_of = {name: module for module, names in convolutions(model).items() for name in names}
-    chosen: dict[nn.Module, tuple[str, Size]] = {}
-    for name, size in layers.items():
-        module = module_of.get(name)
-        if module is None:
-            near = few(difflib.get_close_matches(name, module_of, n=3) or list(module_of))
-            raise ValueError(f"the plan names {name}, which is no convolution of the model; near it are {near}")
-        if isinstance(module, nn.Conv2d) and size == module.out_channels:
+    names = meant(plan.layers, module_of)
+    chosen: dict[Any, tuple[str, Size]] = {}
+    for given, size in plan.layers.items():
+        if given not in names:
+            near = few(difflib.get_close_matches(given, module_of, n=3) or list(module_of)) or "none: it has none"
+            raise ValueError(f"the plan names {given}, which is no convolution of the model; near it are {near}")
+        name = names[given]
+        module = module_of[name]
+        here = getattr(module, "out_channels", None)
+        if (there := plan.out_channels.get(given, here)) != here:
+            other = f"C_out of {shown_name(name)} is {there} there and {here} here"
+            raise ValueError(f"the plan is of another model: {other}; make one of this model")
+        if isinstance(module, nn.Conv2d) and size == here:
             continue
         if reason := obstacle(model, module):
             raise ValueError(f"the plan names {shown_name(name)}, which cannot be substituted: {reason}")
         try:
             if isinstance(size, str):
                 Structure.parse(size).check(module)
-                size = str(Structure.parse(size))  # without spaces
             else:
                 check_basis_channels(size, module.out_channels, module.groups)
         except ValueError as error:
@@ -137,9 +150,12 @@ def _new_layers(
     model: nn.Module, chosen: Mapping[str, Size], calibration: Batches | None, *, init: str, form: Form, mode: Mode
 ) -> dict[nn.Module, nn.Module]:
     """Convolution of ``model`` -> the layer for its place; those that share parameters are made together."""
-    for name in chosen:
-        if init == "svd" and model.get_submodule(name).weight.is_meta:
+    for name in chosen if init == "svd" else ():
+        weight: Any = model.get_submodule(name).weight
+        if weight.is_meta:
             raise ValueError(f"{shown_name(name)} is on the meta device and has no values; use init='random'")
+        if not weight.isfinite().all():
+            raise ValueError(f"the weight of {shown_name(name)} is not finite, so nothing is near to it")
     moments, norms = ({}, {}) if calibration is None else _calibrated(model, chosen, calibration)
     options: dict[str, Any] = {"mode": mode}
     new: dict[nn.Module, nn.Module] = {}
@@ -185,7 +201,11 @@ def _calibrated(
 
 
 def hand_over(old: Any, new: Any) -> nn.Module:
-    """Give ``new`` the hooks of ``old``, and its very bias, which may be tied elsewhere, unless ``old`` shifts it."""
+    """Give ``new`` the hooks of ``old``, what users keep on it, and its very bias, unless ``old`` shifts it.
+
+    The bias may be tied elsewhere.
+    """
+    keep_attributes(old, new)
     for name in HOOKS:
         setattr(new, name, getattr(old, name))
     for hook in new._load_state_dict_pre_hooks.values():
@@ -196,6 +216,20 @@ def hand_over(old: Any, new: Any) -> nn.Module:
             old.bias.copy_(new.bias)
         new.bias = old.bias
     return new
+
+
+def keep_attributes(old: Any, new: Any) -> None:
+    """Give ``new`` the attributes and buffers of ``old`` that neither its class makes nor that of ``new``."""
+    if isinstance(old, StructuredConv2d):
+        fresh: nn.Module = Structure.parse(old.text).check(new)
+    elif isinstance(old, BasisConv2d):
+        fresh = BasisConv2d(1, 1, 1, ratio=1, device="meta")
+    else:
+        fresh = nn.Conv2d(1, 1, 1, device="meta")
+    for name in vars(old).keys() - vars(fresh).keys() - {*vars(new), *new._parameters, *new._modules}:
+        vars(new)[name] = vars(old)[name]
+    for name in old._buffers.keys() - fresh._buffers.keys() - new._buffers.keys():
+        new.register_buffer(name, old._buffers[name], persistent=name not in old._non_persistent_buffers_set)
 
 
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:

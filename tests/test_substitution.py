@@ -145,6 +145,23 @@ def test_hooks_of_every_kind_are_kept():
         assert log == [("forward_pre_hook", seen), ("always", seen)]
 
 
+@pytest.mark.parametrize("size", [6, "tucker:0.5", "sep_hashed:0.25"])
+def test_what_users_keep_on_a_layer_is_kept(size):
+    model = Net()
+    kept = {"tag": "stem", "lr_scale": 0.1, "_is_hf_initialized": True}
+    vars(model.conv2).update(kept)
+    model.conv2.register_buffer("seen", torch.ones(1))
+    model.conv2.register_buffer("cache", torch.ones(1), persistent=False)
+    small = substitute(model, {"conv2": size})
+    for conv in (small.conv2, merge(small).conv2):
+        assert {name: getattr(conv, name, None) for name in kept} == kept
+        assert {"seen", "cache"} <= dict(conv.named_buffers()).keys()
+        assert {name for name in conv.state_dict() if name in ("seen", "cache")} == {"seen"}
+    assert vars(merge(small).conv2).keys() == vars(model.conv2).keys()
+    assert merge(small).conv2._buffers.keys() == model.conv2._buffers.keys()
+    assert not kept.keys() & vars(small.conv1).keys()
+
+
 def test_a_module_with_several_names_stays_shared():
     shared = nn.Conv2d(C_IN, C_IN, 3, padding=1)
     model = nn.Sequential(shared, nn.ReLU(), shared)
@@ -247,14 +264,15 @@ def test_shared_ties_the_layers_of_equal_shape(init):
     assert apart[0].coefficients is not apart[1].coefficients
 
 
-def test_a_form_that_does_not_fit_names_the_layer():
-    for form, says in (
-        ("low_rank:3", "conv1: .*'low_rank:3'"),
-        ("grouped:3", "conv1: "),
-        ("low-rank:3", "^coefficients is"),
-    ):
-        with pytest.raises(ValueError, match=says):
-            substitute(Net(), ratio=0.25, init="random", coefficients=form)
+@pytest.mark.parametrize("form", ["low_rank:3", "grouped:3", "sparse:3"])
+def test_a_layer_too_narrow_for_a_form_stays_dense_unless_a_plan_names_it(form):
+    small = substitute(Net(), ratio=0.25, init="random", coefficients=form)
+    assert plan_of(small).layers == {"conv2": 3}
+    assert form in Plan.uniform(Net(), ratio=0.25, coefficients=form).skipped["conv1"]
+    with pytest.raises(ValueError, match=f"conv1: .*'{form}'"):
+        substitute(Net(), {"conv1": 2}, init="random", coefficients=form)
+    with pytest.raises(ValueError, match=r"^coefficients is"):
+        substitute(Net(), ratio=0.25, coefficients="low-rank:3")
 
 
 # -- plans --------------------------------------------------------------------------------------
@@ -478,6 +496,28 @@ def test_damaged_and_missing_files_are_named(tmp_path):
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"no saved state at .*model\.safetensors"):
         load(model, tmp_path)
+
+
+def test_a_state_belongs_to_its_plan_and_its_model(tmp_path):
+    for name, ratio in (("a", 0.5), ("b", 0.25)):
+        make_saved(tmp_path / name, ratio=ratio)
+    with pytest.raises(ValueError, match=r"another model: C_out of .* is 4 there and 8 here"):
+        load(build("resnet20", width=8), tmp_path / "a")
+    with pytest.raises(ValueError, match="names conv1, which is no convolution"):
+        load(nn.Sequential(nn.Conv2d(3, 4, 3)), tmp_path / "a")
+    (tmp_path / "b" / "plan.json").replace(tmp_path / "a" / "plan.json")
+    with pytest.raises(ValueError, match=r"another plan\.json: they differ in .*conv1"):
+        load(build("resnet20", width=4), tmp_path / "a")
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_what_was_saved_from_a_wrapped_model_fits_the_bare_one_and_the_other_way_round(wrap, tmp_path):
+    wrapped, small = wrap(Net()), substitute(Net(), ratio=0.5)
+    save(substitute(wrapped, ratio=0.5), tmp_path / "wrapped")
+    save(small, tmp_path / "bare")
+    assert type(load(Net(), tmp_path / "wrapped")) is Net
+    loaded = load(wrapped, tmp_path / "bare")
+    assert all(map(torch.equal, loaded.state_dict().values(), small.state_dict().values()))
 
 
 def test_what_has_no_values_or_is_no_tensor_is_not_saved(tmp_path):

@@ -92,6 +92,18 @@ class _Direct(nn.Sequential):
         return x
 
 
+class _Branching(nn.Sequential):
+    """A tracer that passes something else than tensors leaves one step out."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return 3 * y if isinstance(y, torch.Tensor) else y
+
+
+def branching() -> nn.Module:
+    return _Branching(*network())
+
+
 def not_called() -> nn.Module:
     return _Direct(*network())
 

@@ -70,7 +70,7 @@ class BenchReport:
     def load(cls, path: str | Path) -> BenchReport:
         """Read what :meth:`save` wrote; :class:`basis.saving.RecordError` says what is wrong with a bad file."""
         try:
-            content = json.loads(Path(path).read_text())
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RecordError(f"{path} is not a JSON benchmark ({error}); measure it again") from error
         version = content.pop("version", None) if isinstance(content, dict) else None

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from basis.export import export_onnx, export_program, is_installed
 from basis.inference import fold, measure_fold
 from basis.modules import tracking_norms
 from basis.saving import plain, replacing, write_json
+from basis.search.journal import structure
 from basis.search.selection import UNITS, select
 from basis.search.sensitivity import sensitivity
 from basis.search.table import SEARCHES, SensitivityTable
@@ -49,6 +51,7 @@ COSTS = {"params": "parameters", "macs": "forward_macs", "backward_macs": "backw
 EXPORTS: Mapping[str, tuple[str, Any]] = {"onnx": ("model.onnx", export_onnx), "program": ("model.pt2", export_program)}
 INSTALLED = tuple(name for name in EXPORTS if name != "onnx" or (is_installed("onnx") and is_installed("onnxscript")))
 MULTIPLE = 8  # of every number of basis channels
+TOLERANCE = 1e-2  # of outputs, relative to their largest magnitude
 MANY = 500  # images from which on worker processes decode them
 
 Say = Callable[[str], object]
@@ -86,6 +89,8 @@ class Settings:
     seed: int = option(0, "of all randomness", type=int)
 
     def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            object.__setattr__(self, name, plain(value, finite=False))
         if not self.budget or not all(unit in UNITS and 0 < share <= 1 for unit, share in self.budget.items()):
             raise ValueError(f"budget is {dict(self.budget)}, but must have shares in (0, 1] of {', '.join(UNITS)}")
         least = {"epochs": 0, "seed": 0, "batch_size": 2, "validation": 1, "image_size": 1, "lr": 1e-9}
@@ -110,7 +115,8 @@ class Job:
     input_size: tuple[int, ...]  # (C, H, W) of one image
     device: torch.device
     measure: str
-    identity: Mapping[str, Any]  # the settings with digests of the files, which make a run this one
+    identity: Mapping[str, Any]  # the settings with digests of files and network, which make a run this one
+    turned: int = 0  # training images with a rotation in EXIF, where the images were looked at
 
     @property
     def setting(self) -> Setting:
@@ -160,14 +166,17 @@ def prepare(settings: Settings, *, say: Say | None = None) -> Job:
         model = model.float().to(device).eval()
     except (ModuleNotFoundError, RuntimeError, AssertionError) as error:  # of a library, or of a device
         raise ValueError(first_line(error)) from error
-    if not (Path(s.out) / "stages").exists():
-        check_images(data.files)
+    if Path(s.out).resolve().is_relative_to(Path(s.data).resolve()):
+        raise ValueError(f"out is {s.out}, inside the data, which are left alone; name another folder")
+    seen = [] if (Path(s.out) / "stages").exists() else check_images(data.files)
     parts = _split(s, model, data)
     measure = s.measure or ("oneshot_bn" if tracking_norms(model) else "oneshot")
     identity = asdict(s) | {"out": "", "device": str(device), "measure": measure, "data": data.digest}
+    identity["network"] = structure(model)
     identity["weights"] = hashlib.sha256(Path(s.weights).read_bytes()).hexdigest()
     job = Job(settings=s, out=Path(s.out), say=say, model=model, data=data, parts=parts, device=device, measure=measure,
-              input_size=tuple(parts["held"][0][0].shape), identity=json.loads(json.dumps(identity)))  # fmt: skip
+              input_size=tuple(parts["held"][0][0].shape), identity=plain(identity),
+              turned=sum(seen[: len(data.train)]))  # fmt: skip
     _check_network(job)
     _check_budget(job)
     _check_folder(job.out, job.identity)
@@ -225,7 +234,7 @@ def _check_folder(out: Path, identity: Mapping[str, Any]) -> None:
     run = out / "run.json"
     if not run.exists() and out.exists() and (out.is_file() or any(p.suffix != ".tmp" for p in out.iterdir())):
         raise ValueError(f"{out} holds other things, and nothing is overwritten; name another folder")
-    known = json.loads(run.read_text()) if run.exists() else identity
+    known = _content(run) if run.exists() else identity
     differing = [key for key in identity if known.get(key) != identity[key]]
     if differing:
         raise ValueError(f"{out} holds a run with other {few(differing)}; name another folder")
@@ -235,7 +244,9 @@ def evaluate_dense(job: Job, done: Mapping[str, Stage]) -> Stage:
     """The accuracy of the dense network on the held-out images."""
     row = _row("dense", "held-out", _hits(job, "held", job.model))
     wrong = "the dense network hardly beats guessing; do weights, order of classes, mean and std fit these images?"
-    return {"accuracy": [row], "warning": wrong if row["low"] <= 1 / len(job.data.classes) else None}
+    warned = [wrong] * (row["low"] <= 1 / len(job.data.classes))
+    warned += [f"{job.turned} training images carry a rotation in EXIF, which is ignored"] * (job.turned > 0)
+    return {"accuracy": [row], "warning": "; ".join(warned)}
 
 
 def time_layers(job: Job, done: Mapping[str, Stage]) -> Stage:
@@ -311,18 +322,49 @@ def measure_latency(job: Job, done: Mapping[str, Stage]) -> Stage:
 
 
 def export(job: Job, done: Mapping[str, Stage]) -> Stage:
-    """Write the network as plain convolutions; each file is run and compared with it."""
-    folded = fold(job.small(), factorized=done["measure_latency"]["pairs"]).cpu()
+    """Write the network as plain convolutions; each file is run and compared with the network that was scored.
+
+    ``ValueError`` where they differ on held-out images.
+    """
+    small, (images, _) = job.small().cpu(), next(iter(job.batches("held")))
+    images = images[torch.arange(job.settings.batch_size) % len(images)]  # some networks have a fixed batch
+    expected = outputs_of(small, images)
+    folded = fold(small, factorized=done["measure_latency"]["pairs"])
+    _check_same("the folded network", outputs_of(folded, images), expected)
     files: dict[str, Stage] = {}
     for name, writer in (EXPORTS[kind] for kind in job.settings.export):
         for batch in ("dynamic", job.settings.batch_size):  # some networks have a fixed batch
             try:
                 made = writer(folded, job.out / name, job.input_size, batch=batch)
                 files[name] = {"batch": batch, "error": made.error}
-                break
             except (RuntimeError, ValueError) as error:  # other people's exporters: the rest is not lost
                 files[name] = {"failed": first_line(error)}
+                continue
+            if made.error is not None:  # it can be run here
+                _check_same(name, _run(made.path, images.clone()), expected, made.path)
+            break
     return {"files": files}
+
+
+def _check_same(what: str, found: Tensor, expected: Tensor, path: Path | None = None) -> None:
+    """``ValueError`` where outputs differ by more than ``TOLERANCE`` of their largest magnitude; then ``path`` goes."""
+    apart = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
+    if not apart <= TOLERANCE:
+        if path:
+            path.unlink(missing_ok=True)
+        raise ValueError(f"{what} differs by {apart:.1e} from the network that was scored, so it is not exported")
+
+
+@torch.no_grad()
+def _run(path: Path, images: Tensor) -> Tensor:
+    """What an exported file gives."""
+    content = path.read_bytes()  # not every library opens a path that is no UTF-8
+    if path.suffix == ".pt2":
+        return torch.export.load(io.BytesIO(content)).module()(images)
+    import onnxruntime  # type: ignore[import-untyped]
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
 STAGES = (evaluate_dense, time_layers, measure_sensitivity, replace_layers, fine_tune, evaluate_last, measure_latency,
@@ -335,12 +377,19 @@ def _finished(job: Job, stage: Callable[[Job, Mapping[str, Stage]], Stage], done
     if not path.exists():
         began = time.perf_counter()
         write_json(path, plain(stage(job, done) | {"seconds": time.perf_counter() - began}))
-    found: Stage = json.loads(path.read_text())
+    found = _content(path)
     if job.say:
         rows = [f"{r['stage']} {r['value']:.2%} of {r['n']:,} {r['images']} images" for r in found.get("accuracy", ())]
         job.say(f"{name}: {', '.join(rows) or 'done'} ({found['seconds']:.1f} s)")
         job.say(f"warning: {found['warning']}") if found.get("warning") else None
     return found
+
+
+def _content(path: Path) -> Stage:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({first_line(error)}); delete it to have it made again") from error
 
 
 @torch.no_grad()
@@ -362,7 +411,7 @@ def _costs(job: Job, small: nn.Module) -> dict[str, tuple[int, int]]:
 
 def _report(job: Job, done: Mapping[str, Stage], command: str) -> dict[str, Any]:
     small, table = job.small(), SensitivityTable.load(job.out / "sensitivity.jsonl")
-    Plan(done["replace_layers"]["layers"], done["replace_layers"]["kept"]).save(job.out / "plan.json")  # with reasons
+    replace(plan_of(small), skipped=done["replace_layers"]["kept"]).save(job.out / "plan.json")  # with reasons
     report = {
         "command": command, "settings": asdict(job.settings), "identity": job.identity, "classes": job.data.classes,
         "cost": _costs(job, small), "images": {name: len(part) for name, part in job.parts.items()},
@@ -372,6 +421,6 @@ def _report(job: Job, done: Mapping[str, Stage], command: str) -> dict[str, Any]
     report = plain(report)
     write_json(job.out / "report.json", report)
     with replacing(job.out / "report.html") as file:
-        file.write(render(report, table).encode())
+        file.write(render(report, table).encode(errors="backslashreplace"))
     (job.out / "stages" / "finetuning.pt").unlink(missing_ok=True)
     return report

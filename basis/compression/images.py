@@ -7,11 +7,12 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import Subset
 
@@ -38,33 +39,47 @@ def subset(images: Any, index: Sequence[int], transform: Callable[[Any], Tensor]
 
 
 def open_images(path: str | os.PathLike) -> ImageData:
-    """The images of a folder (train/CLASS/*, val/CLASS/*), not decoded yet; ``ValueError`` where it holds others."""
+    """The images of a folder (train/CLASS/*, val/CLASS/*), not decoded yet; ``ValueError`` where it holds others.
+
+    They are used as they are stored, without a rotation that EXIF may ask for, as torchvision and timm do in training.
+    """
     path, folder = Path(path), import_torchvision().datasets.ImageFolder
     try:
         train, test = folder(path / "train"), folder(path / "val")
-    except OSError as error:
-        raise ValueError(f"data is {path}, but must hold train/CLASS/* and val/CLASS/* ({error})") from error
+        files = tuple(file for file, _ in (*train.samples, *test.samples))
+        sizes = "".join(f"{os.path.relpath(file, path)} {os.path.getsize(file)}\n" for file in files)
+    except OSError as error:  # also of a link that leads nowhere
+        said = f"must hold train/CLASS/* and val/CLASS/*, all of them images ({first_line(error)})"
+        raise ValueError(f"data is {path}, but {said}") from error
     if train.classes != test.classes:
         differing = few(sorted(set(train.classes) ^ set(test.classes)))
         raise ValueError(f"data in {path} cannot be used: train and val differ in {differing}")
-    files = tuple(file for file, _ in (*train.samples, *test.samples))
-    sizes = "".join(f"{os.path.relpath(file, path)} {os.path.getsize(file)}\n" for file in files)
-    return ImageData(train, test, tuple(train.classes), hashlib.sha256(sizes.encode()).hexdigest(), files)
+    if len(train.classes) < 2:
+        raise ValueError(f"data in {path} cannot be used: it has one class, {train.classes[0]}, to tell from nothing")
+    return ImageData(train, test, tuple(train.classes), hashlib.sha256(os.fsencode(sizes)).hexdigest(), files)
 
 
-def check_images(files: Sequence[str]) -> None:
-    """Decode every file once, small; ``ValueError`` names those that cannot be, or have more than 8 bits a channel."""
+def check_images(files: Sequence[str]) -> list[bool]:
+    """Decode every file once, small; which of them EXIF says to turn before they are shown.
+
+    ``ValueError`` names those that cannot be decoded, or have more than 8 bits a channel.
+    """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        problems = [f"{file} ({why})" for file, why in zip(files, pool.map(_problem, files), strict=True) if why]
-    if problems:
+        found = list(pool.map(_look, files))
+    if problems := [f"{file} ({why})" for file, (why, _) in zip(files, found, strict=True) if why]:
         raise ValueError(f"{len(problems)} images cannot be read: {few(problems, '; ')}")
+    return [turned for _, turned in found]
 
 
-def _problem(file: str) -> str | None:
+def _look(file: str) -> tuple[str | None, bool]:
+    """What is wrong with an image, and whether EXIF says to turn it."""
+    turned = False
     try:
         with Image.open(file) as image:
             image.draft("RGB", (32, 32))  # a JPEG is decoded at an eighth of its size
             image.load()
-            return "more than 8 bits a channel" if image.mode.startswith(("I", "F")) else None
+            with suppress(Exception):  # EXIF that is damaged is not read in training either
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            return "more than 8 bits a channel" if image.mode.startswith(("I", "F")) else None, turned
     except Exception as error:  # Pillow's decoders raise many kinds
-        return first_line(error)
+        return first_line(error), turned

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import io
 import os
 import pkgutil
 import sys
@@ -47,7 +48,7 @@ def _from_factory(name: str, classes: int) -> nn.Module:
         takes = "num_classes" in inspect.signature(factory).parameters
         model = factory(num_classes=classes) if takes else factory()
     except (Exception, SystemExit) as error:  # the user's own code may raise anything
-        raise ValueError(f"model {name} makes no network ({type(error).__name__}: {error})") from error
+        raise ValueError(f"model {name} makes no network ({type(error).__name__}: {first_line(error)})") from error
     finally:
         sys.path.remove(here)
     if not isinstance(model, nn.Module):
@@ -82,7 +83,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
         for prefix in PREFIXES:
             consume_prefix_in_state_dict_if_present(state, prefix)
     state = {name: value for name, value in expected.items() if name.endswith("num_batches_tracked")} | state
-    if strange := [name for name, value in state.items() if value.isnan().any()]:
+    numbers = dict(model.named_parameters())  # a mask among the buffers may be infinite
+    if strange := [n for n, value in state.items() if not (value.isfinite() if n in numbers else ~value.isnan()).all()]:
         raise ValueError(f"the weights {few(strange)} in {path} are not finite")
     put_state(model, state, Path(path))
 
@@ -91,9 +93,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"there is no file of weights at {path}")
     try:
-        with path.open("rb") as file:
-            safe = file.read(9)[8:] == b"{"
-        content = safetensors.torch.load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        data = path.read_bytes()
+        safe = data[8:9] == b"{"
+        content = safetensors.torch.load(data) if safe else torch.load(io.BytesIO(data), "cpu", weights_only=True)
     except Exception as error:  # the readers raise errors of many kinds
         raise ValueError(f"{path} is not readable as model.state_dict() alone ({first_line(error)})") from error
     for key in WRAPPERS * 2:  # one may be inside another

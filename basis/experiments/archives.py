@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from basis.experiments.records import parse_record, read_record, write_record
 from basis.experiments.runs import PROFILES
 from basis.experiments.studies import misplaced
 from basis.saving import RecordError, Unwritable, replacing
+from basis.text import first_line
 
 
 def pack(paths: Iterable[Path], folder: Path, archive: Path) -> int:
@@ -32,7 +34,7 @@ def pack(paths: Iterable[Path], folder: Path, archive: Path) -> int:
         with replacing(archive) as file:
             file.write(content.getvalue())
     except OSError as error:
-        raise Unwritable(f"{archive} could not be written ({error.strerror}); the records are in {folder}") from error
+        raise Unwritable(f"{archive} could not be written ({first_line(error)}); records are in {folder}") from error
     return len(contents)
 
 
@@ -43,14 +45,15 @@ def packed(archive: Path) -> dict[str, bytes]:
     """
     found = {}
     try:
-        with tarfile.open(archive, mode="r:gz") as tar:
+        content = gzip.decompress(archive.read_bytes())  # all of it, which checks its sum
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
             for member in tar:
                 file = tar.extractfile(member) if member.isreg() and member.name.endswith(".json") else None
                 if file is None:
                     raise RecordError(f"{archive} holds {member.name!r}, so it is no archive of records")
                 found[member.name] = file.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise RecordError(f"{archive} is no whole archive of records ({error})") from error
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        raise RecordError(f"{archive} is no whole archive of records ({first_line(error)})") from error
     return found
 
 

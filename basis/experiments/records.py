@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from basis.environment import results_folder
 from basis.saving import RecordError, write_json
 from basis.search.table import SensitivityTable
+from basis.text import first_line
 
 VERSION = 1
+LOCKLESS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)  # of file systems without locks
 KINDS = {"cpu": "CPU", "cuda": "GPU"}  # of devices
 PLACE = ("study", "profile")  # entries of a configuration that say where it belongs, not what was done
 
@@ -66,12 +72,25 @@ def read_record(path: Path) -> Record:
     try:
         return parse_record(path.read_bytes(), path)
     except OSError as error:
-        raise RecordError(f"{path} cannot be read ({error.strerror})") from error
+        raise RecordError(f"{path} cannot be read ({first_line(error)})") from error
 
 
 def write_record(path: Path, record: Record) -> None:
     """Write a record, whole or not at all. Raises :class:`basis.saving.Unwritable`."""
     write_json(path, {"version": VERSION, **asdict(record)})
+
+
+def take_lock(lock: filelock.BaseFileLock, *, wait: bool) -> None:
+    """Acquire ``lock``; ``filelock.Timeout`` where another process holds it and this one is not to ``wait``.
+
+    Where the file system has no locks, work goes on without, and a warning says so.
+    """
+    try:
+        lock.acquire(blocking=wait)
+    except (OSError, NotImplementedError) as error:  # the latter by filelock, of a call that is missing
+        if isinstance(error, OSError) and error.errno not in LOCKLESS:
+            raise
+        warnings.warn(f"{lock.lock_file} cannot be locked, so two processes may do the same work", stacklevel=2)
 
 
 def load_records(folder: Path | None = None, *, study: str = "*", profile: str = "*") -> list[Record]:

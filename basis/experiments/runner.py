@@ -29,9 +29,10 @@ import torch
 from basis.data import DataError
 from basis.environment import environment
 from basis.experiments.execution import TableMissing, execute, prepare_data
-from basis.experiments.records import Record, read_record, write_record
+from basis.experiments.records import Record, read_record, take_lock, write_record
 from basis.experiments.runs import Run, checkpoint_path, device_for, record_path
 from basis.saving import Unwritable, unwritable
+from basis.text import first_line
 from basis.training.loop import TrainingPaused
 
 TRIES = 3  # how often a run is begun whose worker dies
@@ -92,7 +93,7 @@ def attempt(
     lock = filelock.FileLock(path.with_suffix(".lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
+        take_lock(lock, wait=False)
         if path.exists() and read_record(path).definition == definition:
             return None
         result = execute(
@@ -115,7 +116,7 @@ def attempt(
     except torch.cuda.OutOfMemoryError as error:
         raise TooLittleMemory(f"{place} has too little free memory for {run.model}; give fewer --jobs") from error
     except (RuntimeError, ValueError) as error:
-        outcome, message = "failed", f"{type(error).__name__}: {error}"
+        outcome, message = "failed", f"{type(error).__name__}: {first_line(error)}"
     finally:
         if lock.is_locked and path.exists():
             path.with_suffix(".lock").unlink(missing_ok=True)  # while it is held: nobody else can hold it then

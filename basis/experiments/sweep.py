@@ -24,6 +24,7 @@ from basis.experiments.budget_bench import bench_budget
 from basis.inference import bench_inference
 from basis.models import build
 from basis.saving import RecordError
+from basis.text import first_line
 
 Part = Callable[..., BenchReport]  # of setting and progress
 
@@ -152,7 +153,7 @@ def bench_gpu(
             except RecordError as error:
                 say(f"{error}\n{report}")
             except Exception as error:  # no memory, no compiler, no plan: the other parts may well run
-                say(f"{one.name}: part {number + 1} failed, {type(error).__name__}: {error}")
+                say(f"{one.name}: part {number + 1} failed, {type(error).__name__}: {first_line(error)}")
             finally:
                 gc.collect()  # networks and graphs, whose memory the next part needs
                 if setting.where.type == "cuda":

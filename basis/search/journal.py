@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from basis.saving import plain, replacing
+from basis.saving import plain, replacing, sync
 from basis.search.table import Cell, SensitivityTable
 
 
 def digest(text: str | bytes) -> str:
     """Thirty-two hexadecimal digits of the SHA-256."""
-    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()[:32]
+    return hashlib.sha256(text.encode(errors="backslashreplace") if isinstance(text, str) else text).hexdigest()[:32]
 
 
 def samples(batches: Iterable[tuple[Tensor, Tensor | None]]) -> str:
@@ -89,5 +89,4 @@ class Journal:
         if self.path is not None:
             with self.path.open("ab") as file:
                 file.write(json.dumps(plain(asdict(cell))).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+                sync(file)

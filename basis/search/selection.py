@@ -46,7 +46,8 @@ def select(
 ) -> Plan:  # fmt: skip
     """Choose on a budget which layers are substituted, with how many basis channels or as which structured layer.
 
-    The rules choose among the candidates of the table that have a finite sensitivity:
+    A candidate that saves nothing of the budget's units is never chosen. The rules choose among the candidates of the
+    table that have a finite sensitivity:
 
     - "optimal": the exact smallest sum of sensitivities, the one rule that chooses among structured layers, too;
     - "threshold": every layer's smallest candidate that loses at most epsilon, for the smallest epsilon that meets
@@ -110,6 +111,8 @@ def predicted(
         layer = layer_of.get(name)
         if layer is None or (isinstance(k, str) and k not in layer.candidates):
             raise ValueError(f"the plan names {name!r} with {size_text(k)}, which is not in the table")
+        if (there := plan.out_channels.get(name, layer.out_channels)) != layer.out_channels:
+            raise ValueError(f"{name!r} has C_out = {there} in the plan, but {layer.out_channels} in the table")
         if isinstance(k, str):
             loss += values.get((name, k), math.nan)
         else:
@@ -212,9 +215,10 @@ class _Problem:
         return float((used / self.limit).max())
 
     def first_met(self, choices: Iterable[Choice]) -> Choice:
-        """The first choice within the budget."""
-        best = self.total
-        for chosen in choices:
+        """The first choice within the budget, without what saves nothing."""
+        best, layer = self.total, {at.name: at for at in self.layers}
+        for choice in choices:
+            chosen = {name: k for name, k in choice.items() if (self.saving(layer[name], k) > 0).any()}
             used = self.used(chosen)
             if self.excess(used) <= ROUNDING:
                 return chosen

@@ -1,6 +1,8 @@
 """A whole run on a tiny network and few images, resumed, refused, and loaded again."""
 
+import errno
 import html
+import io
 import json
 import os
 import re
@@ -8,17 +10,19 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import basis
 from basis.cli import main
 from basis.compression import compress as module
 from basis.compression.compress import Settings, compress, prepare
+from basis.saving import plain
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,6 +149,60 @@ def test_what_cannot_be_exported_is_said_and_the_rest_is_kept(place, tmp_path, m
     assert "Left out: model.onnx" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.parametrize("what", ["fold", "_run"])
+def test_what_differs_from_the_network_that_was_scored_is_not_exported(place, tmp_path, monkeypatch, what):
+    """Whatever went wrong on the way, in folding or in the exporter."""
+    wrong = {"fold": lambda model, **_: tiny.network().eval(), "_run": lambda path, images: torch.ones(len(images), 3)}
+    real = {stage.__name__: stage for stage in module.STAGES}
+    monkeypatch.setitem(real, "measure_latency", lambda job, done: {"pairs": []})
+    real["measure_latency"].__name__ = "measure_latency"
+    monkeypatch.setattr(module, "STAGES", tuple(real.values()))
+    monkeypatch.setattr(module, what, wrong[what])
+    with pytest.raises(ValueError, match=r"differs by .* from the network that was scored"):
+        compress(settings(place, tmp_path / "out", epochs=0))
+    left = files(tmp_path / "out")
+    assert not {"model.pt2", "stages/export.json", "report.json"} & left.keys()
+
+
+def test_a_network_that_is_traced_wrongly_is_refused_or_exported_as_it_was_scored(place, tmp_path):
+    out, refused = tmp_path / "out", ""
+    try:
+        compress(settings(place, out, model="tests.tiny:branching", epochs=0))
+    except ValueError as error:
+        refused = str(error)
+    if refused:
+        assert "differs by" in refused
+        assert not (out / "model.pt2").exists()
+    else:
+        x = torch.randn(3, 3, 16, 16)
+        small = basis.load(tiny.branching(), out).eval()
+        torch.testing.assert_close(torch.export.load(out / "model.pt2").module()(x), small(x), atol=1e-3, rtol=1e-3)
+
+
+def test_images_that_exif_would_turn_are_told_in_one_line(place, tmp_path, monkeypatch):
+    tiny.image_folder(tmp_path / "data", train=24, val=12)
+    exif, said = Image.Exif(), []
+    exif[274] = 6
+    for part in ("train", "val"):
+        Image.new("RGB", (24, 20)).save(tmp_path / "data" / part / "ant" / "turned.jpg", exif=exif)
+    monkeypatch.setattr(module, "STAGES", module.STAGES[:1])
+    monkeypatch.setattr(module, "_report", lambda job, done, command: done)
+    for _ in range(2):
+        compress(settings(place, tmp_path / "out", data=str(tmp_path / "data")), say=said.append)
+    told = [line for line in said if "EXIF" in line]
+    assert len(told) == 2
+    assert "1 training images carry a rotation" in told[0]
+
+
+def test_numbers_of_numpy_and_paths_will_do(place, tmp_path):
+    given = {"budget": {"params": np.float32(0.7)}, "ratios": np.array([0.5, 0.25]), "seed": np.int64(1)}
+    asked = settings(place, tmp_path / "out", **given)
+    asked = replace(asked, weights=place / "weights.pt", data=place / "data", out=tmp_path / "out")
+    job = prepare(asked)
+    assert json.loads(json.dumps(job.identity)) == job.identity
+    json.dumps(plain(asdict(asked)))
+
+
 # -- resuming ---------------------------------------------------------------------------------------
 
 
@@ -214,6 +272,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_network(place, tmp_pa
         ({"model": "tests.tiny:four"}, r"\[3, 32\]"),
         ({"model": "tests.tiny:frozen"}, "epochs must be 0"),
         ({"model": "tests.tiny:with_auxiliary_output"}, "epochs must be 0"),
+        ({"weights": "."}, "no file of weights"),
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_written(place, tmp_path, monkeypatch, changes, message):
@@ -230,6 +289,41 @@ def test_unreadable_images_are_named_before_anything_is_written(place, tmp_path)
     with pytest.raises(ValueError, match=r"cat/003.png"):
         compress(settings(place, tmp_path / "out", data=str(tmp_path / "data")))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["", "out", "train/out"])
+def test_nothing_is_written_into_the_data(place, tmp_path, name):
+    tiny.image_folder(tmp_path / "data", train=24, val=12)
+    before = files(tmp_path)
+    for out in (tmp_path / "data" / name, tmp_path / "data" / "train" / ".." / name):
+        with pytest.raises(ValueError, match="inside the data"):
+            compress(settings(place, out, data=str(tmp_path / "data")))
+    assert files(tmp_path) == before
+
+
+def test_a_run_belongs_to_the_network_that_its_factory_made(place, tmp_path, monkeypatch):
+    (tmp_path / "code").mkdir()
+    monkeypatch.chdir(tmp_path / "code")
+    monkeypatch.setattr(module, "STAGES", ())
+    monkeypatch.setattr(module, "_report", lambda job, done, command: None)
+    for slope, name in ((0.1, "first"), (0.2, "second")):
+        text = f"import torch\nfrom tests.tiny import network\nSLOPE = {slope}\n"
+        text += "def make():\n    model = network()\n    model[2] = torch.nn.LeakyReLU(SLOPE)\n    return model\n"
+        (tmp_path / "code" / f"{name}.py").write_text(text)
+    compress(settings(place, tmp_path / "out", model="first:make"))
+    with pytest.raises(ValueError, match="a run with other model, network;"):
+        compress(settings(place, tmp_path / "out", model="second:make"))
+
+
+@pytest.mark.parametrize("name", ["run.json", "stages/evaluate_dense.json"])
+@pytest.mark.parametrize("content", ["", "{", "[1]", "null"])
+def test_damaged_files_of_a_run_are_named(place, tmp_path, monkeypatch, name, content):
+    monkeypatch.setattr(module, "STAGES", module.STAGES[:1])
+    monkeypatch.setattr(module, "_report", lambda job, done, command: done)
+    compress(settings(place, tmp_path / "out"))
+    (tmp_path / "out" / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        compress(settings(place, tmp_path / "out"))
 
 
 def test_missing_packages_are_named(place, tmp_path, monkeypatch):
@@ -269,3 +363,45 @@ def test_the_command_says_one_sentence(place, tmp_path, capsys):
     line = ["compress", "tests.tiny:network", "--weights", str(place / "weights.pt"), "--data", str(place / "data")]
     assert main([*line, "--budget", "params=0.01", "--out", str(tmp_path / "out"), "--export", "program"]) == 2
     assert re.fullmatch(r"basis: budget params cannot be met.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_names_that_cannot_be_printed_lose_nothing(place, tmp_path, monkeypatch, encoding):
+    """A Japanese folder and names that are not UTF-8, on a terminal that knows neither."""
+    data, out = tmp_path / "\u5199\u771f", tmp_path / os.fsdecode("\u7d50\u679c".encode() + b"\xe9")
+    tiny.image_folder(data, train=24, val=12)
+    for part in ("train", "val"):
+        (data / part / "ant").rename(data / part / os.fsdecode(b"\xe9t\xe9"))
+    line = ["compress", "tests.tiny:network", "--weights", str(place / "weights.pt"), "--data", str(data)]
+    line += ["--budget", "params=0.7", "--out", str(out), "--image-size", "16", "--epochs", "0", "--export", "program"]
+    told = io.BytesIO()
+    terminal = io.TextIOWrapper(told, encoding=encoding, write_through=True)
+    with monkeypatch.context() as patch:
+        for name in ("stdout", "stderr"):
+            patch.setattr(sys, name, terminal)
+        assert main(line) == 0, told.getvalue()
+        assert main([*line, "--seed", "9"]) == 2
+    assert b"\\u7d50" in told.getvalue()
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert Path(report["folder"]) == out
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "\u7d50\u679c" in page
+    assert "\\udce9t\\udce9" in page
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENAMETOOLONG])
+def test_what_the_system_refuses_is_one_sentence(place, tmp_path, monkeypatch, capsys, code):
+    def refuse(*_, **__):
+        raise OSError(code, os.strerror(code), "there")
+
+    monkeypatch.setattr(module, "open_images", refuse)
+    line = ["compress", "tests.tiny:network", "--weights", str(place / "weights.pt"), "--data", str(place / "data")]
+    assert main([*line, "--budget", "params=0.7", "--out", str(tmp_path / "out"), "--export", "program"]) == 2
+    assert re.fullmatch(rf"basis: .*{os.strerror(code)}: there.*\n", capsys.readouterr().err)
+
+
+def test_a_folder_whose_name_is_too_long_is_one_sentence(place, tmp_path, capsys):
+    line = ["compress", "tests.tiny:network", "--weights", str(place / "weights.pt"), "--data", str(place / "data")]
+    for out in (tmp_path / ("n" * 300), place / "weights.pt" / "out"):
+        assert main([*line, "--budget", "params=0.7", "--out", str(out), "--export", "program"]) == 2
+        assert re.fullmatch(r"basis: .*\n", capsys.readouterr().err)

@@ -82,6 +82,14 @@ def test_weights_that_do_not_fit_are_named(tmp_path, state):
         load_weights(tiny.network(), saved(tmp_path, state))
 
 
+def test_weights_of_infinite_size_are_named_but_a_mask_may_be_infinite(tmp_path):
+    model = tiny.network()
+    model.register_buffer("mask", torch.tensor([-torch.inf]))
+    load_weights(model, saved(tmp_path, model.state_dict()))
+    with pytest.raises(ValueError, match=r"5.weight .* not finite"):
+        load_weights(model, saved(tmp_path, model.state_dict() | {"5.weight": model[5].weight.detach() / 0}))
+
+
 def test_files_without_weights_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("these are no weights")
     (tmp_path / "cut.safetensors").write_bytes(b"\x40\x00\x00\x00\x00\x00\x00\x00{")

@@ -102,6 +102,15 @@ def test_records_of_no_study_profile_or_rule_or_that_were_changed_are_refused(tm
     assert main(["import", str(tmp_path / "records.tar.gz"), "--results", str(tmp_path / "here")]) == 1
 
 
+def test_an_archive_with_a_changed_byte_is_refused(tmp_path, there):
+    archive = archive_of(there)
+    whole = archive.read_bytes()
+    for at in range(10, len(whole), len(whole) // 20):
+        archive.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        with pytest.raises(RecordError, match=r"records\.tar\.gz is no whole archive"):
+            list(take_in(archive, tmp_path / "here"))
+
+
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.DIRTYPE])
 def test_what_is_no_plain_file_is_never_read(tmp_path, kind):
     member = tarfile.TarInfo(f"headline/smoke/{RUN.id}.json")

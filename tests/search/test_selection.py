@@ -102,7 +102,7 @@ def test_what_saves_nothing_is_passed_over():
     more = {unit: table.total[unit] + wide.cost(64)[unit] for unit in table.total}
     cells = (Cell(layer="wide", basis_channels=32, value=-9.0), *table.cells)
     table = SensitivityTable(**{**vars(table), "layers": (wide, *table.layers), "cells": cells, "total": more})
-    for rule in ("optimal", "largest_first"):
+    for rule in RULES:
         assert "wide" not in select(table, budget={"params": 0.9}, rule=rule).layers
     assert "wide" not in select(table, budget={"params": 1.0}).layers  # though it is said to gain
 
@@ -293,6 +293,25 @@ def test_predictions_interpolate_between_measured_candidates():
             predicted(table, Plan(plan))
     with pytest.raises(ValueError, match="knows no macs"):
         select(table, budget={"macs": 0.5})
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_numbers_of_numpy_are_numbers(rule, table, tmp_path):
+    plan = select(table, budget={"params": np.float32(0.5)}, rule=rule)
+    assert plan == select(table, budget={"params": 0.5}, rule=rule)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
+def test_a_plan_belongs_to_the_network_that_was_measured(table):
+    plan = select(table, budget={"params": 0.5})
+    with pytest.raises(ValueError, match="another model: C_out of"):
+        substitute(build("resnet20", width=16), plan)
+    with pytest.raises(ValueError, match="no convolution of the model"):
+        substitute(build("resnet18", width=8), plan)
+    name = next(iter(plan.layers))
+    with pytest.raises(ValueError, match=f"{name}.* has C_out = 99"):
+        predicted(table, Plan(plan.layers, out_channels={name: 99}))
 
 
 REPORT = BenchReport(kind="", config={}, environment={}, rows=[])

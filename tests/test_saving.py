@@ -1,0 +1,183 @@
+"""Files on any file system and in any encoding, and foreign errors in one sentence."""
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from basis import saving
+from basis.export import export_onnx, export_program
+from basis.saving import LOST, Unwritable, plain, replacing, write_json
+from basis.text import first_line
+
+REFUSALS = (errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, None)
+
+
+def refusing(code):
+    def refuse(*_, **__):
+        raise OSError(code, "not here") if code else OSError("not here")
+
+    return refuse
+
+
+def mode_of(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+# -- file systems -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", REFUSALS)
+def test_a_file_system_may_refuse_modes_and_syncing(tmp_path, monkeypatch, code):
+    write_json(tmp_path / "a.json", 1)
+    for name in ("chmod", "fsync"):
+        monkeypatch.setattr(os, name, refusing(code))
+    write_json(tmp_path / "a.json", 2)
+    assert json.loads((tmp_path / "a.json").read_text()) == 2
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("code", LOST)
+def test_what_syncing_finds_lost_is_an_error(tmp_path, monkeypatch, code):
+    write_json(tmp_path / "a.json", 1)
+    monkeypatch.setattr(os, "fsync", refusing(code))
+    with pytest.raises(Unwritable, match=r"a\.json could not be written"):
+        write_json(tmp_path / "a.json", 2)
+    assert json.loads((tmp_path / "a.json").read_text()) == 1
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_an_error_is_not_hidden_by_another_while_cleaning_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", refusing(errno.EROFS))
+    monkeypatch.setattr(Path, "unlink", refusing(errno.EACCES))
+    with pytest.raises(Unwritable, match="allow writing") as caught:
+        write_json(tmp_path / "a.json", 1)
+    assert caught.value.__cause__.errno == errno.EROFS
+
+
+def test_the_mode_is_that_of_the_file_before_or_follows_the_umask(tmp_path):
+    former = os.umask(0o027)
+    try:
+        write_json(tmp_path / "new.json", 1)
+        assert mode_of(tmp_path / "new.json") == 0o640
+        (tmp_path / "new.json").chmod(0o604)
+        write_json(tmp_path / "new.json", 2)
+        assert mode_of(tmp_path / "new.json") == 0o604
+    finally:
+        os.umask(former)
+
+
+def test_names_may_be_as_long_as_the_file_system_takes_them_and_of_any_bytes(tmp_path):
+    for name in ("n" * 255, "é" * 127, os.fsdecode(b"caf\xe9.json")):
+        with replacing(tmp_path / name) as file:
+            file.write(b"x")
+        assert (tmp_path / name).read_bytes() == b"x"
+    with pytest.raises(Unwritable, match="name a shorter one"):
+        write_json(tmp_path / ("n" * 256), 1)
+
+
+@pytest.mark.parametrize(
+    ("code", "says", "silent"),
+    [
+        (errno.ENOSPC, "make room", "allow"), (errno.EDQUOT, "make room", "allow"), (errno.EROFS, "allow", "room"),
+        (errno.EACCES, "allow", "room"), (errno.ENOLCK, "run the command again", "room"), (None, "not here", "None"),
+    ],
+)  # fmt: skip
+def test_what_helps_depends_on_what_is_wrong(tmp_path, monkeypatch, code, says, silent):
+    monkeypatch.setattr(os, "replace", refusing(code))
+    with pytest.raises(Unwritable, match=says) as caught:
+        write_json(tmp_path / "a.json", 1)
+    assert silent not in str(caught.value).partition("could not")[2]
+
+
+def test_numbers_of_numpy_and_paths_and_odd_names_are_plain(tmp_path):
+    odd = os.fsdecode(b"caf\xe9")
+    value = {odd: [np.int64(3), np.float32(0.5), np.bool_(True), np.arange(2), Path("a")], "nan": np.float32("nan")}
+    write_json(tmp_path / "a.json", value)
+    read = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert read[odd] == [3, 0.5, True, [0, 1], "a"]
+    assert plain(value)["nan"] is None
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "a", tmp_path / "file" / "b.json"):
+        with pytest.raises(saving.RecordError, match=f"{path.name} could not be written"):
+            write_json(path, 1)
+
+
+# -- errors of others -------------------------------------------------------------------------------
+
+
+def raised(*errors, explicit=True):
+    """The first of these errors, each raised because of, or while handling, the next."""
+    inner = None
+    for error in reversed(errors):
+        if inner is not None:
+            error.__cause__, error.__context__ = (inner, None) if explicit else (None, inner)
+            error.__suppress_context__ = explicit
+        inner = error
+    return inner
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ValueError("one\n  two\n\nthree"), "one two"),
+        (ValueError(" \n"), "ValueError"),
+        (KeyError("stem"), "KeyError: 'stem'"),
+        (FileNotFoundError(2, "No such file", "a.pt"), "No such file: a.pt"),
+        (RuntimeError("\x1b[31mred\x1b[0m reason"), "red reason"),
+        (raised(RuntimeError("outer"), ValueError("inner")), "outer (inner)"),
+        (raised(RuntimeError("outer"), ValueError("inner"), explicit=False), "outer (inner)"),
+        (raised(RuntimeError(""), ValueError("middle"), ValueError("")), "middle"),
+        (raised(RuntimeError("all of it: inner"), ValueError("inner")), "all of it: inner"),
+        (raised(RuntimeError("Failed to export the model. \x1b[96mThis is step 1/3\x1b[0m of it. Next steps:\n- Debug"),
+                ValueError("a branch")), "a branch"),
+        (RuntimeError("Caught one.\nTraceback (most recent call last):\n  File\n    x\nValueError: why"),
+         "ValueError: why"),
+    ],
+)  # fmt: skip
+def test_an_error_is_one_sentence_with_its_innermost_cause(error, says):
+    assert first_line(error) == says
+
+
+def test_an_error_is_never_long_and_a_circle_of_causes_ends():
+    first, second = RuntimeError("x" * 999), ValueError("y " * 999)
+    first.__cause__, second.__cause__ = second, first
+    assert len(first_line(first)) < 310
+    assert " (y y" in first_line(first)
+    first.__cause__, first.__suppress_context__, first.__context__ = None, True, second
+    assert "y" not in first_line(first)
+
+
+class Branching(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        return y * 2 if y.sum() > 0 else y
+
+
+class Unknown(nn.Linear):
+    def forward(self, x):
+        return torch.special.bessel_j0(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "export", "says"),
+    [
+        (Branching(3, 2), export_onnx, "data-dependent"),
+        (Branching(3, 2), export_program, "data-dependent"),
+        (Unknown(3, 2), export_onnx, "No ONNX function found.*bessel_j0"),
+    ],
+)
+def test_the_reasons_of_real_exporters_come_through(tmp_path, model, export, says):
+    with pytest.raises(RuntimeError, match=says) as caught:
+        export(model, tmp_path / "file", (3,))
+    assert not any(bad in str(caught.value) for bad in ("\x1b", "\n", "Next steps", "Traceback", "step 1/3", "⬆"))

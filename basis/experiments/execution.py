@@ -20,7 +20,7 @@ from basis.costs import cost, count_parameters, count_trained
 from basis.data import Data, first_images, hold_out, load_cifar10, synthetic
 from basis.environment import results_folder
 from basis.experiments.comparison import compare
-from basis.experiments.records import digest, read_record
+from basis.experiments.records import digest, read_record, take_lock
 from basis.experiments.runs import Choice, Ladder, Run, spectrum
 from basis.models import build
 from basis.plan import Plan
@@ -29,6 +29,7 @@ from basis.search.selection import predicted, select
 from basis.search.sensitivity import sensitivity
 from basis.search.table import SensitivityTable
 from basis.substitution import substitute
+from basis.text import first_line
 from basis.training.loop import Recipe, TrainingError, TrainingPaused, choose_precision, train
 
 Stop = Callable[[], bool] | None
@@ -114,7 +115,9 @@ def teacher_of(
         folder = Path(nowhere) if checkpoint is None else checkpoint.parent
         kept = folder / f"teacher-{name}-{device.type}-{choose_precision(device)}.pt"
         folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(kept.with_suffix(".lock")):  # another run may be training it
+        lock = filelock.FileLock(kept.with_suffix(".lock"))
+        take_lock(lock, wait=True)  # another run may be training it
+        try:
             if not kept.exists():
                 trained, part = copy.deepcopy(model), kept.with_suffix(".part")
                 with torch.random.fork_rng(devices=[]):  # what is drawn after it must not depend on it
@@ -128,7 +131,10 @@ def teacher_of(
             try:
                 teacher.load_state_dict(torch.load(kept, map_location="cpu", weights_only=True))
             except Exception as error:  # torch.load raises many kinds for a damaged file
-                raise TrainingError(f"{kept} cannot be read ({error}); delete it to train the teacher again") from error
+                why = f"{kept} cannot be read ({first_line(error)}); delete it to train the teacher again"
+                raise TrainingError(why) from error
+        finally:
+            lock.release()
     return teacher
 
 

@@ -46,8 +46,7 @@ def select(
 ) -> Plan:  # fmt: skip
     """Choose on a budget which layers are substituted, with how many basis channels or as which structured layer.
 
-    A candidate that saves nothing of the budget's units is never chosen. The rules choose among the candidates of the
-    table that have a finite sensitivity:
+    The rules choose among the candidates of the table that have a finite sensitivity:
 
     - "optimal": the exact smallest sum of sensitivities, the one rule that chooses among structured layers, too;
     - "threshold": every layer's smallest candidate that loses at most epsilon, for the smallest epsilon that meets
@@ -215,10 +214,9 @@ class _Problem:
         return float((used / self.limit).max())
 
     def first_met(self, choices: Iterable[Choice]) -> Choice:
-        """The first choice within the budget, without what saves nothing."""
-        best, layer = self.total, {at.name: at for at in self.layers}
-        for choice in choices:
-            chosen = {name: k for name, k in choice.items() if (self.saving(layer[name], k) > 0).any()}
+        """The first choice within the budget."""
+        best = self.total
+        for chosen in choices:
             used = self.used(chosen)
             if self.excess(used) <= ROUNDING:
                 return chosen

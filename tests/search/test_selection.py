@@ -102,7 +102,7 @@ def test_what_saves_nothing_is_passed_over():
     more = {unit: table.total[unit] + wide.cost(64)[unit] for unit in table.total}
     cells = (Cell(layer="wide", basis_channels=32, value=-9.0), *table.cells)
     table = SensitivityTable(**{**vars(table), "layers": (wide, *table.layers), "cells": cells, "total": more})
-    for rule in RULES:
+    for rule in ("optimal", "largest_first"):
         assert "wide" not in select(table, budget={"params": 0.9}, rule=rule).layers
     assert "wide" not in select(table, budget={"params": 1.0}).layers  # though it is said to gain
 

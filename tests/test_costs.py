@@ -320,7 +320,8 @@ def test_it_prints_as_a_table():
 @pytest.mark.parametrize(
     ("size", "options", "says"),
     [
-        ((3, 32), {}, "cannot be run on an input of"), (32, {}, "input_size"), ((3, 0, 32), {}, "input_size"), ((3, 32.0, 32), {}, "input_size"),
+        ((3, 32), {}, "cannot be run on an input of"), (32, {}, "input_size"),
+        ((3, 0, 32), {}, "input_size"), ((3, 32.0, 32), {}, "input_size"),
         ((4, 8, 8), {}, "3 channels"), ((3, 8, 8), {"batch_size": 1.5}, "batch_size"),
         ((3, 8, 8), {"mode": "auto"}, "mode"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -105,6 +105,9 @@ def _run(model: nn.Module, inputs: Inputs) -> Trace:
             calls[module].append(Call(tuple(x[0].shape), tuple(y[0].shape), x[0].element_size(), needs_dx, recorded))
 
     for module in calls:
+        if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks, and hides what needs a gradient
+            watch.uncounted["gradients within TorchScript"] = None
+            continue
         module.register_forward_pre_hook(lambda module, _: watch.running.append(module))
         module.register_forward_hook(record, with_kwargs=True, always_call=True)
     with torch.enable_grad(), watch:
@@ -121,9 +124,11 @@ class _Watch(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, layers: Iterable[nn.Module]) -> None:
+    def __init__(self, layers: Collection[nn.Module]) -> None:
         super().__init__()
-        self.owners = {id(p): layer for layer in layers for p in layer.parameters(recurse=False)}
+        self.covered = set(filter(has_formula, layers))
+        self.parameters = [(p, layer) for layer in layers for p in layer.parameters(recurse=False)]
+        self.owners = {id(p): layer for p, layer in self.parameters}  # while they are held
         self.running: list[nn.Module] = []
         self.products: list[Product] = []
         self.uncounted: dict[str, None] = {}
@@ -134,7 +139,7 @@ class _Watch(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
-        if not any(map(has_formula, self.running)):
+        if self.covered.isdisjoint(self.running):
             self.keep(func, args, out)
         return out
 
@@ -146,7 +151,7 @@ class _Watch(TorchDispatchMode):
         factors = [factor for factor in args[first : first + 2] if isinstance(factor, Tensor)]
         sparse = any(factor.layout != torch.strided for factor in factors)
         if space != "aten" or name not in FACTORS or sparse:
-            if not space.startswith("prim") and (space != "aten" or OPAQUE.match(name)):
+            if not space.startswith(("prim", "profiler")) and (space != "aten" or OPAQUE.match(name)):
                 self.uncounted[f"{space}::{name}{' of sparse tensors' * sparse}"] = None
             return
         a, b = factors

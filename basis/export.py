@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from inspect import signature
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -76,13 +77,11 @@ def export_onnx(
 
     def export(copied: nn.Module, example: Inputs, shapes: Any, outputs: Any) -> bytes:
         args, kwargs = arguments(example)
-        found = len(tensors_in(outputs))
+        taken, found = signature(copied.forward).parameters, len(tensors_in(outputs))
         names = {"output_names": ["logits"] if found == 1 else [f"output_{i}" for i in range(found)]}
-        if (
-            isinstance(outputs, Mapping)
-            and len(tensors := [key for key in outputs if outputs[key] is not None]) == found
-        ):
-            names["output_names"] = list(map(str, tensors))
+        keys = [key for key in outputs if isinstance(outputs[key], Tensor)] if isinstance(outputs, Mapping) else []
+        if len(keys) == found:
+            names["output_names"] = [f"{key}_output" if key in taken else str(key) for key in keys]
         if isinstance(example, Tensor) and example.dim() == 4:
             names["input_names"] = ["images"]
         options = {"dynamo": True, "verbose": False, "dynamic_shapes": shapes, **names}

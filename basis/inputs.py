@@ -72,9 +72,13 @@ def shapes_of(inputs: Inputs) -> str:
 
 def whole(name: str, value: Any, least: int = 1) -> int:
     """``value`` as an int; ``ValueError`` unless it is a whole number, numpy's too, of at least ``least``."""
-    if not hasattr(value, "__index__") or isinstance(value, bool) or operator.index(value) < least:
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
         raise ValueError(f"{name} is {value!r}, but it must be a whole number of at least {least}")
-    return operator.index(value)
+    return number
 
 
 def example_inputs(

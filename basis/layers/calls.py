@@ -105,12 +105,11 @@ def _run(model: nn.Module, inputs: Inputs) -> Trace:
             calls[module].append(Call(tuple(x[0].shape), tuple(y[0].shape), x[0].element_size(), needs_dx, recorded))
 
     for module in calls:
-        if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks, and hides what needs a gradient
-            watch.uncounted["gradients within TorchScript"] = None
+        if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
             continue
         module.register_forward_pre_hook(lambda module, _: watch.running.append(module))
         module.register_forward_hook(record, with_kwargs=True, always_call=True)
-    with torch.enable_grad(), watch:
+    with torch.enable_grad(), torch.jit.optimized_execution(False), watch:  # which would hide what takes a gradient
         run(model, inputs)
     layers = [(name, module, calls[module]) for name, module in model.named_modules() if module in calls]
     return Trace(layers, watch.products, tuple(watch.uncounted))

@@ -155,12 +155,13 @@ def cost(
 ) -> CostReport:  # fmt: skip
     """Count what ``model`` costs in one training step of ``batch_size`` samples, layer by layer.
 
-    Every module that holds parameters gets a row. MACs are those of convolutions and products of matrices, those of
-    complex numbers counted as one; gradients are counted where autograd records them. Convolutions and linear layers
-    of torch and this package cost what the shapes of their calls say. Any other product counts for the layer whose
-    parameter is a factor, or else for the layer with parameters that makes it; what is left is the row "(functions)".
-    Operators that cannot be counted, such as quantised ones and FFT, are named. Shapes come from one run of a copy on
-    the meta device, in evaluation mode and without hooks; a model that cannot run there runs once on its own device.
+    Every module that holds parameters gets a row. MACs are those of convolutions and products of matrices; those of
+    complex numbers count as one. Gradients count where autograd records the product itself. Convolutions and linear
+    layers of torch and this package cost what the shapes of their calls say. Any other product counts for the layer
+    whose parameter is a factor, or else for the layer with parameters that makes it; what is left is the row
+    "(functions)". Operators that cannot be counted, such as quantised ones and FFT, are named. Shapes come from one run
+    of a copy on the meta device, in evaluation mode and without hooks; a model that cannot run there runs once on its
+    own device.
 
     Args:
         input_size: the size of one sample, such as (C, H, W); the input is zeros then.
@@ -172,8 +173,7 @@ def cost(
     """
     if mode not in (None, "factorized", "composed"):
         raise ValueError(f"mode is {mode!r}, but it must be factorized, composed or None")
-    size = None if input_size is None else tuple(input_size) if isinstance(input_size, Iterable) else input_size
-    example = example_inputs(model, size, inputs, batch_size=batch_size)
+    example: Any = example_inputs(model, input_size, inputs, batch_size=batch_size)
     named: dict[str, Any] = dict(model.named_modules())
     coupled = any(isinstance(module, BasisBatchNorm2d) for module in named.values())
     parts = {p for m in named.values() if isinstance(m, StructuredConv2d) for p in m.modules() if p is not m}
@@ -199,8 +199,8 @@ def cost(
         layers.append(LayerCost(name, type(module).__name__, counted, as_is, dense, known, tuple(calls)))
     if None in outside:
         layers.append(LayerCost(FUNCTIONS, "", "", outside[None], outside[None]))
-    sizes = None if size is None else tuple(map(int, size))
-    return CostReport(tuple(layers), sizes, samples_in(example), shapes_of(example), traced.uncounted)
+    size = tuple(example.shape[1:]) if inputs is None else None
+    return CostReport(tuple(layers), size, samples_in(example), shapes_of(example), traced.uncounted)
 
 
 def trace_calls(model: nn.Module, inputs: Inputs) -> list[tuple[str, nn.Module, list[Call]]]:

@@ -95,12 +95,12 @@ def timed_layers(model: nn.Module, inputs: Inputs, names: Collection[str]) -> di
     samples = samples_in(inputs)
 
     def size(x: tuple[int, ...]) -> tuple[int, ...]:
-        images = max(1, math.ceil(math.prod(x[:-3]) / samples))
-        return (*((images,) if images > 1 else ()), *x[-3:])
+        images = math.ceil(math.prod(x[:-3]) / samples)
+        return x[-3:] if images == 1 else (images, *x[-3:])
 
     return {
         name: TimedLayer.of(
-            layer, (size(call.x) for call in calls), input_gradient=any(call.needs_dx for call in calls)
+            layer, [size(call.x) for call in calls], input_gradient=any(call.needs_dx for call in calls)
         )
         for name, layer, calls in trace(model, inputs).layers
         if name in names and calls

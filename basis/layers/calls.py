@@ -151,7 +151,7 @@ class _Watch(TorchDispatchMode):
         sparse = any(factor.layout != torch.strided for factor in factors)
         if space != "aten" or name not in FACTORS or sparse:
             if not space.startswith(("prim", "profiler")) and (space != "aten" or OPAQUE.match(name)):
-                self.uncounted[f"{space}::{name}{' of sparse tensors' * sparse}"] = None
+                self.uncounted[f"{func.name().partition('.')[0]}{' of sparse tensors' * sparse}"] = None
             return
         a, b = factors
         if name == "convolution":

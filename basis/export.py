@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from inspect import signature
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,26 +171,27 @@ def _any_batch(model: nn.Module, example: Inputs, given: Inputs) -> Any:
 
 
 def _difference(got: Any, wanted: Any) -> float:
-    """The largest difference relative to an output's largest magnitude; infinite for outputs of other shapes."""
-    pairs = list(zip_longest(tensors_in(got), tensors_in(wanted)))
-    if any(a is None or b is None or a.shape != b.shape for a, b in pairs):
-        return float("inf")
+    """The largest difference relative to an output's largest magnitude; ``RuntimeError`` where shapes differ."""
+    outputs, expected = tensors_in(got), tensors_in(wanted)
+    if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in expected]:
+        raise RuntimeError(f"the file gives outputs of {shapes_of(outputs)}, but the model of {shapes_of(expected)}")
     found = [torch.zeros((), dtype=torch.float64)]
-    for a, b in ((a.to("cpu", torch.complex128), b.to("cpu", torch.complex128)) for a, b in pairs if b.numel()):
-        largest = b.abs().nan_to_num(posinf=0).max().clamp_min(1e-30)
-        found.append(torch.where(a == b, 0, (a - b).abs()).max() / largest)
+    for a, b in zip(outputs, expected, strict=True):
+        if b.numel():
+            a, b = a.to("cpu", torch.complex128), b.to("cpu", torch.complex128)
+            largest = b.abs().nan_to_num(posinf=0).max().clamp_min(1e-30)
+            found.append(torch.where(a == b, 0, (a - b).abs()).max() / largest)
     return float(torch.stack(found).max())
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep back the warnings of the exporters, which concern their own insides; errors are raised all the same."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(disabled)

@@ -176,6 +176,18 @@ def test_any_number_of_inputs_and_outputs_also_infinite_ones(onnx, tmp_path):
     assert export_program(Several(), tmp_path / "net.pt2", inputs=x).error == 0
 
 
+class Constant(nn.Module):
+    def forward(self, x):
+        return 2 * x, torch.tensor(3.0), x.shape[0]
+
+
+def test_outputs_that_a_format_cannot_hold_are_refused_in_words(onnx, tmp_path, capfd):
+    with pytest.raises(RuntimeError, match="the file gives outputs of"):
+        export_onnx(Constant(), tmp_path / "net.onnx", (4,))
+    assert capfd.readouterr() == ("", "")
+    assert export_program(Constant(), tmp_path / "net.pt2", (4,)).error == 0
+
+
 class Half(nn.Module):
     """One output of two is random."""
 

@@ -2,23 +2,23 @@
 
 Everything is counted from shapes, beside the same layer as a dense convolution. What the 1x1 convolution with
 M = [I; A] multiplies by the identity stands apart as ``identity_*``; ``torch.utils.flop_counter`` counts both.
+Products outside these layers are seen as torch dispatches them: attention, recurrent cells, ``y @ y.mT``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.parameter import is_lazy
+from torch import nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
-from basis.copies import copy_of, shape_copy, without_hooks
+from basis.inputs import Inputs, example_inputs, samples_in, shapes_of
 from basis.layers.base import ConvLike
 from basis.layers.batchnorm import BasisBatchNorm2d, uncouple
+from basis.layers.calls import MATMULS, Call, has_formula, trace
 from basis.layers.coefficients import Coefficients, LowRank, Sparse
 from basis.layers.conv import BasisConv2d, ExplicitMode
 from basis.layers.structured import StructuredConv2d
@@ -27,7 +27,7 @@ from basis.saving import columns
 if TYPE_CHECKING:
     import pandas as pd
 
-MATMULS = (_ConvNd, nn.Linear, ConvLike)
+FUNCTIONS = "(functions)"  # the row of products that belong to no layer
 
 # The columns of a printed report: title, unit, and the numbers of a cost that they add up.
 COLUMNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -77,16 +77,23 @@ class LayerCost:
     mode: str
     cost: Cost
     dense: Cost
-    counted: bool = True  # else MACs are missing: it holds weights but is never called, or is of an unknown kind
+    counted: bool = True  # else it is a convolution or linear layer that is never called
+    calls: tuple[Call, ...] = ()
 
 
 @dataclass(frozen=True)
 class CostReport:
-    """What :func:`cost` returns. Prints as a table; :meth:`to_frame` gives all numbers."""
+    """What :func:`cost` returns, for a step of ``batch_size`` samples. Prints as a table.
+
+    :meth:`to_frame` gives all numbers. ``input_size`` is None where inputs were given; ``inputs`` are their shapes.
+    ``uncounted`` are the operators whose work is not in the MACs.
+    """
 
     layers: tuple[LayerCost, ...]
-    input_size: tuple[int, int, int]
+    input_size: tuple[int, ...] | None
     batch_size: int
+    inputs: str = ""
+    uncounted: tuple[str, ...] = ()
 
     @property
     def total(self) -> Cost:
@@ -104,11 +111,11 @@ class CostReport:
 
         rows: list[dict[str, Any]] = []
         for layer in self.layers:
-            rows.append({"layer": layer.name, "kind": layer.kind, "mode": layer.mode})
+            rows.append({"kind": layer.kind, "mode": layer.mode})
             for prefix, own in (("", layer.cost), ("dense_", layer.dense)):
                 numbers = asdict(own) | {"backward_macs": own.backward_macs}
                 rows[-1] |= {prefix + key: number for key, number in numbers.items()}
-        return pd.DataFrame(rows).set_index("layer")
+        return pd.DataFrame(rows, index=pd.Index([layer.name for layer in self.layers], name="layer"))
 
     def __str__(self) -> str:
         shown = COLUMNS if self.total.building_macs else COLUMNS[:-1]
@@ -124,10 +131,12 @@ class CostReport:
         rows = [("", "", *(title for title, *_ in shown)), ("layer", "kind", *(unit for _, unit, _ in shown))]
         rows += [row(layer.name, f"{layer.kind} {layer.mode}".strip(), layer.cost) for layer in self.layers]
         rows += [row("total", "", self.total), row("dense", "", self.dense), ("total / dense", "", *ratios)]
-        title = f"one step of {self.batch_size} image{'s' * (self.batch_size > 1)} of {self.input_size}"
+        kind = "image" if self.input_size and len(self.input_size) == 3 else "sample"
+        title = f"one step of {self.batch_size} {kind}{'s' * (self.batch_size > 1)} of {self.input_size or self.inputs}"
         lines = [title, *columns(rows, left=2)]
-        if missing := [layer.name for layer in self.layers if not layer.counted]:
-            lines.append(f"MACs not counted (not called, or of an unknown kind): {', '.join(missing)}")
+        missing = [layer.name for layer in self.layers if not layer.counted]
+        for what, names in (("never called", missing), ("not counted", self.uncounted)):
+            lines += [f"{what}: {', '.join(names)}"] * bool(names)
         return "\n".join(lines)
 
 
@@ -141,55 +150,68 @@ def _short(number: float) -> str:
 
 
 def cost(
-    model: nn.Module, input_size: Sequence[int], *, batch_size: int = 1, mode: ExplicitMode | None = None
-) -> CostReport:
-    """Count what ``model`` costs in one training step of ``batch_size`` images, layer by layer.
+    model: nn.Module, input_size: Iterable[int] | None = None, *, inputs: Inputs | None = None, batch_size: int = 1,
+    mode: ExplicitMode | None = None,
+) -> CostReport:  # fmt: skip
+    """Count what ``model`` costs in one training step of ``batch_size`` samples, layer by layer.
 
-    Every module that holds parameters gets a row. MACs are those of convolutions and linear layers; gradients are
-    counted where training computes them. Shapes come from one run of a copy on the meta device, in evaluation mode
-    and without hooks; a model that cannot run there runs once on its own device, on zeros.
+    Every module that holds parameters gets a row. MACs are those of convolutions and products of matrices; those of
+    complex numbers count as one. Gradients count where autograd records the product itself. Convolutions and linear
+    layers of torch and this package cost what the shapes of their calls say. Any other product counts for the layer
+    whose parameter is a factor, or else for the layer with parameters that makes it; what is left is the row
+    "(functions)". Operators that cannot be counted, such as quantised ones and FFT, are named. Shapes come from one run
+    of a copy on the meta device, in evaluation mode and without hooks; a model that cannot run there runs once on its
+    own device.
 
     Args:
-        input_size: (C, H, W) of one image.
+        input_size: the size of one sample, such as (C, H, W); the input is zeros then.
+        inputs: in its place, a batch as the model takes it: a tensor, a tuple or list of arguments, or a dictionary
+            of keyword arguments.
         mode: how basis convolutions are counted. None: each in its own mode, and ``"auto"`` as factorized.
 
     Raises ``ValueError`` for an argument out of range, lazy layers, and a model that cannot run on such an input.
     """
-    size = tuple(input_size)
-    if len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in (*size, batch_size)):
-        given = f"input_size is {input_size!r} and batch_size is {batch_size!r}"
-        raise ValueError(f"{given}, but they must be (C, H, W) and a number, all whole and at least 1")
     if mode not in (None, "factorized", "composed"):
         raise ValueError(f"mode is {mode!r}, but it must be factorized, composed or None")
-    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        raise ValueError("model has lazy layers, whose shapes are not known yet; run it once first")
+    example: Any = example_inputs(model, input_size, inputs, batch_size=batch_size)
     named: dict[str, Any] = dict(model.named_modules())
     coupled = any(isinstance(module, BasisBatchNorm2d) for module in named.values())
     parts = {p for m in named.values() if isinstance(m, StructuredConv2d) for p in m.modules() if p is not m}
     seen: set[int] = set()
     layers = []
-    for name, module, calls in trace_calls(uncouple(model) if coupled else model, (batch_size, *size)):
+    traced = trace(uncouple(model) if coupled else model, example)
+    outside: dict[nn.Module | None, Cost] = {}
+    for layer, *macs in traced.products:
+        outside[layer] = outside.get(layer, Cost()) + Cost(0, *macs)
+    for name, module, calls in traced.layers:
         own, counted = named[name], ""
         if isinstance(own, BasisConv2d):
             counted = mode or ("factorized" if own.mode == "auto" or own.mixed_later else own.mode)
         as_is, dense = _stored(module, seen)
         for call in calls:
-            dense += _dense_cost(module, call)
-            if isinstance(own, BasisBatchNorm2d):
-                as_is += _through_basis_cost(own.conv, call)
-            else:
-                as_is += _called_cost(module, call, counted)
+            through = isinstance(own, BasisBatchNorm2d)
+            one = _through_basis_cost(own.conv, call) if through else _called_cost(module, call, counted)
+            as_is, dense = as_is + _recorded(one, call), dense + _recorded(_dense_cost(module, call), call)
+        as_is, dense = (one + outside.get(module, Cost()) for one in (as_is, dense))
         if own in parts:  # a normalisation within a structured layer, which a dense one has not
             dense = Cost()
-        plain = all(p.dim() < 2 for p in module.parameters(recurse=False))
-        known = bool(calls) if isinstance(module, MATMULS) else plain
-        layers.append(LayerCost(name, type(module).__name__, counted, as_is, dense, known))
-    return CostReport(tuple(layers), size, batch_size)
+        known = bool(calls) or not isinstance(module, MATMULS) or module in outside
+        layers.append(LayerCost(name, type(module).__name__, counted, as_is, dense, known, tuple(calls)))
+    if None in outside:
+        layers.append(LayerCost(FUNCTIONS, "", "", outside[None], outside[None]))
+    size = tuple(example.shape[1:]) if inputs is None else None
+    return CostReport(tuple(layers), size, samples_in(example), shapes_of(example), traced.uncounted)
+
+
+def trace_calls(model: nn.Module, inputs: Inputs) -> list[tuple[str, nn.Module, list[Call]]]:
+    """Every layer (in a copy of the model) with its calls in one forward pass, as :func:`basis.layers.calls.trace`."""
+    return trace(model, inputs).layers
 
 
 def cost_alone(layer: ConvLike, calls: Sequence[Call], mode: ExplicitMode = "factorized") -> Cost:
     """What a basis convolution or structured layer costs in such calls (see :func:`trace_calls`), all its own."""
-    return sum((_called_cost(layer, call, mode) for call in calls), Cost(count_parameters(layer)))
+    costs = (_recorded(_called_cost(layer, call, mode), call) for call in calls)
+    return sum(costs, Cost(count_parameters(layer)))
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -234,44 +256,10 @@ def _stored(module: nn.Module, seen: set[int]) -> tuple[Cost, Cost]:
     return Cost(own), Cost(dense)
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of a layer: shapes in and out, bytes per number, and whether dX is needed."""
-
-    x: tuple[int, ...]
-    y: tuple[int, ...]
-    itemsize: int
-    needs_dx: bool
-
-
-def trace_calls(model: nn.Module, size: tuple[int, ...]) -> list[tuple[str, nn.Module, list[Call]]]:
-    """Every layer (in a copy of the model) with its calls in one forward pass."""
-    try:
-        return _run(shape_copy(model), size)
-    except Exception:  # whatever the meta device cannot do, or a wrong input: the real run tells
-        try:
-            return _run(copy_of(model), size)
-        except Exception as error:
-            raise ValueError(f"the model cannot be run on an input of {size} (images, C, H, W): {error}") from error
-
-
-def _run(model: nn.Module, size: tuple[int, ...]) -> list[tuple[str, nn.Module, list[Call]]]:
-    calls: dict[nn.Module, list[Call]] = {}
-
-    def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        if x is not None and isinstance(output, Tensor):
-            calls[module].append(Call(tuple(x.shape), tuple(output.shape), x.element_size(), x.requires_grad))
-
-    for module in without_hooks(model).eval().modules():
-        holds = next(module.parameters(False), None) is not None and not isinstance(module, Coefficients)
-        if holds or isinstance(module, MATMULS):
-            calls[module] = []
-            module.register_forward_hook(record, with_kwargs=True)
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    with torch.enable_grad():
-        model(torch.zeros(size, dtype=like.dtype, device=like.device))
-    return [(name, module, calls[module]) for name, module in model.named_modules() if module in calls]
+def _recorded(cost: Cost, call: Call) -> Cost:
+    """What is left where autograd did not record the call."""
+    none = {"input_gradient_macs": 0, "weight_gradient_macs": 0, "identity_backward_macs": 0, "activation_bytes": 0}
+    return cost if call.recorded else replace(cost, **none)
 
 
 def _called_cost(module: Any, call: Call, mode: str) -> Cost:
@@ -285,7 +273,7 @@ def _dense_cost(module: Any, call: Call) -> Cost:
     """Any layer of torch, and a basis convolution or structured layer as if it were dense."""
     trains = any(p.requires_grad for p in module.parameters())
     kept = math.prod(call.x) * call.itemsize if trains or call.needs_dx else 0
-    if not isinstance(module, MATMULS):
+    if not has_formula(module):
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and kept:
             kept += 2 * call.x[1] * max(call.itemsize, 4)  # the statistics are never in half precision
         return Cost(activation_bytes=kept)

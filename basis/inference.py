@@ -17,8 +17,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from basis.bench.cells import Cell, measure_cells
 from basis.bench.report import BenchReport
-from basis.bench.shapes import TimedLayer, timed_layers
+from basis.bench.shapes import TimedLayer, example, timed_layers
 from basis.bench.timing import Progress, Setting
+from basis.inputs import Inputs
 from basis.layers.base import ConvLike
 from basis.layers.batchnorm import uncouple
 from basis.layers.conv import BasisConv2d
@@ -123,21 +124,23 @@ def _conv(like: Tensor, weight: Tensor, bias: Tensor | None, groups: int, **opti
 
 
 def measure_fold(
-    model: nn.Module, *, input_size: Sequence[int] = (3, 32, 32), setting: Setting | None = None
-) -> tuple[str, ...]:
+    model: nn.Module, *, input_size: Sequence[int] | None = None, inputs: Inputs | None = None,
+    setting: Setting | None = None,
+) -> tuple[str, ...]:  # fmt: skip
     """The basis convolutions whose forward pass is faster as a pair than dense, for :func:`fold`, by turns.
 
-    Faster is a lower quartile of dense / pair above 1. Each layer alone, on inputs of the sizes that it gets for images
-    of ``input_size``, (C, H, W), and of layers with equal shapes the first. Weights are in the setting's precision.
+    Faster is a lower quartile of dense / pair above 1. Each layer alone, on inputs of the sizes that it gets for
+    samples of ``input_size``, (3, 32, 32) unless given, or for ``inputs``, a batch as the model takes it (see
+    :func:`basis.cost`); of layers with equal shapes the first. Weights are in the setting's precision.
     Raises ``ValueError`` for a model without a basis convolution that is called, on the meta device, or that cannot be
-    run on such images.
+    run on such inputs.
     """
     source = uncouple(model).eval()
     layers = {name: module for name, module in source.named_modules() if isinstance(module, BasisConv2d)}
     setting = (setting or Setting()).settled(source)
     forms = [deployed(model, setting), deployed(model, setting, pairs=layers)]
     cells = []
-    for name, called in timed_layers(source, input_size, layers).items():
+    for name, called in timed_layers(source, example(source, input_size, inputs), layers).items():
         dense, pair = (form.get_submodule(name) for form in forms)
         timed = TimedLayer.of(dense, called.inputs, input_gradient=False)
         cells.append(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
 def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """``value`` with every tensor in it, in whatever tuples, lists and dictionaries, changed."""
+    """``value`` with every tensor in it, in whatever tuples, lists, dictionaries and dataclasses, changed."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
@@ -20,6 +22,9 @@ def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         items = [mapped(change, item) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if is_dataclass(value) and not isinstance(value, type):
+        own = {field.name: getattr(value, field.name) for field in fields(value) if field.init}
+        return replace(value, **{name: mapped(change, item) for name, item in own.items()})
     return value
 
 
@@ -54,27 +59,47 @@ def first_samples(inputs: Inputs, n: int) -> Inputs:
     return mapped(lambda t: t[:n] if t.dim() and len(t) == total else t, inputs)
 
 
+def with_samples(inputs: Inputs, n: int) -> Inputs:
+    """A batch of ``n`` samples, which come round again; tensors that have another length are left whole."""
+    total = samples_in(inputs)
+    return mapped(lambda t: t[torch.arange(n, device=t.device) % total] if t.dim() and len(t) == total else t, inputs)
+
+
 def shapes_of(inputs: Inputs) -> str:
     """Shapes and dtypes in words."""
     return ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors_in(inputs))
 
 
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """``value`` as an int; ``ValueError`` unless it is a whole number, numpy's too, of at least ``least``."""
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise ValueError(f"{name} is {value!r}, but it must be a whole number of at least {least}")
+    return number
+
+
 def example_inputs(
-    model: nn.Module, input_size: Sequence[int] | None, inputs: Inputs | None, *, batch_size: int = 1
+    model: nn.Module, input_size: Iterable[int] | None, inputs: Inputs | None, *, batch_size: int = 1
 ) -> Inputs:
     """``inputs`` on the model's device; or zeros (batch_size, \\*input_size), in its dtype too.
 
-    Raises ``ValueError`` unless exactly one of the two is given, and for sizes that are no whole numbers of at least 1.
+    Raises ``ValueError`` unless exactly one of the two is given, for sizes that are no whole numbers of at least 1, for
+    inputs without a sample, and for a ``batch_size`` that they have not.
     """
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    like = next((p for p in model.parameters() if p.is_floating_point() or p.is_complex()), torch.empty(0))
     if (input_size is None) == (inputs is None):
         raise ValueError("give one of input_size, such as (3, 32, 32), and inputs, a batch as the model takes it")
+    n = whole("batch_size", batch_size)
     if inputs is not None:
-        if not samples_in(inputs):
+        if not (samples := samples_in(inputs)):
             raise ValueError("inputs hold no tensor with a sample; give a batch as the model takes it")
-        return mapped(lambda t: t.to(like.device), inputs)
-    size = (batch_size, *input_size) if isinstance(input_size, Sequence) else (0,)
-    if not all(hasattr(n, "__index__") and n > 0 for n in size):
-        given = f"input_size is {input_size!r} and batch_size is {batch_size!r}"
-        raise ValueError(f"{given}, but they must be (C, H, W) or the like, and a number, all at least 1")
-    return torch.zeros([int(n) for n in size], dtype=like.dtype, device=like.device)
+        if n not in (1, samples):
+            raise ValueError(f"batch_size is {n}, but the inputs are {samples} samples; it goes with input_size")
+        return mapped(lambda t: t.detach() if t.is_meta else t.detach().to(like.device), inputs)
+    if not isinstance(input_size, Iterable):
+        raise ValueError(f"input_size is {input_size!r}, but it must be a list of numbers, such as (3, 32, 32)")
+    size = [whole("each number of input_size", number) for number in input_size]
+    return torch.zeros([n, *size], dtype=like.dtype, device=like.device)

@@ -1,8 +1,5 @@
 """Folding, the choice of the form, and export: always against the model itself."""
 
-import sys
-import warnings
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +8,8 @@ from torch.nn.utils import prune
 
 from basis import BasisConv2d, substitute
 from basis.bench.timing import Setting
-from basis.export import export_onnx, export_program
 from basis.inference import fold, measure_fold
 from basis.layers.batchnorm import couple
-from basis.layers.conv import MODES
 from basis.models import build
 from basis.modules import is_channels_last
 from basis.substitution import plan_of
@@ -232,102 +227,3 @@ def test_nothing_to_measure():
         measure_fold(build("resnet20", width=4))
     with pytest.raises(ValueError, match="cannot be run"):
         measure_fold(network("resnet20"), input_size=(5, 8, 8))
-
-
-# -- export -----------------------------------------------------------------------------------------
-
-
-WEEKLY = (("resnet20", "pairs"), ("resnet18", "unfolded"), ("mobile", "dense"), ("resnet50", "pairs"))
-
-
-@pytest.fixture
-def onnx():
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    return pytest.importorskip("onnx")
-
-
-@pytest.mark.parametrize(
-    ("name", "form"),
-    [("mobile", "pairs"), *(pytest.param(*case, marks=pytest.mark.weekly) for case in WEEKLY)],
-)
-def test_networks_as_onnx(name, form, onnx, tmp_path, capfd):
-    model = shape(network(name), form).train()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        done = export_onnx(model, tmp_path / "net.onnx", (3, 16, 16))
-    assert capfd.readouterr() == ("", "")
-    assert model.training  # a copy is exported
-    assert done.error < 1e-4
-    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
-    graph = onnx.load(tmp_path / "net.onnx").graph
-    assert [value.name for value in (*graph.input, *graph.output)] == ["images", "logits"]
-    assert [dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim] == [0, 3, 16, 16]
-
-
-@pytest.mark.parametrize(
-    ("name", "form"),
-    [("mobile", "unfolded"), *(pytest.param(*case, marks=pytest.mark.weekly) for case in WEEKLY)],
-)
-def test_networks_as_programs(name, form, tmp_path):
-    model, x = shape(network(name), form), torch.randn(5, 3, 16, 16)
-    assert export_program(model, tmp_path / "net.pt2", (3, 16, 16)).error < 1e-5
-    program = torch.export.load(tmp_path / "net.pt2").module()
-    with torch.no_grad():
-        assert difference(program(x), model(x)) < 1e-5
-
-
-def stack():
-    """A basis convolution in every mode and form, one after the other."""
-    torch.manual_seed(0)
-    layers = [
-        BasisConv2d.from_conv(nn.Conv2d(8, 8, 3, padding=1, groups=groups), ratio=0.5, mode=mode, coefficients=form)
-        for mode in MODES
-        for form in FORMS
-        for groups in ((1, 2) if mode == "factorized" else (1,))
-    ]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
-
-
-@pytest.mark.weekly
-def test_every_mode_and_form_as_onnx(onnx, tmp_path):
-    assert export_onnx(stack(), tmp_path / "stack.onnx", (8, 6, 6)).error < 1e-4
-
-
-@pytest.mark.weekly
-def test_every_mode_and_form_as_a_program():
-    model, x = stack(), torch.randn(2, 8, 6, 6)
-    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
-    for n in (1, 4):
-        x = torch.randn(n, 8, 6, 6)
-        assert difference(program(x), model(x)) < 1e-5
-
-
-@pytest.mark.parametrize("export", [export_onnx, export_program])
-class TestRefusals:
-    def test_what_makes_no_sense_or_cannot_be_exported(self, export, onnx, tmp_path):
-        class Noisy(nn.Module):
-            def forward(self, x):
-                return x + torch.rand_like(x)
-
-        for model, size, batch, error, says in (
-            (nn.Conv2d(3, 2, 3), (3, 8, 8), 2.0, ValueError, "batch is"),
-            (nn.Conv2d(3, 2, 3), (4, 8, 8), 1, ValueError, "cannot be run on images"),
-            (nn.LSTM(8, 2), (3, 8), 1, ValueError, "returns a tuple"),
-            (Noisy(), (3, 8, 8), "dynamic", RuntimeError, "differs from the model"),
-            (Branch(nn.Identity()), (3, 8, 8), "dynamic", RuntimeError, "Branch cannot be exported"),
-        ):
-            with pytest.raises(error, match=says):
-                export(model, tmp_path / "net", size, batch=batch)
-        assert list(tmp_path.iterdir()) == []
-
-
-def test_missing_packages(onnx, tmp_path, monkeypatch):
-    model, path = nn.Conv2d(3, 2, 3), tmp_path / "net.onnx"
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    done = export_onnx(model, path, (3, 8, 8))
-    assert done.error is None
-    assert path.exists()
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install"):
-        export_onnx(model, path, (3, 8, 8))

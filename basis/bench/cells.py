@@ -10,6 +10,8 @@ from torch import nn
 
 from basis.bench.timing import Progress, Setting, layer_steps, tell
 from basis.costs import count_parameters
+from basis.inputs import Inputs
+from basis.text import first_line
 
 Row = dict[str, Any]
 Make = Callable[[], nn.Module]
@@ -24,7 +26,7 @@ class Cell:
         candidates: name -> what makes it, "dense" among them, of which the control is another one. Names of what is
             compiled end in "compiled" or "fast".
         rows: name -> what the row of that candidate, or of "control", says besides.
-        inputs: (C, H, W) of the images of each call in one pass.
+        inputs: what each call in one pass takes, see :func:`basis.bench.timing.layer_steps`.
         input_gradient: whether a backward pass takes the gradients of the inputs.
         rotated: whether there are several sets of inputs on a GPU; a whole network's maps fill its cache anyway.
         versus: candidate -> the other one that it is compared with as well.
@@ -34,7 +36,7 @@ class Cell:
     about: Mapping[str, Any]
     candidates: Mapping[str, Make]
     rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    inputs: tuple[tuple[int, ...], ...] = ((3, 32, 32),)
+    inputs: tuple[Inputs, ...] = ((3, 32, 32),)
     input_gradient: bool = True
     rotated: bool = True
     versus: Mapping[str, str] = field(default_factory=dict)
@@ -84,7 +86,7 @@ def _measured(cell: Cell, setting: Setting, progress: Progress | None) -> list[R
             except Exception as error:  # another package's layer may raise anything
                 if name in ("dense", "control"):
                     raise
-                found[name] = {"error": f"{type(error).__name__}: {error}"}
+                found[name] = {"error": f"{type(error).__name__}: {first_line(error)}"}
         known: dict[str, Row] = {name: {"parameters": count_parameters(module)} for name, module in modules.items()}
         for name, module in modules.items():
             known[name] |= {"resolved": mode} if (mode := resolved(module)) else {}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from basis.costs import trace_calls
+from basis.inputs import Inputs, example_inputs, samples_in
+from basis.layers.calls import trace
 from basis.layers.conv import BasisConv2d
 
 RATIOS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
@@ -54,7 +56,8 @@ class TimedLayer:
     """A convolution as far as its time depends on it; equal ones are measured once."""
 
     options: tuple[Any, ...]  # the first arguments of nn.Conv2d, up to padding_mode
-    inputs: tuple[tuple[int, ...], ...]  # (C, H, W) of each call in one forward pass
+    # (C, H, W) of each call in one forward pass, behind the number of images where a sample is several.
+    inputs: tuple[tuple[int, ...], ...]
     input_gradient: bool
 
     @classmethod
@@ -69,7 +72,7 @@ class TimedLayer:
 
     def __str__(self) -> str:
         c_in, c_out, kernel, stride, _, dilation, groups, *_ = self.options
-        sizes = "+".join("x".join(map(str, size[1:])) for size in self.inputs)
+        sizes = "+".join("x".join(map(str, (*size[:-3], *size[-2:]))) for size in self.inputs)
         text = f"{c_in}-{c_out}@{sizes} {'x'.join(map(str, kernel))}"
         for mark, value in (("/", stride), (" dilation ", dilation)):
             text += f"{mark}{'x'.join(map(str, dict.fromkeys(value)))}" if set(value) != {1} else ""
@@ -84,13 +87,26 @@ class TimedLayer:
         return BasisConv2d.shaped_like(self.conv(), basis_channels=k, mode="auto")
 
 
-def timed_layers(model: nn.Module, input_size: Sequence[int], names: Collection[str]) -> dict[str, TimedLayer]:
-    """Those of the layers named that a forward pass on one image of ``input_size``, (C, H, W), calls.
+def timed_layers(model: nn.Module, inputs: Inputs, names: Collection[str]) -> dict[str, TimedLayer]:
+    """Those of the layers named, two-dimensional convolutions, that a forward pass on ``inputs`` calls.
 
-    Raises ``ValueError`` for a model that cannot be run on such images.
+    Raises ``ValueError`` for a model that cannot be run on such inputs.
     """
+    samples = samples_in(inputs)
+
+    def size(x: tuple[int, ...]) -> tuple[int, ...]:
+        images = math.ceil(math.prod(x[:-3]) / samples)
+        return x[-3:] if images == 1 else (images, *x[-3:])
+
     return {
-        name: TimedLayer.of(layer, (call.x[1:] for call in calls), input_gradient=any(call.needs_dx for call in calls))
-        for name, layer, calls in trace_calls(model, (1, *input_size))
+        name: TimedLayer.of(
+            layer, [size(call.x) for call in calls], input_gradient=any(call.needs_dx for call in calls)
+        )
+        for name, layer, calls in trace(model, inputs).layers
         if name in names and calls
     }
+
+
+def example(model: nn.Module, input_size: Iterable[int] | None, inputs: Inputs | None) -> Inputs:
+    """``inputs``, or one sample of ``input_size``; of (3, 32, 32) where neither is given."""
+    return example_inputs(model, (3, 32, 32) if input_size is None and inputs is None else input_size, inputs)

@@ -29,6 +29,8 @@ from torch.autograd import _disable_profiler_legacy, _enable_profiler_legacy, pr
 
 from basis.bench.report import BenchReport
 from basis.environment import environment
+from basis.inputs import Inputs, arguments, mapped, tensors_in, whole, with_samples
+from basis.text import first_line
 from basis.training.loop import (
     DTYPES,
     MemoryFormat,
@@ -183,10 +185,12 @@ class Setting:
         for name, known in (("precision", get_args(Precision)), ("memory_format", get_args(MemoryFormat))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(known)}")
-        for name, least in (("batch_size", 1), ("rounds", 3), ("seconds", 0)):
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ValueError(f"{name} is {value}, but must be at least {least}")
+        for name, least in (("batch_size", 1), ("rounds", 3), ("seed", 0)):
+            object.__setattr__(self, name, whole(name, getattr(self, name), least))
+        if self.seconds is not None:
+            if not self.seconds >= 0:
+                raise ValueError(f"seconds is {self.seconds}, but must be at least 0")
+            object.__setattr__(self, "seconds", float(self.seconds))
 
     @property
     def where(self) -> torch.device:
@@ -201,9 +205,12 @@ class Setting:
         return replace(self, device=str(self.where), precision=precision, memory_format=layout)
 
     def place(self, value: Any) -> Any:
-        """A tensor of images or a module, on the device and in the memory format."""
+        """A tensor or a module, on the device and, tensors of images and weights, in the memory format."""
+        value = value.to(self.device)
+        if isinstance(value, Tensor) and value.dim() != 4:
+            return value
         last = self.memory_format == "channels_last"
-        return value.to(self.device).to(memory_format=torch.channels_last if last else torch.contiguous_format)
+        return value.to(memory_format=torch.channels_last if last else torch.contiguous_format)
 
     def autocast(self) -> torch.autocast:
         """The context that a forward pass runs in."""
@@ -295,46 +302,65 @@ def _error_of(step: Step) -> str | None:
     try:
         step()
     except Exception as error:  # compilers and other people's layers raise anything
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"[:300]
+        return f"{type(error).__name__}: {first_line(error)}"[:300]
     return None
 
 
 def layer_steps(
     layers: Mapping[str, nn.Module],
-    inputs: Sequence[tuple[int, ...]],
+    inputs: Sequence[Inputs],
     one: Pass,
     setting: Setting,
     *,
     input_gradient: bool = True,
     rotated: bool = True,
 ) -> dict[str, LayerStep]:
-    """One step for each layer: a call on images of each of the ``inputs``, (C, H, W), and its backward pass.
+    """One step for each layer: a call on each of the ``inputs``, and its backward pass.
 
-    The gradients are set free after each call, so that they count as memory that it takes. Where steps are captured
-    there are several sets of inputs, unless they are not to be ``rotated``.
+    Each is a size, (C, H, W) or (images per sample, C, H, W), of random images, or a batch as the layer takes it, whose
+    samples come round again. The gradients are set free after each call, so that they count as memory that it takes.
+    Where steps are captured there are several sets of inputs, unless they are not to be ``rotated``. Layers that change
+    their inputs in place get copies of them, and all take the time of a copy.
     """
     train = one != "forward"
+    dtype = DTYPES[setting.precision]
+    changed: list[bool] = []
 
-    def make(size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        x = setting.place(torch.randn(setting.batch_size, *size, device=setting.where).to(DTYPES[setting.precision]))
+    def make(given: Any) -> tuple[Inputs, list[Tensor]]:
+        if tensors_in(given):
+            x = mapped(lambda t: t.to(dtype) if t.is_floating_point() else t, with_samples(given, setting.batch_size))
+            x = mapped(lambda t: setting.place(t).clone(), x)
+        else:
+            x = torch.randn(setting.batch_size, *given, device=setting.where)
+            x = setting.place(x.flatten(0, -len(given[-3:]) - 1).to(dtype))
+        args, kwargs = arguments(copied := mapped(Tensor.clone, x))
         with torch.no_grad(), setting.autocast():
-            dy = torch.randn_like(layers["dense"](x))
-        return x.requires_grad_(train and input_gradient), dy
+            y = layers["dense"](*args, **kwargs)
+        changed.extend(tensor._version > 0 for tensor in tensors_in(copied))
+        dy = [torch.randn_like(tensor) for tensor in tensors_in(y) if tensor.is_floating_point()]
+        return mapped(lambda t: t.requires_grad_(train and input_gradient and t.is_floating_point()), x), dy
 
-    def call(layer: nn.Module, x: Tensor, dy: Tensor) -> None:
+    def call(layer: nn.Module, x: Inputs, dy: list[Tensor]) -> None:
+        args, kwargs = arguments(mapped(Tensor.clone, x) if copies else x)
         with torch.set_grad_enabled(train), setting.autocast():
-            y = layer(x)
+            y = layer(*args, **kwargs)
         if train:
-            y.backward(dy)
+            pairs = zip(filter(torch.is_floating_point, tensors_in(y)), dy, strict=True)
+            recorded = [(own, gradient) for own, gradient in pairs if own.requires_grad]
+            torch.autograd.backward([own for own, _ in recorded], [gradient for _, gradient in recorded])
             layer.zero_grad()
-            x.grad = None
+            for tensor in tensors_in(x):
+                tensor.grad = None
 
-    calls = [make(size) for size in inputs]
+    calls = [make(given) for given in inputs]
     sets = 1
     if rotated and setting.captures:
-        moved = sum(x.nbytes * (1 + x.requires_grad) + (dy.nbytes if train else 0) for x, dy in calls)
+        moved = sum(
+            t.nbytes * (1 + t.requires_grad) for x, dy in calls for t in (*tensors_in(x), *(dy if train else ()))
+        )
         sets = min(max(LEAST_SETS, math.ceil(ROTATED_BYTES / moved)), MOST_SETS)
-        calls += [make(size) for _ in range(sets - 1) for size in inputs]
+        calls += [make(given) for _ in range(sets - 1) for given in inputs]
+    copies = any(changed)
 
     def step(layer: nn.Module) -> None:
         for x, dy in calls:

@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from basis.bench.cases import Block
 from basis.bench.cells import Cell, Make, measure_cells
 from basis.bench.report import BenchReport
-from basis.bench.shapes import RATIOS, timed_layers
+from basis.bench.shapes import RATIOS, TimedLayer, example, timed_layers
 from basis.bench.timing import PASSES, Pass, Progress, Setting
 from basis.copies import copy_of
 from basis.costs import cost
+from basis.inputs import Inputs, shapes_of, whole
 from basis.layers.batchnorm import couple, couple_in_place, couplings, uncouple, uncouple_in_place
 from basis.layers.conv import BasisConv2d, ExplicitMode, basis_channels_for
 from basis.layers.norm_pairs import norm_pairs
@@ -36,15 +39,16 @@ WAYS: tuple[Way, ...] = get_args(Way)
 
 
 def bench_latency(
-    model: nn.Module, *, input_size: Sequence[int] = (3, 32, 32), ratios: Sequence[float] = RATIOS, multiple: int = 8,
-    passes: Sequence[Pass] = PASSES, setting: Setting | None = None, progress: Progress | None = None,
-    name: str | None = None,
+    model: nn.Module, *, input_size: Sequence[int] | None = None, inputs: Inputs | None = None,
+    ratios: Sequence[float] = RATIOS, multiple: int = 8, passes: Sequence[Pass] = PASSES,
+    setting: Setting | None = None, progress: Progress | None = None, name: str | None = None,
 ) -> BenchReport:  # fmt: skip
     """Measure every convolution of ``model`` that can be substituted, alone, dense and in mode auto.
 
     For :func:`basis.select`. A cell is a layer and a pass; its candidates are k nearest to each ratio, a multiple of
     ``multiple`` and of the layer's groups, below C_out. Layers have the model's shapes but fresh weights, on the
-    inputs of one forward pass on images of ``input_size``, (C, H, W); the first layer takes no gradient of its input.
+    inputs of one forward pass on samples of ``input_size``, (3, 32, 32) unless given, or on ``inputs``, a batch as the
+    model takes it (see :func:`basis.cost`); the first layer takes no gradient of its input.
     With the backward pass a layer is timed with the batch normalisation that directly follows it, and a ReLU
     (``config["norm"]``); a forward pass is that of a folded layer, without. Where steps are captured a k also has
     batch normalisation through the basis, and the row of the faster one stays. Equal shapes are measured once: the
@@ -55,15 +59,16 @@ def bench_latency(
     ``network_ms``, that of the whole dense network. The latter has what the former lacks: the addition of shortcuts,
     the pooling, the linear layer, and the normalisations that follow no convolution. Neither has loss or optimiser.
 
-    Raises ``ValueError`` for a model without such a layer, or that cannot be run on such images; for a ratio or setting
+    Raises ``ValueError`` for a model without such a layer, or that cannot be run on such inputs; for a ratio or setting
     that makes no sense.
     """
+    given, multiple, ratios = example(model, input_size, inputs), whole("multiple", multiple), [*map(float, ratios)]
     free = [layer for layer, why in plan_of(model).skipped.items() if why == "left dense"]
     free = [layer for layer in free if isinstance(model.get_submodule(layer), nn.Conv2d)]
     setting = (setting or Setting()).settled(model)
     captures, norms = setting.captures, _norms(model)
     cells = []
-    for layer, timed in timed_layers(model, input_size, free).items():
+    for layer, timed in timed_layers(model, given, free).items():
         conv: Any = model.get_submodule(layer)
         step, width = math.lcm(conv.groups, multiple), conv.out_channels
         ks = sorted(k for k in {basis_channels_for(ratio, width, step) for ratio in ratios} if k < width)
@@ -85,12 +90,15 @@ def bench_latency(
         raise ValueError("the model has no convolution that can be substituted and is called")
     found = measure_cells(cells, setting, progress)
     dense_rows = [row for row in found if row["mode"] == "control" and "dense_ms" in row]
-    options = {"model": name or type(model).__name__, "input_size": list(input_size), "multiple": multiple}
-    options |= {"macs": cost(model, input_size).total.forward_macs, "ratios": list(ratios), "passes": list(passes)}
+    report = cost(model, inputs=given)
+    options = {"model": name or type(model).__name__, "inputs": report.inputs, "multiple": multiple}
+    options |= {"macs": report.total.forward_macs // report.batch_size, "ratios": ratios, "passes": list(passes)}
     sums = {one: sum(row["dense_ms"] for row in dense_rows if row["pass"] == one) for one in passes}
     options |= {"norm": True, "layers_ms": sums}
     if captures:
-        options["network_ms"] = {one: _whole_ms(model, input_size, one, setting) for one in passes}
+        with setting.globals():
+            whole_inputs = torch.randn_like(given) if isinstance(given, Tensor) and inputs is None else given
+        options["network_ms"] = {one: _whole_ms(model, whole_inputs, one, setting) for one in passes}
     fastest_rows: dict[Any, Mapping[str, Any]] = {}
     for row in sorted(found, key=lambda row: row.get("ms", math.inf)):
         fastest_rows.setdefault((row["layer"], row["pass"], row["basis_channels"]), row)
@@ -112,35 +120,38 @@ def _with_norm(make: Make, norm: nn.Module | None, one: Pass, *, coupled: bool =
     return whole.float().train(one != "forward")
 
 
-def _whole_ms(model: nn.Module, input_size: Sequence[int], one: Pass, setting: Setting) -> float | None:
+def _whole_ms(model: nn.Module, inputs: Inputs, one: Pass, setting: Setting) -> float | None:
     """Milliseconds of the pass of a whole network; None where it cannot be run like a layer."""
     cell = Cell(
         about={"pass": one}, candidates={"dense": lambda: copy_of(model).train(one != "forward")},
-        inputs=(tuple(input_size),), input_gradient=False, rotated=False,
+        inputs=(inputs,), input_gradient=False, rotated=False,
     )  # fmt: skip
     try:
         return measure_cells([cell], setting)[0]["dense_ms"]
-    except Exception:  # it returns several tensors, or needs more memory than its layers
+    except Exception:  # it needs more memory than its layers, or cannot be captured
         return None
 
 
 def tune(
-    model: nn.Module, *, input_size: Sequence[int] = (3, 32, 32), one: Pass = "forward+backward",
-    setting: Setting | None = None, progress: Progress | None = None, name: str | None = None,
+    model: nn.Module, *, input_size: Sequence[int] | None = None, inputs: Inputs | None = None,
+    one: Pass = "forward+backward", setting: Setting | None = None, progress: Progress | None = None,
+    name: str | None = None,
 ) -> BenchReport:  # fmt: skip
     """Time every basis convolution of ``model`` in every way, beside its dense layer; all of a layer together.
 
     Each layer, with the batch normalisation that directly follows it and a ReLU, is timed alone, as a copy, on the
-    inputs that it gets in one forward pass on images of ``input_size``, (C, H, W); taking the normalisation through
-    the basis (:mod:`basis.layers.batchnorm`) is one of the ways. ``model`` is not changed: that is :func:`use_modes`.
+    inputs that it gets in one forward pass on samples of ``input_size``, (3, 32, 32) unless given, or on ``inputs``, a
+    batch as the model takes it (see :func:`basis.cost`). Taking the normalisation through the basis
+    (:mod:`basis.layers.batchnorm`) is one of the ways. ``model`` is not changed: that is :func:`use_modes`.
 
-    Raises ``ValueError`` for a model without such a layer, or that cannot be run on such images; for a setting that
+    Raises ``ValueError`` for a model without such a layer, or that cannot be run on such inputs; for a setting that
     makes no sense.
     """
+    given = example(model, input_size, inputs)
     norms, plain = couplings(model).norms, uncouple(model)
     layers = {layer: module for layer, module in plain.named_modules() if isinstance(module, BasisConv2d)}
     cells = []
-    for layer, timed in timed_layers(plain, input_size, layers).items():
+    for layer, timed in timed_layers(plain, given, layers).items():
         module = layers[layer]
         bn = plain.get_submodule(norms[layer]) if layer in norms else None
         trains = [parameter.requires_grad for parameter in module.parameters()]
@@ -155,7 +166,7 @@ def tune(
     if not cells:
         raise ValueError("the model has no basis convolution that is called, so there is no mode to choose")
     setting = (setting or Setting()).settled(plain)
-    options = {"model": name or type(model).__name__, "input_size": list(input_size), "passes": [one]}
+    options = {"model": name or type(model).__name__, "inputs": shapes_of(given), "passes": [one]}
     return setting.report("bench-modes", measure_cells(cells, setting, progress), **options)
 
 
@@ -188,17 +199,16 @@ def use_modes(model: nn.Module, table: BenchReport) -> None:
     Changes ``model`` in place: layers for which it is fastest are coupled to their batch normalisation, the other
     named ones are not. Layers whose mode is not "auto" keep theirs.
 
-    Raises ``ValueError`` where the table is of another kind, or names a layer that is not there, that has another
-    number of basis channels, or that cannot be coupled but should be; nothing is changed then.
+    Raises ``ValueError`` where the table is of another kind, or names a layer that is not there, that has another shape
+    or number of basis channels, or that cannot be coupled but should be; nothing is changed then. The sizes of the
+    images may be others.
     """
     chosen, device = fastest(table), table.environment["device_type"]
     modules: dict[str, Any] = dict(model.named_modules())
-    ks = {row["layer"]: row["basis_channels"] for row in table.rows}
-    wrong = [n for n in chosen if getattr(modules.get(n), "basis_channels", None) != ks[n]]
-    if wrong:
-        raise ValueError(
-            f"the table was measured for another network: it has {few(wrong)} with k = {few(str(ks[n]) for n in wrong)}"
-        )
+    rows = {row["layer"]: row for row in table.rows}
+    if wrong := [n for n in chosen if not _is_of(rows[n], modules.get(n))]:
+        found = few(f"{n} ({rows[n]['shape']}, k = {rows[n]['basis_channels']})" for n in wrong)
+        raise ValueError(f"the table was measured for another network: it has {found}")
     free = {layer: way for layer, way in chosen.items() if modules[layer].mode == "auto"}
     before = [n for n, m in modules.items() if isinstance(m, BasisConv2d) and m.mixed_later and n not in free]
     wanted = [*before, *(n for n, way in free.items() if way == "through_basis")]
@@ -206,3 +216,11 @@ def use_modes(model: nn.Module, table: BenchReport) -> None:
     couple_in_place(uncouple_in_place(model), wanted)
     for layer, way in free.items():
         modules[layer].measured_mode = None if way == "through_basis" else (device, way)
+
+
+def _is_of(row: Mapping[str, Any], layer: Any) -> bool:
+    """Whether a row was measured for such a layer, on images of whatever size."""
+    if not isinstance(layer, BasisConv2d):
+        return False
+    shape = str(TimedLayer.of(layer, (), input_gradient=False))
+    return row["basis_channels"] == layer.basis_channels and re.sub(r"@\S*", "@", row["shape"]) == shape

@@ -1,17 +1,21 @@
 """Modes chosen by measurement."""
 
+import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from basis import BasisConv2d, substitute
 from basis.bench.cases import Block
-from basis.bench.timing import BenchReport, Setting, time_on_cpu
-from basis.bench.tuning import EXPLICIT, fastest, tune, use_modes
+from basis.bench.timing import BenchReport, Setting, layer_steps, time_on_cpu
+from basis.bench.tuning import EXPLICIT, bench_latency, fastest, tune, use_modes
+from basis.inference import measure_fold
 from basis.layers.batchnorm import BasisBatchNorm2d, couple
 from basis.models import build
+from tests.unusual import UNUSUAL, Clips, Drifts, Two, made
 
 
 def clock(seconds):
@@ -128,9 +132,13 @@ def test_wrong_tables_are_refused():
     model = network()
     table = tune(model, setting=setting())
     other = substitute(build("resnet20", width=4), ratio=0.25, init="random")
-    with pytest.raises(ValueError, match=r"measured for another network: it has conv1, layer1\.0\.conv1"):
+    with pytest.raises(ValueError, match=r"measured for another network: it has conv1 \(3-4@32x32 3x3, k = 2\)"):
         use_modes(other, table)
     assert all(m.measured_mode is None for m in other.modules() if isinstance(m, BasisConv2d))
+    wide = BenchReport(**{**vars(table), "rows": [{**row, "shape": f"{row['shape']} groups 2"} for row in table.rows]})
+    with pytest.raises(ValueError, match=r"measured for another network: it has conv1 \(3-4@32x32 3x3 groups 2"):
+        use_modes(model, wide)
+    use_modes(model, tune(model, input_size=(3, 16, 20), setting=setting()))  # images of another size
     with pytest.raises(ValueError, match="kind 'bench-layer'"):
         fastest(BenchReport(kind="bench-layer", config={}, environment={}, rows=[]))
     with pytest.raises(ValueError, match="no basis convolution"):
@@ -146,3 +154,94 @@ def test_a_table_that_asks_for_what_cannot_be_coupled_changes_nothing():
         use_modes(other, table)
     assert [n for n, m in other.named_modules() if isinstance(m, BasisBatchNorm2d)] == ["layer1.1.bn1"]
     assert not any(m.measured_mode for m in other.modules() if isinstance(m, BasisConv2d))
+
+
+# -- inputs of other kinds --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_networks_that_take_something_else(kind, tmp_path):
+    model, x = made(kind)
+    cast = replace(setting(composed=0.5), precision="fp32", memory_format="channels_last")
+    report = bench_latency(model, inputs=x, ratios=np.array([0.5]), multiple=np.int64(8), setting=cast)
+    convolutions = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    assert set(report.latencies("forward")) <= convolutions
+    assert report.config["inputs"].startswith("(2, ")
+    report.save(tmp_path / "latency.json")
+    small = substitute(model, ratio=0.5)
+    table = tune(small, inputs=x, setting=cast)
+    assert not any(row.get("error") for row in table.rows)
+    assert set(fastest(table).values()) == {"composed"}
+    use_modes(small, table)
+    assert set(measure_fold(small, inputs=x, setting=setting())) <= convolutions
+
+
+def test_keyword_inputs_are_inputs_too():
+    model, (image, tokens) = made(Two)
+    given = {"tokens": tokens, "image": image}
+    graphs = replace(setting(), precision="bf16", capture=lambda step: step)
+    tables = [
+        bench_latency(model, inputs=x, ratios=[0.5], passes=["forward"], setting=own)
+        for x, own in ((given, graphs), ((image, tokens), setting()))
+    ]
+    assert tables[0].config["network_ms"]["forward"] > 0
+    assert [row["shape"] for row in tables[0].rows] == [row["shape"] for row in tables[1].rows]
+    with pytest.raises(ValueError, match="give one of"):
+        tune(substitute(model, ratio=0.5), input_size=(3, 9, 8), inputs=given, setting=setting())
+
+
+def test_a_layer_is_timed_on_as_many_images_as_it_gets():
+    sizes = set()
+
+    def timer(step):
+        handle = step.args[0].register_forward_pre_hook(lambda _, args: sizes.add(tuple(args[0].shape)))
+        step()
+        handle.remove()
+        return 1.0
+
+    model, _ = made(Clips)
+    for inputs in (torch.zeros(2, 4, 3, 9, 8), torch.zeros(1, 4, 3, 9, 8)):
+        table = bench_latency(model, inputs=inputs, ratios=[0.5], setting=replace(setting(), timer=timer))
+        assert {row["shape"] for row in table.rows} == {"3-16@4x9x8 3x3"}
+    assert sizes == {(2 * 4, 3, 9, 8)}  # a batch of 2 clips of 4 frames
+
+
+def test_a_step_goes_back_from_every_output_and_leaves_no_gradients():
+    model, inputs = made(Two)
+    flows = []
+    model.embed.weight.register_hook(lambda _: flows.append("words"))
+    model.conv.weight.register_hook(lambda _: flows.append("image"))
+    layer_steps({"dense": model}, [inputs], "forward+backward", setting().settled(model))["dense"]()
+    assert set(flows) == {"words", "image"}
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("given", [(3, 9, 8), torch.rand(2, 3, 9, 8)])
+@pytest.mark.parametrize("one", ["forward", "forward+backward"])
+def test_a_network_that_changes_its_input_is_timed_on_the_same_one_every_time(given, one):
+    model, _ = made(Drifts)
+    seen = []
+    model.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    step = layer_steps({"dense": model}, [given], one, setting().settled(model))["dense"]
+    for _ in range(3):
+        step()
+    assert len(seen) == 4
+    assert all(torch.equal(x, seen[0]) for x in seen)
+
+
+def test_a_network_that_leaves_its_input_alone_is_timed_without_copies():
+    seen = set()
+    model = nn.Conv2d(3, 4, 3)
+    step = layer_steps({"dense": model}, [(3, 8, 8)], "forward", setting().settled(model))["dense"]
+    model.register_forward_pre_hook(lambda _, args: seen.add(args[0].data_ptr()))
+    held = [step(), step()]
+    assert held == [None, None]
+    assert len(seen) == 1
+
+
+def test_numbers_of_numpy_are_numbers():
+    own = Setting(device="cpu", batch_size=np.int64(2), rounds=np.int32(3), seconds=np.float32(1), seed=np.int64(4))
+    assert json.loads(json.dumps([own.batch_size, own.rounds, own.seconds, own.seed])) == [2, 3, 1.0, 4]
+    for wrong in ({"batch_size": 2.5}, {"rounds": "3"}, {"seed": None}, {"seconds": float("nan")}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Setting(device="cpu", **wrong)

@@ -1,0 +1,167 @@
+"""The calls of a network's layers in one forward pass, and the products of matrices that happen outside of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from basis.copies import copy_of, shape_copy, without_hooks
+from basis.inputs import Inputs, mapped, run, shapes_of, tensors_in
+from basis.layers.base import ConvLike
+from basis.layers.coefficients import Coefficients
+from basis.text import first_line
+
+MATMULS = (_ConvNd, nn.Linear, ConvLike)
+# What torch's own layers of this kind execute.
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+METHODS = ("forward", "_conv_forward")
+PLAIN = {getattr(one, method, None) for one in (*CONVOLUTIONS, nn.Linear) for method in METHODS}
+# Products by operator, and which argument is their first factor.
+FACTORS = {
+    "mm": 0, "bmm": 0, "mv": 0, "dot": 0, "vdot": 0, "convolution": 0, "addmm": 1, "baddbmm": 1, "addbmm": 1, "addmv": 1
+}  # fmt: skip
+# Other operators that multiply matrices: they are named, not counted.
+OPAQUE = re.compile(
+    r"(?!.*(norm|check|cross))(.*_)?(\w*mm|mv|conv(?!ert)\w*|rnn|lstm(?!_cell)|gru(?!_cell)|attention|encoder|fft|"
+    r"linalg|cdist|pdist|trilinear|linear|matmul|cholesky|solve)(_|$)"
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer: shapes in and out, bytes per number, and whether dX, and any gradient, is taken."""
+
+    x: tuple[int, ...]
+    y: tuple[int, ...]
+    itemsize: int
+    needs_dx: bool
+    recorded: bool = True
+
+
+class Product(NamedTuple):
+    """One product outside the calls that have a formula; of no ``layer`` where none has parameters in it."""
+
+    layer: nn.Module | None
+    macs: int
+    input_gradient_macs: int
+    weight_gradient_macs: int
+
+
+class Trace(NamedTuple):
+    """One forward pass: every layer, by name, with its calls; other products; operators that cannot be counted."""
+
+    layers: list[tuple[str, nn.Module, list[Call]]]
+    products: list[Product]
+    uncounted: tuple[str, ...]
+
+
+def has_formula(module: Any) -> bool:
+    """Whether shapes say what a call costs; not where somebody else has written the forward pass or the weight."""
+    if isinstance(module, ConvLike):
+        return True
+    plain = all(getattr(type(module), method, None) in PLAIN for method in METHODS)
+    return plain and "forward" not in vars(module) and module.weight.layout == torch.strided
+
+
+def trace(model: nn.Module, inputs: Inputs) -> Trace:
+    """Run a copy of ``model`` on ``inputs``, in evaluation mode and without hooks, on the meta device if it can.
+
+    Raises ``ValueError`` for lazy layers, and a model that cannot run on such inputs.
+    """
+    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("model has lazy layers, whose shapes are not known yet; run it once first")
+    try:
+        return _run(shape_copy(model), mapped(lambda tensor: tensor.to("meta"), inputs))
+    except Exception:  # whatever the meta device cannot do, or a wrong input: the real run tells
+        try:
+            return _run(copy_of(model), inputs)
+        except Exception as error:
+            what = f"the model cannot be run on an input of {shapes_of(inputs)}: {first_line(error)}"
+            raise ValueError(f"{what}; inputs= takes a batch of any kind") from error
+
+
+def _run(model: nn.Module, inputs: Inputs) -> Trace:
+    calls: dict[nn.Module, list[Call]] = {}
+    for module in without_hooks(model).eval().modules():
+        holds = next(module.parameters(False), None) is not None and not isinstance(module, Coefficients)
+        if holds or isinstance(module, MATMULS):
+            calls[module] = []
+    watch = _Watch(calls)
+
+    def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        watch.running.pop()
+        x, y = tensors_in((args, kwargs)), tensors_in(output)
+        if x and y:
+            recorded = torch.is_grad_enabled()
+            needs_dx = recorded and x[0].requires_grad
+            calls[module].append(Call(tuple(x[0].shape), tuple(y[0].shape), x[0].element_size(), needs_dx, recorded))
+
+    for module in calls:
+        if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+            continue
+        module.register_forward_pre_hook(lambda module, _: watch.running.append(module))
+        module.register_forward_hook(record, with_kwargs=True, always_call=True)
+    with torch.enable_grad(), torch.jit.optimized_execution(False), watch:  # which would hide what takes a gradient
+        run(model, inputs)
+    layers = [(name, module, calls[module]) for name, module in model.named_modules() if module in calls]
+    return Trace(layers, watch.products, tuple(watch.uncounted))
+
+
+class _Watch(TorchDispatchMode):
+    """Keeps the products that no formula of the ``running`` layers covers.
+
+    A product belongs to the layer whose parameter is a factor, or else to the innermost one that runs.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, layers: Collection[nn.Module]) -> None:
+        super().__init__()
+        self.covered = set(filter(has_formula, layers))
+        self.parameters = [(p, layer) for layer in layers for p in layer.parameters(recurse=False)]
+        self.owners = {id(p): layer for p, layer in self.parameters}  # while they are held
+        self.running: list[nn.Module] = []
+        self.products: list[Product] = []
+        self.uncounted: dict[str, None] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled() and func._can_decompose():
+            with self:
+                return func.decompose(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if self.covered.isdisjoint(self.running):
+            self.keep(func, args, out)
+        return out
+
+    def keep(self, func: Any, args: Any, out: Any) -> None:
+        """Note what ``func`` multiplied."""
+        space, _, name = func.name().partition("::")
+        name = name.partition(".")[0].rstrip("_")
+        first = FACTORS.get(name, 0)
+        factors = [factor for factor in args[first : first + 2] if isinstance(factor, Tensor)]
+        sparse = any(factor.layout != torch.strided for factor in factors)
+        if space != "aten" or name not in FACTORS or sparse:
+            if not space.startswith(("prim", "profiler")) and (space != "aten" or OPAQUE.match(name)):
+                self.uncounted[f"{func.name().partition('.')[0]}{' of sparse tensors' * sparse}"] = None
+            return
+        a, b = factors
+        if name == "convolution":
+            transposed = args[6]
+            maps = a if transposed else out
+            macs = maps.numel() // maps.shape[1] * b.numel()
+        else:
+            macs = a.numel() * (b.shape[-1] if b.dim() > 1 else 1)
+        owners = [self.owners.get(id(f if f._base is None else f._base)) for f in factors]
+        flows = [macs * (f.requires_grad and torch.is_grad_enabled()) for f in factors]
+        weights = sum(flow for flow, owner in zip(flows, owners, strict=True) if owner)
+        owner = next(filter(None, (*owners, *reversed(self.running))), None)
+        self.products.append(Product(owner, macs, sum(flows) - weights, weights))

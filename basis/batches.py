@@ -28,7 +28,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def losses_of(loss: Loss, outputs: Any, targets: Any, *, samples: int, mean: bool = False) -> Tensor:
-    """What a loss of one's own gives for ``outputs`` and a copy of ``targets``: (N,), or also one ``mean``.
+    """What a loss of one's own gives for ``outputs`` and a copy of ``targets``, at least fp32: (N,), or also a ``mean``.
 
     Raises ``ValueError`` where it cannot be computed, or gives anything else.
     """
@@ -42,7 +42,7 @@ def losses_of(loss: Loss, outputs: Any, targets: Any, *, samples: int, mean: boo
     if not isinstance(found, Tensor) or tuple(found.shape) not in ((samples,), *(((),) if mean else ())):
         right = f"a tensor ({samples},), the loss of each sample{', or their mean' if mean else ''}"
         raise ValueError(f"the loss gives {described(found)}, but it must give {right}")
-    return found
+    return found if found.dtype == torch.float64 else found.float()
 
 
 def held_out(data: Data) -> Images:

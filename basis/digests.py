@@ -54,10 +54,10 @@ def structure(model: nn.Module) -> str:
     return digest(_text(model) + repr(shapes))
 
 
-def weights(model: nn.Module) -> str:
-    """A digest of the whole state."""
+def weights(state: Mapping[str, Any]) -> str:
+    """A digest of a whole state dictionary."""
     parts = []
-    for name, held in model.state_dict().items():
+    for name, held in state.items():
         content = _bytes(held).tobytes() if isinstance(held, Tensor) else repr(held).encode()
         parts.append(hashlib.sha256(name.encode() + content).digest())
     return digest(b"".join(parts))
@@ -92,13 +92,14 @@ def contents(data: Any) -> str:
 def function(of: Any) -> str:
     """What a function can be told by: its name, code, defaults and the values it closes over; not global variables.
 
-    Of a partial also what it binds, of a module its state, of another object its attributes. Objects among these
-    values count by their text, without addresses.
+    Of a partial also what it binds, of a module its state and plain attributes, of another object its attributes.
+    Objects among these values count by their text, without addresses.
     """
     if isinstance(of, partial):
         return digest(f"{function(of.func)} {_text((of.args, of.keywords))}")
     if isinstance(of, nn.Module):
-        return digest(structure(of) + weights(of))
+        plain = [{k: v for k, v in vars(m).items() if isinstance(v, (str, int, float))} for m in of.modules()]
+        return digest(f"{structure(of)} {weights(of.state_dict())} {plain}")
     if (code := getattr(of, "__code__", None)) is None:
         return digest(type(of).__qualname__ + getattr(of, "__qualname__", "") + _text(getattr(of, "__dict__", "")))
     closed = [cell.cell_contents for cell in of.__closure__ or ()]

@@ -291,7 +291,7 @@ def _prepare(
         raise ValueError("the model has no batch normalisation that can be recalibrated; use measure='oneshot'")
     scored = held_out(data) if isinstance(data, Data) else data
     batches = [] if scored is None else list(stream_batches(scored, model, "data"))
-    inputs, fingerprint = [], {"weights": weights(model)}
+    inputs, fingerprint = [], {"weights": weights(model.state_dict())}
     if measure != "spectrum":
         (x, y), *_ = batches
         outputs = outputs_of(model, x)
@@ -340,7 +340,7 @@ def _tunings(model: nn.Module, data: Batches | None, recipe: Recipe, seeds: int)
     if {p.dtype for p in model.parameters()} != {torch.float32} or not any(p.requires_grad for p in model.parameters()):
         raise ValueError("fine_tuning trains parameters of float32, but the model has others, or none to train")
     seen = f"{samples([(data.train.x, data.train.y)])}; {samples([(held.x, held.y)])}"
-    fingerprint = {"seeds": str(seeds), "data": seen, "recipe": repr(recipe), "weights": weights(model)}
+    fingerprint = {"seeds": str(seeds), "data": seen, "recipe": repr(recipe), "weights": weights(model.state_dict())}
     there = data.to(device)
     backward = recipe.epochs * (len(data.train) // recipe.batch_size) * recipe.batch_size * seeds
     forward = backward + (recipe.epochs + 2) * len(held) * seeds

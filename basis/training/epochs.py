@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from basis.digests import weights
 from basis.inputs import samples_in
 from basis.saving import replacing
 from basis.text import first_line
@@ -149,7 +150,10 @@ class Training:
             why = f"checkpoint {path} cannot be read ({first_line(error)}); delete it to start again"
             raise TrainingError(why) from error
         known = found if isinstance(found, dict) else {}  # those of earlier versions held a text
-        if differing := [name for name, value in self.identity.items() if known.get(name) != value]:
+        differing = [name for name, value in self.identity.items() if known.get(name) != value]
+        if differing == ["starting weights"] and weights(self.run.model.state_dict()) == weights(content["model"]):
+            differing = []  # the very network that was paused
+        if differing:
             kind = f"checkpoint {path} belongs to a training with another model, data, recipe or seed"
             raise TrainingError(f"{kind} (differing: {', '.join(differing)}); delete it, or name another file")
         if self.switch and content["switched"]:

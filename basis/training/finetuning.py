@@ -80,7 +80,7 @@ def finetune(
             in the first twentieth of all steps and falls by a cosine to 0.
         weight_decay, label_smoothing, precision: as in :class:`basis.Recipe`.
         loss: in place of cross-entropy, from outputs and targets, whatever they are, to the loss of each sample, (N,),
-            or their mean. Outputs are in the ``precision``.
+            or their mean; called under autocast where ``precision`` is not "fp32".
         teacher, distillation: a network with the same outputs, such as the dense one; d of the loss
             (1 - d) CE + d T^2 KL(p || q), see :mod:`basis.training.distillation`. Both give logits (N, classes), also
             where ``loss`` takes the place of CE.

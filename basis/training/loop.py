@@ -242,9 +242,9 @@ def identity(
     said = {name: value for name, value in asdict(recipe).items() if value is not None}
     forms = [str(module.coefficients.form) for module in model.modules() if isinstance(module, BasisConv2d)]
     kinds = [module.text for module in model.modules() if isinstance(module, StructuredConv2d)]
-    taught = "" if teacher is None else weights(teacher)
+    taught = "" if teacher is None else weights(teacher.state_dict())
     found = {"recipe": repr(said), "seed": str(seed), "steps": str(steps), "layers": repr((forms, kinds))}
-    return found | {"starting weights": weights(model), "teacher": taught, "data": contents(data)}
+    return found | {"starting weights": weights(model.state_dict()), "teacher": taught, "data": contents(data)}
 
 
 def train(
@@ -260,8 +260,9 @@ def train(
         data: training and test images; validation images are evaluated after every epoch.
         recipe, device: how, ``Recipe()`` unless given; where: the GPU if there is one, else the CPU.
         seed: of the order and the augmentation of the images (not of the initial weights).
-        checkpoint: file that is resumed from when it exists, for the same starting weights, data, recipe and seed;
-            removed by nobody. On a CPU a resumed training gives bit for bit the result of an uninterrupted one.
+        checkpoint: file that is resumed from when it exists, for the same data, recipe, seed and starting weights (or
+            those that it holds); removed by nobody. On a CPU a resumed training gives bit for bit the result of an
+            uninterrupted one.
         checkpoint_every: seconds after which the file is written at the next end of an epoch.
         should_stop: asked after every epoch but the last; True ends the training by :class:`TrainingPaused`.
         progress: whether to draw a bar, or what to write beside it.

@@ -148,7 +148,8 @@ class TrainingStep:
             with self._autocast():
                 outputs = run(self._network, x)
         if self.loss_function is not None:
-            loss = losses_of(self.loss_function, outputs, labels, samples=samples_in(x), mean=True).mean()
+            with self._autocast():
+                loss = losses_of(self.loss_function, outputs, labels, samples=samples_in(x), mean=True).mean()
         else:
             loss = F.cross_entropy(logits_of(outputs).float(), labels, label_smoothing=self._label_smoothing)
         objective = self._objective(loss, kind)

@@ -70,6 +70,7 @@ def contents(data: Any) -> str:
     ``Dataset`` the length and the public fields that hold such; of a ``DataLoader`` the dataset and the batch size; of
     anything else the kind and the length.
     """
+    data = data.tolist() if isinstance(data, np.ndarray) and data.dtype == object else data
     if isinstance(data, (Tensor, np.ndarray)):
         content = _bytes(data) if isinstance(data, Tensor) else data.tobytes()
         return digest(f"{tuple(data.shape)} {data.dtype} {digest(content)}")
@@ -85,7 +86,8 @@ def contents(data: Any) -> str:
     elif is_dataclass(data):
         held = [getattr(data, field.name) for field in fields(data)]
     elif isinstance(data, Dataset):
-        held = [item for name, item in vars(data).items() if not name.startswith("_")]
+        public = [item for name, item in vars(data).items() if not name.startswith("_")]
+        held = [item for item in public if isinstance(item, (Tensor, np.ndarray, list, tuple, Dataset))]
     return digest(f"{type(data).__qualname__} {length_of(data)} {[contents(item) for item in held]}")
 
 

@@ -48,7 +48,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def training_norms(norms: Sequence[_BatchNorm]) -> Iterator[list[_BatchNorm]]:
-    """These modules in training mode, their statistics from zero the plain average over the batches to come.
+    """These modules in training mode, their statistics the plain average over the batches to come.
 
     As in EagleEye (Li et al. 2020, arXiv 2007.02491, section 3.2). Flag and momentum come back; after an exception,
     and where a norm stays in evaluation mode or counts no batch, the old statistics, too. Yields the norms that train,
@@ -59,9 +59,11 @@ def training_norms(norms: Sequence[_BatchNorm]) -> Iterator[list[_BatchNorm]]:
     with keeping(parts, "training"), keeping(norms, "momentum"):
         live = training_among(norms)
         try:
-            for norm in live:
+            for norm in live:  # the first batch replaces the statistics, which a norm that counts none needs
                 norm.momentum = None
-                norm.reset_running_stats()
+                for buffer in norm.buffers(recurse=False):
+                    buffer.nan_to_num_()
+                norm.num_batches_tracked.zero_()  # type: ignore[union-attr]
             yield live
         except BaseException:
             live.clear()
@@ -83,8 +85,8 @@ def training_among(norms: Iterable[_BatchNorm]) -> list[_BatchNorm]:
 
 def tracking_norms(model: nn.Module) -> list[_BatchNorm]:
     """The batch normalisations with running statistics, each once."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    return [m for m in norms if m.running_mean is not None and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    return [m for m in norms if m.running_mean is not None and m.num_batches_tracked is not None]
 
 
 def recalibrates(model: nn.Module) -> bool:

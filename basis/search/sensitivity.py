@@ -145,7 +145,8 @@ def joint(
     batches, inputs, _ = _prepare(dense, data, measure, calibration, fit, loss)
     with _own_random_numbers(dense):
         torch.manual_seed(0)  # fitting a structured layer may begin at random
-        changed = merge(substitute(model, plan, calibration=inputs if fit == "activation" else None)).eval()
+        fitted = [(x, None) for x in inputs] if fit == "activation" else None  # pairs, whatever inputs are
+        changed = merge(substitute(model, plan, calibration=fitted)).eval()
     again = inputs if measure == "oneshot_bn" else ()
     return measures.growth(dense, changed, batches, calibration=again, loss=loss)
 

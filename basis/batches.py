@@ -28,7 +28,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def losses_of(loss: Loss, outputs: Any, targets: Any, *, samples: int, mean: bool = False) -> Tensor:
-    """What a loss of one's own gives for ``outputs`` and a copy of ``targets``, at least fp32: (N,), or also a ``mean``.
+    """What a loss of one's own gives for ``outputs`` and a copy of ``targets``: (N,) or, where allowed, their ``mean``.
 
     Raises ``ValueError`` where it cannot be computed, or gives anything else.
     """
@@ -62,7 +62,7 @@ def stream_batches(
     anything else is inputs alone. Images come normalised, in the model's dtype and memory format. Raises ``ValueError``
     for a batch of another kind, and at the end where there was no sample.
     """
-    if not isinstance(data, Iterable) and not isinstance(data, Images):
+    if not isinstance(data, (Iterable, Images)) or isinstance(data, (Tensor, str, Mapping)):
         raise ValueError(f"{what} is {described(data)}, but it must be an iterable of batches, or basis.data.Images")
     weight, found = first_weight(model), False
     for x, y in _images(data, weight, batch_size) if isinstance(data, Images) else _pairs(data, what, bare):

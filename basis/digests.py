@@ -21,7 +21,7 @@ ENTRIES = 10_000  # of a list that are looked at
 
 def digest(text: str | bytes) -> str:
     """Thirty-two hexadecimal digits of the SHA-256."""
-    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()[:32]
+    return hashlib.sha256(text.encode(errors="backslashreplace") if isinstance(text, str) else text).hexdigest()[:32]
 
 
 def length_of(data: Any) -> int | None:

@@ -46,6 +46,12 @@ def test_what_holds_no_inputs_is_refused(batch):
         list(calibration_inputs([batch], MODEL))
 
 
+@pytest.mark.parametrize("data", [X, "xy", {"inputs": X}, 3, None])
+def test_what_holds_no_batches_is_refused(data):
+    with pytest.raises(ValueError, match="must be an iterable of batches"):
+        list(calibration_inputs(data, MODEL))
+
+
 def test_empty_batches_are_passed_over():
     assert len(list(stream_batches([(X, Y), ({"x": X[:0]}, Y[:0])], MODEL, "data"))) == 1
     with pytest.raises(ValueError, match="no samples"):

@@ -136,7 +136,7 @@ def _catching(model: nn.Module, name: str, fitted: Fitted, products: list[Tensor
         product = products[-1]
         if y.dim() != 4 or len(y) != len(product):
             raise ValueError(f"{name} sees {len(y)} images where the batch holds {len(product)}; use oneshot here")
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             product.fill_(math.nan)
             return None
         # Where nothing before needs a gradient, it starts here (a clone, which may be changed in place).

@@ -86,6 +86,7 @@ def sensitivity(
     and a ``resume`` file of another measurement.
     """
     texts = (layers,) if isinstance(layers, str) else tuple(layers)
+    ratios = getattr(ratios, "tolist", lambda: ratios)()  # of numpy and torch
     several = isinstance(ratios, Iterable) and not isinstance(ratios, str)
     ratios = [plain_number("each of ratios", ratio) for ratio in ratios] if several else ratios
     if not several or not (ratios or texts) or not all(0 < ratio < 1 for ratio in ratios):

@@ -4,6 +4,7 @@ import copy
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -192,6 +193,9 @@ def test_without_a_gradient_nothing_scores():
     ):
         table = sensitivity(made(Scaled, head), batches, measure="taylor", loss=loss, **OPTIONS)
         assert all(value != value for value in values(table))
+    with torch.inference_mode():
+        table = sensitivity(made(Scaled), batches, measure="taylor", **OPTIONS)
+    assert all(value != value for value in values(table))
 
 
 class Changing(Scaled):
@@ -294,6 +298,36 @@ def test_layers_that_are_not_finite_are_named_at_once(measure, name):
     getattr(model.layer1[0].conv1, name).data.view(-1)[0] = torch.nan
     with pytest.raises(ValueError, match=r"layer1\.0\.conv1 has weights that are not finite"):
         sensitivity(model, data, measure=measure, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "ratios",
+    [np.array([0.5, 0.25]), np.array([0.5, 0.25], dtype=np.float32), torch.tensor([0.5, 0.25]), iter((0.5, 0.25))],
+)
+def test_numbers_of_numpy_are_numbers(ratios, tmp_path):
+    options = {"measure": "oneshot", "resume": tmp_path / "run.jsonl"}
+    batches = [((x, s), y) for x, s, y in draw()]
+    first = sensitivity(made(Scaled), batches, ratios=ratios, multiple=np.int64(1), **options)
+    assert sensitivity(made(Scaled), batches, ratios=(0.5, 0.25), multiple=1, **options).cells == first.cells
+    assert {cell.basis_channels for cell in first.cells} == {4, 2}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"ratios": np.array(0.5)},
+        {"ratios": "0.5"},
+        {"ratios": None},
+        {"ratios": (True,)},
+        {"ratios": ("1/2",)},
+        {"multiple": True},
+        {"multiple": 2.0},
+        {"seeds": 1.5},
+    ],
+)
+def test_what_is_no_number_is_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        sensitivity(made(Scaled), [((x, s), y) for x, s, y in draw()], **wrong)
 
 
 def test_images_tell_macs_as_cost_does():

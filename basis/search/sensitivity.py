@@ -92,7 +92,7 @@ def sensitivity(
     if not several or not (ratios or texts) or not all(0 < ratio < 1 for ratio in ratios):
         raise ValueError(f"ratios is {ratios!r}, but it must be a list of numbers k / C_out between 0 and 1")
     multiple, seeds = plain_number("multiple", multiple, whole=True), plain_number("seeds", seeds, whole=True)
-    measure = measure or _usual(model)
+    measure = _usual(model) if measure is None else measure
     if texts and measure in ("activation", "taylor", "fisher"):
         raise ValueError(f"{measure} is defined by truncation to k, which {few(texts)} is not; leave out layers")
     trains = measure == "fine_tuning"
@@ -140,7 +140,7 @@ def joint(
     To be held against :func:`basis.search.selection.predicted`. ``measure`` is "oneshot", "oneshot_bn" or None; the
     other arguments and errors are those of :func:`sensitivity` and :func:`basis.substitute`.
     """
-    measure = measure or _usual(model)
+    measure = _usual(model) if measure is None else measure
     _check(measure, fit, ("oneshot", "oneshot_bn"), loss)
     dense = substitute(model, {}).eval()
     batches, inputs, _ = _prepare(dense, data, measure, calibration, fit, loss)

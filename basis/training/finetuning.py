@@ -148,8 +148,9 @@ def _precision(model: nn.Module, teacher: nn.Module | None, precision: Any) -> A
         raise TrainingError("no parameter of the model requires a gradient, so there is nothing to train")
     if kinds - {torch.float32, torch.float64}:
         raise TrainingError(f"the model has parameters of {kinds}; train model.float(), in which small steps are kept")
-    if teacher is model:
-        raise TrainingError("the teacher is the model itself; give the dense network, of which substitute made a copy")
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if teacher is not None and not trained.isdisjoint(map(id, teacher.parameters())):
+        raise TrainingError("the teacher is the model itself, or shares parameters with it; give the dense network")
     usual = "fp32" if torch.float64 in kinds else choose_precision(first_weight(model).device)
     return usual if precision == "auto" else precision
 

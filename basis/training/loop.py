@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from basis.batches import Loss
+from basis.copies import copy_of
 from basis.data import Data, Images, augment, normalise
 from basis.digests import contents, weights
 from basis.layers.coefficients import Sparse
@@ -225,7 +225,7 @@ class Switcher:
         self._go_on(training, teacher)
 
     def _teacher(self, dense: nn.Module) -> nn.Module | None:
-        return None if self.switch.teach is None else copy.deepcopy(dense).eval().requires_grad_(False)
+        return None if self.switch.teach is None else copy_of(dense).eval().requires_grad_(False)
 
     def _go_on(self, training: Training, teacher: nn.Module | None) -> None:
         model, training.setup_seconds = training.run.model, training.setup_seconds + training.run.setup_seconds

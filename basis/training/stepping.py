@@ -161,9 +161,7 @@ class TrainingStep:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         elif any(p.requires_grad for p in self.model.parameters()):
-            raise ValueError(
-                "the loss has no gradient: the model or the loss detaches what it gives, or gradients are off"
-            )
+            raise ValueError("the loss has no gradient: the model or the loss detaches it, or gradients are off")
         self.loss += loss.detach() * samples_in(x)
         if self.loss_function is None:
             right = labels if labels.dim() == 1 else labels.argmax(1)  # labels may be probabilities

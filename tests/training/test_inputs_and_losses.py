@@ -255,6 +255,16 @@ def test_images_are_left_as_they_are(how):
     assert first.test == second.test
 
 
+def test_a_network_that_keeps_its_activations_can_teach():
+    class Keeping(Outside):
+        def forward(self, x):
+            self.kept = [super().forward(x)]
+            return self.kept[0]
+
+    recipe = dataclasses.replace(RECIPE, epochs=2, switch=Switch(**SEARCH, teach=0.5))
+    assert train(Keeping(), DATA, recipe, device="cpu").switched["layers"]
+
+
 # -- what a checkpoint belongs to ---------------------------------------------------------------
 
 

@@ -1,8 +1,8 @@
-"""A user's data: batches brought to the model's device and checked."""
+"""A user's data: batches brought to the model's device and checked, outputs and losses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,18 +10,39 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from basis.data import Data, Images, normalise
+from basis.inputs import Inputs, mapped, run, samples_in, shapes_of, tensors_in
 from basis.modules import is_channels_last
-from basis.text import few
+from basis.text import few, first_line
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Any, Any]  # inputs as a network takes them (basis.inputs), and targets
 Batches = Iterable[Any] | Images | Data
+Loss = Callable[[Any, Any], Tensor]  # of outputs and targets
 BATCH = 250  # images in a batch, where the data come as one piece
+ROUNDING = 1e-3  # by which the sum of probabilities may differ from 1
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each sample in nats, (N,): logits (N, classes, ...) and labels, or class probabilities."""
     losses = F.cross_entropy(outputs.float(), targets, reduction="none")
     return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
+
+
+def losses_of(loss: Loss, outputs: Any, targets: Any, *, samples: int, mean: bool = False) -> Tensor:
+    """What a loss of one's own gives for ``outputs`` and a copy of ``targets``: (N,) or, where allowed, their ``mean``.
+
+    Raises ``ValueError`` where it cannot be computed, or gives anything else.
+    """
+    try:
+        found = loss(outputs, mapped(Tensor.clone, targets))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        given = f"outputs, {described(outputs)}, and targets, {described(targets)}"
+        raise ValueError(f"the loss cannot be computed from {given}: {first_line(error)}") from error
+    if not isinstance(found, Tensor) or tuple(found.shape) not in ((samples,), *(((),) if mean else ())):
+        right = f"a tensor ({samples},), the loss of each sample{', or their mean' if mean else ''}"
+        raise ValueError(f"the loss gives {described(found)}, but it must give {right}")
+    return found if found.dtype == torch.float64 else found.float()
 
 
 def held_out(data: Data) -> Images:
@@ -36,33 +57,27 @@ def stream_batches(
 ) -> Iterator[Batch]:
     """The batches (inputs, targets) that are not empty, one by one on the model's device.
 
-    With ``bare``, targets may be absent; the inputs stand for them. Images come normalised, in the model's dtype and
-    memory format. Raises ``ValueError`` for a batch of another kind, and at the end where there was no sample.
+    Inputs are a tensor, a tuple or list of positional arguments, or a dictionary of keyword arguments. With ``bare`` a
+    tuple or list is a batch whose first entry are the inputs, so that ((a, b),) holds two positional arguments, and
+    anything else is inputs alone. Images come normalised, in the model's dtype and memory format. Raises ``ValueError``
+    for a batch of another kind, and at the end where there was no sample.
     """
-    if not isinstance(data, Iterable) and not isinstance(data, Images):
+    if not isinstance(data, (Iterable, Images)) or isinstance(data, (Tensor, str, Mapping)):
         raise ValueError(f"{what} is {described(data)}, but it must be an iterable of batches, or basis.data.Images")
     weight, found = first_weight(model), False
     for x, y in _images(data, weight, batch_size) if isinstance(data, Images) else _pairs(data, what, bare):
-        if len(x):
+        if samples_in(x):
             found = True
-            yield x.to(weight.device), y.to(weight.device)
+            yield mapped(lambda tensor: tensor.to(weight.device), (x, y))
     if not found:
         raise ValueError(f"{what} holds no samples, so there is nothing to measure on")
-
-
-def length_of(data: Any) -> int | None:
-    """How many batches one pass gives; None where they do not tell."""
-    try:
-        return len(data)
-    except TypeError:  # no length, or one of an IterableDataset, which has none either
-        return None
 
 
 def first_weight(model: nn.Module) -> Tensor:
     """The first filters of the model, whose device, dtype and memory format inputs are brought to."""
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     if not parameters:
-        raise ValueError("the model has no parameters, so there is nothing to work on")
+        raise ValueError("the model has no parameters of real numbers, so there is nothing to work on")
     return next((p for p in parameters if p.dim() == 4), parameters[0])
 
 
@@ -75,18 +90,16 @@ def _images(images: Images, weight: Tensor, size: int) -> Iterator[Batch]:
 
 def _pairs(data: Iterable[Any], what: str, bare: bool) -> Iterator[Batch]:
     for i, batch in enumerate(data):
-        inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-        pair = (inputs, inputs) if bare else batch
-        good = isinstance(pair, (tuple, list)) and len(pair) == 2
-        if not (good and all(isinstance(t, Tensor) and t.dim() for t in pair) and len(pair[0]) == len(pair[1])):
-            raise ValueError(
-                f"batch {i} of {what} is {described(batch)}, but it must be a pair (inputs, targets) of equal length"
-            )
+        several = isinstance(batch, (tuple, list)) and len(batch) > 0
+        pair = (batch[0] if several else batch, None) if bare else batch
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not any(t.dim() for t in tensors_in(pair[0])):
+            right = "inputs, or a pair (inputs, targets)" if bare else "a pair (inputs, targets)"
+            raise ValueError(f"batch {i} of {what} is {described(batch)}, but it must be {right}")
         yield pair[0], pair[1]
 
 
-def calibration_inputs(data: Batches, model: nn.Module) -> Iterator[Tensor]:
-    """The inputs of :func:`stream_batches`; of :class:`basis.data.Data` those of the training images."""
+def calibration_inputs(data: Batches, model: nn.Module) -> Iterator[Inputs]:
+    """The inputs of :func:`stream_batches`, ``bare``; of :class:`basis.data.Data` those of the training images."""
     given = data.train if isinstance(data, Data) else data
     return (x for x, _ in stream_batches(given, model, "calibration", bare=True))
 
@@ -97,54 +110,71 @@ def described(value: Any) -> str:
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {few(map(described, value)) or 'nothing'}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with {few(map(str, value)) or 'nothing'}"
     return f"a {type(value).__name__}"
 
 
 @torch.no_grad()
-def outputs_of(model: nn.Module, x: Tensor) -> Any:
-    """The outputs for one batch, or a ``ValueError`` that says what the model cannot run on."""
+def outputs_of(model: nn.Module, x: Inputs) -> Any:
+    """The outputs for a copy of one batch, or a ``ValueError`` that says what the model cannot run on."""
     try:
-        return model(x.clone())
+        return run(model, x)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise ValueError(f"the model cannot run on inputs of shape {tuple(x.shape)}, {x.dtype}: {error}") from error
+        raise ValueError(f"the model cannot run on inputs of shape {shapes_of(x)}: {first_line(error)}") from error
 
 
-def logits_of(outputs: Any) -> Tensor:
-    """The outputs, where they are logits (N, classes); else a ``ValueError``."""
-    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or not outputs.is_floating_point():
-        raise ValueError(f"the model returns {described(outputs)}, but it must return logits (N, classes)")
+def logits_of(outputs: Any, *, dense: bool = False) -> Tensor:
+    """The outputs, where they are logits (N, classes), or ``dense`` (N, classes, ...); else a ``ValueError``."""
+    good = isinstance(outputs, Tensor) and (outputs.dim() == 2 or (dense and outputs.dim() > 2))
+    if not good or not outputs.is_floating_point():
+        right = "but it must return logits (N, classes): wrap it so that it does, or give loss="
+        raise ValueError(f"the model returns {described(outputs)}, {right}")
     return outputs
 
 
-def with_labels(batches: list[Batch], outputs: Any) -> list[Batch]:
+def with_labels(batches: Iterable[Batch], outputs: Any) -> list[Batch]:
     """The batches with targets as cross-entropy takes them, or a ``ValueError`` that says what does not fit."""
-    if not isinstance(outputs, Tensor) or outputs.dim() < 2 or not outputs.is_floating_point():
-        raise ValueError(f"the model returns {described(outputs)}, but it must return logits (N, classes)")
-    classes, rest, result = outputs.shape[1], tuple(outputs.shape[2:]), []
+    (_, classes, *rest), result = logits_of(outputs, dense=True).shape, []
+    if classes < 2:
+        raise ValueError(f"the model returns {described(outputs)}, whose cross-entropy is always 0; give loss=")
     for x, y in batches:
-        probabilities = y.is_floating_point()
-        if tuple(y.shape) != ((len(x), classes, *rest) if probabilities else (len(x), *rest)):
-            raise ValueError(
-                f"the labels are {y.dtype} of shape {tuple(y.shape)}, but to logits of shape {tuple(outputs.shape)} "
-                f"belong whole numbers of shape {('N', *rest)}, or probabilities"
-            )
-        if not probabilities and (y.min() < 0 or y.max() >= classes):
-            raise ValueError(
-                f"the labels run from {y.min()} to {y.max()}, but {classes} logits take 0 to {classes - 1}"
-            )
+        fits = "whole numbers of shape " + str(("N", *rest)) + ", or probabilities; for other targets give loss="
+        probabilities = isinstance(y, Tensor) and y.is_floating_point()
+        shape = (samples_in(x), classes, *rest) if probabilities else (samples_in(x), *rest)
+        if not isinstance(y, Tensor) or tuple(y.shape) != shape or y.is_complex():
+            kind = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else described(y)
+            raise ValueError(f"the labels are {kind}, but to logits of shape {tuple(outputs.shape)} belong {fits}")
+        if probabilities:
+            least, off = y.min().item(), (y.double().sum(1) - 1).abs().max().item()
+            if not (least >= 0 and off <= max(ROUNDING, torch.finfo(y.dtype).eps)):
+                found = f"down to {least:.3g}, and over the classes they sum to 1 but for {off:.3g}"
+                raise ValueError(f"the targets are no probabilities: they go {found}; give loss=")
+        elif y.min() < 0 or y.max() >= classes:
+            most = f"{classes} logits take 0 to {classes - 1}"
+            raise ValueError(f"the labels run from {y.min()} to {y.max()}, but {most}; for other targets give loss=")
         result.append((x, y.float() if probabilities else y.long()))
     return result
 
 
-def balanced(inputs: Iterable[Tensor]) -> Iterator[Tensor]:
+def balanced(inputs: Iterable[Inputs]) -> Iterator[Inputs]:
     """The same inputs; a last batch that is smaller than that before it shares both evenly."""
-    last: list[Tensor] = []
+    last: list[Inputs] = []
     for x in inputs:
         if len(last) == 2:
             yield last.pop(0)
         last.append(x)
-    if len(last) == 2 and len(last[1]) < len(last[0]) and last[0].shape[1:] == last[1].shape[1:]:
-        last = list(torch.cat(last).tensor_split(2))
+    if len(last) == 2 and samples_in(last[1]) < samples_in(last[0]) and "" != _form(last[0]) == _form(last[1]):
+        others = iter(tensors_in(last[1]))
+        both = mapped(lambda tensor: torch.cat([tensor, next(others)]), last[0])
+        middle = (samples_in(both) + 1) // 2
+        last = [mapped(lambda tensor: tensor[:middle], both), mapped(lambda tensor: tensor[middle:], both)]
     yield from last
+
+
+def _form(inputs: Inputs) -> str:
+    """What batches that can be joined have in common; nothing where a tensor has not one entry for each sample."""
+    whole = all(t.dim() and len(t) == samples_in(inputs) for t in tensors_in(inputs))
+    return repr(mapped(lambda tensor: tensor[:0], inputs)) if whole else ""

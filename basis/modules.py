@@ -34,29 +34,66 @@ def keeping(modules: Iterable[nn.Module], *names: str) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode; every module's own flag comes back."""
+    """In evaluation mode; every module's own flag comes back, by its own ``train()``, which may do more."""
+    flags = [(module, module.training) for module in model.modules()]
     with keeping(model.modules(), "training"):
         model.eval()
-        yield
+        try:
+            yield
+        finally:
+            for module, flag in flags:
+                if module.training != flag:
+                    module.train(flag)
 
 
 @contextmanager
-def training_norms(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """These modules in training mode, their statistics from zero the plain average over the batches to come.
+def training_norms(norms: Sequence[_BatchNorm]) -> Iterator[list[_BatchNorm]]:
+    """These modules in training mode, their statistics the plain average over the batches to come.
 
-    As in EagleEye (Li et al. 2020, arXiv 2007.02491, section 3.2). Flag and momentum come back.
+    As in EagleEye (Li et al. 2020, arXiv 2007.02491, section 3.2). Flag and momentum come back; after an exception,
+    and where a norm stays in evaluation mode or counts no batch, the old statistics, too. Yields the norms that train,
+    after the block without those that counted no batch.
     """
-    with keeping(norms, "training", "momentum"):
-        for norm in norms:
-            norm.train()
-            norm.momentum = None
-            norm.reset_running_stats()
-        yield
+    before = {norm: [(buffer, buffer.clone()) for buffer in norm.buffers(recurse=False)] for norm in norms}
+    parts = [part for norm in norms for part in norm.modules()]
+    with keeping(parts, "training"), keeping(norms, "momentum"):
+        live = training_among(norms)
+        try:
+            for norm in live:  # the first batch replaces the statistics, which a norm that counts none needs
+                norm.momentum = None
+                for buffer in norm.buffers(recurse=False):
+                    buffer.nan_to_num_()
+                norm.num_batches_tracked.zero_()  # type: ignore[union-attr]
+            yield live
+        except BaseException:
+            live.clear()
+            raise
+        finally:
+            live[:] = [norm for norm in live if norm.num_batches_tracked != 0]
+            for buffer, old in (pair for norm in norms if norm not in live for pair in before[norm]):
+                buffer.copy_(old)
+
+
+def training_among(norms: Iterable[_BatchNorm]) -> list[_BatchNorm]:
+    """Those of the norms that are in training mode after ``train()``; what else is inside them stays in evaluation."""
+    for norm in norms:
+        norm.train()
+        for part in norm.children():
+            part.eval()
+    return [norm for norm in norms if norm.training]
 
 
 def tracking_norms(model: nn.Module) -> list[_BatchNorm]:
     """The batch normalisations with running statistics, each once."""
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    return [m for m in norms if m.running_mean is not None and m.num_batches_tracked is not None]
+
+
+def recalibrates(model: nn.Module) -> bool:
+    """Whether some batch normalisation has running statistics that training would change."""
+    norms = tracking_norms(model)
+    with keeping([part for norm in norms for part in norm.modules()], "training"):
+        return bool(training_among(norms))
 
 
 def is_channels_last(weight: Tensor) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; a module may import from floors below its own, and from its own package.
 FLOORS = (
-    ("text", "saving", "environment", "statistics", "modules", "vision", "inputs", "copies"),
+    ("text", "saving", "environment", "statistics", "modules", "vision", "inputs", "copies", "digests", "numbers"),
     ("data", "batches", "figures"),
     ("layers",),
     ("models", "costs"),

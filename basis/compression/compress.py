@@ -28,12 +28,12 @@ from basis.compression.images import ImageData, check_images, open_images, subse
 from basis.compression.networks import build_network, load_weights, transform_for
 from basis.compression.report import render
 from basis.costs import cost
+from basis.digests import structure
 from basis.environment import environment
 from basis.export import export_onnx, export_program, is_installed
 from basis.inference import fold, measure_fold
-from basis.modules import tracking_norms
+from basis.modules import recalibrates
 from basis.saving import plain, replacing, write_json
-from basis.search.journal import structure
 from basis.search.selection import UNITS, select
 from basis.search.sensitivity import sensitivity
 from basis.search.table import SEARCHES, SensitivityTable
@@ -169,7 +169,7 @@ def prepare(settings: Settings, *, say: Say | None = None) -> Job:
         raise ValueError(f"out is {s.out}, inside the data, which are left alone; name another folder")
     seen = [] if (Path(s.out) / "stages").exists() else check_images(data.files)
     parts = _split(s, model, data)
-    measure = s.measure or ("oneshot_bn" if tracking_norms(model) else "oneshot")
+    measure = s.measure or ("oneshot_bn" if recalibrates(model) else "oneshot")
     identity = asdict(s) | {"out": "", "device": str(device), "measure": measure, "data": data.digest}
     identity["network"] = structure(model)
     identity["weights"] = hashlib.sha256(Path(s.weights).read_bytes()).hexdigest()
@@ -208,7 +208,7 @@ def _check_network(job: Job) -> None:
     trains = any(p.requires_grad for p in job.model.parameters())
     if job.settings.epochs and not (trains and isinstance(outputs_of(copy.deepcopy(job.model).train(), x), Tensor)):
         raise ValueError("the network is frozen or returns more than logits in training, so epochs must be 0")
-    if job.measure == "oneshot_bn" and not tracking_norms(job.model):
+    if job.measure == "oneshot_bn" and not recalibrates(job.model):
         raise ValueError("measure oneshot_bn needs batch normalisation, which the network has not; use oneshot")
 
 

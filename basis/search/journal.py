@@ -1,58 +1,15 @@
-"""What a sensitivity was measured on, as digests, and the file to which its measurements are appended."""
+"""The file to which the measurements of a sensitivity are appended."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from basis.saving import plain, replacing, sync
 from basis.search.table import Cell, SensitivityTable
-
-
-def digest(text: str | bytes) -> str:
-    """Thirty-two hexadecimal digits of the SHA-256."""
-    return hashlib.sha256(text.encode(errors="backslashreplace") if isinstance(text, str) else text).hexdigest()[:32]
-
-
-def samples(batches: Iterable[tuple[Tensor, Tensor | None]]) -> str:
-    """The number of samples and a digest of them that does not depend on their order or batches."""
-    total = n = 0
-    for x, y in batches:
-        n += len(x)
-        for sample in zip(*(_bytes(t) for t in (x, y) if t is not None), strict=True):
-            total += int(digest(b"".join(row.tobytes() for row in sample)), 16)
-    return f"{n} samples {total % 2**128:032x}"
-
-
-def structure(model: nn.Module) -> str:
-    """A digest of the modules and the shapes of the parameters."""
-    shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
-    return digest(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(model)) + repr(shapes))
-
-
-def weights(model: nn.Module) -> str:
-    """A digest of the whole state."""
-    parts = []
-    for name, held in model.state_dict().items():
-        content = _bytes(held).tobytes() if isinstance(held, Tensor) else repr(held).encode()
-        parts.append(hashlib.sha256(name.encode() + content).digest())
-    return digest(b"".join(parts))
-
-
-def _bytes(tensor: Tensor) -> Any:
-    """The tensor as rows of bytes, one for each entry of its first dimension."""
-    rows = len(tensor) if tensor.dim() else 1
-    flat = tensor.detach().reshape(rows, tensor.numel() // rows if rows else 0)
-    return flat.contiguous().view(torch.uint8).cpu().numpy()
 
 
 class Journal:

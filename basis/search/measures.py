@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from basis.batches import Batch, cross_entropy
+from basis.batches import Batch, Loss, cross_entropy, losses_of
+from basis.inputs import Inputs, mapped, run, samples_in, tensors_in
 from basis.layers.moments import Moments, directions, lost_mean, output_moments, taking_means, untied
 from basis.layers.structured import Structure
 from basis.modules import hooked, tracking_norms, training_norms
 from basis.search.table import Cell
 from basis.statistics import Estimate, mean_estimate
 from basis.substitution import Size
+from basis.text import first_line
 
 Candidates = Mapping[str, Sequence[Size]]
 Measured = tuple[dict[str, float], Iterator[Cell]]
@@ -40,8 +42,7 @@ def spectrum(model: nn.Module, candidates: Candidates) -> Measured:
         for name, sizes in candidates.items():
             began, conv = time.perf_counter(), _conv(model, name)
             blocks = _blocks(conv)
-            finite = bool(blocks.isfinite().all())
-            energies = torch.linalg.svdvals(blocks).square() if finite else blocks.new_full((1, 1), math.nan)
+            energies = torch.linalg.svdvals(blocks).square()
             for size in sizes:
                 if isinstance(size, str):
                     lost = (structured_weight(size, conv).double() - conv.weight.double()).square()
@@ -70,12 +71,12 @@ def activation(model: nn.Module, candidates: Mapping[str, Sequence[int]], batche
             values |= {(name, k): _relative(energies[:, k // len(energies) :], energies) for k in ks}
         else:  # not finite, or not called
             values |= dict.fromkeys(((name, k) for k in ks), math.nan if own.n else 0.0)
-    return {}, _cells(values, began, forward=sum(len(x) for x, _ in batches))
+    return {}, _cells(values, began, forward=sum(samples_in(x) for x, _ in batches))
 
 
 def gradients(
     model: nn.Module, candidates: Mapping[str, Sequence[int]], batches: Sequence[Batch], *, squared: bool,
-    fit: Sequence[Tensor] = (),
+    fit: Sequence[Inputs] = (), loss: Loss | None = None,
 ) -> Measured:  # fmt: skip
     """Taylor and Fisher scores of every k of every layer, from one forward and one backward pass.
 
@@ -83,7 +84,8 @@ def gradients(
     loss of sample n to first order by delta_n = - sum_{i>k} sum_pixels p_i g_i. The score is its mean (Molchanov et
     al. 2019, arXiv 1906.10771, with components in place of filters) or, ``squared``, half the mean of delta_n^2 (the
     empirical Fisher matrix; Theis et al. 2018, arXiv 1801.05787). With ``fit``, inputs, the components are those of the
-    outputs on them (:mod:`basis.layers.moments`). A layer that runs without gradients scores NaN.
+    outputs on them (:mod:`basis.layers.moments`). A layer that runs without gradients scores NaN, and so do all where
+    the loss has none.
 
     Raises ``ValueError`` where a layer sees other images than the batch's, or the model cannot be differentiated.
     """
@@ -96,13 +98,16 @@ def gradients(
         for x, y in _parts(batches):
             for name, held in products.items():
                 conv = _conv(model, name)
-                held.append(conv.weight.new_zeros((len(y), conv.out_channels // conv.groups), dtype=torch.float64))
-            values = cross_entropy(model(x.clone()), y)
+                width = conv.out_channels // conv.groups
+                held.append(conv.weight.new_zeros((samples_in(x), width), dtype=torch.float64))
+            values = _losses(loss, run(model, x), x, y)
             try:
                 if values.requires_grad:
                     values.sum().backward()
             except RuntimeError as error:
-                raise ValueError(f"the model cannot be differentiated ({error}); use oneshot") from error
+                raise ValueError(f"the model cannot be differentiated ({first_line(error)}); use oneshot") from error
+            for held in () if values.requires_grad else products.values():
+                held[-1].fill_(math.nan)
             losses.append(values.detach().double())
     scores: dict[tuple[str, Size], Any] = {}
     for name, ks in candidates.items():
@@ -110,8 +115,8 @@ def gradients(
         for k in ks:
             delta = -product[:, k // groups :].sum(1)
             scores[name, k] = _estimate(delta.square() / 2 if squared else delta)
-    images = sum(len(y) for _, y in batches)
-    cells = _cells(scores, began, forward=images + sum(map(len, fit)), backward=images)
+    images = sum(samples_in(x) for x, _ in batches)
+    cells = _cells(scores, began, forward=images + sum(map(samples_in, fit)), backward=images)
     return {"loss": torch.cat(losses).mean().item()}, cells
 
 
@@ -131,7 +136,7 @@ def _catching(model: nn.Module, name: str, fitted: Fitted, products: list[Tensor
         product = products[-1]
         if y.dim() != 4 or len(y) != len(product):
             raise ValueError(f"{name} sees {len(y)} images where the batch holds {len(product)}; use oneshot here")
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             product.fill_(math.nan)
             return None
         # Where nothing before needs a gradient, it starts here (a clone, which may be changed in place).
@@ -149,38 +154,50 @@ def _catching(model: nn.Module, name: str, fitted: Fitted, products: list[Tensor
 
 
 def _parts(batches: Sequence[Batch]) -> Iterator[Batch]:
-    """The batches in parts of at most ``PART`` numbers."""
+    """The batches in parts of at most ``PART`` numbers; whole where targets are more than one entry per sample."""
     for x, y in batches:
-        size = max(1, PART // max(1, x[:1].numel()))
-        yield from zip(x.split(size), y.split(size), strict=True)
+        n = samples_in(x)
+        numbers = sum(tensor.numel() for tensor in tensors_in(x)) // n
+        size = max(1, PART // max(1, numbers)) if isinstance(y, Tensor) and y.dim() and len(y) == n else n
+        for i in range(0, n, size):
+            place = slice(i, i + size)
+            yield mapped(lambda t, n=n, place=place: t[place] if t.dim() and len(t) == n else t, (x, y))  # type: ignore[misc]
+
+
+def _losses(loss: Loss | None, outputs: Any, inputs: Inputs, targets: Any) -> Tensor:
+    """The losses of the samples, (N,)."""
+    if loss is None:
+        return cross_entropy(outputs, targets)
+    return losses_of(loss, outputs, targets, samples=samples_in(inputs))
 
 
 def oneshot(
-    model: nn.Module, candidates: Candidates, batches: Sequence[Batch], *, calibration: Sequence[Tensor] = (),
-    fit: Sequence[Tensor] = (),
+    model: nn.Module, candidates: Candidates, batches: Sequence[Batch], *, calibration: Sequence[Inputs] = (),
+    fit: Sequence[Inputs] = (), loss: Loss | None = None,
 ) -> Measured:  # fmt: skip
     """Replace the weight of one layer by its approximation of rank k, or by a structured layer's, and evaluate.
 
     The value is the mean loss minus the dense network's, its interval over samples (paired); ``kl`` the mean
-    divergence of the predictions, where they are logits (N, classes).
+    divergence of the predictions, where they are logits (N, classes) and the loss is cross-entropy.
 
     Args:
         calibration: inputs on which the statistics of batch normalisation are measured anew before each evaluation,
             also of the dense network (EagleEye: Li et al. 2020, arXiv 2007.02491, section 3.2).
         fit: inputs; the layers of rank k are those nearest to the outputs on them.
+        loss: of one's own, from outputs and targets to (N,); cross-entropy unless given.
     """
     began = time.perf_counter()
     fitted = _fitted(model, candidates, fit)
-    losses, dense = _evaluate(model, batches, calibration)
-    images, count = len(losses) + sum(map(len, calibration)), sum(map(len, candidates.values()))
-    forward = images + (images + sum(map(len, fit))) / count
+    losses, dense = _evaluate(model, batches, calibration, loss)
+    images, count = len(losses) + sum(map(samples_in, calibration)), sum(map(len, candidates.values()))
+    forward = images + (images + sum(map(samples_in, fit))) / count
     common = (time.perf_counter() - began) / count
 
     def cells() -> Iterator[Cell]:
         for name, sizes in candidates.items():
             began = time.perf_counter()
             for k in _replacing(model, name, sizes, fitted):
-                new, logits = _evaluate(model, batches, calibration)
+                new, logits = _evaluate(model, batches, calibration, loss)
                 found, kl = _estimate(new - losses), _divergence(dense, logits)
                 seconds = time.perf_counter() - began + common
                 yield Cell(layer=name, basis_channels=k, **vars(found), kl=kl, forward=forward, seconds=seconds)
@@ -190,29 +207,32 @@ def oneshot(
 
 
 def growth(
-    dense: nn.Module, changed: nn.Module, batches: Sequence[Batch], *, calibration: Sequence[Tensor] = ()
-) -> Estimate:
+    dense: nn.Module, changed: nn.Module, batches: Sequence[Batch], *, calibration: Sequence[Inputs] = (),
+    loss: Loss | None = None,
+) -> Estimate:  # fmt: skip
     """How much larger the mean loss of ``changed`` is than that of ``dense``, paired over samples."""
-    (before, _), (after, _) = (_evaluate(one, batches, calibration) for one in (dense, changed))
+    (before, _), (after, _) = (_evaluate(one, batches, calibration, loss) for one in (dense, changed))
     return _estimate(after - before)
 
 
 @torch.no_grad()
-def _evaluate(model: nn.Module, batches: Sequence[Batch], calibration: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _evaluate(
+    model: nn.Module, batches: Sequence[Batch], calibration: Sequence[Inputs], loss: Loss | None
+) -> tuple[Tensor, list[Tensor]]:
     """Losses of all samples (float64, on the CPU), and the logits, where they are (N, classes)."""
     with training_norms(tracking_norms(model) if len(calibration) else []):
         for x in calibration:
-            model(x.clone())
+            run(model, x)
     losses, logits = [], []
     for x, y in batches:
-        output = model(x.clone())
-        losses.append(cross_entropy(output, y).double())
-        if output.dim() == 2:
+        output = run(model, x)
+        losses.append(_losses(loss, output, x, y).double())
+        if loss is None and output.dim() == 2:
             logits.append(output)
     return torch.cat(losses).cpu(), logits
 
 
-def _fitted(model: nn.Module, candidates: Candidates, fit: Sequence[Tensor]) -> Fitted:
+def _fitted(model: nn.Module, candidates: Candidates, fit: Sequence[Inputs]) -> Fitted:
     return (output_moments(model, untied(model, candidates), iter(fit)), taking_means(model)) if len(fit) else ({}, {})
 
 
@@ -261,9 +281,7 @@ def _replacing(model: nn.Module, name: str, sizes: Sequence[Size], fitted: Fitte
 
 
 def structured_weight(text: str, conv: nn.Conv2d) -> Tensor:
-    """The weight of the structured layer nearest to ``conv``; NaN where its own is not finite, which nothing fits."""
-    if not conv.weight.isfinite().all():
-        return torch.full_like(conv.weight, math.nan)
+    """The weight of the structured layer nearest to ``conv``."""
     torch.manual_seed(0)  # fitting may begin at random: the same for every order of the candidates
     layer: Any = Structure.parse(text).make([conv], fitted=True)[0]
     return layer.weight.detach()

@@ -11,62 +11,73 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from tqdm.auto import tqdm
 
 from basis.batches import (
     Batch,
     Batches,
+    Loss,
     balanced,
     calibration_inputs,
     held_out,
+    losses_of,
     outputs_of,
     stream_batches,
     with_labels,
 )
 from basis.costs import Cost, cost, cost_alone, trace_calls
 from basis.data import Data
+from basis.digests import digest, function, samples, structure, weights
+from basis.inputs import Inputs, first_samples, samples_in
 from basis.layers.base import ConvLike
 from basis.layers.structured import Structure
-from basis.modules import tracking_norms
+from basis.modules import recalibrates
+from basis.numbers import plain_number
 from basis.plan import check_patterns
 from basis.search import measures
-from basis.search.journal import Journal, digest, samples, structure, weights
+from basis.search.journal import Journal
 from basis.search.table import MEASURES, Cell, Layer, SensitivityTable
 from basis.statistics import Estimate, difference_estimate
 from basis.substitution import Plan, Size, as_patterns, merge, substitute
-from basis.text import few
+from basis.text import few, shown_name
 from basis.training.loop import Recipe, TrainingError, train
 
 TUNING = Recipe(epochs=1, lr=0.02)  # of "fine_tuning", the one measure that trains
 CALIBRATION_IMAGES = 2000
-FITTING = ("taylor", "fisher", "oneshot", "oneshot_bn")  # the measures that take a fit
+FITTING = ("taylor", "fisher", "oneshot", "oneshot_bn")  # the measures that take a fit, and a loss
 
 Fit = Literal["weight", "activation"]
 
 
 def sensitivity(
-    model: nn.Module, data: Batches | None = None, *, measure: str = "oneshot_bn",
+    model: nn.Module, data: Batches | None = None, *, measure: str | None = None,
     ratios: Sequence[float] = (0.5, 0.25), layers: str | Sequence[str] = (), multiple: int = 8,
     include: str | Iterable[str] = (), exclude: str | Iterable[str] = (),
-    calibration: Batches | None = None, fit: Fit = "weight", recipe: Recipe | None = None, seeds: int = 3,
-    resume: str | os.PathLike | None = None, progress: bool | str | Callable[[Any], None] | None = None,
+    calibration: Batches | None = None, fit: Fit = "weight", loss: Loss | None = None, recipe: Recipe | None = None,
+    seeds: int = 3, resume: str | os.PathLike | None = None,
+    progress: bool | str | Callable[[Any], None] | None = None,
 ) -> SensitivityTable:  # fmt: skip
     """Measure what ``model`` loses when one convolution alone becomes a basis convolution, or a structured layer.
 
     ``model`` and torch's random numbers are left as they are. What cannot be substituted is listed in ``skipped``.
 
     Args:
-        data: batches (inputs, targets), read once; :class:`basis.data.Images`; or :class:`basis.data.Data`, whose
-            validation images are used, and which "fine_tuning" needs. "spectrum" needs none.
-        measure: one of ``basis.search.table.MEASURES``, see :mod:`basis.search.measures`.
+        data: batches (inputs, targets), read once, see :func:`basis.batches.stream_batches`;
+            :class:`basis.data.Images`; or :class:`basis.data.Data`, whose validation images are used, and which
+            "fine_tuning" needs. "spectrum" needs none.
+        measure: one of ``basis.search.table.MEASURES``, see :mod:`basis.search.measures`. None: "oneshot_bn" where
+            the model has batch normalisation that can be recalibrated, else "oneshot".
         ratios: of k to C_out; each layer gets the nearest multiple of ``multiple`` and of its groups.
         layers: texts of structured layers, such as "tucker:0.41", as candidates; not of activation, taylor, fisher.
         include, exclude: shell patterns of layer names, as in :meth:`basis.Plan.uniform`.
         calibration: batches for "oneshot_bn" and ``fit``; ``data``, or the first 2,000 training images of ``Data``.
         fit: basis layers nearest to the "weight", or, as by ``substitute(model, plan, calibration=...)``, to the
             outputs ("activation") on ``calibration``; of taylor, fisher, oneshot and oneshot_bn.
+        loss: from outputs and targets, whatever they are, to the loss of each sample, (N,); of the measures that take a
+            fit. None: cross-entropy of logits and labels. A ``resume`` file tells losses apart as
+            :func:`basis.digests.function` does.
         recipe, seeds: of the trainings of "fine_tuning", which start at the weights of ``model``.
         resume: file to which each measurement is appended. What it holds already is not measured again.
         progress: True or a title draws a bar; or a function that is called with each new measurement.
@@ -75,8 +86,13 @@ def sensitivity(
     and a ``resume`` file of another measurement.
     """
     texts = (layers,) if isinstance(layers, str) else tuple(layers)
-    if isinstance(ratios, (int, float)) or not (len(ratios) or texts) or not all(0 < ratio < 1 for ratio in ratios):
+    ratios = getattr(ratios, "tolist", lambda: ratios)()  # of numpy and torch
+    several = isinstance(ratios, Iterable) and not isinstance(ratios, str)
+    ratios = [plain_number("each of ratios", ratio) for ratio in ratios] if several else ratios
+    if not several or not (ratios or texts) or not all(0 < ratio < 1 for ratio in ratios):
         raise ValueError(f"ratios is {ratios!r}, but it must be a list of numbers k / C_out between 0 and 1")
+    multiple, seeds = plain_number("multiple", multiple, whole=True), plain_number("seeds", seeds, whole=True)
+    measure = _usual(model) if measure is None else measure
     if texts and measure in ("activation", "taylor", "fisher"):
         raise ValueError(f"{measure} is defined by truncation to k, which {few(texts)} is not; leave out layers")
     trains = measure == "fine_tuning"
@@ -84,15 +100,15 @@ def sensitivity(
         raise ValueError(f"seeds is {seeds}, but fine_tuning needs at least 1")
     if recipe is not None and not trains:
         raise ValueError(f"{measure} trains nothing; a recipe goes with fine_tuning")
-    _check(measure, fit, MEASURES)
+    _check(measure, fit, MEASURES, loss)
     found, skipped = candidate_layers(model, ratios, texts, multiple, include, exclude)
     dense = substitute(model, {}).eval()
     with _own_random_numbers(dense):
         if trains:
-            size, fingerprint, start = _tunings(dense, data, recipe or TUNING, seeds)
+            example, fingerprint, start = _tunings(dense, data, recipe or TUNING, seeds)
         else:
-            size, fingerprint, start = _evaluations(dense, data, measure, calibration, fit)
-        counted, total = layer_costs(dense, found, size)
+            example, fingerprint, start = _evaluations(dense, data, measure, calibration, fit, loss)
+        counted, total = layer_costs(dense, found, example)
         counted, idle = called_layers(counted)
         table = SensitivityTable(
             measure=measure, layers=counted, cells=(), skipped=skipped | idle, total=total, baseline={},
@@ -116,21 +132,28 @@ def sensitivity(
 
 
 def joint(
-    model: nn.Module, plan: Plan | Mapping[str, Size], data: Batches, *, measure: str = "oneshot_bn",
-    calibration: Batches | None = None, fit: Fit = "weight",
+    model: nn.Module, plan: Plan | Mapping[str, Size], data: Batches, *, measure: str | None = None,
+    calibration: Batches | None = None, fit: Fit = "weight", loss: Loss | None = None,
 ) -> Estimate:  # fmt: skip
     """How much the mean loss grows with all layers of ``plan`` replaced at once, paired over samples.
 
-    To be held against :func:`basis.search.selection.predicted`. ``measure`` is "oneshot" or "oneshot_bn"; the other
-    arguments and errors are those of :func:`sensitivity` and :func:`basis.substitute`.
+    To be held against :func:`basis.search.selection.predicted`. ``measure`` is "oneshot", "oneshot_bn" or None; the
+    other arguments and errors are those of :func:`sensitivity` and :func:`basis.substitute`.
     """
-    _check(measure, fit, ("oneshot", "oneshot_bn"))
+    measure = _usual(model) if measure is None else measure
+    _check(measure, fit, ("oneshot", "oneshot_bn"), loss)
     dense = substitute(model, {}).eval()
-    batches, inputs, _ = _prepare(dense, data, measure, calibration, fit)
+    batches, inputs, _ = _prepare(dense, data, measure, calibration, fit, loss)
     with _own_random_numbers(dense):
         torch.manual_seed(0)  # fitting a structured layer may begin at random
-        changed = merge(substitute(model, plan, calibration=inputs if fit == "activation" else None)).eval()
-    return measures.growth(dense, changed, batches, calibration=inputs if measure == "oneshot_bn" else ())
+        fitted = [(x, None) for x in inputs] if fit == "activation" else None  # pairs, whatever inputs are
+        changed = merge(substitute(model, plan, calibration=fitted)).eval()
+    again = inputs if measure == "oneshot_bn" else ()
+    return measures.growth(dense, changed, batches, calibration=again, loss=loss)
+
+
+def _usual(model: nn.Module) -> str:
+    return "oneshot_bn" if recalibrates(model) else "oneshot"
 
 
 def _own_random_numbers(model: nn.Module) -> Any:
@@ -139,13 +162,15 @@ def _own_random_numbers(model: nn.Module) -> Any:
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
-def _check(measure: str, fit: str, among: Iterable[str]) -> None:
+def _check(measure: str, fit: str, among: Iterable[str], loss: Loss | None) -> None:
     if measure not in among:
         raise ValueError(f"measure is {measure!r}, but it must be one of {', '.join(among)}")
     if fit not in get_args(Fit):
         raise ValueError(f"fit is {fit!r}, but it must be one of {', '.join(get_args(Fit))}")
     if fit != "weight" and measure not in FITTING:
         raise ValueError(f"fit is {fit!r}, which goes with {few(FITTING)}, not with {measure}")
+    if loss is not None and measure not in FITTING:
+        raise ValueError(f"a loss goes with {few(FITTING)}, not with {measure}")
 
 
 # -- layers -------------------------------------------------------------------------------------
@@ -166,7 +191,9 @@ def candidate_layers(
         sizes = tuple(dict.fromkeys(plan.layers[name] for plan in plans if name in plan.layers))
         if sizes and isinstance(conv, nn.Conv2d):
             if conv.weight.is_meta:
-                raise ValueError(f"{name or 'the model'} is on the meta device and has no values to measure")
+                raise ValueError(f"{shown_name(name)} is on the meta device and has no values to measure")
+            if not all(p.isfinite().all() for p in conv.parameters()):
+                raise ValueError(f"{shown_name(name)} has weights that are not finite, so nothing can be measured")
             layers.append(
                 Layer(
                     name=name, out_channels=conv.out_channels, groups=conv.groups, fan_in=conv.weight[0].numel(),
@@ -195,21 +222,21 @@ def _alone(model: nn.Module, plan: Plan) -> Plan:
 
 
 def layer_costs(
-    model: nn.Module, layers: Sequence[Layer], size: tuple[int, ...] | None
+    model: nn.Module, layers: Sequence[Layer], inputs: Inputs | None
 ) -> tuple[tuple[Layer, ...], dict[str, int | None]]:
     """The layers with what they cost, and the whole network's total.
 
-    As if all parameters were trained, and were a layer's own. Without images of (C, H, W), or where the network
-    cannot be run on a single one, no MACs are known.
+    As if all parameters were trained, and were a layer's own, for ``inputs`` of one sample. Without them, or where the
+    network cannot be run on a single one, no MACs are known.
     """
     trained = substitute(model, {})
     for parameter in trained.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     report, calls = None, {}
-    if size is not None:
+    if inputs is not None:
         with suppress(ValueError):
-            report = cost(trained, size)
-            calls = {name: of for name, _, of in trace_calls(trained, (1, *size))}
+            report = cost(trained, inputs=inputs)
+            calls = {name: of for name, _, of in trace_calls(trained, inputs)}
     rows = {} if report is None else {row.name: row.cost for row in report.layers}
     unknown = {} if rows else {"macs": None, "backward_macs": None}
     counted = []
@@ -251,30 +278,35 @@ def _question(model: nn.Module, measure: str, layers: Sequence[Layer]) -> dict[s
 
 # -- measures -----------------------------------------------------------------------------------
 
-# The size (C, H, W) of an image, the fingerprint, and what measures candidates.
-_Work = tuple[tuple[int, ...] | None, dict[str, str], Callable[[measures.Candidates], measures.Measured]]
+# Inputs of one sample, the fingerprint, and what measures candidates.
+_Work = tuple[Inputs | None, dict[str, str], Callable[[measures.Candidates], measures.Measured]]
 
 
 def _prepare(
-    model: nn.Module, data: Batches | None, measure: str, calibration: Batches | None, fit: Fit
-) -> tuple[list[Batch], list[Tensor], dict[str, str]]:
+    model: nn.Module, data: Batches | None, measure: str, calibration: Batches | None, fit: Fit,
+    loss: Loss | None,
+) -> tuple[list[Batch], list[Inputs], dict[str, str]]:  # fmt: skip
     """The batches, the inputs for calibration, and the fingerprint of both, checked."""
     if data is None and measure != "spectrum":
         raise ValueError(f"{measure} needs data: batches (inputs, targets), or basis.data.Images")
-    if measure == "oneshot_bn" and not tracking_norms(model):
-        raise ValueError("the model has no batch normalisation to recalibrate; use measure='oneshot'")
+    if measure == "oneshot_bn" and not recalibrates(model):
+        raise ValueError("the model has no batch normalisation that can be recalibrated; use measure='oneshot'")
     scored = held_out(data) if isinstance(data, Data) else data
     batches = [] if scored is None else list(stream_batches(scored, model, "data"))
-    inputs, fingerprint = [], {"weights": weights(model)}
+    inputs, fingerprint = [], {"weights": weights(model.state_dict())}
     if measure != "spectrum":
-        outputs = outputs_of(model, batches[0][0])
+        (x, y), *_ = batches
+        outputs = outputs_of(model, x)
         fingerprint["data"] = samples(batches)
-        if measure != "activation":
+        if loss is not None:
+            fingerprint["loss"] = function(loss)
+            losses_of(loss, outputs, y, samples=samples_in(x))
+        elif measure != "activation":
             batches = with_labels(batches, outputs)
     if measure == "oneshot_bn" or fit == "activation":
         if calibration is None and isinstance(data, Data):
             calibration = data.train.first(CALIBRATION_IMAGES)
-        given = (x for x, _ in batches) if calibration is None else calibration_inputs(calibration, model)
+        given: Any = (x for x, _ in batches) if calibration is None else calibration_inputs(calibration, model)
         inputs = list(balanced(given))
         outputs_of(model, inputs[0])
         fingerprint["calibration"] = samples([(x, None) for x in inputs])
@@ -283,8 +315,10 @@ def _prepare(
     return batches, inputs, fingerprint
 
 
-def _evaluations(model: nn.Module, data: Batches | None, measure: str, calibration: Batches | None, fit: Fit) -> _Work:
-    batches, inputs, fingerprint = _prepare(model, data, measure, calibration, fit)
+def _evaluations(
+    model: nn.Module, data: Batches | None, measure: str, calibration: Batches | None, fit: Fit, loss: Loss | None
+) -> _Work:
+    batches, inputs, fingerprint = _prepare(model, data, measure, calibration, fit, loss)
     fitted = inputs if fit == "activation" else []
 
     def start(wanted: Any) -> measures.Measured:
@@ -293,12 +327,11 @@ def _evaluations(model: nn.Module, data: Batches | None, measure: str, calibrati
         if measure == "activation":
             return measures.activation(model, wanted, batches)
         if measure in ("taylor", "fisher"):
-            return measures.gradients(model, wanted, batches, squared=measure == "fisher", fit=fitted)
+            return measures.gradients(model, wanted, batches, squared=measure == "fisher", fit=fitted, loss=loss)
         again = inputs if measure == "oneshot_bn" else []
-        return measures.oneshot(model, wanted, batches, calibration=again, fit=fitted)
+        return measures.oneshot(model, wanted, batches, calibration=again, fit=fitted, loss=loss)
 
-    size = tuple(batches[0][0].shape[1:]) if batches and batches[0][0].dim() == 4 else None
-    return size, fingerprint, start
+    return first_samples(batches[0][0], 1) if batches else None, fingerprint, start
 
 
 def _tunings(model: nn.Module, data: Batches | None, recipe: Recipe, seeds: int) -> _Work:
@@ -309,7 +342,7 @@ def _tunings(model: nn.Module, data: Batches | None, recipe: Recipe, seeds: int)
     if {p.dtype for p in model.parameters()} != {torch.float32} or not any(p.requires_grad for p in model.parameters()):
         raise ValueError("fine_tuning trains parameters of float32, but the model has others, or none to train")
     seen = f"{samples([(data.train.x, data.train.y)])}; {samples([(held.x, held.y)])}"
-    fingerprint = {"seeds": str(seeds), "data": seen, "recipe": repr(recipe), "weights": weights(model)}
+    fingerprint = {"seeds": str(seeds), "data": seen, "recipe": repr(recipe), "weights": weights(model.state_dict())}
     there = data.to(device)
     backward = recipe.epochs * (len(data.train) // recipe.batch_size) * recipe.batch_size * seeds
     forward = backward + (recipe.epochs + 2) * len(held) * seeds
@@ -348,4 +381,5 @@ def _tunings(model: nn.Module, data: Batches | None, recipe: Recipe, seeds: int)
 
         return {"loss": sum(dense) / seeds}, cells()
 
-    return (data.train.x.shape[3], *data.train.x.shape[1:3]), fingerprint, start
+    (example, _), *_ = stream_batches(data.train.first(1), model, "data")
+    return example, fingerprint, start

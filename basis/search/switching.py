@@ -13,7 +13,8 @@ from torch import nn
 
 from basis.data import Data, Images
 from basis.decompositions import pair_of
-from basis.modules import tracking_norms
+from basis.modules import recalibrates
+from basis.numbers import plain_fields, plain_number
 from basis.search.measures import singular_energies
 from basis.search.selection import predicted, select
 from basis.search.sensitivity import FITTING, Fit, sensitivity
@@ -66,6 +67,10 @@ class Switch:
     teach: float | None = None
 
     def __post_init__(self) -> None:
+        plain_fields(self)
+        object.__setattr__(self, "ratios", tuple(plain_number("each of ratios", ratio) for ratio in self.ratios))
+        budget = {unit: plain_number(f"budget {unit}", share) for unit, share in self.budget.items()}
+        object.__setattr__(self, "budget", budget)
         choices = {"until": (None, "ranks", "plan"), "momentum": get_args(Momentum), "fit": get_args(Fit)}
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -77,7 +82,7 @@ class Switch:
 
     def check(self, model: nn.Module, data: Data) -> None:
         """Raise ``ValueError`` before any training where the switch could not be carried out."""
-        if self.measure not in SEARCHES or (self.measure == "oneshot_bn" and not tracking_norms(model)):
+        if self.measure not in SEARCHES or (self.measure == "oneshot_bn" and not recalibrates(model)):
             known = f"{', '.join(SEARCHES)}; oneshot_bn for networks with batch normalisation"
             raise ValueError(f"measure is {self.measure!r}, but it must be one of {known}")
         replace(self, measure="spectrum")._plan(model, data, [self.observe(model, data)])

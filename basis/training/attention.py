@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from basis.inputs import Inputs, run
 from basis.layers.batchnorm import accumulated
 from basis.modules import evaluating, hooked
 from basis.training.stepping import Autocast
@@ -49,15 +50,15 @@ class Attention:
         self.student, self.teacher, self.taps, self.weight = student, teacher, tuple(stages), weight
         self._autocast = autocast
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits of the student for x, (N, C, H, W), and the weighted term, a scalar."""
+    def __call__(self, x: Inputs) -> tuple[Tensor, Tensor]:
+        """The logits of the student for x, as both networks take it, and the weighted term, a scalar."""
         with torch.no_grad(), evaluating(self.teacher):
             _, theirs = self._watched(self.teacher, x)
         logits, ours = self._watched(self.student, x)
         differences = [(ours[tap] - theirs[tap]).square().mean() for tap in self.taps]
         return logits, self.weight * torch.stack(differences).sum()
 
-    def _watched(self, network: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _watched(self, network: nn.Module, x: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """What ``network`` gives, and the attention map of each stage."""
         found: dict[str, Tensor] = {}
 
@@ -65,5 +66,5 @@ class Attention:
             found[tap] = attention_map(output)
 
         with hooked(network, {tap: partial(keep, tap) for tap in self.taps}), self._autocast():
-            output = network(x)
+            output = run(network, x)
         return output, found

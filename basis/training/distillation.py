@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from basis.batches import logits_of, outputs_of
+from basis.inputs import Inputs, run
 from basis.modules import evaluating
 from basis.training.stepping import Autocast
 
@@ -23,7 +24,7 @@ def distillation_loss(logits: Tensor, taught: Tensor) -> Tensor:
     return TEMPERATURE**2 * (log_p.exp() * (log_p - log_q)).sum(1).mean()
 
 
-def teacher_logits(network: nn.Module, x: Tensor, autocast: Autocast) -> Tensor:
+def teacher_logits(network: nn.Module, x: Inputs, autocast: Autocast) -> Tensor:
     """Of the network in evaluation mode, in fp32 and without gradients."""
     with torch.no_grad(), evaluating(network), autocast():
         return logits_of(outputs_of(network, x)).float()
@@ -31,12 +32,12 @@ def teacher_logits(network: nn.Module, x: Tensor, autocast: Autocast) -> Tensor:
 
 def beside_teacher(
     student: nn.Module, teacher: nn.Module, *, share: float, autocast: Autocast
-) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+) -> Callable[[Inputs], tuple[Tensor, Tensor]]:
     """What runs a network beside its teacher: to the logits, and ``share`` times the :func:`distillation_loss`."""
 
-    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+    def both(x: Inputs) -> tuple[Tensor, Tensor]:
         with autocast():
-            logits = logits_of(student(x)).float()
+            logits = logits_of(run(student, x)).float()
         return logits, share * distillation_loss(logits, teacher_logits(teacher, x, autocast))
 
     return both

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from basis.digests import weights
+from basis.inputs import samples_in
 from basis.saving import replacing
+from basis.text import first_line
 from basis.training.recipe import TrainingError, TrainingPaused
 from basis.training.stepping import TrainingStep
 
@@ -28,7 +31,8 @@ class Training:
     """A training under way: all that it changes, so that a checkpoint can hold it, and the loop over its epochs.
 
     Args:
-        run, identity: the step that trains the model; what a checkpoint must have in common with the training.
+        run: the step that trains the model.
+        identity: what a checkpoint must have in common with the training, each thing by its name.
         epochs, steps: passes over the data; steps of each, as far as known before.
         batches: the batches of one epoch, on the model's device.
         prepare: called with the step's number before each step; gives its kind.
@@ -44,10 +48,10 @@ class Training:
     """
 
     run: TrainingStep
-    identity: str
+    identity: Mapping[str, str]
     epochs: int
     steps: int
-    batches: Callable[[], Iterable[tuple[Tensor, Tensor]]]
+    batches: Callable[[], Iterable[tuple[Any, Any]]]
     prepare: Callable[[int], Any]
     generator: torch.Generator | None = None
     validate: Callable[[], Mapping[str, float]] = dict
@@ -76,8 +80,9 @@ class Training:
                 row = {**self._pass(bar), **self.validate()}
                 row["seconds"] += switching
                 self.curves = (*self.curves, row)
-                shown = row.get("validation_accuracy", row["train_accuracy"])
-                bar.set_postfix_str(f"epoch {self.epoch}/{self.epochs}, accuracy {shown:.1%}")
+                shown = row.get("validation_accuracy", row.get("train_accuracy"))
+                good = f"loss {row['train_loss']:.4g}" if shown is None else f"accuracy {shown:.1%}"
+                bar.set_postfix_str(f"epoch {self.epoch}/{self.epochs}, {good}")
                 stops = should_stop is not None and self.epoch < self.epochs and should_stop()
                 if path and (stops or time.monotonic() - saved >= checkpoint_every):
                     self._save(path)
@@ -107,22 +112,19 @@ class Training:
 
     def _pass(self, bar: Any) -> dict[str, float]:
         """One epoch. The device is read at its end."""
-        run, first, images = self.run, self.step, 0
+        run, images = self.run, 0
         run.model.train()
         run.start_epoch()
         began, setup = time.perf_counter(), run.setup_seconds
         for x, labels in self.batches():
             run(x, labels, self.prepare(self.step))
-            self.step, images = self.step + 1, images + len(labels)
+            self.step, images = self.step + 1, images + samples_in(x)
             bar.update()
         self._check(run.loss)
         self.epoch, self.images = self.epoch + 1, self.images + images
-        return {
-            "epoch": self.epoch,
-            "train_loss": run.loss.item() / (self.step - first),
-            "train_accuracy": run.correct.item() / images,
-            "seconds": time.perf_counter() - began - (run.setup_seconds - setup),
-        }
+        row = {"epoch": self.epoch, "train_loss": run.loss.item() / images}
+        row |= {} if run.loss_function is not None else {"train_accuracy": run.correct.item() / images}
+        return row | {"seconds": time.perf_counter() - began - (run.setup_seconds - setup)}
 
     def _check(self, loss: Tensor) -> None:
         if not math.isfinite(value := loss.item()):
@@ -131,7 +133,7 @@ class Training:
 
     def _save(self, path: Path) -> None:
         """Write a checkpoint, whole or not at all."""
-        content = {name: getattr(self, name) for name in ("identity", *PLACE)}
+        content: dict[str, Any] = {name: getattr(self, name) for name in PLACE} | {"identity": dict(self.identity)}
         content |= {name: getattr(self.run, name).state_dict() for name in STATES}
         content["teacher"] = None if self.teacher is None else self.teacher.state_dict()
         content["generator"] = None if self.generator is None else self.generator.get_state()
@@ -145,11 +147,15 @@ class Training:
             content = torch.load(path, map_location="cpu", weights_only=True)
             found = content["identity"]
         except Exception as error:  # torch.load raises many kinds for a damaged file
-            raise TrainingError(f"checkpoint {path} cannot be read ({error}); delete it to start again") from error
-        if found != self.identity:
-            raise TrainingError(
-                f"checkpoint {path} belongs to a training with another model, recipe or seed; delete it"
-            )
+            why = f"checkpoint {path} cannot be read ({first_line(error)}); delete it to start again"
+            raise TrainingError(why) from error
+        known = found if isinstance(found, dict) else {}  # those of earlier versions held a text
+        differing = [name for name, value in self.identity.items() if known.get(name) != value]
+        if differing == ["starting weights"] and weights(self.run.model.state_dict()) == weights(content["model"]):
+            differing = []  # the very network that was paused
+        if differing:
+            kind = f"checkpoint {path} belongs to a training with another model, data, recipe or seed"
+            raise TrainingError(f"{kind} (differing: {', '.join(differing)}); delete it, or name another file")
         if self.switch and content["switched"]:
             self.switch.rebuild(self, content["switched"])
         if self.teacher is not None:

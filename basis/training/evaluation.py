@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from basis.batches import first_weight, logits_of, outputs_of, stream_batches, with_labels
+from basis.batches import Loss, first_weight, logits_of, losses_of, outputs_of, stream_batches, with_labels
 from basis.data import Data, Images
+from basis.inputs import samples_in
 from basis.modules import evaluating
 from basis.statistics import Estimate, proportion_estimate
 from basis.training.recipe import Precision, autocast_in, choose_precision
@@ -26,37 +27,51 @@ class Evaluation:
     """What :func:`evaluate` finds on batches.
 
     Attributes:
-        loss: mean cross-entropy in nats.
+        loss: mean cross-entropy in nats, or mean of a loss of one's own.
         accuracy, top5: the share of samples whose label is the largest logit, or among the five largest (None for five
-            classes or fewer), with Wilson's 95 % interval.
-        n, classes, seconds: samples, classes, wall-clock time.
+            classes or fewer), with Wilson's 95 % interval; None with a loss of one's own.
+        n, classes, seconds: samples, classes (None with a loss of one's own), wall-clock time.
     """
 
     loss: float
-    accuracy: Estimate
+    accuracy: Estimate | None
     top5: Estimate | None
     n: int
-    classes: int
+    classes: int | None
     seconds: float
 
     def __str__(self) -> str:
+        if self.accuracy is None:
+            return f"loss {self.loss:.4g} (n = {self.n}), {self.seconds:.1f} s"
         top5 = "" if self.top5 is None else f", top-5 {self.top5.text(scale=100)} %"
         accuracy = f"accuracy {self.accuracy.text(scale=100)} %{top5} ({self.accuracy.support})"
         return f"{accuracy}, loss {self.loss:.4g}; {self.classes} classes, {self.seconds:.1f} s"
 
 
 @overload
-def evaluate(model: nn.Module, data: Images, *, precision: Precision = ..., flip: bool = ...) -> dict[str, float]: ...
+def evaluate(
+    model: nn.Module, data: Images, *, loss: Loss | None = ..., precision: Precision = ..., flip: bool = ...
+) -> dict[str, float]: ...
 @overload
-def evaluate(model: nn.Module, data: Iterable[Any], *, precision: Precision = ...) -> Evaluation: ...
+def evaluate(
+    model: nn.Module, data: Iterable[Any], *, loss: Loss | None = ..., precision: Precision = ...
+) -> Evaluation: ...
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: Images | Iterable[Any], *, precision: Precision = "fp32", flip: bool = False
+    model: nn.Module,
+    data: Images | Iterable[Any],
+    *,
+    loss: Loss | None = None,
+    precision: Precision = "fp32",
+    flip: bool = False,
 ) -> dict[str, float] | Evaluation:
     """Mean loss and accuracy (a fraction) of ``model`` in evaluation mode; every module's flag is put back.
 
     Args:
-        data: :class:`basis.data.Images`, or any iterable of batches (inputs, labels), such as a ``DataLoader``.
+        data: :class:`basis.data.Images`, or any iterable of batches (inputs, labels), such as a ``DataLoader``; see
+            :func:`basis.batches.stream_batches`.
+        loss: in place of cross-entropy, from outputs and targets, whatever they are, to the loss of each sample, (N,),
+            or their mean; there is no accuracy then.
         precision: of activations, see :class:`Recipe`.
         flip: for ``Images``: adds ``accuracy_flip``, the logits averaged over each image and its mirror image.
 
@@ -71,26 +86,35 @@ def evaluate(
     images = isinstance(data, Images)
     if flip and not images:
         raise ValueError("flip goes with basis.data.Images; give batches of mirrored images yourself")
+    if flip and loss is not None:
+        raise ValueError("flip averages logits, which goes without a loss of one's own")
     began, device, n, classes = time.perf_counter(), first_weight(model).device, 0, 0
     autocast = autocast_in(device, choose_precision(device) if precision == "auto" else precision)
-    loss = torch.zeros((), dtype=torch.float32 if images else torch.float64)
+    total = torch.zeros((), dtype=torch.float32 if images else torch.float64)
     right = right_flip = among = 0
     with evaluating(model):
         for x, y in stream_batches(data, model, "data", batch_size=BATCH):
+            n += samples_in(x)
             with autocast:
-                logits = logits_of(outputs_of(model, x)).float()
+                outputs = outputs_of(model, x)
+                if loss is not None:
+                    mean = losses_of(loss, outputs, y, samples=samples_in(x), mean=True).mean()
+                    total += mean.to(total) * samples_in(x)
+                    continue
+                logits = logits_of(outputs).float()
                 mirrored = logits_of(outputs_of(model, x.flip(3))).float() if flip else logits
             [(_, y)] = with_labels([(x, y)], logits)
-            n, classes = n + len(x), logits.shape[1]
-            loss += F.cross_entropy(logits, y, reduction="sum").to(loss)
+            classes = logits.shape[1]
+            total += F.cross_entropy(logits, y, reduction="sum").to(total)
             hard = y if y.dim() == 1 else y.argmax(1)
             ranked = logits.topk(min(TOP, classes)).indices == hard[:, None]
             right, among = right + int(ranked[:, 0].sum()), among + int(ranked.any(1).sum())
             right_flip += int(((logits + mirrored).argmax(1) == hard).sum())
     if images:
-        metrics = {"loss": loss.item() / n, "accuracy": right / n}
+        metrics = {"loss": total.item() / n} | ({"accuracy": right / n} if loss is None else {})
         return metrics | {"accuracy_flip": right_flip / n} if flip else metrics
     return Evaluation(
-        loss=loss.item() / n, accuracy=proportion_estimate(right, n), n=n, classes=classes,
+        loss=total.item() / n, accuracy=proportion_estimate(right, n) if loss is None else None, n=n,
+        classes=classes or None,
         top5=proportion_estimate(among, n) if classes > TOP else None, seconds=time.perf_counter() - began,
     )  # fmt: skip

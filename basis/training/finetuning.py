@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from basis.batches import Batch, first_weight, length_of, stream_batches, with_labels
+from basis.batches import Batch, Loss, first_weight, losses_of, outputs_of, stream_batches, with_labels
 from basis.data import Data, Images
+from basis.digests import function, length_of
+from basis.inputs import first_samples, samples_in
 from basis.modules import evaluating, is_channels_last
+from basis.numbers import plain_number
 from basis.training.distillation import teacher_logits
 from basis.training.epochs import Training
-from basis.training.loop import augmented_batches, make_step
+from basis.training.loop import augmented_batches, identity, make_step
 from basis.training.recipe import (
     Precision,
     Recipe,
@@ -39,7 +42,8 @@ class FineTuning:
     Attributes:
         recipe: the options, with the precision that "auto" stood for.
         distillation: the share of the loss that came from a teacher; None without one.
-        curves: one row per epoch, with train_loss (cross-entropy), train_accuracy (a fraction) and lr (at its end).
+        curves: one row per epoch, with train_loss and lr (at its end); with train_accuracy (a fraction) where the loss
+            is cross-entropy.
         steps, images, seconds: over all epochs.
     """
 
@@ -60,23 +64,29 @@ class FineTuning:
 
 def finetune(
     model: nn.Module, data: Iterable[Any] | Data, *, epochs: int = 1, lr: float = 0.01, weight_decay: float = 5e-4,
-    label_smoothing: float = 0.0, teacher: nn.Module | None = None, distillation: float = 0.9,
-    precision: Precision = "auto", batch_size: int = 128, seed: int = 0, checkpoint: str | Path | None = None,
-    should_stop: Callable[[], bool] | None = None, progress: bool | str = False,
+    label_smoothing: float = 0.0, loss: Loss | None = None, teacher: nn.Module | None = None,
+    distillation: float = 0.9, precision: Precision = "auto", batch_size: int = 128, seed: int = 0,
+    checkpoint: str | Path | None = None, should_stop: Callable[[], bool] | None = None,
+    progress: bool | str = False,
 ) -> FineTuning:  # fmt: skip
     """Train ``model`` further, in place and on its own device: SGD with Nesterov momentum 0.9.
 
     Args:
-        data: batches (inputs, labels) with a length that can be gone through once per epoch, such as a ``DataLoader``;
-            labels are classes (N,), or probabilities (N, classes). Or :class:`basis.data.Data`: its training images,
-            shuffled and augmented as in :func:`basis.train` by ``seed``, in batches of ``batch_size``.
+        data: batches (inputs, labels), see :func:`basis.batches.stream_batches`, with a length, that can be gone
+            through once per epoch, such as a ``DataLoader``; labels are classes (N,), or probabilities (N, classes),
+            that are at least 0 and sum to 1, unless ``loss`` takes others. Or :class:`basis.data.Data`: its training
+            images, shuffled and augmented as in :func:`basis.train` by ``seed``, in batches of ``batch_size``.
         epochs, lr: passes over the data; the peak learning rate, for a loss that is the mean over the batch. It rises
             in the first twentieth of all steps and falls by a cosine to 0.
         weight_decay, label_smoothing, precision: as in :class:`basis.Recipe`.
+        loss: in place of cross-entropy, from outputs and targets, whatever they are, to the loss of each sample, (N,),
+            or their mean; called under autocast where ``precision`` is not "fp32".
         teacher, distillation: a network with the same outputs, such as the dense one; d of the loss
-            (1 - d) CE + d T^2 KL(p || q), see :mod:`basis.training.distillation`.
+            (1 - d) CE + d T^2 KL(p || q), see :mod:`basis.training.distillation`. Both give logits (N, classes), also
+            where ``loss`` takes the place of CE.
         checkpoint, should_stop, progress: as in :func:`basis.train`, written after every epoch. The order of a
             ``DataLoader`` is resumed, too, where it comes from torch's random numbers or the loader's ``generator``.
+            Data are told apart as far as :func:`basis.digests.contents` does, losses as ``function`` there does.
 
     Raises:
         ValueError: for options out of range.
@@ -84,12 +94,16 @@ def finetune(
             a loss that is no longer finite, or a batch that does not fit.
         TrainingPaused: see ``should_stop``.
     """
-    device, precision = first_weight(model).device, _precision(model, teacher, precision)
+    precision = _precision(model, teacher, precision)
+    device, seed = first_weight(model).device, plain_number("seed", seed, whole=True)
     recipe = Recipe(
         epochs=epochs, lr=lr, weight_decay=weight_decay, label_smoothing=label_smoothing, batch_size=batch_size,
         precision=precision, step="eager",
         memory_format="channels_last" if is_channels_last(first_weight(model)) else "contiguous",
     )  # fmt: skip
+    if loss is not None and label_smoothing:
+        raise ValueError(f"label_smoothing is {label_smoothing}, which goes with cross-entropy, not with a loss")
+    distillation = plain_number("distillation", distillation)
     if not 0 < distillation <= 1:
         raise ValueError(f"distillation is {distillation}, but it must lie in (0, 1]")
     generator = getattr(data, "generator", None)
@@ -97,13 +111,17 @@ def finetune(
         generator = torch.Generator(device).manual_seed(seed)
     source, steps = _source(model, data, recipe, generator)
     taught = None if teacher is None else distillation
-    run = make_step(model, recipe, device=device, teacher=teacher, distillation=taught)
-    networks = [network for network in (model, teacher) if network is not None]
-    shapes = [tuple(p.shape) for network in networks for p in network.parameters()]
+    run = make_step(model, recipe, device=device, teacher=teacher, distillation=taught, loss_function=loss)
+    belongs = {}
+    if checkpoint:
+        seen = data.train if isinstance(data, Data) else data
+        belongs = identity(model, recipe, seed=seed, steps=steps, teacher=teacher, data=seen)
+        belongs |= {"distillation": str(taught), "loss": "" if loss is None else function(loss)}
+    autocast = partial(autocast_in, device, precision)
+    fitting = partial(_fitting, model=model, teacher=teacher, loss=loss, autocast=autocast)
     training = Training(
-        run=run, identity=repr((recipe, taught, steps, shapes)), epochs=epochs, steps=steps,
-        batches=lambda: _fitting(source(), networks, partial(autocast_in, device, precision)),
-        prepare=lambda step: run.set_rates([rate(lr, step, epochs * steps)]),
+        run=run, identity=belongs, epochs=recipe.epochs, steps=steps, batches=lambda: fitting(source()),
+        prepare=lambda step: run.set_rates([rate(recipe.lr, step, recipe.epochs * steps)]),
         validate=lambda: {"lr": run.optimizer.param_groups[0]["lr"]},
         generator=generator if isinstance(generator, torch.Generator) else None,
     )  # fmt: skip
@@ -130,8 +148,9 @@ def _precision(model: nn.Module, teacher: nn.Module | None, precision: Any) -> A
         raise TrainingError("no parameter of the model requires a gradient, so there is nothing to train")
     if kinds - {torch.float32, torch.float64}:
         raise TrainingError(f"the model has parameters of {kinds}; train model.float(), in which small steps are kept")
-    if teacher is model:
-        raise TrainingError("the teacher is the model itself; give the dense network, of which substitute made a copy")
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if teacher is not None and not trained.isdisjoint(map(id, teacher.parameters())):
+        raise TrainingError("the teacher is the model itself, or shares parameters with it; give the dense network")
     usual = "fp32" if torch.float64 in kinds else choose_precision(first_weight(model).device)
     return usual if precision == "auto" else precision
 
@@ -146,18 +165,27 @@ def _source(model: nn.Module, data: Any, recipe: Recipe, generator: Any) -> tupl
         images = data.train.to(first_weight(model).device)
         return partial(augmented_batches, images, recipe, generator), len(images) // recipe.batch_size
     steps = length_of(data)
+    if isinstance(data, Iterator) and recipe.epochs > 1:
+        raise TrainingError(f"data are a {type(data).__name__}, which gives its batches only once; give what it reads")
     if not steps:
         what = "hold no batch" if steps == 0 else f"are a {type(data).__name__} without a length"
         raise TrainingError(f"data {what}; give a list of batches, or a DataLoader of a dataset with a length")
     return partial(stream_batches, data, model, "data"), steps
 
 
-def _fitting(batches: Iterable[Batch], networks: Sequence[nn.Module], autocast: Autocast) -> Iterator[Batch]:
-    """The batches with labels as cross-entropy takes them; ``ValueError`` before the first that fits no network."""
-    like = None
-    for x, y in batches:
-        if like is None:
-            like, *taught = (teacher_logits(network, x[:2], autocast) for network in networks)
-            if taught and taught[0].shape != like.shape:
-                raise ValueError(f"the teacher's logits are {taught[0].shape}, but the model's {like.shape}")
-        yield with_labels([(x, y)], like)[0]
+def _fitting(
+    batches: Iterable[Batch], *, model: nn.Module, teacher: nn.Module | None, loss: Loss | None, autocast: Autocast
+) -> Iterator[Batch]:
+    """The batches as the loss takes them; ``ValueError`` before the first that fits no network."""
+    logits: Any = None
+    for i, (x, y) in enumerate(batches):
+        if i == 0 and loss is not None:
+            with torch.no_grad(), evaluating(model), autocast():
+                losses_of(loss, outputs_of(model, x), y, samples=samples_in(x), mean=True)
+        if i == 0 and not (loss is not None and teacher is None):
+            logits = teacher_logits(model, first_samples(x, 2), autocast)
+        if i == 0 and teacher is not None:
+            taught = teacher_logits(teacher, first_samples(x, 2), autocast)
+            if taught.shape != logits.shape:
+                raise ValueError(f"the teacher's logits are {taught.shape}, but the model's {logits.shape}")
+        yield with_labels([(x, y)], logits)[0] if loss is None else (x, y)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,10 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from basis.batches import Loss
+from basis.copies import copy_of
 from basis.data import Data, Images, augment, normalise
+from basis.digests import contents, weights
 from basis.layers.coefficients import Sparse
 from basis.layers.conv import BasisConv2d
 from basis.layers.structured import StructuredConv2d
+from basis.numbers import plain_number
 from basis.training.attention import Attention
 from basis.training.distillation import beside_teacher
 from basis.training.epochs import Training
@@ -162,10 +165,12 @@ def check_recipe(model: nn.Module, recipe: Recipe, steps_per_epoch: int, teacher
 def make_step(
     model: nn.Module, recipe: Recipe | None = None, *, device: str | torch.device | None = None,
     capture: Capture | None = None, teacher: nn.Module | None = None, distillation: float | None = None,
+    loss_function: Loss | None = None,
 ) -> TrainingStep:  # fmt: skip
     """Put ``model`` on the device, and make the step that trains it as ``recipe`` says; arguments as of :func:`train`.
 
     ``distillation``: the share of the loss that comes from the predictions of the ``teacher``; None: its attention.
+    ``loss_function``: in place of cross-entropy.
 
     To be called with images (N, C, H, W) in the recipe's memory format, labels (N,) and a :class:`Kind`. Skipped
     parts are for the caller to freeze, as are learning rates to set.
@@ -188,7 +193,7 @@ def make_step(
         model, make_optimizer(model, recipe, place),
         torch.amp.GradScaler(place.type, enabled=recipe.precision == "fp16"), terms,
         means=means_for(recipe.step, place), autocast=autocast, label_smoothing=recipe.label_smoothing,
-        channels_last=last, capture=capture, beside=beside,
+        channels_last=last, capture=capture, beside=beside, loss_function=loss_function,
     )  # fmt: skip
 
 
@@ -220,7 +225,7 @@ class Switcher:
         self._go_on(training, teacher)
 
     def _teacher(self, dense: nn.Module) -> nn.Module | None:
-        return None if self.switch.teach is None else copy.deepcopy(dense).eval().requires_grad_(False)
+        return None if self.switch.teach is None else copy_of(dense).eval().requires_grad_(False)
 
     def _go_on(self, training: Training, teacher: nn.Module | None) -> None:
         model, training.setup_seconds = training.run.model, training.setup_seconds + training.run.setup_seconds
@@ -230,13 +235,16 @@ class Switcher:
         training.run, training.prepare, training.teacher = run, schedule.prepare, teacher
 
 
-def _identity(model: nn.Module, recipe: Recipe, seed: int, total_steps: int, teacher: nn.Module | None) -> str:
-    """What a checkpoint of a training by ``recipe`` belongs to."""
+def identity(
+    model: nn.Module, recipe: Recipe, *, seed: int, steps: int, teacher: nn.Module | None, data: Any
+) -> dict[str, str]:
+    """What a checkpoint of a training by ``recipe`` belongs to, each thing by its name."""
     said = {name: value for name, value in asdict(recipe).items() if value is not None}
-    shapes = [[tuple(p.shape) for p in network.parameters()] for network in (model, teacher) if network is not None]
     forms = [str(module.coefficients.form) for module in model.modules() if isinstance(module, BasisConv2d)]
     kinds = [module.text for module in model.modules() if isinstance(module, StructuredConv2d)]
-    return repr((said, seed, total_steps, shapes, forms, kinds))
+    taught = "" if teacher is None else weights(teacher.state_dict())
+    found = {"recipe": repr(said), "seed": str(seed), "steps": str(steps), "layers": repr((forms, kinds))}
+    return found | {"starting weights": weights(model.state_dict()), "teacher": taught, "data": contents(data)}
 
 
 def train(
@@ -252,8 +260,9 @@ def train(
         data: training and test images; validation images are evaluated after every epoch.
         recipe, device: how, ``Recipe()`` unless given; where: the GPU if there is one, else the CPU.
         seed: of the order and the augmentation of the images (not of the initial weights).
-        checkpoint: file that is resumed from when it exists; removed by nobody. On a CPU a resumed training gives bit
-            for bit the result of an uninterrupted one.
+        checkpoint: file that is resumed from when it exists, for the same data, recipe, seed and starting weights (or
+            those that it holds); removed by nobody. On a CPU a resumed training gives bit for bit the result of an
+            uninterrupted one.
         checkpoint_every: seconds after which the file is written at the next end of an epoch.
         should_stop: asked after every epoch but the last; True ends the training by :class:`TrainingPaused`.
         progress: whether to draw a bar, or what to write beside it.
@@ -266,7 +275,7 @@ def train(
         TrainingPaused: see ``should_stop``.
     """
     place = choose_device(device)
-    recipe = (recipe or Recipe()).resolved(model, place)
+    recipe, seed = (recipe or Recipe()).resolved(model, place), plain_number("seed", seed, whole=True)
     steps = len(data.train) // recipe.batch_size
     if steps == 0:
         raise TrainingError(f"batch_size is {recipe.batch_size}, but there are only {len(data.train)} training images")
@@ -284,13 +293,15 @@ def train(
         found = evaluate(model, data.validation, precision=recipe.precision) if data.validation else {}
         return {f"validation_{name}": value for name, value in found.items()}
 
+    belongs, seen = {}, [data.train, data.validation]
+    if checkpoint:
+        belongs = identity(model, recipe, seed=seed, steps=schedule.total_steps, teacher=teacher, data=seen)
     training = Training(
-        run=run, identity=_identity(model, recipe, seed, schedule.total_steps, teacher), epochs=recipe.epochs,
-        steps=steps, batches=partial(augmented_batches, data.train, recipe, generator), prepare=schedule.prepare,
-        generator=generator, validate=validate,
+        run=run, identity=belongs, epochs=recipe.epochs, steps=steps, generator=generator, validate=validate,
+        batches=partial(augmented_batches, data.train, recipe, generator), prepare=schedule.prepare,
         switch=Switcher(recipe.switch, recipe, data, place) if recipe.switch else None,
     )  # fmt: skip
-    with on_device(place), schedule.parts.restored():
+    with on_device(place), schedule.parts.restored(), as_training_error():
         training.loop(checkpoint, should_stop, progress, checkpoint_every=checkpoint_every)
     training.run.forget()  # a graph's memory is set free
     last = partial(evaluate, model, precision=recipe.precision, flip=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 
+from basis.numbers import plain_fields
 from basis.training.penalties import parameter_groups
 from basis.training.skipping import Skip
 from basis.training.stepping import Step
@@ -103,6 +104,7 @@ class Recipe:
     switch: Switch | None = None
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         for name in (*POSITIVE, *BELOW, "weight_decay"):
             value, below = getattr(self, name), BELOW.get(name, math.inf)
             if value is not None and (not 0 <= value < below or (name in POSITIVE and value == 0)):

@@ -16,6 +16,7 @@ from torch import nn
 
 from basis.costs import Cost, cost
 from basis.layers.conv import BasisConv2d, ExplicitMode
+from basis.numbers import plain_fields
 
 
 class Trained(NamedTuple):
@@ -47,9 +48,10 @@ class Skip:
     rescale: bool | None = None
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         for part in ("basis", "coefficients"):
             every, until = getattr(self, f"{part}_every"), getattr(self, f"{part}_until")
-            if type(every) is not int or every < 1 or not 0 <= until <= 1:
+            if every < 1 or not 0 <= until <= 1:
                 raise ValueError(
                     f"{part}_every is {every!r} and {part}_until is {until!r}, but every must be a whole number of "
                     "steps, and until lie in [0, 1]"

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._triton import has_triton
 
-from basis.batches import logits_of
+from basis.batches import Loss, logits_of, losses_of
+from basis.inputs import run, samples_in
+from basis.text import first_line
 
 Step = Literal["eager", "compiled", "graphed", "fast"]
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
@@ -76,11 +78,12 @@ class TrainingStep:
         objective: (loss, kind) to what is differentiated.
         channels_last: the memory format of ``model``, which a compiler has to be made to keep.
         capture: runs a function and returns what repeats it; a CUDA graph unless given.
-        beside: runs ``model`` beside a teacher, (N, C, H, W) to logits and a term that is added to what is
+        beside: runs ``model`` beside a teacher, inputs to logits and a term that is added to what is
             differentiated. Not compiled: torch compiles modules of one class once, whatever hooks they have.
+        loss_function: of outputs and targets, whatever they are; cross-entropy unless given.
 
     Attributes:
-        loss, correct: sums since :meth:`start_epoch` of the batches' mean losses, and of images classified rightly.
+        loss, correct: sums since :meth:`start_epoch` of the samples' losses, and of images classified rightly.
     """
 
     def __init__(
@@ -88,24 +91,27 @@ class TrainingStep:
         objective: Callable[[Tensor, Any], Tensor], *, means: Means,
         autocast: Autocast = nullcontext, label_smoothing: float = 0.0,
         channels_last: bool = False, capture: Capture | None = None,
-        beside: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+        beside: Callable[[Any], tuple[Tensor, Tensor]] | None = None, loss_function: Loss | None = None,
     ) -> None:  # fmt: skip
         if beside and means.compiled:
             means = means._replace(compiled=False, reason="attention transfer is not compiled")
         self.model, self.optimizer, self.scaler, self.means = model, optimizer, scaler, means
-        self.beside, self.setup_seconds = beside, 0.0
+        self.beside, self.loss_function, self.setup_seconds = beside, loss_function, 0.0
         self._objective, self._autocast, self._label_smoothing = objective, autocast, label_smoothing
         self._device = next(model.parameters()).device
         self.loss, self.correct = (torch.zeros((), device=self._device) for _ in range(2))
-        self._network: Callable[[Tensor], Tensor] = compiled(model, channels_last) if means.compiled else model
+        self._network: Any = compiled(model, channels_last) if means.compiled else model
         self._capture = capture or (CudaCapture(self._device) if means.graphed else None)
         self._rates = [torch.tensor(group["lr"], device=self._device) for group in optimizer.param_groups]
         self._prepared: dict[Hashable, Callable[[Tensor, Tensor], None]] = {}
         self.set_rates([group["lr"] for group in optimizer.param_groups])
         self.forget()
 
-    def __call__(self, x: Tensor, labels: Tensor, kind: Hashable = None) -> None:
-        """Train on one batch; ``kind`` tells apart steps that compute different things, and goes to ``objective``."""
+    def __call__(self, x: Any, labels: Any, kind: Hashable = None) -> None:
+        """Train on one batch; ``kind`` tells apart steps that compute different things, and goes to ``objective``.
+
+        Where steps are prepared, ``x`` and ``labels`` are tensors.
+        """
         if not self.means.prepares:
             return self._run(x, labels, kind=kind)
         key = (kind, x.shape)
@@ -134,14 +140,18 @@ class TrainingStep:
                 for p in group["params"] if group["momentum"] else ():
                     self.optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
 
-    def _run(self, x: Tensor, labels: Tensor, *, kind: Hashable) -> None:
+    def _run(self, x: Any, labels: Any, *, kind: Hashable) -> None:
         term: Tensor | None = None
         if self.beside:
-            logits, term = self.beside(x)
+            outputs, term = self.beside(x)
         else:
             with self._autocast():
-                logits = logits_of(self._network(x))
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self._label_smoothing)
+                outputs = run(self._network, x)
+        if self.loss_function is not None:
+            with self._autocast():
+                loss = losses_of(self.loss_function, outputs, labels, samples=samples_in(x), mean=True).mean()
+        else:
+            loss = F.cross_entropy(logits_of(outputs).float(), labels, label_smoothing=self._label_smoothing)
         objective = self._objective(loss, kind)
         if term is not None:
             objective = objective + term
@@ -150,9 +160,12 @@ class TrainingStep:
             self.scaler.scale(objective).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        self.loss += loss.detach()
-        right = labels if labels.dim() == 1 else labels.argmax(1)  # labels may be probabilities
-        self.correct += (logits.detach().argmax(1) == right).sum()
+        elif any(p.requires_grad for p in self.model.parameters()):
+            raise ValueError("the loss has no gradient: the model or the loss detaches it, or gradients are off")
+        self.loss += loss.detach() * samples_in(x)
+        if self.loss_function is None:
+            right = labels if labels.dim() == 1 else labels.argmax(1)  # labels may be probabilities
+            self.correct += (outputs.detach().argmax(1) == right).sum()
 
     def _prepare(self, x: Tensor, labels: Tensor, kind: Hashable) -> Callable[[Tensor, Tensor], None]:
         run = partial(self._run, kind=kind)
@@ -182,8 +195,7 @@ class TrainingStep:
     def _give_up(self, error: Exception, **without: bool) -> None:
         """Go on without what failed, in all kinds of steps."""
         (what,) = without
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        reason = "; ".join(filter(None, [self.means.reason, f"could not be {what}: {first}"]))
+        reason = "; ".join(filter(None, [self.means.reason, f"could not be {what}: {first_line(error)}"]))
         self.means = self.means._replace(reason=reason, **without)
         if not self.means.compiled:
             self._network = self.model

@@ -284,15 +284,11 @@ def test_other_dtypes(dtype):
     assert all(own[key].value == pytest.approx(error[key].value, abs=tolerance) for key in plain)
 
 
-def test_weights_that_are_zero_or_not_finite_and_outputs_of_a_large_mean():
+def test_weights_that_are_zero_and_outputs_of_a_large_mean():
     model = made(Net)
     with torch.no_grad():
         model.first.weight.zero_()
-        model.shared.weight[0, 0, 0, 0] = math.inf
-    cells = by_key(spectrum(model, CANDIDATES | {"shared": (3, "sep")})[1])
-    assert cells["first", 2].value == 0
-    assert math.isnan(cells["shared", 3].value)
-    assert math.isnan(cells["shared", "sep"].value)
+    assert by_key(spectrum(model, CANDIDATES)[1])["first", 2].value == 0
     model = nn.Sequential(nn.Conv2d(3, 8, 1)).eval()
     plain = by_key(activation(model, {"0": (4, 2)}, batches())[1])
     with torch.no_grad():

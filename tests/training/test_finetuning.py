@@ -101,11 +101,11 @@ def test_a_paused_training_ends_as_an_uninterrupted_one(tmp_path, own):
     with pytest.raises(TrainingPaused, match="after epoch 1 of 3"):
         finetune(paused, source(), epochs=3, lr=0.05, checkpoint=path, should_stop=lambda: True)
     torch.manual_seed(77)
-    resumed = network(8)
+    resumed = network()
     result = finetune(resumed, source(), epochs=3, lr=0.05, checkpoint=path)
     assert [row["train_loss"] for row in result.curves] == [row["train_loss"] for row in whole.curves]
     assert all(torch.equal(value, straight.state_dict()[name]) for name, value in resumed.state_dict().items())
-    again = network(9)
+    again = network()
     done = finetune(again, source(), epochs=3, lr=0.05, checkpoint=path)  # nothing is left to do
     assert done.curves == result.curves
     assert torch.equal(again[0].weight, resumed[0].weight)
@@ -127,7 +127,7 @@ def test_data_are_augmented(tmp_path):
     with pytest.raises(TrainingPaused):
         finetune(models[1], data, epochs=2, lr=0.1, batch_size=60, checkpoint=path, should_stop=lambda: True)
     torch.manual_seed(1)
-    resumed = finetune(models[1], data, epochs=2, lr=0.1, batch_size=60, checkpoint=path)
+    resumed = finetune(network(classes=10), data, epochs=2, lr=0.1, batch_size=60, checkpoint=path)
     assert [row["train_loss"] for row in resumed.curves] == [row["train_loss"] for row in result.curves]
     with pytest.raises(TrainingError, match="batch_size is 500, but there are 240 training images"):
         finetune(models[0], data, batch_size=500)
@@ -157,6 +157,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_changes():
         (model, [(x, y[:, None])], {}, "the labels are torch.int64 of shape"),
         (model[:4], [(x, y)], {}, "it must return logits"),
         (model, [(x, y)], {"teacher": model}, "the teacher is the model itself"),
+        (model, [(x, y)], {"teacher": nn.Sequential(model)}, "shares parameters"),
         (model, [(x, y)], {"teacher": network(classes=7)}, "the teacher's logits are"),
     ):
         with pytest.raises(TrainingError, match=words):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from basis import recalibrate
+from basis.modules import evaluating
 
 
 class Net(nn.Module):
@@ -96,3 +97,95 @@ def test_it_prints(net):
     assert recalibrate(nn.Sequential(nn.Conv2d(3, 4, 3)), [torch.randn(2, 3, 5, 5)]).norms == ()
     result = recalibrate(net, [torch.randn(8, 3, 6, 6)])
     assert "left alone: idle" in str(result)
+
+
+class Stuck(nn.BatchNorm2d):
+    """Stays in evaluation mode whatever is said."""
+
+    def train(self, mode=True):
+        return super().train(False)
+
+
+class Fixed(nn.BatchNorm2d):
+    """Says that it trains, but uses and keeps its statistics."""
+
+    def forward(self, x):
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+class Dropping(nn.BatchNorm2d):
+    """Holds a dropout, as timm's ``BatchNormAct2d`` does, which has to rest."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.drop = nn.Dropout(0.9)
+
+    def forward(self, x):
+        return self.drop(super().forward(x))
+
+
+def turned_off():
+    norm = nn.BatchNorm2d(4)
+    norm.track_running_stats = False
+    return norm
+
+
+KEPT = {
+    "stuck": (Stuck(4), "stays in evaluation mode"),
+    "fixed": (Fixed(4), "never called"),
+    "turned off": (turned_off(), "stay as they are"),
+    "instance": (nn.InstanceNorm2d(4, track_running_stats=True), "stay as they are"),
+}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_a_norm_that_does_not_train_keeps_its_statistics_and_is_named(kind):
+    torch.manual_seed(0)
+    norm, reason = KEPT[kind]
+    norm.running_mean.normal_()
+    model = nn.Sequential(nn.ModuleList([norm])[0], Dropping(4), nn.BatchNorm2d(4)).train()
+    norm.eval()
+    before, flags = copy.deepcopy(norm.state_dict()), [module.training for module in model.modules()]
+    x = torch.randn(16, 4, 5, 5)
+    with torch.no_grad():
+        y = norm(x)
+    result = recalibrate(model, [x])
+    assert result.norms == ("1", "2")
+    assert reason in result.skipped["0"]
+    assert reason in str(result)
+    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
+    assert [module.training for module in model.modules()] == flags
+    assert torch.allclose(model[1].running_mean, y.mean((0, 2, 3)), atol=1e-6)
+    assert torch.allclose(model[2].running_var, torch.full((4,), 1.0), atol=0.01)  # nothing was dropped
+
+
+def test_statistics_that_are_not_finite_are_measured_anew():
+    model, x = nn.Sequential(nn.BatchNorm2d(4)), torch.randn(16, 4, 5, 5)
+    model[0].running_mean.fill_(math.nan)
+    model[0].running_var.fill_(math.inf)
+    recalibrate(model, [x])
+    assert torch.allclose(model[0].running_mean, x.mean((0, 2, 3)), atol=1e-6)
+
+
+class Merging(nn.Linear):
+    """As the layers of LoRA do, it is another in evaluation mode, and is turned back by ``train()`` alone."""
+
+    merged = False
+
+    def train(self, mode=True):
+        self.merged = not mode
+        return super().train(mode)
+
+
+@pytest.mark.parametrize("outer", [True, False])
+def test_evaluation_ends_by_the_switch_that_each_module_has(outer):
+    inner = nn.Sequential(Merging(3, 3), nn.Dropout())
+    model = nn.Sequential(nn.Sequential(inner), nn.Linear(3, 3)).train(outer)
+    inner.train()
+    inner[1].eval()
+    flags = [module.training for module in model.modules()]
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+        assert inner[0].merged
+    assert [module.training for module in model.modules()] == flags
+    assert not inner[0].merged

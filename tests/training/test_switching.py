@@ -64,7 +64,7 @@ def test_a_resumed_training_is_bit_identical(tmp_path, changes, epoch):
     with pytest.raises(TrainingPaused):
         trained(switched(**changes), checkpoint=path, should_stop=lambda: next(asked) == epoch)
     torch.manual_seed(99)
-    model = network(seed=5)
+    model = network()
     result = train(model, DATA, switched(**changes), device="cpu", checkpoint=path)
     assert same(model, whole)
     assert losses(result) == losses(expected)

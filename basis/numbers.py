@@ -1,0 +1,22 @@
+"""Numbers as users give them: those of numpy become Python's, truth values are none."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from numbers import Integral, Real
+from typing import Any
+
+
+def plain_number(name: str, value: Any, *, whole: bool = False) -> Any:
+    """``value`` as an int, or a float where it is not whole by its kind; ``ValueError`` for what is no such number."""
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        raise ValueError(f"{name} is {value!r}, but it must be a {'whole ' if whole else ''}number")
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def plain_fields(settings: Any) -> None:
+    """:func:`plain_number` for every field of a frozen dataclass that is annotated as int or float, or None."""
+    for field in fields(settings):
+        value, kind = getattr(settings, field.name), str(field.type).removesuffix(" | None")
+        if kind in ("int", "float") and (value is not None or kind == field.type):
+            object.__setattr__(settings, field.name, plain_number(field.name, value, whole=kind == "int"))

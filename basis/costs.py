@@ -192,7 +192,8 @@ def cost(
             through = isinstance(own, BasisBatchNorm2d)
             one = _through_basis_cost(own.conv, call) if through else _called_cost(module, call, counted)
             as_is, dense = as_is + _recorded(one, call), dense + _recorded(_dense_cost(module, call), call)
-        as_is, dense = (one + outside.get(module, Cost()) for one in (as_is, dense))
+        if module in outside:
+            as_is, dense = as_is + outside[module], dense + outside[module]
         if own in parts:  # a normalisation within a structured layer, which a dense one has not
             dense = Cost()
         known = bool(calls) or not isinstance(module, MATMULS) or module in outside

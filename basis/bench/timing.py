@@ -322,6 +322,8 @@ def layer_steps(
     Where steps are captured there are several sets of inputs, unless they are not to be ``rotated``. Layers that change
     their inputs in place get copies of them, and all take the time of a copy.
     """
+    if one not in PASSES:
+        raise ValueError(f"the pass is {one!r}, but it must be one of {', '.join(PASSES)}")
     train = one != "forward"
     dtype = DTYPES[setting.precision]
     changed: list[bool] = []

@@ -144,14 +144,14 @@ class _Watch(TorchDispatchMode):
 
     def keep(self, func: Any, args: Any, out: Any) -> None:
         """Note what ``func`` multiplied."""
-        space, _, name = func.name().partition("::")
-        name = name.partition(".")[0].rstrip("_")
+        operator = func.name().partition(".")[0]
+        space, _, name = operator.rstrip("_").partition("::")
         first = FACTORS.get(name, 0)
         factors = [factor for factor in args[first : first + 2] if isinstance(factor, Tensor)]
         sparse = any(factor.layout != torch.strided for factor in factors)
         if space != "aten" or name not in FACTORS or sparse:
             if not space.startswith(("prim", "profiler")) and (space != "aten" or OPAQUE.match(name)):
-                self.uncounted[f"{func.name().partition('.')[0]}{' of sparse tensors' * sparse}"] = None
+                self.uncounted[f"{operator}{' of sparse tensors' * sparse}"] = None
             return
         a, b = factors
         if name == "convolution":

@@ -239,6 +239,13 @@ def test_a_network_that_leaves_its_input_alone_is_timed_without_copies():
     assert len(seen) == 1
 
 
+def test_a_pass_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="pass is 'backward'"):
+        tune(nn.Sequential(BasisConv2d(4, 8, 3, ratio=0.5)), input_size=(4, 8, 8), one="backward", setting=setting())
+    with pytest.raises(ValueError, match="pass is 'f'"):
+        bench_latency(nn.Conv2d(3, 8, 3), ratios=[0.5], multiple=4, passes="forward", setting=setting())
+
+
 def test_numbers_of_numpy_are_numbers():
     own = Setting(device="cpu", batch_size=np.int64(2), rounds=np.int32(3), seconds=np.float32(1), seed=np.int64(4))
     assert json.loads(json.dumps([own.batch_size, own.rounds, own.seconds, own.seed])) == [2, 3, 1.0, 4]

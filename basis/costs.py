@@ -204,13 +204,8 @@ def cost(
     return CostReport(tuple(layers), size, samples_in(example), shapes_of(example), traced.uncounted)
 
 
-def trace_calls(model: nn.Module, inputs: Inputs) -> list[tuple[str, nn.Module, list[Call]]]:
-    """Every layer (in a copy of the model) with its calls in one forward pass, as :func:`basis.layers.calls.trace`."""
-    return trace(model, inputs).layers
-
-
 def cost_alone(layer: ConvLike, calls: Sequence[Call], mode: ExplicitMode = "factorized") -> Cost:
-    """What a basis convolution or structured layer costs in such calls (see :func:`trace_calls`), all its own."""
+    """What a basis convolution or structured layer costs in such calls, all its own."""
     costs = (_recorded(_called_cost(layer, call, mode), call) for call in calls)
     return sum(costs, Cost(count_parameters(layer)))
 

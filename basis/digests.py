@@ -92,12 +92,15 @@ def contents(data: Any) -> str:
 
 
 def function(of: Any) -> str:
-    """A digest of a function's name and code, of a partial also of what it binds; not of the values it refers to."""
+    """A digest of what tells a function: its name, code, defaults and closure, of a partial or object what it holds."""
     if isinstance(of, partial):
         return digest(f"{function(of.func)} {_text((of.args, of.keywords))}")
     code = getattr(of, "__code__", None)
-    inside = code and (code.co_code, code.co_names, code.co_consts)
-    return digest(f"{of.__module__} {getattr(of, '__qualname__', type(of).__qualname__)} {_text(inside)}")
+    closed = [cell.cell_contents for cell in getattr(of, "__closure__", None) or ()]
+    inside = (
+        (code.co_code, code.co_names, code.co_consts, of.__defaults__, closed) if code else getattr(of, "__dict__", "")
+    )
+    return digest(f"{type(of).__qualname__} {getattr(of, '__qualname__', '')} {_text(inside)}")
 
 
 def _text(value: Any) -> str:

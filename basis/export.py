@@ -17,19 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from basis.inputs import (
-    Inputs,
-    arguments,
-    example_inputs,
-    mapped,
-    run,
-    samples_in,
-    shapes_of,
-    tensors_in,
-    whole,
-    with_samples,
-)
+from basis.inputs import Inputs, arguments, example_inputs, mapped, run, samples_in, shapes_of, tensors_in, with_samples
 from basis.layers.batchnorm import uncouple
+from basis.numbers import plain_number
 from basis.saving import replacing
 from basis.text import first_line
 
@@ -130,7 +120,7 @@ def _write(
 ) -> Exported:  # fmt: skip
     """Export, run and compare; the file appears last, whole."""
     target = Path(path)
-    sizes = (1, 3) if batch == "dynamic" else (whole("batch", batch),)
+    sizes = (1, 3) if batch == "dynamic" else (plain_number("batch", batch, whole=True, least=1),)
     given = example_inputs(model, input_size, inputs)
     batches = [with_samples(given, n) for n in sizes]
     if inputs is None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from basis.numbers import plain_number
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -70,17 +71,6 @@ def shapes_of(inputs: Inputs) -> str:
     return ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors_in(inputs))
 
 
-def whole(name: str, value: Any, least: int = 1) -> int:
-    """``value`` as an int; ``ValueError`` unless it is a whole number, numpy's too, of at least ``least``."""
-    try:
-        number = least - 1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise ValueError(f"{name} is {value!r}, but it must be a whole number of at least {least}")
-    return number
-
-
 def example_inputs(
     model: nn.Module, input_size: Iterable[int] | None, inputs: Inputs | None, *, batch_size: int = 1
 ) -> Inputs:
@@ -92,7 +82,7 @@ def example_inputs(
     like = next((p for p in model.parameters() if p.is_floating_point() or p.is_complex()), torch.empty(0))
     if (input_size is None) == (inputs is None):
         raise ValueError("give one of input_size, such as (3, 32, 32), and inputs, a batch as the model takes it")
-    n = whole("batch_size", batch_size)
+    n = plain_number("batch_size", batch_size, whole=True, least=1)
     if inputs is not None:
         if not (samples := samples_in(inputs)):
             raise ValueError("inputs hold no tensor with a sample; give a batch as the model takes it")
@@ -101,5 +91,5 @@ def example_inputs(
         return mapped(lambda t: t.detach() if t.is_meta else t.detach().to(like.device), inputs)
     if not isinstance(input_size, Iterable):
         raise ValueError(f"input_size is {input_size!r}, but it must be a list of numbers, such as (3, 32, 32)")
-    size = [whole("each number of input_size", number) for number in input_size]
+    size = [plain_number("each number of input_size", number, whole=True, least=1) for number in input_size]
     return torch.zeros([n, *size], dtype=like.dtype, device=like.device)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
 
 
-def plain_number(name: str, value: Any, *, whole: bool = False) -> Any:
+def plain_number(name: str, value: Any, *, whole: bool = False, least: float = -math.inf) -> Any:
     """``value`` as an int, or a float where it is not whole by its kind; ``ValueError`` for what is no such number."""
-    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
-        raise ValueError(f"{name} is {value!r}, but it must be a {'whole ' if whole else ''}number")
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real) or not float(value) >= least:
+        bound = f" of at least {least}" if least > -math.inf else ""
+        raise ValueError(f"{name} is {value!r}, but it must be a {'whole ' if whole else ''}number{bound}")
     return int(value) if isinstance(value, Integral) else float(value)
 
 

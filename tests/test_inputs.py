@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from basis.inputs import example_inputs, first_samples, mapped, run, tensors_in, whole, with_samples
+from basis.inputs import example_inputs, first_samples, mapped, run, tensors_in, with_samples
 from tests.unusual import Drifts, made
 
 Pair = namedtuple("Pair", "left right")
@@ -74,10 +74,3 @@ def test_example_inputs_fit_the_model():
 def test_examples_that_make_no_sense_are_refused(size, inputs, options, says):
     with pytest.raises(ValueError, match=says):
         example_inputs(nn.Linear(3, 2), size, inputs, **options)
-
-
-def test_whole_numbers():
-    assert type(whole("n", np.int64(3))) is int
-    for wrong in (2.0, "2", None, np.float32(2), torch.tensor(2.5), 0):
-        with pytest.raises(ValueError, match="n is"):
-            whole("n", wrong)

@@ -29,7 +29,8 @@ from torch.autograd import _disable_profiler_legacy, _enable_profiler_legacy, pr
 
 from basis.bench.report import BenchReport
 from basis.environment import environment
-from basis.inputs import Inputs, arguments, mapped, tensors_in, whole, with_samples
+from basis.inputs import Inputs, arguments, mapped, tensors_in, with_samples
+from basis.numbers import plain_number
 from basis.text import first_line
 from basis.training.loop import (
     DTYPES,
@@ -186,7 +187,7 @@ class Setting:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(known)}")
         for name, least in (("batch_size", 1), ("rounds", 3), ("seed", 0)):
-            object.__setattr__(self, name, whole(name, getattr(self, name), least))
+            object.__setattr__(self, name, plain_number(name, getattr(self, name), whole=True, least=least))
         if self.seconds is not None:
             if not self.seconds >= 0:
                 raise ValueError(f"seconds is {self.seconds}, but must be at least 0")

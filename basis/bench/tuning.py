@@ -26,10 +26,11 @@ from basis.bench.shapes import RATIOS, TimedLayer, example, timed_layers
 from basis.bench.timing import PASSES, Pass, Progress, Setting
 from basis.copies import copy_of
 from basis.costs import cost
-from basis.inputs import Inputs, shapes_of, whole
+from basis.inputs import Inputs, shapes_of
 from basis.layers.batchnorm import couple, couple_in_place, couplings, uncouple, uncouple_in_place
 from basis.layers.conv import BasisConv2d, ExplicitMode, basis_channels_for
 from basis.layers.norm_pairs import norm_pairs
+from basis.numbers import plain_number
 from basis.substitution import plan_of
 from basis.text import few
 
@@ -62,7 +63,8 @@ def bench_latency(
     Raises ``ValueError`` for a model without such a layer, or that cannot be run on such inputs; for a ratio or setting
     that makes no sense.
     """
-    given, multiple, ratios = example(model, input_size, inputs), whole("multiple", multiple), [*map(float, ratios)]
+    given, ratios = example(model, input_size, inputs), [*map(float, ratios)]
+    multiple = plain_number("multiple", multiple, whole=True, least=1)
     free = [layer for layer, why in plan_of(model).skipped.items() if why == "left dense"]
     free = [layer for layer in free if isinstance(model.get_submodule(layer), nn.Conv2d)]
     setting = (setting or Setting()).settled(model)

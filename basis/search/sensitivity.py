@@ -27,7 +27,7 @@ from basis.batches import (
     stream_batches,
     with_labels,
 )
-from basis.costs import Cost, cost, cost_alone, trace_calls
+from basis.costs import Cost, cost, cost_alone
 from basis.data import Data
 from basis.digests import digest, function, samples, structure, weights
 from basis.inputs import Inputs, first_samples, samples_in
@@ -232,21 +232,21 @@ def layer_costs(
     trained = substitute(model, {})
     for parameter in trained.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    report, calls = None, {}
+    report = None
     if inputs is not None:
         with suppress(ValueError):
             report = cost(trained, inputs=inputs)
-            calls = {name: of for name, _, of in trace_calls(trained, inputs)}
-    rows = {} if report is None else {row.name: row.cost for row in report.layers}
+    rows = {} if report is None else {row.name: row for row in report.layers}
     unknown = {} if rows else {"macs": None, "backward_macs": None}
     counted = []
     for layer in layers:
         conv: Any = trained.get_submodule(layer.name)
         texts = [str(k) for k in layer.candidates if isinstance(k, str)]
-        alone = {text: cost_alone(Structure.parse(text).check(conv), calls.get(layer.name, ())) for text in texts}
+        calls = rows[layer.name].calls if rows else ()
+        alone = {text: cost_alone(Structure.parse(text).check(conv), calls) for text in texts}
         costs = {text: {**_units(own), **unknown} for text, own in alone.items()}
         if rows:
-            row = rows[layer.name]
+            row = rows[layer.name].cost
             positions, needed = row.forward_macs // (layer.out_channels * layer.fan_in), row.input_gradient_macs > 0
             layer = replace(layer, positions=positions, input_gradient=needed)
         counted.append(replace(layer, costs=costs))

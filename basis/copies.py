@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -49,3 +52,22 @@ def without_hooks(model: nn.Module) -> nn.Module:
         for hooks in (value for key, value in vars(module).items() if "hook" in key and isinstance(value, dict)):
             hooks.clear()
     return model
+
+
+@contextmanager
+def unnoticed(model: nn.Module) -> Iterator[None]:
+    """For runs of copies: torch's random numbers come back, and what is compiled runs as it was written."""
+    devices = {tensor.get_device() for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
+    compiles = "torch._dynamo" in sys.modules  # which takes long to import
+    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager") if compiles else nullcontext():
+        yield
+
+
+def keep_attributes(old: nn.Module, new: nn.Module, *, own: Container[str] = ()) -> None:
+    """Give ``new``, which takes the place of ``old``, its attributes that ``new`` lacks, whoever set them.
+
+    Not what ``nn.Module`` itself keeps, nor the names that are ``own`` to the kind of ``old``.
+    """
+    for name in vars(old).keys() - vars(nn.Module()).keys():
+        if name not in own and not hasattr(new, name):
+            object.__setattr__(new, name, vars(old)[name])

@@ -7,7 +7,8 @@ section 3.2): of a basis convolution into M = [I; A], so that B and M stay a pai
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,9 @@ from basis.bench.cells import Cell, measure_cells
 from basis.bench.report import BenchReport
 from basis.bench.shapes import TimedLayer, timed_layers
 from basis.bench.timing import Progress, Setting
-from basis.layers.base import ConvLike
+from basis.copies import copy_of, keep_attributes, unnoticed, without_hooks
+from basis.inputs import Inputs, mapped, run, shapes_of, tensors_in
+from basis.layers.base import ConvLike, arguments_of
 from basis.layers.batchnorm import uncouple
 from basis.layers.conv import BasisConv2d
 from basis.layers.norm_pairs import afterwards, norm_pairs
@@ -28,65 +31,128 @@ from basis.models import build
 from basis.modules import is_channels_last
 from basis.plan import Plan
 from basis.substitution import HOOKS, plan_of, replace_modules, substitute
-from basis.text import few
+from basis.text import few, first_line
 from basis.training.loop import DTYPES
 
 
-def fold(model: nn.Module, *, factorized: Iterable[str] = ()) -> nn.Module:
+def fold(model: nn.Module, *, factorized: Iterable[str] = (), inputs: Inputs | None = None) -> nn.Module:
     """A copy of ``model`` for inference, of plain ``torch.nn`` layers, with batch normalisation folded away.
 
     Every basis convolution or structured layer becomes one dense ``nn.Conv2d``. The ``nn.BatchNorm2d`` that directly
-    follows a convolution goes into its weight and bias, computed in float64 on the CPU and rounded once. Others stay:
-    those with statistics of each batch alone, with hooks on them or their convolution, after a convolution whose
-    forward pass or weight is made by somebody else, or in a model that torch.fx cannot trace. The copy is in evaluation
-    mode, takes no gradients, and keeps device, dtype, memory format and hooks.
+    follows a convolution, in a run on ``inputs``, goes into its weight and bias, computed in float64 on the CPU and
+    rounded once. Others stay: those with statistics of each batch alone, with hooks on them or their convolution, whose
+    parameters are used elsewhere too, after a convolution whose forward pass or weight is made by somebody else, or in
+    a part whose forward pass depends on values. The copy is in evaluation mode, takes no gradients, and keeps device,
+    dtype, memory format, hooks, and the attributes of the layers. It has to give what the model gives on ``inputs``; if
+    it does not, or the model cannot be run, a warning says so, and all batch normalisation stays.
 
     Args:
         factorized: names of the basis convolutions that become ``nn.Sequential`` pairs of B (C_in -> k) and
-            M = [I; A] (k -> C_out, 1x1), such as :func:`measure_fold` finds.
+            M = [I; A] (k -> C_out, 1x1), such as :func:`measure_fold` finds; not where the model uses their parameters.
+        inputs: a batch as the model takes it; None: two random images, see
+            :func:`basis.layers.norm_pairs.norm_pairs`.
 
     Raises ``ValueError`` for a name in ``factorized`` that is no basis convolution, and on the meta device.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model is on the meta device and has no values to fold; load its values first")
-    folded = uncouple(model).eval()
-    bases = {name: m for name, m in folded.named_modules(remove_duplicate=False) if isinstance(m, BasisConv2d)}
+    plain = uncouple(model).eval()
+    bases = {name: m for name, m in plain.named_modules(remove_duplicate=False) if isinstance(m, BasisConv2d)}
     names = [factorized] if isinstance(factorized, str) else list(factorized)
     if unknown := [name for name in names if name not in bases]:
         raise ValueError(f"factorized has {unknown[0]!r}, but it must name basis convolutions ({few(bases) or 'none'})")
-    pairs = {bases[name] for name in names}
-    norms = _foldable(folded)
+    try:
+        if names or any(isinstance(module, nn.BatchNorm2d) for module in plain.modules()):
+            found = norm_pairs(plain, inputs=inputs)
+            norms = {c: n for c, n in found.norms.items() if _fit(plain.get_submodule(c), plain.get_submodule(n))}
+            pairs = {bases[name] for name in names} - {plain.get_submodule(name) for name in found.read}
+            if norms or pairs:
+                before = _outputs(plain, found.inputs)
+                folded = _folded(plain, norms, pairs)
+                _compare(_outputs(folded, found.inputs), before)
+                return folded
+    except ValueError as error:
+        warnings.warn(f"no batch normalisation is folded, and no layer is a pair: {error}", stacklevel=2)
+    return _folded(uncouple(model).eval(), {}, set())
+
+
+def _folded(model: nn.Module, norms: Mapping[str, str], pairs: Collection[nn.Module]) -> nn.Module:
+    """``model`` itself with these normalisations folded and all layers of this package plain, some as ``pairs``."""
     new: dict[nn.Module, nn.Module] = {}
-    for name, layer in folded.named_modules():
-        if isinstance(layer, ConvLike) or name in norms:
-            norm = folded.get_submodule(norms[name]) if name in norms else None
+    for name, layer in model.named_modules():
+        if (isinstance(layer, ConvLike) and _knows_forward(layer)) or name in norms:
+            norm = model.get_submodule(norms[name]) if name in norms else None
             new[layer] = _plain(layer, norm, pair=layer in pairs)
             for hooks in HOOKS:
                 setattr(new[layer], hooks, getattr(layer, hooks))
+            dense = nn.Conv2d(*arguments_of(layer, torch.empty(0, device="meta")))
+            keep_attributes(dense, new[layer])
+            keep_attributes(layer, new[layer], own=_own(layer, dense))
     for name in norms.values():
-        norm = folded.get_submodule(name)
+        norm = model.get_submodule(name)
         parts = [part for part in afterwards(norm) or () if type(part) is not nn.Identity]
         new[norm] = parts[0] if len(parts) == 1 else nn.Sequential(*parts) if parts else nn.Identity()
-    return replace_modules(folded, new).eval().requires_grad_(False)
+        keep_attributes(norm, new[norm])
+    return replace_modules(model, new).eval().requires_grad_(False)
 
 
-def _foldable(model: nn.Module) -> dict[str, str]:
-    """Convolution -> the batch normalisation to fold into it."""
+def _own(layer: Any, dense: nn.Conv2d) -> Collection[str]:
+    """The attributes of ``layer``, of the shape of ``dense``, that are its kind's and not its user's."""
+    if isinstance(layer, BasisConv2d):
+        return vars(BasisConv2d.shaped_like(dense, basis_channels=layer.basis_channels))
+    return vars(type(layer).shaped_like(dense, size=layer.size)) if isinstance(layer, StructuredConv2d) else ()
+
+
+def _knows_forward(layer: nn.Module) -> bool:
+    """Whether the forward pass of ``layer`` is that of this package."""
+    return "forward" not in vars(layer) and type(layer).forward.__module__.startswith("basis.layers.")
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, inputs: Any) -> tuple[list[Tensor], float]:
+    """All numbers that ``model`` gives for ``inputs``, noise where they are constant, and the unit of the coarsest."""
+    copied, units = without_hooks(copy_of(model)), [2.0**-14]
+
+    def watch(module: Any, args: Any, y: Any) -> None:
+        for tensor in tensors_in(y):  # on a GPU, convolutions in float32 may have the precision of TF32
+            units.append(max(torch.finfo(tensor.dtype).eps, 2.0**-10 if tensor.is_cuda else 0))
+
+    def noise(tensor: Tensor) -> Tensor:
+        constant = tensor.is_floating_point() and tensor.dim() > 1 and bool((tensor == tensor.flatten()[:1]).all())
+        return torch.randn_like(tensor) if constant else tensor
+
+    for layer in copied.modules():
+        if isinstance(layer, (ConvLike, nn.Conv2d)):
+            layer.register_forward_hook(watch)
     try:
-        found = norm_pairs(model).norms
-    except ValueError:  # it cannot be traced
-        return {}
-    return {conv: norm for conv, norm in found.items() if _fit(model.get_submodule(conv), model.get_submodule(norm))}
+        with unnoticed(model):
+            result = run(copied, mapped(noise, inputs))
+    except Exception as error:  # the model's own code may raise anything
+        raise ValueError(f"it cannot be run on {shapes_of(inputs)} ({first_line(error)}); give inputs=") from error
+    known = isinstance(result, (Tensor, Mapping, tuple, list)) or not hasattr(result, "__dict__")
+    numbers = [t for t in tensors_in(result if known else vars(result)) if t.is_floating_point() or t.is_complex()]
+    return [torch.view_as_real(t) if t.is_complex() else t for t in numbers], max(units)
+
+
+def _compare(got: tuple[list[Tensor], float], expected: tuple[list[Tensor], float]) -> None:
+    """Raise ``ValueError`` unless both are the same numbers up to rounding."""
+    (after, _), (before, unit) = got, expected
+    if not before or [t.shape for t in after] != [t.shape for t in before]:
+        raise ValueError("it does not give tensors that could be compared")
+    for a, b in zip(after, before, strict=True):
+        largest = float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0.0
+        if not torch.isclose(a.double(), b.double(), rtol=0, atol=16 * unit * (largest or 1.0), equal_nan=True).all():
+            raise ValueError("the result would not give what the model gives")
 
 
 def _fit(conv: Any, norm: Any) -> bool:
     """Whether ``norm`` can be folded into ``conv``."""
-    if norm.running_mean is None or norm.running_var is None:
+    if norm.training or norm.running_mean is None or norm.running_var is None:  # it may not heed ``eval()``
         return False
-    if conv._forward_hooks or norm._forward_hooks or norm._forward_pre_hooks:  # which would see other values
+    if norm._forward_hooks:
         return False
     plain = type(conv) is nn.Conv2d and not {"forward", "_conv_forward"} & set(vars(conv))
-    return isinstance(conv, ConvLike) or (plain and set(conv._parameters) == {"weight", "bias"})
+    return _knows_forward(conv) if isinstance(conv, ConvLike) else plain and set(conv._parameters) == {"weight", "bias"}
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ Everything but the layers themselves (device, dtype, memory format, flags, hooks
 from __future__ import annotations
 
 import difflib
+import itertools
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping
@@ -176,12 +177,14 @@ def _calibrated(
     if chosen and not names:
         raise ValueError("calibration data fit basis convolutions, but the plan has structured layers alone")
     inputs = calibration_inputs(calibration, model)
-    moments = output_moments(model, untied(model, names), inputs) if names else {}
+    first = next(inputs)
+    norms = taking_means(model, first)
+    moments = output_moments(model, untied(model, names), itertools.chain([first], inputs)) if names else {}
     moments = {name: own for name, own in moments.items() if own.n}
     if unseen := [shown_name(name) for name in names if name not in moments]:
         reason = f"the calibration data never reach {few(unseen)} (or its bias is tied), so it was fitted to its weight"
         warnings.warn(reason, stacklevel=4)
-    return moments, {conv: norm for conv, norm in taking_means(model).items() if conv in moments}
+    return moments, {conv: norm for conv, norm in norms.items() if conv in moments}
 
 
 def hand_over(old: Any, new: Any) -> nn.Module:

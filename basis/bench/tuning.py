@@ -24,6 +24,7 @@ from basis.bench.shapes import RATIOS, timed_layers
 from basis.bench.timing import PASSES, Pass, Progress, Setting
 from basis.copies import copy_of
 from basis.costs import cost
+from basis.inputs import Inputs, example_inputs
 from basis.layers.batchnorm import couple, couple_in_place, couplings, uncouple, uncouple_in_place
 from basis.layers.conv import BasisConv2d, ExplicitMode, basis_channels_for
 from basis.layers.norm_pairs import norm_pairs
@@ -61,7 +62,7 @@ def bench_latency(
     free = [layer for layer, why in plan_of(model).skipped.items() if why == "left dense"]
     free = [layer for layer in free if isinstance(model.get_submodule(layer), nn.Conv2d)]
     setting = (setting or Setting()).settled(model)
-    captures, norms = setting.captures, _norms(model)
+    captures, norms = setting.captures, _norms(model, example_inputs(model, input_size, None, batch_size=2))
     cells = []
     for layer, timed in timed_layers(model, input_size, free).items():
         conv: Any = model.get_submodule(layer)
@@ -98,12 +99,13 @@ def bench_latency(
     return setting.report("bench-latency", [row for row in found if id(row) in kept], **options)
 
 
-def _norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Convolution -> the batch normalisation that directly follows it; none for a model that cannot be traced."""
+def _norms(model: nn.Module, inputs: Inputs) -> dict[str, nn.Module]:
+    """Convolution -> the batch normalisation that directly follows it; none for a model that cannot train on these."""
     try:
-        return {conv: model.get_submodule(norm) for conv, norm in norm_pairs(model, both_modes=True).norms.items()}
+        found = norm_pairs(model, inputs=inputs, both_modes=True).norms
     except ValueError:
         return {}
+    return {conv: model.get_submodule(norm) for conv, norm in found.items()}
 
 
 def _with_norm(make: Make, norm: nn.Module | None, one: Pass, *, coupled: bool = False) -> nn.Module:
@@ -137,7 +139,8 @@ def tune(
     Raises ``ValueError`` for a model without such a layer, or that cannot be run on such images; for a setting that
     makes no sense.
     """
-    norms, plain = couplings(model).norms, uncouple(model)
+    inputs = example_inputs(model, input_size, None, batch_size=2)
+    norms, plain = couplings(model, inputs=inputs).norms, uncouple(model)
     layers = {layer: module for layer, module in plain.named_modules() if isinstance(module, BasisConv2d)}
     cells = []
     for layer, timed in timed_layers(plain, input_size, layers).items():
@@ -202,7 +205,8 @@ def use_modes(model: nn.Module, table: BenchReport) -> None:
     free = {layer: way for layer, way in chosen.items() if modules[layer].mode == "auto"}
     before = [n for n, m in modules.items() if isinstance(m, BasisConv2d) and m.mixed_later and n not in free]
     wanted = [*before, *(n for n, way in free.items() if way == "through_basis")]
-    couple_in_place(model, wanted)  # refuses what cannot be coupled before it changes anything
-    couple_in_place(uncouple_in_place(model), wanted)
+    inputs = example_inputs(model, table.config["input_size"], None, batch_size=2)
+    couple_in_place(model, wanted, inputs=inputs)  # refuses what cannot be coupled before it changes anything
+    couple_in_place(uncouple_in_place(model), wanted, inputs=inputs)
     for layer, way in free.items():
         modules[layer].measured_mode = None if way == "through_basis" else (device, way)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.overrides import TorchFunctionMode
 
 
@@ -35,8 +36,23 @@ def copy_of(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.parallel.DistributedDataParallel):
             what = f"its layer {name}" if name else "the model"
             raise ValueError(f"{what} is wrapped in DistributedDataParallel; change its .module, and wrap the result")
-    with _Copying(lambda tensor: None if tensor.is_leaf else tensor.detach().clone()):
-        return copy.deepcopy(model)
+    with torch.no_grad(), _Copying(_apart):
+        copied = copy.deepcopy(model)
+    for new, old in zip(copied.parameters(), model.parameters(), strict=True):
+        if new.requires_grad != old.requires_grad:  # as torch copies scripted modules
+            new.requires_grad_(old.requires_grad)
+    return copied
+
+
+def _apart(tensor: Tensor) -> Tensor | None:
+    """A copy of a tensor that torch itself would not copy: computed, not yet shaped, or of a kind of the user's."""
+    if isinstance(tensor, UninitializedBuffer):
+        return type(tensor)(device=tensor.device, dtype=tensor.dtype)  # type: ignore[call-arg]
+    if tensor.is_leaf and type(tensor) is Tensor:
+        return None
+    copied = tensor.detach().clone().requires_grad_(tensor.is_leaf and tensor.requires_grad)
+    vars(copied).update(vars(tensor))
+    return copied
 
 
 def shape_copy(model: nn.Module) -> nn.Module:
@@ -56,11 +72,19 @@ def without_hooks(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def unnoticed(model: nn.Module) -> Iterator[None]:
-    """For runs of copies: torch's random numbers come back, and what is compiled runs as it was written."""
+    """For runs of copies of ``model``: afterwards torch's random numbers and all buffers are as they were.
+
+    A copy may reach the model's own layers, where somebody put a closure into it. What is compiled runs as written.
+    """
     devices = {tensor.get_device() for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
+    before = [(buffer, buffer.clone()) for buffer in model.buffers() if not (is_lazy(buffer) or buffer.is_meta)]
     compiles = "torch._dynamo" in sys.modules  # which takes long to import
     with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager") if compiles else nullcontext():
         yield
+    with torch.no_grad():
+        for buffer, value in before:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
 
 
 def keep_attributes(old: nn.Module, new: nn.Module, *, own: Container[str] = ()) -> None:

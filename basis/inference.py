@@ -35,6 +35,9 @@ from basis.text import few, first_line
 from basis.training.loop import DTYPES
 
 
+_ORDINARY = "batch normalisation stays, and no layer becomes a pair"
+
+
 def fold(model: nn.Module, *, factorized: Iterable[str] = (), inputs: Inputs | None = None) -> nn.Module:
     """A copy of ``model`` for inference, of plain ``torch.nn`` layers, with batch normalisation folded away.
 
@@ -52,7 +55,8 @@ def fold(model: nn.Module, *, factorized: Iterable[str] = (), inputs: Inputs | N
         inputs: a batch as the model takes it; None: two random images, see
             :func:`basis.layers.norm_pairs.norm_pairs`.
 
-    Raises ``ValueError`` for a name in ``factorized`` that is no basis convolution, and on the meta device.
+    Raises ``ValueError`` for a name in ``factorized`` that is no basis convolution, for ``inputs`` on which the model
+    cannot be run, and on the meta device.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model is on the meta device and has no values to fold; load its values first")
@@ -61,28 +65,38 @@ def fold(model: nn.Module, *, factorized: Iterable[str] = (), inputs: Inputs | N
     names = [factorized] if isinstance(factorized, str) else list(factorized)
     if unknown := [name for name in names if name not in bases]:
         raise ValueError(f"factorized has {unknown[0]!r}, but it must name basis convolutions ({few(bases) or 'none'})")
-    try:
-        if names or any(isinstance(module, nn.BatchNorm2d) for module in plain.modules()):
+    first = {module: name for name, module in plain.named_modules()}
+    forms: list[tuple[Mapping[str, str], Collection[str]]] = [({}, ())]
+    expected, example = None, inputs
+    if any(isinstance(module, (ConvLike, nn.BatchNorm2d)) for module in first):
+        try:
             found = norm_pairs(plain, inputs=inputs)
             norms = {c: n for c, n in found.norms.items() if _fit(plain.get_submodule(c), plain.get_submodule(n))}
-            pairs = {bases[name] for name in names} - {plain.get_submodule(name) for name in found.read}
-            if norms or pairs:
-                before = _outputs(plain, found.inputs)
-                folded = _folded(plain, norms, pairs)
-                _compare(_outputs(folded, found.inputs), before)
-                return folded
-    except ValueError as error:
-        warnings.warn(f"no batch normalisation is folded, and no layer is a pair: {error}", stacklevel=2)
-    return _folded(uncouple(model).eval(), {}, set())
+            pairs = {first[bases[name]] for name in names} - found.read
+            expected, example = _outputs(plain, found.inputs), found.inputs
+            forms = [(norms, pairs), *forms] if norms or pairs else forms
+        except ValueError as error:
+            if inputs is not None:
+                raise
+            warnings.warn(f"{_ORDINARY}: {error}", stacklevel=2)
+    for form in forms:
+        folded = _folded(uncouple(model).eval(), *form)
+        try:
+            if expected is not None:
+                _compare(_outputs(folded, example), expected)
+            break
+        except ValueError as error:
+            warnings.warn(f"{_ORDINARY if any(form) else 'do not use the result'}: {error}", stacklevel=2)
+    return folded
 
 
-def _folded(model: nn.Module, norms: Mapping[str, str], pairs: Collection[nn.Module]) -> nn.Module:
+def _folded(model: nn.Module, norms: Mapping[str, str], pairs: Collection[str]) -> nn.Module:
     """``model`` itself with these normalisations folded and all layers of this package plain, some as ``pairs``."""
     new: dict[nn.Module, nn.Module] = {}
     for name, layer in model.named_modules():
         if (isinstance(layer, ConvLike) and _knows_forward(layer)) or name in norms:
             norm = model.get_submodule(norms[name]) if name in norms else None
-            new[layer] = _plain(layer, norm, pair=layer in pairs)
+            new[layer] = _plain(layer, norm, pair=name in pairs)
             for hooks in HOOKS:
                 setattr(new[layer], hooks, getattr(layer, hooks))
             dense = nn.Conv2d(*arguments_of(layer, torch.empty(0, device="meta")))
@@ -142,7 +156,7 @@ def _compare(got: tuple[list[Tensor], float], expected: tuple[list[Tensor], floa
     for a, b in zip(after, before, strict=True):
         largest = float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0.0
         if not torch.isclose(a.double(), b.double(), rtol=0, atol=16 * unit * (largest or 1.0), equal_nan=True).all():
-            raise ValueError("the result would not give what the model gives")
+            raise ValueError("the folded model does not give what the model gives")
 
 
 def _fit(conv: Any, norm: Any) -> bool:

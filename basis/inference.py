@@ -34,7 +34,6 @@ from basis.substitution import HOOKS, plan_of, replace_modules, substitute
 from basis.text import few, first_line
 from basis.training.loop import DTYPES
 
-
 _ORDINARY = "batch normalisation stays, and no layer becomes a pair"
 
 
@@ -128,8 +127,8 @@ def _outputs(model: nn.Module, inputs: Any) -> tuple[list[Tensor], float]:
     copied, units = without_hooks(copy_of(model)), [2.0**-14]
 
     def watch(module: Any, args: Any, y: Any) -> None:
-        for tensor in tensors_in(y):  # on a GPU, convolutions in float32 may have the precision of TF32
-            units.append(max(torch.finfo(tensor.dtype).eps, 2.0**-10 if tensor.is_cuda else 0))
+        if isinstance(y, Tensor) and y.is_floating_point():  # on a GPU, float32 may have the precision of TF32
+            units.append(max(torch.finfo(y.dtype).eps, 2.0**-10 if y.is_cuda else 0))
 
     def noise(tensor: Tensor) -> Tensor:
         constant = tensor.is_floating_point() and tensor.dim() > 1 and bool((tensor == tensor.flatten()[:1]).all())

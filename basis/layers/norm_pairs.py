@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from basis.copies import copy_of, shape_copy, unnoticed, without_hooks
@@ -30,7 +31,7 @@ class Pairs:
 
     norms: Mapping[str, str]  # convolution -> the batch normalisation that directly follows it
     alone: Mapping[str, str]  # other convolution -> why it has none
-    read: frozenset[str] = frozenset()  # convolutions whose parameters are used outside their own forward pass
+    read: frozenset[str] = frozenset()  # convolutions whose parameters are, or may be, used outside their own calls
     inputs: Inputs | None = None  # on what the model was run
 
 
@@ -54,7 +55,7 @@ def norm_pairs(model: nn.Module, *, inputs: Inputs | None = None, both_modes: bo
     runs, example = _observed(model, inputs, (True, False) if both_modes else (None,))
     places = {model.get_submodule(name): name for seen in runs for name in seen.unsure}
     unsure = {part: shown_name(name) for place, name in places.items() for part in place.modules()}
-    read = set[str]().union(*(seen.read for seen in runs))
+    read = {name for name, module in convs.items() if module in unsure}.union(*(seen.read for seen in runs))
     calls: Counter[str] = Counter()
     follows: defaultdict[str, set[str | None]] = defaultdict(set)
     precedes: defaultdict[str, set[str | None]] = defaultdict(set)
@@ -101,16 +102,16 @@ def _observed(model: nn.Module, inputs: Inputs | None, modes: tuple[bool | None,
     if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("the model has lazy layers, whose shapes are not known yet; run it once first")
     examples = _examples(model, inputs)
-    error = Exception()
+    why = ""
     with unnoticed(model):
         for copied in (shape_copy, copy_of):  # where the meta device cannot do it, the real run tells
             for example in examples:
                 try:
                     return [_Seen(copied(model), example, mode) for mode in modes], example
                 except Exception as failed:  # the model's own code may raise anything
-                    error = failed
+                    why = first_line(failed)
     tried = shapes_of(inputs if inputs is not None else examples[0])
-    raise ValueError(f"the model cannot be run on {tried} ({first_line(error)}); give inputs= as it takes them")
+    raise ValueError(f"the model cannot be run on {tried} ({why}); give inputs= as it takes them")
 
 
 def _examples(model: nn.Module, inputs: Inputs | None) -> list[Inputs]:
@@ -159,15 +160,16 @@ class _Seen(TorchDispatchMode):
             inputs = mapped(lambda tensor: tensor.to("meta"), inputs)
         # Autograd saves copies, so that an output that is still there afterwards was kept by somebody.
         saving = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach().clone(), lambda tensor: tensor)
-        with torch.set_grad_enabled(copied.training), saving, self:
-            result = run(copied, inputs)
-        kept = [convs for storage, convs in self._outputs.values() if not storage.expired()]
-        self.elsewhere.update(*kept)
+        try:
+            with torch.set_grad_enabled(copied.training), saving, _Asked(self), self:
+                result = run(copied, inputs)
+        finally:
+            self._names.clear()  # the copy may go
+        self.elsewhere.update(*(convs for storage, convs in self._outputs.values() if not storage.expired()))
         del result  # in which an output may be, until now
-        self._names.clear()  # the copy may go
 
     def _prepare(self, copied: nn.Module) -> None:
-        """Watch over the calls of all modules, and over what is read of those that matter."""
+        """Watch over the calls of all modules, and over what is read of their parameters and buffers."""
         owned: defaultdict[nn.Module, set[str]] = defaultdict(set)
         for module, name in self._names.items():
             if isinstance(module, torch.jit.ScriptModule):
@@ -176,7 +178,7 @@ class _Seen(TorchDispatchMode):
                 module.device_ids = []  # no threads, of which nothing would be seen
             module.register_forward_pre_hook(self._enter, with_kwargs=True)
             module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
-            for own in module.modules() if name in self._parts else ():
+            for own in module.modules() if name in self._parts else [module]:
                 owned[own].add(name)
         for module, names in owned.items():
             for tensor in tensors_in(vars(module)):
@@ -205,16 +207,26 @@ class _Seen(TorchDispatchMode):
             self._outputs.setdefault(key, (StorageWeakRef(output.untyped_storage()), set()))[1].add(name)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = tensors_in([args, kwargs])
+        tensors = self.uses(args, kwargs)
         for tensor in tensors:
             self._reads(self._owners.get(_storage(tensor), set()))
-            self.elsewhere |= {conv for conv in self._givers(tensor) if self.follows[conv].isdisjoint(self._within)}
         tells = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.intersection(func.tags)
-        if func is torch.ops.aten.index.Tensor:  # whose output's shape depends on values where it is told by a mask
-            tells = tells if any(tensor.dtype == torch.bool for tensor in tensors[1:]) else set()
-        if tells and self._parts.isdisjoint(self._within):
-            self.unsure.add(self._within[-1] if self._within else "")
+        if tells and (func is not torch.ops.aten.index.Tensor or any(t.dtype == torch.bool for t in tensors[1:])):
+            self.tells_values()
         return func(*args, **(kwargs or {}))
+
+    def uses(self, args: Any, kwargs: Any) -> list[Tensor]:
+        """The tensors among these, of which something is done now."""
+        tensors = tensors_in([args, kwargs])
+        for conv in set().union(*map(self._givers, tensors)):
+            if self.follows[conv].isdisjoint(self._within):
+                self.elsewhere.add(conv)
+        return tensors
+
+    def tells_values(self) -> None:
+        """The code that runs now gets to know values, or shapes that depend on them."""
+        if self._parts.isdisjoint(self._within):
+            self.unsure.add(self._within[-1] if self._within else "")
 
     def _reads(self, owners: set[str]) -> None:
         """What belongs to ``owners`` alone is used now."""
@@ -224,6 +236,20 @@ class _Seen(TorchDispatchMode):
     def _givers(self, tensor: Tensor) -> set[str]:
         """The convolutions whose output this tensor is, or a view of it."""
         return self._outputs.get(_storage(tensor), (None, set[str]()))[1]
+
+
+class _Asked(TorchFunctionMode):
+    """Tells a watch also of what is no operation, such as a shape that is asked for."""
+
+    def __init__(self, watch: _Seen) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.watch.uses(args, kwargs)
+        if func in (Tensor.numpy, Tensor.__array__):
+            self.watch.tells_values()
+        return func(*args, **(kwargs or {}))
 
 
 class _Reads(dict):
@@ -241,6 +267,7 @@ class _Reads(dict):
 def _storage(tensor: Tensor) -> int:
     """What tells the storage of one tensor from that of another; negative where it has none."""
     try:
-        return tensor.untyped_storage()._cdata
+        with torch._C.DisableTorchFunction():  # for it is we who ask
+            return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # as of sparse tensors
         return -id(tensor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -63,10 +64,12 @@ def shape_copy(model: nn.Module) -> nn.Module:
 
 
 def without_hooks(model: nn.Module) -> nn.Module:
-    """``model`` itself, all of whose hooks are gone: for copies that are run and thrown away."""
+    """``model`` itself without hooks but those of torch that make weights: for copies that are run and thrown away."""
     for module in model.modules():
         for hooks in (value for key, value in vars(module).items() if "hook" in key and isinstance(value, dict)):
-            hooks.clear()
+            for key, hook in list(hooks.items()):
+                if not any(kind.__module__.startswith("torch.nn.utils.") for kind in type(hook).__mro__):
+                    del hooks[key]
     return model
 
 
@@ -74,12 +77,15 @@ def without_hooks(model: nn.Module) -> nn.Module:
 def unnoticed(model: nn.Module) -> Iterator[None]:
     """For runs of copies of ``model``: afterwards torch's random numbers and all buffers are as they were.
 
-    A copy may reach the model's own layers, where somebody put a closure into it. What is compiled runs as written.
+    A copy may reach the model's own layers, where somebody put a closure into it. What is compiled runs as written, and
+    nothing that the model warns of is shown.
     """
     devices = {tensor.get_device() for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     before = [(buffer, buffer.clone()) for buffer in model.buffers() if not (is_lazy(buffer) or buffer.is_meta)]
     compiles = "torch._dynamo" in sys.modules  # which takes long to import
-    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager") if compiles else nullcontext():
+    eager = torch.compiler.set_stance("force_eager") if compiles else nullcontext()
+    with torch.random.fork_rng(devices), eager, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield
     with torch.no_grad():
         for buffer, value in before:

@@ -16,13 +16,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from basis.copies import copy_of, shape_copy, unnoticed, without_hooks
-from basis.inputs import Inputs, example_inputs, mapped, run, samples_in, shapes_of, tensors_in
+from basis.inputs import Inputs, example_inputs, first_samples, mapped, run, samples_in, shapes_of, tensors_in
 from basis.layers.base import ConvLike
 from basis.text import first_line, shown_name
 
 # What sees, or changes, what a convolution gives on its way to the batch normalisation.
 _HOOKS_OF_CONV = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOKS_OF_NORM = ("_forward_pre_hooks", "_backward_hooks")
+
+# What tells a model on which device it runs; as the meta device is none of its own, such a model is really run.
+_DEVICE = tuple(getattr(Tensor, name).__get__ for name in ("device", "is_cuda", "is_cpu", "is_meta"))
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,9 @@ def norm_pairs(model: nn.Module, *, inputs: Inputs | None = None, both_modes: bo
     the meta device if it can be.
 
     Args:
-        inputs: a batch as the model takes it (:mod:`basis.inputs`); None: two random images, of the size that timm
-            notes, of ``image_size``, or of 32, 64, 224 or 299 pixels, whichever runs first.
+        inputs: a batch as the model takes it (:mod:`basis.inputs`), of which one sample is run too; None: two random
+            images, of the size that timm notes, of ``image_size``, or of 32, 64, 299 or 224 pixels, whichever runs
+            first, and one of 224 pixels if that runs.
 
     Raises ``ValueError`` for a model that cannot be run, on these inputs or on such images, and for lazy layers.
     """
@@ -105,30 +109,35 @@ def _observed(model: nn.Module, inputs: Inputs | None, modes: tuple[bool | None,
     why = ""
     with unnoticed(model):
         for copied in (shape_copy, copy_of):  # where the meta device cannot do it, the real run tells
-            for example in examples:
-                try:
-                    return [_Seen(copied(model), example, mode) for mode in modes], example
-                except Exception as failed:  # the model's own code may raise anything
-                    why = first_line(failed)
+            found: list[tuple[Inputs, list[_Seen]]] = []
+            for i, example in enumerate(examples):
+                if not found or i == len(examples) - 1:
+                    try:
+                        found.append((example, [_Seen(copied(model), example, mode) for mode in modes]))
+                    except Exception as failed:  # the model's own code may raise anything
+                        why = first_line(failed)
+            if found:
+                return [seen for _, runs in found for seen in runs], found[0][0]
     tried = shapes_of(inputs if inputs is not None else examples[0])
     raise ValueError(f"the model cannot be run on {tried} ({why}); give inputs= as it takes them")
 
 
 def _examples(model: nn.Module, inputs: Inputs | None) -> list[Inputs]:
-    """What the model may be run on: ``inputs``, and twice the sample that they hold, or guesses."""
+    """What the model may be run on; the last, of another size, shows whether that makes a difference."""
     if inputs is not None:
         given = example_inputs(model, None, inputs)
         twice = mapped(lambda t: torch.cat([t, t]) if t.dim() and len(t) == 1 else t, given)
-        return [given, twice] if samples_in(given) == 1 else [given]  # one pixel of one sample has no variance
+        return [given, twice if samples_in(given) == 1 else first_samples(given, 1)]
     channels = next(m.in_channels for m in model.modules() if isinstance(m, (ConvLike, nn.Conv2d)))
     about = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     sizes = [about["input_size"]] if isinstance(about, Mapping) and "input_size" in about else []
-    for edge in (getattr(model, "image_size", None), 32, 64, 224, 299):
+    for edge in (getattr(model, "image_size", None), 32, 64, 299, 224):
         if edge is not None:
             sizes.append((channels, *(edge if isinstance(edge, (tuple, list)) else (edge, edge))))
     numbers = torch.Generator().manual_seed(0)
     zeros = [example_inputs(model, size, None, batch_size=2) for size in sizes]
-    return [mapped(lambda t: torch.randn(t.shape, generator=numbers).to(t), batch) for batch in zeros]
+    batches = [mapped(lambda t: torch.randn(t.shape, generator=numbers).to(t), batch) for batch in zeros]
+    return [*batches, first_samples(batches[-1], 1)]
 
 
 class _Seen(TorchDispatchMode):
@@ -225,8 +234,12 @@ class _Seen(TorchDispatchMode):
 
     def tells_values(self) -> None:
         """The code that runs now gets to know values, or shapes that depend on them."""
-        if self._parts.isdisjoint(self._within):
+        if self.outside():
             self.unsure.add(self._within[-1] if self._within else "")
+
+    def outside(self) -> bool:
+        """Whether no convolution and no batch normalisation is running."""
+        return self._parts.isdisjoint(self._within)
 
     def _reads(self, owners: set[str]) -> None:
         """What belongs to ``owners`` alone is used now."""
@@ -246,6 +259,8 @@ class _Asked(TorchFunctionMode):
         self.watch = watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _DEVICE and args[0].is_meta and self.watch.outside():
+            raise NotImplementedError("what the model does may depend on the device")
         self.watch.uses(args, kwargs)
         if func in (Tensor.numpy, Tensor.__array__):
             self.watch.tells_values()

@@ -106,7 +106,10 @@ def _folded(model: nn.Module, norms: Mapping[str, str], pairs: Collection[str]) 
         parts = [part for part in afterwards(norm) or () if type(part) is not nn.Identity]
         new[norm] = parts[0] if len(parts) == 1 else nn.Sequential(*parts) if parts else nn.Identity()
         keep_attributes(norm, new[norm])
-    return replace_modules(model, new).eval().requires_grad_(False)
+    folded = replace_modules(model, new).eval()
+    for parameter in folded.parameters():  # scripted modules have no requires_grad_()
+        parameter.requires_grad_(False)
+    return folded
 
 
 def _own(layer: Any, dense: nn.Conv2d) -> Collection[str]:

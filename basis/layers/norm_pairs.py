@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ class Pairs:
     norms: Mapping[str, str]  # convolution -> the batch normalisation that directly follows it
     alone: Mapping[str, str]  # other convolution -> why it has none
     read: frozenset[str] = frozenset()  # convolutions whose parameters are, or may be, used outside their own calls
-    inputs: Inputs | None = None  # on what the model was run
+    inputs: Inputs | None = field(default=None, repr=False, compare=False)  # on what the model was run
 
 
 def norm_pairs(model: nn.Module, *, inputs: Inputs | None = None, both_modes: bool = False) -> Pairs:
@@ -134,9 +134,9 @@ def _examples(model: nn.Module, inputs: Inputs | None) -> list[Inputs]:
     for edge in (getattr(model, "image_size", None), 32, 64, 299, 224):
         if edge is not None:
             sizes.append((channels, *(edge if isinstance(edge, (tuple, list)) else (edge, edge))))
-    numbers = torch.Generator().manual_seed(0)
+    numbers = torch.Generator("cpu").manual_seed(0)
     zeros = [example_inputs(model, size, None, batch_size=2) for size in sizes]
-    batches = [mapped(lambda t: torch.randn(t.shape, generator=numbers).to(t), batch) for batch in zeros]
+    batches = [mapped(lambda t: torch.randn(t.shape, generator=numbers, device="cpu").to(t), batch) for batch in zeros]
     return [*batches, first_samples(batches[-1], 1)]
 
 

@@ -345,6 +345,14 @@ def test_inputs_may_be_many_and_of_one_sample(inputs):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_inputs_are_made_whatever_the_default_device_is():
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
+    with torch.device("meta"):
+        pairs = norm_pairs(model)
+    assert pairs == norm_pairs(model)
+    assert not pairs.inputs.is_meta
+
+
 def test_inputs_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"\(2, 5, 4, 4\).*inputs="):
         norm_pairs(Network("sync"), inputs=torch.randn(2, 5, 4, 4))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from basis.bench.cells import Cell, measure_cells
@@ -55,10 +56,12 @@ def fold(model: nn.Module, *, factorized: Iterable[str] = (), inputs: Inputs | N
             :func:`basis.layers.norm_pairs.norm_pairs`.
 
     Raises ``ValueError`` for a name in ``factorized`` that is no basis convolution, for ``inputs`` on which the model
-    cannot be run, and on the meta device.
+    cannot be run, on the meta device, and for lazy layers.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model is on the meta device and has no values to fold; load its values first")
+    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("the model has lazy layers, whose shapes are not known yet; run it once first")
     plain = uncouple(model).eval()
     bases = {name: m for name, m in plain.named_modules(remove_duplicate=False) if isinstance(m, BasisConv2d)}
     names = [factorized] if isinstance(factorized, str) else list(factorized)
@@ -67,7 +70,8 @@ def fold(model: nn.Module, *, factorized: Iterable[str] = (), inputs: Inputs | N
     first = {module: name for name, module in plain.named_modules()}
     forms: list[tuple[Mapping[str, str], Collection[str]]] = [({}, ())]
     expected, example = None, inputs
-    if any(isinstance(module, (ConvLike, nn.BatchNorm2d)) for module in first):
+    kinds = {kind for kind in (nn.Conv2d, ConvLike, nn.BatchNorm2d) if any(isinstance(m, kind) for m in first)}
+    if ConvLike in kinds or len(kinds) > 1:
         try:
             found = norm_pairs(plain, inputs=inputs)
             norms = {c: n for c, n in found.norms.items() if _fit(plain.get_submodule(c), plain.get_submodule(n))}
@@ -79,7 +83,8 @@ def fold(model: nn.Module, *, factorized: Iterable[str] = (), inputs: Inputs | N
                 raise
             warnings.warn(f"{_ORDINARY}: {error}", stacklevel=2)
     for form in forms:
-        folded = _folded(uncouple(model).eval(), *form)
+        with unnoticed(plain):  # new layers draw weights before they get theirs
+            folded = _folded(uncouple(model).eval(), *form)
         try:
             if expected is not None:
                 _compare(_outputs(folded, example), expected)

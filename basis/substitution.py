@@ -178,7 +178,7 @@ def _calibrated(
         raise ValueError("calibration data fit basis convolutions, but the plan has structured layers alone")
     inputs = calibration_inputs(calibration, model)
     first = next(inputs)
-    norms = taking_means(model, first)
+    norms = taking_means(model, first) if names else {}
     moments = output_moments(model, untied(model, names), itertools.chain([first], inputs)) if names else {}
     moments = {name: own for name, own in moments.items() if own.n}
     if unseen := [shown_name(name) for name in names if name not in moments]:

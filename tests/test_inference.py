@@ -198,6 +198,8 @@ def test_names_that_are_no_basis_convolutions_are_refused():
             fold(model, factorized=[name])
     with pytest.raises(ValueError, match="meta device"):
         fold(model.to("meta"))
+    with pytest.raises(ValueError, match="lazy"):
+        fold(nn.Sequential(nn.LazyConv2d(4, 3), nn.BatchNorm2d(4)))
 
 
 class Free(nn.Module):
@@ -305,6 +307,12 @@ def test_inputs_of_any_number():
         fold(model, inputs=inputs[0])
 
 
+@pytest.mark.parametrize("model", [nn.BatchNorm2d(3), nn.Linear(3, 3), nn.Conv1d(3, 3, 1), nn.Conv2d(3, 3, 50)])
+def test_where_there_is_nothing_to_fold_nothing_is_said(model, recwarn):
+    assert type(fold(model)) is type(model)
+    assert not recwarn.list
+
+
 class OwnForward(BasisConv2d):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -324,7 +332,9 @@ def test_attributes_are_kept(layer):
     if layer != "dense":
         model = substitute(model, {"0": layer if ":" in layer else 8})
     model[0].tag, model[0]._scale, model[1].tag = "stem", 0.5, "norm"
-    folded = fold(trained(model), factorized=["0"] if layer == "pair" else ())
+    model, numbers = trained(model), torch.get_rng_state()
+    folded = fold(model, factorized=["0"] if layer == "pair" else ())
+    assert torch.equal(torch.get_rng_state(), numbers)
     assert isinstance(folded[0], nn.Sequential) == (layer == "pair")
     assert (folded[0].tag, folded[0]._scale, folded[1].tag) == ("stem", 0.5, "norm")
     assert (folded[0].in_channels, folded[0].kernel_size, folded[0].padding) == (16, (3, 3), (1, 1))

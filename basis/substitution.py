@@ -17,6 +17,7 @@ from torch import nn
 
 from basis.batches import Batches, calibration_inputs
 from basis.copies import copy_of
+from basis.inputs import Inputs
 from basis.layers.batchnorm import couple_in_place, couplings, uncouple_in_place
 from basis.layers.coefficients import Form
 from basis.layers.conv import MODES, BasisConv2d, Mode, check_basis_channels
@@ -83,18 +84,19 @@ def substitute(
     if texts and len(texts) == len(chosen) and (mode != "auto" or form.kind != "dense"):
         raise ValueError(f"mode and coefficients are for basis channels k, but every layer of the plan is a {texts[0]}")
     copied = copy_of(model)
-    new = _new_layers(copied, chosen, calibration, init=init, form=form, mode=mode)
+    new, example = _new_layers(copied, chosen, calibration, init=init, form=form, mode=mode)
     copied = replace_modules(copied, new)
     if batch_norm == "through_basis":
         names_made = {name for name, module in copied.named_modules() if module in new.values()}
-        couple_in_place(copied, names_made & couplings(copied).norms.keys())
+        can = couplings(copied, inputs=example).norms.keys()
+        couple_in_place(copied, names_made & can, inputs=example)
     return copied
 
 
 def substitute_in_place(model: nn.Module, layers: Mapping[str, Size], *, calibration: Batches | None = None) -> None:
     """:func:`substitute` by such a plan, without the copy; ``ValueError`` where the model itself is the convolution."""
     chosen = _resolve(model, layers)
-    new = _new_layers(model, chosen, calibration, init="svd", form=Form("dense"), mode="auto")
+    new, _ = _new_layers(model, chosen, calibration, init="svd", form=Form("dense"), mode="auto")
     if replace_modules(model, new) is not model:
         raise ValueError("the model is one convolution, which cannot be replaced in place")
 
@@ -136,12 +138,12 @@ def _resolve(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, Size]:
 
 def _new_layers(
     model: nn.Module, chosen: Mapping[str, Size], calibration: Batches | None, *, init: str, form: Form, mode: Mode
-) -> dict[nn.Module, nn.Module]:
-    """Convolution of ``model`` -> the layer for its place; those that share parameters are made together."""
+) -> tuple[dict[nn.Module, nn.Module], Inputs | None]:
+    """Convolution of ``model`` -> the layer for its place, those that share parameters made together; a batch."""
     for name in chosen:
         if init == "svd" and model.get_submodule(name).weight.is_meta:
             raise ValueError(f"{shown_name(name)} is on the meta device and has no values; use init='random'")
-    moments, norms = ({}, {}) if calibration is None else _calibrated(model, chosen, calibration)
+    moments, norms, example = ({}, {}, None) if calibration is None else _calibrated(model, chosen, calibration)
     options: dict[str, Any] = {"mode": mode}
     new: dict[nn.Module, nn.Module] = {}
     for names in tied(model, chosen, form):
@@ -166,13 +168,13 @@ def _new_layers(
             if norm is not None and norm.running_mean is not None:  # the mean of a batch leaves out what is lost anyway
                 norm.running_mean.copy_(norm.running_mean.double() - layer.lost_mean(moments[name]))
             new[conv] = hand_over(conv, layer)
-    return new
+    return new, example
 
 
 def _calibrated(
     model: nn.Module, chosen: Mapping[str, Size], calibration: Batches
-) -> tuple[dict[str, Moments], dict[str, str]]:
-    """The moments of the basis layers to be, and which of them have a batch normalisation that takes means."""
+) -> tuple[dict[str, Moments], dict[str, str], Inputs]:
+    """The moments of the basis layers to be, the batch normalisations of them that take means, and the first batch."""
     names = [name for name, size in chosen.items() if not isinstance(size, str)]
     if chosen and not names:
         raise ValueError("calibration data fit basis convolutions, but the plan has structured layers alone")
@@ -184,7 +186,7 @@ def _calibrated(
     if unseen := [shown_name(name) for name in names if name not in moments]:
         reason = f"the calibration data never reach {few(unseen)} (or its bias is tied), so it was fitted to its weight"
         warnings.warn(reason, stacklevel=4)
-    return moments, {conv: norm for conv, norm in norms.items() if conv in moments}
+    return moments, {conv: norm for conv, norm in norms.items() if conv in moments}, first
 
 
 def hand_over(old: Any, new: Any) -> nn.Module:

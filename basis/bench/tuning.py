@@ -185,11 +185,12 @@ def fastest(table: BenchReport) -> dict[str, Way]:
     return {layer: row["mode"] for layer, row in best.items()}
 
 
-def use_modes(model: nn.Module, table: BenchReport) -> None:
+def use_modes(model: nn.Module, table: BenchReport, *, inputs: Inputs | None = None) -> None:
     """Let mode "auto" of the layers that ``table`` names stand for what was fastest, on such a device.
 
     Changes ``model`` in place: layers for which it is fastest are coupled to their batch normalisation, the other
-    named ones are not. Layers whose mode is not "auto" keep theirs.
+    named ones are not. Layers whose mode is not "auto" keep theirs. ``inputs``: see
+    :func:`basis.layers.batchnorm.couplings`.
 
     Raises ``ValueError`` where the table is of another kind, or names a layer that is not there, that has another
     number of basis channels, or that cannot be coupled but should be; nothing is changed then.
@@ -205,7 +206,6 @@ def use_modes(model: nn.Module, table: BenchReport) -> None:
     free = {layer: way for layer, way in chosen.items() if modules[layer].mode == "auto"}
     before = [n for n, m in modules.items() if isinstance(m, BasisConv2d) and m.mixed_later and n not in free]
     wanted = [*before, *(n for n, way in free.items() if way == "through_basis")]
-    inputs = example_inputs(model, table.config["input_size"], None, batch_size=2)
     couple_in_place(model, wanted, inputs=inputs)  # refuses what cannot be coupled before it changes anything
     couple_in_place(uncouple_in_place(model), wanted, inputs=inputs)
     for layer, way in free.items():

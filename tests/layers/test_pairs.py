@@ -380,3 +380,8 @@ def test_the_model_and_the_random_numbers_are_left_alone():
     assert torch.equal(torch.get_rng_state(), numbers)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_calibration_data_tell_substitution_what_a_network_takes():
+    options = {"calibration": [torch.randn(4, 3, 40, 40)], "batch_norm": "through_basis"}
+    assert substitute(Sized(40), {"conv": 1}, **options).conv.mixed_later

@@ -81,7 +81,8 @@ def fold(model: nn.Module, *, factorized: Iterable[str] = (), inputs: Inputs | N
         except ValueError as error:
             if inputs is not None:
                 raise
-            warnings.warn(f"{_ORDINARY}: {error}", stacklevel=2)
+            if names or nn.BatchNorm2d in kinds:
+                warnings.warn(f"{_ORDINARY}: {error}", stacklevel=2)
     for form in forms:
         with unnoticed(plain):  # new layers draw weights before they get theirs
             folded = _folded(uncouple(model).eval(), *form)

@@ -269,11 +269,12 @@ def changing(m, x):
         (plain, Always, nn.Sequential, False),
     ],
 )
-def test_what_a_network_does_is_heeded(way, norm, form, folded):
+def test_what_a_network_does_is_heeded(way, norm, form, folded, recwarn):
     model, x = Free(way, norm), torch.randn(4, 3, 8, 8)
     result = fold(model, factorized=["conv"])
     assert type(result.conv) is form
     assert isinstance(result.bn, nn.Identity if folded else norm)
+    assert not recwarn.list
     for got, expected in zip(numbers(result(x.clone())), numbers(model(x.clone())), strict=True):
         assert difference(got, expected) < (0.05 if way is in_bfloat16 else 1e-5)
 

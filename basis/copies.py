@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.overrides import TorchFunctionMode
 
 
@@ -32,8 +37,23 @@ def copy_of(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.parallel.DistributedDataParallel):
             what = f"its layer {name}" if name else "the model"
             raise ValueError(f"{what} is wrapped in DistributedDataParallel; change its .module, and wrap the result")
-    with _Copying(lambda tensor: None if tensor.is_leaf else tensor.detach().clone()):
-        return copy.deepcopy(model)
+    with torch.no_grad(), _Copying(_apart):
+        copied = copy.deepcopy(model)
+    for new, old in zip(copied.parameters(), model.parameters(), strict=True):
+        if new.requires_grad != old.requires_grad:  # as torch copies scripted modules
+            new.requires_grad_(old.requires_grad)
+    return copied
+
+
+def _apart(tensor: Tensor) -> Tensor | None:
+    """A copy of a tensor that torch itself would not copy: computed, not yet shaped, or of a kind of the user's."""
+    if isinstance(tensor, UninitializedBuffer):
+        return type(tensor)(device=tensor.device, dtype=tensor.dtype)  # type: ignore[call-arg]
+    if tensor.is_leaf and type(tensor) is Tensor:
+        return None
+    copied = tensor.detach().clone().requires_grad_(tensor.is_leaf and tensor.requires_grad)
+    vars(copied).update(vars(tensor))
+    return copied
 
 
 def shape_copy(model: nn.Module) -> nn.Module:
@@ -44,8 +64,41 @@ def shape_copy(model: nn.Module) -> nn.Module:
 
 
 def without_hooks(model: nn.Module) -> nn.Module:
-    """``model`` itself, all of whose hooks are gone: for copies that are run and thrown away."""
+    """``model`` itself without hooks but those of torch that make weights: for copies that are run and thrown away."""
     for module in model.modules():
         for hooks in (value for key, value in vars(module).items() if "hook" in key and isinstance(value, dict)):
-            hooks.clear()
+            for key, hook in list(hooks.items()):
+                if not any(kind.__module__.startswith("torch.nn.utils.") for kind in type(hook).__mro__):
+                    del hooks[key]
     return model
+
+
+@contextmanager
+def unnoticed(model: nn.Module) -> Iterator[None]:
+    """For runs of copies of ``model``: afterwards torch's random numbers and all buffers are as they were.
+
+    A copy may reach the model's own layers, where somebody put a closure into it. What is compiled runs as written, and
+    nothing that the model warns of is shown.
+    """
+    devices = {tensor.get_device() for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
+    stored = [b for b in model.buffers() if not (is_lazy(b) or b.is_meta) and b.layout == torch.strided]
+    before = [(buffer, buffer.clone()) for buffer in stored]
+    compiles = "torch._dynamo" in sys.modules  # which takes long to import
+    eager = torch.compiler.set_stance("force_eager") if compiles else nullcontext()
+    with torch.random.fork_rng(devices), eager, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    with torch.no_grad():
+        for buffer, value in before:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
+def keep_attributes(old: nn.Module, new: nn.Module, *, own: Container[str] = ()) -> None:
+    """Give ``new``, which takes the place of ``old``, its attributes that ``new`` lacks, whoever set them.
+
+    Not what ``nn.Module`` itself keeps, nor the names that are ``own`` to the kind of ``old``.
+    """
+    for name in vars(old).keys() - vars(nn.Module()).keys():
+        if name not in own and not hasattr(new, name):
+            object.__setattr__(new, name, vars(old)[name])

@@ -7,20 +7,23 @@ section 3.2): of a basis convolution into M = [I; A], so that B and M stay a pai
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from basis.bench.cells import Cell, measure_cells
 from basis.bench.report import BenchReport
 from basis.bench.shapes import TimedLayer, example, timed_layers
 from basis.bench.timing import Progress, Setting
-from basis.inputs import Inputs
-from basis.layers.base import ConvLike
+from basis.copies import copy_of, keep_attributes, unnoticed, without_hooks
+from basis.inputs import Inputs, mapped, run, shapes_of, tensors_in
+from basis.layers.base import ConvLike, arguments_of
 from basis.layers.batchnorm import uncouple
 from basis.layers.conv import BasisConv2d
 from basis.layers.norm_pairs import afterwards, norm_pairs
@@ -28,66 +31,151 @@ from basis.layers.structured import StructuredConv2d
 from basis.models import build
 from basis.modules import is_channels_last
 from basis.plan import Plan
-from basis.substitution import HOOKS, plan_of, replace_modules, substitute
-from basis.text import few
+from basis.substitution import HOOKS, of_its_kind, plan_of, replace_modules, substitute
+from basis.text import few, first_line
 from basis.training.loop import DTYPES
 
 
-def fold(model: nn.Module, *, factorized: Iterable[str] = ()) -> nn.Module:
+def fold(model: nn.Module, *, factorized: Iterable[str] = (), inputs: Inputs | None = None) -> nn.Module:
     """A copy of ``model`` for inference, of plain ``torch.nn`` layers, with batch normalisation folded away.
 
     Every basis convolution or structured layer becomes one dense ``nn.Conv2d``. The ``nn.BatchNorm2d`` that directly
-    follows a convolution goes into its weight and bias, computed in float64 on the CPU and rounded once. Others stay:
-    those with statistics of each batch alone, with hooks on them or their convolution, after a convolution whose
-    forward pass or weight is made by somebody else, or in a model that torch.fx cannot trace. The copy is in evaluation
-    mode, takes no gradients, and keeps device, dtype, memory format and hooks.
+    follows a convolution, in a run on ``inputs``, goes into its weight and bias, computed in float64 on the CPU and
+    rounded once. Others stay: those with statistics of each batch alone, with hooks on them or their convolution, whose
+    parameters are used elsewhere too, after a convolution whose forward pass or weight is made by somebody else, or in
+    a part whose forward pass depends on values. The copy is in evaluation mode, takes no gradients, and keeps device,
+    dtype, memory format, hooks, and the attributes of the layers. It has to give what the model gives on ``inputs``; if
+    it does not, or the model cannot be run, a warning says so, and all batch normalisation stays.
 
     Args:
         factorized: names of the basis convolutions that become ``nn.Sequential`` pairs of B (C_in -> k) and
-            M = [I; A] (k -> C_out, 1x1), such as :func:`measure_fold` finds.
+            M = [I; A] (k -> C_out, 1x1), such as :func:`measure_fold` finds; not where the model uses their parameters.
+        inputs: a batch as the model takes it; None: two random images, see
+            :func:`basis.layers.norm_pairs.norm_pairs`.
 
-    Raises ``ValueError`` for a name in ``factorized`` that is no basis convolution, and on the meta device.
+    Raises ``ValueError`` for a name in ``factorized`` that is no basis convolution, for ``inputs`` on which the model
+    cannot be run, on the meta device, and for lazy layers.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model is on the meta device and has no values to fold; load its values first")
-    folded = uncouple(model).eval()
-    bases = {name: m for name, m in folded.named_modules(remove_duplicate=False) if isinstance(m, BasisConv2d)}
+    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("the model has lazy layers, whose shapes are not known yet; run it once first")
+    plain = uncouple(model).eval()
+    bases = {name: m for name, m in plain.named_modules(remove_duplicate=False) if isinstance(m, BasisConv2d)}
     names = [factorized] if isinstance(factorized, str) else list(factorized)
     if unknown := [name for name in names if name not in bases]:
         raise ValueError(f"factorized has {unknown[0]!r}, but it must name basis convolutions ({few(bases) or 'none'})")
-    pairs = {bases[name] for name in names}
-    norms = _foldable(folded)
+    first = {module: name for name, module in plain.named_modules()}
+    norms, pairs, example, problem = {}, set(), None, ""
+    try:
+        found = norm_pairs(plain, inputs=inputs)
+        norms = {c: n for c, n in found.norms.items() if _fit(plain.get_submodule(c), plain.get_submodule(n))}
+        pairs, example = {first[bases[name]] for name in names} - found.read, found.inputs
+    except ValueError as error:
+        if inputs is not None:
+            raise
+        problem = str(error) * (bool(names) or any(isinstance(module, nn.BatchNorm2d) for module in first))
+    folded = _folded(uncouple(model).eval(), norms, pairs)
+    if (norms or pairs) and not _alike(folded, plain, example):
+        problem = "the folded model does not give what the model gives"
+        folded = _folded(uncouple(model).eval(), {}, ())
+    if problem:
+        warnings.warn(f"batch normalisation stays, and no layer becomes a pair: {problem}", stacklevel=2)
+    return folded
+
+
+def _folded(model: nn.Module, norms: Mapping[str, str], pairs: Collection[str]) -> nn.Module:
+    """``model`` itself with these normalisations folded and all layers of this package plain, some as ``pairs``."""
     new: dict[nn.Module, nn.Module] = {}
-    for name, layer in folded.named_modules():
-        if isinstance(layer, ConvLike) or name in norms:
-            norm = folded.get_submodule(norms[name]) if name in norms else None
-            new[layer] = _plain(layer, norm, pair=layer in pairs)
-            for hooks in HOOKS:
-                setattr(new[layer], hooks, getattr(layer, hooks))
+    with unnoticed(model):  # new layers draw weights before they get theirs
+        for name, layer in model.named_modules():
+            if (isinstance(layer, ConvLike) and _knows_forward(layer)) or name in norms:
+                norm = model.get_submodule(norms[name]) if name in norms else None
+                new[layer] = _plain(layer, norm, pair=name in pairs)
+                for hooks in HOOKS:
+                    setattr(new[layer], hooks, getattr(layer, hooks))
+                keep_attributes(nn.Conv2d(*arguments_of(layer, torch.empty(0, device="meta"))), new[layer])
+                keep_attributes(layer, new[layer], own=of_its_kind(layer))
     for name in norms.values():
-        norm = folded.get_submodule(name)
+        norm = model.get_submodule(name)
         parts = [part for part in afterwards(norm) or () if type(part) is not nn.Identity]
         new[norm] = parts[0] if len(parts) == 1 else nn.Sequential(*parts) if parts else nn.Identity()
-    return replace_modules(folded, new).eval().requires_grad_(False)
+        keep_attributes(norm, new[norm])
+    folded = replace_modules(model, new).eval()
+    for parameter in folded.parameters():  # scripted modules have no requires_grad_()
+        parameter.requires_grad_(False)
+    return folded
 
 
-def _foldable(model: nn.Module) -> dict[str, str]:
-    """Convolution -> the batch normalisation to fold into it."""
+@torch.no_grad()
+def _alike(folded: nn.Module, model: nn.Module, inputs: Any) -> bool:
+    """Whether both give the same numbers, but for rounding, for noise like ``inputs``."""
+    with unnoticed(model):
+        noise = mapped(lambda x: torch.randn_like(x) if x.is_floating_point() else x, inputs)
+        after, before = (tensors_in(run(without_hooks(copy_of(one)), noise)) for one in (folded, model))
+    coarse = any(p.dtype.itemsize < 4 for p in model.parameters()) or torch.is_autocast_enabled()
+    for a, b in zip(after, before, strict=True):
+        largest = b[b.isfinite()].abs().max() if b.isfinite().any() else 1.0
+        if (
+            a.shape != b.shape
+            or not torch.isclose(
+                a.to(b), b, rtol=0, atol=float(largest) * (0.1 if coarse else 0.01), equal_nan=True
+            ).all()
+        ):
+            return False
+    return True
+
+
+def _knows_forward(layer: nn.Module) -> bool:
+    """Whether the forward pass of ``layer`` is that of this package."""
+    return "forward" not in vars(layer) and type(layer).forward.__module__.startswith("basis.layers.")
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, inputs: Any) -> tuple[list[Tensor], float]:
+    """All numbers that ``model`` gives for ``inputs``, noise where they are constant, and the unit of the coarsest."""
+    copied, units = without_hooks(copy_of(model)), [2.0**-14]
+
+    def watch(module: Any, args: Any, y: Any) -> None:
+        if isinstance(y, Tensor) and y.is_floating_point():  # on a GPU, float32 may have the precision of TF32
+            units.append(max(torch.finfo(y.dtype).eps, 2.0**-10 if y.is_cuda else 0))
+
+    def noise(tensor: Tensor) -> Tensor:
+        constant = tensor.is_floating_point() and tensor.dim() > 1 and bool((tensor == tensor.flatten()[:1]).all())
+        return torch.randn_like(tensor) if constant else tensor
+
+    for layer in copied.modules():
+        if isinstance(layer, (ConvLike, nn.Conv2d)):
+            layer.register_forward_hook(watch)
     try:
-        found = norm_pairs(model).norms
-    except ValueError:  # it cannot be traced
-        return {}
-    return {conv: norm for conv, norm in found.items() if _fit(model.get_submodule(conv), model.get_submodule(norm))}
+        with unnoticed(model):
+            result = run(copied, mapped(noise, inputs))
+    except Exception as error:  # the model's own code may raise anything
+        raise ValueError(f"it cannot be run on {shapes_of(inputs)} ({first_line(error)}); give inputs=") from error
+    known = isinstance(result, (Tensor, Mapping, tuple, list)) or not hasattr(result, "__dict__")
+    numbers = [t for t in tensors_in(result if known else vars(result)) if t.is_floating_point() or t.is_complex()]
+    return [torch.view_as_real(t) if t.is_complex() else t for t in numbers], max(units)
+
+
+def _compare(got: tuple[list[Tensor], float], expected: tuple[list[Tensor], float]) -> None:
+    """Raise ``ValueError`` unless both are the same numbers up to rounding."""
+    (after, _), (before, unit) = got, expected
+    if not before or [t.shape for t in after] != [t.shape for t in before]:
+        raise ValueError("it does not give tensors that could be compared")
+    for a, b in zip(after, before, strict=True):
+        largest = float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0.0
+        if not torch.isclose(a.double(), b.double(), rtol=0, atol=16 * unit * (largest or 1.0), equal_nan=True).all():
+            raise ValueError("the folded model does not give what the model gives")
 
 
 def _fit(conv: Any, norm: Any) -> bool:
     """Whether ``norm`` can be folded into ``conv``."""
-    if norm.running_mean is None or norm.running_var is None:
+    if norm.training or norm.running_mean is None or norm.running_var is None:  # it may not heed ``eval()``
         return False
-    if conv._forward_hooks or norm._forward_hooks or norm._forward_pre_hooks:  # which would see other values
+    if norm._forward_hooks:
         return False
     plain = type(conv) is nn.Conv2d and not {"forward", "_conv_forward"} & set(vars(conv))
-    return isinstance(conv, ConvLike) or (plain and set(conv._parameters) == {"weight", "bias"})
+    return _knows_forward(conv) if isinstance(conv, ConvLike) else plain and set(conv._parameters) == {"weight", "bias"}
 
 
 @torch.no_grad()
@@ -138,9 +226,9 @@ def measure_fold(
     source = uncouple(model).eval()
     layers = {name: module for name, module in source.named_modules() if isinstance(module, BasisConv2d)}
     setting = (setting or Setting()).settled(source)
-    forms = [deployed(model, setting), deployed(model, setting, pairs=layers)]
-    cells = []
-    for name, called in timed_layers(source, example(source, input_size, inputs), layers).items():
+    given, cells = example(source, input_size, inputs), []
+    forms = [deployed(model, setting, pairs, inputs=given) for pairs in ((), layers)]
+    for name, called in timed_layers(source, given, layers).items():
         dense, pair = (form.get_submodule(name) for form in forms)
         timed = TimedLayer.of(dense, called.inputs, input_gradient=False)
         cells.append(
@@ -156,9 +244,11 @@ def measure_fold(
     return tuple(row["layer"] for row in rows if row.get("speedup_q1", 0) > 1)
 
 
-def deployed(model: nn.Module, setting: Setting, pairs: Iterable[str] = ()) -> nn.Module:
+def deployed(
+    model: nn.Module, setting: Setting, pairs: Iterable[str] = (), *, inputs: Inputs | None = None
+) -> nn.Module:
     """``model`` folded, its weights in the precision of ``setting``: no pass has to cast them."""
-    return fold(model, factorized=pairs).to(DTYPES[setting.precision])
+    return fold(model, factorized=pairs, inputs=inputs).to(DTYPES[setting.precision])
 
 
 def bench_inference(

@@ -6,16 +6,19 @@ Everything but the layers themselves (device, dtype, memory format, flags, hooks
 from __future__ import annotations
 
 import difflib
+import itertools
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from basis.batches import Batches, calibration_inputs
-from basis.copies import copy_of
+from basis.copies import copy_of, keep_attributes
+from basis.inputs import Inputs
+from basis.layers.base import arguments_of
 from basis.layers.batchnorm import couple_in_place, couplings, uncouple_in_place
 from basis.layers.coefficients import Form
 from basis.layers.conv import MODES, BasisConv2d, Mode, check_basis_channels
@@ -90,18 +93,19 @@ def substitute(
     if texts and len(texts) == len(chosen) and (mode != "auto" or form.kind != "dense"):
         raise ValueError(f"mode and coefficients are for basis channels k, but every layer of the plan is a {texts[0]}")
     copied = copy_of(model)
-    new = _new_layers(copied, chosen, calibration, init=init, form=form, mode=mode)
+    new, example = _new_layers(copied, chosen, calibration, init=init, form=form, mode=mode)
     copied = replace_modules(copied, new)
     if batch_norm == "through_basis":
         names_made = {name for name, module in copied.named_modules() if module in new.values()}
-        couple_in_place(copied, names_made & couplings(copied).norms.keys())
+        can = couplings(copied, inputs=example).norms.keys()
+        couple_in_place(copied, names_made & can, inputs=example)
     return copied
 
 
 def substitute_in_place(model: nn.Module, layers: Mapping[str, Size], *, calibration: Batches | None = None) -> None:
     """:func:`substitute` by such a plan, without the copy; ``ValueError`` where the model itself is the convolution."""
     chosen = _resolve(model, Plan(layers))
-    new = _new_layers(model, chosen, calibration, init="svd", form=Form("dense"), mode="auto")
+    new, _ = _new_layers(model, chosen, calibration, init="svd", form=Form("dense"), mode="auto")
     if replace_modules(model, new) is not model:
         raise ValueError("the model is one convolution, which cannot be replaced in place")
 
@@ -148,15 +152,15 @@ def _resolve(model: nn.Module, plan: Plan) -> dict[str, Size]:
 
 def _new_layers(
     model: nn.Module, chosen: Mapping[str, Size], calibration: Batches | None, *, init: str, form: Form, mode: Mode
-) -> dict[nn.Module, nn.Module]:
-    """Convolution of ``model`` -> the layer for its place; those that share parameters are made together."""
+) -> tuple[dict[nn.Module, nn.Module], Inputs | None]:
+    """Convolution of ``model`` -> the layer for its place, those that share parameters made together; a batch."""
     for name in chosen if init == "svd" else ():
         weight: Any = model.get_submodule(name).weight
         if weight.is_meta:
             raise ValueError(f"{shown_name(name)} is on the meta device and has no values; use init='random'")
         if not weight.isfinite().all():
             raise ValueError(f"the weight of {shown_name(name)} is not finite, so nothing is near to it")
-    moments, norms = ({}, {}) if calibration is None else _calibrated(model, chosen, calibration)
+    moments, norms, example = ({}, {}, None) if calibration is None else _calibrated(model, chosen, calibration)
     options: dict[str, Any] = {"mode": mode}
     new: dict[nn.Module, nn.Module] = {}
     for names in tied(model, chosen, form):
@@ -181,23 +185,25 @@ def _new_layers(
             if norm is not None and norm.running_mean is not None:  # the mean of a batch leaves out what is lost anyway
                 norm.running_mean.copy_(norm.running_mean.double() - layer.lost_mean(moments[name]))
             new[conv] = hand_over(conv, layer)
-    return new
+    return new, example
 
 
 def _calibrated(
     model: nn.Module, chosen: Mapping[str, Size], calibration: Batches
-) -> tuple[dict[str, Moments], dict[str, str]]:
-    """The moments of the basis layers to be, and which of them have a batch normalisation that takes means."""
+) -> tuple[dict[str, Moments], dict[str, str], Inputs]:
+    """The moments of the basis layers to be, the batch normalisations of them that take means, and the first batch."""
     names = [name for name, size in chosen.items() if not isinstance(size, str)]
     if chosen and not names:
         raise ValueError("calibration data fit basis convolutions, but the plan has structured layers alone")
     inputs = calibration_inputs(calibration, model)
-    moments = output_moments(model, untied(model, names), inputs) if names else {}
+    first = next(inputs)
+    norms = taking_means(model, first) if names else {}
+    moments = output_moments(model, untied(model, names), itertools.chain([first], inputs)) if names else {}
     moments = {name: own for name, own in moments.items() if own.n}
     if unseen := [shown_name(name) for name in names if name not in moments]:
         reason = f"the calibration data never reach {few(unseen)} (or its bias is tied), so it was fitted to its weight"
         warnings.warn(reason, stacklevel=4)
-    return moments, {conv: norm for conv, norm in taking_means(model).items() if conv in moments}
+    return moments, {conv: norm for conv, norm in norms.items() if conv in moments}, first
 
 
 def hand_over(old: Any, new: Any) -> nn.Module:
@@ -205,7 +211,10 @@ def hand_over(old: Any, new: Any) -> nn.Module:
 
     The bias may be tied elsewhere.
     """
-    keep_attributes(old, new)
+    keep_attributes(old, new, own=(own := of_its_kind(old)))
+    for name, buffer in old._buffers.items():
+        if name not in own and not hasattr(new, name):
+            new.register_buffer(name, buffer, persistent=name not in old._non_persistent_buffers_set)
     for name in HOOKS:
         setattr(new, name, getattr(old, name))
     for hook in new._load_state_dict_pre_hooks.values():
@@ -218,18 +227,14 @@ def hand_over(old: Any, new: Any) -> nn.Module:
     return new
 
 
-def keep_attributes(old: Any, new: Any) -> None:
-    """Give ``new`` the attributes and buffers of ``old`` that neither its class makes nor that of ``new``."""
-    if isinstance(old, StructuredConv2d):
-        fresh: nn.Module = Structure.parse(old.text).check(new)
-    elif isinstance(old, BasisConv2d):
-        fresh = BasisConv2d(1, 1, 1, ratio=1, device="meta")
-    else:
-        fresh = nn.Conv2d(1, 1, 1, device="meta")
-    for name in vars(old).keys() - vars(fresh).keys() - {*vars(new), *new._parameters, *new._modules}:
-        vars(new)[name] = vars(old)[name]
-    for name in old._buffers.keys() - fresh._buffers.keys() - new._buffers.keys():
-        new.register_buffer(name, old._buffers[name], persistent=name not in old._non_persistent_buffers_set)
+def of_its_kind(layer: Any) -> Collection[str]:
+    """The attributes and buffers that every layer of this kind has, so that the others are its user's."""
+    fresh: Any = nn.Conv2d(*arguments_of(layer, torch.empty(0, device="meta")))
+    if isinstance(layer, StructuredConv2d):
+        fresh = type(layer).shaped_like(fresh, size=layer.size)
+    elif isinstance(layer, BasisConv2d):
+        fresh = BasisConv2d.shaped_like(fresh, ratio=1)
+    return {*vars(fresh), *fresh._buffers}
 
 
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:

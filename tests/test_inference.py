@@ -1,5 +1,7 @@
 """Folding, the choice of the form, and export: always against the model itself."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch.nn.utils import prune
 from basis import BasisConv2d, substitute
 from basis.bench.timing import Setting
 from basis.inference import fold, measure_fold
+from basis.inputs import tensors_in
 from basis.layers.batchnorm import couple
 from basis.models import build
 from basis.modules import is_channels_last
@@ -191,6 +194,145 @@ def test_names_that_are_no_basis_convolutions_are_refused():
             fold(model, factorized=[name])
     with pytest.raises(ValueError, match="meta device"):
         fold(model.to("meta"))
+    with pytest.raises(ValueError, match="lazy"):
+        fold(nn.Sequential(nn.LazyConv2d(4, 3), nn.BatchNorm2d(4)))
+
+
+class Free(nn.Module):
+    """A basis convolution and a batch normalisation, between which a network may do anything."""
+
+    def __init__(self, way, norm=nn.BatchNorm2d):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = BasisConv2d(3, 8, 3, basis_channels=2, bias=False)
+        self.bn, self.way = norm(8), way
+        trained(self)
+
+    def forward(self, *args):
+        return self.way(self, *args)
+
+
+class Doubled(nn.BatchNorm2d):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Always(nn.BatchNorm2d):
+    def train(self, mode=True):
+        return super().train(True)
+
+
+@dataclass
+class Output:
+    maps: torch.Tensor
+
+
+def plain(m, x):
+    return m.bn(m.conv(x))
+
+
+def of_two(m, x, scale):
+    return m.bn(m.conv(x)) * scale
+
+
+def of_any_kind(m, x):
+    y = m.conv(x)
+    return m.bn(2 * y if isinstance(y, torch.Tensor) else y)
+
+
+def as_its_weight(m, x):
+    return m.bn(m.conv(x)).to(m.conv.weight.dtype)
+
+
+def in_bfloat16(m, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return m.bn(m.conv(x))
+
+
+def changing(m, x):
+    return {"y": [Output(0), m.bn(m.conv(x.sub_(0.5).div_(0.25)))]}
+
+
+@pytest.mark.parametrize(
+    ("way", "norm", "form", "folded"),
+    [
+        (plain, nn.BatchNorm2d, nn.Sequential, True),
+        (in_bfloat16, nn.BatchNorm2d, nn.Sequential, True),
+        (changing, nn.BatchNorm2d, nn.Sequential, True),
+        (lambda m, x: Output(m.bn(m.conv(x))), nn.BatchNorm2d, nn.Sequential, True),
+        (of_any_kind, nn.BatchNorm2d, nn.Sequential, False),
+        (as_its_weight, nn.BatchNorm2d, nn.Conv2d, False),
+        (plain, Always, nn.Sequential, False),
+    ],
+)
+def test_what_a_network_does_is_heeded(way, norm, form, folded, recwarn):
+    model, x = Free(way, norm), torch.randn(4, 3, 8, 8)
+    result = fold(model, factorized=["conv"])
+    assert type(result.conv) is form
+    assert isinstance(result.bn, nn.Identity if folded else norm)
+    assert not recwarn.list
+    for got, expected in zip(numbers(result(x.clone())), numbers(model(x.clone())), strict=True):
+        assert difference(got, expected) < (0.05 if way is in_bfloat16 else 1e-5)
+
+
+def numbers(output):
+    return tensors_in(vars(output) if isinstance(output, Output) else output)
+
+
+@pytest.mark.parametrize("inputs", [None, torch.zeros(1, 3, 8, 8), torch.randn(1, 3, 8, 8)])
+def test_a_result_that_differs_is_not_believed(inputs):
+    model, x = Free(plain, Doubled), torch.randn(1, 3, 8, 8)
+    model.bn.running_mean.zero_()
+    model.bn.bias.data.zero_()  # so that zeros would show no difference
+    with pytest.warns(UserWarning, match="normalisation stays.* does not give what the model gives"):
+        result = fold(model, inputs=inputs)
+    assert isinstance(result.bn, Doubled)
+    assert difference(result(x), model(x)) < 1e-5
+
+
+def test_inputs_of_any_number():
+    model, inputs = Free(of_two), (torch.randn(1, 3, 8, 8), torch.tensor(2.0))
+    with pytest.warns(UserWarning, match=r"normalisation stays.*inputs="):
+        assert isinstance(fold(model, factorized=["conv"]).conv, nn.Conv2d)
+    assert isinstance(fold(model, inputs=inputs).bn, nn.Identity)
+    with pytest.raises(ValueError, match=r"cannot be run.*inputs="):
+        fold(model, inputs=inputs[0])
+
+
+@pytest.mark.parametrize("model", [nn.BatchNorm2d(3), nn.Linear(3, 3), nn.Conv1d(3, 3, 1), nn.Conv2d(3, 3, 50)])
+def test_where_there_is_nothing_to_fold_nothing_is_said(model, recwarn):
+    assert type(fold(model)) is type(model)
+    assert not recwarn.list
+
+
+class OwnForward(BasisConv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_basis_convolution_with_a_forward_of_its_own_stays():
+    model, x = Free(plain), torch.randn(1, 3, 8, 8)
+    model.conv = OwnForward(3, 8, 3, ratio=0.5)
+    result = fold(model)
+    assert type(result.conv) is OwnForward
+    assert torch.equal(result(x), model(x))
+
+
+@pytest.mark.parametrize("layer", ["dense", "basis", "pair", "tucker:0.3"])
+def test_attributes_are_kept(layer):
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16, eps=1e-3))
+    if layer != "dense":
+        model = substitute(model, {"0": layer if ":" in layer else 8})
+    model[0].tag, model[0]._scale, model[1].tag = "stem", 0.5, "norm"
+    model, numbers = trained(model), torch.get_rng_state()
+    folded = fold(model, factorized=["0"] if layer == "pair" else ())
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert isinstance(folded[0], nn.Sequential) == (layer == "pair")
+    assert (folded[0].tag, folded[0]._scale, folded[1].tag) == ("stem", 0.5, "norm")
+    assert (folded[0].in_channels, folded[0].kernel_size, folded[0].padding) == (16, (3, 3), (1, 1))
+    assert (folded[1].num_features, folded[1].eps) == (16, 1e-3)
+    left = vars(folded[0]).keys() - vars(nn.Conv2d(1, 1, 1)).keys()
+    assert left == {"tag", "_scale"}  # nothing of the layer that it was
 
 
 # -- which form is faster ---------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def bench_latency(
     free = [layer for layer, why in plan_of(model).skipped.items() if why == "left dense"]
     free = [layer for layer in free if isinstance(model.get_submodule(layer), nn.Conv2d)]
     setting = (setting or Setting()).settled(model)
-    captures, norms = setting.captures, _norms(model)
+    captures, norms = setting.captures, _norms(model, given)
     cells = []
     for layer, timed in timed_layers(model, given, free).items():
         conv: Any = model.get_submodule(layer)
@@ -108,12 +108,13 @@ def bench_latency(
     return setting.report("bench-latency", [row for row in found if id(row) in kept], **options)
 
 
-def _norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Convolution -> the batch normalisation that directly follows it; none for a model that cannot be traced."""
+def _norms(model: nn.Module, inputs: Inputs) -> dict[str, nn.Module]:
+    """Convolution -> the batch normalisation that directly follows it; none for a model that cannot train on these."""
     try:
-        return {conv: model.get_submodule(norm) for conv, norm in norm_pairs(model, both_modes=True).norms.items()}
+        found = norm_pairs(model, inputs=inputs, both_modes=True).norms
     except ValueError:
         return {}
+    return {conv: model.get_submodule(norm) for conv, norm in found.items()}
 
 
 def _with_norm(make: Make, norm: nn.Module | None, one: Pass, *, coupled: bool = False) -> nn.Module:
@@ -150,7 +151,7 @@ def tune(
     makes no sense.
     """
     given = example(model, input_size, inputs)
-    norms, plain = couplings(model).norms, uncouple(model)
+    norms, plain = couplings(model, inputs=given).norms, uncouple(model)
     layers = {layer: module for layer, module in plain.named_modules() if isinstance(module, BasisConv2d)}
     cells = []
     for layer, timed in timed_layers(plain, given, layers).items():
@@ -195,11 +196,12 @@ def fastest(table: BenchReport) -> dict[str, Way]:
     return {layer: row["mode"] for layer, row in best.items()}
 
 
-def use_modes(model: nn.Module, table: BenchReport) -> None:
+def use_modes(model: nn.Module, table: BenchReport, *, inputs: Inputs | None = None) -> None:
     """Let mode "auto" of the layers that ``table`` names stand for what was fastest, on such a device.
 
     Changes ``model`` in place: layers for which it is fastest are coupled to their batch normalisation, the other
-    named ones are not. Layers whose mode is not "auto" keep theirs.
+    named ones are not. Layers whose mode is not "auto" keep theirs. ``inputs``: see
+    :func:`basis.layers.batchnorm.couplings`.
 
     Raises ``ValueError`` where the table is of another kind, or names a layer that is not there, that has another shape
     or number of basis channels, or that cannot be coupled but should be; nothing is changed then. The sizes of the
@@ -214,8 +216,8 @@ def use_modes(model: nn.Module, table: BenchReport) -> None:
     free = {layer: way for layer, way in chosen.items() if modules[layer].mode == "auto"}
     before = [n for n, m in modules.items() if isinstance(m, BasisConv2d) and m.mixed_later and n not in free]
     wanted = [*before, *(n for n, way in free.items() if way == "through_basis")]
-    couple_in_place(model, wanted)  # refuses what cannot be coupled before it changes anything
-    couple_in_place(uncouple_in_place(model), wanted)
+    couple_in_place(model, wanted, inputs=inputs)  # refuses what cannot be coupled before it changes anything
+    couple_in_place(uncouple_in_place(model), wanted, inputs=inputs)
     for layer, way in free.items():
         modules[layer].measured_mode = None if way == "through_basis" else (device, way)
 

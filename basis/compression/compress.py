@@ -310,8 +310,9 @@ def measure_latency(job: Job, done: Mapping[str, Stage]) -> Stage:
     pairs = list(plan_of(small).layers)
     if pairs and "milliseconds" in job.settings.budget:
         pairs = list(measure_fold(small, input_size=job.input_size, setting=job.setting))
-    networks = {"dense": copy.deepcopy(job.model), "control": copy.deepcopy(job.model), "folded": fold(job.model)}
-    networks["exported"] = fold(small, factorized=pairs)
+    networks = {"dense": copy.deepcopy(job.model), "control": copy.deepcopy(job.model)}
+    example = next(iter(job.batches("held")))[0][:2]
+    networks |= {"folded": fold(job.model, inputs=example), "exported": fold(small, factorized=pairs, inputs=example)}
     with setting.globals():
         placed = {name: setting.place(network) for name, network in networks.items()}
         rows = setting.measure(layer_steps(placed, [job.input_size], "forward", setting))
@@ -328,7 +329,7 @@ def export(job: Job, done: Mapping[str, Stage]) -> Stage:
     small, (images, _) = job.small().cpu(), next(iter(job.batches("held")))
     images = images[torch.arange(job.settings.batch_size) % len(images)]  # some networks have a fixed batch
     expected = outputs_of(small, images)
-    folded = fold(small, factorized=done["measure_latency"]["pairs"])
+    folded = fold(small, factorized=done["measure_latency"]["pairs"], inputs=images[:2])
     apart = (outputs_of(folded, images) - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
     if not apart <= TOLERANCE:
         raise ValueError(f"folded, the network differs by {apart:.1e} from what was scored, so it is not exported")

@@ -16,6 +16,7 @@ to a fraction f of their spread is off by 1e-7 / f^2 to twice that in float32.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from basis.copies import copy_of
+from basis.inputs import Inputs
 from basis.layers import fused
 from basis.layers.base import full_precision
 from basis.layers.conv import BasisConv2d
@@ -259,14 +261,19 @@ def activate(norm: nn.Module, x: Tensor, residual: Tensor | None = None, *, relu
     return _added(norm(x), residual, relu)
 
 
-def couplings(model: nn.Module) -> Pairs:
-    """Which basis convolutions are, or can be, coupled to the batch normalisation after them, and why others cannot."""
+def couplings(model: nn.Module, *, inputs: Inputs | None = None) -> Pairs:
+    """Which basis convolutions are, or can be, coupled to the batch normalisation after them, and why others cannot.
+
+    ``inputs``: a batch as the model takes it, see :func:`basis.layers.norm_pairs.norm_pairs`. A model that cannot be
+    run gives a warning, and no pairs but those that are coupled.
+    """
     layers = {module: name for name, module in model.named_modules() if isinstance(module, BasisConv2d)}
     coupled = {layers.get(norm.conv): n for n, norm in model.named_modules() if isinstance(norm, BasisBatchNorm2d)}
     norms, alone = {}, {}
     try:
-        pairs = norm_pairs(model, both_modes=True)
+        pairs = norm_pairs(uncouple(model) if coupled else model, inputs=inputs, both_modes=True)
     except ValueError as error:
+        warnings.warn(f"no batch normalisation can be taken through the basis: {error}", stacklevel=3)
         pairs = Pairs({}, dict.fromkeys(layers.values(), str(error)))
     for layer, name in layers.items():
         norm = coupled.get(name) or pairs.norms.get(name)
@@ -285,26 +292,30 @@ def _obstacle(layer: BasisConv2d, norm: nn.Module) -> str | None:
     known = type(norm) is nn.BatchNorm2d or afterwards(norm)
     for module, usual in ((layer, type(layer).forward is BasisConv2d.forward), (norm, known)):
         if "forward" in vars(module) or not usual:
-            return f"{type(module).__name__} has a forward of its own"
+            return f"{type(module).__name__} has methods of its own"
     return None
 
 
-def couple(model: nn.Module, layers: Iterable[str] | None = None) -> nn.Module:
+def couple(model: nn.Module, layers: Iterable[str] | None = None, *, inputs: Inputs | None = None) -> nn.Module:
     """A copy of ``model`` in which batch normalisation is taken through the basis; :func:`uncouple` is the way back.
 
     Basis convolutions that are directly followed by an ``nn.BatchNorm2d`` give their k basis channels alone, and the
     batch normalisation, then a :class:`BasisBatchNorm2d`, does the mixing. Output, gradients, running statistics and
     state stay the same; memory is saved. Time was saved on an H200 up to about k = 64 and C_out = 256, on a CPU hardly
     (chapter 10); :func:`basis.bench.tuning.tune` measures it. ``layers``: names of the convolutions, ``ValueError``
-    where one cannot be coupled; None: all that can; :func:`couplings` says why others cannot.
+    where one cannot be coupled; None: all that can; :func:`couplings`, which takes the same ``inputs``, says why others
+    cannot.
     """
-    return couple_in_place(copy_of(model), layers)
+    return couple_in_place(copy_of(model), layers, inputs=inputs)
 
 
-def couple_in_place(model: nn.Module, layers: Iterable[str] | None = None) -> nn.Module:
+def couple_in_place(
+    model: nn.Module, layers: Iterable[str] | None = None, *, inputs: Inputs | None = None
+) -> nn.Module:
     """:func:`couple` without the copy; gives back ``model``."""
-    found = couplings(model)
-    chosen = list(found.norms) if layers is None else list(layers)
+    chosen = None if layers is None else list(layers)
+    found = Pairs({}, {}) if chosen == [] else couplings(model, inputs=inputs)
+    chosen = list(found.norms) if chosen is None else chosen
     for name in chosen:
         if name not in found.norms:
             reason = found.alone.get(name, "the model has no basis convolution of that name")

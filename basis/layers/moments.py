@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from basis.batches import outputs_of
+from basis.inputs import Inputs
 from basis.layers.norm_pairs import norm_pairs
 from basis.modules import evaluating, hooked
 
@@ -74,7 +75,7 @@ class Moments:
 
 
 @torch.no_grad()
-def output_moments(model: nn.Module, layers: Sequence[str], inputs: Iterator[Tensor]) -> dict[str, Moments]:
+def output_moments(model: nn.Module, layers: Sequence[str], inputs: Iterable[Inputs]) -> dict[str, Moments]:
     """The moments of the outputs of these convolutions, in one forward pass in evaluation mode."""
     moments = {name: Moments() for name in layers}
 
@@ -90,11 +91,14 @@ def output_moments(model: nn.Module, layers: Sequence[str], inputs: Iterator[Ten
     return moments
 
 
-def taking_means(model: nn.Module) -> dict[str, str]:
-    """Name of a convolution without bias -> name of the batch normalisation that takes what its mean loses."""
+def taking_means(model: nn.Module, inputs: Inputs) -> dict[str, str]:
+    """Name of a convolution without bias -> name of the batch normalisation that takes what its mean loses.
+
+    None where the model cannot be run on ``inputs`` in training and in evaluation.
+    """
     try:
-        pairs = norm_pairs(model, both_modes=True).norms
-    except ValueError:  # the model cannot be traced
+        pairs = norm_pairs(model, inputs=inputs, both_modes=True).norms
+    except ValueError:
         return {}
     return {conv: norm for conv, norm in pairs.items() if model.get_submodule(conv).bias is None}
 

@@ -233,7 +233,9 @@ def _evaluate(
 
 
 def _fitted(model: nn.Module, candidates: Candidates, fit: Sequence[Inputs]) -> Fitted:
-    return (output_moments(model, untied(model, candidates), iter(fit)), taking_means(model)) if len(fit) else ({}, {})
+    if not len(fit):
+        return {}, {}
+    return output_moments(model, untied(model, candidates), iter(fit)), taking_means(model, fit[0])
 
 
 def _components(model: nn.Module, name: str, fitted: Fitted) -> tuple[Tensor, Tensor | None]:

@@ -1,12 +1,23 @@
-"""Which batch normalisation directly follows which convolution."""
+"""Which batch normalisation directly follows which convolution, in networks that do what they like."""
+
+from dataclasses import dataclass, field
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from basis import substitute
+from basis import BasisConv2d, couple, substitute
+from basis.layers.batchnorm import couplings
+from basis.layers.moments import taking_means
 from basis.layers.norm_pairs import norm_pairs
 from basis.models import build
+
+NOWHERE = "does not go into one nn.BatchNorm2d and nowhere else"
+READ = "are used elsewhere too"
+TWICE = "called more than once"
+VALUES = "depends on values"
 
 
 @pytest.mark.parametrize(("name", "count"), [("resnet20", 19), ("resnet50", 53)])
@@ -20,45 +31,193 @@ def test_every_convolution_of_a_resnet_has_its_own(name, count):
 
 
 class Network(nn.Module):
-    def __init__(self, way):
+    """A convolution, a batch normalisation, and what a way of ``WAYS`` does with them."""
+
+    def __init__(self, way, conv=None):
         super().__init__()
-        self.conv, self.other = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
-        self.bn = nn.SyncBatchNorm(3) if way == "sync" else nn.BatchNorm2d(3)
-        self.way = way
+        self.conv, self.other = conv or nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.bn = (nn.SyncBatchNorm if way == "sync" else nn.BatchNorm2d)(3)
+        self.kept, self.way = [], WAYS.get(way, way)
 
     def forward(self, x):
-        y = self.conv(x)
-        if self.way == "relu between":
-            return self.bn(torch.relu(y))
-        if self.way == "used twice":
-            return self.bn(y) + y
-        if self.way == "called twice":
-            return self.bn(self.conv(self.bn(y)))
-        if self.way == "weight elsewhere":
-            return self.bn(y) + self.conv.weight.sum()
-        if self.way == "statistics elsewhere":
-            return self.bn(y) + self.bn.running_mean.sum()
-        if self.way == "branches":
-            return self.bn(y) if y.sum() > 0 else y
-        return self.bn(y)
+        return self.way(self, x)
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+    hidden: list = field(default_factory=list)
+
+
+def after(change):
+    """``change`` of the output, its input and the network, on the way into the batch normalisation."""
+    return lambda m, x: m.bn(change(m.conv(x), x, m))
+
+
+def beside(use):
+    """The result, and what ``use`` makes of the output and the network."""
+
+    def forward(m, x):
+        y = m.conv(x)
+        return m.bn(y), use(y, m)
+
+    return forward
+
+
+def branches_on_its_kind(y, x, m):
+    return y * 2 if isinstance(y, torch.Tensor) else y
+
+
+def changed_later(m, x):
+    y = m.conv(x)
+    z = m.bn(y)
+    y.mul_(2)
+    return z
+
+
+def experts(m, x):
+    return torch.stack([m.bn(m.conv(x[i : i + 1])) for i in torch.nonzero(x.sum((1, 2, 3)))])
+
+
+WAYS = {
+    "relu between": after(lambda y, x, m: torch.relu(y)),
+    "kind": after(branches_on_its_kind),
+    "changed": after(lambda y, x, m: y.add_(1)),
+    "size of the images": after(lambda y, x, m: 2 * y if x.shape[2] > 100 else y),
+    "size of the batch": after(lambda y, x, m: 2 * y if len(x) == 1 else y),
+    "device": after(lambda y, x, m: 2 * y if x.device.type == "cpu" else y),
+    "device of a weight": after(lambda y, x, m: 2 * y if next(m.parameters()).device.type == "cpu" else y),
+    "view": after(lambda y, x, m: y.view(len(x), 3, *x.shape[2:])),
+    "view, shape of its own": after(lambda y, x, m: y[:, :, :4]),
+    "sync": after(lambda y, x, m: y),
+    "used twice": beside(lambda y, m: m.bn.eps + y),
+    "given back": beside(lambda y, m: {"hidden": [y]}),
+    "in a dataclass": beside(lambda y, m: Output(m.bn.eps, [y])),
+    "kept": beside(lambda y, m: m.kept.append(y)),
+    "kept, its data": beside(lambda y, m: m.kept.append(y.data)),
+    "shape": beside(lambda y, m: y.shape[1]),
+    "changed later": changed_later,
+    "functional": lambda m, x: F.batch_norm(m.conv(x), m.bn.running_mean, m.bn.running_var),
+    "called twice": lambda m, x: m.bn(m.conv(m.bn(m.conv(x)))),
+    "norm twice": lambda m, x: m.bn(m.conv(x)) + m.bn(x),
+    "weight elsewhere": beside(lambda y, m: m.conv.weight.sum()),
+    "weight in words": beside(lambda y, m: torch.zeros(1, dtype=m.conv.weight.dtype)),
+    "bias asked for": beside(lambda y, m: 1 if m.conv.bias is None else 2),
+    "statistics elsewhere": beside(lambda y, m: m.bn.running_mean.sum()),
+    "penalty": beside(lambda y, m: sum(p.square().sum() for p in m.parameters())),
+    "value": lambda m, x: m.bn(m.conv(x)) if x.mean() > 0 else m.bn(m.other(x)),
+    "numbers of numpy": lambda m, x: m.bn(m.conv(x)) if x.numpy().mean() > 0 else x,
+    "experts": experts,
+}
+REASONS = {
+    **dict.fromkeys(WAYS, NOWHERE), **dict.fromkeys(("called twice", "norm twice"), TWICE),
+    **dict.fromkeys(("weight elsewhere", "weight in words", "bias asked for", "statistics elsewhere", "penalty"), READ),
+    **dict.fromkeys(("value", "numbers of numpy", "experts"), VALUES),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_no_pair_has_its_reason(way):
+    pairs = norm_pairs(Network(way))
+    assert not pairs.norms
+    assert REASONS[way] in pairs.alone["conv"]
+    assert ("conv" in pairs.read) == (REASONS[way] in (READ, VALUES) and way != "statistics elsewhere")
+
+
+def by_checkpoint(m, x):
+    return checkpoint(lambda x: m.bn(m.conv(x)), x, use_reentrant=False)
+
+
+def in_lower_precision(m, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return m.bn(m.conv(x))
+
+
+def changes_its_input(m, x):
+    return m.bn(m.conv(x.sub_(0.5).div_(0.25)))
 
 
 @pytest.mark.parametrize(
-    ("way", "reason"),
+    "way",
     [
-        ("relu between", "does not go into one nn.BatchNorm2d and nowhere else"),
-        ("used twice", "does not go into one nn.BatchNorm2d and nowhere else"),
-        ("sync", "does not go into one nn.BatchNorm2d and nowhere else"),
-        ("called twice", "called more than once"),
-        ("weight elsewhere", "are used elsewhere too"),
-        ("statistics elsewhere", "are used elsewhere too"),
+        lambda m, x: m.bn(input=m.conv(input=x)),
+        lambda m, x: Output(m.bn(m.conv(x))),
+        lambda m, x: [{"y": (m.bn(m.conv(x)),)}],
+        lambda m, x: m.bn(nn.Identity()(m.conv(x))),
+        lambda m, x: m.bn(m.conv(x.to(next(m.parameters()).dtype))),
+        lambda m, x: m.kept.append(m.bn(m.conv(x))),
+        lambda m, x: m.bn(m.conv(x))[torch.tensor([1, 0])],
+        by_checkpoint,
+        in_lower_precision,
+        changes_its_input,
     ],
 )
-def test_what_is_no_pair_has_its_reason(way, reason):
-    pairs = norm_pairs(Network(way))
-    assert not pairs.norms
-    assert reason in pairs.alone["conv"]
-    assert pairs.alone["other"] == "it is never called"
+def test_what_the_rest_of_a_network_does_hinders_no_pair(way):
+    assert norm_pairs(Network(way), both_modes=True).norms == {"conv": "bn"}
+
+
+def test_parameters_may_be_shared():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    model[2].weight = model[0].weight
+    model.append(nn.ConvTranspose2d(3, 3, 1))[4].weight = model[0].weight
+    assert norm_pairs(model).norms == {"0": "1", "2": "3"}
+    shared = substitute(build("resnet20", width=4), ratio=0.5, coefficients="shared")
+    coupled = couple(shared, ["layer1.0.conv1"])
+    assert couplings(coupled).norms == couplings(shared).norms
+    assert len(couplings(shared).norms) == 19
+
+
+class OwnForward(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def patched(norm):
+    norm.forward = lambda x: 2 * x
+    return norm
+
+
+@pytest.mark.parametrize("norm", [OwnForward(3), patched(nn.BatchNorm2d(3)), torch.jit.script(nn.BatchNorm2d(3))])
+def test_a_normalisation_of_ones_own_is_none(norm):
+    assert NOWHERE in norm_pairs(nn.Sequential(nn.Conv2d(3, 3, 1), norm)).alone["0"]
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda m: (nn.DataParallel(m), "module."),
+        lambda m: (torch.compile(m, backend="eager"), "_orig_mod."),
+        lambda m: (nn.Sequential(torch.jit.script(nn.Conv2d(3, 3, 1)), m), "1."),
+        lambda m: (nn.ModuleDict({"a": m}), None),
+    ],
+)
+def test_wrapped_networks(wrapped):
+    model, prefix = wrapped(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    if prefix is None:
+        with pytest.raises(ValueError, match=r"cannot be run on .*inputs="):
+            norm_pairs(model)
+    else:
+        assert norm_pairs(model).norms == {f"{prefix}0": f"{prefix}1"}
+
+
+@pytest.mark.parametrize("place", ["conv", "between", "around", "norm"])
+def test_a_hook_that_sees_the_output_is_heeded_and_never_called(place):
+    calls = []
+
+    def hook(module, args, output=None):
+        calls.append(module)
+        return torch.zeros(2) if output is None else output.clamp(min=0)
+
+    model = nn.ModuleDict({"conv": nn.Conv2d(3, 3, 1), "between": nn.Identity(), "norm": nn.BatchNorm2d(3)})
+    model = nn.Sequential(nn.Sequential(model["conv"]), model["between"], model["norm"])
+    hooked = {"conv": model[0][0], "between": model[1], "around": model[0], "norm": model[2]}[place]
+    handle = (hooked.register_forward_pre_hook if place == "norm" else hooked.register_forward_hook)(hook)
+    assert norm_pairs(model).alone.keys() == {"0.0"}
+    handle.remove()
+    model[2].register_forward_hook(hook)
+    model.register_forward_hook(hook)
+    assert norm_pairs(model).norms == {"0.0": "2"}
+    assert not calls
 
 
 class Modes(nn.Module):
@@ -99,25 +258,26 @@ def test_pairs_of_both_modes(way, norms, training):
     assert (model.training, model.bn.training, model.own.training) == (training, training, False)
 
 
-def test_a_model_that_cannot_be_traced_is_refused():
-    with pytest.raises(ValueError, match=r"Network cannot be traced by torch\.fx"):
-        norm_pairs(Network("branches"))
+class Part(Network):
+    """Its forward pass depends on values: in training, in evaluation, in both or in none."""
+
+    def __init__(self, depends):
+        super().__init__("plain")
+        self.depends = depends
+
+    def forward(self, x):
+        if self.depends in ("both", "training" if self.training else "evaluation") and x.sum() > 1e9:
+            return x
+        return self.bn(self.conv(x))
 
 
 class Parts(nn.Module):
-    """A traceable pair, and a part whose forward pass depends on values (in one mode, or in both)."""
+    """A pair, and a part whose forward pass may depend on values, and whose layers may be called elsewhere too."""
 
     def __init__(self, depends, leak=False):
         super().__init__()
-        self.part = Network("plain")
-        self.part.forward = lambda x: self._part(x)
-        self.depends, self.leak = depends, leak
+        self.part, self.leak = Part(depends), leak
         self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-
-    def _part(self, x):
-        if self.depends in ("both", "training" if self.part.training else "evaluation") and x.sum() > 0:
-            return x
-        return self.part.bn(self.part.conv(x))
 
     def forward(self, x):
         x = self.part(self.bn(self.conv(x)))
@@ -125,12 +285,103 @@ class Parts(nn.Module):
 
 
 @pytest.mark.parametrize("depends", ["both", "training", "evaluation"])
-def test_what_cannot_be_traced_hides_no_other_pairs(depends):
+def test_what_depends_on_values_hides_no_other_pairs(depends):
     pairs = norm_pairs(Parts(depends), both_modes=True)
     assert pairs.norms == {"conv": "bn"}
-    assert pairs.alone["part.conv"] == "it is within part, which cannot be traced by torch.fx"
+    assert pairs.alone["part.conv"] == "it is within part, whose forward pass depends on values"
 
 
 def test_what_is_hidden_and_called_elsewhere_too_is_no_pair():
     assert norm_pairs(Parts("none")).norms == {"conv": "bn", "part.conv": "part.bn"}
     assert norm_pairs(Parts("both", leak=True)).norms == {"conv": "bn"}
+
+
+class Router(nn.Module):
+    def forward(self, x):
+        return int(x.sum() > 1e9)
+
+
+def test_values_that_a_module_gives_to_another():
+    model = Network(lambda m, x: m.conv(x) if m.router(x) else m.bn(m.conv(x)))
+    model.router = Router()
+    assert VALUES in norm_pairs(model).alone["conv"]
+
+
+# -- inputs -----------------------------------------------------------------------------------------
+
+
+class Sized(nn.Module):
+    """Takes images of one size alone."""
+
+    def __init__(self, size, **attributes):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 2, 8, 8), nn.BatchNorm2d(2), nn.Linear(2 * (size // 8) ** 2, 2)
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        return self.fc(self.bn(self.conv(x)).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "model", [Sized(64), Sized(224), Sized(48, image_size=48), Sized(40, default_cfg={"input_size": (3, 40, 40)})]
+)
+def test_inputs_are_guessed(model):
+    assert norm_pairs(model, both_modes=True).norms == {"conv": "bn"}
+
+
+class Two(Network):
+    def forward(self, a, b):
+        return self.bn(self.conv(a)) * b
+
+
+@pytest.mark.parametrize("inputs", [(torch.randn(2, 3, 4, 4), torch.ones(1)), {"b": 2.0, "a": torch.randn(1, 3, 1, 1)}])
+def test_inputs_may_be_many_and_of_one_sample(inputs):
+    model = Two("two")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="inputs="):
+        norm_pairs(model)
+    assert norm_pairs(model, inputs=inputs, both_modes=True).norms == {"conv": "bn"}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_inputs_are_made_whatever_the_default_device_is():
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
+    with torch.device("meta"):
+        pairs = norm_pairs(model)
+    assert pairs == norm_pairs(model)
+    assert not pairs.inputs.is_meta
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"\(2, 5, 4, 4\).*inputs="):
+        norm_pairs(Network("sync"), inputs=torch.randn(2, 5, 4, 4))
+    with pytest.raises(ValueError, match="lazy"):
+        norm_pairs(nn.Sequential(nn.LazyConv2d(3, 1), nn.BatchNorm2d(3)))
+
+
+def test_what_uses_the_pairs_takes_inputs():
+    model = Two("two", BasisConv2d(3, 3, 1, basis_channels=1))
+    inputs = (torch.randn(2, 3, 4, 4), torch.ones(1))
+    assert couple(model, inputs=inputs).conv.mixed_later
+    with pytest.warns(UserWarning, match="inputs="):
+        assert not couple(model).conv.mixed_later
+    model.conv = nn.Conv2d(3, 3, 1, bias=False)
+    assert taking_means(model, inputs) == {"conv": "bn"}
+    assert taking_means(model, inputs[0]) == {}
+
+
+def test_the_model_and_the_random_numbers_are_left_alone():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Dropout())
+    reaches = model[1].forward  # of the model itself, wherever this is copied to
+    model.append(nn.Identity())[3].forward = lambda x: reaches(x)
+    before, numbers = {n: value.clone() for n, value in model.state_dict().items()}, torch.get_rng_state()
+    norm_pairs(model, both_modes=True)
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_calibration_data_tell_substitution_what_a_network_takes():
+    options = {"calibration": [torch.randn(4, 3, 40, 40)], "batch_norm": "through_basis"}
+    assert substitute(Sized(40), {"conv": 1}, **options).conv.mixed_later

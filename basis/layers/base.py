@@ -1,20 +1,230 @@
-"""What all layers that stand for an ``nn.Conv2d`` have in common: its arguments."""
+"""What all layers that stand for an ``nn.Conv2d`` have in common: its arguments, and a weight that is made."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
-class ConvLike(nn.Module):
+class Fact:
+    """An attribute of :class:`Constants` that is saved: reading gives a copy; what is set is checked as if loaded."""
+
+    def __set_name__(self, owner: type[Constants], name: str) -> None:
+        self.name, owner.facts = name, (*owner.facts, name)
+
+    def __get__(self, layer: Constants | None, owner: type | None = None) -> Any:
+        return self if layer is None else layer._fact(self.name)
+
+    def __set__(self, layer: Constants, value: Tensor) -> None:
+        layer._know({self.name: layer._checked(self.name, value)})
+
+
+class Constants(nn.Module):
+    """A module with constants that are no numbers of a model, such as orders and masks, and so not in ``buffers()``.
+
+    What goes over buffers (weight averaging, casts, broadcasts) does not meet them. A :class:`Fact` is in the state all
+    the same, and checked on loading (``RuntimeError``). ``_made`` makes any constant where it is needed.
+    """
+
+    facts: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: dict[str, np.ndarray] = {}  # the facts; no tensors, which copies and transforms would change
+        self._placed: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    def _like(self) -> Tensor:
+        """A parameter, where the constants are to be."""
+        raise NotImplementedError
+
+    def _needed(self) -> tuple[str, ...]:
+        """The constants that a forward pass takes."""
+        return ()
+
+    def _made(self, name: str, like: Tensor) -> Tensor:
+        """A constant, on the device of ``like``."""
+        return torch.tensor(self._known[name], device=like.device)
+
+    def _fact(self, name: str) -> Tensor:
+        """A fact as it stands in the state."""
+        return Constants._made(self, name, self._like())
+
+    def _checked(self, name: str, value: Tensor) -> np.ndarray:
+        """The fact that ``value`` is; ``ValueError`` where it cannot be one."""
+        return whole_numbers(value)
+
+    def _know(self, facts: Mapping[str, np.ndarray]) -> None:
+        """From now on these are the facts; what was made of others is made anew, in place: CUDA graphs may read it."""
+        self._known.update(facts)
+        for (name, *_), placed in self._placed.items():
+            placed.copy_(self._made(name, self._like()))
+        self._place()
+
+    def _place(self) -> None:
+        """Have the constants where the parameters are now, and nowhere else."""
+        like = self._like()
+        here = like.device, like.dtype
+        self._placed = {at: t for at, t in self._placed.items() if at[1:] == here and t.device == like.device}
+        for name in self._needed():
+            self.constant(name, like)
+
+    def constant(self, name: str, like: Tensor) -> Tensor:
+        """The constant of this name where ``like`` is; kept, unless a transform would keep a tensor of its own."""
+        at = name, like.device, like.dtype
+        found = self._placed.get(at)
+        if found is None or found.device != like.device:  # as after a load to another device
+            with torch.inference_mode(False):
+                found = self._made(name, like)
+            if not transformed():
+                self._placed[at] = found
+        return found
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        super()._apply(*args, **kwargs)
+        self._place()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: self._fact(name) for name in self.facts})
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        found = {}
+        for name in self.facts:
+            key = prefix + name
+            if key not in state_dict:
+                missing_keys += [key] * strict
+                continue
+            unexpected_keys[:] = [other for other in unexpected_keys if other != key]
+            if not state_dict[key].is_meta:
+                try:
+                    found[name] = self._checked(name, state_dict[key])
+                except ValueError as error:
+                    what = "the state was cast, or averages networks that differ in it"
+                    error_msgs.append(f"{key} {error}: {what}")
+        self._know(found)
+
+
+def whole_numbers(value: Tensor) -> np.ndarray:
+    """Its entries; floats within 1e-3 of whole numbers count as such, as a weighted sum of equal ones is."""
+    value = value.detach().cpu()
+    if not (value.is_floating_point() or value.is_complex()):
+        return value.numpy()
+    if value.is_complex() or not (value.double() - value.double().round()).abs().le(1e-3).all():
+        raise ValueError("holds fractions, but it must hold whole numbers")
+    return value.double().round().long().numpy()
+
+
+def seed_of(value: Tensor, own: np.ndarray) -> np.ndarray:
+    """A seed out of a state: a whole number; a float only if it is ``own``, rounded as a weighted sum of it is."""
+    if value.dim() == 0 and not (value.is_floating_point() or value.is_complex()):
+        return value.detach().cpu().numpy()
+    if value.dim() or value.dtype.itemsize < 4 or not abs(value.double().item() - int(own)) <= 1e-6 * abs(int(own)):
+        raise ValueError("is no seed, which is a whole number")
+    return own
+
+
+def mask_of(value: Tensor, shape: Sequence[int], kept: int) -> np.ndarray:
+    """A mask that keeps so many of all entries, out of a state."""
+    mask = whole_numbers(value)
+    if mask.shape != tuple(shape) or not np.isin(mask, (0, 1)).all() or mask.sum() != kept:
+        raise ValueError(f"is no mask of shape {tuple(shape)} that keeps {kept} entries")
+    return mask.astype(bool)
+
+
+class _AnyTensor(type(Tensor)):  # type: ignore[misc]
+    """Any tensor passes as an instance, or ``torch.testing`` would not compare one of the class with a parameter."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, Tensor)
+
+
+class Computed(Tensor, metaclass=_AnyTensor):
+    """A weight that is made from other numbers: reading it gives plain tensors and gradients; writing is refused.
+
+    Raises ``RuntimeError`` where it, or a view of it, is written to. An ``nn.Parameter`` made of it is an ordinary one.
+    """
+
+    refusal: str
+    detached: bool
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = func.__name__, kwargs or {}
+        target, source = _computed(args[:1]), _computed(args)
+        if target is not None and name in ("__deepcopy__", "__reduce_ex__"):  # copies are like any other tensor
+            with torch._C.DisableTorchFunctionSubclass():
+                return getattr(target.as_subclass(Tensor), name)(*args[1:])
+        writes = kwargs.get("inplace") or WRITING.fullmatch(name)
+        if name == "requires_grad_" and target is not None and target.detached:  # as nn.Parameter does
+            writes = False
+        written = target if writes else _computed(kwargs.get("out"))
+        if written is not None:
+            raise RuntimeError(written.refusal)
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **kwargs)
+            return found if source is None else _as_views(found, source, detached=name == "detach")
+
+    @property
+    def _is_param(self) -> bool:  # which nn.Parameter sets on what it makes
+        return False
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        vars(self).clear()
+        self.__class__ = nn.Parameter  # type: ignore[assignment]
+
+
+WRITING = re.compile(r"__set(item)?__|__i(add|sub|mul|div|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__|.*[^_]_")
+
+
+def _computed(value: Any) -> Computed | None:
+    """The first of them that is, or is in a list of, ``value``."""
+    if isinstance(value, (tuple, list)):
+        return next((one for item in value if (one := _computed(item)) is not None), None)
+    return value if type(value) is Computed else None
+
+
+def _as_views(found: Any, source: Computed, *, detached: bool) -> Any:
+    """``found``, of which what shares the memory of ``source`` is as it is."""
+    if type(found) in (tuple, list):
+        return type(found)(_as_views(item, source, detached=detached) for item in found)
+    if isinstance(found, np.ndarray):
+        found.flags.writeable = False
+    elif type(found) is Tensor and found.untyped_storage()._cdata == source.untyped_storage()._cdata:
+        return computed(found, source.refusal, detached=detached)
+    return found
+
+
+def computed(weight: Tensor, refusal: str, *, detached: bool = False) -> Computed:
+    """``weight`` as one that may not be written to; ``refusal`` says why."""
+    own = weight.as_subclass(Computed)
+    own.refusal, own.detached = refusal, detached
+    return own
+
+
+class ConvLike(Constants):
     """A layer with the arguments and attributes of ``nn.Conv2d``; the subclass sets ``bias``, (C_out,) or None."""
 
     bias: nn.Parameter | None
+    transposed = False
+    output_padding = (0, 0)
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
@@ -27,10 +237,40 @@ class ConvLike(nn.Module):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode,
             device="meta",
         )  # fmt: skip
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
-        self.padding, self.padding_mode = conv.padding, padding_mode
-        self._pads: tuple[int, ...] = tuple(conv._reversed_padding_repeated_twice)  # left, right, top, bottom
+        self.in_channels, self.out_channels, self.groups = int(in_channels), int(out_channels), int(groups)
+        self.kernel_size, self.stride, self.dilation = map(_whole, (conv.kernel_size, conv.stride, conv.dilation))
+        self.padding = conv.padding if isinstance(conv.padding, str) else _whole(conv.padding)
+        self.padding_mode = padding_mode
+        self._reversed_padding_repeated_twice = list(_whole(conv._reversed_padding_repeated_twice))  # left, right, ...
+
+    def _computed_weight(self) -> Tensor:
+        raise NotImplementedError
+
+    def _sources_of_weight(self) -> str:
+        """What the weight is made from, and how to have another one, in words."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the dense convolution that this layer is, (C_out, C_in/groups, kh, kw), never autocast.
+
+        Computed, in the memory format of the layer: gradients flow through it; writing to it is a ``RuntimeError``.
+        """
+        weight = self._computed_weight()
+        return weight if type(weight) is not Tensor or transformed() else computed(weight, self._no_writing())
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        raise RuntimeError(self._no_writing())
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in every module, but for ``weight``, which is no parameter: ``RuntimeError``."""
+        if name == "weight":
+            raise RuntimeError(self._no_writing())
+        super().register_parameter(name, param)
+
+    def _no_writing(self) -> str:
+        return f"the weight of {type(self).__name__} is computed and cannot be written to: {self._sources_of_weight()}"
 
     @property
     def filter_shape(self) -> tuple[int, int, int]:
@@ -39,11 +279,11 @@ class ConvLike(nn.Module):
 
     def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Pad ``x`` where the convolution cannot; also the (height, width) that the convolution still has to pad."""
-        left, right, top, bottom = self._pads
+        left, right, top, bottom = self._reversed_padding_repeated_twice
         if self.padding_mode == "zeros" and left == right and top == bottom:
             return x, (top, left)
         kind = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(x, self._pads, mode=kind), (0, 0)
+        return F.pad(x, self._reversed_padding_repeated_twice, mode=kind), (0, 0)
 
     def _dense(self, weight: Tensor, *, trains: bool) -> nn.Conv2d:
         """``nn.Conv2d`` of this shape with a copy of ``weight``, in its memory format, and of the bias."""
@@ -77,3 +317,35 @@ def autocast_device(tensor: Tensor) -> str:
 def full_precision(tensor: Tensor) -> torch.autocast:
     """A context without autocast: weights are built in full precision and rounded once, where they are applied."""
     return torch.autocast(autocast_device(tensor), enabled=False)
+
+
+def transformed() -> bool:
+    """Whether something compiles, traces or transforms what is computed now, or watches its operations."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _get_current_dispatch_mode() is not None
+    )
+
+
+def as_leaf(layer: nn.Module, *args: Any, **kwargs: Any) -> Proxy | None:
+    """The call of ``layer`` as one node, where an argument is a Proxy of torch.fx; else None."""
+    proxy = next((a for a in (*args, *kwargs.values()) if isinstance(a, Proxy)), None)
+    if proxy is None:
+        return None
+    return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(layer), args, kwargs)
+
+
+def check_weight(conv: nn.Conv2d, *, fitted: bool) -> None:
+    """Raise ``ValueError`` for a complex weight; to be ``fitted``, it must have values, all of them finite."""
+    if conv.weight.is_complex():
+        raise ValueError("the convolution has a complex weight, and only real ones are supported")
+    if fitted and conv.weight.is_meta:
+        raise ValueError("the weight is on the meta device and has no values; give it some first")
+    if fitted and not conv.weight.isfinite().all():
+        raise ValueError("the weight has entries that are not finite")
+
+
+def _whole(numbers: Any) -> tuple[int, ...]:
+    return tuple(map(int, numbers))

@@ -26,7 +26,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from basis.copies import copy_of
 from basis.layers import fused
-from basis.layers.base import full_precision
+from basis.layers.base import as_leaf, full_precision
 from basis.layers.conv import BasisConv2d
 from basis.layers.norm_pairs import Pairs, afterwards, norm_pairs
 
@@ -173,11 +173,20 @@ class BasisBatchNorm2d(nn.BatchNorm2d):
     _kind: type[nn.BatchNorm2d]  # what it was before
     conv: BasisConv2d  # whose basis channels come in; not a submodule: it stands elsewhere in the model
 
-    def forward(self, z: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
-        """relu(normalised (M z + c) + residual), (N, C, H, W), of the basis channels z, (N, k, H, W).
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:  # noqa: A002
+        """relu(normalised (M z + c) + residual), (N, C, H, W), of the basis channels z = ``input``, (N, k, H, W).
 
-        Raises ``ValueError`` for another shape and, in training, one pixel; no second derivatives (``RuntimeError``).
+        Raises ``ValueError`` for another shape and, in training, one pixel; ``RuntimeError`` for second derivatives,
+        and where FSDP shards the convolution but not this.
         """
+        if (node := as_leaf(self, input, residual, relu=relu)) is not None:
+            return node  # type: ignore[return-value]
+        z = input
+        if hasattr(self.conv.basis, "placements") and not hasattr(z, "placements"):  # of a DTensor
+            what = "shard both in one group (fully_shard of a module that holds them), or uncouple the model first"
+            raise RuntimeError(
+                f"the parameters of the convolution that this normalises are sharded apart from it: {what}"
+            )
         self._check_input_dim(z)
         if z.shape[1] != self.conv.basis_channels:
             raise ValueError(f"expected {self.conv.basis_channels} basis channels, got {z.shape[1]} channels")
@@ -232,9 +241,11 @@ class BasisBatchNormAct2d(BasisBatchNorm2d):
     drop: nn.Module
     act: nn.Module
 
-    def forward(self, z: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:  # noqa: A002
         """Residual and ReLU come after its own activation."""
-        return _added(self.act(self.drop(super().forward(z))), residual, relu)
+        if (node := as_leaf(self, input, residual, relu=relu)) is not None:
+            return node  # type: ignore[return-value]
+        return _added(self.act(self.drop(super().forward(input))), residual, relu)
 
 
 def _added(out: Tensor, residual: Tensor | None, relu: bool) -> Tensor:

@@ -124,7 +124,7 @@ class Constants(nn.Module):
 def whole_numbers(value: Tensor) -> np.ndarray:
     """Its entries; floats within 1e-3 of whole numbers count as such, as a weighted sum of equal ones is."""
     value = value.detach().cpu()
-    if not (value.is_floating_point() or value.is_complex()):
+    if not value.is_floating_point() and not value.is_complex():
         return value.numpy()
     if value.is_complex() or not (value.double() - value.double().round()).abs().le(1e-3).all():
         raise ValueError("holds fractions, but it must hold whole numbers")
@@ -133,9 +133,11 @@ def whole_numbers(value: Tensor) -> np.ndarray:
 
 def seed_of(value: Tensor, own: np.ndarray) -> np.ndarray:
     """A seed out of a state: a whole number; a float only if it is ``own``, rounded as a weighted sum of it is."""
-    if value.dim() == 0 and not (value.is_floating_point() or value.is_complex()):
+    whole = not (value.is_floating_point() or value.is_complex())
+    if value.dim() == 0 and whole:
         return value.detach().cpu().numpy()
-    if value.dim() or value.dtype.itemsize < 4 or not abs(value.double().item() - int(own)) <= 1e-6 * abs(int(own)):
+    near = value.dim() == 0 and value.dtype.itemsize >= 4 and not value.is_complex()
+    if not near or not abs(value.item() - int(own)) <= 1e-6 * abs(int(own)):
         raise ValueError("is no seed, which is a whole number")
     return own
 
@@ -167,7 +169,7 @@ class Computed(Tensor, metaclass=_AnyTensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func.__name__, kwargs or {}
-        target, source = _computed(args[:1]), _computed(args)
+        target, source = _computed([*args, *kwargs.values()][:1]), _computed(args)
         if target is not None and name in ("__deepcopy__", "__reduce_ex__"):  # copies are like any other tensor
             with torch._C.DisableTorchFunctionSubclass():
                 return getattr(target.as_subclass(Tensor), name)(*args[1:])
@@ -241,7 +243,7 @@ class ConvLike(Constants):
         self.kernel_size, self.stride, self.dilation = map(_whole, (conv.kernel_size, conv.stride, conv.dilation))
         self.padding = conv.padding if isinstance(conv.padding, str) else _whole(conv.padding)
         self.padding_mode = padding_mode
-        self._reversed_padding_repeated_twice = list(_whole(conv._reversed_padding_repeated_twice))  # left, right, ...
+        self._reversed_padding_repeated_twice = _whole(conv._reversed_padding_repeated_twice)
 
     def _computed_weight(self) -> Tensor:
         raise NotImplementedError

@@ -246,7 +246,7 @@ class Sparse(Coefficients, Constants):
     def _know(self, facts: Mapping[str, np.ndarray]) -> None:
         known = {**self._known, **facts}
         self._settled = bool(known["settled"]) and "mask" in known
-        super()._know(facts)
+        super()._know({**facts, "settled": np.array(self._settled)})
 
     def reset_parameters(self) -> None:
         """Uniform, so wide that the entries that are kept have mean square 1 / entries."""

@@ -92,7 +92,7 @@ def test_a_hashed_layer_uses_all_its_numbers_alike(text, places):
     assert uses.sum() == places
     assert uses.min() >= 1
     assert uses.double().var() == pytest.approx(10, rel=0.4)  # Poisson
-    assert layer.to(torch.float16).indices.dtype == torch.int64
+    assert layer.to(torch.float16).constant("indices", layer.table).dtype == torch.int64
 
 
 def test_tridiagonal_has_three_diagonals_of_riffled_channels_and_further_entries():

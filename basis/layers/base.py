@@ -271,6 +271,11 @@ class ConvLike(Constants):
             raise RuntimeError(self._no_writing())
         super().register_parameter(name, param)
 
+    def __prepare_scriptable__(self) -> None:
+        """Which torch.jit.script calls first."""
+        what = "torch.jit.trace it, or script what basis.merge(model) gives"
+        raise RuntimeError(f"torch.jit.script takes no {type(self).__name__}: {what}")
+
     def _no_writing(self) -> str:
         return f"the weight of {type(self).__name__} is computed and cannot be written to: {self._sources_of_weight()}"
 

@@ -176,17 +176,19 @@ class BasisBatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:  # noqa: A002
         """relu(normalised (M z + c) + residual), (N, C, H, W), of the basis channels z = ``input``, (N, k, H, W).
 
-        Raises ``ValueError`` for another shape and, in training, one pixel; ``RuntimeError`` for second derivatives,
-        and where FSDP shards the convolution but not this.
+        Raises ``ValueError`` for another shape, complex numbers and, in training, one pixel; ``RuntimeError`` for
+        second derivatives, replicas of DataParallel, and where FSDP shards the convolution but not this.
         """
         if (node := as_leaf(self, input, residual, relu=relu)) is not None:
             return node  # type: ignore[return-value]
         z = input
+        if z.is_complex():
+            raise ValueError("batch normalisation through the basis takes no complex numbers")
+        if "_is_replica" in vars(self):
+            raise RuntimeError("DataParallel cannot copy a coupled model; use DistributedDataParallel, or uncouple it")
         if hasattr(self.conv.basis, "placements") and not hasattr(z, "placements"):  # of a DTensor
-            what = "shard both in one group (fully_shard of a module that holds them), or uncouple the model first"
-            raise RuntimeError(
-                f"the parameters of the convolution that this normalises are sharded apart from it: {what}"
-            )
+            what = "shard both in one group, as fully_shard of a module that holds them does, or uncouple the model"
+            raise RuntimeError(f"the convolution that is normalised here is sharded apart from it: {what}")
         self._check_input_dim(z)
         if z.shape[1] != self.conv.basis_channels:
             raise ValueError(f"expected {self.conv.basis_channels} basis channels, got {z.shape[1]} channels")

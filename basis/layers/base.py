@@ -60,8 +60,19 @@ class Constants(nn.Module):
         return Constants._made(self, name, self._like())
 
     def _checked(self, name: str, value: Tensor) -> np.ndarray:
-        """The fact that ``value`` is; ``ValueError`` where it cannot be one."""
-        return whole_numbers(value)
+        """The fact that ``value`` is; ``ValueError`` where it cannot be one. Here: a seed."""
+        own = int(self._known[name])
+        if value.dim() == 0 and not (value.is_floating_point() or value.is_complex()):
+            return np.array(value.item())
+        # A float can only be recognised: the seed that this layer has, rounded as in a weighted sum of equal ones.
+        if (
+            value.dim()
+            or value.is_complex()
+            or value.dtype.itemsize < 4
+            or not abs(value.item() - own) <= 1e-6 * abs(own)
+        ):
+            raise ValueError("is no seed, which is a whole number")
+        return np.array(own)
 
     def _know(self, facts: Mapping[str, np.ndarray]) -> None:
         """From now on these are the facts; what was made of others is made anew, in place: CUDA graphs may read it."""
@@ -98,55 +109,38 @@ class Constants(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({prefix + name: self._fact(name) for name in self.facts})
 
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
-        unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state, prefix, *args)
+        _, strict, missing, unexpected, errors = args
+        unexpected[:] = [key for key in unexpected if key.removeprefix(prefix) not in self.facts]
         found = {}
         for name in self.facts:
-            key = prefix + name
-            if key not in state_dict:
-                missing_keys += [key] * strict
-                continue
-            unexpected_keys[:] = [other for other in unexpected_keys if other != key]
-            if not state_dict[key].is_meta:
+            value = state.get(prefix + name)
+            if value is None:
+                missing += [prefix + name] * strict
+            elif not value.is_meta:
                 try:
-                    found[name] = self._checked(name, state_dict[key])
+                    found[name] = self._checked(name, value)
                 except ValueError as error:
-                    what = "the state was cast, or averages networks that differ in it"
-                    error_msgs.append(f"{key} {error}: {what}")
+                    errors.append(f"{prefix}{name} {error}: the state was cast, or averages networks that differ in it")
         self._know(found)
 
 
 def whole_numbers(value: Tensor) -> np.ndarray:
     """Its entries; floats within 1e-3 of whole numbers count as such, as a weighted sum of equal ones is."""
     value = value.detach().cpu()
-    if not value.is_floating_point() and not value.is_complex():
-        return value.numpy()
     if value.is_complex() or not (value.double() - value.double().round()).abs().le(1e-3).all():
         raise ValueError("holds fractions, but it must hold whole numbers")
     return value.double().round().long().numpy()
 
 
-def seed_of(value: Tensor, own: np.ndarray) -> np.ndarray:
-    """A seed out of a state: a whole number; a float only if it is ``own``, rounded as a weighted sum of it is."""
-    whole = not (value.is_floating_point() or value.is_complex())
-    if value.dim() == 0 and whole:
-        return value.detach().cpu().numpy()
-    near = value.dim() == 0 and value.dtype.itemsize >= 4 and not value.is_complex()
-    if not near or not abs(value.item() - int(own)) <= 1e-6 * abs(int(own)):
-        raise ValueError("is no seed, which is a whole number")
-    return own
-
-
-def mask_of(value: Tensor, shape: Sequence[int], kept: int) -> np.ndarray:
-    """A mask that keeps so many of all entries, out of a state."""
+def mask_of(value: Tensor, shape: Sequence[int], kept: int | None = None, axis: int | None = None) -> np.ndarray:
+    """Out of a state a mask that keeps so many entries, of all or along ``axis``; ``ValueError`` for anything else."""
     mask = whole_numbers(value)
-    if mask.shape != tuple(shape) or not np.isin(mask, (0, 1)).all() or mask.sum() != kept:
-        raise ValueError(f"is no mask of shape {tuple(shape)} that keeps {kept} entries")
+    if mask.shape != tuple(shape) or not np.isin(mask, (0, 1)).all():
+        raise ValueError(f"is no mask of shape {tuple(shape)}")
+    if kept is not None and (mask.sum(axis) != kept).any():
+        raise ValueError(f"is no mask that keeps {kept} entries" + " of each row" * (axis is not None))
     return mask.astype(bool)
 
 
@@ -163,25 +157,24 @@ class Computed(Tensor, metaclass=_AnyTensor):
     Raises ``RuntimeError`` where it, or a view of it, is written to. An ``nn.Parameter`` made of it is an ordinary one.
     """
 
-    refusal: str
+    layer: ConvLike
     detached: bool
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func.__name__, kwargs or {}
-        target, source = _computed([*args, *kwargs.values()][:1]), _computed(args)
-        if target is not None and name in ("__deepcopy__", "__reduce_ex__"):  # copies are like any other tensor
-            with torch._C.DisableTorchFunctionSubclass():
-                return getattr(target.as_subclass(Tensor), name)(*args[1:])
+        first, source = _computed([*args, *kwargs.values()][:1]), _computed(args)
         writes = kwargs.get("inplace") or WRITING.fullmatch(name)
-        if name == "requires_grad_" and target is not None and target.detached:  # as nn.Parameter does
+        if name == "requires_grad_" and first is not None and first.detached:  # as nn.Parameter does
             writes = False
-        written = target if writes else _computed(kwargs.get("out"))
+        written = first if writes else _computed(kwargs.get("out"))
         if written is not None:
-            raise RuntimeError(written.refusal)
+            raise RuntimeError(written.layer.no_writing())
         with torch._C.DisableTorchFunctionSubclass():
+            if first is not None and name in ("__deepcopy__", "__reduce_ex__"):  # copies are like any other tensor
+                return getattr(first.as_subclass(Tensor), name)(*args[1:])
             found = func(*args, **kwargs)
-            return found if source is None else _as_views(found, source, detached=name == "detach")
+            return found if source is None else _seen(found, source, detached=name == "detach")
 
     @property
     def _is_param(self) -> bool:  # which nn.Parameter sets on what it makes
@@ -203,22 +196,16 @@ def _computed(value: Any) -> Computed | None:
     return value if type(value) is Computed else None
 
 
-def _as_views(found: Any, source: Computed, *, detached: bool) -> Any:
-    """``found``, of which what shares the memory of ``source`` is as it is."""
+def _seen(found: Any, source: Computed, *, detached: bool) -> Any:
+    """``found``, of which what shares the memory of ``source`` may not be written to either."""
     if type(found) in (tuple, list):
-        return type(found)(_as_views(item, source, detached=detached) for item in found)
+        return type(found)(_seen(item, source, detached=detached) for item in found)
     if isinstance(found, np.ndarray):
         found.flags.writeable = False
     elif type(found) is Tensor and found.untyped_storage()._cdata == source.untyped_storage()._cdata:
-        return computed(found, source.refusal, detached=detached)
+        found = found.as_subclass(Computed)
+        found.layer, found.detached = source.layer, detached
     return found
-
-
-def computed(weight: Tensor, refusal: str, *, detached: bool = False) -> Computed:
-    """``weight`` as one that may not be written to; ``refusal`` says why."""
-    own = weight.as_subclass(Computed)
-    own.refusal, own.detached = refusal, detached
-    return own
 
 
 class ConvLike(Constants):
@@ -248,10 +235,6 @@ class ConvLike(Constants):
     def _computed_weight(self) -> Tensor:
         raise NotImplementedError
 
-    def _sources_of_weight(self) -> str:
-        """What the weight is made from, and how to have another one, in words."""
-        raise NotImplementedError
-
     @property
     def weight(self) -> Tensor:
         """The weight of the dense convolution that this layer is, (C_out, C_in/groups, kh, kw), never autocast.
@@ -259,16 +242,19 @@ class ConvLike(Constants):
         Computed, in the memory format of the layer: gradients flow through it; writing to it is a ``RuntimeError``.
         """
         weight = self._computed_weight()
-        return weight if type(weight) is not Tensor or transformed() else computed(weight, self._no_writing())
+        if type(weight) is Tensor and not transformed():
+            weight = weight.as_subclass(Computed)
+            weight.layer, weight.detached = self, False
+        return weight
 
     @weight.setter
     def weight(self, value: Any) -> None:
-        raise RuntimeError(self._no_writing())
+        raise RuntimeError(self.no_writing())
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in every module, but for ``weight``, which is no parameter: ``RuntimeError``."""
         if name == "weight":
-            raise RuntimeError(self._no_writing())
+            raise RuntimeError(self.no_writing())
         super().register_parameter(name, param)
 
     def __prepare_scriptable__(self) -> None:
@@ -276,8 +262,11 @@ class ConvLike(Constants):
         what = "torch.jit.trace it, or script what basis.merge(model) gives"
         raise RuntimeError(f"torch.jit.script takes no {type(self).__name__}: {what}")
 
-    def _no_writing(self) -> str:
-        return f"the weight of {type(self).__name__} is computed and cannot be written to: {self._sources_of_weight()}"
+    def no_writing(self) -> str:
+        """Why nobody can write to :attr:`weight`, and what to do."""
+        names = ", ".join(f"layer.{name}" for name, _ in self.named_parameters() if name != "bias")
+        what = f"write to that ({names}), or make a layer of a convolution that has the weight (from_conv, substitute)"
+        return f"the weight of {type(self).__name__} is computed from other numbers and cannot be written to; {what}"
 
     @property
     def filter_shape(self) -> tuple[int, int, int]:
@@ -341,7 +330,8 @@ def as_leaf(layer: nn.Module, *args: Any, **kwargs: Any) -> Proxy | None:
     proxy = next((a for a in (*args, *kwargs.values()) if isinstance(a, Proxy)), None)
     if proxy is None:
         return None
-    return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(layer), args, kwargs)
+    tracer: Any = proxy.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, kwargs)
 
 
 def check_weight(conv: nn.Conv2d, *, fitted: bool) -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from basis.layers.base import Constants, Fact, full_precision, whole_numbers
+from basis.layers.base import Constants, Fact, full_precision, mask_of
 
 _SIZED = {"low_rank": "RANK", "grouped": "GROUPS", "sparse": "ENTRIES"}
 _PLAIN = ("dense", "shared", "frozen", "repeat")
@@ -235,18 +235,15 @@ class Sparse(Coefficients, Constants):
         return super()._fact(name) if self._settled or name == "settled" else self._largest()
 
     def _checked(self, name: str, value: Tensor) -> np.ndarray:
-        found, mask = whole_numbers(value), name == "mask"
-        shape, kept = ((self.rows, self.columns), self.entries) if mask else ((), found)
-        if found.shape != shape or not np.isin(found, (0, 1)).all() or (found.sum(-1) != kept).any():
-            raise ValueError(
-                f"is no mask that keeps {self.entries} entries of each row" if mask else "is not true or false"
-            )
-        return found.astype(bool)
+        if name == "settled":
+            return mask_of(value, ())
+        return mask_of(value, (self.rows, self.columns), self.entries, axis=1)
 
     def _know(self, facts: Mapping[str, np.ndarray]) -> None:
         known = {**self._known, **facts}
         self._settled = bool(known["settled"]) and "mask" in known
-        super()._know({**facts, "settled": np.array(self._settled)})
+        self._known = {"mask": known["mask"]} if self._settled else {}  # an older mask counts no more
+        super()._know({"settled": np.array(self._settled)})
 
     def reset_parameters(self) -> None:
         """Uniform, so wide that the entries that are kept have mean square 1 / entries."""
@@ -284,7 +281,8 @@ class Sparse(Coefficients, Constants):
         """``weight`` * ``mask``."""
         if self._settled:
             return self.weight * self.constant("mask", self.weight)
-        return self.weight + (self.weight * self._largest() - self.weight).detach()
+        detached = self.weight.detach()
+        return self.weight + (detached * self._largest() - detached)
 
 
 class Repeat(Coefficients):

@@ -196,7 +196,7 @@ class BasisConv2d(ConvLike):
         return order
 
     def _know(self, facts: Mapping[str, np.ndarray]) -> None:
-        order = facts.get("order", self._known.get("order"))
+        order = {**self._known, **facts}["order"]
         self._permuted = not np.array_equal(order, np.arange(self.out_channels))
         self._scattered = not self.coefficients.mixes and (self._permuted or self.coefficients.groups > 1)
         super()._know(facts)
@@ -219,9 +219,6 @@ class BasisConv2d(ConvLike):
             rows = torch.cat([flat, a.combine(flat)], dim=1).flatten(0, 1)
         weight = self._ordered(rows).view(self.out_channels, *b.shape[1:])
         return weight.permute(0, 3, 1, 2) if last else weight
-
-    def _sources_of_weight(self) -> str:
-        return "write to layer.basis and layer.coefficients, of which it is made, or make a layer by from_conv(conv)"
 
     def _ordered(self, rows: Tensor) -> Tensor:
         return rows.index_select(0, self.constant("order", rows)) if self._permuted else rows

@@ -139,8 +139,10 @@ def test_orders_that_are_none_are_refused(kind):
             layer.order = value
         assert torch.equal(layer.order, before)
     layer.order.zero_()
+    state["order"].zero_()
     assert torch.equal(layer.order, before)
-    layer.order = different
+    layer.order = given = different.clone()
+    given.zero_()
     assert torch.equal(layer.weight.flip(0), layer_like(layer, before).weight)
     groups = BasisConv2d(8, 16, 3, groups=2, ratio=0.5)
     with pytest.raises(RuntimeError, match="groups"):
@@ -187,6 +189,7 @@ def test_seeds_that_are_none_are_refused(kind):
         with pytest.raises(RuntimeError, match="seed"):
             other.load_state_dict({**state, "seed": wrong})
     other.load_state_dict(state)
+    state["seed"].zero_()
     assert torch.equal(other.weight, layer.weight)
 
 
@@ -251,7 +254,9 @@ WRITES = {
 
 
 @pytest.mark.parametrize("write", WRITES)
-@pytest.mark.parametrize(("kind", "names"), [("basis dense", "layer.basis"), ("tucker:0.5", "factor1.*core3")])
+@pytest.mark.parametrize(
+    ("kind", "names"), [("basis dense", "layer.basis, layer.coefficients.weight"), ("tucker:0.5", "factor1.*core3")]
+)
 def test_writing_to_a_computed_weight_is_refused(kind, names, write):
     layer = layer_of(kind)
     before = layer.weight.clone()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from basis.layers.base import Fact, full_precision, seed_of
+from basis.layers.base import Fact, full_precision
 from basis.layers.conv import BasisConv2d, basis_channels_for
 from basis.layers.structured.layer import LARGEST, New, Product, StructuredConv2d, check_saves, number, whole
 
@@ -149,9 +149,6 @@ class FixedBasisConv2d(FilterBasis):
             _draw_orthonormal(self.basis, torch.Generator().manual_seed(seed))
             self._known["seed"] = np.array(seed)
         nn.init.kaiming_normal_(self.mixing)
-
-    def _checked(self, name: str, value: Tensor) -> np.ndarray:
-        return seed_of(value, self._known["seed"])
 
     def bits(self, name: str) -> int:
         """None of filters that come from a seed and are not trained, else 32 for each number."""

@@ -143,9 +143,6 @@ class StructuredConv2d(ConvLike):
         with full_precision(self._like()):
             return self._weight()
 
-    def _sources_of_weight(self) -> str:
-        return f"write to {', '.join(self._names)}, of which it is made, or substitute a convolution of that weight"
-
     @property
     def parts(self) -> dict[str, nn.Parameter]:
         """All parameters but the bias, by name, also where a tool computes them (pruning, weight norm)."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from basis.layers.base import Fact, mask_of, seed_of
+from basis.layers.base import Fact, mask_of
 from basis.layers.structured.layer import New, StructuredConv2d, number
 
 ROUNDS = 40  # of the double sparse factorization, in which each factor is solved for once
@@ -38,9 +38,6 @@ class PemnConv2d(StructuredConv2d):
         nn.init.kaiming_uniform_(self.scores, a=math.sqrt(5))
         if not self.scores.is_meta:
             self._know({"seed": torch.randint(2**62, (), device="cpu").numpy()})
-
-    def _checked(self, name: str, value: Tensor) -> np.ndarray:
-        return seed_of(value, self._known["seed"])
 
     def _needed(self) -> tuple[str, ...]:
         return ("values",)

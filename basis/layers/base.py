@@ -65,12 +65,8 @@ class Constants(nn.Module):
         if value.dim() == 0 and not (value.is_floating_point() or value.is_complex()):
             return np.array(value.item())
         # A float can only be recognised: the seed that this layer has, rounded as in a weighted sum of equal ones.
-        if (
-            value.dim()
-            or value.is_complex()
-            or value.dtype.itemsize < 4
-            or not abs(value.item() - own) <= 1e-6 * abs(own)
-        ):
+        exact = value.dim() == 0 and not value.is_complex() and value.dtype.itemsize >= 4
+        if not exact or not abs(value.item() - own) <= 1e-6 * abs(own):
             raise ValueError("is no seed, which is a whole number")
         return np.array(own)
 
@@ -78,15 +74,16 @@ class Constants(nn.Module):
         """From now on these are the facts; what was made of others is made anew, in place: CUDA graphs may read it."""
         self._known.update(facts)
         for (name, *_), placed in self._placed.items():
-            placed.copy_(self._made(name, self._like()))
+            if name in self._needed():
+                placed.copy_(self._made(name, self._like()))
         self._place()
 
     def _place(self) -> None:
-        """Have the constants where the parameters are now, and nowhere else."""
-        like = self._like()
-        here = like.device, like.dtype
-        self._placed = {at: t for at, t in self._placed.items() if at[1:] == here and t.device == like.device}
-        for name in self._needed():
+        """Have what is needed where the parameters are now, and nowhere else."""
+        like, needed = self._like(), self._needed()
+        kept = {(name, like.device, like.dtype) for name in needed}
+        self._placed = {at: t for at, t in self._placed.items() if at in kept}
+        for name in needed:
             self.constant(name, like)
 
     def constant(self, name: str, like: Tensor) -> Tensor:

@@ -26,15 +26,7 @@ with (repository_root() / "book" / "tools.csv").open(newline="") as file:
     ROWS = {row["tool"]: row for row in csv.DictReader(file)}
 TOOLS = {}
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-
-
-def tool(name):
-    def register(attempt):
-        TOOLS[name] = attempt
-        return attempt
-
-    return register
+pytestmark = pytest.mark.filterwarnings("ignore::Warning")
 
 
 def network(column):
@@ -57,6 +49,20 @@ def images():
 
 def same(ours, expected, tolerance=1e-5):
     torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+
+
+def alike(name, tolerance=1e-5):
+    """What the tool makes of the network gives what the network gives."""
+
+    def register(make):
+        def attempt(model):
+            expected = model(images())
+            same(make(model)(images()), expected, tolerance)
+
+        TOOLS[name] = attempt
+        return make
+
+    return register
 
 
 def a_step(model):
@@ -113,52 +119,43 @@ TOOLS["spectral norm"] = parametrized(parametrizations.spectral_norm, alike=Fals
 TOOLS["parametrizations"] = parametrized(lambda m, n: parametrize.register_parametrization(m, n, Twice()))
 
 
-@tool("SyncBatchNorm conversion")
-def _(model):
-    expected = model(images())
-    same(nn.SyncBatchNorm.convert_sync_batchnorm(model)(images()), expected)
+alike("SyncBatchNorm conversion")(nn.SyncBatchNorm.convert_sync_batchnorm)
+alike("jit.trace")(lambda model: torch.jit.trace(model, 2 * images()))
+alike("jit.script")(torch.jit.script)
+alike("torch.export")(lambda model: torch.export.export(model, (2 * images(),)).module())
+alike("deepcopy and pickle")(lambda model: pickle.loads(pickle.dumps(copy.deepcopy(model))))
 
 
-@tool("dynamic quantisation (torch.ao)")
+@alike("dynamic quantisation (torch.ao)", 0.05)
 def _(model):
     quantised = quantize_dynamic(model, {nn.Linear})
     assert "quantized" in type(quantised[-1]).__module__
-    same(quantised(images()), model(images()), 0.05)
+    return quantised
 
 
-@tool("fx quantisation (torch.ao)")
+@alike("fx quantisation (torch.ao)", 0.1)
 def _(model):
-    prepared = quantize_fx.prepare_fx(copy.deepcopy(model), get_default_qconfig_mapping("x86"), (images(),))
+    prepared = quantize_fx.prepare_fx(model, get_default_qconfig_mapping("x86"), (images(),))
     prepared(images())
     quantised = quantize_fx.convert_fx(prepared)
     assert isinstance(quantised.get_submodule("0"), ConvLike)
-    same(quantised(images()), model(images()), 0.1)
+    return quantised
 
 
-@tool("AveragedModel")
+@alike("AveragedModel")
 def _(model):
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9999), use_buffers=True)
     averaged.update_parameters(model)
     averaged.update_parameters(model)
-    same(averaged(images()), model(images()))
+    return averaged
 
 
-@tool("EMA over the state")
+@alike("EMA over the state")
 def _(model):
     average = copy.deepcopy(model)
-    for _ in range(3):
-        for own, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-            own.copy_(0.9998 * own + 0.0002 * value)
-    same(average(images()), model(images()))
-
-
-@tool("state averaging")
-def _(model):
-    state = model.state_dict()
-    copy.deepcopy(model).load_state_dict({n: 0.3 * v + 0.7 * v for n, v in state.items()})
-    loaded = network_like(model)
-    loaded.load_state_dict({n: 0.3 * v + 0.7 * v for n, v in state.items()})
-    same(loaded(images()), model(images()))
+    for own, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        own.copy_(0.9998 * own + 0.0002 * value)
+    return average
 
 
 def network_like(model):
@@ -171,80 +168,55 @@ def network_like(model):
     return other
 
 
-@tool("half precision cast")
+@alike("state averaging")
 def _(model):
-    same(copy.deepcopy(model).bfloat16()(images().bfloat16()).float(), model(images()), 0.05)
+    loaded = network_like(model)
+    loaded.load_state_dict({n: 0.3 * v + 0.7 * v for n, v in model.state_dict().items()})
+    return loaded
 
 
-@tool("jit.trace")
+@alike("half precision cast", 0.05)
 def _(model):
-    traced = torch.jit.trace(model, images())
-    same(traced(2 * images()), model(2 * images()))
+    half = model.bfloat16()
+    return lambda x: half(x.bfloat16()).float()
 
 
-@tool("jit.script")
-def _(model):
-    torch.jit.script(model)
-
-
-@tool("torch.compile")
+@alike("torch.compile")
 def _(model):
     torch._dynamo.reset()
-    same(torch.compile(model, fullgraph=True, backend="eager")(images()), model(images()))
+    return torch.compile(model, fullgraph=True, backend="eager")
 
 
-@tool("torch.export")
-def _(model):
-    same(torch.export.export(model, (images(),)).module()(images()), model(images()))
-
-
-@tool("fx.symbolic_trace")
+@alike("fx.symbolic_trace")
 def _(model):
     traced = torch.fx.symbolic_trace(model)
     assert [str(node.target) for node in traced.graph.nodes if node.op == "call_module"] == [*"01234567"]
-    same(traced(images()), model(images()))
+    return traced
 
 
-@tool("feature extraction (torchvision)")
+@alike("feature extraction (torchvision)")
 def _(model):
     import_torchvision()
     from torchvision.models.feature_extraction import create_feature_extractor
 
-    found = create_feature_extractor(model, ["0", "4"])(images())
-    same(found["4"], model[:5](images()))
+    extractor = create_feature_extractor(model, ["3", "4"])
+    return lambda x: model[5:](extractor(x)["4"])
 
 
-@tool("vmap ensembles")
+@alike("vmap ensembles")
 def _(model):
-    models = [model, copy.deepcopy(model)]
-    with torch.no_grad():
-        for parameter in models[1].parameters():
-            parameter.mul_(1.1)
-    stacked = stack_module_state(models)
-    x = images()
-    for base in (copy.deepcopy(model), copy.deepcopy(model).to("meta")):
-        found = vmap(lambda *state, base=base: functional_call(base, state, x))(*stacked)
-        same(found, torch.stack([one(x) for one in models]))
+    stacked = stack_module_state([network_like(model), model])
+    base = copy.deepcopy(model).to("meta")
+    return lambda x: vmap(lambda *state: functional_call(base, state, x))(*stacked)[1]
 
 
-@tool("functional_call")
+@alike("functional_call")
 def _(model):
-    expected, own = model(images()), copy.deepcopy(model)
-    same(functional_call(network_like(model), model.state_dict(), images()), expected)
-    with torch.no_grad():
-        for parameter in own.parameters():
-            parameter.zero_()
-    same(functional_call(own, {**dict(model.named_parameters()), **dict(model.named_buffers())}, images()), expected)
+    other = network_like(model)
+    return lambda x: functional_call(other, model.state_dict(), x)
 
 
-@tool("deepcopy and pickle")
-def _(model):
-    expected = model(images())
-    same(copy.deepcopy(model)(images()), expected)
-    same(pickle.loads(pickle.dumps(model))(images()), expected)
-
-
-@tool("DataParallel")
+@alike("DataParallel")
 def _(model):
     """What DataParallel calls on each GPU, made as it makes them."""
     replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
@@ -253,7 +225,7 @@ def _(model):
             setattr(replica, name, replicas[child])
         for name, parameter in module._parameters.items():
             setattr(replica, name, None if parameter is None else parameter.clone())
-    same(replicas[model](images()), model(images()))
+    return replicas[model]
 
 
 @pytest.fixture(scope="module")
@@ -263,69 +235,66 @@ def _group():
     dist.destroy_process_group()
 
 
-@tool("DistributedDataParallel")
-def _(model):
-    expected = a_step(copy.deepcopy(model))(images())
-    same(a_step(nn.parallel.DistributedDataParallel(model))(images()), expected)
-
-
 def sharded(model, parts):
     from torch.distributed.fsdp import fully_shard
 
     expected = a_step(copy.deepcopy(model))(images())
     mesh = dist.init_device_mesh("cpu", (1,))
-    for part in (*parts(model), model):
+    for part in (*parts, model):
         fully_shard(part, mesh=mesh)
     same(a_step(model)(images()), expected)
 
 
-@tool("FSDP2 of each layer")
-def _(model):
-    sharded(model, lambda model: [m for m in model if isinstance(m, ConvLike)])
+def distributed(model):
+    expected = a_step(copy.deepcopy(model))(images())
+    same(a_step(nn.parallel.DistributedDataParallel(model))(images()), expected)
 
 
-@tool("FSDP2 of a block")
-def _(model):
-    sharded(model, lambda model: [])
+TOOLS["DistributedDataParallel"] = distributed
+TOOLS["FSDP2 of each layer"] = lambda model: sharded(model, [m for m in model if isinstance(m, ConvLike)])
+TOOLS["FSDP2 of a block"] = lambda model: sharded(model, [])
 
 
-@tool("load_state_dict(assign=True)")
+@alike("load_state_dict(assign=True)")
 def _(model):
     other = copy.deepcopy(model).to("meta")
     other.load_state_dict(model.state_dict(), assign=True)
-    same(other(images()), model(images()))
+    return other
 
 
-@tool("meta and to_empty")
+@alike("meta and to_empty")
 def _(model):
     empty = copy.deepcopy(model).to("meta").to_empty(device="cpu")
     empty.load_state_dict(model.state_dict())
-    same(empty(images()), model(images()))
+    return empty
 
 
-@tool("forward hooks")
+@alike("forward hooks")
 def _(model):
-    seen, expected = [], model(images())
+    seen = []
     for module in model:
         module.register_forward_hook(lambda module, args, out: seen.append(module))
-    same(model(images()), expected)
+    model(images())
     assert seen == list(model)
+    return model
 
 
-@tool("channels_last")
+@alike("channels_last")
 def _(model):
-    expected = model(images())
-    same(model.to(memory_format=torch.channels_last)(images().to(memory_format=torch.channels_last)), expected)
+    last = {"memory_format": torch.channels_last}
+    model.to(**last)
+    return lambda x: model(x.to(**last))
 
 
-@tool("complex numbers")
-def _(model):
+def with_complex_numbers(model):
     options = {"ratio": 0.5} if isinstance(model[0], BasisConv2d) else {"size": model[0].size}
     layer, x = type(model[0])(4, 8, 3, dtype=torch.complex64, **options), images() + 1j
     layer.mixed_later = isinstance(model[1], BasisBatchNorm2d)
-    y = model[1](layer(x)) if isinstance(model[1], BasisBatchNorm2d) else layer(x)
+    y = model[1](layer(x)) if layer.mixed_later else layer(x)
     same(y, nn.functional.conv2d(x, layer.weight, layer.bias))
 
+
+TOOLS["complex numbers"] = with_complex_numbers
 
 # What a refusal says; SyncBatchNorm speaks for itself.
 SAYS = {

@@ -37,6 +37,7 @@ class Constants(nn.Module):
     """
 
     facts: ClassVar[tuple[str, ...]] = ()
+    _needed: tuple[str, ...] = ()  # the constants that a forward pass takes
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,10 +47,6 @@ class Constants(nn.Module):
     def _like(self) -> Tensor:
         """A parameter, where the constants are to be."""
         raise NotImplementedError
-
-    def _needed(self) -> tuple[str, ...]:
-        """The constants that a forward pass takes."""
-        return ()
 
     def _made(self, name: str, like: Tensor) -> Tensor:
         """A constant, on the device of ``like``."""
@@ -74,16 +71,16 @@ class Constants(nn.Module):
         """From now on these are the facts; what was made of others is made anew, in place: CUDA graphs may read it."""
         self._known.update(facts)
         for (name, *_), placed in self._placed.items():
-            if name in self._needed():
+            if name in self._needed:
                 placed.copy_(self._made(name, self._like()))
         self._place()
 
     def _place(self) -> None:
         """Have what is needed where the parameters are now, and nowhere else."""
-        like, needed = self._like(), self._needed()
-        kept = {(name, like.device, like.dtype) for name in needed}
+        like = self._like()
+        kept = {(name, like.device, like.dtype) for name in self._needed}
         self._placed = {at: t for at, t in self._placed.items() if at in kept}
-        for name in needed:
+        for name in self._needed:
             self.constant(name, like)
 
     def constant(self, name: str, like: Tensor) -> Tensor:
@@ -322,7 +319,7 @@ def transformed() -> bool:
     )
 
 
-def as_leaf(layer: nn.Module, *args: Any, **kwargs: Any) -> Proxy | None:
+def as_leaf(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The call of ``layer`` as one node, where an argument is a Proxy of torch.fx; else None."""
     proxy = next((a for a in (*args, *kwargs.values()) if isinstance(a, Proxy)), None)
     if proxy is None:

@@ -180,7 +180,7 @@ class BasisBatchNorm2d(nn.BatchNorm2d):
         second derivatives, replicas of DataParallel, and where FSDP shards the convolution but not this.
         """
         if (node := as_leaf(self, input, residual, relu=relu)) is not None:
-            return node  # type: ignore[return-value]
+            return node
         z = input
         if z.is_complex():
             raise ValueError("batch normalisation through the basis takes no complex numbers")
@@ -246,7 +246,7 @@ class BasisBatchNormAct2d(BasisBatchNorm2d):
     def forward(self, input: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:  # noqa: A002
         """Residual and ReLU come after its own activation."""
         if (node := as_leaf(self, input, residual, relu=relu)) is not None:
-            return node  # type: ignore[return-value]
+            return node
         return _added(self.act(self.drop(super().forward(input))), residual, relu)
 
 

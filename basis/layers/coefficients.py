@@ -228,9 +228,6 @@ class Sparse(Coefficients, Constants):
     def _like(self) -> Tensor:
         return self.weight
 
-    def _needed(self) -> tuple[str, ...]:
-        return ("mask",) * self._settled
-
     def _fact(self, name: str) -> Tensor:
         return super()._fact(name) if self._settled or name == "settled" else self._largest()
 
@@ -243,6 +240,7 @@ class Sparse(Coefficients, Constants):
         known = {**self._known, **facts}
         self._settled = bool(known["settled"]) and "mask" in known
         self._known = {"mask": known["mask"]} if self._settled else {}  # an older mask counts no more
+        self._needed = ("mask",) * self._settled
         super()._know({"settled": np.array(self._settled)})
 
     def reset_parameters(self) -> None:

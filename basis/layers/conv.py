@@ -134,9 +134,8 @@ class BasisConv2d(ConvLike):
         self.mixed_later = False
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.coefficients = _coefficients_for(
-            coefficients, (self.out_channels, self.basis_channels, self.groups), **factory
-        )
+        shape = self.out_channels, self.basis_channels, self.groups
+        self.coefficients = _coefficients_for(coefficients, shape, **factory)
         self.basis = nn.Parameter(torch.empty((self.basis_channels, *self.filter_shape), **factory))
         self.bias = nn.Parameter(torch.empty(out_channels, **factory)) if bias else None
         self._draw(coefficients=self.coefficients is not coefficients)
@@ -173,9 +172,6 @@ class BasisConv2d(ConvLike):
     def _like(self) -> Tensor:
         return self.basis
 
-    def _needed(self) -> tuple[str, ...]:
-        return ("identity", *["order"] * self._permuted, *["sources"] * self._scattered)
-
     def _made(self, name: str, like: Tensor) -> Tensor:
         """Beside ``order`` the I of M, and which of all basis maps, then all derived ones, each output channel is."""
         a, k = self.coefficients, self.coefficients.columns
@@ -199,6 +195,7 @@ class BasisConv2d(ConvLike):
         order = {**self._known, **facts}["order"]
         self._permuted = not np.array_equal(order, np.arange(self.out_channels))
         self._scattered = not self.coefficients.mixes and (self._permuted or self.coefficients.groups > 1)
+        self._needed = ("identity", *["order"] * self._permuted, *["sources"] * self._scattered)
         super()._know(facts)
 
     @property
@@ -221,7 +218,7 @@ class BasisConv2d(ConvLike):
         return weight.permute(0, 3, 1, 2) if last else weight
 
     def _ordered(self, rows: Tensor) -> Tensor:
-        return rows.index_select(0, self.constant("order", rows)) if self._permuted else rows
+        return rows.index_select(0, self.constant("order", self.basis)) if self._permuted else rows
 
     @property
     def resolved_mode(self) -> ExplicitMode:
@@ -244,7 +241,7 @@ class BasisConv2d(ConvLike):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Convolve as ``nn.Conv2d`` with W would; with :attr:`mixed_later` the output is Z, without the bias."""
         if (node := as_leaf(self, input)) is not None:
-            return node  # type: ignore[return-value]
+            return node
         x, padding = self._pad(input)
         conv = (self.stride, padding, self.dilation, self.groups)
         if self.mixed_later:

@@ -136,7 +136,7 @@ class StructuredConv2d(ConvLike):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Convolve (N, C_in, H, W) or (C_in, H, W) as ``nn.Conv2d`` with :attr:`weight` would."""
         if (node := as_leaf(self, input)) is not None:
-            return node  # type: ignore[return-value]
+            return node
         return self.forward(input[None])[0] if input.dim() == 3 else self._convolve(*self._pad(input))
 
     def _computed_weight(self) -> Tensor:
@@ -209,11 +209,8 @@ class StructuredConv2d(ConvLike):
     def to_conv(self) -> nn.Conv2d:
         """The dense convolution with the weight :attr:`weight` and a copy of the bias."""
         last = any(_stored_channels_last(p) for p in self.parts.values() if p.dim() == 4)
-        weight = (
-            self._computed_weight()
-            .detach()
-            .contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-        )
+        stored = torch.channels_last if last else torch.contiguous_format
+        weight = self._computed_weight().detach().contiguous(memory_format=stored)
         return self._dense(weight, trains=any(p.requires_grad for p in self.parts.values()))
 
     def extra_repr(self) -> str:

@@ -169,6 +169,7 @@ class HashedConv2d(StructuredConv2d):
 
     kind = "hashed"
     sizes = "FRACTION: that fraction of the dense numbers is stored"
+    _needed = ("indices",)
 
     def _build(self, new: New) -> None:
         self._build_table(new, self.out_channels, *self.filter_shape)
@@ -181,14 +182,8 @@ class HashedConv2d(StructuredConv2d):
         self.table, self.table_shape = new(budget), shape
         self.bias = new(self.out_channels) if self.bias is None else self.bias
 
-    def _like(self) -> Tensor:
-        return self.table
-
-    def _needed(self) -> tuple[str, ...]:
-        return ("indices",)
-
     def _made(self, name: str, like: Tensor) -> Tensor:
-        return hashes(math.prod(self.table_shape), like.device) % len(like)
+        return hashes(math.prod(self.table_shape), like.device) % len(self.table)
 
     def _draw(self) -> None:
         super()._draw()
@@ -236,6 +231,7 @@ class TridiagonalConv2d(Separable):
     kind = "tridiagonal"
     sizes = "P,Q or P,Q,E: how far the outer diagonals are from the main one, and the number of further entries"
     rounds = 5
+    _needed = ("indices",)
 
     def _build_map(self, new: New) -> None:
         numbers = self.size.split(",")
@@ -250,12 +246,6 @@ class TridiagonalConv2d(Separable):
             raise ValueError(f"{self.text} has {count:,} entries, but the map has only {cells:,}")
         self.entries = new(count)
 
-    def _like(self) -> Tensor:
-        return self.entries
-
-    def _needed(self) -> tuple[str, ...]:
-        return ("indices",)
-
     def _made(self, name: str, like: Tensor) -> Tensor:
         c, o, device = self.in_channels, self.out_channels, like.device
         along = torch.arange(max(c, o), device=device)
@@ -263,7 +253,7 @@ class TridiagonalConv2d(Separable):
         rows, columns = (along - offsets, along) if c > o else (along, along + offsets)
         diagonals = (rows % o * c + riffle(c, device)[columns % c]).flatten()
         order = hashes(c * o, device).index_fill(0, diagonals, 2**32).argsort(stable=True)
-        return torch.cat([diagonals, order[: len(like) - len(diagonals)]])
+        return torch.cat([diagonals, order[: len(self.entries) - len(diagonals)]])
 
     def _draw(self) -> None:
         super()._draw()
@@ -271,9 +261,8 @@ class TridiagonalConv2d(Separable):
 
     def _map(self) -> Tensor:
         zeros = self.entries.new_zeros(self.out_channels * self.in_channels)
-        return zeros.index_copy(0, self.constant("indices", self.entries), self.entries).view(
-            self.out_channels, self.in_channels
-        )
+        indices = self.constant("indices", self.entries)
+        return zeros.index_copy(0, indices, self.entries).view(self.out_channels, self.in_channels)
 
     def _fit_map(self, matrix: Tensor, scale: Tensor) -> None:
         self.entries.copy_(matrix.flatten()[self.constant("indices", self.entries)])

@@ -28,6 +28,7 @@ class PemnConv2d(StructuredConv2d):
     kind = "pemn"
     sizes = "FRACTION: that part of the weight's random values is drawn and repeated, 1 for all of them"
     seed = Fact()
+    _needed = ("values",)
 
     def _build(self, new: New) -> None:
         self.fraction = number(self.size, self.kind)
@@ -38,9 +39,6 @@ class PemnConv2d(StructuredConv2d):
         nn.init.kaiming_uniform_(self.scores, a=math.sqrt(5))
         if not self.scores.is_meta:
             self._know({"seed": torch.randint(2**62, (), device="cpu").numpy()})
-
-    def _needed(self) -> tuple[str, ...]:
-        return ("values",)
 
     def _made(self, name: str, like: Tensor) -> Tensor:
         if like.is_meta:
@@ -83,6 +81,7 @@ class DsfConv2d(StructuredConv2d):
 
     inner_mask = Fact()
     outer_mask = Fact()
+    _needed = ("inner_mask", "outer_mask")
 
     kind = "dsf"
     sizes = "FRACTION: the numbers that are not zero in both factors, of those of the dense weight"
@@ -112,9 +111,6 @@ class DsfConv2d(StructuredConv2d):
         if not mask.is_meta:
             self._know({f"{name}_mask": mask.cpu().numpy()})
         getattr(self, name).mul_(mask)
-
-    def _needed(self) -> tuple[str, ...]:
-        return self.facts
 
     def _checked(self, name: str, value: Tensor) -> np.ndarray:
         return mask_of(value, self._known[name].shape, self.kept[name[:5]])

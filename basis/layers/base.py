@@ -26,7 +26,7 @@ class Fact:
         return self if layer is None else layer._fact(self.name)
 
     def __set__(self, layer: Constants, value: Tensor) -> None:
-        layer._know({self.name: layer._checked(self.name, value)})
+        layer._know({self.name: layer._admitted(self.name, value)})
 
 
 class Constants(nn.Module):
@@ -66,6 +66,12 @@ class Constants(nn.Module):
         if not exact or not abs(value.item() - own) <= 1e-6 * abs(own):
             raise ValueError("is no seed, which is a whole number")
         return np.array(own)
+
+    def _admitted(self, name: str, value: Tensor) -> np.ndarray:
+        try:
+            return self._checked(name, value)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
 
     def _know(self, facts: Mapping[str, np.ndarray]) -> None:
         """From now on these are the facts; what was made of others is made anew, in place: CUDA graphs may read it."""
@@ -114,15 +120,15 @@ class Constants(nn.Module):
                 missing += [prefix + name] * strict
             elif not value.is_meta:
                 try:
-                    found[name] = self._checked(name, value)
+                    found[name] = self._admitted(name, value)
                 except ValueError as error:
-                    errors.append(f"{prefix}{name} {error}: the state was cast, or averages networks that differ in it")
+                    errors.append(f"{prefix}{error}: the state was cast, or averages networks that differ in it")
         self._know(found)
 
 
 def whole_numbers(value: Tensor) -> np.ndarray:
     """Its entries; floats within 1e-3 of whole numbers count as such, as a weighted sum of equal ones is."""
-    value = value.detach().cpu()
+    value = getattr(value, "full_tensor", value.detach)().cpu()  # of a DTensor all of it
     if value.is_complex() or not (value.double() - value.double().round()).abs().le(1e-3).all():
         raise ValueError("holds fractions, but it must hold whole numbers")
     return value.double().round().long().numpy()

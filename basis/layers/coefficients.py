@@ -266,7 +266,7 @@ class Sparse(Coefficients, Constants):
         """Keep the mask of the present weight for good; what becomes of its other entries has no effect."""
         if not self._settled:
             mask = self._largest()
-            self._know({"mask": mask.cpu().numpy(), "settled": np.array(True)})
+            self._know({"mask": mask_of(mask, mask.shape), "settled": np.array(True)})
             with torch.no_grad():
                 self.weight.mul_(mask)
 

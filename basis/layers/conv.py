@@ -188,7 +188,7 @@ class BasisConv2d(ConvLike):
         order, groups = whole_numbers(value), self.coefficients.groups
         start = np.arange(self.out_channels).reshape(groups, -1)
         if order.shape != (self.out_channels,) or not np.array_equal(np.sort(order.reshape(groups, -1)), start):
-            raise ValueError(f"is no order of the {self.out_channels} output channels, {groups} groups of equal width")
+            raise ValueError(f"is not a permutation of the {self.out_channels} output channels, each within its group")
         return order
 
     def _know(self, facts: Mapping[str, np.ndarray]) -> None:

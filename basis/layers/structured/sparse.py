@@ -41,14 +41,14 @@ class PemnConv2d(StructuredConv2d):
             self._know({"seed": torch.randint(2**62, (), device="cpu").numpy()})
 
     def _made(self, name: str, like: Tensor) -> Tensor:
-        if like.is_meta:
-            return torch.empty_like(like, requires_grad=False)
         length, shape = self.scores.numel(), self.scores.shape
+        if like.is_meta:
+            return torch.empty(shape, dtype=like.dtype, device="meta")
         drawn = min(length, int(self.fraction * length) + 1)  # as the authors round
         generator = torch.Generator("cpu").manual_seed(int(self._known["seed"]))  # the same ones on every device
         values = torch.randn(drawn, generator=generator, dtype=torch.float32, device="cpu")
         values = values.mul_(math.sqrt(2 / math.prod(self.filter_shape))).repeat(math.ceil(length / drawn))
-        return torch.empty_like(like, requires_grad=False).copy_(values[:length].view(shape))
+        return values[:length].view(shape).to(like.device, like.dtype)
 
     def _weight(self) -> Tensor:
         size = self.scores.abs()

@@ -69,7 +69,7 @@ class Constants(nn.Module):
 
     def _admitted(self, name: str, value: Tensor) -> np.ndarray:
         try:
-            return self._checked(name, value)
+            return self._checked(name, torch.as_tensor(value))
         except ValueError as error:
             raise ValueError(f"{name} {error}") from None
 
@@ -112,15 +112,14 @@ class Constants(nn.Module):
     def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state, prefix, *args)
         _, strict, missing, unexpected, errors = args
-        unexpected[:] = [key for key in unexpected if key.removeprefix(prefix) not in self.facts]
-        found = {}
-        for name in self.facts:
-            value = state.get(prefix + name)
-            if value is None:
-                missing += [prefix + name] * strict
-            elif not value.is_meta:
+        found, keys = {}, {prefix + name: name for name in self.facts}
+        unexpected[:] = [key for key in unexpected if key not in keys]
+        for key, name in keys.items():
+            if key not in state:
+                missing += [key] * strict
+            elif not getattr(state[key], "is_meta", False):
                 try:
-                    found[name] = self._admitted(name, value)
+                    found[name] = self._admitted(name, state[key])
                 except ValueError as error:
                     errors.append(f"{prefix}{error}: the state was cast, or averages networks that differ in it")
         self._know(found)
@@ -252,8 +251,8 @@ class ConvLike(Constants):
         raise RuntimeError(self.no_writing())
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in every module, but for ``weight``, which is no parameter: ``RuntimeError``."""
-        if name == "weight":
+        """As in every module; ``RuntimeError`` for ``weight``, and for what is made of it, as pruning does."""
+        if name == "weight" or type(param) is Computed:
             raise RuntimeError(self.no_writing())
         super().register_parameter(name, param)
 

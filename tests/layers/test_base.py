@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from basis.layers.base import ConvLike
@@ -146,6 +147,7 @@ def test_orders_that_are_none_are_refused(kind):
     layer.order.zero_()
     state["order"].zero_()
     assert torch.equal(layer.order, before)
+    layer.order = different.tolist()
     layer.order = given = different.clone()
     given.zero_()
     assert torch.equal(layer.weight.flip(0), layer_like(layer, before).weight)
@@ -207,6 +209,7 @@ def test_facts_are_missing_and_others_unexpected_as_for_any_state():
     found = layer.load_state_dict({"coefficients.settled": torch.tensor(True), "other": state["order"]}, strict=False)
     assert "order" in found.missing_keys
     assert found.unexpected_keys == ["other"]
+    assert nn.Sequential(layer).load_state_dict({"order": state["order"]}, strict=False).unexpected_keys == ["order"]
     assert not layer.coefficients.settled  # without a mask
 
 
@@ -283,6 +286,7 @@ WRITES = {
     "detach": lambda layer, t: layer.weight.detach().mul_(2),
     "parameter": lambda layer, t: setattr(layer, "weight", nn.Parameter(t)),
     "tensor": lambda layer, t: setattr(layer, "weight", t),
+    "pruning": lambda layer, t: prune.l1_unstructured(layer, "weight", amount=0.3),
     "vector": lambda layer, t: nn.utils.vector_to_parameters(t.flatten(), [layer.weight]),
 } | {name: torch.no_grad()(write) for name, write in NO_GRAD_WRITES.items()}
 

@@ -256,6 +256,11 @@ class ConvLike(Constants):
             raise RuntimeError(self.no_writing())
         super().register_parameter(name, param)
 
+    @property
+    def itself(self) -> ConvLike:
+        """The layer, for torch.fx: where a layer is traced alone, it is the one node of its graph."""
+        return self
+
     def __prepare_scriptable__(self) -> None:
         """Which torch.jit.script calls first."""
         what = "torch.jit.trace it, or script what basis.merge(model) gives"
@@ -330,7 +335,7 @@ def as_leaf(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if proxy is None:
         return None
     tracer: Any = proxy.tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, kwargs)
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer) or "itself", args, kwargs)
 
 
 def check_weight(conv: nn.Conv2d, *, fitted: bool) -> None:

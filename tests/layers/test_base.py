@@ -394,6 +394,15 @@ def test_networks_of_the_package_are_traced_with_their_layers_as_nodes():
         assert names <= {node.target for node in traced.graph.nodes}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_alone_is_traced_as_one_node(kind):
+    layer, x = layer_of(kind), images()
+    for layer.mode in ("factorized", "composed", "auto"):
+        traced = torch.fx.symbolic_trace(layer)
+        torch.testing.assert_close(copy.deepcopy(traced)(x), layer(x), rtol=0, atol=0)
+        assert traced.itself is layer
+
+
 def test_a_coupled_normalisation_is_called_by_name_too():
     model = couple(nn.Sequential(BasisConv2d(8, 16, 3, ratio=0.5), nn.BatchNorm2d(16)))
     z = model[0](input=images())

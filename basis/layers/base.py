@@ -164,7 +164,7 @@ class Computed(Tensor, metaclass=_AnyTensor):
         name, kwargs = func.__name__, kwargs or {}
         first, source = _computed([*args, *kwargs.values()][:1]), _computed(args)
         writes = kwargs.get("inplace") or WRITING.fullmatch(name)
-        if name == "requires_grad_" and first is not None and first.detached:  # as nn.Parameter does
+        if func == ANY_TENSOR.grad.__set__ or (first is not None and first.detached and func in REQUIRING):
             writes = False
         written = first if writes else _computed(kwargs.get("out"))
         if written is not None:
@@ -185,6 +185,8 @@ class Computed(Tensor, metaclass=_AnyTensor):
         self.__class__ = nn.Parameter  # type: ignore[assignment]
 
 
+ANY_TENSOR: Any = Tensor  # whose descriptors mypy does not know
+REQUIRING = (Tensor.requires_grad_, ANY_TENSOR.requires_grad.__set__)  # allowed once detached: nn.Parameter does it
 WRITING = re.compile(r"__set(item)?__|__i(add|sub|mul|div|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__|.*[^_]_")
 
 

@@ -27,7 +27,7 @@ from basis.layers.base import (
     check_weight,
     full_precision,
     whole_numbers,
-)  # fmt: skip
+)
 from basis.layers.coefficients import Coefficients, Form
 from basis.layers.factorize import fit, principal_directions
 from basis.layers.fused import convolve

@@ -313,6 +313,11 @@ def test_a_computed_weight_is_read_like_any_other(kind):
     weight.square().sum().backward()
     torch.testing.assert_close(weight.grad, 2 * weight)
     assert any(p.grad is not None for p in layer.parameters())
+    weight.grad = None
+    leaf = layer.weight.detach()
+    leaf.requires_grad = True
+    leaf.square().sum().backward()
+    torch.testing.assert_close(leaf.grad, 2 * weight)
     conv, free = nn.Conv2d(8, 16, 3), weight.detach()
     for own in (nn.Parameter(layer.weight), nn.Parameter(layer.weight.detach(), requires_grad=False)):
         assert type(own) is nn.Parameter

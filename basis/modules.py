@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -98,5 +97,5 @@ def recalibrates(model: nn.Module) -> bool:
 
 def is_channels_last(weight: Tensor) -> bool:
     """Whether a weight is 4-d and stored channels-last, and not (also) contiguous in the ordinary sense."""
-    last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    last = weight.dim() == 4 and weight.permute(0, 2, 3, 1).is_contiguous()  # asked in a way that vmap knows
     return last and not weight.is_contiguous()

@@ -217,7 +217,8 @@ def test_other_convolutions_are_counted_too(layer):
 
 def kept_bytes(model, x):
     """Bytes that autograd keeps for the convolution: everything saved but parameters and buffers."""
-    held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    constants = [t for module in model.modules() for t in getattr(module, "_placed", {}).values()]
+    held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *constants)}
     saved = {}
 
     def pack(tensor):

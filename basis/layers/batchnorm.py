@@ -28,7 +28,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from basis.copies import copy_of
 from basis.inputs import Inputs
 from basis.layers import fused
-from basis.layers.base import full_precision
+from basis.layers.base import as_leaf, full_precision
 from basis.layers.conv import BasisConv2d
 from basis.layers.norm_pairs import Pairs, afterwards, norm_pairs
 
@@ -175,11 +175,22 @@ class BasisBatchNorm2d(nn.BatchNorm2d):
     _kind: type[nn.BatchNorm2d]  # what it was before
     conv: BasisConv2d  # whose basis channels come in; not a submodule: it stands elsewhere in the model
 
-    def forward(self, z: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
-        """relu(normalised (M z + c) + residual), (N, C, H, W), of the basis channels z, (N, k, H, W).
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:  # noqa: A002
+        """relu(normalised (M z + c) + residual), (N, C, H, W), of the basis channels z = ``input``, (N, k, H, W).
 
-        Raises ``ValueError`` for another shape and, in training, one pixel; no second derivatives (``RuntimeError``).
+        Raises ``ValueError`` for another shape, complex numbers and, in training, one pixel; ``RuntimeError`` for
+        second derivatives, replicas of DataParallel, and where FSDP shards the convolution but not this.
         """
+        if (node := as_leaf(self, input, residual, relu=relu)) is not None:
+            return node
+        z = input
+        if z.is_complex():
+            raise ValueError("batch normalisation through the basis takes no complex numbers")
+        if "_is_replica" in vars(self):
+            raise RuntimeError("DataParallel cannot copy a coupled model; use DistributedDataParallel, or uncouple it")
+        if hasattr(self.conv.basis, "placements") and not hasattr(z, "placements"):  # of a DTensor
+            what = "shard both in one group, as fully_shard of a module that holds them does, or uncouple the model"
+            raise RuntimeError(f"the convolution that is normalised here is sharded apart from it: {what}")
         self._check_input_dim(z)
         if z.shape[1] != self.conv.basis_channels:
             raise ValueError(f"expected {self.conv.basis_channels} basis channels, got {z.shape[1]} channels")
@@ -234,9 +245,11 @@ class BasisBatchNormAct2d(BasisBatchNorm2d):
     drop: nn.Module
     act: nn.Module
 
-    def forward(self, z: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:  # noqa: A002
         """Residual and ReLU come after its own activation."""
-        return _added(self.act(self.drop(super().forward(z))), residual, relu)
+        if (node := as_leaf(self, input, residual, relu=relu)) is not None:
+            return node
+        return _added(self.act(self.drop(super().forward(input))), residual, relu)
 
 
 def _added(out: Tensor, residual: Tensor | None, relu: bool) -> Tensor:

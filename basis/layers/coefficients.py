@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from basis.layers.base import full_precision
+from basis.layers.base import Constants, Fact, full_precision, mask_of
 
 _SIZED = {"low_rank": "RANK", "grouped": "GROUPS", "sparse": "ENTRIES"}
 _PLAIN = ("dense", "shared", "frozen", "repeat")
@@ -40,6 +43,8 @@ class Form:
     size: int | Fraction | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.size, numbers.Integral) and not isinstance(self.size, bool):  # such as numpy's
+            object.__setattr__(self, "size", int(self.size))
         size, problem = self.size, ""
         fraction = self.kind != "grouped" and isinstance(size, Fraction) and 0 < size < 1
         if self.kind not in (*_PLAIN, *_SIZED):
@@ -74,6 +79,7 @@ class Form:
 
     def make(self, out_channels: int, basis_channels: int, groups: int = 1, **factory: Any) -> Coefficients:
         """A of this form, allocated but not yet drawn; ``ValueError`` for a size that does not fit the shape."""
+        out_channels, basis_channels, groups = int(out_channels), int(basis_channels), int(groups)
         rows, columns = out_channels - basis_channels, basis_channels // groups
         size, height = self.count(columns), rows // groups
         problem = ""
@@ -92,12 +98,12 @@ class Form:
 
 
 class Coefficients(nn.Module):
-    """A of one layer or of several that share it; this class: dense, shared or grouped, ``values`` (rows, columns)."""
+    """A of one layer or of several that share it; this class: dense, shared or grouped, ``weight`` (rows, columns)."""
 
     mixes = True  # the maps are made by one 1x1 convolution with M = [I; A]; else by :meth:`derive`
     free = True  # every dense A can be held
     fits = True  # A can be chosen, by :meth:`fit`
-    values: Tensor
+    weight: Tensor
 
     def __init__(self, form: Form, rows: int, columns: int, groups: int, **factory: Any) -> None:
         super().__init__()
@@ -112,20 +118,20 @@ class Coefficients(nn.Module):
         return any(parameter.requires_grad for parameter in self.parameters())
 
     def _allocate(self, **factory: Any) -> None:
-        values = torch.empty((self.rows, self.columns), **factory)
+        weight = torch.empty((self.rows, self.columns), **factory)
         if self.form.kind == "frozen":
-            self.register_buffer("values", values)
+            self.register_buffer("weight", weight)
             self.free, self.fits, self.stored = False, False, 0
         else:
-            self.values = nn.Parameter(values)
+            self.weight = nn.Parameter(weight)
 
     def reset_parameters(self) -> None:
         """Draw new values (uniform), so that every row of A B has the variance of a row of B."""
-        _draw(self.values, self.columns)
+        _draw(self.weight, self.columns)
 
     def fit(self, dense: Tensor, basis: Tensor) -> None:
         """Take values near to a dense A (groups, rows / groups, columns), for B (groups, columns, F); float64."""
-        self.values.copy_(dense.reshape(self.values.shape))
+        self.weight.copy_(dense.reshape(self.weight.shape))
 
     def factors(self) -> tuple[Tensor, ...]:
         """A as a product, the last factor first."""
@@ -133,7 +139,7 @@ class Coefficients(nn.Module):
 
     def matrix(self) -> Tensor:
         """A, (rows, columns)."""
-        return self.values
+        return self.weight
 
     def blocks(self) -> Tensor:
         """A by mixing groups, (groups, rows / groups, columns)."""
@@ -150,6 +156,18 @@ class Coefficients(nn.Module):
         for factor in self.factors():
             z = F.conv2d(z, factor[:, :, None, None], groups=self.groups)
         return z
+
+    def present(self) -> Coefficients:
+        """Itself; hooks that compute a parameter, as pruning's do, wait for a call and are run now."""
+        if self._forward_pre_hooks and any(name in self.__dict__ for name in ("weight", "left", "right")):
+            for hook in self._forward_pre_hooks.values():
+                hook(self, ())
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if prefix + "values" in state_dict:  # as ``weight`` was called up to version 0.1
+            state_dict[prefix + "weight"] = state_dict.pop(prefix + "values")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _by_groups(self, rows: Tensor) -> Tensor:
         return rows.unflatten(0, (self.groups, len(rows) // self.groups))
@@ -189,32 +207,49 @@ class LowRank(Coefficients):
         return self.right, self.left
 
 
-class Sparse(Coefficients):
-    """A = ``values`` * ``mask``, which keeps the largest entries of every row; after LinearConv's sparse variant.
+class Sparse(Coefficients, Constants):
+    """A = ``weight`` * ``mask``, which keeps the largest entries of every row; after LinearConv's sparse variant.
 
-    Until :meth:`settle`, each forward pass in training mode takes the mask from the current values, and all values get
-    the gradient of A as if none were masked (straight through), so that dropped entries can come back.
+    Until :meth:`settle` the mask is that of the current weight, and all of the weight gets the gradient of A as if
+    nothing were masked (straight through), so that dropped entries can come back. ``mask`` and ``settled`` are in the
+    state, but no buffers.
     """
 
     free = False
-    mask: Tensor
-    settled: Tensor
+    mask = Fact()
+    settled = Fact()
 
     def _allocate(self, **factory: Any) -> None:
         super()._allocate(**factory)
         self.entries = min(self.form.count(self.columns), self.columns)
         self.stored = self.rows * self.entries
-        self.register_buffer("mask", torch.ones_like(self.values, dtype=torch.bool))
-        self.register_buffer("settled", torch.zeros((), dtype=torch.bool, device=factory.get("device")))
-        self._settled = False  # the same, so that a forward pass need not wait for a GPU
+        self._know({"settled": np.array(False)})
+
+    def _like(self) -> Tensor:
+        return self.weight
+
+    def _fact(self, name: str) -> Tensor:
+        return super()._fact(name) if self._settled or name == "settled" else self._largest()
+
+    def _checked(self, name: str, value: Tensor) -> np.ndarray:
+        if name == "settled":
+            return mask_of(value, ())
+        return mask_of(value, (self.rows, self.columns), self.entries, axis=1)
+
+    def _know(self, facts: Mapping[str, np.ndarray]) -> None:
+        known = {**self._known, **facts}
+        self._settled = bool(known["settled"]) and "mask" in known
+        self._known = {"mask": known["mask"]} if self._settled else {}  # an older mask counts no more
+        self._needed = ("mask",) * self._settled
+        super()._know({"settled": np.array(self._settled)})
 
     def reset_parameters(self) -> None:
         """Uniform, so wide that the entries that are kept have mean square 1 / entries."""
         n, s = self.columns, self.entries
         # The squares of the s largest of n numbers from U(0, 1) have this mean, summed up.
         total = n / 3 * (1 - math.prod(n - s + i for i in range(3)) / math.prod(n + i for i in range(3)))
-        nn.init.uniform_(self.values, -1 / math.sqrt(total), 1 / math.sqrt(total))
-        self._settle(False)
+        nn.init.uniform_(self.weight, -1 / math.sqrt(total), 1 / math.sqrt(total))
+        self._know({"settled": np.array(False)})
 
     def fit(self, dense: Tensor, basis: Tensor) -> None:
         """Keep the largest |a_ij| |b_j| of each row; the least-squares solution for these entries."""
@@ -225,35 +260,27 @@ class Sparse(Coefficients):
             right = (b @ g).gather(1, at)[:, :, None]
             a.scatter_(1, at, (torch.linalg.pinv(g[at[:, :, None], at[:, None]], hermitian=True) @ right)[:, :, 0])
         super().fit(values, basis)
-        self._settle(False)
+        self._know({"settled": np.array(False)})
 
     def settle(self) -> None:
-        """Keep the mask of the present values for good; what becomes of the others has no effect."""
+        """Keep the mask of the present weight for good; what becomes of its other entries has no effect."""
         if not self._settled:
-            self._settle(True)
+            mask = self._largest()
+            self._know({"mask": mask_of(mask, mask.shape), "settled": np.array(True)})
             with torch.no_grad():
-                self.values.mul_(self.mask)
+                self.weight.mul_(mask)
 
-    def _settle(self, settled: bool) -> None:
-        self._refresh()
-        self.settled.fill_(settled)
-        self._settled = settled
-
-    def _refresh(self) -> None:
-        largest = self.values.detach().abs().topk(self.entries, dim=1, sorted=False).indices
-        self.mask.zero_().scatter_(1, largest, True)
+    def _largest(self) -> Tensor:
+        size = self.weight.detach().abs()
+        largest = size.topk(self.entries, dim=1, sorted=False).indices
+        return torch.zeros_like(size, dtype=torch.bool).scatter(1, largest, True)
 
     def matrix(self) -> Tensor:
-        """``values`` * ``mask``."""
+        """``weight`` * ``mask``."""
         if self._settled:
-            return self.values * self.mask
-        if self.training:
-            self._refresh()
-        return self.values + (self.values * self.mask - self.values).detach()
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._settled = not self.settled.is_meta and bool(self.settled)
+            return self.weight * self.constant("mask", self.weight)
+        detached = self.weight.detach()
+        return self.weight + (detached * self._largest() - detached)
 
 
 class Repeat(Coefficients):

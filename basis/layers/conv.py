@@ -8,14 +8,26 @@ mode). Each group, or mixing group of the form ``grouped``, has basis filters of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from basis.layers.base import ConvLike, PaddingMode, arguments_of, autocast_device, full_precision
+from basis.layers.base import (
+    ConvLike,
+    Fact,
+    PaddingMode,
+    arguments_of,
+    as_leaf,
+    autocast_device,
+    check_weight,
+    full_precision,
+    whole_numbers,
+)
 from basis.layers.coefficients import Coefficients, Form
 from basis.layers.factorize import fit, principal_directions
 from basis.layers.fused import convolve
@@ -29,14 +41,14 @@ MODES: tuple[str, ...] = get_args(Mode)
 
 def basis_channels_for(ratio: float, out_channels: int, groups: int = 1) -> int:
     """The k nearest to ``ratio * out_channels``, a multiple of ``groups``; ``ratio`` lies in (0, 1]."""
-    if not 0 < ratio <= 1:
-        raise ValueError(f"ratio is {ratio}, but it is k / C_out and must lie in (0, 1]")
-    return groups * max(1, round(ratio * out_channels / groups))
+    if not isinstance(ratio, numbers.Real) or isinstance(ratio, bool) or not 0 < ratio <= 1:
+        raise ValueError(f"ratio is {ratio!r}, but it is k / C_out and must be a number in (0, 1]")
+    return int(groups) * max(1, round(float(ratio) * int(out_channels) / int(groups)))
 
 
 def check_basis_channels(basis_channels: int, out_channels: int, groups: int = 1) -> None:
     """Raise ``ValueError`` where ``basis_channels`` cannot be the k of such a layer."""
-    whole = isinstance(basis_channels, int) and not isinstance(basis_channels, bool)
+    whole = isinstance(basis_channels, numbers.Integral) and not isinstance(basis_channels, bool)
     if not whole or not 1 <= basis_channels <= out_channels or basis_channels % groups:
         what = f"lie between 1 and out_channels = {out_channels} and be a whole number, a multiple of groups = {groups}"
         raise ValueError(f"basis_channels is {basis_channels!r}, but it must {what}")
@@ -78,7 +90,9 @@ def uses_tensor_cores(x: Tensor) -> bool:
 class BasisConv2d(ConvLike):
     """A drop-in for ``nn.Conv2d`` that trains ``basis_channels`` filters and mixes the rest from them.
 
-    Takes every argument of ``nn.Conv2d`` in the same order. Input (N, C_in, H, W) or (C_in, H, W).
+    Takes every argument of ``nn.Conv2d`` in the same order. Input (N, C_in, H, W) or (C_in, H, W). torch.jit.script
+    takes no basis convolution (merge them first), torch.jit.trace does. Networks can be stacked for torch.func.vmap if
+    ``order`` is the same in all: copies of one network, or new ones.
 
     Args:
         basis_channels: k, 1 <= k <= out_channels and a multiple of ``groups``; or give ``ratio``, k / out_channels.
@@ -90,16 +104,15 @@ class BasisConv2d(ConvLike):
     Attributes:
         basis: B, (k, C_in/groups, kh, kw); bias: (C_out,) or None.
         coefficients: the module that holds A; ``coefficients.matrix()`` is A, (C_out - k, k/groups).
-        order: (C_out,), where output channel c stands among the rows of [B; A B], group by group.
+        order: (C_out,), where output channel c stands among the rows of [B; A B], group by group. In the state, but
+            no buffer; reading gives a copy, and only permutations can be set.
         measured_mode: (type of device, mode) as :func:`basis.bench.tuning.use_modes` sets it, or None.
         mixed_later: the forward pass gives Z alone, for :mod:`basis.layers.batchnorm` to mix.
 
     Raises ``ValueError`` for a ratio, basis_channels, mode or form of A that is unknown or does not fit the shape.
     """
 
-    order: Tensor
-    _identity: Tensor
-    _sources: Tensor | None
+    order = Fact()
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
@@ -113,21 +126,18 @@ class BasisConv2d(ConvLike):
         if (basis_channels is None) == (ratio is None):
             raise ValueError("give one of basis_channels (k) and ratio (k / out_channels)")
         if basis_channels is None:
-            basis_channels = basis_channels_for(ratio or 0.0, out_channels, groups)
+            basis_channels = basis_channels_for(ratio, out_channels, groups)  # type: ignore[arg-type]
         check_basis_channels(basis_channels, out_channels, groups)
-        self.basis_channels = basis_channels
+        self.basis_channels = int(basis_channels)
         self.mode = mode
         self.measured_mode: tuple[str, ExplicitMode] | None = None
         self.mixed_later = False
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.coefficients = _coefficients_for(coefficients, (out_channels, basis_channels, groups), **factory)
-        self.basis = nn.Parameter(torch.empty((basis_channels, *self.filter_shape), **factory))
+        shape = self.out_channels, self.basis_channels, self.groups
+        self.coefficients = _coefficients_for(coefficients, shape, **factory)
+        self.basis = nn.Parameter(torch.empty((self.basis_channels, *self.filter_shape), **factory))
         self.bias = nn.Parameter(torch.empty(out_channels, **factory)) if bias else None
-        self.register_buffer("order", torch.arange(out_channels, device=device))
-        self.register_buffer("_sources", None, persistent=False)
-        # The I of M; made anew at each call it would cost a GPU two more kernels.
-        self.register_buffer("_identity", torch.eye(self.coefficients.columns, **factory), persistent=False)
         self._draw(coefficients=self.coefficients is not coefficients)
 
     @property
@@ -157,40 +167,58 @@ class BasisConv2d(ConvLike):
             self.coefficients.reset_parameters()
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
-        with torch.no_grad():
-            self.order.copy_(torch.arange(self.out_channels, device=self.order.device))
-        self._order_changed(permuted=False)
+        self._know({"order": np.arange(self.out_channels)})
 
-    def _order_changed(self, *, permuted: bool) -> None:
-        """Keep what follows from ``order``: which of all basis maps, then all derived ones, each output channel is."""
-        self._permuted = permuted
+    def _like(self) -> Tensor:
+        return self.basis
+
+    def _made(self, name: str, like: Tensor) -> Tensor:
+        """Beside ``order`` the I of M, and which of all basis maps, then all derived ones, each output channel is."""
         a, k = self.coefficients, self.coefficients.columns
-        self._sources = None
-        if not a.mixes and (permuted or a.groups > 1):
-            width = self.out_channels // a.groups
-            group, row = self.order // width, self.order % width
-            self._sources = torch.where(row < k, group * k + row, (a.groups - group - 1) * k + self.order)
+        if name == "identity":  # made anew at each call it would cost a GPU two more kernels
+            return torch.eye(k, dtype=like.dtype, device=like.device)
+        order = super()._made("order", like)
+        if name == "order":
+            return order
+        width = self.out_channels // a.groups
+        group, row = order // width, order % width
+        return torch.where(row < k, group * k + row, (a.groups - group - 1) * k + order)
+
+    def _checked(self, name: str, value: Tensor) -> np.ndarray:
+        order, groups = whole_numbers(value), self.coefficients.groups
+        start = np.arange(self.out_channels).reshape(groups, -1)
+        if order.shape != (self.out_channels,) or not np.array_equal(np.sort(order.reshape(groups, -1)), start):
+            raise ValueError(f"is not a permutation of the {self.out_channels} output channels, each within its group")
+        return order
+
+    def _know(self, facts: Mapping[str, np.ndarray]) -> None:
+        order = {**self._known, **facts}["order"]
+        self._permuted = not np.array_equal(order, np.arange(self.out_channels))
+        self._scattered = not self.coefficients.mixes and (self._permuted or self.coefficients.groups > 1)
+        self._needed = ("identity", *["order"] * self._permuted, *["sources"] * self._scattered)
+        super()._know(facts)
 
     @property
     def mixing(self) -> Tensor:
         """M = [I; A] per mixing group, rows in the order of the output channels: (C_out, columns of A)."""
-        a = self.coefficients.matrix() if self.coefficients.groups == 1 else self.coefficients.blocks()
-        eye = self._identity.to(a).expand(*a.shape[:-2], -1, -1)
-        return self._ordered(torch.cat([eye, a], dim=-2).flatten(0, -2))
+        a = self.coefficients.present()
+        matrix = a.matrix() if a.groups == 1 else a.blocks()
+        eye = self.constant("identity", matrix).expand(*matrix.shape[:-2], -1, -1)
+        return self._ordered(torch.cat([eye, matrix], dim=-2).flatten(0, -2))
 
-    @property
-    def weight(self) -> Tensor:
-        """W = [B; A B] per mixing group, (C_out, C_in/groups, kh, kw), in the memory format of B."""
+    def _computed_weight(self) -> Tensor:
+        """W = [B; A B] per mixing group."""
         last = is_channels_last(self.basis)  # flattened in their own order, so that no copy is needed
         b = self.basis.permute(0, 2, 3, 1) if last else self.basis
-        flat = b.reshape(self.coefficients.groups, self.coefficients.columns, -1)
+        a = self.coefficients.present()
+        flat = b.reshape(a.groups, a.columns, -1)
         with full_precision(b):
-            rows = torch.cat([flat, self.coefficients.combine(flat)], dim=1).flatten(0, 1)
+            rows = torch.cat([flat, a.combine(flat)], dim=1).flatten(0, 1)
         weight = self._ordered(rows).view(self.out_channels, *b.shape[1:])
         return weight.permute(0, 3, 1, 2) if last else weight
 
     def _ordered(self, rows: Tensor) -> Tensor:
-        return rows.index_select(0, self.order) if self._permuted else rows
+        return rows.index_select(0, self.constant("order", self.basis)) if self._permuted else rows
 
     @property
     def resolved_mode(self) -> ExplicitMode:
@@ -210,22 +238,24 @@ class BasisConv2d(ConvLike):
         shape = {"out_channels": self.out_channels, "basis_channels": self.basis_channels}
         return in_order and derives_apart(self.basis.device, **shape)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve ``x`` as ``nn.Conv2d`` with W would; with :attr:`mixed_later` the output is Z, without the bias."""
-        x, padding = self._pad(x)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Convolve as ``nn.Conv2d`` with W would; with :attr:`mixed_later` the output is Z, without the bias."""
+        if (node := as_leaf(self, input)) is not None:
+            return node
+        x, padding = self._pad(input)
         conv = (self.stride, padding, self.dilation, self.groups)
         if self.mixed_later:
             return convolve(x, self.basis, *conv)
         if self.resolved_mode == "factorized":
             return self._factorized(x, conv)
-        return F.conv2d(x, self.weight, self.bias, *conv)
+        return F.conv2d(x, self._computed_weight(), self.bias, *conv)
 
     def _factorized(self, x: Tensor, conv: tuple) -> Tensor:
         a = self.coefficients
         if not a.mixes or self.derives_apart:
             z = F.conv2d(x, self.basis, None, *conv)
-            y = torch.cat([z, a.derive(z)], dim=-3) if a.rows else z
-            y = y if self._sources is None else _channels(y, self._sources)
+            y = torch.cat([z, a.present().derive(z)], dim=-3) if a.rows else z
+            y = _channels(y, self.constant("sources", self.basis)) if self._scattered else y
             return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
         basis: Tensor = self.basis
         mixing = self.mixing
@@ -252,8 +282,8 @@ class BasisConv2d(ConvLike):
         least-squares solution. ``options``: ``basis_channels`` or ``ratio``, and ``mode``. Keeps what
         :meth:`shaped_like` keeps, and copies the bias.
 
-        Raises ``TypeError`` when ``conv`` is not an ``nn.Conv2d``; ``ValueError`` as the class, for moments of another
-        layer, or of outputs that were not finite.
+        Raises ``TypeError`` when ``conv`` is not an ``nn.Conv2d``; ``ValueError`` as the class, for a weight that is
+        complex, not finite or without values (meta), and for moments of another layer or of outputs not finite.
         """
         return cls.from_convs([conv], coefficients=coefficients, moments=[moments], **options)[0]
 
@@ -269,6 +299,7 @@ class BasisConv2d(ConvLike):
         for conv in convs:
             if not isinstance(conv, nn.Conv2d):
                 raise TypeError(f"from_conv takes an nn.Conv2d, not {type(conv).__name__}")
+            check_weight(conv, fitted=True)
         first = cls.shaped_like(convs[0], coefficients=coefficients, **options)
         a = first.coefficients
         layers = [first, *(cls.shaped_like(conv, coefficients=a, **options) for conv in convs[1:])]
@@ -281,8 +312,7 @@ class BasisConv2d(ConvLike):
         with torch.no_grad():
             for layer, conv, part, own in zip(layers, convs, parts, seen, strict=True):
                 layer.basis.copy_(part.reshape(layer.basis.shape))
-                layer.order.copy_(order)
-                layer._order_changed(permuted=a.fits and not given)
+                layer.order = order
                 if layer.bias is not None and conv.bias is not None:
                     layer.bias.copy_(conv.bias)
                     if own is not None:
@@ -296,7 +326,9 @@ class BasisConv2d(ConvLike):
         """A freshly initialised basis convolution of the shape of ``conv``, with the ``options`` of the class.
 
         Keeps device, dtype, memory format, ``training`` and ``requires_grad``; a given module of coefficients stays.
+        Raises ``ValueError`` as the class, and for a complex convolution.
         """
+        check_weight(conv, fitted=False)
         layer = cls(*arguments_of(conv, conv.weight), **options, coefficients=coefficients)
         if is_channels_last(conv.weight):
             layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -321,19 +353,7 @@ class BasisConv2d(ConvLike):
 
     def to_conv(self) -> nn.Conv2d:
         """The dense convolution with the weight ``[B; A B]`` and a copy of the bias."""
-        return self._dense(self.weight, trains=self.basis.requires_grad or self.coefficients.trains)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> BasisConv2d:
-        super()._apply(*args, **kwargs)
-        nn.init.eye_(self._identity)  # in place, for CUDA graphs; to_empty leaves it without values
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if not self.order.is_meta:
-            if self._identity.is_meta:  # by load_state_dict(..., assign=True)
-                self._identity = torch.eye(len(self._identity), dtype=self.basis.dtype, device=self.basis.device)
-            self._order_changed(permuted=not torch.equal(self.order.cpu(), torch.arange(self.out_channels)))
+        return self._dense(self._computed_weight(), trains=self.basis.requires_grad or self.coefficients.trains)
 
     def extra_repr(self) -> str:
         """As ``nn.Conv2d`` prints its arguments."""

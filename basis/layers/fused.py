@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from basis.layers.base import transformed
 
 kernels: Any = None  # where there is no GPU, importing Triton would only take time
 mixing_kernels: Any = None
@@ -29,11 +30,9 @@ def _take(maps: Tensor) -> bool:
     """Whether the kernels can take these maps now."""
     return (
         kernels is not None
-        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        and not transformed()
         and type(maps) in (Tensor, nn.Parameter)
-        and torch._C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0
-        and _get_current_dispatch_mode() is None
         and kernels.usable(maps)
     )
 

@@ -33,7 +33,7 @@ def explicit_matrix(a, leaves):
         )
     if isinstance(a, Repeat):
         return torch.eye(a.columns, dtype=torch.float64)[[i % per_group % a.columns for i in range(a.rows)]]
-    return leaves.get("values", a.values)
+    return leaves.get("weight", a.weight)
 
 
 def explicit_weight(layer, basis, matrix):
@@ -56,7 +56,7 @@ def reference(layer, x, trained=None, **arguments):
     leaves = {"x": x, **dict(layer.named_parameters())}
     leaves = {n: p.detach().clone().requires_grad_(trained is None or n in trained) for n, p in leaves.items()}
     if isinstance(layer.coefficients, Sparse):
-        values = leaves["coefficients.values"]
+        values = leaves["coefficients.weight"]
         values.data.mul_(top(values, layer.coefficients.entries))
     parts = {name.removeprefix("coefficients."): leaf for name, leaf in leaves.items()}
     weights = {"weight": explicit_weight(layer, leaves["basis"], explicit_matrix(layer.coefficients, parts))}

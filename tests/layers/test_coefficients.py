@@ -134,7 +134,7 @@ def test_state_copies_and_functional_calls_carry_the_form(form, mode):
     assert_same(other(x), layer(x), 0)
     third = make_layer(form, mode=mode)
     third.load_state_dict(layer.state_dict() | dict(third.named_parameters()))
-    state = dict(layer.named_parameters()) | {n: b for n, b in layer.named_buffers() if "values" in n}
+    state = dict(layer.named_parameters()) | {n: b for n, b in layer.named_buffers() if "weight" in n}
     assert_same(torch.func.functional_call(third, state, x), layer(x), 0)
 
 
@@ -190,22 +190,22 @@ def test_dropped_entries_come_back_until_the_mask_is_settled(mode):
     first = a.mask.clone()
     for _ in range(5):
         train_a_step(layer, optimizer)
-    assert a.values.grad.ne(0).all()
+    assert a.weight.grad.ne(0).all()
     assert not torch.equal(a.mask, first)
     assert not a.settled
 
     a.settle()
     kept = a.mask.clone()
     assert a.settled
-    assert torch.equal(kept, top(a.values, 3))
-    assert a.values[~kept].eq(0).all()
+    assert torch.equal(kept, top(a.weight, 3))
+    assert a.weight[~kept].eq(0).all()
     before = a.matrix().clone()
     for _ in range(5):
         train_a_step(layer, optimizer)
     a.settle()
     assert torch.equal(a.mask, kept)
-    assert a.values.grad[~kept].eq(0).all()
-    assert a.values.grad[kept].ne(0).all()
+    assert a.weight.grad[~kept].eq(0).all()
+    assert a.weight.grad[kept].ne(0).all()
     assert a.matrix()[~kept].eq(0).all()
     assert a.matrix()[kept].ne(before[kept]).all()
 
@@ -218,14 +218,14 @@ def test_a_settled_mask_is_part_of_the_state():
     twin = copy.deepcopy(target)
     for layer in (target, twin):
         with torch.no_grad():
-            layer.coefficients.values.add_(1)
-            source_values = source.coefficients.values + 1
+            layer.coefficients.weight.add_(1)
+            source_values = source.coefficients.weight + 1
         layer(x)
         assert torch.equal(layer.coefficients.mask, source.coefficients.mask)
         assert_same(layer.coefficients.matrix(), source_values * source.coefficients.mask, 0)
     target.load_state_dict(make_layer("sparse:3").state_dict())
     target(x).sum().backward()
-    assert target.coefficients.values.grad.ne(0).all()
+    assert target.coefficients.weight.grad.ne(0).all()
     twin.reset_parameters()
     assert not twin.coefficients.settled
 
@@ -284,7 +284,7 @@ def test_a_fit_is_better_than_cutting_the_dense_one(form, groups):
     conv, size = some_conv(groups), Form.parse(form).size
     dense = BasisConv2d.from_conv(conv, basis_channels=24)
     fitted = error_of(BasisConv2d.from_conv(conv, basis_channels=24, coefficients=form), conv)
-    a, best = dense.coefficients.values.data, error_of(dense, conv)
+    a, best = dense.coefficients.weight.data, error_of(dense, conv)
     u, s, vh = torch.linalg.svd(dense.coefficients.blocks().detach(), full_matrices=False)
     low = ((u[..., :size] * s[:, None, :size]) @ vh[:, :size]).flatten(0, 1)
     a.copy_(low if form.startswith("low_rank") else a * top(a, size))

@@ -15,7 +15,7 @@ from tests.layers.by_rows import assert_same, reference, run, shuffled
 
 C_IN, C_OUT, K = 8, 12, 4
 EXPLICIT = ("factorized", "composed")
-A = "coefficients.values"
+A = "coefficients.weight"
 
 # What nn.Conv2d offers; kernel_size and bias belong to it. Input images are 9 x 7.
 OPTIONS = {
@@ -140,7 +140,7 @@ def test_from_conv_keeps_what_belongs_to_the_layer():
         assert not layer.training
         assert layer.mode == "composed"
         assert not layer.basis.requires_grad
-        assert not layer.coefficients.values.requires_grad
+        assert not layer.coefficients.weight.requires_grad
         assert layer.bias.requires_grad
         assert layer.bias.data_ptr() != conv.bias.data_ptr()
         assert layer.basis.is_contiguous(memory_format=torch.channels_last)
@@ -304,10 +304,10 @@ def test_the_identity_is_in_no_state_and_survives_every_move():
     layer = BasisConv2d(C_IN, C_OUT, 3, basis_channels=K)
     state, x = layer.state_dict(), torch.randn(1, C_IN, 5, 5)
     assert sorted(state) == ["basis", "bias", A, "order"]
-    expected, address = layer.mixing, layer._identity.data_ptr()
+    expected, address = layer.mixing, layer.constant("identity", layer.basis).data_ptr()
     layer.load_state_dict(state)
     layer.float()
-    assert layer._identity.data_ptr() == address  # which a CUDA graph may have recorded
+    assert layer.constant("identity", layer.basis).data_ptr() == address  # which a CUDA graph may have recorded
     empty, assigned = (BasisConv2d(C_IN, C_OUT, 3, basis_channels=K, device="meta") for _ in range(2))
     empty.to_empty(device="cpu").load_state_dict(state)
     assigned.load_state_dict({n: v.double() if v.is_floating_point() else v for n, v in state.items()}, assign=True)

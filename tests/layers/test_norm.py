@@ -148,8 +148,8 @@ def test_every_kind_of_batch_normalisation(options, x):
 
 @pytest.mark.parametrize(
     "frozen",
-    [["conv.basis"], ["conv.coefficients.values"], ["norm.weight"], ["norm.bias"], ["norm.weight", "norm.bias"],
-     ["conv.basis", "conv.coefficients.values"], ["conv.basis", "conv.coefficients.values", "norm.weight"]],
+    [["conv.basis"], ["conv.coefficients.weight"], ["norm.weight"], ["norm.bias"], ["norm.weight", "norm.bias"],
+     ["conv.basis", "conv.coefficients.weight"], ["conv.basis", "conv.coefficients.weight", "norm.weight"]],
     ids=str,
 )  # fmt: skip
 def test_what_is_frozen_gets_no_gradient(frozen, x):
@@ -330,7 +330,7 @@ def test_copies_mix_with_their_own_coefficients(way, x):
     assert torch.equal(other(x), ours(x))
     before = ours(x)
     with torch.no_grad():
-        other.conv.coefficients.values.add_(1)
+        other.conv.coefficients.weight.add_(1)
     assert torch.equal(ours(x), before)
     assert not torch.allclose(other(x), before)
 

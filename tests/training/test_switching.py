@@ -89,7 +89,7 @@ def test_projected_momentum_is_that_of_the_factors(form):
     if form == "basis":
         order = torch.argsort(layer.order)  # of each row of [B; A B], its output channel
         expected = [layer.mixing.T @ v, v[order[3:]] @ layer.basis.flatten(1).T]
-        factors = [layer.basis, layer.coefficients.values]
+        factors = [layer.basis, layer.coefficients.weight]
     else:
         first, second = layer[0].weight.flatten(1), layer[1].weight.flatten(1)
         expected, factors = [second.T @ v, v @ first.T], [layer[0].weight, layer[1].weight]

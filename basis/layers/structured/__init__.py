@@ -32,6 +32,7 @@ class Structure:
     size: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "size", str(self.size))
         if self.kind not in LAYERS:
             raise ValueError(f"layer is {str(self)!r}, but its kind must be one of {', '.join(LAYERS)}")
 

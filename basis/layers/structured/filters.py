@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from basis.layers.base import full_precision
+from basis.layers.base import Fact, full_precision
 from basis.layers.conv import BasisConv2d, basis_channels_for
 from basis.layers.structured.layer import LARGEST, New, Product, StructuredConv2d, check_saves, number, whole
 
@@ -136,33 +136,29 @@ class FixedBasisConv2d(FilterBasis):
     kind = "basisconv"
     sizes = "FRACTION: the number of filters is that fraction of C_out"
     unscaled = ("basis",)
-    seed: Tensor
-    _seeded = True  # ``seed`` >= 0, so that nobody waits for a GPU
+    seed = Fact()
 
     def _build(self, new: New) -> None:
         filters = max(1, round(number(self.size, self.kind) * self.out_channels))
         self._build_filters(new, filters, trained=False)
-        self.register_buffer("seed", self.basis.new_zeros((), dtype=torch.int64))
+        self._known["seed"] = np.array(0)
 
     def _draw(self) -> None:
         if not self.basis.is_meta:
             seed = int(torch.randint(2**31, (), device="cpu"))
             _draw_orthonormal(self.basis, torch.Generator().manual_seed(seed))
-            self.seed.fill_(seed)
+            self._known["seed"] = np.array(seed)
         nn.init.kaiming_normal_(self.mixing)
-
-    def _derive(self) -> None:
-        self._seeded = self.seed.is_meta or bool(self.seed >= 0)
 
     def bits(self, name: str) -> int:
         """None of filters that come from a seed and are not trained, else 32 for each number."""
-        return 0 if name == "basis" and self._seeded and not self.basis.requires_grad else super().bits(name)
+        seeded = name == "basis" and self._known["seed"] >= 0 and not self.basis.requires_grad
+        return 0 if seeded else super().bits(name)
 
     def _fit_rest(self, rows: Tensor) -> None:
         check_saves(f"{self.text}, with fitted filters,", self.basis.numel() + self.mixing.numel(), rows.numel())
         super()._fit_rest(rows)
-        self.seed.fill_(-1)
-        self._derive()
+        self._known["seed"] = np.array(-1)
 
 
 class LFBConv2d(FilterBasis):

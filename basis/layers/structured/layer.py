@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from basis.layers.base import ConvLike, PaddingMode, arguments_of, full_precision
+from basis.layers.base import ConvLike, PaddingMode, arguments_of, as_leaf, check_weight, full_precision
 from basis.modules import is_channels_last
 
 LARGEST = 1_000_000  # number in a size
@@ -42,7 +42,8 @@ class StructuredConv2d(ConvLike):
     ``products`` are what the layer multiplies at every pixel, one after the other; ``building`` are the
     multiply-accumulates that make the weight, once per step, however many images.
 
-    Raises ``ValueError`` for a size or shape that the structure cannot take, or where it saves no numbers.
+    Raises ``ValueError`` for a size or shape that the structure cannot take, where it saves no numbers, and for complex
+    numbers.
     """
 
     kind: ClassVar[str]  # as in "tucker:0.41"
@@ -73,6 +74,9 @@ class StructuredConv2d(ConvLike):
         self.building = 0
         self.bias = new(out_channels) if bias else None
         self._build(new)
+        self._names = tuple(name for name, _ in self.named_parameters(recurse=False) if name != "bias")
+        if self._like().is_complex():
+            raise ValueError(f"{self.kind} takes no complex numbers, and dtype is {self._like().dtype}")
         check_saves(self.text, self._own, dense)
         self.reset_parameters()
 
@@ -81,7 +85,7 @@ class StructuredConv2d(ConvLike):
         raise NotImplementedError
 
     def _weight(self) -> Tensor:
-        """See :attr:`weight`."""
+        """See :attr:`weight`; it may be autocast."""
         raise NotImplementedError
 
     def _draw(self) -> None:
@@ -90,8 +94,8 @@ class StructuredConv2d(ConvLike):
             if parameter.dim() == 4:
                 nn.init.normal_(parameter, std=math.sqrt(2 / (len(parameter) * parameter[0, 0].numel())))
 
-    def _derive(self) -> None:
-        """Compute what is not stored from what is: after drawing, and after loading a state."""
+    def _like(self) -> Tensor:
+        return getattr(self, self._names[0])
 
     def _fit(self, weight: Tensor) -> None:
         """Bring :attr:`weight` near ``weight`` (least squares): by L-BFGS in float64, if nothing is simpler."""
@@ -101,7 +105,7 @@ class StructuredConv2d(ConvLike):
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            loss = (wide.weight - goal).square().sum() / goal.square().sum().clamp_min(1e-30)
+            loss = (wide._computed_weight() - goal).square().sum() / goal.square().sum().clamp_min(1e-30)
             loss.backward()
             return loss
 
@@ -111,7 +115,7 @@ class StructuredConv2d(ConvLike):
 
     def _convolve(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
         """The forward pass; ``padding`` (height, width) is still to be done."""
-        return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation)
+        return F.conv2d(x, self._computed_weight(), self.bias, self.stride, padding, self.dilation)
 
     def bits(self, name: str) -> int:
         """Bits to be stored of the parameter of that name; 32 for each number, none for what a seed gives."""
@@ -125,24 +129,24 @@ class StructuredConv2d(ConvLike):
     def reset_parameters(self) -> None:
         """Draw new parameters as the source does (or the class says), and the bias as ``nn.Conv2d`` does."""
         self._draw()
-        self._derive()
+        self._place()
         if self.bias is not None:
             draw_uniform(self.bias, math.prod(self.filter_shape))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve ``x``, (N, C_in, H, W) or (C_in, H, W), as ``nn.Conv2d`` with :attr:`weight` would."""
-        return self.forward(x[None])[0] if x.dim() == 3 else self._convolve(*self._pad(x))
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Convolve (N, C_in, H, W) or (C_in, H, W) as ``nn.Conv2d`` with :attr:`weight` would."""
+        if (node := as_leaf(self, input)) is not None:
+            return node
+        return self.forward(input[None])[0] if input.dim() == 3 else self._convolve(*self._pad(input))
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight of the dense convolution that this layer is, (C_out, C_in, kh, kw); never autocast."""
-        with full_precision(next(self.parameters())):
+    def _computed_weight(self) -> Tensor:
+        with full_precision(self._like()):
             return self._weight()
 
     @property
     def parts(self) -> dict[str, nn.Parameter]:
-        """All parameters but the bias, by name."""
-        return {name: p for name, p in self.named_parameters(recurse=False) if name != "bias"}
+        """All parameters but the bias, by name, also where a tool computes them (pruning, weight norm)."""
+        return {name: getattr(self, name) for name in self._names}
 
     @property
     def factors(self) -> list[nn.Parameter]:
@@ -158,16 +162,6 @@ class StructuredConv2d(ConvLike):
     def _own(self) -> int:
         return self.stored - sum(map(self.bits, self.shared)) // 32
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        with torch.no_grad():
-            self._derive()
-
-    def _refill(self, name: str, values: Tensor) -> None:
-        """Set a buffer: in place, unless it is a shape only."""
-        buffer = getattr(self, name)
-        setattr(self, name, values) if buffer.is_meta else buffer.copy_(values)
-
     @classmethod
     def key(cls, conv: nn.Conv2d, size: str) -> Hashable | None:
         """What convolutions have in common that share parameters; None where nothing is shared."""
@@ -176,6 +170,7 @@ class StructuredConv2d(ConvLike):
     @classmethod
     def shaped_like(cls: Any, conv: nn.Conv2d, *, size: str | float = "") -> Any:
         """A freshly initialised layer of the shape of ``conv``; keeps device, dtype, memory format and flags."""
+        check_weight(conv, fitted=False)
         layer = cls(*arguments_of(conv, conv.weight), size=size)
         if is_channels_last(conv.weight):
             layer.to(memory_format=torch.channels_last)
@@ -190,6 +185,8 @@ class StructuredConv2d(ConvLike):
     @torch.no_grad()
     def together(cls, convs: Sequence[nn.Conv2d], *, size: str, fitted: bool) -> list:
         """The layers of convolutions with equal :meth:`key`: near their weights (``fitted``) or newly drawn."""
+        for conv in convs:
+            check_weight(conv, fitted=fitted)
         layers = [cls.shaped_like(conv, size=size) for conv in convs]
         for name in cls.shared:
             for layer in layers[1:]:
@@ -212,7 +209,8 @@ class StructuredConv2d(ConvLike):
     def to_conv(self) -> nn.Conv2d:
         """The dense convolution with the weight :attr:`weight` and a copy of the bias."""
         last = any(_stored_channels_last(p) for p in self.parts.values() if p.dim() == 4)
-        weight = self.weight.detach().contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        stored = torch.channels_last if last else torch.contiguous_format
+        weight = self._computed_weight().detach().contiguous(memory_format=stored)
         return self._dense(weight, trains=any(p.requires_grad for p in self.parts.values()))
 
     def extra_repr(self) -> str:

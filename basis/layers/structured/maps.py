@@ -169,7 +169,7 @@ class HashedConv2d(StructuredConv2d):
 
     kind = "hashed"
     sizes = "FRACTION: that fraction of the dense numbers is stored"
-    indices: Tensor
+    _needed = ("indices",)
 
     def _build(self, new: New) -> None:
         self._build_table(new, self.out_channels, *self.filter_shape)
@@ -180,18 +180,17 @@ class HashedConv2d(StructuredConv2d):
         if not budget:
             raise ValueError(f"{self.text} stores none of {places} numbers, but it must store at least 1")
         self.table, self.table_shape = new(budget), shape
-        self.register_buffer("indices", self.table.new_empty(places, dtype=torch.int64), persistent=False)
         self.bias = new(self.out_channels) if self.bias is None else self.bias
 
-    def _derive(self) -> None:
-        self._refill("indices", hashes(len(self.indices), self.table.device) % len(self.table))
+    def _made(self, name: str, like: Tensor) -> Tensor:
+        return hashes(math.prod(self.table_shape), like.device) % len(self.table)
 
     def _draw(self) -> None:
         super()._draw()
         draw_uniform(self.table, math.prod(self.table_shape[1:]))
 
     def _weight(self) -> Tensor:
-        return self.table.index_select(0, self.indices).view(self.table_shape)
+        return self.table.index_select(0, self.constant("indices", self.table)).view(self.table_shape)
 
     def _fit(self, weight: Tensor) -> None:
         self._fit_table(weight.double(), torch.ones_like(weight, dtype=torch.float64))
@@ -199,8 +198,9 @@ class HashedConv2d(StructuredConv2d):
     def _fit_table(self, values: Tensor, squares: Tensor) -> None:
         """The mean of the values at each number's places; ``squares`` are their weights."""
         sums, weights = self.table.new_zeros((2, len(self.table)), dtype=torch.float64)
-        sums.index_add_(0, self.indices, (values * squares).flatten())
-        weights.index_add_(0, self.indices, squares.flatten())
+        indices = self.constant("indices", self.table)
+        sums.index_add_(0, indices, (values * squares).flatten())
+        weights.index_add_(0, indices, squares.flatten())
         self.table.copy_(torch.where(weights > 0, sums / weights, 0))
 
 
@@ -231,7 +231,7 @@ class TridiagonalConv2d(Separable):
     kind = "tridiagonal"
     sizes = "P,Q or P,Q,E: how far the outer diagonals are from the main one, and the number of further entries"
     rounds = 5
-    indices: Tensor
+    _needed = ("indices",)
 
     def _build_map(self, new: New) -> None:
         numbers = self.size.split(",")
@@ -245,16 +245,15 @@ class TridiagonalConv2d(Separable):
         if count > cells:
             raise ValueError(f"{self.text} has {count:,} entries, but the map has only {cells:,}")
         self.entries = new(count)
-        self.register_buffer("indices", self.entries.new_empty(count, dtype=torch.int64), persistent=False)
 
-    def _derive(self) -> None:
-        c, o, device = self.in_channels, self.out_channels, self.entries.device
+    def _made(self, name: str, like: Tensor) -> Tensor:
+        c, o, device = self.in_channels, self.out_channels, like.device
         along = torch.arange(max(c, o), device=device)
         offsets = torch.tensor(self.offsets, device=device)[:, None]
         rows, columns = (along - offsets, along) if c > o else (along, along + offsets)
         diagonals = (rows % o * c + riffle(c, device)[columns % c]).flatten()
         order = hashes(c * o, device).index_fill(0, diagonals, 2**32).argsort(stable=True)
-        self._refill("indices", torch.cat([diagonals, order[: len(self.entries) - len(diagonals)]]))
+        return torch.cat([diagonals, order[: len(self.entries) - len(diagonals)]])
 
     def _draw(self) -> None:
         super()._draw()
@@ -262,7 +261,8 @@ class TridiagonalConv2d(Separable):
 
     def _map(self) -> Tensor:
         zeros = self.entries.new_zeros(self.out_channels * self.in_channels)
-        return zeros.index_copy(0, self.indices, self.entries).view(self.out_channels, self.in_channels)
+        indices = self.constant("indices", self.entries)
+        return zeros.index_copy(0, indices, self.entries).view(self.out_channels, self.in_channels)
 
     def _fit_map(self, matrix: Tensor, scale: Tensor) -> None:
-        self.entries.copy_(matrix.flatten()[self.indices])
+        self.entries.copy_(matrix.flatten()[self.constant("indices", self.entries)])

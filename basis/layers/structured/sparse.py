@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from basis.layers.base import Fact, mask_of
 from basis.layers.structured.layer import New, StructuredConv2d, number
 
 ROUNDS = 40  # of the double sparse factorization, in which each factor is solved for once
@@ -25,34 +27,33 @@ class PemnConv2d(StructuredConv2d):
 
     kind = "pemn"
     sizes = "FRACTION: that part of the weight's random values is drawn and repeated, 1 for all of them"
-    seed: Tensor
-    values: Tensor
+    seed = Fact()
+    _needed = ("values",)
 
     def _build(self, new: New) -> None:
         self.fraction = number(self.size, self.kind)
         self.scores = new(self.out_channels, *self.filter_shape)
-        self.register_buffer("seed", self.scores.new_zeros((), dtype=torch.int64))
-        self.register_buffer("values", torch.empty_like(self.scores, requires_grad=False), persistent=False)
+        self._known["seed"] = np.array(0)
 
     def _draw(self) -> None:
         nn.init.kaiming_uniform_(self.scores, a=math.sqrt(5))
-        if not self.seed.is_meta:
-            self.seed.copy_(torch.randint(2**62, (), device="cpu"))
+        if not self.scores.is_meta:
+            self._know({"seed": torch.randint(2**62, (), device="cpu").numpy()})
 
-    def _derive(self) -> None:
-        if self.seed.is_meta:
-            return
-        length = self.values.numel()
+    def _made(self, name: str, like: Tensor) -> Tensor:
+        length, shape = self.scores.numel(), self.scores.shape
+        if like.is_meta:
+            return torch.empty(shape, dtype=like.dtype, device="meta")
         drawn = min(length, int(self.fraction * length) + 1)  # as the authors round
-        generator = torch.Generator("cpu").manual_seed(int(self.seed))  # the same ones on every device
+        generator = torch.Generator("cpu").manual_seed(int(self._known["seed"]))  # the same ones on every device
         values = torch.randn(drawn, generator=generator, dtype=torch.float32, device="cpu")
         values = values.mul_(math.sqrt(2 / math.prod(self.filter_shape))).repeat(math.ceil(length / drawn))
-        self._refill("values", torch.empty_like(self.scores).copy_(values[:length].view(self.values.shape)))
+        return values[:length].view(shape).to(like.device, like.dtype)
 
     def _weight(self) -> Tensor:
         size = self.scores.abs()
         kept = size.detach() > size.detach().median()
-        return self.values * (kept + (size - size.detach()))  # adds 0, with the gradient of ``size``
+        return self.constant("values", self.scores) * (kept + (size - size.detach()))  # adds 0, with a gradient
 
     def bits(self, name: str) -> int:
         """One for each score: what remains of them is the mask."""
@@ -60,7 +61,8 @@ class PemnConv2d(StructuredConv2d):
 
     def _fit(self, weight: Tensor) -> None:
         """Keep the half of the values that is nearest to the weight; the scores change places."""
-        gain = (2 * weight - self.values) * self.values  # w^2 - (w - v)^2
+        values = self.constant("values", self.scores)
+        gain = (2 * weight - values) * values  # w^2 - (w - v)^2
         order = gain.flatten().argsort()
         scores = torch.empty_like(order, dtype=self.scores.dtype)
         scores[order] = self.scores.abs().flatten().sort().values
@@ -77,6 +79,10 @@ class DsfConv2d(StructuredConv2d):
     random zeros, equally many in each row, but none on the diagonal of the square factor, and He's variance.
     """
 
+    inner_mask = Fact()
+    outer_mask = Fact()
+    _needed = ("inner_mask", "outer_mask")
+
     kind = "dsf"
     sizes = "FRACTION: the numbers that are not zero in both factors, of those of the dense weight"
 
@@ -89,19 +95,31 @@ class DsfConv2d(StructuredConv2d):
             raise ValueError(f"{self.text} leaves {max(other, 0)} numbers for a factor that needs at least {middle}")
         self.kept = {"outer": square, "inner": other} if rows <= columns else {"inner": square, "outer": other}
         self.inner, self.outer = new(middle, *self.filter_shape), new(rows, middle, 1, 1)
-        for name in ("inner", "outer"):
-            mask = torch.empty_like(getattr(self, name), dtype=torch.bool, requires_grad=False)
-            self.register_buffer(f"{name}_mask", mask)
+        for name in self.facts:
+            self._known[name] = np.zeros(getattr(self, name[:5]).shape, bool)
         self.building = self.outer.numel() * columns
 
     def _draw(self) -> None:
         for name, gain in (("inner", 2), ("outer", 1)):
-            parameter, mask = getattr(self, name), getattr(self, f"{name}_mask")
-            mask.copy_(_spread(self.kept[name], parameter.flatten(1)).view(parameter.shape))
-            nn.init.normal_(parameter, std=math.sqrt(gain * len(parameter) / self.kept[name])).mul_(mask)
+            parameter = getattr(self, name)
+            mask = _spread(self.kept[name], parameter.flatten(1)).view(parameter.shape)
+            nn.init.normal_(parameter, std=math.sqrt(gain * len(parameter) / self.kept[name]))
+            self._mask(name, mask)
+
+    def _mask(self, name: str, mask: Tensor) -> None:
+        """From now on this is the mask of the parameter of that name."""
+        if not mask.is_meta:
+            self._know({f"{name}_mask": mask.cpu().numpy()})
+        getattr(self, name).mul_(mask)
+
+    def _checked(self, name: str, value: Tensor) -> np.ndarray:
+        return mask_of(value, self._known[name].shape, self.kept[name[:5]])
 
     def _weight(self) -> Tensor:
-        outer, inner = ((getattr(self, n) * getattr(self, f"{n}_mask")).flatten(1) for n in ("outer", "inner"))
+        outer, inner = (
+            (factor * self.constant(f"{name}_mask", factor)).flatten(1)
+            for name, factor in (("outer", self.outer), ("inner", self.inner))
+        )
         return (outer @ inner).view(self.out_channels, *self.filter_shape)
 
     def bits(self, name: str) -> int:
@@ -122,7 +140,7 @@ class DsfConv2d(StructuredConv2d):
         for (name, count), factor in zip(self.kept.items(), factors, strict=True):
             parameter = getattr(self, name)
             parameter.copy_((factor if wide else factor.T).reshape(parameter.shape))
-            getattr(self, f"{name}_mask").copy_(_largest(parameter, count))
+            self._mask(name, _largest(parameter, count))
 
 
 def factorize(matrix: Tensor, square: int, other: int) -> tuple[Tensor, Tensor]:

@@ -88,11 +88,11 @@ def test_the_hash_function_is_the_same_for_ever():
 def test_a_hashed_layer_uses_all_its_numbers_alike(text, places):
     layer = make(text, conv_of(16, 32, bias=False))
     assert layer.bias is not None
-    uses = torch.bincount(layer.indices, minlength=int(0.1 * places))
+    uses = torch.bincount(layer.constant("indices", layer.table), minlength=int(0.1 * places))
     assert uses.sum() == places
     assert uses.min() >= 1
     assert uses.double().var() == pytest.approx(10, rel=0.4)  # Poisson
-    assert layer.to(torch.float16).indices.dtype == torch.int64
+    assert layer.to(torch.float16).constant("indices", layer.table).dtype == torch.int64
 
 
 def test_tridiagonal_has_three_diagonals_of_riffled_channels_and_further_entries():
@@ -160,7 +160,7 @@ def test_fourier_bessel_functions():
 
 def test_masks_keep_the_better_half_and_gradients_go_straight_through():
     layer = make("pemn:1/3", conv_of(6, 10))
-    scores, values = layer.scores.detach().abs(), layer.values
+    scores, values = layer.scores.detach().abs(), layer.constant("values", layer.scores)
     expected = values * (scores > scores.flatten().sort().values[len(scores.flatten()) // 2 - 1])
     assert torch.equal(layer.weight, expected)
     assert torch.equal(values.flatten()[181:], values.flatten()[:-181])  # int(540 / 3) + 1 values, repeated

@@ -141,7 +141,7 @@ def test_costs_are_what_is_executed_and_kept_for_the_backward_pass(text):
         if not Plan.uniform(conv, layer=text).layers:
             continue
         layer, x = make(text, conv), torch.randn(4, 16, 32, 32).requires_grad_()
-        own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
+        own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers(), *layer._placed.values())}
         kept = {}
 
         def keep(tensor, kept=kept, own=own):

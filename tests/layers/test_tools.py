@@ -235,7 +235,7 @@ distributed("FSDP2 of a block", shard)
 distributed("FSDP2 of each layer", lambda model: shard(model, model[0], model[3]))
 
 
-@alike("load_state_dict(assign=True)")
+@alike("load_state_dict with assign=True")
 def _(model):
     other = copy.deepcopy(model).to("meta")
     other.load_state_dict(model.state_dict(), assign=True)

@@ -155,11 +155,7 @@ def _new_layers(
 ) -> tuple[dict[nn.Module, nn.Module], Inputs | None]:
     """Convolution of ``model`` -> the layer for its place, those that share parameters made together; a batch."""
     for name in chosen if init == "svd" else ():
-        weight: Any = model.get_submodule(name).weight
-        if weight.is_meta:
-            raise ValueError(f"{shown_name(name)} is on the meta device and has no values; use init='random'")
-        if not weight.isfinite().all():
-            raise ValueError(f"the weight of {shown_name(name)} is not finite, so nothing is near to it")
+        check_values(name, model.get_submodule(name))
     moments, norms, example = ({}, {}, None) if calibration is None else _calibrated(model, chosen, calibration)
     options: dict[str, Any] = {"mode": mode}
     new: dict[nn.Module, nn.Module] = {}
@@ -186,6 +182,14 @@ def _new_layers(
                 norm.running_mean.copy_(norm.running_mean.double() - layer.lost_mean(moments[name]))
             new[conv] = hand_over(conv, layer)
     return new, example
+
+
+def check_values(name: str, conv: nn.Module) -> None:
+    """Raise ``ValueError`` for a layer whose weights are not finite, or not there."""
+    if any(p.is_meta for p in conv.parameters()):
+        raise ValueError(f"{shown_name(name)} is on the meta device and has no values; use init='random'")
+    if not all(p.isfinite().all() for p in conv.parameters()):
+        raise ValueError(f"{shown_name(name)} has weights that are not finite, so nothing is near to it")
 
 
 def _calibrated(

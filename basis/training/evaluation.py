@@ -84,10 +84,8 @@ def evaluate(
     if isinstance(data, Data):
         raise ValueError("data are training, validation and test images; give one of them, such as data.test")
     images = isinstance(data, Images)
-    if flip and not images:
-        raise ValueError("flip goes with basis.data.Images; give batches of mirrored images yourself")
-    if flip and loss is not None:
-        raise ValueError("flip averages logits, which goes without a loss of one's own")
+    if flip and (loss is not None or not images):
+        raise ValueError("flip averages logits of basis.data.Images and their mirror images, without a loss")
     began, device, n, classes = time.perf_counter(), first_weight(model).device, 0, 0
     autocast = autocast_in(device, choose_precision(device) if precision == "auto" else precision)
     total = torch.zeros((), dtype=torch.float32 if images else torch.float64)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from basis.batches import Batch, Loss, first_weight, losses_of, outputs_of, stream_batches, with_labels
+from basis.batches import Batch, Loss, first_weight, logits_of, losses_of, outputs_of, stream_batches, with_labels
 from basis.data import Data, Images
-from basis.digests import function, length_of
-from basis.inputs import first_samples, samples_in
+from basis.digests import contents, length_of
+from basis.inputs import samples_in
 from basis.modules import evaluating, is_channels_last
 from basis.numbers import plain_number
 from basis.training.distillation import teacher_logits
@@ -86,7 +86,7 @@ def finetune(
             where ``loss`` takes the place of CE.
         checkpoint, should_stop, progress: as in :func:`basis.train`, written after every epoch. The order of a
             ``DataLoader`` is resumed, too, where it comes from torch's random numbers or the loader's ``generator``.
-            Data are told apart as far as :func:`basis.digests.contents` does, losses as ``function`` there does.
+            Data and losses are told apart as far as :func:`basis.digests.contents` does.
 
     Raises:
         ValueError: for options out of range.
@@ -116,7 +116,7 @@ def finetune(
     if checkpoint:
         seen = data.train if isinstance(data, Data) else data
         belongs = identity(model, recipe, seed=seed, steps=steps, teacher=teacher, data=seen)
-        belongs |= {"distillation": str(taught), "loss": "" if loss is None else function(loss)}
+        belongs |= {"distillation": str(taught), "loss": "" if loss is None else contents(loss)}
     autocast = partial(autocast_in, device, precision)
     fitting = partial(_fitting, model=model, teacher=teacher, loss=loss, autocast=autocast)
     training = Training(
@@ -177,15 +177,14 @@ def _fitting(
     batches: Iterable[Batch], *, model: nn.Module, teacher: nn.Module | None, loss: Loss | None, autocast: Autocast
 ) -> Iterator[Batch]:
     """The batches as the loss takes them; ``ValueError`` before the first that fits no network."""
-    logits: Any = None
     for i, (x, y) in enumerate(batches):
-        if i == 0 and loss is not None:
+        if i == 0:
             with torch.no_grad(), evaluating(model), autocast():
-                losses_of(loss, outputs_of(model, x), y, samples=samples_in(x), mean=True)
-        if i == 0 and not (loss is not None and teacher is None):
-            logits = teacher_logits(model, first_samples(x, 2), autocast)
+                outputs = outputs_of(model, x)
+                if loss is not None:
+                    losses_of(loss, outputs, y, samples=samples_in(x), mean=True)
         if i == 0 and teacher is not None:
-            taught = teacher_logits(teacher, first_samples(x, 2), autocast)
-            if taught.shape != logits.shape:
-                raise ValueError(f"the teacher's logits are {taught.shape}, but the model's {logits.shape}")
-        yield with_labels([(x, y)], logits)[0] if loss is None else (x, y)
+            taught = teacher_logits(teacher, x, autocast)
+            if taught.shape != logits_of(outputs).shape:
+                raise ValueError(f"the teacher's logits are {taught.shape}, but the model's {outputs.shape}")
+        yield with_labels([(x, y)], logits_of(outputs))[0] if loss is None else (x, y)

@@ -343,13 +343,14 @@ def _tunings(model: nn.Module, data: Batches | None, recipe: Recipe, seeds: int)
 
         def cells() -> Iterator[Cell]:
             for name, k in ((name, k) for name, sizes in wanted.items() for k in sizes):
-                began, found = time.perf_counter(), {"value": math.nan}
+                began = time.perf_counter()
+                found: dict[str, Any] = {"value": math.nan}
                 with suppress(TrainingError):  # it diverged: there is no other reason left
                     own = losses({name: k})
                     found = dict(vars(difference_estimate(own, dense))) if all(map(math.isfinite, own)) else found
-                passes = {"forward": share * forward, "backward": share * backward}
+                found |= {"forward": share * forward, "backward": share * backward}
                 seconds = time.perf_counter() - began + common
-                yield Cell(layer=name, basis_channels=k, seconds=seconds, **passes, **found)
+                yield Cell(layer=name, basis_channels=k, seconds=seconds, **found)
 
         return {"loss": sum(dense) / seeds}, cells()
 

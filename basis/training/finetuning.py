@@ -118,9 +118,9 @@ def finetune(
         belongs = identity(model, recipe, seed=seed, steps=steps, teacher=teacher, data=seen)
         belongs |= {"distillation": str(taught), "loss": "" if loss is None else contents(loss)}
     autocast = partial(autocast_in, device, precision)
-    fitting = partial(_fitting, model=model, teacher=teacher, loss=loss, autocast=autocast)
     training = Training(
-        run=run, identity=belongs, epochs=recipe.epochs, steps=steps, batches=lambda: fitting(source()),
+        run=run, identity=belongs, epochs=recipe.epochs, steps=steps,
+        batches=lambda: _fitting(source(), model, teacher, loss, autocast),
         prepare=lambda step: run.set_rates([rate(recipe.lr, step, recipe.epochs * steps)]),
         validate=lambda: {"lr": run.optimizer.param_groups[0]["lr"]},
         generator=generator if isinstance(generator, torch.Generator) else None,
@@ -174,7 +174,7 @@ def _source(model: nn.Module, data: Any, recipe: Recipe, generator: Any) -> tupl
 
 
 def _fitting(
-    batches: Iterable[Batch], *, model: nn.Module, teacher: nn.Module | None, loss: Loss | None, autocast: Autocast
+    batches: Iterable[Batch], model: nn.Module, teacher: nn.Module | None, loss: Loss | None, autocast: Autocast
 ) -> Iterator[Batch]:
     """The batches as the loss takes them; ``ValueError`` before the first that fits no network."""
     for i, (x, y) in enumerate(batches):
@@ -183,8 +183,7 @@ def _fitting(
                 outputs = outputs_of(model, x)
                 if loss is not None:
                     losses_of(loss, outputs, y, samples=samples_in(x), mean=True)
-        if i == 0 and teacher is not None:
-            taught = teacher_logits(teacher, x, autocast)
-            if taught.shape != logits_of(outputs).shape:
+            taught = outputs if teacher is None else teacher_logits(teacher, x, autocast)
+            if teacher is not None and taught.shape != logits_of(outputs).shape:
                 raise ValueError(f"the teacher's logits are {taught.shape}, but the model's {outputs.shape}")
         yield with_labels([(x, y)], logits_of(outputs))[0] if loss is None else (x, y)

@@ -324,9 +324,5 @@ def augmented_batches(images: Images, recipe: Recipe, generator: torch.Generator
     for index in order.split(10 * size if device.type == "cuda" else size):
         several = augment(images.x, index, generator, **options)
         for batch, its_index in zip(several.split(size), index.split(size), strict=True):
-            yield _input(batch, recipe.memory_format), images.y[its_index]
-
-
-def _input(batch: Tensor, memory_format: str) -> Tensor:
-    x = normalise(batch)
-    return x if memory_format == "channels_last" else x.contiguous()
+            x = normalise(batch)
+            yield x if recipe.memory_format == "channels_last" else x.contiguous(), images.y[its_index]

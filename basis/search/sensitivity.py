@@ -89,13 +89,11 @@ def sensitivity(
     ratios = [plain_number("each of ratios", ratio) for ratio in ratios] if several else ratios
     if not several or not (ratios or texts) or not all(0 < ratio < 1 for ratio in ratios):
         raise ValueError(f"ratios is {ratios!r}, but it must be a list of numbers k / C_out between 0 and 1")
-    multiple, seeds = plain_number("multiple", multiple, whole=True), plain_number("seeds", seeds, whole=True)
+    multiple, seeds = (plain_number(n, v, whole=True, least=1) for n, v in (("multiple", multiple), ("seeds", seeds)))
     measure = _usual(model) if measure is None else measure
     if texts and measure in ("activation", "taylor", "fisher"):
         raise ValueError(f"{measure} is defined by truncation to k, which {few(texts)} is not; leave out layers")
     trains = measure == "fine_tuning"
-    if trains and seeds < 1:
-        raise ValueError(f"seeds is {seeds}, but fine_tuning needs at least 1")
     if recipe is not None and not trains:
         raise ValueError(f"{measure} trains nothing; a recipe goes with fine_tuning")
     _check(measure, fit, MEASURES, loss)
@@ -167,10 +165,8 @@ def _check(measure: str, fit: str, among: Iterable[str], loss: Loss | None) -> N
         raise ValueError(f"measure is {measure!r}, but it must be one of {', '.join(among)}")
     if fit not in get_args(Fit):
         raise ValueError(f"fit is {fit!r}, but it must be one of {', '.join(get_args(Fit))}")
-    if fit != "weight" and measure not in FITTING:
-        raise ValueError(f"fit is {fit!r}, which goes with {few(FITTING)}, not with {measure}")
-    if loss is not None and measure not in FITTING:
-        raise ValueError(f"a loss goes with {few(FITTING)}, not with {measure}")
+    if measure not in FITTING and (fit != "weight" or loss is not None):
+        raise ValueError(f"a fit and a loss go with {few(FITTING)}, not with {measure}")
 
 
 # -- layers -------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def finetune(
             a loss that is no longer finite, or a batch that does not fit.
         TrainingPaused: see ``should_stop``.
     """
-    precision = _precision(model, teacher, precision)
+    precision = _precision(model, precision)
     device, seed = first_weight(model).device, plain_number("seed", seed, whole=True)
     recipe = Recipe(
         epochs=epochs, lr=lr, weight_decay=weight_decay, label_smoothing=label_smoothing, batch_size=batch_size,
@@ -141,16 +141,13 @@ def rate(peak: float, step: int, total: int) -> float:
     return peak * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, total - warm)))) / 2
 
 
-def _precision(model: nn.Module, teacher: nn.Module | None, precision: Any) -> Any:
+def _precision(model: nn.Module, precision: Any) -> Any:
     """What the precision "auto" stands for, after checking that the model can be trained."""
     kinds = {p.dtype for p in model.parameters() if p.requires_grad}
     if not kinds:
         raise TrainingError("no parameter of the model requires a gradient, so there is nothing to train")
     if kinds - {torch.float32, torch.float64}:
         raise TrainingError(f"the model has parameters of {kinds}; train model.float(), in which small steps are kept")
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
-    if teacher is not None and not trained.isdisjoint(map(id, teacher.parameters())):
-        raise TrainingError("the teacher is the model itself, or shares parameters with it; give the dense network")
     usual = "fp32" if torch.float64 in kinds else choose_precision(first_weight(model).device)
     return usual if precision == "auto" else precision
 

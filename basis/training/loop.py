@@ -175,6 +175,9 @@ def make_step(
     To be called with images (N, C, H, W) in the recipe's memory format, labels (N,) and a :class:`Kind`. Skipped
     parts are for the caller to freeze, as are learning rates to set.
     """
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if teacher is not None and not trained.isdisjoint(map(id, teacher.parameters())):
+        raise TrainingError("the teacher shares parameters with the model, so training would change it; give a copy")
     place = choose_device(device)
     recipe = (recipe or Recipe()).resolved(model, place)
     autocast: Any = partial(autocast_in, place, recipe.precision)

@@ -156,7 +156,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_changes():
         (model, [(x, y + 9)], {}, r"the labels run from \d+ to \d+, but 4 logits take 0 to 3"),
         (model, [(x, y[:, None])], {}, "the labels are a tensor of shape"),
         (model[:4], [(x, y)], {}, "it must return logits"),
-        (model, [(x, y)], {"teacher": model}, "the teacher is the model itself"),
+        (model, [(x, y)], {"teacher": model}, "shares parameters"),
         (model, [(x, y)], {"teacher": nn.Sequential(model)}, "shares parameters"),
         (model, [(x, y)], {"teacher": network(classes=7)}, "the teacher's logits are"),
     ):

@@ -135,29 +135,22 @@ def logits_of(outputs: Any, *, dense: bool = False) -> Tensor:
     return outputs
 
 
-def with_labels(batches: Iterable[Batch], outputs: Any) -> list[Batch]:
-    """The batches with targets as cross-entropy takes them, or a ``ValueError`` that says what does not fit."""
-    (_, classes, *rest), result = logits_of(outputs, dense=True).shape, []
-    if classes < 2:
-        raise ValueError(f"the model returns {described(outputs)}, whose cross-entropy is always 0; give loss=")
-    for x, y in batches:
-        if wrong := _misfit(y, samples_in(x), classes, rest):
-            raise ValueError(f"{wrong}; for other targets give loss=")
-        result.append((x, y.float() if y.is_floating_point() else y.long()))
-    return result
-
-
-def _misfit(y: Any, n: int, classes: int, rest: list[int]) -> str | None:
-    """Why these are not the targets of ``n`` samples' logits of (n, classes) and the ``rest``."""
+def targets_of(y: Any, outputs: Any, *, samples: int) -> Tensor:
+    """The targets as cross-entropy takes them to these logits, or a ``ValueError`` that says what does not fit."""
+    _, classes, *rest = logits_of(outputs, dense=True).shape
     soft = isinstance(y, Tensor) and y.is_floating_point()
-    if not isinstance(y, Tensor) or y.is_complex() or list(y.shape) != [n, *[classes][:soft], *rest]:
-        right = f"whole numbers of shape {(n, *rest)}, or probabilities of shape {(n, classes, *rest)}"
-        return f"the labels are {described(y)}, but they must be {right}"
-    if soft and not (y.min() >= 0 and (y.double().sum(1) - 1).abs().max() <= max(ROUNDING, torch.finfo(y.dtype).eps)):
-        return "the targets are no probabilities: some are negative, or their sum over the classes is not 1"
-    if not soft and (y.min() < 0 or y.max() >= classes):
-        return f"the labels run from {y.min()} to {y.max()}, but {classes} logits take 0 to {classes - 1}"
-    return None
+    if classes < 2:
+        wrong = f"the model returns {described(outputs)}, whose cross-entropy is always 0"
+    elif not isinstance(y, Tensor) or y.is_complex() or list(y.shape) != [samples, *[classes][:soft], *rest]:
+        right = f"whole numbers of shape {(samples, *rest)}, or probabilities of shape {(samples, classes, *rest)}"
+        wrong = f"the labels are {described(y)}, but they must be {right}"
+    elif soft and not (y.min() >= 0 and (y.double().sum(1) - 1).abs().max() <= max(ROUNDING, torch.finfo(y.dtype).eps)):
+        wrong = "the targets are no probabilities: some are negative, or their sum over the classes is not 1"
+    elif not soft and (y.min() < 0 or y.max() >= classes):
+        wrong = f"the labels run from {y.min()} to {y.max()}, but {classes} logits take 0 to {classes - 1}"
+    else:
+        return y.float() if soft else y.long()
+    raise ValueError(f"{wrong}; for other targets give loss=")
 
 
 def balanced(inputs: Iterable[Inputs]) -> Iterator[Inputs]:

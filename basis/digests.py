@@ -34,15 +34,12 @@ def length_of(data: Any) -> int | None:
 
 
 def samples(batches: Iterable[tuple[Any, Any]]) -> str:
-    """The number of samples (inputs, targets) and a digest of them that does not depend on their order or batches.
-
-    Tensors that have another length than their batch count as a whole; None for absent targets.
-    """
+    """The number of samples (inputs, targets or None) and a digest that does not depend on their order or batches."""
     total = n = 0
     for batch in batches:
         n += (size := samples_in(batch[0]))
         rows = [(tensor.dim() and len(tensor) == size, _bytes(tensor)) for tensor in tensors_in(batch)]
-        parts = [part.tobytes() for split, part in rows if not split]
+        parts = [part.tobytes() for split, part in rows if not split]  # of another length than the batch
         parts += [b"".join(sample) for sample in zip(*(part for split, part in rows if split), strict=True)]
         total += sum(int(digest(part), 16) for part in parts)
     return f"{n} samples {total % 2**128:032x}"

@@ -56,8 +56,7 @@ def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     plan = Plan.load(folder / PLAN_FILE)
     state, forms, layers = _read_state(folder / STATE_FILE)
     if layers is not None and layers != plan.layers:
-        differing = few(shown_name(name) for name in dict.fromkeys((*layers, *plan.layers))
-                        if layers.get(name) != plan.layers.get(name))  # fmt: skip
+        differing = few(map(shown_name, sorted({name for name, _ in layers.items() ^ plan.layers.items()})))
         raise ValueError(f"{folder / STATE_FILE} was saved with another {PLAN_FILE}: they differ in {differing}")
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("model is on the meta device; give it storage first: model.to_empty(device='cpu')")

@@ -32,19 +32,12 @@ HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 
 
 def substitute(
-    model: nn.Module,
-    plan: Plan | Mapping[str, Size] | None = None,
-    *,
-    ratio: float | None = None,
-    layer: str | Structure | None = None,
-    mode: Mode = "auto",
-    init: Literal["svd", "random"] = "svd",
-    calibration: Batches | None = None,
-    coefficients: str | Form = "dense",
-    batch_norm: Literal["ordinary", "through_basis"] = "ordinary",
-    include: str | Iterable[str] = (),
+    model: nn.Module, plan: Plan | Mapping[str, Size] | None = None, *, ratio: float | None = None,
+    layer: str | Structure | None = None, mode: Mode = "auto", init: Literal["svd", "random"] = "svd",
+    calibration: Batches | None = None, coefficients: str | Form = "dense",
+    batch_norm: Literal["ordinary", "through_basis"] = "ordinary", include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
-) -> nn.Module:
+) -> nn.Module:  # fmt: skip
     """A copy of ``model`` in which the convolutions that the plan names are basis convolutions or structured layers.
 
     A convolution with several names is replaced once, and any of them will do; so do names with or without what

@@ -7,7 +7,6 @@ training images; the test images serve the last numbers alone.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ from basis.compression.images import ImageData, check_images, open_images, subse
 from basis.compression.networks import build_network, load_weights, transform_for
 from basis.compression.report import render
 from basis.costs import cost
-from basis.digests import structure
+from basis.digests import digest, structure
 from basis.environment import environment
 from basis.export import export_onnx, export_program, is_installed
 from basis.inference import fold, measure_fold
@@ -170,7 +169,7 @@ def prepare(settings: Settings, *, say: Say | None = None) -> Job:
     measure = s.measure or ("oneshot_bn" if recalibrates(model) else "oneshot")
     identity = asdict(s) | {"out": "", "device": str(device), "measure": measure, "data": data.digest}
     identity["network"] = structure(model)
-    identity["weights"] = hashlib.sha256(Path(s.weights).read_bytes()).hexdigest()
+    identity["weights"] = digest(Path(s.weights).read_bytes())
     job = Job(settings=s, out=Path(s.out), say=say, model=model, data=data, parts=parts, device=device, measure=measure,
               input_size=tuple(parts["held"][0][0].shape), identity=plain(identity),
               turned=sum(seen[: len(data.train)]))  # fmt: skip

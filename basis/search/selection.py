@@ -135,9 +135,7 @@ def _check_budget(budget: Mapping[str, float], table: SensitivityTable, latency:
         raise ValueError(f"budget is {budget!r}, but it must map at least one of {', '.join(UNITS)} to a number")
     for unit, value in budget.items():
         if not 0 < value <= 1:
-            raise ValueError(
-                f"the budget of {unit} is {value!r}, but it must be a fraction in (0, 1] of the dense one's"
-            )
+            raise ValueError(f"the budget of {unit} is {value!r}, but it must be a fraction in (0, 1] of the dense one")
         if unit != "milliseconds" and table.total[unit] is None:
             raise ValueError(f"the table was made without images and knows no {unit}; give a budget in params")
     if ("milliseconds" in budget) != (latency is not None):

@@ -24,7 +24,7 @@ from basis.batches import (
     losses_of,
     outputs_of,
     stream_batches,
-    with_labels,
+    targets_of,
 )
 from basis.costs import Cost, cost, cost_alone
 from basis.data import Data
@@ -274,7 +274,7 @@ def _prepare(
             fingerprint["loss"] = contents(loss)
             losses_of(loss, outputs, y, samples=samples_in(x))
         elif measure != "activation":
-            batches = with_labels(batches, outputs)
+            batches = [(x, targets_of(y, outputs, samples=samples_in(x))) for x, y in batches]
     if measure == "oneshot_bn" or fit == "activation":
         if calibration is None and isinstance(data, Data):
             calibration = data.train.first(CALIBRATION_IMAGES)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from basis.batches import Batch, Loss, first_weight, logits_of, losses_of, outputs_of, stream_batches, with_labels
+from basis.batches import Batch, Loss, first_weight, logits_of, losses_of, outputs_of, stream_batches, targets_of
 from basis.data import Data, Images
 from basis.digests import contents, length_of
 from basis.inputs import samples_in
@@ -183,4 +183,4 @@ def _fitting(
             taught = outputs if teacher is None else teacher_logits(teacher, x, autocast)
             if teacher is not None and taught.shape != logits_of(outputs).shape:
                 raise ValueError(f"the teacher's logits are {taught.shape}, but the model's {outputs.shape}")
-        yield with_labels([(x, y)], logits_of(outputs))[0] if loss is None else (x, y)
+        yield x, targets_of(y, logits_of(outputs), samples=samples_in(x)) if loss is None else y

@@ -24,6 +24,7 @@ from basis.layers.coefficients import Form
 from basis.layers.conv import MODES, BasisConv2d, Mode, check_basis_channels
 from basis.layers.moments import Moments, output_moments, taking_means, untied
 from basis.layers.structured import Structure, StructuredConv2d
+from basis.numbers import one_of
 from basis.plan import Plan, Size, as_patterns, convolutions, left_out, meant, obstacle, plan_of, size_text, tied  # noqa: F401
 from basis.text import few, shown_name
 
@@ -64,11 +65,9 @@ def substitute(
     """
     if [plan, ratio, layer].count(None) != 2:
         raise ValueError("give one of plan, ratio and layer")
-    batch_norms = ("ordinary", "through_basis")
-    known_values = {"mode": (mode, MODES), "init": (init, ("svd", "random")), "batch_norm": (batch_norm, batch_norms)}
-    for name, (value, known) in known_values.items():
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}, but it must be one of {', '.join(known)}")
+    one_of("mode", mode, MODES)
+    one_of("init", init, ("svd", "random"))
+    one_of("batch_norm", batch_norm, ("ordinary", "through_basis"))
     if calibration is not None and init == "random":
         raise ValueError("calibration data fit layers to outputs, but init='random' fits nothing; leave one out")
     form = Form.parse(coefficients)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -32,7 +32,7 @@ from basis.digests import contents, digest, samples, structure, weights
 from basis.inputs import Inputs, first_samples, samples_in
 from basis.layers.structured import Structure
 from basis.modules import recalibrates
-from basis.numbers import plain_number
+from basis.numbers import one_of, plain_number
 from basis.plan import check_patterns, convolutions
 from basis.search import measures
 from basis.search.journal import Journal
@@ -160,11 +160,9 @@ def _own_random_numbers(model: nn.Module) -> Any:
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
-def _check(measure: str, fit: str, among: Iterable[str], loss: Loss | None) -> None:
-    if measure not in among:
-        raise ValueError(f"measure is {measure!r}, but it must be one of {', '.join(among)}")
-    if fit not in get_args(Fit):
-        raise ValueError(f"fit is {fit!r}, but it must be one of {', '.join(get_args(Fit))}")
+def _check(measure: str, fit: str, among: Collection[str], loss: Loss | None) -> None:
+    one_of("measure", measure, among)
+    one_of("fit", fit, get_args(Fit))
     if measure not in FITTING and (fit != "weight" or loss is not None):
         raise ValueError(f"a fit and a loss go with {few(FITTING)}, not with {measure}")
 

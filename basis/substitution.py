@@ -203,10 +203,7 @@ def _calibrated(
 
 
 def hand_over(old: Any, new: Any) -> nn.Module:
-    """Give ``new`` the hooks of ``old``, what users keep on it, and its very bias, unless ``old`` shifts it.
-
-    The bias may be tied elsewhere.
-    """
+    """Give ``new`` the hooks of ``old``, what users keep on it, and, unless ``old`` shifts it, its very bias."""
     keep_attributes(old, new, own=(own := of_its_kind(old)))
     for name, buffer in old._buffers.items():
         if name not in own and not hasattr(new, name):

@@ -159,8 +159,7 @@ def _parts(batches: Sequence[Batch]) -> Iterator[Batch]:
         n, numbers = samples_in(x), sum(tensor.numel() for tensor in tensors_in(x))
         size = max(1, PART * n // max(1, numbers)) if isinstance(y, Tensor) and y.dim() and len(y) == n else n
         for i in range(0, n, size):
-            part: Any = picked((x, y), slice(i, i + size))
-            yield part
+            yield picked((x, y), slice(i, i + size))  # type: ignore[misc]
 
 
 def oneshot(

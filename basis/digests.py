@@ -29,7 +29,7 @@ def length_of(data: Any) -> int | None:
     """How many batches or samples one pass gives; None where they do not tell."""
     try:
         return len(data)
-    except TypeError:  # no length, or one of an IterableDataset, which has none either
+    except (TypeError, NotImplementedError):  # no length, or one of an IterableDataset, which has none either
         return None
 
 
@@ -68,6 +68,7 @@ def contents(value: Any, inside: tuple[Any, ...] = ()) -> str:
     functions the code, defaults and closure, of an object that is called what it holds, of networks the structure; of
     anything else the kind and the length. ``inside`` are the values that this one is a part of.
     """
+    value = getattr(value, "_torchdynamo_orig_callable", getattr(value, "_orig_mod", value))  # before torch.compile
     value = value.tolist() if isinstance(value, np.ndarray) and value.dtype == object else value
     if isinstance(value, (Tensor, np.ndarray)):
         content = _bytes(value) if isinstance(value, Tensor) else value.tobytes()
@@ -95,8 +96,10 @@ def _held(value: Any) -> Iterable[Any]:
         return value.co_code, value.co_names, value.co_consts
     if isinstance(value, partial):
         return value.func, value.args, value.keywords
-    if isinstance(value, nn.Module) and next(value.parameters(), None) is not None:
-        return [structure(value)]  # its numbers change in training
+    if isinstance(value, nn.Module):
+        shown = {name: one for name, one in vars(value).items() if not name.startswith("_")}
+        trains = next(value.parameters(), None) is not None  # numbers that change
+        return [structure(value)] if trains else [structure(value), shown, value.state_dict()]
     if callable(value):
         names = ("__code__", "__defaults__", "__kwdefaults__", "__self__", "__dict__")
         cells = getattr(value, "__closure__", None) or ()

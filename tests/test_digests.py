@@ -123,11 +123,15 @@ def test_functions_are_told_apart_as_far_as_can_be():
         nn.MSELoss(),
         nn.MSELoss(reduction="none"),
         nn.functional.mse_loss,
+        torch.compile(weighted(3.0)),
+        torch.jit.script(nn.MSELoss()),
+        nn.CrossEntropyLoss(weight=torch.ones(2000)),
+        nn.CrossEntropyLoss(weight=torch.arange(2000.0)),
         torch.abs,
         torch.sin,
     ]
     assert len({contents(loss) for loss in losses}) == len(losses)
-    for make in (weighted, Scaled, partial(partial, weighted)):
+    for make in (weighted, Scaled, partial(partial, weighted), lambda scale: torch.compile(weighted(scale))):
         assert contents(make(1.0)) == contents(make(1.0))
 
 

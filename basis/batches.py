@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from basis.data import Data, Images, normalise
-from basis.inputs import Inputs, mapped, run, samples_in, shapes_of, tensors_in
+from basis.inputs import Inputs, mapped, picked, run, samples_in, shapes_of, tensors_in
 from basis.modules import is_channels_last
 from basis.text import few, first_line
 
@@ -27,11 +27,13 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
 
 
-def losses_of(loss: Loss, outputs: Any, targets: Any, *, samples: int, mean: bool = False) -> Tensor:
-    """What a loss of one's own gives for ``outputs`` and a copy of ``targets``: (N,) or, where allowed, their ``mean``.
+def losses_of(loss: Loss | None, outputs: Any, targets: Any, *, samples: int, mean: bool = False) -> Tensor:
+    """What a loss gives for ``outputs`` and a copy of ``targets``: (N,) or, where allowed, their ``mean``.
 
-    Raises ``ValueError`` where it cannot be computed, or gives anything else.
+    None is :func:`cross_entropy`. Raises ``ValueError`` for a loss that cannot be computed, or gives anything else.
     """
+    if loss is None:
+        return cross_entropy(outputs, targets)
     try:
         found = loss(outputs, mapped(Tensor.clone, targets))
     except torch.OutOfMemoryError:
@@ -39,7 +41,7 @@ def losses_of(loss: Loss, outputs: Any, targets: Any, *, samples: int, mean: boo
     except Exception as error:
         given = f"outputs, {described(outputs)}, and targets, {described(targets)}"
         raise ValueError(f"the loss cannot be computed from {given}: {first_line(error)}") from error
-    if not isinstance(found, Tensor) or tuple(found.shape) not in ((samples,), *(((),) if mean else ())):
+    if not isinstance(found, Tensor) or tuple(found.shape) not in ((samples,), () if mean else (samples,)):
         right = f"a tensor ({samples},), the loss of each sample{', or their mean' if mean else ''}"
         raise ValueError(f"the loss gives {described(found)}, but it must give {right}")
     return found if found.dtype == torch.float64 else found.float()
@@ -107,12 +109,10 @@ def calibration_inputs(data: Batches, model: nn.Module) -> Iterator[Inputs]:
 def described(value: Any) -> str:
     """What kind of value this is, in words."""
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
+        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {few(map(described, value)) or 'nothing'}"
-    if isinstance(value, Mapping):
-        return f"a {type(value).__name__} with {few(map(str, value)) or 'nothing'}"
-    return f"a {type(value).__name__}"
+    return f"a {type(value).__name__}" + (f" with {few(map(str, value))}" if isinstance(value, Mapping) else "")
 
 
 @torch.no_grad()
@@ -135,28 +135,22 @@ def logits_of(outputs: Any, *, dense: bool = False) -> Tensor:
     return outputs
 
 
-def with_labels(batches: Iterable[Batch], outputs: Any) -> list[Batch]:
-    """The batches with targets as cross-entropy takes them, or a ``ValueError`` that says what does not fit."""
-    (_, classes, *rest), result = logits_of(outputs, dense=True).shape, []
+def targets_of(y: Any, outputs: Any, *, samples: int) -> Tensor:
+    """The targets as cross-entropy takes them to these logits, or a ``ValueError`` that says what does not fit."""
+    _, classes, *rest = logits_of(outputs, dense=True).shape
+    soft = isinstance(y, Tensor) and y.is_floating_point()
     if classes < 2:
-        raise ValueError(f"the model returns {described(outputs)}, whose cross-entropy is always 0; give loss=")
-    for x, y in batches:
-        fits = "whole numbers of shape " + str(("N", *rest)) + ", or probabilities; for other targets give loss="
-        probabilities = isinstance(y, Tensor) and y.is_floating_point()
-        shape = (samples_in(x), classes, *rest) if probabilities else (samples_in(x), *rest)
-        if not isinstance(y, Tensor) or tuple(y.shape) != shape or y.is_complex():
-            kind = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else described(y)
-            raise ValueError(f"the labels are {kind}, but to logits of shape {tuple(outputs.shape)} belong {fits}")
-        if probabilities:
-            least, off = y.min().item(), (y.double().sum(1) - 1).abs().max().item()
-            if not (least >= 0 and off <= max(ROUNDING, torch.finfo(y.dtype).eps)):
-                found = f"down to {least:.3g}, and over the classes they sum to 1 but for {off:.3g}"
-                raise ValueError(f"the targets are no probabilities: they go {found}; give loss=")
-        elif y.min() < 0 or y.max() >= classes:
-            most = f"{classes} logits take 0 to {classes - 1}"
-            raise ValueError(f"the labels run from {y.min()} to {y.max()}, but {most}; for other targets give loss=")
-        result.append((x, y.float() if probabilities else y.long()))
-    return result
+        wrong = f"the model returns {described(outputs)}, whose cross-entropy is always 0"
+    elif not isinstance(y, Tensor) or y.is_complex() or list(y.shape) != [samples, *[classes][:soft], *rest]:
+        right = f"whole numbers of shape {(samples, *rest)}, or probabilities of shape {(samples, classes, *rest)}"
+        wrong = f"the labels are {described(y)}, but they must be {right}"
+    elif soft and not (y.min() >= 0 and (y.double().sum(1) - 1).abs().max() <= max(ROUNDING, torch.finfo(y.dtype).eps)):
+        wrong = "the targets are no probabilities: some are negative, or their sum over the classes is not 1"
+    elif not soft and (y.min() < 0 or y.max() >= classes):
+        wrong = f"the labels run from {y.min()} to {y.max()}, but {classes} logits take 0 to {classes - 1}"
+    else:
+        return y.float() if soft else y.long()
+    raise ValueError(f"{wrong}; for other targets give loss=")
 
 
 def balanced(inputs: Iterable[Inputs]) -> Iterator[Inputs]:
@@ -170,7 +164,7 @@ def balanced(inputs: Iterable[Inputs]) -> Iterator[Inputs]:
         others = iter(tensors_in(last[1]))
         both = mapped(lambda tensor: torch.cat([tensor, next(others)]), last[0])
         middle = (samples_in(both) + 1) // 2
-        last = [mapped(lambda tensor: tensor[:middle], both), mapped(lambda tensor: tensor[middle:], both)]
+        last = [picked(both, slice(middle)), picked(both, slice(middle, None))]
     yield from last
 
 

@@ -59,19 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.command(options)
     except (ValueError, DataError, RecordError, TooLittleMemory, TrainingError) as error:
-        print(f"basis: {error}", file=sys.stderr)
-        return 2
+        said, status = str(error), 2
     except OSError as error:
-        said = f"a file could not be read or written ({first_line(error)}); what is finished is kept"
-        print(f"basis: {said}", file=sys.stderr)
-        return 2
+        said, status = f"a file could not be read or written ({first_line(error)}); what is finished is kept", 2
     except ModuleNotFoundError as error:  # the book's tools and Ray are extras
         extra = "ray" if error.name == "ray" else "book"
-        print(f"basis: {error.name} is not installed; `pip install -e '.[{extra}]'` adds it", file=sys.stderr)
-        return 2
+        said, status = f"{error.name} is not installed; `pip install -e '.[{extra}]'` adds it", 2
     except KeyboardInterrupt:
-        print("basis: interrupted; what is finished is kept, and the same command goes on", file=sys.stderr)
-        return 130
+        said, status = "interrupted; what is finished is kept, and the same command goes on", 130
+    print(f"basis: {said}", file=sys.stderr)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,11 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     book = commands.add_parser("book", help="execute the notebooks and build the HTML book")
     book.add_argument("--profile", choices=PROFILES, help="records to show (default: each study's published one)")
     book.add_argument("--only", nargs="+", metavar="CHAPTER", help="execute only these, such as 03")
-    book.set_defaults(command=_book)
+    book.set_defaults(command=_build)
     figures = commands.add_parser("figures", help="draw figures of the book anew: SVG, light and dark, and PDF")
     figures.add_argument("names", nargs="*", metavar="NAME", help="such as headline (default: all)")
     figures.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR", help="default: figures")
-    figures.set_defaults(command=_figures)
+    figures.set_defaults(command=_build)
     derived = commands.add_parser("sync", help="renew the README, citation and notebook cells made from elsewhere")
     derived.set_defaults(command=_sync)
     return parser
@@ -379,25 +376,21 @@ def _root() -> Path:
     return root
 
 
-def _built(make: Callable[[Any], object]) -> int:
+def _build(options: argparse.Namespace) -> int:
+    """Build the book, or, given a folder for them, its figures alone."""
     _root()
     from book.tools import build  # needs the extra "book"
 
     try:
-        print(make(build))
+        if "out" in options:
+            print(*build.export_figures(options.names, options.out, progress=print), sep="\n")
+        else:
+            made = build.build(profile=options.profile, only=options.only, progress=print)
+            print(f"The book is at {made.as_uri()}")
     except build.BookError as error:
         print(f"basis: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _book(options: argparse.Namespace) -> int:
-    given = {"profile": options.profile, "only": options.only, "progress": print}
-    return _built(lambda tools: f"The book is at {tools.build(**given).as_uri()}")
-
-
-def _figures(options: argparse.Namespace) -> int:
-    return _built(lambda tools: "\n".join(map(str, tools.export_figures(options.names, options.out, progress=print))))
 
 
 def _sync(options: argparse.Namespace) -> int:

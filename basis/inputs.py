@@ -24,8 +24,8 @@ def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
         items = [mapped(change, item) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if is_dataclass(value) and not isinstance(value, type):
-        own = {field.name: getattr(value, field.name) for field in fields(value) if field.init}
-        return replace(value, **{name: mapped(change, item) for name, item in own.items()})
+        own = [field.name for field in fields(value) if field.init]
+        return replace(value, **{name: mapped(change, getattr(value, name)) for name in own})
     return value
 
 
@@ -54,16 +54,20 @@ def samples_in(inputs: Inputs) -> int:
     return next((len(tensor) for tensor in tensors_in(inputs) if tensor.dim()), 0)
 
 
-def first_samples(inputs: Inputs, n: int) -> Inputs:
-    """The first ``n`` samples of a batch; tensors that have another length are left whole."""
+def picked(inputs: Inputs, index: Any) -> Inputs:
+    """The samples of a batch at ``index``, a slice or tensor; tensors that have another length are left whole."""
     total = samples_in(inputs)
-    return mapped(lambda t: t[:n] if t.dim() and len(t) == total else t, inputs)
+    return mapped(lambda t: t[index] if t.dim() and len(t) == total else t, inputs)
+
+
+def first_samples(inputs: Inputs, n: int) -> Inputs:
+    """The first ``n`` samples of a batch."""
+    return picked(inputs, slice(n))
 
 
 def with_samples(inputs: Inputs, n: int) -> Inputs:
-    """A batch of ``n`` samples, which come round again; tensors that have another length are left whole."""
-    total = samples_in(inputs)
-    return mapped(lambda t: t[torch.arange(n, device=t.device) % total] if t.dim() and len(t) == total else t, inputs)
+    """A batch of ``n`` samples, which come round again."""
+    return picked(inputs, torch.arange(n) % samples_in(inputs))
 
 
 def shapes_of(inputs: Inputs) -> str:

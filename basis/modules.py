@@ -53,10 +53,9 @@ def training_norms(norms: Sequence[_BatchNorm]) -> Iterator[list[_BatchNorm]]:
     and where a norm stays in evaluation mode or counts no batch, the old statistics, too. Yields the norms that train,
     after the block without those that counted no batch.
     """
-    before = {norm: [(buffer, buffer.clone()) for buffer in norm.buffers(recurse=False)] for norm in norms}
-    parts = [part for norm in norms for part in norm.modules()]
-    with keeping(parts, "training"), keeping(norms, "momentum"):
-        live = training_among(norms)
+    before = [(norm, buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+    with training_among(norms) as live, keeping(norms, "momentum"):
+        measured: list[_BatchNorm] = []
         try:
             for norm in live:  # the first batch replaces the statistics, which a norm that counts none needs
                 norm.momentum = None
@@ -64,22 +63,22 @@ def training_norms(norms: Sequence[_BatchNorm]) -> Iterator[list[_BatchNorm]]:
                     buffer.nan_to_num_()
                 norm.num_batches_tracked.zero_()  # type: ignore[union-attr]
             yield live
-        except BaseException:
-            live.clear()
-            raise
+            measured = [norm for norm in live if norm.num_batches_tracked != 0]
         finally:
-            live[:] = [norm for norm in live if norm.num_batches_tracked != 0]
-            for buffer, old in (pair for norm in norms if norm not in live for pair in before[norm]):
+            live[:] = measured
+            for _, buffer, old in (one for one in before if one[0] not in live):
                 buffer.copy_(old)
 
 
-def training_among(norms: Iterable[_BatchNorm]) -> list[_BatchNorm]:
-    """Those of the norms that are in training mode after ``train()``; what else is inside them stays in evaluation."""
-    for norm in norms:
-        norm.train()
-        for part in norm.children():
-            part.eval()
-    return [norm for norm in norms if norm.training]
+@contextmanager
+def training_among(norms: Sequence[_BatchNorm]) -> Iterator[list[_BatchNorm]]:
+    """Those of the norms that ``train()`` brings into training mode; what else is inside them is in evaluation."""
+    with keeping([part for norm in norms for part in norm.modules()], "training"):
+        for norm in norms:
+            norm.train()
+            for part in norm.children():
+                part.eval()
+        yield [norm for norm in norms if norm.training]
 
 
 def tracking_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -90,9 +89,8 @@ def tracking_norms(model: nn.Module) -> list[_BatchNorm]:
 
 def recalibrates(model: nn.Module) -> bool:
     """Whether some batch normalisation has running statistics that training would change."""
-    norms = tracking_norms(model)
-    with keeping([part for norm in norms for part in norm.modules()], "training"):
-        return bool(training_among(norms))
+    with training_among(tracking_norms(model)) as norms:
+        return bool(norms)
 
 
 def is_channels_last(weight: Tensor) -> bool:

@@ -1,8 +1,9 @@
-"""Numbers as users give them: those of numpy become Python's, truth values are none."""
+"""Numbers and words as users give them: numbers of numpy become Python's, truth values are none."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
@@ -14,6 +15,12 @@ def plain_number(name: str, value: Any, *, whole: bool = False, least: float = -
         bound = f" of at least {least}" if least > -math.inf else ""
         raise ValueError(f"{name} is {value!r}, but it must be a {'whole ' if whole else ''}number{bound}")
     return int(value) if isinstance(value, Integral) else float(value)
+
+
+def one_of(name: str, value: Any, known: Collection[Any]) -> None:
+    """Raise ``ValueError`` for a value that is not among those known."""
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}, but it must be one of {', '.join(map(str, known))}")
 
 
 def plain_fields(settings: Any) -> None:

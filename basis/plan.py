@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -12,7 +11,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -22,6 +20,7 @@ from basis.layers.base import ConvLike
 from basis.layers.coefficients import Form
 from basis.layers.conv import BasisConv2d, basis_channels_for
 from basis.layers.structured import Structure, StructuredConv2d
+from basis.numbers import plain_number
 from basis.saving import columns, write_json
 from basis.text import first_line, shown_name
 
@@ -168,15 +167,12 @@ def _widths(found: Mapping[Any, Sequence[str]]) -> dict[str, int]:
 
 def _size(name: str, size: Any) -> Size:
     """A size as a plan holds it: any kind of whole number as an int, texts of structured layers without spaces."""
-    why = f"basis_channels is {size!r}, but it must be a whole number of at least 1, or the text of a structured layer"
     try:
         if isinstance(size, (str, Structure)):
             return str(Structure.parse(size))
-        if not isinstance(size, (bool, np.bool_)) and operator.index(size) >= 1:
-            return operator.index(size)
-    except (ValueError, TypeError) as error:
-        why = str(error) if isinstance(error, ValueError) else why
-    raise ValueError(f"the plan for {shown_name(name)}: {why}")
+        return plain_number("basis_channels", size, whole=True, least=1)
+    except ValueError as error:
+        raise ValueError(f"the plan for {shown_name(name)}: {error}") from error
 
 
 def meant(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
@@ -213,19 +209,15 @@ def obstacle(model: nn.Module, module: nn.Module) -> str | None:
     own_forward = "forward" in vars(module) or "_conv_forward" in vars(module)
     if own_forward or any(getattr(kind, f) is not getattr(nn.Conv2d, f) for f in ("forward", "_conv_forward")):
         return f"{kind.__name__} has a forward of its own"
-    twins = [
-        f"{name}.{key}".lstrip(".")
-        for name, other in model.named_modules()
-        for key, parameter in other._parameters.items()
-        if parameter is module.weight and (other, key) != (module, "weight")
+    named = [
+        (name, m, key) for name, m in model.named_modules() for key, p in m._parameters.items() if p is module.weight
     ]
-    if twins:
+    if twins := [f"{name}.{key}".lstrip(".") for name, m, key in named if (m, key) != (module, "weight")]:
         return f"weight tied with {', '.join(twins)}"
-    if hasattr(module.weight, "__tensor_flatten__") or module.weight.layout != torch.strided:
-        what = type(module.weight).__name__ if module.weight.layout == torch.strided else module.weight.layout
-        return f"its weight is {what}, not a plain tensor: substitute before sharding, quantizing or the like"
-    if not module.weight.is_floating_point():
-        return f"its weight is {module.weight.dtype}, and only real floating-point numbers can be approximated"
+    weight = module.weight
+    if hasattr(weight, "__tensor_flatten__") or weight.layout != torch.strided or not weight.is_floating_point():
+        what = f"{type(weight).__name__} ({weight.layout}, {weight.dtype})"
+        return f"its weight is a {what}, not a plain tensor of real numbers: substitute before sharding or quantizing"
     if module.out_channels == module.groups:
         return "depthwise: one filter per group" if module.groups > 1 else "one filter: nothing to derive"
     return None

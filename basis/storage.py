@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from basis.layers.conv import BasisConv2d
 from basis.plan import Plan, Size, meant, plan_of
 from basis.saving import replacing
 from basis.substitution import substitute
@@ -36,9 +36,7 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
             raise ValueError(f"the state's entry {name!r} is not a tensor with values and cannot be saved")
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     folder, plan = Path(folder), plan_of(model)
-    names = [name for name, size in plan.layers.items() if not isinstance(size, str)]
-    layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
-    forms = {name: str(layer.coefficients.form) for name, layer in layers.items()}
+    forms = {name: str(m.coefficients.form) for name, m in model.named_modules() if isinstance(m, BasisConv2d)}
     about = {"coefficients": json.dumps(forms), "layers": json.dumps(plan.layers)}
     with replacing(folder / STATE_FILE) as file:
         file.write(safetensors.torch.save(tensors, about))
@@ -56,8 +54,7 @@ def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     plan = Plan.load(folder / PLAN_FILE)
     state, forms, layers = _read_state(folder / STATE_FILE)
     if layers is not None and layers != plan.layers:
-        differing = few(shown_name(name) for name in dict.fromkeys((*layers, *plan.layers))
-                        if layers.get(name) != plan.layers.get(name))  # fmt: skip
+        differing = few(map(shown_name, sorted({name for name, _ in layers.items() ^ plan.layers.items()})))
         raise ValueError(f"{folder / STATE_FILE} was saved with another {PLAN_FILE}: they differ in {differing}")
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("model is on the meta device; give it storage first: model.to_empty(device='cpu')")

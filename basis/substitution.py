@@ -24,6 +24,7 @@ from basis.layers.coefficients import Form
 from basis.layers.conv import MODES, BasisConv2d, Mode, check_basis_channels
 from basis.layers.moments import Moments, output_moments, taking_means, untied
 from basis.layers.structured import Structure, StructuredConv2d
+from basis.numbers import one_of
 from basis.plan import Plan, Size, as_patterns, convolutions, left_out, meant, obstacle, plan_of, size_text, tied  # noqa: F401
 from basis.text import few, shown_name
 
@@ -32,19 +33,12 @@ HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 
 
 def substitute(
-    model: nn.Module,
-    plan: Plan | Mapping[str, Size] | None = None,
-    *,
-    ratio: float | None = None,
-    layer: str | Structure | None = None,
-    mode: Mode = "auto",
-    init: Literal["svd", "random"] = "svd",
-    calibration: Batches | None = None,
-    coefficients: str | Form = "dense",
-    batch_norm: Literal["ordinary", "through_basis"] = "ordinary",
-    include: str | Iterable[str] = (),
+    model: nn.Module, plan: Plan | Mapping[str, Size] | None = None, *, ratio: float | None = None,
+    layer: str | Structure | None = None, mode: Mode = "auto", init: Literal["svd", "random"] = "svd",
+    calibration: Batches | None = None, coefficients: str | Form = "dense",
+    batch_norm: Literal["ordinary", "through_basis"] = "ordinary", include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
-) -> nn.Module:
+) -> nn.Module:  # fmt: skip
     """A copy of ``model`` in which the convolutions that the plan names are basis convolutions or structured layers.
 
     A convolution with several names is replaced once, and any of them will do; so do names with or without what
@@ -71,11 +65,9 @@ def substitute(
     """
     if [plan, ratio, layer].count(None) != 2:
         raise ValueError("give one of plan, ratio and layer")
-    batch_norms = ("ordinary", "through_basis")
-    known_values = {"mode": (mode, MODES), "init": (init, ("svd", "random")), "batch_norm": (batch_norm, batch_norms)}
-    for name, (value, known) in known_values.items():
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}, but it must be one of {', '.join(known)}")
+    one_of("mode", mode, MODES)
+    one_of("init", init, ("svd", "random"))
+    one_of("batch_norm", batch_norm, ("ordinary", "through_basis"))
     if calibration is not None and init == "random":
         raise ValueError("calibration data fit layers to outputs, but init='random' fits nothing; leave one out")
     form = Form.parse(coefficients)
@@ -155,11 +147,7 @@ def _new_layers(
 ) -> tuple[dict[nn.Module, nn.Module], Inputs | None]:
     """Convolution of ``model`` -> the layer for its place, those that share parameters made together; a batch."""
     for name in chosen if init == "svd" else ():
-        weight: Any = model.get_submodule(name).weight
-        if weight.is_meta:
-            raise ValueError(f"{shown_name(name)} is on the meta device and has no values; use init='random'")
-        if not weight.isfinite().all():
-            raise ValueError(f"the weight of {shown_name(name)} is not finite, so nothing is near to it")
+        check_values(name, model.get_submodule(name))
     moments, norms, example = ({}, {}, None) if calibration is None else _calibrated(model, chosen, calibration)
     options: dict[str, Any] = {"mode": mode}
     new: dict[nn.Module, nn.Module] = {}
@@ -188,6 +176,14 @@ def _new_layers(
     return new, example
 
 
+def check_values(name: str, conv: nn.Module) -> None:
+    """Raise ``ValueError`` for a layer whose weights are not finite, or not there."""
+    if any(p.is_meta for p in conv.parameters()):
+        raise ValueError(f"{shown_name(name)} is on the meta device and has no values; use init='random'")
+    if not all(p.isfinite().all() for p in conv.parameters()):
+        raise ValueError(f"{shown_name(name)} has weights that are not finite, so nothing is near to it")
+
+
 def _calibrated(
     model: nn.Module, chosen: Mapping[str, Size], calibration: Batches
 ) -> tuple[dict[str, Moments], dict[str, str], Inputs]:
@@ -207,10 +203,7 @@ def _calibrated(
 
 
 def hand_over(old: Any, new: Any) -> nn.Module:
-    """Give ``new`` the hooks of ``old``, what users keep on it, and its very bias, unless ``old`` shifts it.
-
-    The bias may be tied elsewhere.
-    """
+    """Give ``new`` the hooks of ``old``, what users keep on it, and, unless ``old`` shifts it, its very bias."""
     keep_attributes(old, new, own=(own := of_its_kind(old)))
     for name, buffer in old._buffers.items():
         if name not in own and not hasattr(new, name):

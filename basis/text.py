@@ -29,11 +29,11 @@ def first_line(error: BaseException) -> str:
         if inner in chain:
             break
         chain.append(inner)
-    own, *below = (_reason(one) for one in chain)
+    own, *below = map(_reason, chain)
     innermost = next(filter(None, reversed(below)), "")
     if own and innermost and innermost not in own:
-        return f"{_short(own, 150)} ({_short(innermost, 150)})"
-    return _short(own or innermost, 300) or type(error).__name__
+        return f"{own:.150} ({innermost:.150})"
+    return f"{own or innermost or type(error).__name__:.300}"
 
 
 def _reason(error: BaseException) -> str:
@@ -48,10 +48,6 @@ def _reason(error: BaseException) -> str:
     text = AROUND.sub("", text).strip()
     text = " ".join(re.split(r"\n\s*\n", text)[0].split())
     return f"{type(error).__name__}: {text}" if isinstance(error, KeyError) and text else text
-
-
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 4]} ..."
 
 
 def shown_name(name: str) -> str:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from basis.batches import balanced, calibration_inputs, logits_of, losses_of, outputs_of, stream_batches, with_labels
+from basis.batches import balanced, calibration_inputs, logits_of, losses_of, outputs_of, stream_batches, targets_of
 
 MODEL = nn.Linear(3, 2)
 X, Y = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
@@ -122,15 +122,14 @@ def test_outputs_are_those_of_a_copy_and_errors_say_what_was_given():
 )
 def test_what_cross_entropy_would_take_wrongly_is_refused_with_the_way_out(outputs, targets):
     with pytest.raises(ValueError, match="loss="):
-        with_labels([(X, targets)], outputs)
+        targets_of(targets, outputs, samples=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_probabilities_are_taken_in_any_precision(dtype):
     soft = (3 * torch.randn(4, 1000)).softmax(1).to(dtype)
-    ((_, targets),) = with_labels([(X, soft)], torch.randn(4, 1000))
-    assert targets.dtype == torch.float32
-    assert with_labels([(X, torch.rand(4, 2, 5).softmax(1))], WIDE)
+    assert targets_of(soft, torch.randn(4, 1000), samples=4).dtype == torch.float32
+    assert len(targets_of(torch.rand(4, 2, 5).softmax(1), WIDE, samples=4)) == 4
 
 
 def test_logits_are_a_matrix_unless_dense_is_asked_for():

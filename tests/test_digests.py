@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from basis.data import Images
-from basis.digests import contents, function, samples, weights
+from basis.digests import contents, samples, weights
 
 
 def batches(seed=0, size=6):
@@ -123,12 +123,16 @@ def test_functions_are_told_apart_as_far_as_can_be():
         nn.MSELoss(),
         nn.MSELoss(reduction="none"),
         nn.functional.mse_loss,
+        torch.compile(weighted(3.0)),
+        torch.jit.script(nn.MSELoss()),
+        nn.CrossEntropyLoss(weight=torch.ones(2000)),
+        nn.CrossEntropyLoss(weight=torch.arange(2000.0)),
         torch.abs,
         torch.sin,
     ]
-    assert len({function(loss) for loss in losses}) == len(losses)
-    for make in (weighted, Scaled, partial(partial, weighted)):
-        assert function(make(1.0)) == function(make(1.0))
+    assert len({contents(loss) for loss in losses}) == len(losses)
+    for make in (weighted, Scaled, partial(partial, weighted), lambda scale: torch.compile(weighted(scale))):
+        assert contents(make(1.0)) == contents(make(1.0))
 
 
 def test_weights_are_those_of_the_whole_state():

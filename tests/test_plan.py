@@ -195,7 +195,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(value):
     with torch.no_grad():
         model[2].weight[0, 0, 0, 0] = value
     for options in ({"ratio": 0.5}, {"plan": {"2": 4}}, {"layer": "tucker:0.5"}):
-        with pytest.raises(ValueError, match="weight of 2 is not finite"):
+        with pytest.raises(ValueError, match="2 has weights that are not finite"):
             substitute(model, **options)
     assert plan_of(substitute(model, ratio=0.5, init="random")).layers
     assert plan_of(substitute(model, {"0": 4})).layers

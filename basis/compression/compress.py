@@ -7,7 +7,6 @@ training images; the test images serve the last numbers alone.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ from basis.compression.images import ImageData, check_images, open_images, subse
 from basis.compression.networks import build_network, load_weights, transform_for
 from basis.compression.report import render
 from basis.costs import cost
-from basis.digests import structure
+from basis.digests import digest, structure
 from basis.environment import environment
 from basis.export import export_onnx, export_program, is_installed
 from basis.inference import fold, measure_fold
@@ -165,19 +164,22 @@ def prepare(settings: Settings, *, say: Say | None = None) -> Job:
         model = model.float().to(device).eval()
     except (ModuleNotFoundError, RuntimeError, AssertionError) as error:  # of a library, or of a device
         raise ValueError(first_line(error)) from error
-    if Path(s.out).resolve().is_relative_to(Path(s.data).resolve()):
-        raise ValueError(f"out is {s.out}, inside the data, which are left alone; name another folder")
     seen = [] if (Path(s.out) / "stages").exists() else check_images(data.files)
     parts = _split(s, model, data)
     measure = s.measure or ("oneshot_bn" if recalibrates(model) else "oneshot")
     identity = asdict(s) | {"out": "", "device": str(device), "measure": measure, "data": data.digest}
     identity["network"] = structure(model)
-    identity["weights"] = hashlib.sha256(Path(s.weights).read_bytes()).hexdigest()
+    identity["weights"] = digest(Path(s.weights).read_bytes())
     job = Job(settings=s, out=Path(s.out), say=say, model=model, data=data, parts=parts, device=device, measure=measure,
               input_size=tuple(parts["held"][0][0].shape), identity=plain(identity),
               turned=sum(seen[: len(data.train)]))  # fmt: skip
     _check_network(job)
-    _check_budget(job)
+    plan = Plan.uniform(model, ratio=min(s.ratios), multiple=MULTIPLE)
+    if not plan.layers:
+        raise ValueError(f"no convolution of the network can be replaced ({few(set(plan.skipped.values()), '; ')})")
+    with torch.random.fork_rng(devices=[]):
+        costs = _costs(job, substitute(model, plan, init="random"))
+    _check_budget(job, {unit: after / max(1, before) for unit, (before, after) in costs.items()})
     _check_folder(job.out, job.identity)
     return job
 
@@ -212,17 +214,8 @@ def _check_network(job: Job) -> None:
         raise ValueError("measure oneshot_bn needs batch normalisation, which the network has not; use oneshot")
 
 
-def _check_budget(job: Job) -> None:
+def _check_budget(job: Job, least: Mapping[str, float]) -> None:
     """Refuse a budget that not even the smallest candidates meet."""
-    plan = Plan.uniform(job.model, ratio=min(job.settings.ratios), multiple=MULTIPLE)
-    if not plan.layers:
-        raise ValueError(f"no convolution of the network can be replaced ({few(set(plan.skipped.values()), '; ')})")
-    with torch.random.fork_rng(devices=[]):
-        costs = _costs(job, substitute(job.model, plan, init="random"))
-    _check_shares(job, {unit: after / max(1, before) for unit, (before, after) in costs.items()})
-
-
-def _check_shares(job: Job, least: Mapping[str, float]) -> None:
     for unit, share in least.items():
         if job.settings.budget.get(unit, 1) < share:
             raise ValueError(f"budget {unit} cannot be met: at least {share:.3f} stays; give smaller ratios")
@@ -257,7 +250,7 @@ def time_layers(job: Job, done: Mapping[str, Stage]) -> Stage:
     report.save(job.out / "layers.json")
     times = report.latencies("forward").values()
     dense, least = sum(ms[max(ms)] for ms in times), sum(min(ms.values()) for ms in times)
-    _check_shares(job, {"milliseconds": least / dense})
+    _check_budget(job, {"milliseconds": least / dense})
     return {"dense_ms": dense}
 
 

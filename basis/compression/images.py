@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import Subset
 
+from basis.digests import digest
 from basis.text import few, first_line
 from basis.vision import import_torchvision
 
@@ -27,7 +27,7 @@ class ImageData:
     train: Any
     test: Any
     classes: tuple[str, ...]  # in the order of the network's outputs
-    digest: str  # SHA-256 of the names and sizes of the files
+    digest: str  # of the names and sizes of the files
     files: tuple[str, ...]
 
 
@@ -54,9 +54,7 @@ def open_images(path: str | os.PathLike) -> ImageData:
     if train.classes != test.classes:
         differing = few(sorted(set(train.classes) ^ set(test.classes)))
         raise ValueError(f"data in {path} cannot be used: train and val differ in {differing}")
-    if len(train.classes) < 2:
-        raise ValueError(f"data in {path} cannot be used: it has one class, {train.classes[0]}, to tell from nothing")
-    return ImageData(train, test, tuple(train.classes), hashlib.sha256(os.fsencode(sizes)).hexdigest(), files)
+    return ImageData(train, test, tuple(train.classes), digest(sizes), files)
 
 
 def check_images(files: Sequence[str]) -> list[bool]:

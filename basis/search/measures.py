@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from basis.batches import Batch, Loss, cross_entropy, losses_of
-from basis.inputs import Inputs, mapped, run, samples_in, tensors_in
+from basis.batches import Batch, Loss, losses_of
+from basis.inputs import Inputs, picked, run, samples_in, tensors_in
 from basis.layers.moments import Moments, directions, lost_mean, output_moments, taking_means, untied
 from basis.layers.structured import Structure
 from basis.modules import hooked, tracking_norms, training_norms
@@ -100,7 +100,7 @@ def gradients(
                 conv = _conv(model, name)
                 width = conv.out_channels // conv.groups
                 held.append(conv.weight.new_zeros((samples_in(x), width), dtype=torch.float64))
-            values = _losses(loss, run(model, x), x, y)
+            values = losses_of(loss, run(model, x), y, samples=samples_in(x))
             try:
                 if values.requires_grad:
                     values.sum().backward()
@@ -156,19 +156,10 @@ def _catching(model: nn.Module, name: str, fitted: Fitted, products: list[Tensor
 def _parts(batches: Sequence[Batch]) -> Iterator[Batch]:
     """The batches in parts of at most ``PART`` numbers; whole where targets are more than one entry per sample."""
     for x, y in batches:
-        n = samples_in(x)
-        numbers = sum(tensor.numel() for tensor in tensors_in(x)) // n
-        size = max(1, PART // max(1, numbers)) if isinstance(y, Tensor) and y.dim() and len(y) == n else n
+        n, numbers = samples_in(x), sum(tensor.numel() for tensor in tensors_in(x))
+        size = max(1, PART * n // max(1, numbers)) if isinstance(y, Tensor) and y.dim() and len(y) == n else n
         for i in range(0, n, size):
-            place = slice(i, i + size)
-            yield mapped(lambda t, n=n, place=place: t[place] if t.dim() and len(t) == n else t, (x, y))  # type: ignore[misc]
-
-
-def _losses(loss: Loss | None, outputs: Any, inputs: Inputs, targets: Any) -> Tensor:
-    """The losses of the samples, (N,)."""
-    if loss is None:
-        return cross_entropy(outputs, targets)
-    return losses_of(loss, outputs, targets, samples=samples_in(inputs))
+            yield picked((x, y), slice(i, i + size))  # type: ignore[misc]
 
 
 def oneshot(
@@ -226,7 +217,7 @@ def _evaluate(
     losses, logits = [], []
     for x, y in batches:
         output = run(model, x)
-        losses.append(_losses(loss, output, x, y).double())
+        losses.append(losses_of(loss, output, y, samples=samples_in(x)).double())
         if loss is None and output.dim() == 2:
             logits.append(output)
     return torch.cat(losses).cpu(), logits

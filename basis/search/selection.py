@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from basis.layers.conv import basis_channels_for, check_basis_channels
+from basis.numbers import one_of
 from basis.plan import check_patterns
 from basis.search.table import Layer, SensitivityTable
 from basis.substitution import Plan, Size, as_patterns, left_out, size_text
@@ -67,8 +68,7 @@ def select(
         InfeasibleBudget: when the rule has no plan that meets the budget; it gives the smallest that one does.
         ValueError: for arguments that make no sense, an incomplete table, or a latency report of another network.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule is {rule!r}, but it must be one of {', '.join(RULES)}")
+    one_of("rule", rule, RULES)
     if rule == "uniform" and ratio is not None:
         raise ValueError("the rule 'uniform' finds the ratio itself; leave out ratio")
     _check_budget(budget, table, latency)
@@ -135,9 +135,7 @@ def _check_budget(budget: Mapping[str, float], table: SensitivityTable, latency:
         raise ValueError(f"budget is {budget!r}, but it must map at least one of {', '.join(UNITS)} to a number")
     for unit, value in budget.items():
         if not 0 < value <= 1:
-            raise ValueError(
-                f"the budget of {unit} is {value!r}, but it must be a fraction in (0, 1] of the dense one's"
-            )
+            raise ValueError(f"the budget of {unit} is {value!r}, but it must be a fraction in (0, 1] of the dense one")
         if unit != "milliseconds" and table.total[unit] is None:
             raise ValueError(f"the table was made without images and knows no {unit}; give a budget in params")
     if ("milliseconds" in budget) != (latency is not None):

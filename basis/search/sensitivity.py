@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from tqdm.auto import tqdm
 
 from basis.batches import (
@@ -25,22 +24,21 @@ from basis.batches import (
     losses_of,
     outputs_of,
     stream_batches,
-    with_labels,
+    targets_of,
 )
 from basis.costs import Cost, cost, cost_alone
 from basis.data import Data
-from basis.digests import digest, function, samples, structure, weights
+from basis.digests import contents, digest, samples, structure, weights
 from basis.inputs import Inputs, first_samples, samples_in
-from basis.layers.base import ConvLike
 from basis.layers.structured import Structure
 from basis.modules import recalibrates
-from basis.numbers import plain_number
-from basis.plan import check_patterns
+from basis.numbers import one_of, plain_number
+from basis.plan import check_patterns, convolutions
 from basis.search import measures
 from basis.search.journal import Journal
 from basis.search.table import MEASURES, Cell, Layer, SensitivityTable
 from basis.statistics import Estimate, difference_estimate
-from basis.substitution import Plan, Size, as_patterns, merge, substitute
+from basis.substitution import Plan, Size, as_patterns, check_values, merge, substitute
 from basis.text import few, shown_name
 from basis.training.loop import Recipe, TrainingError, train
 
@@ -77,7 +75,7 @@ def sensitivity(
             outputs ("activation") on ``calibration``; of taylor, fisher, oneshot and oneshot_bn.
         loss: from outputs and targets, whatever they are, to the loss of each sample, (N,); of the measures that take a
             fit. None: cross-entropy of logits and labels. A ``resume`` file tells losses apart as
-            :func:`basis.digests.function` does.
+            :func:`basis.digests.contents` does.
         recipe, seeds: of the trainings of "fine_tuning", which start at the weights of ``model``.
         resume: file to which each measurement is appended. What it holds already is not measured again.
         progress: True or a title draws a bar; or a function that is called with each new measurement.
@@ -91,13 +89,11 @@ def sensitivity(
     ratios = [plain_number("each of ratios", ratio) for ratio in ratios] if several else ratios
     if not several or not (ratios or texts) or not all(0 < ratio < 1 for ratio in ratios):
         raise ValueError(f"ratios is {ratios!r}, but it must be a list of numbers k / C_out between 0 and 1")
-    multiple, seeds = plain_number("multiple", multiple, whole=True), plain_number("seeds", seeds, whole=True)
+    multiple, seeds = (plain_number(n, v, whole=True, least=1) for n, v in (("multiple", multiple), ("seeds", seeds)))
     measure = _usual(model) if measure is None else measure
     if texts and measure in ("activation", "taylor", "fisher"):
         raise ValueError(f"{measure} is defined by truncation to k, which {few(texts)} is not; leave out layers")
     trains = measure == "fine_tuning"
-    if trains and seeds < 1:
-        raise ValueError(f"seeds is {seeds}, but fine_tuning needs at least 1")
     if recipe is not None and not trains:
         raise ValueError(f"{measure} trains nothing; a recipe goes with fine_tuning")
     _check(measure, fit, MEASURES, loss)
@@ -109,10 +105,12 @@ def sensitivity(
         else:
             example, fingerprint, start = _evaluations(dense, data, measure, calibration, fit, loss)
         counted, total = layer_costs(dense, found, example)
-        counted, idle = called_layers(counted)
+        idle = {layer.name for layer in found} - {layer.name for layer in counted}
+        chosen = digest("; ".join(f"{layer.name}: {layer.candidates}" for layer in counted))
         table = SensitivityTable(
-            measure=measure, layers=counted, cells=(), skipped=skipped | idle, total=total, baseline={},
-            fingerprint={**_question(dense, measure, counted), **fingerprint},
+            measure=measure, layers=counted, cells=(), total=total, baseline={},
+            skipped=skipped | dict.fromkeys(sorted(idle), "never called by the forward pass"),
+            fingerprint={"measure": measure, "model": structure(dense), "layers": chosen, **fingerprint},
         )  # fmt: skip
         journal = Journal(resume, table)
         if pending := journal.table.missing:
@@ -162,15 +160,11 @@ def _own_random_numbers(model: nn.Module) -> Any:
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
-def _check(measure: str, fit: str, among: Iterable[str], loss: Loss | None) -> None:
-    if measure not in among:
-        raise ValueError(f"measure is {measure!r}, but it must be one of {', '.join(among)}")
-    if fit not in get_args(Fit):
-        raise ValueError(f"fit is {fit!r}, but it must be one of {', '.join(get_args(Fit))}")
-    if fit != "weight" and measure not in FITTING:
-        raise ValueError(f"fit is {fit!r}, which goes with {few(FITTING)}, not with {measure}")
-    if loss is not None and measure not in FITTING:
-        raise ValueError(f"a loss goes with {few(FITTING)}, not with {measure}")
+def _check(measure: str, fit: str, among: Collection[str], loss: Loss | None) -> None:
+    one_of("measure", measure, among)
+    one_of("fit", fit, get_args(Fit))
+    if measure not in FITTING and (fit != "weight" or loss is not None):
+        raise ValueError(f"a fit and a loss go with {few(FITTING)}, not with {measure}")
 
 
 # -- layers -------------------------------------------------------------------------------------
@@ -181,8 +175,7 @@ def candidate_layers(
     exclude: str | Iterable[str],
 ) -> tuple[list[Layer], dict[str, str]]:  # fmt: skip
     """Every layer with a candidate, its cost not counted yet, and why each other convolution has none."""
-    names = [name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, (_ConvNd, ConvLike))]
-    check_patterns("exclude", as_patterns(exclude), names)
+    check_patterns("exclude", as_patterns(exclude), [name for names in convolutions(model).values() for name in names])
     among: dict[str, Any] = {"include": as_patterns(include), "exclude": as_patterns(exclude)}
     plans = [Plan.uniform(model, ratio=ratio, multiple=multiple, **among) for ratio in sorted(ratios, reverse=True)]
     plans += [_alone(model, Plan.uniform(model, layer=text, **among)) for text in texts]
@@ -190,10 +183,7 @@ def candidate_layers(
     for name, conv in model.named_modules():
         sizes = tuple(dict.fromkeys(plan.layers[name] for plan in plans if name in plan.layers))
         if sizes and isinstance(conv, nn.Conv2d):
-            if conv.weight.is_meta:
-                raise ValueError(f"{shown_name(name)} is on the meta device and has no values to measure")
-            if not all(p.isfinite().all() for p in conv.parameters()):
-                raise ValueError(f"{shown_name(name)} has weights that are not finite, so nothing can be measured")
+            check_values(name, conv)
             layers.append(
                 Layer(
                     name=name, out_channels=conv.out_channels, groups=conv.groups, fan_in=conv.weight[0].numel(),
@@ -202,13 +192,10 @@ def candidate_layers(
                 )
             )  # fmt: skip
     last = plans[max(0, len(ratios) - 1) :]  # of the ratios the smallest alone
-    skipped = {
-        name: "; ".join(dict.fromkeys(plan.skipped[name] for plan in last))
-        for name in last[0].skipped
-        if name not in {layer.name for layer in layers}
-    }
+    others = last[0].skipped.keys() - {layer.name for layer in layers}
+    skipped = {n: "; ".join(dict.fromkeys(plan.skipped[n] for plan in last)) for n in last[0].skipped if n in others}
     if not layers:
-        reasons = few((f"{name or 'the model itself'}: {reason}" for name, reason in skipped.items()), "; ")
+        reasons = few((f"{shown_name(name)}: {reason}" for name, reason in skipped.items()), "; ")
         raise ValueError(f"no convolution of the model has a candidate to try ({reasons or 'there is none'})")
     return layers, skipped
 
@@ -224,10 +211,11 @@ def _alone(model: nn.Module, plan: Plan) -> Plan:
 def layer_costs(
     model: nn.Module, layers: Sequence[Layer], inputs: Inputs | None
 ) -> tuple[tuple[Layer, ...], dict[str, int | None]]:
-    """The layers with what they cost, and the whole network's total.
+    """The layers that a forward pass calls with what they cost, and the whole network's total.
 
     As if all parameters were trained, and were a layer's own, for ``inputs`` of one sample. Without them, or where the
-    network cannot be run on a single one, no MACs are known.
+    network cannot be run on a single one, no MACs are known. A layer that is never called loses nothing, so that every
+    search would begin with it; ``ValueError`` where none is called.
     """
     trained = substitute(model, {})
     for parameter in trained.parameters():
@@ -236,44 +224,26 @@ def layer_costs(
     if inputs is not None:
         with suppress(ValueError):
             report = cost(trained, inputs=inputs)
-    rows = {} if report is None else {row.name: row for row in report.layers}
-    unknown = {} if rows else {"macs": None, "backward_macs": None}
+
+    def units(found: Cost) -> dict[str, int | None]:
+        macs, backward = (found.forward_macs, found.backward_macs) if report else (None, None)
+        return {"params": found.parameters, "macs": macs, "backward_macs": backward}
+
+    rows = {row.name: row for row in report.layers} if report else {}
     counted = []
     for layer in layers:
         conv: Any = trained.get_submodule(layer.name)
-        texts = [str(k) for k in layer.candidates if isinstance(k, str)]
-        calls = rows[layer.name].calls if rows else ()
-        alone = {text: cost_alone(Structure.parse(text).check(conv), calls) for text in texts}
-        costs = {text: {**_units(own), **unknown} for text, own in alone.items()}
-        if rows:
-            row = rows[layer.name].cost
+        calls: Any = ()
+        if report:
+            row, calls = rows[layer.name].cost, rows[layer.name].calls
             positions, needed = row.forward_macs // (layer.out_channels * layer.fan_in), row.input_gradient_macs > 0
             layer = replace(layer, positions=positions, input_gradient=needed)
+        texts = [text for text in layer.candidates if isinstance(text, str)]
+        costs = {text: units(cost_alone(Structure.parse(text).check(conv), calls)) for text in texts}
         counted.append(replace(layer, costs=costs))
-    total = (
-        {"params": sum(p.numel() for p in model.parameters()), **unknown} if report is None else _units(report.total)
-    )
-    return tuple(counted), total
-
-
-def _units(found: Cost) -> dict[str, int | None]:
-    return {"params": found.parameters, "macs": found.forward_macs, "backward_macs": found.backward_macs}
-
-
-def called_layers(layers: Sequence[Layer]) -> tuple[tuple[Layer, ...], dict[str, str]]:
-    """The layers that a forward pass calls, and why each other one is no candidate.
-
-    A layer that is never called loses nothing, so that every search would begin with it.
-    """
-    idle = {layer.name: "never called by the forward pass" for layer in layers if layer.positions == 0}
-    if layers and len(idle) == len(layers):
+    if not (called := tuple(layer for layer in counted if layer.positions != 0)):
         raise ValueError(f"the forward pass calls none of the {len(layers)} convolutions that can be substituted")
-    return tuple(layer for layer in layers if layer.name not in idle), idle
-
-
-def _question(model: nn.Module, measure: str, layers: Sequence[Layer]) -> dict[str, str]:
-    chosen = "; ".join(f"{layer.name}: {layer.candidates}" for layer in layers)
-    return {"measure": measure, "model": structure(model), "layers": digest(chosen)}
+    return called, units(report.total if report else Cost(parameters=sum(p.numel() for p in model.parameters())))
 
 
 # -- measures -----------------------------------------------------------------------------------
@@ -299,10 +269,10 @@ def _prepare(
         outputs = outputs_of(model, x)
         fingerprint["data"] = samples(batches)
         if loss is not None:
-            fingerprint["loss"] = function(loss)
+            fingerprint["loss"] = contents(loss)
             losses_of(loss, outputs, y, samples=samples_in(x))
         elif measure != "activation":
-            batches = with_labels(batches, outputs)
+            batches = [(x, targets_of(y, outputs, samples=samples_in(x))) for x, y in batches]
     if measure == "oneshot_bn" or fit == "activation":
         if calibration is None and isinstance(data, Data):
             calibration = data.train.first(CALIBRATION_IMAGES)
@@ -368,13 +338,10 @@ def _tunings(model: nn.Module, data: Batches | None, recipe: Recipe, seeds: int)
         def cells() -> Iterator[Cell]:
             for name, k in ((name, k) for name, sizes in wanted.items() for k in sizes):
                 began = time.perf_counter()
-                try:
-                    own = losses({name: k})
-                except TrainingError:  # it diverged: there is no other reason left
-                    own = [math.nan]
                 found: dict[str, Any] = {"value": math.nan}
-                if all(map(math.isfinite, own)):
-                    found = dict(vars(difference_estimate(own, dense)))
+                with suppress(TrainingError):  # it diverged: there is no other reason left
+                    own = losses({name: k})
+                    found = dict(vars(difference_estimate(own, dense))) if all(map(math.isfinite, own)) else found
                 found |= {"forward": share * forward, "backward": share * backward}
                 seconds = time.perf_counter() - began + common
                 yield Cell(layer=name, basis_channels=k, seconds=seconds, **found)

@@ -14,7 +14,7 @@ from torch import nn
 from basis.data import Data, Images
 from basis.decompositions import pair_of
 from basis.modules import recalibrates
-from basis.numbers import plain_fields, plain_number
+from basis.numbers import one_of, plain_fields, plain_number
 from basis.search.measures import singular_energies
 from basis.search.selection import predicted, select
 from basis.search.sensitivity import FITTING, Fit, sensitivity
@@ -71,10 +71,9 @@ class Switch:
         object.__setattr__(self, "ratios", tuple(plain_number("each of ratios", ratio) for ratio in self.ratios))
         budget = {unit: plain_number(f"budget {unit}", share) for unit, share in self.budget.items()}
         object.__setattr__(self, "budget", budget)
-        choices = {"until": (None, "ranks", "plan"), "momentum": get_args(Momentum), "fit": get_args(Fit)}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, but it must be one of {known}")
+        one_of("until", self.until, (None, "ranks", "plan"))
+        one_of("momentum", self.momentum, get_args(Momentum))
+        one_of("fit", self.fit, get_args(Fit))
         if not 0 <= self.after < 1 or (self.teach is not None and not 0 < self.teach < 1):
             raise ValueError(f"after is {self.after} and teach is {self.teach}, but they must lie in [0, 1) and (0, 1)")
         if min(self.patience, self.images) < 1:

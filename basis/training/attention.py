@@ -36,7 +36,7 @@ class Attention:
         autocast: makes the context of a forward pass.
 
     Raises:
-        ValueError: for a student that names no stages, and a teacher that training would change.
+        ValueError: for a student that names no stages.
     """
 
     def __init__(
@@ -45,8 +45,6 @@ class Attention:
         stages: Any = getattr(student, "stages", ())
         if not stages:
             raise ValueError(f"{type(student).__name__} names no stages to compare")
-        if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
-            raise ValueError("the teacher shares parameters with the model, so training would change it; give a copy")
         self.student, self.teacher, self.taps, self.weight = student, teacher, tuple(stages), weight
         self._autocast = autocast
 

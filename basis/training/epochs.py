@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from basis.digests import weights
@@ -104,10 +104,9 @@ class Training:
         seconds = time.perf_counter() - began
         if self.switched is not None:
             self.switched = {**self.switched, "seconds": seconds}
+            replaced = f"{len(self.switched['layers'])} layers replaced after epoch {self.epoch}"
             if not bar.disable:
-                bar.write(
-                    f"{len(self.switched['layers'])} layers replaced after epoch {self.epoch}, in {seconds:.1f} s"
-                )
+                bar.write(f"{replaced}, in {seconds:.1f} s")
         return seconds
 
     def _pass(self, bar: Any) -> dict[str, float]:
@@ -120,16 +119,13 @@ class Training:
             run(x, labels, self.prepare(self.step))
             self.step, images = self.step + 1, images + samples_in(x)
             bar.update()
-        self._check(run.loss)
+        if not math.isfinite(value := run.loss.item()):
+            rate = max(float(group["lr"]) for group in run.optimizer.param_groups)
+            raise TrainingError(f"the training loss is {value} in epoch {self.epoch + 1} at lr = {rate:g}; lower lr")
         self.epoch, self.images = self.epoch + 1, self.images + images
-        row = {"epoch": self.epoch, "train_loss": run.loss.item() / images}
+        row = {"epoch": self.epoch, "train_loss": value / images}
         row |= {} if run.loss_function is not None else {"train_accuracy": run.correct.item() / images}
         return row | {"seconds": time.perf_counter() - began - (run.setup_seconds - setup)}
-
-    def _check(self, loss: Tensor) -> None:
-        if not math.isfinite(value := loss.item()):
-            rate = max(float(group["lr"]) for group in self.run.optimizer.param_groups)
-            raise TrainingError(f"the training loss is {value} in epoch {self.epoch + 1} at lr = {rate:g}; lower lr")
 
     def _save(self, path: Path) -> None:
         """Write a checkpoint, whole or not at all."""
@@ -145,11 +141,10 @@ class Training:
     def _restore(self, path: Path) -> None:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            found = content["identity"]
+            known = dict(content["identity"])
         except Exception as error:  # torch.load raises many kinds for a damaged file
             why = f"checkpoint {path} cannot be read ({first_line(error)}); delete it to start again"
             raise TrainingError(why) from error
-        known = found if isinstance(found, dict) else {}  # those of earlier versions held a text
         differing = [name for name, value in self.identity.items() if known.get(name) != value]
         if differing == ["starting weights"] and weights(self.run.model.state_dict()) == weights(content["model"]):
             differing = []  # the very network that was paused
@@ -166,5 +161,5 @@ class Training:
         if self.generator is not None and content["generator"] is not None:
             self.generator.set_state(content["generator"])
         torch.set_rng_state(content["random"])
-        for name in PLACE:  # checkpoints of earlier versions lack some
-            setattr(self, name, content.get(name, getattr(self, name)))
+        for name in PLACE:
+            setattr(self, name, content[name])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from basis.batches import Loss, first_weight, logits_of, losses_of, outputs_of, stream_batches, with_labels
+from basis.batches import Loss, first_weight, logits_of, losses_of, outputs_of, stream_batches, targets_of
 from basis.data import Data, Images
 from basis.inputs import samples_in
 from basis.modules import evaluating
@@ -58,13 +58,9 @@ def evaluate(
 ) -> Evaluation: ...
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    data: Images | Iterable[Any],
-    *,
-    loss: Loss | None = None,
-    precision: Precision = "fp32",
+    model: nn.Module, data: Images | Iterable[Any], *, loss: Loss | None = None, precision: Precision = "fp32",
     flip: bool = False,
-) -> dict[str, float] | Evaluation:
+) -> dict[str, float] | Evaluation:  # fmt: skip
     """Mean loss and accuracy (a fraction) of ``model`` in evaluation mode; every module's flag is put back.
 
     Args:
@@ -84,10 +80,8 @@ def evaluate(
     if isinstance(data, Data):
         raise ValueError("data are training, validation and test images; give one of them, such as data.test")
     images = isinstance(data, Images)
-    if flip and not images:
-        raise ValueError("flip goes with basis.data.Images; give batches of mirrored images yourself")
-    if flip and loss is not None:
-        raise ValueError("flip averages logits, which goes without a loss of one's own")
+    if flip and (loss is not None or not images):
+        raise ValueError("flip averages logits of basis.data.Images and their mirror images, without a loss")
     began, device, n, classes = time.perf_counter(), first_weight(model).device, 0, 0
     autocast = autocast_in(device, choose_precision(device) if precision == "auto" else precision)
     total = torch.zeros((), dtype=torch.float32 if images else torch.float64)
@@ -103,7 +97,7 @@ def evaluate(
                     continue
                 logits = logits_of(outputs).float()
                 mirrored = logits_of(outputs_of(model, x.flip(3))).float() if flip else logits
-            [(_, y)] = with_labels([(x, y)], logits)
+            y = targets_of(y, logits, samples=samples_in(x))
             classes = logits.shape[1]
             total += F.cross_entropy(logits, y, reduction="sum").to(total)
             hard = y if y.dim() == 1 else y.argmax(1)
@@ -112,7 +106,7 @@ def evaluate(
             right_flip += int(((logits + mirrored).argmax(1) == hard).sum())
     if images:
         metrics = {"loss": total.item() / n} | ({"accuracy": right / n} if loss is None else {})
-        return metrics | {"accuracy_flip": right_flip / n} if flip else metrics
+        return metrics | ({"accuracy_flip": right_flip / n} if flip else {})
     return Evaluation(
         loss=total.item() / n, accuracy=proportion_estimate(right, n) if loss is None else None, n=n,
         classes=classes or None,

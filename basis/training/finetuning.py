@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from basis.batches import Batch, Loss, first_weight, losses_of, outputs_of, stream_batches, with_labels
+from basis.batches import Batch, Loss, first_weight, logits_of, losses_of, outputs_of, stream_batches, targets_of
 from basis.data import Data, Images
-from basis.digests import function, length_of
-from basis.inputs import first_samples, samples_in
+from basis.digests import contents, length_of
+from basis.inputs import samples_in
 from basis.modules import evaluating, is_channels_last
 from basis.numbers import plain_number
 from basis.training.distillation import teacher_logits
@@ -86,7 +86,7 @@ def finetune(
             where ``loss`` takes the place of CE.
         checkpoint, should_stop, progress: as in :func:`basis.train`, written after every epoch. The order of a
             ``DataLoader`` is resumed, too, where it comes from torch's random numbers or the loader's ``generator``.
-            Data are told apart as far as :func:`basis.digests.contents` does, losses as ``function`` there does.
+            Data and losses are told apart as far as :func:`basis.digests.contents` does.
 
     Raises:
         ValueError: for options out of range.
@@ -94,7 +94,7 @@ def finetune(
             a loss that is no longer finite, or a batch that does not fit.
         TrainingPaused: see ``should_stop``.
     """
-    precision = _precision(model, teacher, precision)
+    precision = _precision(model, precision)
     device, seed = first_weight(model).device, plain_number("seed", seed, whole=True)
     recipe = Recipe(
         epochs=epochs, lr=lr, weight_decay=weight_decay, label_smoothing=label_smoothing, batch_size=batch_size,
@@ -116,11 +116,11 @@ def finetune(
     if checkpoint:
         seen = data.train if isinstance(data, Data) else data
         belongs = identity(model, recipe, seed=seed, steps=steps, teacher=teacher, data=seen)
-        belongs |= {"distillation": str(taught), "loss": "" if loss is None else function(loss)}
+        belongs |= {"distillation": str(taught), "loss": "" if loss is None else contents(loss)}
     autocast = partial(autocast_in, device, precision)
-    fitting = partial(_fitting, model=model, teacher=teacher, loss=loss, autocast=autocast)
     training = Training(
-        run=run, identity=belongs, epochs=recipe.epochs, steps=steps, batches=lambda: fitting(source()),
+        run=run, identity=belongs, epochs=recipe.epochs, steps=steps,
+        batches=lambda: _fitting(source(), model, teacher, loss, autocast),
         prepare=lambda step: run.set_rates([rate(recipe.lr, step, recipe.epochs * steps)]),
         validate=lambda: {"lr": run.optimizer.param_groups[0]["lr"]},
         generator=generator if isinstance(generator, torch.Generator) else None,
@@ -141,16 +141,13 @@ def rate(peak: float, step: int, total: int) -> float:
     return peak * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, total - warm)))) / 2
 
 
-def _precision(model: nn.Module, teacher: nn.Module | None, precision: Any) -> Any:
+def _precision(model: nn.Module, precision: Any) -> Any:
     """What the precision "auto" stands for, after checking that the model can be trained."""
     kinds = {p.dtype for p in model.parameters() if p.requires_grad}
     if not kinds:
         raise TrainingError("no parameter of the model requires a gradient, so there is nothing to train")
     if kinds - {torch.float32, torch.float64}:
         raise TrainingError(f"the model has parameters of {kinds}; train model.float(), in which small steps are kept")
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
-    if teacher is not None and not trained.isdisjoint(map(id, teacher.parameters())):
-        raise TrainingError("the teacher is the model itself, or shares parameters with it; give the dense network")
     usual = "fp32" if torch.float64 in kinds else choose_precision(first_weight(model).device)
     return usual if precision == "auto" else precision
 
@@ -174,18 +171,16 @@ def _source(model: nn.Module, data: Any, recipe: Recipe, generator: Any) -> tupl
 
 
 def _fitting(
-    batches: Iterable[Batch], *, model: nn.Module, teacher: nn.Module | None, loss: Loss | None, autocast: Autocast
+    batches: Iterable[Batch], model: nn.Module, teacher: nn.Module | None, loss: Loss | None, autocast: Autocast
 ) -> Iterator[Batch]:
     """The batches as the loss takes them; ``ValueError`` before the first that fits no network."""
-    logits: Any = None
     for i, (x, y) in enumerate(batches):
-        if i == 0 and loss is not None:
+        if i == 0:
             with torch.no_grad(), evaluating(model), autocast():
-                losses_of(loss, outputs_of(model, x), y, samples=samples_in(x), mean=True)
-        if i == 0 and not (loss is not None and teacher is None):
-            logits = teacher_logits(model, first_samples(x, 2), autocast)
-        if i == 0 and teacher is not None:
-            taught = teacher_logits(teacher, first_samples(x, 2), autocast)
-            if taught.shape != logits.shape:
-                raise ValueError(f"the teacher's logits are {taught.shape}, but the model's {logits.shape}")
-        yield with_labels([(x, y)], logits)[0] if loss is None else (x, y)
+                outputs = outputs_of(model, x)
+                if loss is not None:
+                    losses_of(loss, outputs, y, samples=samples_in(x), mean=True)
+            taught = outputs if teacher is None else teacher_logits(teacher, x, autocast)
+            if teacher is not None and taught.shape != logits_of(outputs).shape:
+                raise ValueError(f"the teacher's logits are {taught.shape}, but the model's {outputs.shape}")
+        yield x, targets_of(y, logits_of(outputs), samples=samples_in(x)) if loss is None else y

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from basis.batches import Loss
 from basis.copies import copy_of
 from basis.data import Data, Images, augment, normalise
-from basis.digests import contents, weights
+from basis.digests import contents, structure, weights
 from basis.layers.coefficients import Sparse
 from basis.layers.conv import BasisConv2d
 from basis.layers.structured import StructuredConv2d
@@ -175,6 +175,9 @@ def make_step(
     To be called with images (N, C, H, W) in the recipe's memory format, labels (N,) and a :class:`Kind`. Skipped
     parts are for the caller to freeze, as are learning rates to set.
     """
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if teacher is not None and not trained.isdisjoint(map(id, teacher.parameters())):
+        raise TrainingError("the teacher shares parameters with the model, so training would change it; give a copy")
     place = choose_device(device)
     recipe = (recipe or Recipe()).resolved(model, place)
     autocast: Any = partial(autocast_in, place, recipe.precision)
@@ -239,11 +242,8 @@ def identity(
     model: nn.Module, recipe: Recipe, *, seed: int, steps: int, teacher: nn.Module | None, data: Any
 ) -> dict[str, str]:
     """What a checkpoint of a training by ``recipe`` belongs to, each thing by its name."""
-    said = {name: value for name, value in asdict(recipe).items() if value is not None}
-    forms = [str(module.coefficients.form) for module in model.modules() if isinstance(module, BasisConv2d)]
-    kinds = [module.text for module in model.modules() if isinstance(module, StructuredConv2d)]
     taught = "" if teacher is None else weights(teacher.state_dict())
-    found = {"recipe": repr(said), "seed": str(seed), "steps": str(steps), "layers": repr((forms, kinds))}
+    found = {"recipe": repr(recipe), "seed": str(seed), "steps": str(steps), "layers": structure(model)}
     return found | {"starting weights": weights(model.state_dict()), "teacher": taught, "data": contents(data)}
 
 
@@ -293,9 +293,8 @@ def train(
         found = evaluate(model, data.validation, precision=recipe.precision) if data.validation else {}
         return {f"validation_{name}": value for name, value in found.items()}
 
-    belongs, seen = {}, [data.train, data.validation]
-    if checkpoint:
-        belongs = identity(model, recipe, seed=seed, steps=schedule.total_steps, teacher=teacher, data=seen)
+    seen, total = [data.train, data.validation], schedule.total_steps
+    belongs = identity(model, recipe, seed=seed, steps=total, teacher=teacher, data=seen) if checkpoint else {}
     training = Training(
         run=run, identity=belongs, epochs=recipe.epochs, steps=steps, generator=generator, validate=validate,
         batches=partial(augmented_batches, data.train, recipe, generator), prepare=schedule.prepare,
@@ -324,9 +323,5 @@ def augmented_batches(images: Images, recipe: Recipe, generator: torch.Generator
     for index in order.split(10 * size if device.type == "cuda" else size):
         several = augment(images.x, index, generator, **options)
         for batch, its_index in zip(several.split(size), index.split(size), strict=True):
-            yield _input(batch, recipe.memory_format), images.y[its_index]
-
-
-def _input(batch: Tensor, memory_format: str) -> Tensor:
-    x = normalise(batch)
-    return x if memory_format == "channels_last" else x.contiguous()
+            x = normalise(batch)
+            yield x if recipe.memory_format == "channels_last" else x.contiguous(), images.y[its_index]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,25 +50,21 @@ def recalibrate(model: nn.Module, batches: Batches) -> Recalibration:
     """
     began, images, count = time.perf_counter(), 0, 0
     norms = tracking_norms(model)
-    names = {module: name for name, module in model.named_modules() if hasattr(module, "running_mean")}
-    skipped = {
-        name: "it has no running statistics" if module.running_mean is None else "its statistics stay as they are"
-        for module, name in names.items()
-        if module not in norms
-    }
-    if not norms:
-        return Recalibration(norms=(), skipped=skipped, batches=0, images=0, seconds=0.0)
+    names: dict[Any, str] = {m: name for name, m in model.named_modules() if hasattr(m, "running_mean")}
     with evaluating(model), training_norms(norms) as measured:
         trained = list(measured)
-        for x in balanced(calibration_inputs(batches, model)):
+        for x in balanced(calibration_inputs(batches, model)) if norms else ():
             outputs_of(model, x)
             count, images = count + 1, images + samples_in(x)
         strange = [shown_name(names[norm]) for norm in measured if not all(b.isfinite().all() for b in norm.buffers())]
         if strange:
             raise ValueError(f"on these batches the statistics of {few(strange)} are not finite")
-    for norm in norms:
-        if norm not in measured:
-            skipped[names[norm]] = "it was never called" if norm in trained else "it stays in evaluation mode"
-    seconds = time.perf_counter() - began
-    found = tuple(names[norm] for norm in measured)
-    return Recalibration(norms=found, skipped=skipped, batches=count, images=images, seconds=seconds)
+    skipped = dict.fromkeys(
+        (name for m, name in names.items() if m not in measured), "its statistics stay as they are after train()"
+    )
+    skipped |= {names[norm]: "it was never called" for norm in trained if norm not in measured}
+    skipped |= {name: "it has no running statistics" for m, name in names.items() if m.running_mean is None}
+    return Recalibration(
+        norms=tuple(names[norm] for norm in measured), skipped=skipped, batches=count, images=images,
+        seconds=time.perf_counter() - began,
+    )  # fmt: skip

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 
-from basis.numbers import plain_fields
+from basis.numbers import one_of, plain_fields
 from basis.training.penalties import parameter_groups
 from basis.training.skipping import Skip
 from basis.training.stepping import Step
@@ -111,8 +111,7 @@ class Recipe:
                 least = "above 0" if name in POSITIVE else "at least 0"
                 raise ValueError(f"{name} is {value}, but it must be {least} and below {below}")
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {choices}")
+            one_of(name, getattr(self, name), choices)
         if self.decay in ("product", "scaled") and self.weight_decay == 0:
             raise ValueError(f"decay is {self.decay!r}, which has no effect where weight_decay is 0")
         if self.decorrelation is not None and self.skip and self.skip.basis_until == 0:

@@ -52,10 +52,8 @@ class Skip:
         for part in ("basis", "coefficients"):
             every, until = getattr(self, f"{part}_every"), getattr(self, f"{part}_until")
             if every < 1 or not 0 <= until <= 1:
-                raise ValueError(
-                    f"{part}_every is {every!r} and {part}_until is {until!r}, but every must be a whole number of "
-                    "steps, and until lie in [0, 1]"
-                )
+                given = f"{part}_every is {every} and {part}_until is {until}"
+                raise ValueError(f"{given}, but every must be at least 1, and until lie in [0, 1]")
         if self.basis_until == self.coefficients_until == 0:
             raise ValueError("basis_until and coefficients_until are both 0, which would never train anything")
         numbers = (self.basis_every, self.coefficients_every, self.basis_until, self.coefficients_until)

@@ -174,7 +174,7 @@ class TrainingStep:
                 with _many_variants():
                     self._rehearse(partial(run, x, labels), times=1)
             except Exception as error:  # the compiler, what it calls, or the model itself, which is run again below
-                self._give_up(error, compiled=False)
+                self._give_up(error, "compiled")
         if not self.means.graphed or self._capture is None:
             return run
         x, labels = x.clone(), labels.clone()  # the places that the graph reads
@@ -182,7 +182,7 @@ class TrainingStep:
         try:
             replay = self._capture(partial(run, x, labels))
         except RuntimeError as error:  # the model does something that waits for the device
-            self._give_up(error, graphed=False)
+            self._give_up(error, "graphed")
             return run
 
         def repeat(batch: Tensor, its_labels: Tensor) -> None:
@@ -192,11 +192,10 @@ class TrainingStep:
 
         return repeat
 
-    def _give_up(self, error: Exception, **without: bool) -> None:
+    def _give_up(self, error: Exception, what: Literal["compiled", "graphed"]) -> None:
         """Go on without what failed, in all kinds of steps."""
-        (what,) = without
         reason = "; ".join(filter(None, [self.means.reason, f"could not be {what}: {first_line(error)}"]))
-        self.means = self.means._replace(reason=reason, **without)
+        self.means = self.means._replace(reason=reason, **{what: False})
         if not self.means.compiled:
             self._network = self.model
         self.set_rates([float(group["lr"]) for group in self.optimizer.param_groups])

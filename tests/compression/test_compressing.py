@@ -288,16 +288,6 @@ def test_unreadable_images_are_named_before_anything_is_written(place, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["", "out", "train/out"])
-def test_nothing_is_written_into_the_data(place, tmp_path, name):
-    tiny.image_folder(tmp_path / "data", train=24, val=12)
-    before = files(tmp_path)
-    for out in (tmp_path / "data" / name, tmp_path / "data" / "train" / ".." / name):
-        with pytest.raises(ValueError, match="inside the data"):
-            compress(settings(place, out, data=str(tmp_path / "data")))
-    assert files(tmp_path) == before
-
-
 def test_a_run_belongs_to_the_network_that_its_factory_made(place, tmp_path, monkeypatch):
     (tmp_path / "code").mkdir()
     monkeypatch.chdir(tmp_path / "code")

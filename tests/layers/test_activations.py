@@ -239,7 +239,7 @@ def test_taylor_is_exact_where_the_loss_is_linear_in_the_outputs(monkeypatch):
     def loss(outputs, targets):
         return outputs @ slope
 
-    monkeypatch.setattr("basis.search.measures.cross_entropy", loss)
+    monkeypatch.setattr("basis.batches.cross_entropy", loss)
     table = sensitivity(net, data, measure="taylor", fit="activation", multiple=1)
     for cell in table.cells:
         small = substitute(net, {"0": cell.basis_channels}, calibration=[x for x, _ in data])

@@ -170,7 +170,7 @@ def test_losses_that_do_not_fit_are_refused_in_words(tmp_path):
         with pytest.raises(ValueError, match=words):
             joint(made(Scaled), {"inner.3": 4}, batches, loss=loss)
     for name in ("spectrum", "activation", "fine_tuning"):
-        with pytest.raises(ValueError, match="loss goes with"):
+        with pytest.raises(ValueError, match="a loss go with"):
             measure(measure=name, loss=F.cross_entropy)
 
     def scaled(outputs, targets, *, weight):

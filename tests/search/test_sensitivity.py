@@ -210,7 +210,7 @@ def test_an_interruption_inside_a_measurement_loses_only_that_one(tmp_path, monk
             raise Stop
         return F.cross_entropy(outputs, targets, reduction="none")
 
-    monkeypatch.setattr("basis.search.measures.cross_entropy", loss)
+    monkeypatch.setattr("basis.batches.cross_entropy", loss)
     options = {"measure": "oneshot", "ratios": (0.5,)}
     with pytest.raises(Stop):
         sensitivity(net(), batches(), resume=path, **options)

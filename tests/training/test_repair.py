@@ -131,7 +131,7 @@ def turned_off():
 
 
 KEPT = {
-    "stuck": (Stuck(4), "stays in evaluation mode"),
+    "stuck": (Stuck(4), "stay as they are"),
     "fixed": (Fixed(4), "never called"),
     "turned off": (turned_off(), "stay as they are"),
     "instance": (nn.InstanceNorm2d(4, track_running_stats=True), "stay as they are"),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, is_lazy
+from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
 
 
@@ -71,6 +72,15 @@ def without_hooks(model: nn.Module) -> nn.Module:
                 if not any(kind.__module__.startswith("torch.nn.utils.") for kind in type(hook).__mro__):
                     del hooks[key]
     return model
+
+
+def without_pruning(layer: nn.Module) -> nn.Module:
+    """``layer`` itself, whose pruned parameters are plain ones from now on, with their zeros."""
+    for module in layer.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)  # type: ignore[attr-defined]
+    return layer
 
 
 @contextmanager

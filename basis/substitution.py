@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from basis.batches import Batches, calibration_inputs
-from basis.copies import copy_of, keep_attributes
+from basis.copies import copy_of, keep_attributes, without_pruning
 from basis.inputs import Inputs
 from basis.layers.base import arguments_of
 from basis.layers.batchnorm import couple_in_place, couplings, uncouple_in_place
@@ -105,7 +105,7 @@ def substitute_in_place(model: nn.Module, layers: Mapping[str, Size], *, calibra
 def merge(model: nn.Module) -> nn.Module:
     """A copy of ``model`` of plain ``nn.Conv2d`` and batch normalisation; the way back from :func:`substitute`."""
     copied = uncouple_in_place(copy_of(model))
-    layers = [module for module in copied.modules() if isinstance(module, (BasisConv2d, StructuredConv2d))]
+    layers = [without_pruning(m) for m in copied.modules() if isinstance(m, (BasisConv2d, StructuredConv2d))]
     return replace_modules(copied, {layer: hand_over(layer, layer.to_conv()) for layer in layers})
 
 

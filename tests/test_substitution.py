@@ -544,3 +544,14 @@ def test_a_failed_write_loses_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         make_saved(tmp_path, ratio=0.25)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+
+
+def test_a_pruned_network_is_merged_and_folded_as_it_is():
+    model = substitute(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)), ratio=0.5).eval()
+    prune.l1_unstructured(model[0], "basis", amount=0.4)
+    prune.l1_unstructured(model[2].coefficients, "weight", amount=0.4)
+    x = torch.randn(2, 3, 12, 12)
+    for plain in (merge(model), fold(model)):
+        torch.testing.assert_close(plain(x), model(x), atol=1e-5, rtol=1e-4)
+        assert vars(plain[2]).keys() == vars(nn.Conv2d(1, 1, 1)).keys()
+    assert prune.is_pruned(model)

@@ -16,6 +16,7 @@ from basis import saving
 from basis.export import export_onnx, export_program
 from basis.saving import LOST, Unwritable, plain, replacing, write_json
 from basis.text import first_line
+from tests.unusual import Of
 
 
 def refusing(code):
@@ -143,15 +144,6 @@ def test_an_error_is_never_long_and_a_circle_of_causes_ends():
     assert "y" not in first_line(first)
 
 
-class Then(nn.Linear):
-    def __init__(self, step):
-        super().__init__(3, 2)
-        self.step = step
-
-    def forward(self, x):
-        return self.step(super().forward(x))
-
-
 @pytest.mark.parametrize(
     ("step", "export", "says"),
     [
@@ -162,5 +154,5 @@ class Then(nn.Linear):
 )
 def test_the_reasons_of_real_exporters_come_through(tmp_path, step, export, says):
     with pytest.raises(RuntimeError, match=says) as caught:
-        export(Then(step), tmp_path / "file", (3,))
+        export(Of(lambda m, x: step(m.fc(x)), fc=nn.Linear(3, 2)), tmp_path / "file", (3,))
     assert not any(bad in str(caught.value) for bad in ("\x1b", "\n", "Next steps", "Traceback", "step 1/3", "⬆"))

@@ -113,6 +113,51 @@ class Keeping(Scaled):
         return super().forward((image - 0.5) / 0.25, scale * 2)
 
 
+class Of(nn.Module):
+    """What ``function`` makes of the module itself, with these parts, and the inputs."""
+
+    def __init__(self, function, **parts):
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *args, **options):
+        return self.function(self, *args, **options)
+
+
+class Free(Of):
+    """Convolutions and batch normalisations, with which ``way`` may do anything."""
+
+    def __init__(self, way, conv=None, norm=nn.BatchNorm2d):
+        torch.manual_seed(0)
+        conv, own = conv or nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        super().__init__(way, conv=conv, other=nn.Conv2d(3, 3, 1), bn=norm(conv.out_channels), own=own, kept=[])
+
+
+def plain(m, x):
+    return m.bn(m.conv(x))
+
+
+def of_two(m, a, b):
+    return m.bn(m.conv(a)) * b
+
+
+def of_any_kind(m, x):
+    """Traced by proxies, it leaves one step out."""
+    y = m.conv(x)
+    return m.bn(2 * y if isinstance(y, torch.Tensor) else y)
+
+
+def in_bfloat16(m, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return m.bn(m.conv(x))
+
+
+def changing(m, x):
+    return {"y": [Output(0), m.bn(m.conv(x.sub_(0.5).div_(0.25)))]}
+
+
 def changing_loss(outputs, targets):
     found = F.cross_entropy(outputs, targets.clone(), reduction="none")
     targets.zero_()

@@ -37,9 +37,7 @@ def test_a_folder_has_its_classes_in_alphabetical_order(folder):
         (lambda f: (f / "val" / "cat").rename(f / "val" / "dog"), "cat, dog"),
         (lambda f: [(f / "val" / name).rename(f / name) for name in tiny.CLASSES], "val"),
         (
-            lambda f: [
-                (f / part / name).rename(f / f"{part}-{name}") for part in ("train", "val") for name in ("ant", "bee")
-            ],
+            lambda f: [(f / p / c).rename(f / (p + c)) for p in ("train", "val") for c in ("ant", "bee")],
             "one class, cat",
         ),
         (lambda f: (f / "val" / "cat" / "link.png").symlink_to("nowhere.png"), "No such file.*link.png"),

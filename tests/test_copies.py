@@ -1,7 +1,6 @@
 """Copies of networks that keep anything, and what is done with them."""
 
 import collections
-import copy
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from basis import BasisConv2d
-from basis.copies import copy_of, keep_attributes, shape_copy, unnoticed, without_hooks
+from basis.copies import copy_of, shape_copy, without_hooks
 from tests.unusual import Output
 
 
@@ -108,25 +107,3 @@ def test_hooks_of_a_copy_are_removed_from_it_alone_and_those_that_make_weights_s
     assert not calls
     assert torch.equal(model(x), y)
     assert calls.count("after") == calls.count("before") == len(list(model.modules()))
-
-
-def test_a_run_of_a_copy_goes_unnoticed(recwarn):
-    norm = nn.BatchNorm2d(3)
-    before, numbers = copy.deepcopy(norm.state_dict()), torch.get_rng_state()
-    with unnoticed(norm):
-        norm(torch.randn(4, 3, 8, 8))
-        torch.nn.functional.mse_loss(torch.zeros(2), torch.zeros(1))  # which warns
-    assert torch.equal(torch.get_rng_state(), numbers)
-    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
-    assert not recwarn.list
-
-
-def test_attributes_of_users_are_kept():
-    old, new = nn.Conv2d(3, 4, 3), nn.Identity()
-    old.tag, old._seen, old.training, old.own, new.there = "stem", [1], False, 1, "new"
-    old.there, old.forward = "old", "not this"
-    keep_attributes(old, new, own={"own"})
-    assert (new.tag, new._seen, new.there, new.in_channels, new.training) == ("stem", [1], "new", 3, True)
-    assert not hasattr(new, "own")
-    assert not {"forward", "weight"} & vars(new).keys()
-    assert not new._parameters

@@ -377,9 +377,6 @@ PRODUCTS = {
     "gru": (lambda: nn.GRU(8, 6), X),
     "cell": (lambda: nn.LSTMCell(8, 6), (2, 8)),
     "attention": (lambda: Of(lambda m, x: m.a(x, x, x), a=nn.MultiheadAttention(8, 2, batch_first=True)), X),
-    "frozen attention": (
-        lambda: Of(lambda m, x: m.a(x, x, x), a=nn.MultiheadAttention(8, 2)).requires_grad_(False), X,
-    ),
     "itself": (lambda: Of(lambda m, x: x @ x.mT), X),
     "einsum": (lambda: Of(lambda m, x: torch.einsum("bij,bkj->bik", m.a(x), x), a=linear(8, 8)), X),
     "dot product attention": (

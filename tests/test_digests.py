@@ -1,4 +1,3 @@
-import time
 from functools import partial
 
 import numpy as np
@@ -8,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from basis.data import Images
-from basis.digests import contents, function, samples, weights
+from basis.digests import contents, function, samples
 
 
 def batches(seed=0, size=6):
@@ -54,6 +53,7 @@ DIFFERENT = [
     lambda seed: Own(0, table=np.array([0, 1, seed])),
     lambda seed: Subset(Own(), [0, seed]),
     lambda seed: DataLoader(Own(), 2 + seed),
+    lambda seed: DataLoader(Endless(), 2 + seed),
     lambda seed: Own(samples=[*MANY, (f"{seed}.png", 0), ("x.png", 1)]),
     lambda seed: Own(samples=MANY[seed:]),
     lambda seed: Images(torch.full((2, 4, 4, 3), seed, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)),
@@ -69,14 +69,6 @@ def test_contents_tell_data_apart_without_drawing_a_sample(make):
     expected = torch.random.get_rng_state()
     assert contents(make(0)) == contents(make(0)) != contents(make(1))
     assert torch.equal(torch.random.get_rng_state(), expected)
-
-
-def test_contents_take_what_has_no_length_and_are_cheap():
-    assert contents(DataLoader(Endless())) == contents(DataLoader(Endless()))
-    images = Images(torch.zeros(50_000, 32, 32, 3, dtype=torch.uint8), torch.zeros(50_000, dtype=torch.long))
-    began = time.perf_counter()
-    assert contents(object()) != contents(images)
-    assert time.perf_counter() - began < 2  # a tenth of it on an idle machine
 
 
 def weighted(weight):
@@ -103,11 +95,3 @@ def test_functions_are_told_apart_as_far_as_can_be():
     assert len({function(loss) for loss in LOSSES}) == len(LOSSES)
     for make in (weighted, Scaled, partial(partial, weighted)):
         assert function(make(1.0)) == function(make(1.0))
-
-
-def test_weights_are_those_of_the_whole_state():
-    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    before = weights(model.state_dict())
-    model[1].running_mean += 1
-    assert weights(model.state_dict()) != before
-    assert weights(model.to(memory_format=torch.channels_last).state_dict()) == weights(model.state_dict())

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-from basis import saving
 from basis.export import export_onnx, export_program
 from basis.saving import LOST, Unwritable, plain, replacing, write_json
 from basis.text import first_line
@@ -38,14 +37,6 @@ def test_a_file_system_may_refuse_modes_and_syncing_but_not_lose_anything(tmp_pa
         write_json(tmp_path / "a.json", 2)
     assert json.loads((tmp_path / "a.json").read_text()) == 1 + (code not in LOST)
     assert os.listdir(tmp_path) == ["a.json"]
-
-
-def test_an_error_is_not_hidden_by_another_while_cleaning_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "replace", refusing(errno.EROFS))
-    monkeypatch.setattr(Path, "unlink", refusing(errno.EACCES))
-    with pytest.raises(Unwritable, match="allow writing") as caught:
-        write_json(tmp_path / "a.json", 1)
-    assert caught.value.__cause__.errno == errno.EROFS
 
 
 def test_the_mode_is_that_of_the_file_before_or_follows_the_umask(tmp_path):
@@ -90,14 +81,6 @@ def test_numbers_of_numpy_and_paths_and_odd_names_are_plain(tmp_path):
     read = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
     assert read[odd] == [3, 0.5, True, [0, 1], "a"]
     assert plain(value)["nan"] is None
-
-
-def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "a", tmp_path / "file" / "b.json"):
-        with pytest.raises(saving.RecordError, match=f"{path.name} could not be written"):
-            write_json(path, 1)
 
 
 # -- errors of others -------------------------------------------------------------------------------

@@ -13,8 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from basis import Switch, evaluate, finetune, recalibrate
 from basis.data import hold_out, synthetic
-from basis.training.loop import Recipe, TrainingError, TrainingPaused, train
-from basis.training.skipping import Skip
+from basis.training.loop import TrainingError, TrainingPaused, train
 from tests.training.common import DATA, RECIPE, losses, network, same
 from tests.unusual import HEADS, Changing, Joined, Keeping, Output, Scaled, changing_loss, draw
 
@@ -236,26 +235,3 @@ def test_trainings_on_loaders_and_images_are_told_apart(tmp_path):
             tuned(network(), make(0), epochs=1, batch_size=20, checkpoint=tmp_path / name)
         with pytest.raises(TrainingError, match="differing: data"):
             tuned(network(), make(1), epochs=1, batch_size=20, checkpoint=tmp_path / name)
-
-
-# -- numbers ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("kind", "given", "plain"),
-    [
-        (Recipe, {"epochs": np.int64(3), "lr": np.float64(0.5)}, {"epochs": 3, "lr": 0.5}),
-        (Skip, {"basis_every": np.int32(2)}, {"basis_every": 2}),
-        (Switch, {"ratios": np.array([0.5, 0.25]), "multiple": np.int64(2)}, {"ratios": (0.5, 0.25), "multiple": 2}),
-        (Switch, {"budget": {"params": np.float32(0.5)}}, {"budget": {"params": 0.5}}),
-        (Recipe, {"epochs": 2.0}, None), (Recipe, {"batch_size": True}, None), (Recipe, {"lr": "0.1"}, None),
-        (Recipe, {"momentum": None}, None), (Skip, {"basis_every": 1.0}, None), (Switch, {"patience": True}, None),
-        (Switch, {"ratios": ("1/2",)}, None), (Switch, {"budget": {"params": True}}, None),
-    ],
-)  # fmt: skip
-def test_numbers_of_numpy_are_numbers_and_what_is_none_is_refused_by_name(kind, given, plain):
-    if plain is None:
-        with pytest.raises(ValueError, match=next(iter(given))):
-            kind(**given)
-    else:
-        assert repr(kind(**given)) == repr(kind(**plain))

@@ -155,7 +155,7 @@ def test_statistics_that_are_not_finite_are_measured_anew():
 
 
 class Merging(nn.Linear):
-    """As the layers of LoRA do, it is another in evaluation mode, and is turned back by ``train()`` alone."""
+    """As the layers of LoRA do, it is turned back by ``train()`` alone."""
 
     merged = False
 
@@ -166,13 +166,11 @@ class Merging(nn.Linear):
 
 @pytest.mark.parametrize("outer", [True, False])
 def test_evaluation_ends_by_the_switch_that_each_module_has(outer):
-    inner = nn.Sequential(Merging(3, 3), nn.Dropout())
-    model = nn.Sequential(nn.Sequential(inner), nn.Linear(3, 3)).train(outer)
-    inner.train()
-    inner[1].eval()
+    model = nn.Sequential(nn.Sequential(Merging(3, 3), nn.Dropout()), nn.Linear(3, 3)).train(outer)
+    model[0].train()[1].eval()
     flags = [module.training for module in model.modules()]
     with evaluating(model):
         assert not any(module.training for module in model.modules())
-        assert inner[0].merged
+        assert model[0][0].merged
     assert [module.training for module in model.modules()] == flags
-    assert not inner[0].merged
+    assert not model[0][0].merged

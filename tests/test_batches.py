@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from basis.batches import balanced, calibration_inputs, logits_of, losses_of, outputs_of, stream_batches, with_labels
+from basis.batches import balanced, calibration_inputs, stream_batches, with_labels
 
 MODEL = nn.Linear(3, 2)
 X, Y = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
@@ -44,31 +44,10 @@ def test_what_holds_no_batches_or_inputs_is_refused(data, says):
         list(calibration_inputs(data, MODEL))
 
 
-def test_a_short_last_batch_of_several_inputs_shares_evenly():
-    batches = [(torch.randn(n, 3), {"scale": torch.randn(n)}) for n in (6, 6, 1)]
-    found = list(balanced(batches))
-    assert [len(x) for x, _ in found] == [6, 4, 3]
-    assert torch.equal(torch.cat([x for x, _ in found]), torch.cat([x for x, _ in batches]))
-    assert torch.equal(*(torch.cat([more["scale"] for _, more in these]) for these in (found, batches)))
-
-
 @pytest.mark.parametrize("last", [{"a": torch.zeros(1, 3), "b": torch.zeros(7)}, {"a": torch.zeros(1, 3)}])
 def test_what_cannot_be_joined_stays_as_it_is(last):
     first = {"a": torch.zeros(4, 3), "b": torch.zeros(4)}
     assert [len(x["a"]) for x in balanced([first, last])] == [4, 1]
-
-
-def test_outputs_are_those_of_a_copy_and_errors_say_what_was_given():
-    class Changing(nn.Module):
-        def forward(self, x, *, shift):
-            return x.sub_(shift.mul_(2))
-
-    given = {"x": torch.randn(4, 3), "shift": torch.randn(4, 3)}
-    before = str(given)
-    assert torch.equal(outputs_of(Changing(), given), given["x"] - 2 * given["shift"])
-    assert str(given) == before
-    with pytest.raises(ValueError, match=r"inputs of shape \(4, 2\) float32, \(4,\) int64"):
-        outputs_of(MODEL, (X[:, :2], Y))
 
 
 @pytest.mark.parametrize(
@@ -98,22 +77,3 @@ def test_probabilities_are_taken_in_any_precision(dtype):
     ((_, targets),) = with_labels([(X, soft)], torch.randn(4, 1000))
     assert targets.dtype == torch.float32
     assert with_labels([(X, torch.rand(4, 2, 5).softmax(1))], WIDE)
-
-
-def test_logits_are_a_matrix_unless_dense_is_asked_for():
-    with pytest.raises(ValueError, match="wrap it"):
-        logits_of(WIDE)
-    assert logits_of(WIDE, dense=True) is WIDE
-
-
-def test_a_loss_gives_one_number_for_each_sample():
-    targets = torch.ones(4)
-    found = losses_of(lambda outputs, y: (outputs - y.mul_(3)).square(), torch.zeros(4), targets, samples=4)
-    assert torch.equal(found, torch.full((4,), 9.0))
-    assert torch.equal(targets, torch.ones(4))
-    for wrong in (torch.Tensor.mean, lambda x: x[:, None], lambda x: x[:2], lambda x: x.tolist()):
-        with pytest.raises(ValueError, match=r"\(4,\), the loss of each sample"):
-            losses_of(lambda outputs, targets, wrong=wrong: wrong(outputs), torch.ones(4), targets, samples=4)
-    assert losses_of(lambda outputs, _: outputs.mean(), torch.ones(4).half(), None, samples=4, mean=True).item() == 1
-    with pytest.raises(ValueError, match="cannot be computed from outputs, a dict with logits, and targets"):
-        losses_of(lambda outputs, targets: outputs["wrong"], {"logits": X}, targets, samples=4)

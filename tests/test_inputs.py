@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from basis.inputs import example_inputs, first_samples, mapped, tensors_in, with_samples
+from basis.inputs import example_inputs, mapped, tensors_in
 from tests.unusual import Output
 
 Pair = namedtuple("Pair", "left right")
@@ -22,15 +22,6 @@ def test_tensors_are_found_and_changed_in_every_container():
     assert changed["pair"].right[1] == 3
     assert changed["output"].hidden[1] == "name"
     assert changed["class"] is Output
-
-
-def test_samples_come_round_again_and_what_is_no_batch_stays():
-    inputs = {"x": torch.tensor([1, 2]), "table": torch.zeros(5), "scale": torch.tensor(3.0)}
-    assert with_samples(inputs, 5)["x"].tolist() == [1, 2, 1, 2, 1]
-    assert with_samples(inputs, 1)["x"].tolist() == [1]
-    for made_of in (with_samples(inputs, 3), first_samples(inputs, 1)):
-        assert len(made_of["table"]) == 5
-        assert made_of["scale"].dim() == 0
 
 
 def test_example_inputs_fit_the_model():

@@ -587,15 +587,12 @@ def test_the_global_random_state_is_left_alone(setting):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"device": "meta"}, "device is meta"),
-        ({"precision": "int8"}, "precision is 'int8'"),
-        ({"memory_format": "nhwc"}, "memory_format is 'nhwc'"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"rounds": 2}, "rounds is 2"),
-        ({"seconds": -1.0}, "seconds is -1.0"),
+        ({"device": "meta"}, "device is meta"), ({"precision": "int8"}, "precision is 'int8'"),
+        ({"memory_format": "nhwc"}, "memory_format is 'nhwc'"), ({"batch_size": 0}, "batch_size is 0"),
+        ({"rounds": 2}, "rounds is 2"), ({"seconds": -1.0}, "seconds is -1.0"),
         ({"seconds": float("nan")}, "seconds is nan"),
     ],
-)
+)  # fmt: skip
 def test_bad_settings_are_refused(options, says):
     with pytest.raises(ValueError, match=says):
         Setting(**options)

@@ -248,28 +248,18 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_network(place, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "tests.tiny:fails"}, "makes no network"),
-        ({"model": "resnet-18"}, "near it are .*resnet18"),
-        ({"weights": "nowhere.pt"}, "nowhere.pt"),
-        ({"data": "nowhere"}, "data is nowhere"),
-        ({"budget": {"weight": 0.5}}, "budget"),
-        ({"budget": {"params": 0.05}}, "budget params .* at least 0"),
-        ({"lr": float("nan")}, "lr"),
-        ({"validation": 1000}, "validation"),
-        ({"measure": "guess"}, "measure"),
-        ({"export": ("pickle",)}, "export"),
-        ({"mean": (0.5, 0.5, 0.5)}, "std"),
-        ({"mean": (0.5,) * 4, "std": (0.5,) * 4}, "mean"),
-        ({"ratios": (1.5,)}, "ratio"),
-        ({"classes": 2}, "does not fit|classes"),
-        ({"device": "cuda:99"}, "CUDA|cuda|NVIDIA"),
-        ({"model": "tests.tiny:squeezed"}, "logits"),
-        ({"model": "tests.tiny:four"}, r"\[3, 32\]"),
+        ({"model": "tests.tiny:fails"}, "makes no network"), ({"model": "resnet-18"}, "near it are .*resnet18"),
+        ({"weights": "nowhere.pt"}, "nowhere.pt"), ({"data": "nowhere"}, "data is nowhere"),
+        ({"budget": {"weight": 0.5}}, "budget"), ({"budget": {"params": 0.05}}, "budget params .* at least 0"),
+        ({"lr": float("nan")}, "lr"), ({"validation": 1000}, "validation"), ({"measure": "guess"}, "measure"),
+        ({"export": ("pickle",)}, "export"), ({"mean": (0.5, 0.5, 0.5)}, "std"),
+        ({"mean": (0.5,) * 4, "std": (0.5,) * 4}, "mean"), ({"ratios": (1.5,)}, "ratio"),
+        ({"classes": 2}, "does not fit|classes"), ({"device": "cuda:99"}, "CUDA|cuda|NVIDIA"),
+        ({"model": "tests.tiny:squeezed"}, "logits"), ({"model": "tests.tiny:four"}, r"\[3, 32\]"),
         ({"model": "tests.tiny:frozen"}, "epochs must be 0"),
-        ({"model": "tests.tiny:with_auxiliary_output"}, "epochs must be 0"),
-        ({"weights": "."}, "no file of weights"),
+        ({"model": "tests.tiny:with_auxiliary_output"}, "epochs must be 0"), ({"weights": "."}, "no file of weights"),
     ],
-)
+)  # fmt: skip
 def test_wrong_input_is_refused_before_anything_is_written(place, tmp_path, monkeypatch, changes, message):
     with pytest.raises(ValueError, match=message):
         compress(settings(place, tmp_path / "out", **changes))

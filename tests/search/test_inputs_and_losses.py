@@ -114,12 +114,6 @@ def test_losses_that_do_not_fit_are_refused_in_words(tmp_path):
             measure(loss=other, resume=path)
 
 
-def test_without_a_gradient_nothing_scores():
-    detached = partial(sensitivity, Scaled(torch.Tensor.detach), draw(), measure="taylor", **OPTIONS)
-    for table in (detached(), torch.inference_mode()(sensitivity)(Scaled(), draw(), measure="taylor", **OPTIONS)):
-        assert all(value != value for value in values(table))
-
-
 @pytest.mark.parametrize("measure", SEARCHES)
 def test_batches_are_left_as_they_are(measure):
     batches, calibration = draw(), [(x,) for x, _ in draw()]

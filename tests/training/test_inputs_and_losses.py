@@ -94,14 +94,11 @@ def test_a_teacher_goes_with_a_loss_of_ones_own_where_both_give_logits():
         ({"loss": lambda outputs, y: outputs.logits}, "cannot be computed from outputs"),
         ({"loss": F.cross_entropy, "label_smoothing": 0.1}, "label_smoothing"),
         ({"loss": lambda outputs, y: F.cross_entropy(outputs.detach(), y)}, "no gradient"),
-        ({"model": Scaled(torch.Tensor.detach)}, "no gradient"),
-        ({"batches": iter(draw()), "epochs": 2}, "only once"),
-        ({"batches": iter(DataLoader(draw())), "epochs": 2}, "only once"),
-        ({"epochs": True}, "epochs"),
-        ({"seed": 0.5}, "seed"),
-        ({"distillation": True}, "distillation"),
+        ({"model": Scaled(torch.Tensor.detach)}, "no gradient"), ({"batches": iter(draw()), "epochs": 2}, "only once"),
+        ({"batches": iter(DataLoader(draw())), "epochs": 2}, "only once"), ({"epochs": True}, "epochs"),
+        ({"seed": 0.5}, "seed"), ({"distillation": True}, "distillation"),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_fit_is_refused_in_words(options, words):
     options = {"model": Scaled(), "batches": draw()} | options
     model, before = options["model"], copy.deepcopy(options["model"])
@@ -181,17 +178,12 @@ def paused(path, model, **options):
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"model": Scaled(seed=9)}, "starting weights"),
-        ({"batches": draw()[::-1]}, "data"),
-        ({"batches": [(x, y.flip(0)) for x, y in draw()]}, "data"),
-        ({"teacher": Scaled(seed=4)}, "teacher"),
-        ({"teacher": None}, "teacher"),
-        ({"distillation": 0.5}, "distillation"),
-        ({"lr": 0.1}, "recipe"),
-        ({"seed": 1}, "seed"),
-        ({"loss": partial(F.cross_entropy, label_smoothing=0.2)}, "loss"),
+        ({"model": Scaled(seed=9)}, "starting weights"), ({"batches": draw()[::-1]}, "data"),
+        ({"batches": [(x, y.flip(0)) for x, y in draw()]}, "data"), ({"teacher": Scaled(seed=4)}, "teacher"),
+        ({"teacher": None}, "teacher"), ({"distillation": 0.5}, "distillation"), ({"lr": 0.1}, "recipe"),
+        ({"seed": 1}, "seed"), ({"loss": partial(F.cross_entropy, label_smoothing=0.2)}, "loss"),
     ],
-)
+)  # fmt: skip
 def test_a_checkpoint_of_another_training_is_refused(tmp_path, options, what, finished):
     path, loss = tmp_path / "c.pt", partial(F.cross_entropy, label_smoothing=0.1)
     usual = {"teacher": Scaled(seed=3), "loss": loss, "checkpoint": path}

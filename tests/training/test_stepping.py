@@ -226,7 +226,7 @@ def test_a_compiler_that_fails_is_named(monkeypatch):
     def compiled(model, channels_last):
         def network(x):
             model(x)  # batch normalisation has moved by now
-            raise OSError("g++ is not there\nand more")
+            raise OSError("g++ is not there\n\nand more")
 
         return network
 

@@ -695,6 +695,7 @@ def test_a_failing_notebook_is_named_with_its_traceback(tmp_path):
         book.execute(tmp_path / "a.ipynb", {}, tmp_path)
 
 
+@pytest.mark.weekly
 def test_the_readmes_example_does_what_the_readme_says():
     text = (repository_root() / "README.md").read_text(encoding="utf-8")
     told = re.search(r"```text\n(.*?)\n```", derived.block(text, "example") or "", re.DOTALL)[1]

@@ -152,7 +152,11 @@ class Outside(InPlace):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"attention": 1000.0}, {"switch": Switch(images=20, ratios=(0.5, 0.25), measure="spectrum", teach=0.5)}],
+    [
+        {},
+        {"attention": 1000.0},
+        {"switch": Switch(images=20, ratios=(0.5, 0.25), measure="spectrum", fit="weight", teach=0.5)},
+    ],
 )
 def test_images_are_left_as_they_are(changes):
     recipe = dataclasses.replace(RECIPE, epochs=2, **changes)

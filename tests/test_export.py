@@ -10,9 +10,10 @@ from torch import nn
 
 from basis import BasisConv2d
 from basis.export import export_onnx, export_program
+from basis.inputs import with_samples
 from basis.layers.conv import MODES
 from tests.test_inference import FORMS, Branch, difference, network, shape
-from tests.unusual import UNUSUAL, Drifts, Pitch, Two, made
+from tests.unusual import UNUSUAL, Drifts, Of, Pitch, Two, made
 
 WEEKLY = (("resnet20", "pairs"), ("resnet18", "unfolded"), ("mobile", "dense"), ("resnet50", "pairs"))
 
@@ -81,26 +82,28 @@ def test_every_mode_and_form_as_a_program():
 
 
 @pytest.mark.parametrize("export", [export_onnx, export_program])
-class TestRefusals:
-    def test_what_makes_no_sense_or_cannot_be_exported(self, export, onnx, tmp_path):
-        class Noisy(nn.Module):
-            def forward(self, x):
-                return x + torch.rand_like(x)
+@pytest.mark.parametrize(
+    ("model", "size", "batch", "error", "says"),
+    [
+        (nn.Conv2d(3, 2, 3), (3, 8, 8), 2.0, ValueError, "batch is"),
+        (nn.Conv2d(3, 2, 3), (4, 8, 8), 1, ValueError, "cannot be run on inputs of .* 3 channels"),
+        (nn.Conv2d(3, 2, 3), None, 1, ValueError, "give one of"),
+        (Of(lambda m, x: [3]), (3, 8), 1, ValueError, "returns a list without a tensor"),
+        (Of(lambda m, x: x + torch.rand_like(x)), (3, 8), "dynamic", RuntimeError, "differs from the model"),
+        (Branch(nn.Identity()), (3, 8, 8), "dynamic", RuntimeError, "Branch cannot be exported"),
+    ],
+)
+def test_what_makes_no_sense_or_cannot_be_exported(export, model, size, batch, error, says, onnx, tmp_path):
+    with pytest.raises(error, match=says):
+        export(model, tmp_path / "net", size, batch=batch)
+    assert list(tmp_path.iterdir()) == []
 
-        class Keys(nn.Module):
-            def forward(self, x):
-                return [3]
 
-        for model, size, batch, error, says in (
-            (nn.Conv2d(3, 2, 3), (3, 8, 8), 2.0, ValueError, "batch is"),
-            (nn.Conv2d(3, 2, 3), (4, 8, 8), 1, ValueError, "cannot be run on inputs of .* 3 channels"),
-            (Keys(), (3, 8), 1, ValueError, "returns a list without a tensor"),
-            (Noisy(), (3, 8, 8), "dynamic", RuntimeError, "differs from the model"),
-            (Branch(nn.Identity()), (3, 8, 8), "dynamic", RuntimeError, "Branch cannot be exported"),
-        ):
-            with pytest.raises(error, match=says):
-                export(model, tmp_path / "net", size, batch=batch)
-        assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("bad", [torch.rand_like, lambda x: x / 0 * 0, lambda x: torch.complex(x, torch.rand_like(x))])
+def test_every_output_is_compared_as_a_whole(bad, tmp_path):
+    with pytest.raises(RuntimeError, match="differs from the model"):
+        export_program(Of(lambda m, x: (x, bad(x))), tmp_path / "net.pt2", (4,))
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_packages(onnx, tmp_path, monkeypatch):
@@ -117,101 +120,51 @@ def test_missing_packages(onnx, tmp_path, monkeypatch):
 # -- inputs of other kinds --------------------------------------------------------------------------
 
 
-def names_of(onnx, path):
-    graph = onnx.load(path).graph
-    return [value.name for value in graph.input], [value.name for value in graph.output]
-
-
 @pytest.mark.parametrize("batch", ["dynamic", np.int64(2)])
 @pytest.mark.parametrize("kind", UNUSUAL)
 def test_programs_of_networks_that_take_and_give_something_else(kind, batch, tmp_path):
-    model, x = made(kind)
+    (model, x), before = made(kind), str(made(kind)[1])
     assert export_program(model, tmp_path / "net.pt2", inputs=x, batch=batch).error < 1e-5
+    assert str(x) == before
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    if batch == "dynamic":  # the number of samples is open
+        program(*with_samples(x if isinstance(x, tuple) else (x,), 7))
+
+
+def masked(m, x, other):
+    return [x.masked_fill(x > 0, -torch.inf), (other.argmax(1), None)]
+
+
+IMAGE, TOKENS = made(Two)[1]
 
 
 @pytest.mark.parametrize(
-    ("kind", "names"),
+    ("model", "inputs", "names"),
     [
-        (Pitch, (["frames"], ["logits"])),
-        (Two, (["image", "tokens"], ["match", "image_output", "words"])),
-        (Drifts, (["images"], ["logits"])),
+        (made(Pitch)[0], made(Pitch)[1], (["frames"], ["logits"])),
+        (made(Drifts)[0], IMAGE, (["images"], ["logits"])),
+        (made(Two)[0], {"tokens": TOKENS, "image": IMAGE}, (["tokens", "image"], ["match", "image_output", "words"])),
+        (Of(masked), (torch.randn(2, 4), torch.randn(2, 5)), (["args_0", "args_1"], ["output_0", "output_1"])),
     ],
 )
-def test_onnx_of_networks_that_take_and_give_something_else(kind, names, onnx, tmp_path):
-    model, x = made(kind)
-    assert export_onnx(model, tmp_path / "net.onnx", inputs=x).error < 1e-5
-    assert names_of(onnx, tmp_path / "net.onnx") == names
-
-
-def test_keyword_inputs_in_another_order(onnx, tmp_path):
-    model, (image, tokens) = made(Two)
-    inputs = {"tokens": tokens, "image": image}
+def test_onnx_of_networks_that_take_and_give_something_else(model, inputs, names, onnx, tmp_path):
     assert export_onnx(model, tmp_path / "net.onnx", inputs=inputs).error < 1e-5
-    assert names_of(onnx, tmp_path / "net.onnx")[0] == ["tokens", "image"]
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    assert tuple([value.name for value in values] for values in (graph.input, graph.output)) == names
     assert export_program(model, tmp_path / "net.pt2", inputs=inputs).error < 1e-5
+
+
+def test_keyword_inputs_stay_keywords(tmp_path):
+    model, (image, tokens) = made(Two)
+    export_program(model, tmp_path / "net.pt2", inputs={"tokens": tokens, "image": image})
     program = torch.export.load(tmp_path / "net.pt2").module()
-    expected = model(image[:1], tokens[:1])
-    assert difference(program(tokens=tokens[:1], image=image[:1])["match"], expected["match"]) < 1e-5
-
-
-def test_inputs_are_used_as_they_are_and_left_as_they_were(tmp_path):
-    model, x = made(Drifts)
-    before = x.clone()
-    export_program(model, tmp_path / "net.pt2", inputs=x)
-    assert torch.equal(x, before)
-    wide = torch.export.load(tmp_path / "net.pt2").module()
-    assert wide(torch.zeros(7, 3, 9, 8)).shape == (7, 16)  # the number of samples is open
-
-
-class Several(nn.Module):
-    def forward(self, *xs):
-        masked = xs[0].masked_fill(xs[0] > 0, -torch.inf)
-        return [masked, (xs[1].argmax(1), None)]
-
-
-def test_any_number_of_inputs_and_outputs_also_infinite_ones(onnx, tmp_path):
-    x = (torch.randn(2, 4), torch.randn(2, 5))
-    assert export_onnx(Several(), tmp_path / "net.onnx", inputs=x).error == 0
-    assert names_of(onnx, tmp_path / "net.onnx")[1] == ["output_0", "output_1"]
-    assert export_program(Several(), tmp_path / "net.pt2", inputs=x).error == 0
-
-
-class Constant(nn.Module):
-    def forward(self, x):
-        return 2 * x, torch.tensor(3.0), x.shape[0]
+    found, expected = program(tokens=tokens[:1], image=image[:1]), model(image[:1], tokens[:1])
+    assert difference(found["match"], expected["match"]) < 1e-5
 
 
 def test_outputs_that_a_format_cannot_hold_are_refused_in_words(onnx, tmp_path, capfd):
+    constant = Of(lambda m, x: (2 * x, torch.tensor(3.0), x.shape[0]))
     with pytest.raises(RuntimeError, match="the file gives outputs of"):
-        export_onnx(Constant(), tmp_path / "net.onnx", (4,))
+        export_onnx(constant, tmp_path / "net.onnx", (4,))
     assert capfd.readouterr() == ("", "")
-    assert export_program(Constant(), tmp_path / "net.pt2", (4,)).error == 0
-
-
-class Half(nn.Module):
-    """One output of two is random."""
-
-    def __init__(self, *, bad):
-        super().__init__()
-        self.bad = bad
-
-    def forward(self, x):
-        return x, self.bad(x)
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [torch.rand_like, lambda x: x / 0 * 0, lambda x: torch.complex(x, torch.rand_like(x))],
-    ids=["random", "no number", "complex"],
-)
-def test_every_output_is_compared_as_a_whole(bad, tmp_path):
-    with pytest.raises(RuntimeError, match="differs from the model"):
-        export_program(Half(bad=bad), tmp_path / "net.pt2", (4,))
-    assert not list(tmp_path.iterdir())
-
-
-def test_both_kinds_of_inputs_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="give one of"):
-        export_program(nn.Linear(3, 2), tmp_path / "net.pt2")
-    with pytest.raises(ValueError, match="give one of"):
-        export_program(nn.Linear(3, 2), tmp_path / "net.pt2", (3,), inputs=torch.ones(1, 3))
+    assert export_program(constant, tmp_path / "net.pt2", (4,)).error == 0

@@ -1,7 +1,5 @@
 """Folding, the choice of the form, and export: always against the model itself."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +14,7 @@ from basis.layers.batchnorm import couple
 from basis.models import build
 from basis.modules import is_channels_last
 from basis.substitution import plan_of
+from tests.unusual import Free, Output, changing, in_bfloat16, of_any_kind, of_two, plain
 
 FORMS = ("dense", "low_rank:2", "grouped:2", "sparse:2", "frozen", "repeat")
 
@@ -155,6 +154,11 @@ class Scaled(nn.Conv2d):
         return 2 * super().forward(x)
 
 
+class OwnForward(BasisConv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 class Branch(nn.Sequential):
     def forward(self, x):
         return super().forward(x) if x.sum() > -1e9 else x
@@ -173,6 +177,7 @@ def hooked():
         lambda: (hooked(), nn.BatchNorm2d(4)),
         lambda: (prune.l1_unstructured(nn.Conv2d(4, 4, 3), "weight", 0.5), nn.BatchNorm2d(4)),
         lambda: (Scaled(4, 4, 3), nn.BatchNorm2d(4)),
+        lambda: (OwnForward(4, 4, 3, ratio=0.5), nn.BatchNorm2d(4)),
         lambda: (Branch(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),),
     ],
 )
@@ -198,18 +203,8 @@ def test_names_that_are_no_basis_convolutions_are_refused():
         fold(nn.Sequential(nn.LazyConv2d(4, 3), nn.BatchNorm2d(4)))
 
 
-class Free(nn.Module):
-    """A basis convolution and a batch normalisation, between which a network may do anything."""
-
-    def __init__(self, way, norm=nn.BatchNorm2d):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = BasisConv2d(3, 8, 3, basis_channels=2, bias=False)
-        self.bn, self.way = norm(8), way
-        trained(self)
-
-    def forward(self, *args):
-        return self.way(self, *args)
+def free(way, norm=nn.BatchNorm2d):
+    return trained(Free(way, BasisConv2d(3, 8, 3, basis_channels=2, bias=False), norm))
 
 
 class Doubled(nn.BatchNorm2d):
@@ -222,37 +217,6 @@ class Always(nn.BatchNorm2d):
         return super().train(True)
 
 
-@dataclass
-class Output:
-    maps: torch.Tensor
-
-
-def plain(m, x):
-    return m.bn(m.conv(x))
-
-
-def of_two(m, x, scale):
-    return m.bn(m.conv(x)) * scale
-
-
-def of_any_kind(m, x):
-    y = m.conv(x)
-    return m.bn(2 * y if isinstance(y, torch.Tensor) else y)
-
-
-def as_its_weight(m, x):
-    return m.bn(m.conv(x)).to(m.conv.weight.dtype)
-
-
-def in_bfloat16(m, x):
-    with torch.autocast("cpu", torch.bfloat16):
-        return m.bn(m.conv(x))
-
-
-def changing(m, x):
-    return {"y": [Output(0), m.bn(m.conv(x.sub_(0.5).div_(0.25)))]}
-
-
 @pytest.mark.parametrize(
     ("way", "norm", "form", "folded"),
     [
@@ -261,27 +225,23 @@ def changing(m, x):
         (changing, nn.BatchNorm2d, nn.Sequential, True),
         (lambda m, x: Output(m.bn(m.conv(x))), nn.BatchNorm2d, nn.Sequential, True),
         (of_any_kind, nn.BatchNorm2d, nn.Sequential, False),
-        (as_its_weight, nn.BatchNorm2d, nn.Conv2d, False),
+        (lambda m, x: m.bn(m.conv(x)).to(m.conv.weight.dtype), nn.BatchNorm2d, nn.Conv2d, False),
         (plain, Always, nn.Sequential, False),
     ],
 )
 def test_what_a_network_does_is_heeded(way, norm, form, folded, recwarn):
-    model, x = Free(way, norm), torch.randn(4, 3, 8, 8)
+    model, x = free(way, norm), torch.randn(4, 3, 8, 8)
     result = fold(model, factorized=["conv"])
     assert type(result.conv) is form
     assert isinstance(result.bn, nn.Identity if folded else norm)
     assert not recwarn.list
-    for got, expected in zip(numbers(result(x.clone())), numbers(model(x.clone())), strict=True):
+    for got, expected in zip(tensors_in(result(x.clone())), tensors_in(model(x.clone())), strict=True):
         assert difference(got, expected) < (0.05 if way is in_bfloat16 else 1e-5)
-
-
-def numbers(output):
-    return tensors_in(vars(output) if isinstance(output, Output) else output)
 
 
 @pytest.mark.parametrize("inputs", [None, torch.zeros(1, 3, 8, 8), torch.randn(1, 3, 8, 8)])
 def test_a_result_that_differs_is_not_believed(inputs):
-    model, x = Free(plain, Doubled), torch.randn(1, 3, 8, 8)
+    model, x = free(plain, Doubled), torch.randn(1, 3, 8, 8)
     model.bn.running_mean.zero_()
     model.bn.bias.data.zero_()  # so that zeros would show no difference
     with pytest.warns(UserWarning, match="normalisation stays.* does not give what the model gives"):
@@ -291,7 +251,7 @@ def test_a_result_that_differs_is_not_believed(inputs):
 
 
 def test_inputs_of_any_number():
-    model, inputs = Free(of_two), (torch.randn(1, 3, 8, 8), torch.tensor(2.0))
+    model, inputs = free(of_two), (torch.randn(1, 3, 8, 8), torch.tensor(2.0))
     with pytest.warns(UserWarning, match=r"normalisation stays.*inputs="):
         assert isinstance(fold(model, factorized=["conv"]).conv, nn.Conv2d)
     assert isinstance(fold(model, inputs=inputs).bn, nn.Identity)
@@ -303,19 +263,6 @@ def test_inputs_of_any_number():
 def test_where_there_is_nothing_to_fold_nothing_is_said(model, recwarn):
     assert type(fold(model)) is type(model)
     assert not recwarn.list
-
-
-class OwnForward(BasisConv2d):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-def test_a_basis_convolution_with_a_forward_of_its_own_stays():
-    model, x = Free(plain), torch.randn(1, 3, 8, 8)
-    model.conv = OwnForward(3, 8, 3, ratio=0.5)
-    result = fold(model)
-    assert type(result.conv) is OwnForward
-    assert torch.equal(result(x), model(x))
 
 
 @pytest.mark.parametrize("layer", ["dense", "basis", "pair", "tucker:0.3"])

@@ -1,51 +1,27 @@
 """What a network takes: copied, repeated, said and made."""
 
 from collections import namedtuple
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from basis.inputs import example_inputs, first_samples, mapped, run, tensors_in, with_samples
-from tests.unusual import Drifts, made
+from basis.inputs import example_inputs, mapped, tensors_in
+from tests.unusual import Output
 
 Pair = namedtuple("Pair", "left right")
 
 
-@dataclass(frozen=True)
-class Output:
-    logits: torch.Tensor
-    states: tuple = ()
-    name: str = "output"
-
-
 def test_tensors_are_found_and_changed_in_every_container():
     x = torch.ones(2)
-    value = {"pair": Pair(x, [x, 3]), "output": Output(x, (x, None)), "class": Output}
+    value = {"pair": Pair(x, [x, 3]), "output": Output(x, (x, "name")), "class": Output}
     changed = mapped(lambda tensor: tensor + 1, value)
     assert [tensor.tolist() for tensor in tensors_in(changed)] == [[2, 2]] * 4
     assert type(changed["pair"]) is Pair
     assert changed["pair"].right[1] == 3
-    assert changed["output"].name == "output"
+    assert changed["output"].hidden[1] == "name"
     assert changed["class"] is Output
-
-
-def test_samples_come_round_again_and_what_is_no_batch_stays():
-    inputs = {"x": torch.tensor([1, 2]), "table": torch.zeros(5), "scale": torch.tensor(3.0)}
-    assert with_samples(inputs, 5)["x"].tolist() == [1, 2, 1, 2, 1]
-    assert with_samples(inputs, 1)["x"].tolist() == [1]
-    for made_of in (with_samples(inputs, 3), first_samples(inputs, 1)):
-        assert len(made_of["table"]) == 5
-        assert made_of["scale"].dim() == 0
-
-
-def test_a_network_that_changes_its_input_changes_a_copy():
-    model, x = made(Drifts)
-    before = x.clone()
-    assert torch.equal(run(model, x), run(model, x))
-    assert torch.equal(x, before)
 
 
 def test_example_inputs_fit_the_model():

@@ -79,7 +79,7 @@ def test_peak_memory_of_a_backward_pass_holds_what_it_saves_and_the_gradients():
 
 def test_a_step_that_may_fail_becomes_an_error(setting):
     def fails():
-        raise RuntimeError("no such kernel\nand a long story")
+        raise RuntimeError("no such kernel\n\nand a long story")
 
     steps = {"dense": lambda: None, "a": lambda: None, "b": fails, "c": lambda: None}
     found = setting.measure(steps, may_fail=["b"], reference={"c": "b"}, versus={"a": "dense"})
@@ -214,7 +214,7 @@ def refuse(*modes):
 
     def capture(function):
         if getattr(function.args[0], "mode", "dense") in modes:
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+            raise RuntimeError("operation not permitted when stream is capturing\n\nand more")
         return rehearse(function)
 
     return capture
@@ -587,15 +587,12 @@ def test_the_global_random_state_is_left_alone(setting):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"device": "meta"}, "device is meta"),
-        ({"precision": "int8"}, "precision is 'int8'"),
-        ({"memory_format": "nhwc"}, "memory_format is 'nhwc'"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"rounds": 2}, "rounds is 2"),
-        ({"seconds": -1.0}, "seconds is -1.0"),
+        ({"device": "meta"}, "device is meta"), ({"precision": "int8"}, "precision is 'int8'"),
+        ({"memory_format": "nhwc"}, "memory_format is 'nhwc'"), ({"batch_size": 0}, "batch_size is 0"),
+        ({"rounds": 2}, "rounds is 2"), ({"seconds": -1.0}, "seconds is -1.0"),
         ({"seconds": float("nan")}, "seconds is nan"),
     ],
-)
+)  # fmt: skip
 def test_bad_settings_are_refused(options, says):
     with pytest.raises(ValueError, match=says):
         Setting(**options)

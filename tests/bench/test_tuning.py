@@ -1,6 +1,5 @@
 """Modes chosen by measurement."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -178,14 +177,13 @@ def test_networks_that_take_something_else(kind, tmp_path):
 
 def test_keyword_inputs_are_inputs_too():
     model, (image, tokens) = made(Two)
-    given = {"tokens": tokens, "image": image}
-    graphs = replace(setting(), precision="bf16", capture=lambda step: step)
-    tables = [
-        bench_latency(model, inputs=x, ratios=[0.5], passes=["forward"], setting=own)
-        for x, own in ((given, graphs), ((image, tokens), setting()))
-    ]
-    assert tables[0].config["network_ms"]["forward"] > 0
-    assert [row["shape"] for row in tables[0].rows] == [row["shape"] for row in tables[1].rows]
+    given, graphs = {"tokens": tokens, "image": image}, replace(setting(), precision="bf16", capture=lambda step: step)
+    named, placed = (
+        bench_latency(model, inputs=x, ratios=[0.5], passes=["forward"], setting=graphs)
+        for x in (given, (image, tokens))
+    )
+    assert named.config["network_ms"]["forward"] > 0
+    assert [row["shape"] for row in named.rows] == [row["shape"] for row in placed.rows]
     with pytest.raises(ValueError, match="give one of"):
         tune(substitute(model, ratio=0.5), input_size=(3, 9, 8), inputs=given, setting=setting())
 
@@ -194,9 +192,8 @@ def test_a_layer_is_timed_on_as_many_images_as_it_gets():
     sizes = set()
 
     def timer(step):
-        handle = step.args[0].register_forward_pre_hook(lambda _, args: sizes.add(tuple(args[0].shape)))
-        step()
-        handle.remove()
+        with watched(step.args[0], lambda x: sizes.add(tuple(x.shape))):
+            step()
         return 1.0
 
     model, _ = made(Clips)
@@ -206,37 +203,30 @@ def test_a_layer_is_timed_on_as_many_images_as_it_gets():
     assert sizes == {(2 * 4, 3, 9, 8)}  # a batch of 2 clips of 4 frames
 
 
+def watched(model, see):
+    return model.register_forward_pre_hook(lambda _, args: see(args[0]))
+
+
 def test_a_step_goes_back_from_every_output_and_leaves_no_gradients():
     model, inputs = made(Two)
     flows = []
-    model.embed.weight.register_hook(lambda _: flows.append("words"))
-    model.conv.weight.register_hook(lambda _: flows.append("image"))
+    for parameter in (model.embed.weight, model.conv.weight):
+        parameter.register_hook(lambda _, parameter=parameter: flows.append(parameter.dim()))
     layer_steps({"dense": model}, [inputs], "forward+backward", setting().settled(model))["dense"]()
-    assert set(flows) == {"words", "image"}
+    assert sorted(flows) == [2, 4]
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("given", [(3, 9, 8), torch.rand(2, 3, 9, 8)])
 @pytest.mark.parametrize("one", ["forward", "forward+backward"])
-def test_a_network_that_changes_its_input_is_timed_on_the_same_one_every_time(given, one):
-    model, _ = made(Drifts)
-    seen = []
-    model.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
-    step = layer_steps({"dense": model}, [given], one, setting().settled(model))["dense"]
-    for _ in range(3):
-        step()
-    assert len(seen) == 4
-    assert all(torch.equal(x, seen[0]) for x in seen)
-
-
-def test_a_network_that_leaves_its_input_alone_is_timed_without_copies():
-    seen = set()
-    model = nn.Conv2d(3, 4, 3)
-    step = layer_steps({"dense": model}, [(3, 8, 8)], "forward", setting().settled(model))["dense"]
-    model.register_forward_pre_hook(lambda _, args: seen.add(args[0].data_ptr()))
-    held = [step(), step()]
-    assert held == [None, None]
-    assert len(seen) == 1
+def test_a_network_that_changes_its_input_is_timed_on_the_same_one_every_time(one):
+    for given in ((3, 9, 8), torch.rand(2, 3, 9, 8)):
+        model, seen = made(Drifts)[0], []
+        with watched(model, lambda x, seen=seen: seen.append(x.detach().clone())):
+            step = layer_steps({"dense": model}, [given], one, setting().settled(model))["dense"]
+            for _ in range(3):
+                step()
+        assert len(seen) == 4
+        assert all(torch.equal(x, seen[0]) for x in seen)
 
 
 def test_a_pass_that_is_none_is_refused():
@@ -244,11 +234,3 @@ def test_a_pass_that_is_none_is_refused():
         tune(nn.Sequential(BasisConv2d(4, 8, 3, ratio=0.5)), input_size=(4, 8, 8), one="backward", setting=setting())
     with pytest.raises(ValueError, match="pass is 'f'"):
         bench_latency(nn.Conv2d(3, 8, 3), ratios=[0.5], multiple=4, passes="forward", setting=setting())
-
-
-def test_numbers_of_numpy_are_numbers():
-    own = Setting(device="cpu", batch_size=np.int64(2), rounds=np.int32(3), seconds=np.float32(1), seed=np.int64(4))
-    assert json.loads(json.dumps([own.batch_size, own.rounds, own.seconds, own.seed])) == [2, 3, 1.0, 4]
-    for wrong in ({"batch_size": 2.5}, {"rounds": "3"}, {"seed": None}, {"seconds": float("nan")}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            Setting(device="cpu", **wrong)

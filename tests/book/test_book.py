@@ -155,24 +155,13 @@ def test_execute_refuses_an_unknown_parameter_before_it_runs(tmp_path, source):
 @pytest.mark.parametrize(
     "line",
     [
-        "It reaches 94.0 % accuracy.",
-        "It loses 0.8 points.",
-        "The drop is -1.2 percentage points.",
-        "It takes 15 s.",
-        "Ten epochs take 3 minutes.",
-        "It is 1.6x faster.",
-        "A speed-up of 2× is seen.",
-        "It is 2 times faster.",
-        "The network has 11.17 M parameters.",
-        "It needs 12 GB.",
-        "The error is 6%.",
-        "The accuracy is 91.2 per cent.",
-        "A step takes 5.5 ms on it.",
-        "The accuracy is 0.912 in the end.",
-        "It is three times faster.",
+        "It reaches 94.0 % accuracy.", "It loses 0.8 points.", "The drop is -1.2 percentage points.", "It takes 15 s.",
+        "Ten epochs take 3 minutes.", "It is 1.6x faster.", "A speed-up of 2× is seen.", "It is 2 times faster.",
+        "The network has 11.17 M parameters.", "It needs 12 GB.", "The error is 6%.", "The accuracy is 91.2 per cent.",
+        "A step takes 5.5 ms on it.", "The accuracy is 0.912 in the end.", "It is three times faster.",
         "It reaches $91.2\\%$.",
     ],
-)
+)  # fmt: skip
 def test_typed_measurements_are_refused(line):
     (problem,) = gates.number_problems(f"Before.\n\n{line}\n", "a")
     assert problem.startswith("a: ")
@@ -183,17 +172,13 @@ def test_typed_measurements_are_refused(line):
     [
         "A 3x3 filter, a 3 x 3 filter, 32 x 32 pixels, 1x1 and 3×3.",
         "At r = 1/2 with k = 32 of 64 filters and 8 seeds.",
-        "Section 3, CIFAR-10, ResNet-18, Python 3.10 and 5 epochs.",
-        "The accuracy is {{ accuracy }} %.",
-        "The space is $94 s$ and `94 %` and `--time-limit 9m`.",
-        "Intervals are 95 % intervals.",
+        "Section 3, CIFAR-10, ResNet-18, Python 3.10 and 5 epochs.", "The accuracy is {{ accuracy }} %.",
+        "The space is $94 s$ and `94 %` and `--time-limit 9m`.", "Intervals are 95 % intervals.",
         "It reaches 92.5 % {cite:p}`he2016residual`.",
-        "It reaches 92.5 %, says [its table](https://example.org/table).",
-        "```text\n94.0 %\n```",
-        "<!-- 94 % -->",
+        "It reaches 92.5 %, says [its table](https://example.org/table).", "```text\n94.0 %\n```", "<!-- 94 % -->",
         "$$\n94 \\cdot 2\n$$",
     ],
-)
+)  # fmt: skip
 def test_other_numbers_are_left_alone(line):
     assert gates.number_problems(line, "a") == []
 
@@ -710,6 +695,7 @@ def test_a_failing_notebook_is_named_with_its_traceback(tmp_path):
         book.execute(tmp_path / "a.ipynb", {}, tmp_path)
 
 
+@pytest.mark.weekly
 def test_the_readmes_example_does_what_the_readme_says():
     text = (repository_root() / "README.md").read_text(encoding="utf-8")
     told = re.search(r"```text\n(.*?)\n```", derived.block(text, "example") or "", re.DOTALL)[1]

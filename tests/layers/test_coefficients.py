@@ -60,15 +60,12 @@ def test_wrong_text_is_refused(text):
 @pytest.mark.parametrize(
     ("form", "options"),
     [
-        ("low_rank:5", {"basis_channels": 4}),
-        ("low_rank:5", {"basis_channels": 12}),
-        ("low_rank:3", {"basis_channels": 4, "groups": 2}),
-        ("sparse:5", {"basis_channels": 4}),
-        ("grouped:3", {"basis_channels": 4}),
-        ("grouped:4", {"basis_channels": 4, "groups": 2}),
+        ("low_rank:5", {"basis_channels": 4}), ("low_rank:5", {"basis_channels": 12}),
+        ("low_rank:3", {"basis_channels": 4, "groups": 2}), ("sparse:5", {"basis_channels": 4}),
+        ("grouped:3", {"basis_channels": 4}), ("grouped:4", {"basis_channels": 4, "groups": 2}),
         ("grouped:5", {"basis_channels": 10}),
     ],
-)
+)  # fmt: skip
 def test_a_size_that_does_not_fit_is_refused(form, options):
     with pytest.raises(ValueError, match=f"coefficients is '{form}'"):
         BasisConv2d(8, 16, 3, coefficients=form, **options)
@@ -154,15 +151,11 @@ def test_derived_filters_begin_with_the_variance_of_basis_filters(form):
 @pytest.mark.parametrize(
     ("form", "stored", "products"),
     [
-        ("dense", 16 * 4, [16 * 4]),
-        ("shared", 16 * 4, [16 * 4]),
-        ("grouped:2", 16 * 2, [16 * 2]),
-        ("low_rank:3", 2 * 3 * 4 + 16 * 3, [2 * 3 * 4, 16 * 3]),
-        ("sparse:3", 16 * 3, [16 * 4]),
-        ("frozen", 0, [16 * 4]),
-        ("repeat", 0, []),
+        ("dense", 16 * 4, [16 * 4]), ("shared", 16 * 4, [16 * 4]), ("grouped:2", 16 * 2, [16 * 2]),
+        ("low_rank:3", 2 * 3 * 4 + 16 * 3, [2 * 3 * 4, 16 * 3]), ("sparse:3", 16 * 3, [16 * 4]),
+        ("frozen", 0, [16 * 4]), ("repeat", 0, []),
     ],
-)
+)  # fmt: skip
 def test_what_a_form_stores_and_multiplies(form, stored, products):
     a = make_layer(form, groups=2).coefficients
     assert (a.rows, a.groups * a.columns) == (16, 8)

@@ -209,17 +209,13 @@ def test_compile_takes_the_layer_as_one_graph(mode, permuted):
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"ratio": 0.0}, "ratio is 0.0"),
-        ({"ratio": 1.5}, "ratio is 1.5"),
+        ({"ratio": 0.0}, "ratio is 0.0"), ({"ratio": 1.5}, "ratio is 1.5"),
         ({"basis_channels": 0}, "basis_channels is 0, .*out_channels = 12"),
-        ({"basis_channels": True}, "basis_channels is True"),
-        ({"basis_channels": 4.0}, "basis_channels is 4.0"),
-        ({"basis_channels": 3, "groups": 2}, "basis_channels is 3, .*groups = 2"),
-        ({}, "basis_channels"),
-        ({"ratio": 0.5, "basis_channels": 6}, "basis_channels"),
-        ({"ratio": 0.5, "mode": "fast"}, "mode is 'fast'"),
+        ({"basis_channels": True}, "basis_channels is True"), ({"basis_channels": 4.0}, "basis_channels is 4.0"),
+        ({"basis_channels": 3, "groups": 2}, "basis_channels is 3, .*groups = 2"), ({}, "basis_channels"),
+        ({"ratio": 0.5, "basis_channels": 6}, "basis_channels"), ({"ratio": 0.5, "mode": "fast"}, "mode is 'fast'"),
     ],
-)
+)  # fmt: skip
 def test_what_makes_no_sense_is_refused(options, name):
     with pytest.raises(ValueError, match=name):
         BasisConv2d(8, 12, 3, **options)

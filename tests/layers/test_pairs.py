@@ -1,7 +1,5 @@
 """Which batch normalisation directly follows which convolution, in networks that do what they like."""
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +11,7 @@ from basis.layers.batchnorm import couplings
 from basis.layers.moments import taking_means
 from basis.layers.norm_pairs import norm_pairs
 from basis.models import build
+from tests.unusual import Free, Of, Output, changing, in_bfloat16, of_any_kind, of_two, plain
 
 NOWHERE = "does not go into one nn.BatchNorm2d and nowhere else"
 READ = "are used elsewhere too"
@@ -30,25 +29,6 @@ def test_every_convolution_of_a_resnet_has_its_own(name, count):
     assert not pairs.alone
 
 
-class Network(nn.Module):
-    """A convolution, a batch normalisation, and what a way of ``WAYS`` does with them."""
-
-    def __init__(self, way, conv=None):
-        super().__init__()
-        self.conv, self.other = conv or nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
-        self.bn = (nn.SyncBatchNorm if way == "sync" else nn.BatchNorm2d)(3)
-        self.kept, self.way = [], WAYS.get(way, way)
-
-    def forward(self, x):
-        return self.way(self, x)
-
-
-@dataclass
-class Output:
-    logits: torch.Tensor
-    hidden: list = field(default_factory=list)
-
-
 def after(change):
     """``change`` of the output, its input and the network, on the way into the batch normalisation."""
     return lambda m, x: m.bn(change(m.conv(x), x, m))
@@ -64,10 +44,6 @@ def beside(use):
     return forward
 
 
-def branches_on_its_kind(y, x, m):
-    return y * 2 if isinstance(y, torch.Tensor) else y
-
-
 def changed_later(m, x):
     y = m.conv(x)
     z = m.bn(y)
@@ -81,20 +57,16 @@ def experts(m, x):
 
 WAYS = {
     "relu between": after(lambda y, x, m: torch.relu(y)),
-    "kind": after(branches_on_its_kind),
+    "kind": of_any_kind,
     "changed": after(lambda y, x, m: y.add_(1)),
     "size of the images": after(lambda y, x, m: 2 * y if x.shape[2] > 100 else y),
     "size of the batch": after(lambda y, x, m: 2 * y if len(x) == 1 else y),
     "device": after(lambda y, x, m: 2 * y if x.device.type == "cpu" else y),
-    "device of a weight": after(lambda y, x, m: 2 * y if next(m.parameters()).device.type == "cpu" else y),
     "view": after(lambda y, x, m: y.view(len(x), 3, *x.shape[2:])),
-    "view, shape of its own": after(lambda y, x, m: y[:, :, :4]),
-    "sync": after(lambda y, x, m: y),
     "used twice": beside(lambda y, m: m.bn.eps + y),
     "given back": beside(lambda y, m: {"hidden": [y]}),
     "in a dataclass": beside(lambda y, m: Output(m.bn.eps, [y])),
     "kept": beside(lambda y, m: m.kept.append(y)),
-    "kept, its data": beside(lambda y, m: m.kept.append(y.data)),
     "shape": beside(lambda y, m: y.shape[1]),
     "changed later": changed_later,
     "functional": lambda m, x: F.batch_norm(m.conv(x), m.bn.running_mean, m.bn.running_var),
@@ -118,42 +90,24 @@ REASONS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_no_pair_has_its_reason(way):
-    pairs = norm_pairs(Network(way))
+    pairs = norm_pairs(Free(WAYS[way]))
     assert not pairs.norms
     assert REASONS[way] in pairs.alone["conv"]
     assert ("conv" in pairs.read) == (REASONS[way] in (READ, VALUES) and way != "statistics elsewhere")
 
 
-def by_checkpoint(m, x):
-    return checkpoint(lambda x: m.bn(m.conv(x)), x, use_reentrant=False)
-
-
-def in_lower_precision(m, x):
-    with torch.autocast("cpu", torch.bfloat16):
-        return m.bn(m.conv(x))
-
-
-def changes_its_input(m, x):
-    return m.bn(m.conv(x.sub_(0.5).div_(0.25)))
-
-
 @pytest.mark.parametrize(
     "way",
     [
-        lambda m, x: m.bn(input=m.conv(input=x)),
-        lambda m, x: Output(m.bn(m.conv(x))),
-        lambda m, x: [{"y": (m.bn(m.conv(x)),)}],
-        lambda m, x: m.bn(nn.Identity()(m.conv(x))),
-        lambda m, x: m.bn(m.conv(x.to(next(m.parameters()).dtype))),
-        lambda m, x: m.kept.append(m.bn(m.conv(x))),
+        lambda m, x: m.bn(input=m.conv(input=x)), lambda m, x: Output(m.bn(m.conv(x))),
+        lambda m, x: [{"y": (m.bn(m.conv(x)),)}], lambda m, x: m.bn(nn.Identity()(m.conv(x))),
+        lambda m, x: m.bn(m.conv(x.to(next(m.parameters()).dtype))), lambda m, x: m.kept.append(m.bn(m.conv(x))),
         lambda m, x: m.bn(m.conv(x))[torch.tensor([1, 0])],
-        by_checkpoint,
-        in_lower_precision,
-        changes_its_input,
+        lambda m, x: checkpoint(lambda x: m.bn(m.conv(x)), x, use_reentrant=False), in_bfloat16, changing,
     ],
-)
+)  # fmt: skip
 def test_what_the_rest_of_a_network_does_hinders_no_pair(way):
-    assert norm_pairs(Network(way), both_modes=True).norms == {"conv": "bn"}
+    assert norm_pairs(Free(way), both_modes=True).norms == {"conv": "bn"}
 
 
 def test_parameters_may_be_shared():
@@ -161,10 +115,9 @@ def test_parameters_may_be_shared():
     model[2].weight = model[0].weight
     model.append(nn.ConvTranspose2d(3, 3, 1))[4].weight = model[0].weight
     assert norm_pairs(model).norms == {"0": "1", "2": "3"}
-    shared = substitute(build("resnet20", width=4), ratio=0.5, coefficients="shared")
-    coupled = couple(shared, ["layer1.0.conv1"])
-    assert couplings(coupled).norms == couplings(shared).norms
-    assert len(couplings(shared).norms) == 19
+    pairs = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    shared = substitute(pairs, ratio=0.5, coefficients="shared")
+    assert couplings(couple(shared, ["0"])).norms == couplings(shared).norms == {"0": "1", "2": "3"}
 
 
 class OwnForward(nn.BatchNorm2d):
@@ -177,7 +130,9 @@ def patched(norm):
     return norm
 
 
-@pytest.mark.parametrize("norm", [OwnForward(3), patched(nn.BatchNorm2d(3)), torch.jit.script(nn.BatchNorm2d(3))])
+@pytest.mark.parametrize(
+    "norm", [nn.SyncBatchNorm(3), OwnForward(3), patched(nn.BatchNorm2d(3)), torch.jit.script(nn.BatchNorm2d(3))]
+)
 def test_a_normalisation_of_ones_own_is_none(norm):
     assert NOWHERE in norm_pairs(nn.Sequential(nn.Conv2d(3, 3, 1), norm)).alone["0"]
 
@@ -188,19 +143,14 @@ def test_a_normalisation_of_ones_own_is_none(norm):
         lambda m: (nn.DataParallel(m), "module."),
         lambda m: (torch.compile(m, backend="eager"), "_orig_mod."),
         lambda m: (nn.Sequential(torch.jit.script(nn.Conv2d(3, 3, 1)), m), "1."),
-        lambda m: (nn.ModuleDict({"a": m}), None),
     ],
 )
 def test_wrapped_networks(wrapped):
     model, prefix = wrapped(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
-    if prefix is None:
-        with pytest.raises(ValueError, match=r"cannot be run on .*inputs="):
-            norm_pairs(model)
-    else:
-        assert norm_pairs(model).norms == {f"{prefix}0": f"{prefix}1"}
+    assert norm_pairs(model).norms == {f"{prefix}0": f"{prefix}1"}
 
 
-@pytest.mark.parametrize("place", ["conv", "between", "around", "norm"])
+@pytest.mark.parametrize("place", ["0.0", "0", "1", "2"])
 def test_a_hook_that_sees_the_output_is_heeded_and_never_called(place):
     calls = []
 
@@ -208,10 +158,9 @@ def test_a_hook_that_sees_the_output_is_heeded_and_never_called(place):
         calls.append(module)
         return torch.zeros(2) if output is None else output.clamp(min=0)
 
-    model = nn.ModuleDict({"conv": nn.Conv2d(3, 3, 1), "between": nn.Identity(), "norm": nn.BatchNorm2d(3)})
-    model = nn.Sequential(nn.Sequential(model["conv"]), model["between"], model["norm"])
-    hooked = {"conv": model[0][0], "between": model[1], "around": model[0], "norm": model[2]}[place]
-    handle = (hooked.register_forward_pre_hook if place == "norm" else hooked.register_forward_hook)(hook)
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1)), nn.Identity(), nn.BatchNorm2d(3))
+    hooked = model.get_submodule(place)
+    handle = (hooked.register_forward_pre_hook if place == "2" else hooked.register_forward_hook)(hook)
     assert norm_pairs(model).alone.keys() == {"0.0"}
     handle.remove()
     model[2].register_forward_hook(hook)
@@ -220,148 +169,93 @@ def test_a_hook_that_sees_the_output_is_heeded_and_never_called(place):
     assert not calls
 
 
-class Modes(nn.Module):
-    """A batch normalisation of its own for training, one that both share, or an output of its own in training."""
-
-    def __init__(self, way):
-        super().__init__()
-        self.conv, self.other = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
-        self.bn, self.own = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-        self.way = way
-
-    def forward(self, x):
-        if self.way == "other convolution":
-            return self.bn(self.conv(x) if self.training else self.other(x))
-        if self.way == "other normalisation":
-            return self.own(self.conv(x)) if self.training else self.bn(self.conv(x))
-        if self.way == "branch in training":
-            x = self.bn(self.conv(x))
-            return self.own(self.other(x)) if self.training else x
-        y = self.conv(x)
-        return self.bn(y) + y.mean() if self.training else self.bn(y)
+MODES = {
+    "output in training": (lambda m, x: m.bn(y := m.conv(x)) + (y.mean() if m.training else 0), {}),
+    "other convolution": (lambda m, x: m.bn(m.conv(x) if m.training else m.other(x)), {}),
+    "other normalisation": (lambda m, x: (m.own if m.training else m.bn)(m.conv(x)), {}),
+    "branch in training": (
+        lambda m, x: m.own(m.other(plain(m, x))) if m.training else plain(m, x), {"conv": "bn", "other": "own"},
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(
-    ("way", "norms"),
-    [
-        ("output in training", {}),
-        ("other convolution", {}),
-        ("other normalisation", {}),
-        ("branch in training", {"conv": "bn", "other": "own"}),
-    ],
-)
-def test_pairs_of_both_modes(way, norms, training):
-    model = Modes(way).train(training)
+@pytest.mark.parametrize("way", MODES)
+def test_pairs_of_both_modes(way):
+    forward, norms = MODES[way]
+    model = Free(forward)
     model.own.eval()
-    assert norm_pairs(model, both_modes=True).norms == norms
-    assert (model.training, model.bn.training, model.own.training) == (training, training, False)
+    assert norm_pairs(model, both_modes=True).norms == norm_pairs(model.eval(), both_modes=True).norms == norms
+    model.train().own.eval()
+    norm_pairs(model, both_modes=True)
+    assert (model.training, model.bn.training, model.own.training) == (True, True, False)
 
 
-class Part(Network):
-    """Its forward pass depends on values: in training, in evaluation, in both or in none."""
+def parts(depends, leak=False):
+    """A pair, and a part of it whose forward pass depends on values in the modes ``depends``."""
 
-    def __init__(self, depends):
-        super().__init__("plain")
-        self.depends = depends
+    def part(m, x):
+        return x if m.training in depends and x.sum() > 1e9 else plain(m, x)
 
-    def forward(self, x):
-        if self.depends in ("both", "training" if self.training else "evaluation") and x.sum() > 1e9:
-            return x
-        return self.bn(self.conv(x))
+    model = Free(lambda m, x: plain(m.part, m.part(plain(m, x))) if leak else m.part(plain(m, x)))
+    model.part = Free(part)
+    return model
 
 
-class Parts(nn.Module):
-    """A pair, and a part whose forward pass may depend on values, and whose layers may be called elsewhere too."""
-
-    def __init__(self, depends, leak=False):
-        super().__init__()
-        self.part, self.leak = Part(depends), leak
-        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-
-    def forward(self, x):
-        x = self.part(self.bn(self.conv(x)))
-        return self.part.bn(self.part.conv(x)) if self.leak else x
-
-
-@pytest.mark.parametrize("depends", ["both", "training", "evaluation"])
+@pytest.mark.parametrize("depends", [(True, False), (True,), (False,)])
 def test_what_depends_on_values_hides_no_other_pairs(depends):
-    pairs = norm_pairs(Parts(depends), both_modes=True)
+    pairs = norm_pairs(parts(depends), both_modes=True)
     assert pairs.norms == {"conv": "bn"}
     assert pairs.alone["part.conv"] == "it is within part, whose forward pass depends on values"
-
-
-def test_what_is_hidden_and_called_elsewhere_too_is_no_pair():
-    assert norm_pairs(Parts("none")).norms == {"conv": "bn", "part.conv": "part.bn"}
-    assert norm_pairs(Parts("both", leak=True)).norms == {"conv": "bn"}
-
-
-class Router(nn.Module):
-    def forward(self, x):
-        return int(x.sum() > 1e9)
+    assert norm_pairs(parts(())).norms == {"conv": "bn", "part.conv": "part.bn"}
+    assert norm_pairs(parts((True, False), leak=True)).norms == {"conv": "bn"}
 
 
 def test_values_that_a_module_gives_to_another():
-    model = Network(lambda m, x: m.conv(x) if m.router(x) else m.bn(m.conv(x)))
-    model.router = Router()
+    model = Free(lambda m, x: m.conv(x) if m.router(x) else plain(m, x))
+    model.router = Free(lambda m, x: int(x.sum() > 1e9))
     assert VALUES in norm_pairs(model).alone["conv"]
 
 
 # -- inputs -----------------------------------------------------------------------------------------
 
 
-class Sized(nn.Module):
-    """Takes images of one size alone."""
-
-    def __init__(self, size, **attributes):
-        super().__init__()
-        self.conv, self.bn, self.fc = nn.Conv2d(3, 2, 8, 8), nn.BatchNorm2d(2), nn.Linear(2 * (size // 8) ** 2, 2)
-        for name, value in attributes.items():
-            setattr(self, name, value)
-
-    def forward(self, x):
-        return self.fc(self.bn(self.conv(x)).flatten(1))
+def sized(size, **attributes):
+    """A network that takes images of one size alone."""
+    fc = nn.Linear(2 * (size // 8) ** 2, 2)
+    return Of(
+        lambda m, x: m.fc(plain(m, x).flatten(1)), conv=nn.Conv2d(3, 2, 8, 8), bn=nn.BatchNorm2d(2), fc=fc, **attributes
+    )
 
 
 @pytest.mark.parametrize(
-    "model", [Sized(64), Sized(224), Sized(48, image_size=48), Sized(40, default_cfg={"input_size": (3, 40, 40)})]
+    "model", [sized(64), sized(224), sized(48, image_size=48), sized(40, default_cfg={"input_size": (3, 40, 40)})]
 )
-def test_inputs_are_guessed(model):
-    assert norm_pairs(model, both_modes=True).norms == {"conv": "bn"}
-
-
-class Two(Network):
-    def forward(self, a, b):
-        return self.bn(self.conv(a)) * b
+def test_inputs_are_guessed_whatever_the_default_device_is(model):
+    with torch.device("meta"):
+        pairs = norm_pairs(model, both_modes=True)
+    assert pairs.norms == {"conv": "bn"}
+    assert not pairs.inputs.is_meta
 
 
 @pytest.mark.parametrize("inputs", [(torch.randn(2, 3, 4, 4), torch.ones(1)), {"b": 2.0, "a": torch.randn(1, 3, 1, 1)}])
 def test_inputs_may_be_many_and_of_one_sample(inputs):
-    model = Two("two")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model = Free(of_two)
     with pytest.raises(ValueError, match="inputs="):
         norm_pairs(model)
     assert norm_pairs(model, inputs=inputs, both_modes=True).norms == {"conv": "bn"}
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_inputs_are_made_whatever_the_default_device_is():
-    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
-    with torch.device("meta"):
-        pairs = norm_pairs(model)
-    assert pairs == norm_pairs(model)
-    assert not pairs.inputs.is_meta
 
 
 def test_inputs_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"\(2, 5, 4, 4\).*inputs="):
-        norm_pairs(Network("sync"), inputs=torch.randn(2, 5, 4, 4))
+        norm_pairs(Free(plain), inputs=torch.randn(2, 5, 4, 4))
+    with pytest.raises(ValueError, match=r"cannot be run on .*inputs="):
+        norm_pairs(nn.ModuleDict({"a": nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))}))
     with pytest.raises(ValueError, match="lazy"):
         norm_pairs(nn.Sequential(nn.LazyConv2d(3, 1), nn.BatchNorm2d(3)))
 
 
 def test_what_uses_the_pairs_takes_inputs():
-    model = Two("two", BasisConv2d(3, 3, 1, basis_channels=1))
+    model = Free(of_two, BasisConv2d(3, 3, 1, basis_channels=1))
     inputs = (torch.randn(2, 3, 4, 4), torch.ones(1))
     assert couple(model, inputs=inputs).conv.mixed_later
     with pytest.warns(UserWarning, match="inputs="):
@@ -384,4 +278,4 @@ def test_the_model_and_the_random_numbers_are_left_alone():
 
 def test_calibration_data_tell_substitution_what_a_network_takes():
     options = {"calibration": [torch.randn(4, 3, 40, 40)], "batch_norm": "through_basis"}
-    assert substitute(Sized(40), {"conv": 1}, **options).conv.mixed_later
+    assert substitute(sized(40), {"conv": 1}, **options).conv.mixed_later

@@ -320,20 +320,14 @@ REPORT = BenchReport(kind="", config={}, environment={}, rows=[])
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"budget": {}}, "budget is {}"),
-        ({"budget": 0.5}, "budget is 0.5"),
-        ({"budget": {"size": 0.5}}, "budget is"),
-        ({"budget": {"params": 0}}, "budget of params is 0"),
-        ({"budget": {"params": 1.5}}, "budget of params is 1.5"),
+        ({"budget": {}}, "budget is {}"), ({"budget": 0.5}, "budget is 0.5"), ({"budget": {"size": 0.5}}, "budget is"),
+        ({"budget": {"params": 0}}, "budget of params is 0"), ({"budget": {"params": 1.5}}, "budget of params is 1.5"),
         ({"budget": {"params": math.nan}}, "budget of params is nan"),
-        ({"budget": {"milliseconds": 0.5}}, "go together"),
-        ({"latency": REPORT}, "go together"),
-        ({"rule": "best"}, "rule is 'best'"),
-        ({"rule": "uniform", "ratio": 0.5}, "leave out ratio"),
-        ({"ratio": 1.5}, "ratio is 1.5"),
-        ({"exclude": ["conv1", "fc"]}, "exclude has 'fc'"),
+        ({"budget": {"milliseconds": 0.5}}, "go together"), ({"latency": REPORT}, "go together"),
+        ({"rule": "best"}, "rule is 'best'"), ({"rule": "uniform", "ratio": 0.5}, "leave out ratio"),
+        ({"ratio": 1.5}, "ratio is 1.5"), ({"exclude": ["conv1", "fc"]}, "exclude has 'fc'"),
     ],
-)
+)  # fmt: skip
 def test_what_makes_no_sense_is_refused(options, says, table):
     with pytest.raises(ValueError, match=says):
         select(table, **{"budget": {"params": 0.5}, **options})

@@ -176,25 +176,18 @@ X, Y = batches()[0]
 @pytest.mark.parametrize(
     ("says", "options"),
     [
-        ("measure is", {"measure": "magic"}),
-        ("ratios is", {"ratios": 0.5}),
-        ("ratios is", {"ratios": (0.5, 1.0)}),
-        ("include has", {"include": "nothing"}),
-        ("recipe goes with fine_tuning", {"recipe": Recipe()}),
-        ("seeds is 0", {"measure": "fine_tuning", "seeds": 0}),
-        ("sep is not", {"measure": "fisher", "layers": "sep"}),
+        ("measure is", {"measure": "magic"}), ("ratios is", {"ratios": 0.5}), ("ratios is", {"ratios": (0.5, 1.0)}),
+        ("include has", {"include": "nothing"}), ("recipe goes with fine_tuning", {"recipe": Recipe()}),
+        ("seeds is 0", {"measure": "fine_tuning", "seeds": 0}), ("sep is not", {"measure": "fisher", "layers": "sep"}),
         ("depthwise: one filter per group", {"include": "depthwise"}),
-        ("has a candidate to try", {"model": nn.Linear(3, 3)}),
-        ("meta device", {"model": net().to("meta")}),
+        ("has a candidate to try", {"model": nn.Linear(3, 3)}), ("meta device", {"model": net().to("meta")}),
         ("no batch normalisation", {"model": nn.Conv2d(3, 16, 3), "measure": "oneshot_bn"}),
-        ("dense network's loss is nan", {"model": broken(), "measure": "taylor"}),
-        ("needs data", {"data": None}),
-        ("labels", {"data": [(X, Y + 4)]}),
-        ("no validation images", {"data": synthetic(train=20, test=5, size=8)}),
+        ("dense network's loss is nan", {"model": broken(), "measure": "taylor"}), ("needs data", {"data": None}),
+        ("labels", {"data": [(X, Y + 4)]}), ("no validation images", {"data": synthetic(train=20, test=5, size=8)}),
         ("calibration", {"measure": "oneshot_bn", "calibration": []}),
         ("needs basis.data.Data with validation images", {"measure": "fine_tuning"}),
     ],
-)
+)  # fmt: skip
 def test_what_makes_no_sense_is_refused(says, options):
     options = {"model": net(), "data": batches(), "measure": "oneshot", "ratios": (0.5,)} | options
     with pytest.raises(ValueError, match=says):

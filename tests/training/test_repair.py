@@ -7,6 +7,7 @@ from torch import nn
 
 from basis import recalibrate
 from basis.modules import evaluating
+from tests.unusual import Fixed, Stuck
 
 
 class Net(nn.Module):
@@ -99,20 +100,6 @@ def test_it_prints(net):
     assert "left alone: idle" in str(result)
 
 
-class Stuck(nn.BatchNorm2d):
-    """Stays in evaluation mode whatever is said."""
-
-    def train(self, mode=True):
-        return super().train(False)
-
-
-class Fixed(nn.BatchNorm2d):
-    """Says that it trains, but uses and keeps its statistics."""
-
-    def forward(self, x):
-        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
-
-
 class Dropping(nn.BatchNorm2d):
     """Holds a dropout, as timm's ``BatchNormAct2d`` does, which has to rest."""
 
@@ -124,26 +111,26 @@ class Dropping(nn.BatchNorm2d):
         return self.drop(super().forward(x))
 
 
-def turned_off():
-    norm = nn.BatchNorm2d(4)
+def turned_off(width):
+    norm = nn.BatchNorm2d(width)
     norm.track_running_stats = False
     return norm
 
 
-KEPT = {
-    "stuck": (Stuck(4), "stay as they are"),
-    "fixed": (Fixed(4), "never called"),
-    "turned off": (turned_off(), "stay as they are"),
-    "instance": (nn.InstanceNorm2d(4, track_running_stats=True), "stay as they are"),
-}
-
-
-@pytest.mark.parametrize("kind", KEPT)
-def test_a_norm_that_does_not_train_keeps_its_statistics_and_is_named(kind):
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Stuck, "stay as they are"),
+        (Fixed, "never called"),
+        (turned_off, "stay as they are"),
+        (lambda width: nn.InstanceNorm2d(width, track_running_stats=True), "stay as they are"),
+    ],
+)
+def test_a_norm_that_does_not_train_keeps_its_statistics_and_is_named(kind, reason):
     torch.manual_seed(0)
-    norm, reason = KEPT[kind]
+    norm = kind(4)
     norm.running_mean.normal_()
-    model = nn.Sequential(nn.ModuleList([norm])[0], Dropping(4), nn.BatchNorm2d(4)).train()
+    model = nn.Sequential(norm, Dropping(4), nn.BatchNorm2d(4)).train()
     norm.eval()
     before, flags = copy.deepcopy(norm.state_dict()), [module.training for module in model.modules()]
     x = torch.randn(16, 4, 5, 5)
@@ -168,7 +155,7 @@ def test_statistics_that_are_not_finite_are_measured_anew():
 
 
 class Merging(nn.Linear):
-    """As the layers of LoRA do, it is another in evaluation mode, and is turned back by ``train()`` alone."""
+    """As the layers of LoRA do, it is turned back by ``train()`` alone."""
 
     merged = False
 
@@ -179,13 +166,11 @@ class Merging(nn.Linear):
 
 @pytest.mark.parametrize("outer", [True, False])
 def test_evaluation_ends_by_the_switch_that_each_module_has(outer):
-    inner = nn.Sequential(Merging(3, 3), nn.Dropout())
-    model = nn.Sequential(nn.Sequential(inner), nn.Linear(3, 3)).train(outer)
-    inner.train()
-    inner[1].eval()
+    model = nn.Sequential(nn.Sequential(Merging(3, 3), nn.Dropout()), nn.Linear(3, 3)).train(outer)
+    model[0].train()[1].eval()
     flags = [module.training for module in model.modules()]
     with evaluating(model):
         assert not any(module.training for module in model.modules())
-        assert inner[0].merged
+        assert model[0][0].merged
     assert [module.training for module in model.modules()] == flags
-    assert not inner[0].merged
+    assert not model[0][0].merged

@@ -210,17 +210,13 @@ def test_a_capture_that_fails_names_its_cause_and_goes_back_to_the_stream(monkey
 @pytest.mark.parametrize(
     ("step", "device", "triton", "expected"),
     [
-        (None, "cpu", False, "eager"),
-        ("eager", "cuda", True, "eager"),
+        (None, "cpu", False, "eager"), ("eager", "cuda", True, "eager"),
         ("fast", "cpu", True, "eager (on cpu compiling takes longer than a short training gains)"),
-        ("compiled", "cpu", False, "compiled"),
-        ("graphed", "cpu", True, "eager (CUDA graphs need a GPU, not cpu)"),
-        ("graphed", "cuda", False, "graphed"),
-        ("compiled", "cuda", False, "eager (torch.compile needs Triton)"),
-        ("fast", "cuda", False, "graphed (torch.compile needs Triton)"),
-        ("fast", "cuda", True, "compiled and graphed"),
+        ("compiled", "cpu", False, "compiled"), ("graphed", "cpu", True, "eager (CUDA graphs need a GPU, not cpu)"),
+        ("graphed", "cuda", False, "graphed"), ("compiled", "cuda", False, "eager (torch.compile needs Triton)"),
+        ("fast", "cuda", False, "graphed (torch.compile needs Triton)"), ("fast", "cuda", True, "compiled and graphed"),
     ],
-)
+)  # fmt: skip
 def test_what_a_device_supports(step, device, triton, expected, monkeypatch):
     monkeypatch.setattr(basis.training.stepping, "has_triton", lambda: triton)
     assert str(means_for(step, torch.device(device))) == expected
@@ -230,7 +226,7 @@ def test_a_compiler_that_fails_is_named(monkeypatch):
     def compiled(model, channels_last):
         def network(x):
             model(x)  # batch normalisation has moved by now
-            raise OSError("g++ is not there\nand more")
+            raise OSError("g++ is not there\n\nand more")
 
         return network
 

@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from basis.bench.cells import Cell, measure_cells
 from basis.bench.report import BenchReport
 from basis.bench.shapes import TimedLayer, example, timed_layers
 from basis.bench.timing import Progress, Setting
-from basis.copies import copy_of, keep_attributes, unnoticed, without_hooks
-from basis.inputs import Inputs, mapped, run, shapes_of, tensors_in
+from basis.copies import copy_of, keep_attributes, refuse_lazy, unnoticed, without_hooks
+from basis.inputs import Inputs, mapped, run, tensors_in
 from basis.layers.base import ConvLike, arguments_of
 from basis.layers.batchnorm import uncouple
 from basis.layers.conv import BasisConv2d
@@ -32,7 +31,7 @@ from basis.models import build
 from basis.modules import is_channels_last
 from basis.plan import Plan
 from basis.substitution import HOOKS, of_its_kind, plan_of, replace_modules, substitute
-from basis.text import few, first_line
+from basis.text import few
 from basis.training.loop import DTYPES
 
 
@@ -58,8 +57,7 @@ def fold(model: nn.Module, *, factorized: Iterable[str] = (), inputs: Inputs | N
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model is on the meta device and has no values to fold; load its values first")
-    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        raise ValueError("the model has lazy layers, whose shapes are not known yet; run it once first")
+    refuse_lazy(model)
     plain = uncouple(model).eval()
     bases = {name: m for name, m in plain.named_modules(remove_duplicate=False) if isinstance(m, BasisConv2d)}
     names = [factorized] if isinstance(factorized, str) else list(factorized)
@@ -116,12 +114,8 @@ def _alike(folded: nn.Module, model: nn.Module, inputs: Any) -> bool:
     coarse = any(p.dtype.itemsize < 4 for p in model.parameters()) or torch.is_autocast_enabled()
     for a, b in zip(after, before, strict=True):
         largest = b[b.isfinite()].abs().max() if b.isfinite().any() else 1.0
-        if (
-            a.shape != b.shape
-            or not torch.isclose(
-                a.to(b), b, rtol=0, atol=float(largest) * (0.1 if coarse else 0.01), equal_nan=True
-            ).all()
-        ):
+        bound = float(largest) * (0.1 if coarse else 0.01)
+        if a.shape != b.shape or not torch.isclose(a.to(b), b, rtol=0, atol=bound, equal_nan=True).all():
             return False
     return True
 
@@ -129,43 +123,6 @@ def _alike(folded: nn.Module, model: nn.Module, inputs: Any) -> bool:
 def _knows_forward(layer: nn.Module) -> bool:
     """Whether the forward pass of ``layer`` is that of this package."""
     return "forward" not in vars(layer) and type(layer).forward.__module__.startswith("basis.layers.")
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, inputs: Any) -> tuple[list[Tensor], float]:
-    """All numbers that ``model`` gives for ``inputs``, noise where they are constant, and the unit of the coarsest."""
-    copied, units = without_hooks(copy_of(model)), [2.0**-14]
-
-    def watch(module: Any, args: Any, y: Any) -> None:
-        if isinstance(y, Tensor) and y.is_floating_point():  # on a GPU, float32 may have the precision of TF32
-            units.append(max(torch.finfo(y.dtype).eps, 2.0**-10 if y.is_cuda else 0))
-
-    def noise(tensor: Tensor) -> Tensor:
-        constant = tensor.is_floating_point() and tensor.dim() > 1 and bool((tensor == tensor.flatten()[:1]).all())
-        return torch.randn_like(tensor) if constant else tensor
-
-    for layer in copied.modules():
-        if isinstance(layer, (ConvLike, nn.Conv2d)):
-            layer.register_forward_hook(watch)
-    try:
-        with unnoticed(model):
-            result = run(copied, mapped(noise, inputs))
-    except Exception as error:  # the model's own code may raise anything
-        raise ValueError(f"it cannot be run on {shapes_of(inputs)} ({first_line(error)}); give inputs=") from error
-    known = isinstance(result, (Tensor, Mapping, tuple, list)) or not hasattr(result, "__dict__")
-    numbers = [t for t in tensors_in(result if known else vars(result)) if t.is_floating_point() or t.is_complex()]
-    return [torch.view_as_real(t) if t.is_complex() else t for t in numbers], max(units)
-
-
-def _compare(got: tuple[list[Tensor], float], expected: tuple[list[Tensor], float]) -> None:
-    """Raise ``ValueError`` unless both are the same numbers up to rounding."""
-    (after, _), (before, unit) = got, expected
-    if not before or [t.shape for t in after] != [t.shape for t in before]:
-        raise ValueError("it does not give tensors that could be compared")
-    for a, b in zip(after, before, strict=True):
-        largest = float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0.0
-        if not torch.isclose(a.double(), b.double(), rtol=0, atol=16 * unit * (largest or 1.0), equal_nan=True).all():
-            raise ValueError("the folded model does not give what the model gives")
 
 
 def _fit(conv: Any, norm: Any) -> bool:

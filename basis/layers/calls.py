@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from basis.copies import copy_of, shape_copy, without_hooks
-from basis.inputs import Inputs, mapped, run, shapes_of, tensors_in
+from basis.copies import on_a_copy, refuse_lazy, watch_calls
+from basis.inputs import Inputs, run, shapes_of, tensors_in
 from basis.layers.base import ConvLike
 from basis.layers.coefficients import Coefficients
 from basis.text import first_line
@@ -76,39 +75,31 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
 
     Raises ``ValueError`` for lazy layers, and a model that cannot run on such inputs.
     """
-    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        raise ValueError("model has lazy layers, whose shapes are not known yet; run it once first")
+    refuse_lazy(model)
     try:
-        return _run(shape_copy(model), mapped(lambda tensor: tensor.to("meta"), inputs))
-    except Exception:  # whatever the meta device cannot do, or a wrong input: the real run tells
-        try:
-            return _run(copy_of(model), inputs)
-        except Exception as error:
-            what = f"the model cannot be run on an input of {shapes_of(inputs)}: {first_line(error)}"
-            raise ValueError(f"{what}; inputs= takes a batch of any kind") from error
+        return on_a_copy(model, inputs, _run)
+    except Exception as error:  # the model's own code may raise anything
+        what = f"the model cannot be run on an input of {shapes_of(inputs)}: {first_line(error)}"
+        raise ValueError(f"{what}; inputs= takes a batch of any kind") from error
 
 
 def _run(model: nn.Module, inputs: Inputs) -> Trace:
     calls: dict[nn.Module, list[Call]] = {}
-    for module in without_hooks(model).eval().modules():
+    for module in model.eval().modules():
         holds = next(module.parameters(False), None) is not None and not isinstance(module, Coefficients)
         if holds or isinstance(module, MATMULS):
             calls[module] = []
     watch = _Watch(calls)
 
-    def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         watch.running.pop()
         x, y = tensors_in((args, kwargs)), tensors_in(output)
-        if x and y:
+        if x and y and module in calls:
             recorded = torch.is_grad_enabled()
             needs_dx = recorded and x[0].requires_grad
             calls[module].append(Call(tuple(x[0].shape), tuple(y[0].shape), x[0].element_size(), needs_dx, recorded))
 
-    for module in calls:
-        if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
-            continue
-        module.register_forward_pre_hook(lambda module, _: watch.running.append(module))
-        module.register_forward_hook(record, with_kwargs=True, always_call=True)
+    watch_calls(model, lambda module, *_: watch.running.append(module), leave)
     with torch.enable_grad(), torch.jit.optimized_execution(False), watch:  # which would hide what takes a gradient
         run(model, inputs)
     layers = [(name, module, calls[module]) for name, module in model.named_modules() if module in calls]
@@ -125,7 +116,7 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, layers: Collection[nn.Module]) -> None:
         super().__init__()
-        self.covered = set(filter(has_formula, layers))
+        self.layers, self.covered = layers, set(filter(has_formula, layers))
         self.parameters = [(p, layer) for layer in layers for p in layer.parameters(recurse=False)]
         self.owners = {id(p): layer for p, layer in self.parameters}  # while they are held
         self.running: list[nn.Module] = []
@@ -163,5 +154,6 @@ class _Watch(TorchDispatchMode):
         owners = [self.owners.get(id(f if f._base is None else f._base)) for f in factors]
         flows = [macs * (f.requires_grad and torch.is_grad_enabled()) for f in factors]
         weights = sum(flow for flow, owner in zip(flows, owners, strict=True) if owner)
-        owner = next(filter(None, (*owners, *reversed(self.running))), None)
+        running = (layer for layer in reversed(self.running) if layer in self.layers)
+        owner = next(filter(None, (*owners, *running)), None)
         self.products.append(Product(owner, macs, sum(flows) - weights, weights))

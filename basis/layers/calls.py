@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from basis.copies import on_a_copy, refuse_lazy, watch_calls
 from basis.inputs import Inputs, run, shapes_of, tensors_in
@@ -117,23 +118,18 @@ class _Watch(TorchDispatchMode):
     def __init__(self, layers: Collection[nn.Module]) -> None:
         super().__init__()
         self.layers, self.covered = layers, set(filter(has_formula, layers))
-        self.parameters = [(p, layer) for layer in layers for p in layer.parameters(recurse=False)]
-        self.owners = {id(p): layer for p, layer in self.parameters}  # while they are held
+        self.owners = WeakIdKeyDictionary({p: layer for layer in layers for p in layer.parameters(recurse=False)})
         self.running: list[nn.Module] = []
         self.products: list[Product] = []
         self.uncounted: dict[str, None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled() and func._can_decompose():
-            with self:
-                return func.decompose(*args, **kwargs)
-        out = func(*args, **kwargs)
+        out = func(*args, **(kwargs or {}))
         if self.covered.isdisjoint(self.running):
-            self.keep(func, args, out)
+            self._keep(func, args, out)
         return out
 
-    def keep(self, func: Any, args: Any, out: Any) -> None:
+    def _keep(self, func: Any, args: Any, out: Any) -> None:
         """Note what ``func`` multiplied."""
         operator = func.name().partition(".")[0]
         space, _, name = operator.rstrip("_").partition("::")
@@ -141,17 +137,16 @@ class _Watch(TorchDispatchMode):
         factors = [factor for factor in args[first : first + 2] if isinstance(factor, Tensor)]
         sparse = any(factor.layout != torch.strided for factor in factors)
         if space != "aten" or name not in FACTORS or sparse:
-            if not space.startswith(("prim", "profiler")) and (space != "aten" or OPAQUE.match(name)):
+            if OPAQUE.match(name) if space == "aten" else not space.startswith(("prim", "profiler")):
                 self.uncounted[f"{operator}{' of sparse tensors' * sparse}"] = None
             return
         a, b = factors
         if name == "convolution":
-            transposed = args[6]
-            maps = a if transposed else out
+            maps = a if args[6] else out  # of a transposed one each input pixel meets the weight
             macs = maps.numel() // maps.shape[1] * b.numel()
         else:
             macs = a.numel() * (b.shape[-1] if b.dim() > 1 else 1)
-        owners = [self.owners.get(id(f if f._base is None else f._base)) for f in factors]
+        owners = [self.owners.get(f if f._base is None else f._base) for f in factors]
         flows = [macs * (f.requires_grad and torch.is_grad_enabled()) for f in factors]
         weights = sum(flow for flow, owner in zip(flows, owners, strict=True) if owner)
         running = (layer for layer in reversed(self.running) if layer in self.layers)

@@ -127,10 +127,8 @@ def _knows_forward(layer: nn.Module) -> bool:
 
 def _fit(conv: Any, norm: Any) -> bool:
     """Whether ``norm`` can be folded into ``conv``."""
-    if norm.training or norm.running_mean is None or norm.running_var is None:  # it may not heed ``eval()``
-        return False
-    if norm._forward_hooks:
-        return False
+    if norm.training or norm.running_mean is None or norm.running_var is None or norm._forward_hooks:
+        return False  # such as one that does not heed ``eval()``
     plain = type(conv) is nn.Conv2d and not {"forward", "_conv_forward"} & set(vars(conv))
     return _knows_forward(conv) if isinstance(conv, ConvLike) else plain and set(conv._parameters) == {"weight", "bias"}
 

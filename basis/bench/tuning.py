@@ -29,7 +29,7 @@ from basis.costs import cost
 from basis.inputs import Inputs, shapes_of
 from basis.layers.batchnorm import couple, couple_in_place, couplings, uncouple, uncouple_in_place
 from basis.layers.conv import BasisConv2d, ExplicitMode, basis_channels_for
-from basis.layers.norm_pairs import norm_pairs
+from basis.layers.norm_pairs import norms_after
 from basis.numbers import plain_number
 from basis.substitution import plan_of
 from basis.text import few
@@ -68,7 +68,7 @@ def bench_latency(
     free = [layer for layer, why in plan_of(model).skipped.items() if why == "left dense"]
     free = [layer for layer in free if isinstance(model.get_submodule(layer), nn.Conv2d)]
     setting = (setting or Setting()).settled(model)
-    captures, norms = setting.captures, _norms(model, given)
+    norms = {conv: model.get_submodule(norm) for conv, norm in norms_after(model, given).items()}
     cells = []
     for layer, timed in timed_layers(model, given, free).items():
         conv: Any = model.get_submodule(layer)
@@ -82,7 +82,7 @@ def bench_latency(
                 about = {"mode": "auto", "ratio": k / width, "basis_channels": k}
                 rows |= {f"{k}": about, f"{k} through_basis": {**about, "resolved": "through_basis"}}
                 makes[f"{k}"] = partial(_with_norm, partial(timed.basis, k), norm, one)
-                if captures and norm is not None:
+                if setting.captures and norm is not None:
                     makes[f"{k} through_basis"] = partial(makes[f"{k}"], coupled=True)
             cells += [Cell(
                 about={"layer": layer, "shape": str(timed), "pass": one, "resolved": "dense"}, rows=rows,
@@ -95,26 +95,18 @@ def bench_latency(
     report = cost(model, inputs=given)
     options = {"model": name or type(model).__name__, "inputs": report.inputs, "multiple": multiple}
     options |= {"macs": report.total.forward_macs // report.batch_size, "ratios": ratios, "passes": list(passes)}
-    sums = {one: sum(row["dense_ms"] for row in dense_rows if row["pass"] == one) for one in passes}
-    options |= {"norm": True, "layers_ms": sums}
-    if captures:
+    options["layers_ms"] = {one: sum(row["dense_ms"] for row in dense_rows if row["pass"] == one) for one in passes}
+    options["norm"] = True
+    if setting.captures:
         with setting.globals():
             whole_inputs = torch.randn_like(given) if isinstance(given, Tensor) and inputs is None else given
         options["network_ms"] = {one: _whole_ms(model, whole_inputs, one, setting) for one in passes}
-    fastest_rows: dict[Any, Mapping[str, Any]] = {}
-    for row in sorted(found, key=lambda row: row.get("ms", math.inf)):
-        fastest_rows.setdefault((row["layer"], row["pass"], row["basis_channels"]), row)
-    kept = {id(row) for row in fastest_rows.values()}
-    return setting.report("bench-latency", [row for row in found if id(row) in kept], **options)
-
-
-def _norms(model: nn.Module, inputs: Inputs) -> dict[str, nn.Module]:
-    """Convolution -> the batch normalisation that directly follows it; none for a model that cannot train on these."""
-    try:
-        found = norm_pairs(model, inputs=inputs, both_modes=True).norms
-    except ValueError:
-        return {}
-    return {conv: model.get_submodule(norm) for conv, norm in found.items()}
+    quickest: dict[Any, Mapping[str, Any]] = {}
+    for row in found:
+        place = row["layer"], row["pass"], row["basis_channels"]
+        if row.get("ms", math.inf) < quickest.setdefault(place, row).get("ms", math.inf):
+            quickest[place] = row
+    return setting.report("bench-latency", list(quickest.values()), **options)
 
 
 def _with_norm(make: Make, norm: nn.Module | None, one: Pass, *, coupled: bool = False) -> nn.Module:
@@ -187,13 +179,11 @@ def fastest(table: BenchReport) -> dict[str, Way]:
     """
     if table.kind != "bench-modes":
         raise ValueError(f"the table is a report of kind {table.kind!r}, but it must be one that tune made")
-    best: dict[str, Mapping[str, Any]] = {}
-    for row in table.rows:
-        if row["mode"] not in WAYS or row.get("error"):
-            continue
-        if row["speedup"] > best.get(row["layer"], {"speedup": 0.0})["speedup"]:
-            best[row["layer"]] = row
-    return {layer: row["mode"] for layer, row in best.items()}
+    rows = [row for row in table.rows if row["mode"] in WAYS and not row.get("error")]
+    best: dict[str, Way] = {}
+    for row in sorted(rows, key=lambda row: row["speedup"], reverse=True):
+        best.setdefault(row["layer"], row["mode"])
+    return best
 
 
 def use_modes(model: nn.Module, table: BenchReport, *, inputs: Inputs | None = None) -> None:

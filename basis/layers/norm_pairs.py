@@ -81,6 +81,14 @@ def norm_pairs(model: nn.Module, *, inputs: Inputs | None = None, both_modes: bo
     return Pairs(norms, alone, frozenset(read & convs.keys()), example)
 
 
+def norms_after(model: nn.Module, inputs: Inputs) -> Mapping[str, str]:
+    """The pairs in both modes, convolution -> batch normalisation; none where the model cannot be run in both."""
+    try:
+        return norm_pairs(model, inputs=inputs, both_modes=True).norms
+    except ValueError:
+        return {}
+
+
 def afterwards(norm: nn.Module) -> tuple[nn.Module, ...] | None:
     """What a batch normalisation does with its result, as timm's ``BatchNormAct2d``; None where that is not known."""
     kind = type(norm)

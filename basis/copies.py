@@ -105,8 +105,7 @@ def unnoticed(model: nn.Module) -> Iterator[None]:
     nothing that the model warns of is shown.
     """
     devices = {tensor.get_device() for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
-    stored = [b for b in model.buffers() if not (is_lazy(b) or b.is_meta) and b.layout == torch.strided]
-    before = [(buffer, buffer.clone()) for buffer in stored]
+    before = [(b, b.clone()) for b in model.buffers() if not b.is_meta and b.layout == torch.strided]
     compiles = "torch._dynamo" in sys.modules  # which takes long to import
     eager = torch.compiler.set_stance("force_eager") if compiles else nullcontext()
     with torch.random.fork_rng(devices), eager, warnings.catch_warnings():

@@ -25,7 +25,7 @@ from basis.inputs import Inputs, mapped, run, tensors_in
 from basis.layers.base import ConvLike, arguments_of
 from basis.layers.batchnorm import uncouple
 from basis.layers.conv import BasisConv2d
-from basis.layers.norm_pairs import afterwards, norm_pairs
+from basis.layers.norm_pairs import Pairs, afterwards, norm_pairs
 from basis.layers.structured import StructuredConv2d
 from basis.models import build
 from basis.modules import is_channels_last
@@ -64,17 +64,17 @@ def fold(model: nn.Module, *, factorized: Iterable[str] = (), inputs: Inputs | N
     if unknown := [name for name in names if name not in bases]:
         raise ValueError(f"factorized has {unknown[0]!r}, but it must name basis convolutions ({few(bases) or 'none'})")
     first = {module: name for name, module in plain.named_modules()}
-    norms, pairs, example, problem = {}, set(), None, ""
+    problem, found = "", Pairs({}, {})
     try:
         found = norm_pairs(plain, inputs=inputs)
-        norms = {c: n for c, n in found.norms.items() if _fit(plain.get_submodule(c), plain.get_submodule(n))}
-        pairs, example = {first[bases[name]] for name in names} - found.read, found.inputs
     except ValueError as error:
         if inputs is not None:
             raise
         problem = str(error) * (bool(names) or any(isinstance(module, nn.BatchNorm2d) for module in first))
+    norms = {c: n for c, n in found.norms.items() if _fit(plain.get_submodule(c), plain.get_submodule(n))}
+    pairs = set() if problem else {first[bases[name]] for name in names} - found.read
     folded = _folded(uncouple(model).eval(), norms, pairs)
-    if (norms or pairs) and not _alike(folded, plain, example):
+    if (norms or pairs) and not _alike(folded, plain, found.inputs):
         problem = "the folded model does not give what the model gives"
         folded = _folded(uncouple(model).eval(), {}, ())
     if problem:
@@ -186,13 +186,11 @@ def measure_fold(
     for name, called in timed_layers(source, given, layers).items():
         dense, pair = (form.get_submodule(name) for form in forms)
         timed = TimedLayer.of(dense, called.inputs, input_gradient=False)
-        cells.append(
-            Cell(
-                about={"layer": name, "pass": "forward"}, inputs=timed.inputs,
-                candidates={"dense": partial(copy.deepcopy, dense), "pair": partial(copy.deepcopy, pair)},
-                key=(timed, layers[name].basis_channels, layers[name].coefficients.groups),
-            )
-        )  # fmt: skip
+        cells += [Cell(
+            about={"layer": name, "pass": "forward"}, inputs=timed.inputs,
+            candidates={"dense": partial(copy.deepcopy, dense), "pair": partial(copy.deepcopy, pair)},
+            key=(timed, layers[name].basis_channels, layers[name].coefficients.groups),
+        )]  # fmt: skip
     if not cells:
         raise ValueError("the model has no basis convolution that is called, so there is nothing to measure")
     rows = [row for row in measure_cells(cells, setting) if row["mode"] == "pair"]
@@ -226,7 +224,6 @@ def bench_inference(
     with setting.globals():
         dense = build(model, width=width).eval()
     setting = setting.settled(dense)
-    captures = setting.captures
 
     def cell(about: Mapping[str, float]) -> Cell:
         size: dict[str, Any] = {"plan": plans[about["share"]]} if plans and "share" in about else dict(about)
@@ -238,10 +235,11 @@ def bench_inference(
         return Cell(
             about={"model": model, "pass": "forward", "batch_size": setting.batch_size, **about},
             candidates={
-                **({"dense": folded, "dense plain": plain} if captures else {"dense": plain, "dense folded": folded}),
+                "dense": folded if setting.captures else plain,
+                **({"dense plain": plain} if setting.captures else {"dense folded": folded}),
                 "auto": partial(copy.deepcopy, basis), "folded": partial(deployed, basis, setting),
                 "folded, pairs": (best := partial(deployed, basis, setting, pairs)),
-                **({"program": lambda: _program(best(), setting)} if captures else {}),
+                **({"program": lambda: _program(best(), setting)} if setting.captures else {}),
             },
             rows={"folded, pairs": {"pairs": len(pairs), "layers": len(layers)}}, rotated=False,
         )  # fmt: skip

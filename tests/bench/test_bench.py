@@ -274,10 +274,7 @@ def test_a_layer_that_cannot_be_captured_is_never_mixed_with_graphs(setting):
     }
     control, factorized, composed = bench_layers(**options, setting=replace(setting, capture=refuse("composed"))).rows
     assert control["timed"] == factorized["timed"] == "graph"
-    assert (
-        composed["error"]
-        == "could not be captured: RuntimeError: operation not permitted when stream is capturing and more"
-    )
+    assert composed["error"].startswith("could not be captured: RuntimeError: operation not permitted when stream")
     assert "ms" not in composed
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
         bench_layers(**options, setting=replace(setting, capture=refuse("dense")))

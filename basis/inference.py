@@ -39,12 +39,11 @@ def fold(model: nn.Module, *, factorized: Iterable[str] = (), inputs: Inputs | N
     """A copy of ``model`` for inference, of plain ``torch.nn`` layers, with batch normalisation folded away.
 
     Every basis convolution or structured layer becomes one dense ``nn.Conv2d``. The ``nn.BatchNorm2d`` that directly
-    follows a convolution, in a run on ``inputs``, goes into its weight and bias, computed in float64 on the CPU and
-    rounded once. Others stay: those with statistics of each batch alone, with hooks on them or their convolution, whose
-    parameters are used elsewhere too, after a convolution whose forward pass or weight is made by somebody else, or in
-    a part whose forward pass depends on values. The copy is in evaluation mode, takes no gradients, and keeps device,
-    dtype, memory format, hooks, and the attributes of the layers. It has to give what the model gives on ``inputs``; if
-    it does not, or the model cannot be run, a warning says so, and all batch normalisation stays.
+    follows a convolution (:func:`basis.layers.norm_pairs.norm_pairs`) goes into its weight and bias, computed in
+    float64 on the CPU and rounded once. Others stay, and so do those with statistics of each batch alone, with hooks,
+    or after a convolution whose forward pass or weight is made by somebody else. The copy is in evaluation mode, takes
+    no gradients, and keeps device, dtype, memory format, hooks, and the attributes of the layers. It has to give what
+    the model gives; if it does not, or the model cannot be run, a warning says so, and all batch normalisation stays.
 
     Args:
         factorized: names of the basis convolutions that become ``nn.Sequential`` pairs of B (C_in -> k) and
@@ -172,11 +171,10 @@ def measure_fold(
 ) -> tuple[str, ...]:  # fmt: skip
     """The basis convolutions whose forward pass is faster as a pair than dense, for :func:`fold`, by turns.
 
-    Faster is a lower quartile of dense / pair above 1. Each layer alone, on inputs of the sizes that it gets for
-    samples of ``input_size``, (3, 32, 32) unless given, or for ``inputs``, a batch as the model takes it (see
-    :func:`basis.cost`); of layers with equal shapes the first. Weights are in the setting's precision.
-    Raises ``ValueError`` for a model without a basis convolution that is called, on the meta device, or that cannot be
-    run on such inputs.
+    Faster is a lower quartile of dense / pair above 1. Each layer alone, on inputs as for
+    :func:`basis.bench.tuning.bench_latency`; of layers with equal shapes the first. Weights are in the setting's
+    precision. Raises ``ValueError`` for a model without a basis convolution that is called, on the meta device, or that
+    cannot be run on such inputs.
     """
     source = uncouple(model).eval()
     layers = {name: module for name, module in source.named_modules() if isinstance(module, BasisConv2d)}

@@ -111,9 +111,7 @@ def compare(times: Sequence[float], dense: Sequence[float], basis: Sequence[floa
 def peak_bytes(step: Step, device: torch.device) -> int:
     """Bytes that one call of ``step`` takes beyond what was resident, as PyTorch's allocator sees it.
 
-    On a CPU the highest minus the lowest running sum of the allocations and releases within the call; a
-    library's own scratch memory (oneDNN's) is not among them. On a GPU ``max_memory_allocated`` minus what
-    was allocated before.
+    A library's own scratch memory (oneDNN's) is not among them.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

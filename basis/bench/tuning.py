@@ -47,18 +47,14 @@ def bench_latency(
     """Measure every convolution of ``model`` that can be substituted, alone, dense and in mode auto.
 
     For :func:`basis.select`. A cell is a layer and a pass; its candidates are k nearest to each ratio, a multiple of
-    ``multiple`` and of the layer's groups, below C_out. Layers have the model's shapes but fresh weights, on the
-    inputs of one forward pass on samples of ``input_size``, (3, 32, 32) unless given, or on ``inputs``, a batch as the
-    model takes it (see :func:`basis.cost`); the first layer takes no gradient of its input.
-    With the backward pass a layer is timed with the batch normalisation that directly follows it, and a ReLU
-    (``config["norm"]``); a forward pass is that of a folded layer, without. Where steps are captured a k also has
-    batch normalisation through the basis, and the row of the faster one stays. Equal shapes are measured once: the
-    rows of the others name the first in ``same_as``. Rows have ``layer``, ``shape``, ``basis_channels`` (C_out in the
-    control row) and ``resolved``: a mode, or "through_basis".
-
+    ``multiple`` and of the layer's groups, below C_out. Layers have fresh weights, on inputs as in one forward pass on
+    samples of ``input_size``, (3, 32, 32) unless given, or on ``inputs``, a batch as the model takes it. With the
+    backward pass a layer is timed with the batch normalisation that directly follows it, and a ReLU; a forward pass is
+    that of a folded layer, without. Where steps are captured a k also has batch normalisation through the basis, and
+    the row of the faster one stays. Rows have ``layer``, ``shape``, ``basis_channels`` (C_out in the control row),
+    ``resolved`` (a mode, or "through_basis") and, where an equal layer was measured, that in ``same_as``.
     ``config`` has for each pass ``layers_ms``, the sum of the dense layers' times, and, where steps are captured,
-    ``network_ms``, that of the whole dense network. The latter has what the former lacks: the addition of shortcuts,
-    the pooling, the linear layer, and the normalisations that follow no convolution. Neither has loss or optimiser.
+    ``network_ms``, that of the whole dense network, with all its other layers. Neither has loss or optimiser.
 
     Raises ``ValueError`` for a model without such a layer, or that cannot be run on such inputs; for a ratio or setting
     that makes no sense.
@@ -134,13 +130,9 @@ def tune(
 ) -> BenchReport:  # fmt: skip
     """Time every basis convolution of ``model`` in every way, beside its dense layer; all of a layer together.
 
-    Each layer, with the batch normalisation that directly follows it and a ReLU, is timed alone, as a copy, on the
-    inputs that it gets in one forward pass on samples of ``input_size``, (3, 32, 32) unless given, or on ``inputs``, a
-    batch as the model takes it (see :func:`basis.cost`). Taking the normalisation through the basis
-    (:mod:`basis.layers.batchnorm`) is one of the ways. ``model`` is not changed: that is :func:`use_modes`.
-
-    Raises ``ValueError`` for a model without such a layer, or that cannot be run on such inputs; for a setting that
-    makes no sense.
+    A copy of each layer, with the batch normalisation that directly follows it and a ReLU, is timed alone, on inputs as
+    for :func:`bench_latency`. Taking the normalisation through the basis (:mod:`basis.layers.batchnorm`) is one of the
+    ways. Raises ``ValueError`` as :func:`bench_latency` does.
     """
     given = example(model, input_size, inputs)
     norms, plain = couplings(model, inputs=given).norms, uncouple(model)

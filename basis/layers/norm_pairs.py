@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from basis.copies import on_a_copy, refuse_lazy, unnoticed, watch_calls
@@ -24,9 +23,10 @@ _SEE_INPUTS = ("_forward_pre_hooks", "_backward_hooks")
 _SEE_OUTPUTS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 # What tells a model on which device it runs; as the meta device is none of its own, such a model is really run.
 _DEVICE = tuple(getattr(Tensor, name).__get__ for name in ("device", "is_cuda", "is_cpu", "is_meta"))
-# What tells values, and is no operator; and how operators are tagged that do.
-_VALUES = (Tensor.numpy, Tensor.__array__, Tensor.tolist)
-_TELLING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+# What lets code know values, or gives shapes that depend on them.
+_TELLING = ("__array__", "__bool__", "__contains__", "__float__", "__format__", "__index__", "__int__", "allclose",
+            "argwhere", "equal", "is_nonzero", "item", "masked_select", "nonzero", "numpy", "tolist")  # fmt: skip
+_VALUES = {getattr(place, name) for name in _TELLING for place in (Tensor, torch) if hasattr(place, name)}
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class _Watch(TorchFunctionMode):
         if mode is not None:
             copied.train(mode)
         watch_calls(copied, self._enter, partial(self._leave, calls))
-        with torch.no_grad(), _Operators(self), self:
+        with torch.no_grad(), self:
             result = run(copied, inputs)
         self.calls |= calls
         self.elsewhere.update(self._givers.values())
@@ -177,7 +177,7 @@ class _Watch(TorchFunctionMode):
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         name = self._names[module]
         if name in self._hooked[0]:
-            self.uses(args, kwargs)
+            self._uses(args, kwargs)
         self._within.append(name)
         if isinstance(module, nn.BatchNorm2d):
             conv = next(map(self._givers.get, tensors_in([args, kwargs])), None)
@@ -193,26 +193,21 @@ class _Watch(TorchFunctionMode):
         if isinstance(module, (ConvLike, nn.Conv2d)) and isinstance(output, Tensor):
             self._givers[output] = name
         if name in self._hooked[1]:
-            self.uses(output)
+            self._uses(output)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _DEVICE and args[0].is_meta and self._outside():
             raise NotImplementedError("what the model does may depend on the device")
-        self.uses(args, kwargs)
-        if func in _VALUES:
-            self.tells_values()
+        self._uses(args, kwargs)
+        if func in _VALUES and self._outside():
+            self.unsure.add(self._within[-1] if self._within else "")
         return func(*args, **(kwargs or {}))
 
-    def uses(self, *values: Any) -> None:
+    def _uses(self, *values: Any) -> None:
         """Something is done now with the tensors among ``values``."""
         for conv in filter(None.__ne__, map(self._givers.get, tensors_in(values))):
             if self.follows[conv].isdisjoint(self._within):
                 self.elsewhere.add(conv)
-
-    def tells_values(self) -> None:
-        """The code that runs now gets to know values, or shapes that depend on them."""
-        if self._outside():
-            self.unsure.add(self._within[-1] if self._within else "")
 
     def _outside(self) -> bool:
         """Whether no convolution and no batch normalisation is running."""
@@ -222,22 +217,6 @@ class _Watch(TorchFunctionMode):
         """What belongs to ``owners`` alone is read now."""
         if owners.isdisjoint(self._within):
             self.read |= owners
-
-
-class _Operators(TorchDispatchMode):
-    """Tells a watch of the operators that are executed, whoever calls them."""
-
-    def __init__(self, watch: _Watch) -> None:
-        super().__init__()
-        self.watch = watch
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.watch.uses(args, kwargs)
-        if _TELLING.intersection(func.tags):
-            index = func is torch.ops.aten.index.Tensor  # whose shape depends on values where these are booleans
-            if not index or any(tensor.dtype == torch.bool for tensor in tensors_in(args[1])):
-                self.watch.tells_values()
-        return func(*args, **(kwargs or {}))
 
 
 class _Reads(dict):

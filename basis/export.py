@@ -51,8 +51,7 @@ def export_onnx(
 
     Args:
         input_size: the size of one sample, such as (C, H, W), for inputs of random numbers.
-        inputs: in its place, a batch as the model takes it, whose samples are used as they are, again and again: a
-            tensor, a tuple or list of arguments, or a dictionary of keyword arguments.
+        inputs: in its place, a batch as the model takes it (:func:`basis.cost`), whose samples come round again.
         batch: samples per call; "dynamic" leaves it open, and the file is run with 1 and with 3.
         tolerance: largest difference allowed, relative to the largest magnitude of each of the model's outputs.
 

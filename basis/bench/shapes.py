@@ -99,9 +99,7 @@ def timed_layers(model: nn.Module, inputs: Inputs, names: Collection[str]) -> di
         return x[-3:] if images == 1 else (images, *x[-3:])
 
     return {
-        name: TimedLayer.of(
-            layer, [size(call.x) for call in calls], input_gradient=any(call.needs_dx for call in calls)
-        )
+        name: TimedLayer.of(layer, [size(call.x) for call in calls], input_gradient=any(c.needs_dx for c in calls))
         for name, layer, calls in trace(model, inputs).layers
         if name in names and calls
     }

@@ -46,20 +46,11 @@ class Call:
     recorded: bool = True
 
 
-class Product(NamedTuple):
-    """One product outside the calls that have a formula; of no ``layer`` where none has parameters in it."""
-
-    layer: nn.Module | None
-    macs: int
-    input_gradient_macs: int
-    weight_gradient_macs: int
-
-
 class Trace(NamedTuple):
     """One forward pass: every layer, by name, with its calls; other products; operators that cannot be counted."""
 
     layers: list[tuple[str, nn.Module, list[Call]]]
-    products: list[Product]
+    products: list[tuple[nn.Module | None, int, int, int]]  # whose, if any; MACs forward, for dX, for parameters
     uncounted: tuple[str, ...]
 
 
@@ -120,7 +111,7 @@ class _Watch(TorchDispatchMode):
         self.layers, self.covered = layers, set(filter(has_formula, layers))
         self.owners = WeakIdKeyDictionary({p: layer for layer in layers for p in layer.parameters(recurse=False)})
         self.running: list[nn.Module] = []
-        self.products: list[Product] = []
+        self.products: list[tuple[nn.Module | None, int, int, int]] = []
         self.uncounted: dict[str, None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -151,4 +142,4 @@ class _Watch(TorchDispatchMode):
         weights = sum(flow for flow, owner in zip(flows, owners, strict=True) if owner)
         running = (layer for layer in reversed(self.running) if layer in self.layers)
         owner = next(filter(None, (*owners, *running)), None)
-        self.products.append(Product(owner, macs, sum(flows) - weights, weights))
+        self.products.append((owner, macs, sum(flows) - weights, weights))

@@ -8,9 +8,11 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from basis.inputs import Inputs, example_inputs, samples_in
+from basis.layers.base import arguments_of
 from basis.layers.calls import trace
 from basis.layers.conv import BasisConv2d
 
@@ -63,12 +65,7 @@ class TimedLayer:
     @classmethod
     def of(cls, conv: Any, inputs: Iterable[tuple[int, ...]], *, input_gradient: bool) -> TimedLayer:
         """``conv`` on these inputs."""
-        padding = conv.padding if isinstance(conv.padding, str) else tuple(conv.padding)
-        options = (
-            conv.in_channels, conv.out_channels, tuple(conv.kernel_size), tuple(conv.stride), padding,
-            tuple(conv.dilation), conv.groups, conv.bias is not None, conv.padding_mode,
-        )  # fmt: skip
-        return cls(options, tuple(inputs), input_gradient)
+        return cls(arguments_of(conv, torch.empty(0))[:9], tuple(inputs), input_gradient)
 
     def __str__(self) -> str:
         c_in, c_out, kernel, stride, _, dilation, groups, *_ = self.options

@@ -124,10 +124,11 @@ def _examples(model: nn.Module, inputs: Inputs | None) -> list[Inputs]:
         given = example_inputs(model, None, inputs)
         return [given, with_samples(given, 2 if samples_in(given) == 1 else 1)]
     channels = next(m.in_channels for m in model.modules() if isinstance(m, (ConvLike, nn.Conv2d)))
-    noted = (getattr(model, "default_cfg", None) or {}).get("input_size")
+    about = getattr(model, "default_cfg", None)
+    noted = [about["input_size"]] if isinstance(about, Mapping) and "input_size" in about else []
     edges = [edge for edge in (getattr(model, "image_size", None), 32, 64, 299, 224) if edge is not None]
     sizes = [(channels, *(edge if isinstance(edge, Sequence) else (edge, edge))) for edge in edges]
-    zeros = [example_inputs(model, size, None, batch_size=2) for size in ([noted] if noted else []) + sizes]
+    zeros = [example_inputs(model, size, None, batch_size=2) for size in noted + sizes]
     batches = [mapped(torch.randn_like, batch) for batch in zeros]
     return [*batches, with_samples(batches[-1], 1)]
 

@@ -20,10 +20,6 @@ from basis.layers.coefficients import Coefficients
 from basis.text import first_line
 
 MATMULS = (_ConvNd, nn.Linear, ConvLike)
-# What torch's own layers of this kind execute.
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-METHODS = ("forward", "_conv_forward")
-PLAIN = {getattr(one, method, None) for one in (*CONVOLUTIONS, nn.Linear) for method in METHODS}
 # Products by operator, and which argument is their first factor.
 FACTORS = {
     "mm": 0, "bmm": 0, "mv": 0, "dot": 0, "vdot": 0, "convolution": 0, "addmm": 1, "baddbmm": 1, "addbmm": 1, "addmv": 1
@@ -58,8 +54,11 @@ def has_formula(module: Any) -> bool:
     """Whether shapes say what a call costs; not where somebody else has written the forward pass or the weight."""
     if isinstance(module, ConvLike):
         return True
-    plain = all(getattr(type(module), method, None) in PLAIN for method in METHODS)
-    return plain and "forward" not in vars(module) and module.weight.layout == torch.strided
+    if not isinstance(module, MATMULS) or "forward" in vars(module):
+        return False
+    methods = [getattr(type(module), name, nn.Linear.forward) for name in ("forward", "_conv_forward")]
+    plain = all(method.__module__.startswith("torch.nn.modules.") for method in methods)
+    return plain and module.weight.layout == torch.strided
 
 
 def trace(model: nn.Module, inputs: Inputs) -> Trace:

@@ -106,12 +106,13 @@ WAYS = {
     "statistics elsewhere": beside(lambda y, m: m.bn.running_mean.sum()),
     "value": lambda m, x: m.bn(m.conv(x)) if x.mean() > 0 else m.bn(m.other(x)),
     "numbers of numpy": lambda m, x: m.bn(m.conv(x)) if x.numpy().mean() > 0 else x,
+    "numbers in a list": lambda m, x: m.bn(m.conv(x)) if sum(x.flatten().tolist()) > 0 else x,
     "experts": experts,
 }
 REASONS = {
     **dict.fromkeys(WAYS, NOWHERE), **dict.fromkeys(("called twice", "norm twice"), TWICE),
     **dict.fromkeys(("weight elsewhere", "weight in words", "bias asked for", "statistics elsewhere"), READ),
-    **dict.fromkeys(("value", "numbers of numpy", "experts"), VALUES),
+    **dict.fromkeys(("value", "numbers of numpy", "numbers in a list", "experts"), VALUES),
 }  # fmt: skip
 
 

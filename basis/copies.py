@@ -15,6 +15,8 @@ from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
 
+from basis.inputs import Inputs, mapped
+
 
 class _Copying(TorchFunctionMode):
     """Tensors that ``copy.deepcopy`` meets are copied by ``how``; by torch where it gives None."""
@@ -83,6 +85,28 @@ def without_pruning(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def refuse_lazy(model: nn.Module) -> None:
+    """Raise ``ValueError`` for a model with lazy layers."""
+    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("the model has lazy layers, whose shapes are not known yet; run it once first")
+
+
+def on_a_copy(model: nn.Module, inputs: Inputs, do: Callable[[nn.Module, Inputs], Any]) -> Any:
+    """What ``do`` gives for a copy without hooks, which it may use up: on the meta device if that can be, else real."""
+    try:
+        return do(without_hooks(shape_copy(model)), mapped(lambda tensor: tensor.to("meta"), inputs))
+    except Exception:  # whatever the meta device cannot do, or a wrong input: the real run tells
+        return do(without_hooks(copy_of(model)), inputs)
+
+
+def watch_calls(model: nn.Module, enter: Callable[..., None], leave: Callable[..., None]) -> None:
+    """Call ``enter`` (module, args, kwargs) before, and ``leave`` (these, output) after every call of a module."""
+    for module in model.modules():
+        if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+            module.register_forward_pre_hook(enter, with_kwargs=True)
+            module.register_forward_hook(leave, with_kwargs=True, always_call=True)
+
+
 @contextmanager
 def unnoticed(model: nn.Module) -> Iterator[None]:
     """For runs of copies of ``model``: afterwards torch's random numbers and all buffers are as they were.
@@ -91,8 +115,7 @@ def unnoticed(model: nn.Module) -> Iterator[None]:
     nothing that the model warns of is shown.
     """
     devices = {tensor.get_device() for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
-    stored = [b for b in model.buffers() if not (is_lazy(b) or b.is_meta) and b.layout == torch.strided]
-    before = [(buffer, buffer.clone()) for buffer in stored]
+    before = [(b, b.clone()) for b in model.buffers() if not b.is_meta and b.layout == torch.strided]
     compiles = "torch._dynamo" in sys.modules  # which takes long to import
     eager = torch.compiler.set_stance("force_eager") if compiles else nullcontext()
     with torch.random.fork_rng(devices), eager, warnings.catch_warnings():

@@ -135,9 +135,8 @@ class CostReport:
         title = f"one step of {self.batch_size} {kind}{'s' * (self.batch_size > 1)} of {self.input_size or self.inputs}"
         lines = [title, *columns(rows, left=2)]
         missing = [layer.name for layer in self.layers if not layer.counted]
-        for what, names in (("never called", missing), ("not counted", self.uncounted)):
-            lines += [f"{what}: {', '.join(names)}"] * bool(names)
-        return "\n".join(lines)
+        notes = {"never called": missing, "not counted": self.uncounted}
+        return "\n".join(lines + [f"{what}: {', '.join(names)}" for what, names in notes.items() if names])
 
 
 def _short(number: float) -> str:
@@ -156,12 +155,11 @@ def cost(
     """Count what ``model`` costs in one training step of ``batch_size`` samples, layer by layer.
 
     Every module that holds parameters gets a row. MACs are those of convolutions and products of matrices; those of
-    complex numbers count as one. Gradients count where autograd records the product itself. Convolutions and linear
-    layers of torch and this package cost what the shapes of their calls say. Any other product counts for the layer
-    whose parameter is a factor, or else for the layer with parameters that makes it; what is left is the row
-    "(functions)". Operators that cannot be counted, such as quantised ones and FFT, are named. Shapes come from one run
-    of a copy on the meta device, in evaluation mode and without hooks; a model that cannot run there runs once on its
-    own device.
+    complex numbers count as one. Gradients count where autograd records the product itself. A product outside of
+    convolutions and linear layers counts for the layer whose parameter is a factor, or else for the layer with
+    parameters that makes it; what is left is the row "(functions)". Operators that cannot be counted, such as quantised
+    ones and FFT, are named. Shapes come from one run of a copy, in evaluation mode and without hooks, on the meta
+    device if it can be.
 
     Args:
         input_size: the size of one sample, such as (C, H, W); the input is zeros then.
@@ -187,13 +185,12 @@ def cost(
         own, counted = named[name], ""
         if isinstance(own, BasisConv2d):
             counted = mode or ("factorized" if own.mode == "auto" or own.mixed_later else own.mode)
-        as_is, dense = _stored(module, seen)
+        others = outside.get(module, Cost())
+        as_is, dense = (stored + others for stored in _stored(module, seen))
         for call in calls:
             through = isinstance(own, BasisBatchNorm2d)
             one = _through_basis_cost(own.conv, call) if through else _called_cost(module, call, counted)
             as_is, dense = as_is + _recorded(one, call), dense + _recorded(_dense_cost(module, call), call)
-        if module in outside:
-            as_is, dense = as_is + outside[module], dense + outside[module]
         if own in parts:  # a normalisation within a structured layer, which a dense one has not
             dense = Cost()
         known = bool(calls) or not isinstance(module, MATMULS) or module in outside

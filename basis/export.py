@@ -26,7 +26,7 @@ from basis.text import first_line
 Batch = int | Literal["dynamic"]
 Size = Sequence[int] | None
 Exporter = Callable[[nn.Module, Inputs, Any, Any], bytes]  # of a model, inputs, their shapes, outputs
-Runner = Callable[[bytes, Sequence[Inputs]], list[Any]]
+Runner = Callable[[bytes, Inputs], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +51,7 @@ def export_onnx(
 
     Args:
         input_size: the size of one sample, such as (C, H, W), for inputs of random numbers.
-        inputs: in its place, a batch as the model takes it, whose samples are used as they are, again and again: a
-            tensor, a tuple or list of arguments, or a dictionary of keyword arguments.
+        inputs: in its place, a batch as the model takes it (:func:`basis.cost`), whose samples come round again.
         batch: samples per call; "dynamic" leaves it open, and the file is run with 1 and with 3.
         tolerance: largest difference allowed, relative to the largest magnitude of each of the model's outputs.
 
@@ -68,9 +67,8 @@ def export_onnx(
         args, kwargs = arguments(example)
         taken, found = signature(copied.forward).parameters, len(tensors_in(outputs))
         names = {"output_names": ["logits"] if found == 1 else [f"output_{i}" for i in range(found)]}
-        keys = [key for key in outputs if isinstance(outputs[key], Tensor)] if isinstance(outputs, Mapping) else []
-        if len(keys) == found:
-            names["output_names"] = [f"{key}_output" if key in taken else str(key) for key in keys]
+        if isinstance(outputs, Mapping) and len(outputs) == found:
+            names["output_names"] = [f"{key}_output" if key in taken else str(key) for key in outputs]
         if isinstance(example, Tensor) and example.dim() == 4:
             names["input_names"] = ["images"]
         options = {"dynamo": True, "verbose": False, "dynamic_shapes": shapes, **names}
@@ -79,13 +77,12 @@ def export_onnx(
         onnx.checker.check_model(content, full_check=True)
         return content
 
-    def run_file(content: bytes, batches: Sequence[Inputs]) -> list[Any]:
+    def run_file(content: bytes, batch: Inputs) -> Any:
         import onnxruntime  # type: ignore[import-untyped]
 
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-        feeds = [zip(session.get_inputs(), tensors_in(batch), strict=True) for batch in batches]
-        found = [session.run(None, {given.name: tensor.numpy() for given, tensor in feed}) for feed in feeds]
-        return [list(map(torch.from_numpy, outputs)) for outputs in found]
+        feed = zip(session.get_inputs(), tensors_in(batch), strict=True)
+        return list(map(torch.from_numpy, session.run(None, {own.name: tensor.numpy() for own, tensor in feed})))
 
     runner = run_file if is_installed("onnxruntime") else None
     copied = uncouple(model).eval().cpu()
@@ -102,9 +99,8 @@ def export_program(
         torch.export.save(torch.export.export(copied, *arguments(example), dynamic_shapes=shapes), buffer)
         return buffer.getvalue()
 
-    def run_file(content: bytes, batches: Sequence[Inputs]) -> list[Any]:
-        program = torch.export.load(io.BytesIO(content)).module()
-        return [run(program, batch) for batch in batches]
+    def run_file(content: bytes, batch: Inputs) -> Any:
+        return run(torch.export.load(io.BytesIO(content)).module(), batch)
 
     return _write(uncouple(model).eval(), path, input_size, inputs, export, run_file, **options)
 
@@ -121,11 +117,10 @@ def _write(
     """Export, run and compare; the file appears last, whole."""
     target = Path(path)
     sizes = (1, 3) if batch == "dynamic" else (plain_number("batch", batch, whole=True, least=1),)
-    given = example_inputs(model, input_size, inputs)
-    batches = [with_samples(given, n) for n in sizes]
+    given = example_inputs(model, input_size, inputs, batch_size=sizes[-1] if inputs is None else 1)
     if inputs is None:
-        generator = torch.Generator().manual_seed(0)
-        batches = [mapped(lambda t: torch.randn(t.shape, generator=generator).to(t), batch) for batch in batches]
+        given = mapped(lambda t: torch.randn(t.shape, generator=torch.Generator().manual_seed(0)).to(t), given)
+    batches = [with_samples(given, n) for n in sizes]
     try:
         with torch.no_grad():
             expected = [run(model, batch) for batch in batches]
@@ -139,7 +134,7 @@ def _write(
             # From one sample a dynamic batch cannot be seen.
             shapes = _any_batch(model, batches[-1], given) if batch == "dynamic" else None
             content = export(model, batches[-1], shapes, expected[-1])
-            outputs = expected if run_file is None else run_file(content, batches)
+            outputs = [run_file(content, batch) for batch in batches] if run_file else expected
     except Exception as error:  # exporters run the model's code and raise errors of many kinds
         hint = "; a fixed batch may work" if batch == "dynamic" else ""
         raise RuntimeError(f"{type(model).__name__} cannot be exported: {first_line(error)}{hint}") from error
@@ -165,13 +160,13 @@ def _difference(got: Any, wanted: Any) -> float:
     outputs, expected = tensors_in(got), tensors_in(wanted)
     if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in expected]:
         raise RuntimeError(f"the file gives outputs of {shapes_of(outputs)}, but the model of {shapes_of(expected)}")
-    found = [torch.zeros((), dtype=torch.float64)]
+    apart = torch.zeros((), dtype=torch.float64)
     for a, b in zip(outputs, expected, strict=True):
         if b.numel():
             a, b = a.to("cpu", torch.complex128), b.to("cpu", torch.complex128)
             largest = b.abs().nan_to_num(posinf=0).max().clamp_min(1e-30)
-            found.append(torch.where(a == b, 0, (a - b).abs()).max() / largest)
-    return float(torch.stack(found).max())
+            apart = torch.maximum(apart, torch.where(a == b, 0, (a - b).abs()).max() / largest)  # keeps NaN
+    return float(apart)
 
 
 @contextlib.contextmanager

@@ -14,25 +14,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from basis.bench.cells import Cell, measure_cells
 from basis.bench.report import BenchReport
 from basis.bench.shapes import TimedLayer, example, timed_layers
 from basis.bench.timing import Progress, Setting
-from basis.copies import copy_of, keep_attributes, unnoticed, without_hooks
-from basis.inputs import Inputs, mapped, run, shapes_of, tensors_in
+from basis.copies import copy_of, keep_attributes, refuse_lazy, unnoticed, without_hooks, without_pruning
+from basis.inputs import Inputs, mapped, run, tensors_in
 from basis.layers.base import ConvLike, arguments_of
 from basis.layers.batchnorm import uncouple
 from basis.layers.conv import BasisConv2d
-from basis.layers.norm_pairs import afterwards, norm_pairs
+from basis.layers.norm_pairs import Pairs, afterwards, norm_pairs
 from basis.layers.structured import StructuredConv2d
 from basis.models import build
 from basis.modules import is_channels_last
 from basis.plan import Plan
 from basis.substitution import HOOKS, of_its_kind, plan_of, replace_modules, substitute
-from basis.text import few, first_line
+from basis.text import few
 from basis.training.loop import DTYPES
 
 
@@ -40,12 +39,11 @@ def fold(model: nn.Module, *, factorized: Iterable[str] = (), inputs: Inputs | N
     """A copy of ``model`` for inference, of plain ``torch.nn`` layers, with batch normalisation folded away.
 
     Every basis convolution or structured layer becomes one dense ``nn.Conv2d``. The ``nn.BatchNorm2d`` that directly
-    follows a convolution, in a run on ``inputs``, goes into its weight and bias, computed in float64 on the CPU and
-    rounded once. Others stay: those with statistics of each batch alone, with hooks on them or their convolution, whose
-    parameters are used elsewhere too, after a convolution whose forward pass or weight is made by somebody else, or in
-    a part whose forward pass depends on values. The copy is in evaluation mode, takes no gradients, and keeps device,
-    dtype, memory format, hooks, and the attributes of the layers. It has to give what the model gives on ``inputs``; if
-    it does not, or the model cannot be run, a warning says so, and all batch normalisation stays.
+    follows a convolution (:func:`basis.layers.norm_pairs.norm_pairs`) goes into its weight and bias, computed in
+    float64 on the CPU and rounded once. Others stay, and so do those with statistics of each batch alone, with hooks,
+    or after a convolution whose forward pass or weight is made by somebody else. The copy is in evaluation mode, takes
+    no gradients, and keeps device, dtype, memory format, hooks, and the attributes of the layers. It has to give what
+    the model gives; if it does not, or the model cannot be run, a warning says so, and all batch normalisation stays.
 
     Args:
         factorized: names of the basis convolutions that become ``nn.Sequential`` pairs of B (C_in -> k) and
@@ -58,25 +56,24 @@ def fold(model: nn.Module, *, factorized: Iterable[str] = (), inputs: Inputs | N
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model is on the meta device and has no values to fold; load its values first")
-    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        raise ValueError("the model has lazy layers, whose shapes are not known yet; run it once first")
+    refuse_lazy(model)
     plain = uncouple(model).eval()
     bases = {name: m for name, m in plain.named_modules(remove_duplicate=False) if isinstance(m, BasisConv2d)}
     names = [factorized] if isinstance(factorized, str) else list(factorized)
     if unknown := [name for name in names if name not in bases]:
         raise ValueError(f"factorized has {unknown[0]!r}, but it must name basis convolutions ({few(bases) or 'none'})")
     first = {module: name for name, module in plain.named_modules()}
-    norms, pairs, example, problem = {}, set(), None, ""
+    problem, found = "", Pairs({}, {})
     try:
         found = norm_pairs(plain, inputs=inputs)
-        norms = {c: n for c, n in found.norms.items() if _fit(plain.get_submodule(c), plain.get_submodule(n))}
-        pairs, example = {first[bases[name]] for name in names} - found.read, found.inputs
     except ValueError as error:
         if inputs is not None:
             raise
         problem = str(error) * (bool(names) or any(isinstance(module, nn.BatchNorm2d) for module in first))
+    norms = {c: n for c, n in found.norms.items() if _fit(plain.get_submodule(c), plain.get_submodule(n))}
+    pairs = set() if problem else {first[bases[name]] for name in names} - found.read
     folded = _folded(uncouple(model).eval(), norms, pairs)
-    if (norms or pairs) and not _alike(folded, plain, example):
+    if (norms or pairs) and not _alike(folded, plain, found.inputs):
         problem = "the folded model does not give what the model gives"
         folded = _folded(uncouple(model).eval(), {}, ())
     if problem:
@@ -91,7 +88,7 @@ def _folded(model: nn.Module, norms: Mapping[str, str], pairs: Collection[str]) 
         for name, layer in model.named_modules():
             if (isinstance(layer, ConvLike) and _knows_forward(layer)) or name in norms:
                 norm = model.get_submodule(norms[name]) if name in norms else None
-                new[layer] = _plain(layer, norm, pair=name in pairs)
+                new[layer] = _plain(without_pruning(layer), norm, pair=name in pairs)
                 for hooks in HOOKS:
                     setattr(new[layer], hooks, getattr(layer, hooks))
                 keep_attributes(nn.Conv2d(*arguments_of(layer, torch.empty(0, device="meta"))), new[layer])
@@ -116,12 +113,8 @@ def _alike(folded: nn.Module, model: nn.Module, inputs: Any) -> bool:
     coarse = any(p.dtype.itemsize < 4 for p in model.parameters()) or torch.is_autocast_enabled()
     for a, b in zip(after, before, strict=True):
         largest = b[b.isfinite()].abs().max() if b.isfinite().any() else 1.0
-        if (
-            a.shape != b.shape
-            or not torch.isclose(
-                a.to(b), b, rtol=0, atol=float(largest) * (0.1 if coarse else 0.01), equal_nan=True
-            ).all()
-        ):
+        bound = float(largest) * (0.1 if coarse else 0.01)
+        if a.shape != b.shape or not torch.isclose(a.to(b), b, rtol=0, atol=bound, equal_nan=True).all():
             return False
     return True
 
@@ -131,49 +124,10 @@ def _knows_forward(layer: nn.Module) -> bool:
     return "forward" not in vars(layer) and type(layer).forward.__module__.startswith("basis.layers.")
 
 
-@torch.no_grad()
-def _outputs(model: nn.Module, inputs: Any) -> tuple[list[Tensor], float]:
-    """All numbers that ``model`` gives for ``inputs``, noise where they are constant, and the unit of the coarsest."""
-    copied, units = without_hooks(copy_of(model)), [2.0**-14]
-
-    def watch(module: Any, args: Any, y: Any) -> None:
-        if isinstance(y, Tensor) and y.is_floating_point():  # on a GPU, float32 may have the precision of TF32
-            units.append(max(torch.finfo(y.dtype).eps, 2.0**-10 if y.is_cuda else 0))
-
-    def noise(tensor: Tensor) -> Tensor:
-        constant = tensor.is_floating_point() and tensor.dim() > 1 and bool((tensor == tensor.flatten()[:1]).all())
-        return torch.randn_like(tensor) if constant else tensor
-
-    for layer in copied.modules():
-        if isinstance(layer, (ConvLike, nn.Conv2d)):
-            layer.register_forward_hook(watch)
-    try:
-        with unnoticed(model):
-            result = run(copied, mapped(noise, inputs))
-    except Exception as error:  # the model's own code may raise anything
-        raise ValueError(f"it cannot be run on {shapes_of(inputs)} ({first_line(error)}); give inputs=") from error
-    known = isinstance(result, (Tensor, Mapping, tuple, list)) or not hasattr(result, "__dict__")
-    numbers = [t for t in tensors_in(result if known else vars(result)) if t.is_floating_point() or t.is_complex()]
-    return [torch.view_as_real(t) if t.is_complex() else t for t in numbers], max(units)
-
-
-def _compare(got: tuple[list[Tensor], float], expected: tuple[list[Tensor], float]) -> None:
-    """Raise ``ValueError`` unless both are the same numbers up to rounding."""
-    (after, _), (before, unit) = got, expected
-    if not before or [t.shape for t in after] != [t.shape for t in before]:
-        raise ValueError("it does not give tensors that could be compared")
-    for a, b in zip(after, before, strict=True):
-        largest = float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0.0
-        if not torch.isclose(a.double(), b.double(), rtol=0, atol=16 * unit * (largest or 1.0), equal_nan=True).all():
-            raise ValueError("the folded model does not give what the model gives")
-
-
 def _fit(conv: Any, norm: Any) -> bool:
     """Whether ``norm`` can be folded into ``conv``."""
-    if norm.training or norm.running_mean is None or norm.running_var is None:  # it may not heed ``eval()``
-        return False
-    if norm._forward_hooks:
-        return False
+    if norm.training or norm.running_mean is None or norm.running_var is None or norm._forward_hooks:
+        return False  # such as one that does not heed ``eval()``
     plain = type(conv) is nn.Conv2d and not {"forward", "_conv_forward"} & set(vars(conv))
     return _knows_forward(conv) if isinstance(conv, ConvLike) else plain and set(conv._parameters) == {"weight", "bias"}
 
@@ -217,11 +171,10 @@ def measure_fold(
 ) -> tuple[str, ...]:  # fmt: skip
     """The basis convolutions whose forward pass is faster as a pair than dense, for :func:`fold`, by turns.
 
-    Faster is a lower quartile of dense / pair above 1. Each layer alone, on inputs of the sizes that it gets for
-    samples of ``input_size``, (3, 32, 32) unless given, or for ``inputs``, a batch as the model takes it (see
-    :func:`basis.cost`); of layers with equal shapes the first. Weights are in the setting's precision.
-    Raises ``ValueError`` for a model without a basis convolution that is called, on the meta device, or that cannot be
-    run on such inputs.
+    Faster is a lower quartile of dense / pair above 1. Each layer alone, on inputs as for
+    :func:`basis.bench.tuning.bench_latency`; of layers with equal shapes the first. Weights are in the setting's
+    precision. Raises ``ValueError`` for a model without a basis convolution that is called, on the meta device, or that
+    cannot be run on such inputs.
     """
     source = uncouple(model).eval()
     layers = {name: module for name, module in source.named_modules() if isinstance(module, BasisConv2d)}
@@ -231,13 +184,11 @@ def measure_fold(
     for name, called in timed_layers(source, given, layers).items():
         dense, pair = (form.get_submodule(name) for form in forms)
         timed = TimedLayer.of(dense, called.inputs, input_gradient=False)
-        cells.append(
-            Cell(
-                about={"layer": name, "pass": "forward"}, inputs=timed.inputs,
-                candidates={"dense": partial(copy.deepcopy, dense), "pair": partial(copy.deepcopy, pair)},
-                key=(timed, layers[name].basis_channels, layers[name].coefficients.groups),
-            )
-        )  # fmt: skip
+        cells += [Cell(
+            about={"layer": name, "pass": "forward"}, inputs=timed.inputs,
+            candidates={"dense": partial(copy.deepcopy, dense), "pair": partial(copy.deepcopy, pair)},
+            key=(timed, layers[name].basis_channels, layers[name].coefficients.groups),
+        )]  # fmt: skip
     if not cells:
         raise ValueError("the model has no basis convolution that is called, so there is nothing to measure")
     rows = [row for row in measure_cells(cells, setting) if row["mode"] == "pair"]
@@ -271,7 +222,6 @@ def bench_inference(
     with setting.globals():
         dense = build(model, width=width).eval()
     setting = setting.settled(dense)
-    captures = setting.captures
 
     def cell(about: Mapping[str, float]) -> Cell:
         size: dict[str, Any] = {"plan": plans[about["share"]]} if plans and "share" in about else dict(about)
@@ -283,10 +233,11 @@ def bench_inference(
         return Cell(
             about={"model": model, "pass": "forward", "batch_size": setting.batch_size, **about},
             candidates={
-                **({"dense": folded, "dense plain": plain} if captures else {"dense": plain, "dense folded": folded}),
+                "dense": folded if setting.captures else plain,
+                **({"dense plain": plain} if setting.captures else {"dense folded": folded}),
                 "auto": partial(copy.deepcopy, basis), "folded": partial(deployed, basis, setting),
                 "folded, pairs": (best := partial(deployed, basis, setting, pairs)),
-                **({"program": lambda: _program(best(), setting)} if captures else {}),
+                **({"program": lambda: _program(best(), setting)} if setting.captures else {}),
             },
             rows={"folded, pairs": {"pairs": len(pairs), "layers": len(layers)}}, rotated=False,
         )  # fmt: skip

@@ -393,7 +393,6 @@ PRODUCTS = {
     "own forward pass": (lambda: nn.Sequential(Adapted(8), Adapted(8)), X),
     "own convolution": (lambda: nn.Sequential(Own(5, 4, 3), Own(4, 4, 3)), X),
     "no gradients": (lambda: Of(lambda m, x: m.b(torch.no_grad()(m.a)(x)), a=linear(8, 8), b=linear(3, 8)), X),
-    "inference": (lambda: Of(torch.inference_mode()(lambda m, x: m.a(x) @ x.mT), a=linear(8, 8)), X),
     "vmap": (lambda: Of(lambda m, x: torch.vmap(lambda one: one @ m.a)(x), a=nn.Parameter(torch.ones(8, 3))), X),
     "branch": (lambda: Of(lambda m, x: x @ x.mT if x.sum().item() < 1e9 else x), X),
     "torchscript": (lambda: torch.jit.script(nn.Sequential(linear(4, 8), nn.ReLU(), linear(4, 4))), X),

@@ -64,14 +64,11 @@ def measure_cells(cells: Iterable[Cell], setting: Setting, progress: Progress | 
     rows: list[Row] = []
     first: dict[Hashable, tuple[Any, list[Row]]] = {}
     for cell in cells:
-        if cell.key is None:
-            rows += _measured(cell, setting, progress)
-        elif cell.key not in first:
-            first[cell.key] = cell.about["layer"], _measured(cell, setting, progress)
-            rows += [{**row, "same_as": None} for row in first[cell.key][1]]
-        else:
-            layer, found = first[cell.key]
-            rows += [{**row, "layer": cell.about["layer"], "same_as": layer} for row in found]
+        layer, found = first.get(cell.key) or (None, _measured(cell, setting, progress))
+        if cell.key is not None:
+            first.setdefault(cell.key, (cell.about["layer"], found))
+            found = [{**row, "layer": cell.about["layer"], "same_as": layer} for row in found]
+        rows += found
     return rows
 
 

@@ -106,12 +106,11 @@ def bench_training(
         plans: in place of ``ratios``: the share of a budget -> plan; the report is of kind "bench-plans" then.
         coefficients: forms of the coefficient matrix, see :class:`basis.layers.coefficients.Form`.
         trained: what a step trains of the basis layers, of :data:`TRAINED`.
-        norms: of :data:`NORMS`; "fused" on a GPU unless given, where the dense network is fused, too. Where it is, and
-            "ordinary" is among them, that dense network is a candidate ("dense" with ``norms`` "ordinary").
+        norms: of :data:`NORMS`; "fused" on a GPU unless given. Where the dense network is fused, too, and "ordinary" is
+            among them, an ordinary dense one is a candidate.
         tables: ratio or share -> the report by which :func:`use_modes` makes "tuned"; measured unless given.
         steps: "eager", "compiled", "graphed" or "fast" (:mod:`basis.training.stepping`).
-        dense_steps: further kinds of step of the dense network. With a compiled one among them rows also have
-            ``versus_compiled``: that dense network / candidate within a round.
+        dense_steps: further kinds of step of the dense network; a compiled one gives rows ``versus_compiled``.
 
     Raises ``ValueError`` for an unknown model, or a ratio, plan, form or setting that makes no sense.
     """
@@ -137,16 +136,11 @@ def bench_training(
         rows["dense ordinary"] = {**plain, "norms": "ordinary", "mode": "dense", "step": steps[0]}
     for kind in itertools.product(modes, coefficients, trained, norms, steps):
         rows[" ".join(kind)] = dict(zip(("mode", *plain, "step"), kind, strict=True))
-    cells = [
-        TrainingCell(
-            about={"model": model, what: value}, rows=rows,
-            candidates={
-                name: partial(_candidate, dense, size, row, setting, (tables or {}).get(value))
-                for name, row in rows.items() if name != "control"
-            },
-        )
-        for value, size in sizes.items()
-    ]  # fmt: skip
+    cells = []
+    for value, size in sizes.items():
+        make = partial(_candidate, dense, size, setting, (tables or {}).get(value))
+        makes = {name: partial(make, row) for name, row in rows.items() if name != "control"}
+        cells.append(TrainingCell(about={"model": model, what: value}, candidates=makes, rows=rows))
     listed: dict[str, Iterable[Any]] = {f"{what}s": sizes, "modes": modes, "coefficients": coefficients}
     listed |= {"trained": trained, "norms": norms, "steps": steps, "dense_steps": dense_steps}
     options = {"model": model, "width": width, **{name: list(values) for name, values in listed.items()}}
@@ -155,7 +149,7 @@ def bench_training(
 
 
 def _candidate(
-    dense: nn.Module, size: Mapping[str, Any], row: Mapping[str, Any], setting: Setting, table: BenchReport | None
+    dense: nn.Module, size: Mapping[str, Any], setting: Setting, table: BenchReport | None, row: Mapping[str, Any]
 ) -> nn.Module:
     norms = row["norms"]
     if not row["coefficients"]:
@@ -195,9 +189,8 @@ def bench_structured_training(
                 for name, (text, its_width) in some.items()}  # fmt: skip
         wanted = {"dense": ("dense", width), **some}
         makes = {name: partial(_structured, model, *pair, include) for name, pair in wanted.items()}
-        cells.append(
-            TrainingCell(about={"model": model, "layer": "dense", "width": width}, candidates=makes, rows=rows)
-        )
+        about = {"model": model, "layer": "dense", "width": width}
+        cells.append(TrainingCell(about=about, candidates=makes, rows=rows))
     found = [{**row, "trained": row.get("trained_numbers")} for row in measure_cells(cells, setting, progress)]
     options = {"model": model, "width": width, "include": include, "layers": [list(pair) for pair in pairs]}
     return setting.report("bench-structured-train", found, **options)

@@ -43,13 +43,9 @@ def bench_parts(
 
     Of the dense network with PyTorch's batch normalisation ("ordinary") and ours ("fused"), and of those at each of the
     ``ratios``, "fused" and "through_basis". Rows have ``mode`` ("dense" or "auto"), ``ratio`` (1 for the dense one),
-    ``norms``, ``part``, ``ms``, ``share`` of ``step_ms``, the sum of all parts. These parts are:
-
-    - "convolution": forward and both gradients, with the casts of its operands;
-    - "mixing": products of matrices, of factorized and composed mode and, small ones, of normalisation by the basis;
-    - "normalisation": also its ReLU and the addition of the shortcut, and every other Triton kernel of
-      :mod:`basis.layers`;
-    - "optimizer"; "other": the loss, pooling, the linear layer, sums of gradients, casts and copies.
+    ``norms``, ``part``, ``ms``, ``share`` of ``step_ms``, the sum of all parts. Casts of its operands belong to a
+    "convolution"; "mixing" are the products of matrices of basis layers and of normalisation by the basis; ReLU, the
+    addition of shortcuts and every other Triton kernel of :mod:`basis.layers` belong to "normalisation".
 
     Raises ``ValueError`` for an unknown model, a ratio or a setting that makes no sense.
     """

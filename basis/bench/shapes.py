@@ -8,9 +8,11 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from basis.inputs import Inputs, example_inputs, samples_in
+from basis.layers.base import arguments_of
 from basis.layers.calls import trace
 from basis.layers.conv import BasisConv2d
 
@@ -63,12 +65,7 @@ class TimedLayer:
     @classmethod
     def of(cls, conv: Any, inputs: Iterable[tuple[int, ...]], *, input_gradient: bool) -> TimedLayer:
         """``conv`` on these inputs."""
-        padding = conv.padding if isinstance(conv.padding, str) else tuple(conv.padding)
-        options = (
-            conv.in_channels, conv.out_channels, tuple(conv.kernel_size), tuple(conv.stride), padding,
-            tuple(conv.dilation), conv.groups, conv.bias is not None, conv.padding_mode,
-        )  # fmt: skip
-        return cls(options, tuple(inputs), input_gradient)
+        return cls(arguments_of(conv, torch.empty(0))[:9], tuple(inputs), input_gradient)
 
     def __str__(self) -> str:
         c_in, c_out, kernel, stride, _, dilation, groups, *_ = self.options
@@ -99,9 +96,7 @@ def timed_layers(model: nn.Module, inputs: Inputs, names: Collection[str]) -> di
         return x[-3:] if images == 1 else (images, *x[-3:])
 
     return {
-        name: TimedLayer.of(
-            layer, [size(call.x) for call in calls], input_gradient=any(call.needs_dx for call in calls)
-        )
+        name: TimedLayer.of(layer, [size(call.x) for call in calls], input_gradient=any(c.needs_dx for c in calls))
         for name, layer, calls in trace(model, inputs).layers
         if name in names and calls
     }

@@ -111,9 +111,7 @@ def compare(times: Sequence[float], dense: Sequence[float], basis: Sequence[floa
 def peak_bytes(step: Step, device: torch.device) -> int:
     """Bytes that one call of ``step`` takes beyond what was resident, as PyTorch's allocator sees it.
 
-    On a CPU the highest minus the lowest running sum of the allocations and releases within the call; a
-    library's own scratch memory (oneDNN's) is not among them. On a GPU ``max_memory_allocated`` minus what
-    was allocated before.
+    A library's own scratch memory (oneDNN's) is not among them.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -186,12 +184,9 @@ class Setting:
         for name, known in (("precision", get_args(Precision)), ("memory_format", get_args(MemoryFormat))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(known)}")
-        for name, least in (("batch_size", 1), ("rounds", 3), ("seed", 0)):
-            object.__setattr__(self, name, plain_number(name, getattr(self, name), whole=True, least=least))
-        if self.seconds is not None:
-            if not self.seconds >= 0:
-                raise ValueError(f"seconds is {self.seconds}, but must be at least 0")
-            object.__setattr__(self, "seconds", float(self.seconds))
+        for name, least in (("batch_size", 1), ("rounds", 3), ("seed", 0), ("seconds", 0)):
+            if (value := getattr(self, name)) is not None or name != "seconds":
+                object.__setattr__(self, name, plain_number(name, value, whole=name != "seconds", least=least))
 
     @property
     def where(self) -> torch.device:
@@ -236,19 +231,14 @@ class Setting:
         return self.capture or CudaCapture(self.where)
 
     def measure(
-        self,
-        steps: Mapping[str, Step],
-        *,
-        reference: Mapping[str, str] | None = None,
-        versus: Mapping[str, str] | None = None,
-        may_fail: Collection[str] = (),
-    ) -> dict[str, dict[str, Any]]:
+        self, steps: Mapping[str, Step], *, reference: Mapping[str, str] | None = None,
+        versus: Mapping[str, str] | None = None, may_fail: Collection[str] = (),
+    ) -> dict[str, dict[str, Any]]:  # fmt: skip
         """What was measured of each other step against the step "dense", or against the one that ``reference`` names.
 
         ``versus`` names the step of a basis layer that a step is compared with as well. A step of ``may_fail``
         that raises an error, or is a layer's and cannot be captured, has ``error`` in place of all else.
         """
-        reference, versus = reference or {}, versus or {}
         timer = self.timer or (time_on_gpu if self.where.type == "cuda" else time_on_cpu)
         errors = {name: error for name, step in steps.items() if name in may_fail and (error := _error_of(step))}
         graphs: dict[str, Step] = {}
@@ -276,11 +266,11 @@ class Setting:
         peaks |= {name: peak_bytes(step, self.where) for name, step in running.items() if name not in peaks}
         found: dict[str, dict[str, Any]] = {}
         for name, step in steps.items():
-            dense = reference.get(name, "dense")
+            dense = (reference or {}).get(name, "dense")
             if name in errors or dense in errors:
                 found[name] = {"error": errors.get(name, f"{dense}, which it is compared with, failed")}
             elif name != "dense":
-                found[name] = compare(times[name], times[dense], times.get(versus.get(name, "")))
+                found[name] = compare(times[name], times[dense], times.get((versus or {}).get(name, "")))
                 found[name] |= {"peak_mib": peaks[name] / 2**20, "dense_peak_mib": peaks[dense] / 2**20}
                 if self.captures:
                     found[name] |= {"timed": "graph" if name in graphs else "host-bound"}
@@ -308,39 +298,31 @@ def _error_of(step: Step) -> str | None:
 
 
 def layer_steps(
-    layers: Mapping[str, nn.Module],
-    inputs: Sequence[Inputs],
-    one: Pass,
-    setting: Setting,
-    *,
-    input_gradient: bool = True,
-    rotated: bool = True,
-) -> dict[str, LayerStep]:
+    layers: Mapping[str, nn.Module], inputs: Sequence[Inputs], one: Pass, setting: Setting, *,
+    input_gradient: bool = True, rotated: bool = True,
+) -> dict[str, LayerStep]:  # fmt: skip
     """One step for each layer: a call on each of the ``inputs``, and its backward pass.
 
     Each is a size, (C, H, W) or (images per sample, C, H, W), of random images, or a batch as the layer takes it, whose
     samples come round again. The gradients are set free after each call, so that they count as memory that it takes.
-    Where steps are captured there are several sets of inputs, unless they are not to be ``rotated``. Layers that change
-    their inputs in place get copies of them, and all take the time of a copy.
+    Where steps are captured there are several sets of inputs, unless they are not to be ``rotated``. Where the dense
+    layer changes its inputs in place, all get copies of them.
     """
     if one not in PASSES:
         raise ValueError(f"the pass is {one!r}, but it must be one of {', '.join(PASSES)}")
-    train = one != "forward"
-    dtype = DTYPES[setting.precision]
-    changed: list[bool] = []
+    train, dtype, changed = one != "forward", DTYPES[setting.precision], list[bool]()
 
     def make(given: Any) -> tuple[Inputs, list[Tensor]]:
         if tensors_in(given):
-            x = mapped(lambda t: t.to(dtype) if t.is_floating_point() else t, with_samples(given, setting.batch_size))
-            x = mapped(lambda t: setting.place(t).clone(), x)
+            given = with_samples(given, setting.batch_size)
         else:
-            x = torch.randn(setting.batch_size, *given, device=setting.where)
-            x = setting.place(x.flatten(0, -len(given[-3:]) - 1).to(dtype))
+            given = torch.randn(setting.batch_size, *given, device=setting.where).flatten(0, -len(given[-3:]) - 1)
+        x = mapped(lambda t: setting.place(t.to(dtype) if t.is_floating_point() else t).clone(), given)
         args, kwargs = arguments(copied := mapped(Tensor.clone, x))
         with torch.no_grad(), setting.autocast():
             y = layers["dense"](*args, **kwargs)
         changed.extend(tensor._version > 0 for tensor in tensors_in(copied))
-        dy = [torch.randn_like(tensor) for tensor in tensors_in(y) if tensor.is_floating_point()]
+        dy = [torch.randn_like(tensor) for tensor in tensors_in(y) if train and tensor.is_floating_point()]
         return mapped(lambda t: t.requires_grad_(train and input_gradient and t.is_floating_point()), x), dy
 
     def call(layer: nn.Module, x: Inputs, dy: list[Tensor]) -> None:
@@ -355,12 +337,9 @@ def layer_steps(
             for tensor in tensors_in(x):
                 tensor.grad = None
 
-    calls = [make(given) for given in inputs]
-    sets = 1
+    calls, sets = [make(given) for given in inputs], 1
     if rotated and setting.captures:
-        moved = sum(
-            t.nbytes * (1 + t.requires_grad) for x, dy in calls for t in (*tensors_in(x), *(dy if train else ()))
-        )
+        moved = sum(t.nbytes * (1 + t.requires_grad) for t in tensors_in(calls))
         sets = min(max(LEAST_SETS, math.ceil(ROTATED_BYTES / moved)), MOST_SETS)
         calls += [make(given) for _ in range(sets - 1) for given in inputs]
     copies = any(changed)

@@ -29,7 +29,7 @@ from basis.costs import cost
 from basis.inputs import Inputs, shapes_of
 from basis.layers.batchnorm import couple, couple_in_place, couplings, uncouple, uncouple_in_place
 from basis.layers.conv import BasisConv2d, ExplicitMode, basis_channels_for
-from basis.layers.norm_pairs import norm_pairs
+from basis.layers.norm_pairs import norms_after
 from basis.numbers import plain_number
 from basis.substitution import plan_of
 from basis.text import few
@@ -47,18 +47,14 @@ def bench_latency(
     """Measure every convolution of ``model`` that can be substituted, alone, dense and in mode auto.
 
     For :func:`basis.select`. A cell is a layer and a pass; its candidates are k nearest to each ratio, a multiple of
-    ``multiple`` and of the layer's groups, below C_out. Layers have the model's shapes but fresh weights, on the
-    inputs of one forward pass on samples of ``input_size``, (3, 32, 32) unless given, or on ``inputs``, a batch as the
-    model takes it (see :func:`basis.cost`); the first layer takes no gradient of its input.
-    With the backward pass a layer is timed with the batch normalisation that directly follows it, and a ReLU
-    (``config["norm"]``); a forward pass is that of a folded layer, without. Where steps are captured a k also has
-    batch normalisation through the basis, and the row of the faster one stays. Equal shapes are measured once: the
-    rows of the others name the first in ``same_as``. Rows have ``layer``, ``shape``, ``basis_channels`` (C_out in the
-    control row) and ``resolved``: a mode, or "through_basis".
-
+    ``multiple`` and of the layer's groups, below C_out. Layers have fresh weights, on inputs as in one forward pass on
+    samples of ``input_size``, (3, 32, 32) unless given, or on ``inputs``, a batch as the model takes it. With the
+    backward pass a layer is timed with the batch normalisation that directly follows it, and a ReLU; a forward pass is
+    that of a folded layer, without. Where steps are captured a k also has batch normalisation through the basis, and
+    the row of the faster one stays. Rows have ``layer``, ``shape``, ``basis_channels`` (C_out in the control row),
+    ``resolved`` (a mode, or "through_basis") and, where an equal layer was measured, that in ``same_as``.
     ``config`` has for each pass ``layers_ms``, the sum of the dense layers' times, and, where steps are captured,
-    ``network_ms``, that of the whole dense network. The latter has what the former lacks: the addition of shortcuts,
-    the pooling, the linear layer, and the normalisations that follow no convolution. Neither has loss or optimiser.
+    ``network_ms``, that of the whole dense network, with all its other layers. Neither has loss or optimiser.
 
     Raises ``ValueError`` for a model without such a layer, or that cannot be run on such inputs; for a ratio or setting
     that makes no sense.
@@ -68,7 +64,7 @@ def bench_latency(
     free = [layer for layer, why in plan_of(model).skipped.items() if why == "left dense"]
     free = [layer for layer in free if isinstance(model.get_submodule(layer), nn.Conv2d)]
     setting = (setting or Setting()).settled(model)
-    captures, norms = setting.captures, _norms(model, given)
+    norms = {conv: model.get_submodule(norm) for conv, norm in norms_after(model, given).items()}
     cells = []
     for layer, timed in timed_layers(model, given, free).items():
         conv: Any = model.get_submodule(layer)
@@ -82,7 +78,7 @@ def bench_latency(
                 about = {"mode": "auto", "ratio": k / width, "basis_channels": k}
                 rows |= {f"{k}": about, f"{k} through_basis": {**about, "resolved": "through_basis"}}
                 makes[f"{k}"] = partial(_with_norm, partial(timed.basis, k), norm, one)
-                if captures and norm is not None:
+                if setting.captures and norm is not None:
                     makes[f"{k} through_basis"] = partial(makes[f"{k}"], coupled=True)
             cells += [Cell(
                 about={"layer": layer, "shape": str(timed), "pass": one, "resolved": "dense"}, rows=rows,
@@ -95,26 +91,18 @@ def bench_latency(
     report = cost(model, inputs=given)
     options = {"model": name or type(model).__name__, "inputs": report.inputs, "multiple": multiple}
     options |= {"macs": report.total.forward_macs // report.batch_size, "ratios": ratios, "passes": list(passes)}
-    sums = {one: sum(row["dense_ms"] for row in dense_rows if row["pass"] == one) for one in passes}
-    options |= {"norm": True, "layers_ms": sums}
-    if captures:
+    options["layers_ms"] = {one: sum(row["dense_ms"] for row in dense_rows if row["pass"] == one) for one in passes}
+    options["norm"] = True
+    if setting.captures:
         with setting.globals():
             whole_inputs = torch.randn_like(given) if isinstance(given, Tensor) and inputs is None else given
         options["network_ms"] = {one: _whole_ms(model, whole_inputs, one, setting) for one in passes}
-    fastest_rows: dict[Any, Mapping[str, Any]] = {}
-    for row in sorted(found, key=lambda row: row.get("ms", math.inf)):
-        fastest_rows.setdefault((row["layer"], row["pass"], row["basis_channels"]), row)
-    kept = {id(row) for row in fastest_rows.values()}
-    return setting.report("bench-latency", [row for row in found if id(row) in kept], **options)
-
-
-def _norms(model: nn.Module, inputs: Inputs) -> dict[str, nn.Module]:
-    """Convolution -> the batch normalisation that directly follows it; none for a model that cannot train on these."""
-    try:
-        found = norm_pairs(model, inputs=inputs, both_modes=True).norms
-    except ValueError:
-        return {}
-    return {conv: model.get_submodule(norm) for conv, norm in found.items()}
+    quickest: dict[Any, Mapping[str, Any]] = {}
+    for row in found:
+        place = row["layer"], row["pass"], row["basis_channels"]
+        if row.get("ms", math.inf) < quickest.setdefault(place, row).get("ms", math.inf):
+            quickest[place] = row
+    return setting.report("bench-latency", list(quickest.values()), **options)
 
 
 def _with_norm(make: Make, norm: nn.Module | None, one: Pass, *, coupled: bool = False) -> nn.Module:
@@ -142,13 +130,9 @@ def tune(
 ) -> BenchReport:  # fmt: skip
     """Time every basis convolution of ``model`` in every way, beside its dense layer; all of a layer together.
 
-    Each layer, with the batch normalisation that directly follows it and a ReLU, is timed alone, as a copy, on the
-    inputs that it gets in one forward pass on samples of ``input_size``, (3, 32, 32) unless given, or on ``inputs``, a
-    batch as the model takes it (see :func:`basis.cost`). Taking the normalisation through the basis
-    (:mod:`basis.layers.batchnorm`) is one of the ways. ``model`` is not changed: that is :func:`use_modes`.
-
-    Raises ``ValueError`` for a model without such a layer, or that cannot be run on such inputs; for a setting that
-    makes no sense.
+    A copy of each layer, with the batch normalisation that directly follows it and a ReLU, is timed alone, on inputs as
+    for :func:`bench_latency`. Taking the normalisation through the basis (:mod:`basis.layers.batchnorm`) is one of the
+    ways. Raises ``ValueError`` as :func:`bench_latency` does.
     """
     given = example(model, input_size, inputs)
     norms, plain = couplings(model, inputs=given).norms, uncouple(model)
@@ -187,13 +171,11 @@ def fastest(table: BenchReport) -> dict[str, Way]:
     """
     if table.kind != "bench-modes":
         raise ValueError(f"the table is a report of kind {table.kind!r}, but it must be one that tune made")
-    best: dict[str, Mapping[str, Any]] = {}
-    for row in table.rows:
-        if row["mode"] not in WAYS or row.get("error"):
-            continue
-        if row["speedup"] > best.get(row["layer"], {"speedup": 0.0})["speedup"]:
-            best[row["layer"]] = row
-    return {layer: row["mode"] for layer, row in best.items()}
+    rows = [row for row in table.rows if row["mode"] in WAYS and not row.get("error")]
+    best: dict[str, Way] = {}
+    for row in sorted(rows, key=lambda row: row["speedup"], reverse=True):
+        best.setdefault(row["layer"], row["mode"])
+    return best
 
 
 def use_modes(model: nn.Module, table: BenchReport, *, inputs: Inputs | None = None) -> None:

@@ -10,20 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
-from basis.copies import copy_of, shape_copy, without_hooks
-from basis.inputs import Inputs, mapped, run, shapes_of, tensors_in
+from basis.copies import on_a_copy, refuse_lazy, watch_calls
+from basis.inputs import Inputs, run, shapes_of, tensors_in
 from basis.layers.base import ConvLike
 from basis.layers.coefficients import Coefficients
 from basis.text import first_line
 
 MATMULS = (_ConvNd, nn.Linear, ConvLike)
-# What torch's own layers of this kind execute.
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-METHODS = ("forward", "_conv_forward")
-PLAIN = {getattr(one, method, None) for one in (*CONVOLUTIONS, nn.Linear) for method in METHODS}
 # Products by operator, and which argument is their first factor.
 FACTORS = {
     "mm": 0, "bmm": 0, "mv": 0, "dot": 0, "vdot": 0, "convolution": 0, "addmm": 1, "baddbmm": 1, "addbmm": 1, "addmv": 1
@@ -46,20 +42,11 @@ class Call:
     recorded: bool = True
 
 
-class Product(NamedTuple):
-    """One product outside the calls that have a formula; of no ``layer`` where none has parameters in it."""
-
-    layer: nn.Module | None
-    macs: int
-    input_gradient_macs: int
-    weight_gradient_macs: int
-
-
 class Trace(NamedTuple):
     """One forward pass: every layer, by name, with its calls; other products; operators that cannot be counted."""
 
     layers: list[tuple[str, nn.Module, list[Call]]]
-    products: list[Product]
+    products: list[tuple[nn.Module | None, int, int, int]]  # whose, if any; MACs forward, for dX, for parameters
     uncounted: tuple[str, ...]
 
 
@@ -67,8 +54,11 @@ def has_formula(module: Any) -> bool:
     """Whether shapes say what a call costs; not where somebody else has written the forward pass or the weight."""
     if isinstance(module, ConvLike):
         return True
-    plain = all(getattr(type(module), method, None) in PLAIN for method in METHODS)
-    return plain and "forward" not in vars(module) and module.weight.layout == torch.strided
+    if not isinstance(module, MATMULS) or "forward" in vars(module):
+        return False
+    methods = [getattr(type(module), name, nn.Linear.forward) for name in ("forward", "_conv_forward")]
+    plain = all(method.__module__.startswith("torch.nn.modules.") for method in methods)
+    return plain and module.weight.layout == torch.strided
 
 
 def trace(model: nn.Module, inputs: Inputs) -> Trace:
@@ -76,39 +66,31 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
 
     Raises ``ValueError`` for lazy layers, and a model that cannot run on such inputs.
     """
-    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        raise ValueError("model has lazy layers, whose shapes are not known yet; run it once first")
+    refuse_lazy(model)
     try:
-        return _run(shape_copy(model), mapped(lambda tensor: tensor.to("meta"), inputs))
-    except Exception:  # whatever the meta device cannot do, or a wrong input: the real run tells
-        try:
-            return _run(copy_of(model), inputs)
-        except Exception as error:
-            what = f"the model cannot be run on an input of {shapes_of(inputs)}: {first_line(error)}"
-            raise ValueError(f"{what}; inputs= takes a batch of any kind") from error
+        return on_a_copy(model, inputs, _run)
+    except Exception as error:  # the model's own code may raise anything
+        what = f"the model cannot be run on an input of {shapes_of(inputs)}: {first_line(error)}"
+        raise ValueError(f"{what}; inputs= takes a batch of any kind") from error
 
 
 def _run(model: nn.Module, inputs: Inputs) -> Trace:
     calls: dict[nn.Module, list[Call]] = {}
-    for module in without_hooks(model).eval().modules():
+    for module in model.eval().modules():
         holds = next(module.parameters(False), None) is not None and not isinstance(module, Coefficients)
         if holds or isinstance(module, MATMULS):
             calls[module] = []
     watch = _Watch(calls)
 
-    def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         watch.running.pop()
         x, y = tensors_in((args, kwargs)), tensors_in(output)
-        if x and y:
+        if x and y and module in calls:
             recorded = torch.is_grad_enabled()
             needs_dx = recorded and x[0].requires_grad
             calls[module].append(Call(tuple(x[0].shape), tuple(y[0].shape), x[0].element_size(), needs_dx, recorded))
 
-    for module in calls:
-        if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
-            continue
-        module.register_forward_pre_hook(lambda module, _: watch.running.append(module))
-        module.register_forward_hook(record, with_kwargs=True, always_call=True)
+    watch_calls(model, lambda module, *_: watch.running.append(module), leave)
     with torch.enable_grad(), torch.jit.optimized_execution(False), watch:  # which would hide what takes a gradient
         run(model, inputs)
     layers = [(name, module, calls[module]) for name, module in model.named_modules() if module in calls]
@@ -125,24 +107,19 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, layers: Collection[nn.Module]) -> None:
         super().__init__()
-        self.covered = set(filter(has_formula, layers))
-        self.parameters = [(p, layer) for layer in layers for p in layer.parameters(recurse=False)]
-        self.owners = {id(p): layer for p, layer in self.parameters}  # while they are held
+        self.layers, self.covered = layers, set(filter(has_formula, layers))
+        self.owners = WeakIdKeyDictionary({p: layer for layer in layers for p in layer.parameters(recurse=False)})
         self.running: list[nn.Module] = []
-        self.products: list[Product] = []
+        self.products: list[tuple[nn.Module | None, int, int, int]] = []
         self.uncounted: dict[str, None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled() and func._can_decompose():
-            with self:
-                return func.decompose(*args, **kwargs)
-        out = func(*args, **kwargs)
+        out = func(*args, **(kwargs or {}))
         if self.covered.isdisjoint(self.running):
-            self.keep(func, args, out)
+            self._keep(func, args, out)
         return out
 
-    def keep(self, func: Any, args: Any, out: Any) -> None:
+    def _keep(self, func: Any, args: Any, out: Any) -> None:
         """Note what ``func`` multiplied."""
         operator = func.name().partition(".")[0]
         space, _, name = operator.rstrip("_").partition("::")
@@ -150,18 +127,18 @@ class _Watch(TorchDispatchMode):
         factors = [factor for factor in args[first : first + 2] if isinstance(factor, Tensor)]
         sparse = any(factor.layout != torch.strided for factor in factors)
         if space != "aten" or name not in FACTORS or sparse:
-            if not space.startswith(("prim", "profiler")) and (space != "aten" or OPAQUE.match(name)):
+            if OPAQUE.match(name) if space == "aten" else not space.startswith(("prim", "profiler")):
                 self.uncounted[f"{operator}{' of sparse tensors' * sparse}"] = None
             return
         a, b = factors
         if name == "convolution":
-            transposed = args[6]
-            maps = a if transposed else out
+            maps = a if args[6] else out  # of a transposed one each input pixel meets the weight
             macs = maps.numel() // maps.shape[1] * b.numel()
         else:
             macs = a.numel() * (b.shape[-1] if b.dim() > 1 else 1)
-        owners = [self.owners.get(id(f if f._base is None else f._base)) for f in factors]
+        owners = [self.owners.get(f if f._base is None else f._base) for f in factors]
         flows = [macs * (f.requires_grad and torch.is_grad_enabled()) for f in factors]
         weights = sum(flow for flow, owner in zip(flows, owners, strict=True) if owner)
-        owner = next(filter(None, (*owners, *reversed(self.running))), None)
-        self.products.append(Product(owner, macs, sum(flows) - weights, weights))
+        running = (layer for layer in reversed(self.running) if layer in self.layers)
+        owner = next(filter(None, (*owners, *running)), None)
+        self.products.append((owner, macs, sum(flows) - weights, weights))

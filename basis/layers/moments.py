@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from basis.batches import outputs_of
 from basis.inputs import Inputs
-from basis.layers.norm_pairs import norm_pairs
+from basis.layers.norm_pairs import norms_after
 from basis.modules import evaluating, hooked
 
 CHUNK = 2**23  # numbers of a layer's output that are looked at together
@@ -79,27 +80,18 @@ def output_moments(model: nn.Module, layers: Sequence[str], inputs: Iterable[Inp
     """The moments of the outputs of these convolutions, in one forward pass in evaluation mode."""
     moments = {name: Moments() for name in layers}
 
-    def watch(name: str) -> Callable:
-        def hook(module: Any, args: tuple, y: Tensor) -> None:
-            moments[name].add_maps(y, module.groups)
+    def add(own: Moments, module: Any, args: tuple, y: Tensor) -> None:
+        own.add_maps(y, module.groups)
 
-        return hook
-
-    with hooked(model, {name: watch(name) for name in layers}), evaluating(model):
+    with hooked(model, {name: partial(add, own) for name, own in moments.items()}), evaluating(model):
         for x in inputs:
             outputs_of(model, x)
     return moments
 
 
 def taking_means(model: nn.Module, inputs: Inputs) -> dict[str, str]:
-    """Name of a convolution without bias -> name of the batch normalisation that takes what its mean loses.
-
-    None where the model cannot be run on ``inputs`` in training and in evaluation.
-    """
-    try:
-        pairs = norm_pairs(model, inputs=inputs, both_modes=True).norms
-    except ValueError:
-        return {}
+    """Name of a convolution without bias -> name of the batch normalisation that takes what its mean loses."""
+    pairs = norms_after(model, inputs)
     return {conv: norm for conv, norm in pairs.items() if model.get_submodule(conv).bias is None}
 
 

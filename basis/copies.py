@@ -71,9 +71,14 @@ def without_hooks(model: nn.Module) -> nn.Module:
     for module in model.modules():
         for hooks in (value for key, value in vars(module).items() if "hook" in key and isinstance(value, dict)):
             for key, hook in list(hooks.items()):
-                if not any(kind.__module__.startswith("torch.nn.utils.") for kind in type(hook).__mro__):
+                if not makes_weights(hook):
                     del hooks[key]
     return model
+
+
+def makes_weights(hook: Any) -> bool:
+    """Whether a hook is torch's own that computes a parameter before each call: of pruning, or of old weight norm."""
+    return any(kind.__module__.startswith("torch.nn.utils.") for kind in type(hook).__mro__)
 
 
 def without_pruning(layer: nn.Module) -> nn.Module:
@@ -81,7 +86,7 @@ def without_pruning(layer: nn.Module) -> nn.Module:
     for module in layer.modules():
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, prune.BasePruningMethod):
-                prune.remove(module, hook._tensor_name)  # type: ignore[attr-defined]
+                prune.remove(module, hook._tensor_name)
     return layer
 
 

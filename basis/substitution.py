@@ -105,8 +105,8 @@ def substitute_in_place(model: nn.Module, layers: Mapping[str, Size], *, calibra
 def merge(model: nn.Module) -> nn.Module:
     """A copy of ``model`` of plain ``nn.Conv2d`` and batch normalisation; the way back from :func:`substitute`."""
     copied = uncouple_in_place(copy_of(model))
-    layers = [without_pruning(m) for m in copied.modules() if isinstance(m, (BasisConv2d, StructuredConv2d))]
-    return replace_modules(copied, {layer: hand_over(layer, layer.to_conv()) for layer in layers})
+    layers: list[Any] = [m for m in copied.modules() if isinstance(m, (BasisConv2d, StructuredConv2d))]
+    return replace_modules(copied, {m: hand_over(without_pruning(m), m.to_conv()) for m in layers})
 
 
 def _resolve(model: nn.Module, plan: Plan) -> dict[str, Size]:

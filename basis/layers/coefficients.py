@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from basis.copies import makes_weights
 from basis.layers.base import Constants, Fact, full_precision, mask_of
 
 _SIZED = {"low_rank": "RANK", "grouped": "GROUPS", "sparse": "ENTRIES"}
@@ -160,7 +161,7 @@ class Coefficients(nn.Module):
     def present(self) -> Coefficients:
         """Itself; hooks that compute a parameter, as pruning's do, wait for a call and are run now."""
         if self._forward_pre_hooks and any(name in self.__dict__ for name in ("weight", "left", "right")):
-            for hook in self._forward_pre_hooks.values():
+            for hook in filter(makes_weights, self._forward_pre_hooks.values()):
                 hook(self, ())
         return self
 

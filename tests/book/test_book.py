@@ -14,7 +14,6 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from basis import figures
 from basis.bench.report import BenchReport
-from basis.environment import repository_root
 from basis.experiments.studies import STUDIES
 from book.tools import build as book
 from book.tools import derived, gates, pages
@@ -693,14 +692,3 @@ def test_a_failing_notebook_is_named_with_its_traceback(tmp_path):
     nbformat.write(notebook, tmp_path / "a.ipynb")
     with pytest.raises(book.BookError, match=r"(?s)a\.ipynb fails in the cell.*KeyError: 'lost'"):
         book.execute(tmp_path / "a.ipynb", {}, tmp_path)
-
-
-@pytest.mark.weekly
-def test_the_readmes_example_does_what_the_readme_says():
-    text = (repository_root() / "README.md").read_text(encoding="utf-8")
-    told = re.search(r"```text\n(.*?)\n```", derived.block(text, "example") or "", re.DOTALL)[1]
-    found = derived.example_output(text, repository_root())
-    words, numbers = (re.sub(r"[\d,]+", "#", one) for one in (told, found)), re.findall(r"(\d+)%", found)
-    assert len(set(words)) == 1
-    dense, by_weight, by_output = map(int, numbers)
-    assert by_output > dense - 5 > by_weight  # another processor learns a little otherwise

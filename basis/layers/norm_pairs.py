@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from basis.copies import on_a_copy, refuse_lazy, unnoticed, watch_calls
-from basis.inputs import Inputs, example_inputs, mapped, run, samples_in, shapes_of, tensors_in, with_samples
+from basis.inputs import Inputs, example_inputs, mapped, run, shapes_of, tensors_in, with_samples
 from basis.layers.base import ConvLike
 from basis.text import first_line, shown_name
 
@@ -106,7 +106,7 @@ def _observed(model: nn.Module, inputs: Inputs | None, modes: Iterable[bool | No
     with unnoticed(model):
         examples = _examples(model, inputs)
         for example in examples:
-            if not ran or example is examples[-1]:
+            if not ran or (inputs is None and example is examples[-1]):
                 try:
                     for mode in modes:
                         on_a_copy(model, example, partial(watch.run, mode=mode))
@@ -119,10 +119,10 @@ def _observed(model: nn.Module, inputs: Inputs | None, modes: Iterable[bool | No
 
 
 def _examples(model: nn.Module, inputs: Inputs | None) -> list[Inputs]:
-    """What the model may be run on; the last, of another size, shows whether that makes a difference."""
+    """What the model may be run on; the last guess, of another size, shows whether that makes a difference."""
     if inputs is not None:
         given = example_inputs(model, None, inputs)
-        return [given, with_samples(given, 2 if samples_in(given) == 1 else 1)]
+        return [with_samples(given, 2), given]
     channels = next(m.in_channels for m in model.modules() if isinstance(m, (ConvLike, nn.Conv2d)))
     about = getattr(model, "default_cfg", None)
     noted = [about["input_size"]] if isinstance(about, Mapping) and "input_size" in about else []

@@ -96,6 +96,7 @@ def test_latencies_have_the_norm_and_keep_the_faster_way(captured, setting):
     assert "through_basis" not in {row["resolved"] for row in plain.rows}
 
 
+@pytest.mark.weekly
 def test_a_plan_is_trained_in_the_ways_that_its_latencies_found(captured):
     options = {"model": "resnet20", "width": 16, "ratios": (1 / 2,), "setting": captured}
     report = bench_budget(**options, shares=(0.6,), one="forward+backward")

@@ -55,10 +55,11 @@ def test_until_the_switch_it_is_the_dense_training():
     assert losses(result)[2:] != losses(whole)[2:]
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"momentum": "projected"}, {"pairs": True}, {"teach": 0.5}, {"until": "ranks"}], ids=str
+@pytest.mark.parametrize(  # epochs before and after the switch
+    ("epoch", "changes"),
+    [(1, {}), (3, {"momentum": "projected"}), (1, {"pairs": True}), (3, {"teach": 0.5}), (3, {"until": "ranks"})],
+    ids=str,
 )
-@pytest.mark.parametrize("epoch", [1, 3])
 def test_a_resumed_training_is_bit_identical(tmp_path, changes, epoch):
     (whole, expected), path, asked = trained(switched(**changes)), tmp_path / "c.pt", iter(range(1, 9))
     with pytest.raises(TrainingPaused):

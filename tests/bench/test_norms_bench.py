@@ -106,6 +106,7 @@ def test_a_plan_is_trained_in_the_ways_that_its_latencies_found(captured):
     assert tuned["coupled"] > 10
 
 
+@pytest.mark.weekly
 def test_inference_is_compared_with_the_folded_network_where_it_is_captured(captured):
     half = replace(captured, precision="bf16")
     report = bench_inference(model="resnet20", width=4, ratios=[0.5], setting=half)

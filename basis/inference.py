@@ -30,7 +30,7 @@ from basis.layers.structured import StructuredConv2d
 from basis.models import build
 from basis.modules import is_channels_last
 from basis.plan import Plan
-from basis.substitution import HOOKS, of_its_kind, plan_of, replace_modules, substitute
+from basis.substitution import keep_interface, plan_of, replace_modules, substitute
 from basis.text import few
 from basis.training.loop import DTYPES
 
@@ -89,10 +89,8 @@ def _folded(model: nn.Module, norms: Mapping[str, str], pairs: Collection[str]) 
             if (isinstance(layer, ConvLike) and _knows_forward(layer)) or name in norms:
                 norm = model.get_submodule(norms[name]) if name in norms else None
                 new[layer] = _plain(without_pruning(layer), norm, pair=name in pairs)
-                for hooks in HOOKS:
-                    setattr(new[layer], hooks, getattr(layer, hooks))
                 keep_attributes(nn.Conv2d(*arguments_of(layer, torch.empty(0, device="meta"))), new[layer])
-                keep_attributes(layer, new[layer], own=of_its_kind(layer))
+                keep_interface(layer, new[layer])
     for name in norms.values():
         norm = model.get_submodule(name)
         parts = [part for part in afterwards(norm) or () if type(part) is not nn.Identity]

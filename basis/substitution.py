@@ -203,7 +203,17 @@ def _calibrated(
 
 
 def hand_over(old: Any, new: Any) -> nn.Module:
-    """Give ``new`` the hooks of ``old``, what users keep on it, and, unless ``old`` shifts it, its very bias."""
+    """:func:`keep_interface`, and, unless ``old`` shifts it, its very bias."""
+    keep_interface(old, new)
+    if old.bias is not None and not getattr(old, "shifts", False):
+        with torch.no_grad():
+            old.bias.copy_(new.bias)
+        new.bias = old.bias
+    return new
+
+
+def keep_interface(old: Any, new: Any) -> None:
+    """Give ``new``, which takes the place of ``old``, its hooks, and the attributes and buffers of its user."""
     keep_attributes(old, new, own=(own := of_its_kind(old)))
     for name, buffer in old._buffers.items():
         if name not in own and not hasattr(new, name):
@@ -213,11 +223,6 @@ def hand_over(old: Any, new: Any) -> nn.Module:
     for hook in new._load_state_dict_pre_hooks.values():
         if getattr(hook, "with_module", False):
             hook.module = weakref.ref(new)
-    if old.bias is not None and not getattr(old, "shifts", False):
-        with torch.no_grad():
-            old.bias.copy_(new.bias)
-        new.bias = old.bias
-    return new
 
 
 def of_its_kind(layer: Any) -> Collection[str]:

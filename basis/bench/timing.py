@@ -30,7 +30,7 @@ from torch.autograd import _disable_profiler_legacy, _enable_profiler_legacy, pr
 from basis.bench.report import BenchReport
 from basis.environment import environment
 from basis.inputs import Inputs, arguments, mapped, tensors_in, with_samples
-from basis.numbers import plain_number
+from basis.numbers import one_of, plain_number
 from basis.text import first_line
 from basis.training.loop import (
     DTYPES,
@@ -308,8 +308,7 @@ def layer_steps(
     Where steps are captured there are several sets of inputs, unless they are not to be ``rotated``. Where the dense
     layer changes its inputs in place, all get copies of them.
     """
-    if one not in PASSES:
-        raise ValueError(f"the pass is {one!r}, but it must be one of {', '.join(PASSES)}")
+    one_of("the pass", one, PASSES)
     train, dtype, changed = one != "forward", DTYPES[setting.precision], list[bool]()
 
     def make(given: Any) -> tuple[Inputs, list[Tensor]]:

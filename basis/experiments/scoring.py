@@ -9,6 +9,7 @@ import pandas as pd
 from basis.experiments.runs import PROFILES, Record
 from basis.experiments.studies import STUDIES, valid_records
 from basis.experiments.studies.sensitivity import RATIOS, Truth, agreements, bootstrap, truths_of
+from basis.numbers import one_of
 
 Scores = Mapping[str, float] | Mapping[tuple[str, float], float]
 
@@ -35,9 +36,8 @@ def score(
     Raises:
         ValueError: for an unknown or unmeasured truth, and scores that are missing or not finite.
     """
-    for name, value, known in (("truth", truth, get_args(Truth)), ("profile", profile, PROFILES)):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}, but it must be one of {', '.join(known)}")
+    one_of("truth", truth, get_args(Truth))
+    one_of("profile", profile, PROFILES)
     records = valid_records(STUDIES["sensitivity"], profile) if records is None else records
     truths = truths_of(records, truth)
     layers = [name for name in (truths[0].layers if truths else ()) if all(name in one.layers for one in truths)]

@@ -33,6 +33,7 @@ from basis.layers.factorize import fit, principal_directions
 from basis.layers.fused import convolve
 from basis.layers.moments import Moments, lost_mean
 from basis.modules import is_channels_last
+from basis.numbers import one_of, plain_number
 
 Mode = Literal["auto", "factorized", "composed"]
 ExplicitMode = Literal["factorized", "composed"]
@@ -41,9 +42,10 @@ MODES: tuple[str, ...] = get_args(Mode)
 
 def basis_channels_for(ratio: float, out_channels: int, groups: int = 1) -> int:
     """The k nearest to ``ratio * out_channels``, a multiple of ``groups``; ``ratio`` lies in (0, 1]."""
-    if not isinstance(ratio, numbers.Real) or isinstance(ratio, bool) or not 0 < ratio <= 1:
+    ratio = plain_number("ratio", ratio)
+    if not 0 < ratio <= 1:
         raise ValueError(f"ratio is {ratio!r}, but it is k / C_out and must be a number in (0, 1]")
-    return int(groups) * max(1, round(float(ratio) * int(out_channels) / int(groups)))
+    return int(groups) * max(1, round(ratio * int(out_channels) / int(groups)))
 
 
 def check_basis_channels(basis_channels: int, out_channels: int, groups: int = 1) -> None:
@@ -147,8 +149,7 @@ class BasisConv2d(ConvLike):
 
     @mode.setter
     def mode(self, mode: Mode) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}, but it must be one of {', '.join(MODES)}")
+        one_of("mode", mode, MODES)
         self._mode = mode
 
     @property

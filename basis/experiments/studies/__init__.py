@@ -27,6 +27,7 @@ from basis.experiments.studies import (
 from basis.experiments.studies.study import CLAIMS as CLAIMS
 from basis.experiments.studies.study import Study, listed, valid_records
 from basis.experiments.studies.study import Verdict as Verdict
+from basis.numbers import one_of
 from basis.saving import RecordError
 from basis.training.loop import choose_device
 
@@ -115,8 +116,7 @@ def gather(
     duration.
     """
     study, seconds = find_study(name), duration(time_limit)
-    if profile not in PROFILES:
-        raise ValueError(f"profile is {profile!r}, but it must be one of {', '.join(PROFILES)}")
+    one_of("profile", profile, PROFILES)
     runs, folder = study.runs(profile), folder or results_folder()
     hopeless = profile in ("colab", "paper") and choose_device().type != "cuda"
     failures: list[str] = []

@@ -143,7 +143,8 @@ def choose(choice: Choice, folder: Path) -> tuple[Plan, dict[str, float]]:
 
     Raises :class:`TableMissing` where no record holds the sensitivities.
     """
-    path = next(folder.glob(f"*/*/{choice.table}.json"), None)
+    places = dict.fromkeys((folder, results_folder()))  # a folder of one's own may lack the published sensitivities
+    path = next((path for place in places for path in place.glob(f"*/*/{choice.table}.json")), None)
     if path is None:
         raise TableMissing(f"run {choice.table} has to measure the sensitivities first, and has no record yet")
     table = SensitivityTable.from_lines(read_record(path).result["tables"][choice.measure])

@@ -18,9 +18,9 @@ from basis.saving import plain
 from basis.search.measures import singular_energies
 from basis.training.loop import Recipe, choose_device, choose_precision
 
-PROFILES = ("smoke", "small", "cpu", "colab", "paper")
+PROFILES = ("smoke", "small", "cpu", "paper")
 # The kind of device that a profile is meant for; "smoke" and "small" take any.
-DEVICES: Mapping[str, str] = {"cpu": "cpu", "colab": "cuda", "paper": "cuda"}
+DEVICES: Mapping[str, str] = {"cpu": "cpu", "paper": "cuda"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from book.tools.address import Address, address
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Address("someone", "thing", "main")
-PARAMETERS = 'profile: str = "colab"  # smoke | cpu | colab | paper\nseeds: int = 3  # how many'
+PARAMETERS = 'profile: str = "cpu"  # smoke | cpu | paper\nseeds: int = 3  # how many'
 CAPTION = {"basis_caption": "loss"}
 FIGURE = {"basis_figure": {"name": "loss", "caption": "The loss falls: $x$.", "alt": 'A "falling" line: steep.'}}
 

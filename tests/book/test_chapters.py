@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from basis.environment import repository_root
-from basis.experiments.runs import load_records
 from book.tools import gates
 from book.tools.build import execute, known_parameters
 
@@ -91,13 +90,10 @@ def test_without_records_a_chapter_says_what_is_missing(stem, without_records):
 
 
 @pytest.mark.weekly
-def test_a_chapter_trains_when_asked(tmp_path, monkeypatch):
-    monkeypatch.setenv("BASIS_RESULTS", str(tmp_path))
+def test_a_chapter_without_a_gpu_says_what_its_runs_would_take(tmp_path, monkeypatch):
     source = ROOT / "notebooks" / "03_every_layer.ipynb"
-    notebook = execute(source, {"profile": "smoke", "run_missing": True, "time_limit": "8s"}, ROOT).notebook
-    done = len(load_records(tmp_path))
-    assert done or list(tmp_path.rglob("*.pt"))  # on a slow machine the first run may only have begun
-    assert f"{done} of 27 runs of the profile `smoke` have a record" in texts(notebook)
+    notebook = execute(source, {"profile": "small", "run_missing": True, "time_limit": "8s"}, ROOT).notebook
+    assert "6 runs would take" in texts(notebook)
 
 
 @pytest.mark.weekly

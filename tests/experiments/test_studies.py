@@ -5,8 +5,6 @@ import dataclasses
 import pytest
 
 from basis.bench.report import BenchReport
-from basis.experiments import studies
-from basis.experiments.runner import Progress
 from basis.experiments.studies import CLAIMS, STUDIES, cost, gather
 from basis.saving import RecordError
 from tests.experiments.test_runs import put_record
@@ -22,36 +20,17 @@ def test_every_study_judges_claims_that_are_listed():
         assert {v.label for v in verdicts} == {"not tested"}
 
 
-def test_gathering_trains_what_is_missing_only_when_asked(tmp_path, monkeypatch):
-    def fake(order, jobs):
-        for task in order.tasks[1:]:
-            put_record(order.folder, task.run)
-        yield Progress(order.tasks[0].run, "failed", "ValueError: nothing worked", 1.0)
-
-    monkeypatch.setattr(studies, "in_processes", fake)
+def test_gathering_says_how_many_runs_are_shown(tmp_path):
     put_record(tmp_path, HEADLINE.runs("smoke")[1])
     gathered = gather("headline", "smoke", folder=tmp_path)
     assert (len(gathered.records), gathered.complete) == (1, False)
     assert "1 of 27" in gathered.note
-    assert "run_missing" in gathered.note
-    gathered = gather("headline", "smoke", run_missing=True, folder=tmp_path)
-    assert len(gathered.records) == 26
-    assert "Failed: table, seed 100: ValueError: nothing worked." in gathered.note
 
 
-def test_nothing_hopeless_is_begun_without_a_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(studies, "in_processes", lambda *a, **k: pytest.fail("a training was begun"))
-    assert "need a GPU" in gather("headline", "paper", run_missing=True, folder=tmp_path).note
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [(("headline", "big"), "profile"), (("none", "smoke"), "study"), (("headline", "smoke", "soon"), "duration")],
-)
+@pytest.mark.parametrize(("arguments", "says"), [(("headline", "big"), "profile"), (("none", "smoke"), "study")])
 def test_gathering_refuses_unknown_names(arguments, says, tmp_path):
     with pytest.raises(ValueError, match=says):
-        gather(*arguments[:2], time_limit=[*arguments, "9m"][2], folder=tmp_path)
+        gather(*arguments, folder=tmp_path)
 
 
 def bench(*quartiles, device_type="cpu"):

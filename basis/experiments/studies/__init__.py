@@ -1,7 +1,6 @@
 """The studies of the book, and the state of their records."""
 
 import itertools
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,7 @@ import pandas as pd
 
 from basis.environment import results_folder
 from basis.experiments.records import spent
-from basis.experiments.runner import Order, Task, in_processes
-from basis.experiments.runs import PROFILES, Record, duration, read_record, record_path
+from basis.experiments.runs import PROFILES, Record, read_record, record_path
 from basis.experiments.studies import (
     coefficients,
     cost,
@@ -29,7 +27,6 @@ from basis.experiments.studies.study import Study, listed, valid_records
 from basis.experiments.studies.study import Verdict as Verdict
 from basis.numbers import one_of
 from basis.saving import RecordError
-from basis.training.loop import choose_device
 
 _MODULES = (cost, headline, switch, sensitivity, coefficients, skip, family, substitutes, speed, own)
 STUDIES: Mapping[str, Study] = {module.STUDY.name: module.STUDY for module in _MODULES}
@@ -95,7 +92,7 @@ def status(folder: Path | None = None, *, study: str | None = None) -> pd.DataFr
 
 @dataclass(frozen=True)
 class Gathered:
-    """The records of one study and profile, and a Markdown sentence on what is missing and why."""
+    """The records of one study and profile, and a Markdown sentence on how many there are."""
 
     records: list[Record]
     wanted: int
@@ -107,33 +104,10 @@ class Gathered:
         return len(self.records) == self.wanted
 
 
-def gather(
-    name: str, profile: str, *, run_missing: bool = False, time_limit: str = "9m", folder: Path | None = None
-) -> Gathered:
-    """The records of a study for a notebook, after training what is missing if that is asked for.
-
-    Without a GPU nothing is trained for ``colab`` and ``paper``. Raises ``ValueError`` for an unknown study, profile or
-    duration.
-    """
-    study, seconds = find_study(name), duration(time_limit)
+def gather(name: str, profile: str, *, folder: Path | None = None) -> Gathered:
+    """The records of a study for a notebook. Raises ``ValueError`` for an unknown study or profile."""
     one_of("profile", profile, PROFILES)
-    runs, folder = study.runs(profile), folder or results_folder()
-    hopeless = profile in ("colab", "paper") and choose_device().type != "cuda"
-    failures: list[str] = []
-    late = False
-    if run_missing and not hopeless:
-        deadline, tasks = time.time() + seconds, [Task(run, study.definition) for run in runs]
-        steps = list(in_processes(Order(tasks=tasks, folder=folder, deadline=deadline, progress=True), 1))
-        failures = [f"{s.run.variant}, seed {s.run.seed}: {s.message}" for s in steps if s.outcome == "failed"]
-        late = time.time() >= deadline
-    records = valid_records(study, profile, folder)
-    reasons = {
-        "The others need a GPU, and there is none here.": hopeless,
-        "The time was up for the others; run this cell again to go on where it stopped.": late,
-        "Set `run_missing = True` to train the others.": not run_missing,
-        "Another process is at work on the others.": not failures,
-    }
-    note = [f"{len(records)} of {len(runs)} runs of the profile `{profile}` have a record."]
-    note += [reason for reason, holds in reasons.items() if holds][: len(records) < len(runs)]
-    note += [f"Failed: {'; '.join(failures)}."] if failures else []
-    return Gathered(records, len(runs), " ".join(note))
+    study = find_study(name)
+    runs, records = study.runs(profile), valid_records(study, profile, folder)
+    note = f"Shown are {len(records)} of {len(runs)} runs of the profile `{profile}`."
+    return Gathered(records, len(runs), note)

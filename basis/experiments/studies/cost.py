@@ -29,7 +29,7 @@ FORMATS = ("bf16 NHWC", "fp16 NHWC", "fp32 NHWC", "bf16 NCHW", "fp16 NCHW", "fp3
 
 
 def load_benches(profile: str | None, *, kind: str = "bench-layer", folder: Path | None = None) -> list[BenchReport]:
-    """The stored benchmarks of a kind: of CPUs for the profile ``cpu``, of GPUs for ``colab`` and ``paper``, or all."""
+    """The stored benchmarks of a kind: of CPUs for the profile ``cpu``, of GPUs for ``paper``, or all."""
     reports = [BenchReport.load(path) for path in sorted(((folder or results_folder()) / "bench").glob("*.json"))]
     of_kind = [report for report in reports if report.kind == kind]
     if profile is None:

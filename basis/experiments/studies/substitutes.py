@@ -90,11 +90,11 @@ def _runs(
     attention = replace(base.recipe, attention=1000.0)
 
     def one(seed: int, text: str, how: str = "", part: float = 0, model: str = base.model, **settings: Any) -> Run:
-        width = round(part * WIDTH) or None
+        narrower = round(part * WIDTH) or None
         recipe = plain if text == DENSE else replace(base.recipe, **TERMS.get(text.partition(":")[0], {}))
         settings = {"layer": None if text == DENSE else text, "recipe": recipe, **settings}
-        name = str(Variant(model, text, width, how))
-        return replace(base, variant=name, seed=seed, model=model, width=width, **settings)
+        name = str(Variant(model, text, narrower, how))
+        return replace(base, variant=name, seed=seed, model=model, width=narrower or base.width, **settings)
 
     def from_scratch(seed: int, kind: str) -> list[Run]:
         texts = _texts(kind)

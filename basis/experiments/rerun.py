@@ -1,0 +1,280 @@
+"""The reader's own runs: a few variants of a study, trained here and set beside the published results."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+
+from basis import figures
+from basis.environment import repository_root, results_folder
+from basis.experiments.records import Record, load_records
+from basis.experiments.runner import Order, Task, in_processes
+from basis.experiments.runs import Run, device_for, duration, record_path
+from basis.experiments.studies import STUDIES, find_study, is_done, valid_records
+from basis.experiments.studies import sensitivity as sensitivity_study
+from basis.statistics import mean_estimate, paired_difference
+
+# GB/s of device memory, by the makers' data sheets. Training a thin network is bound by it (chapter 10).
+BANDWIDTH: Mapping[str, float] = {
+    "T4": 320, "L4": 300, "P100": 732, "V100": 900, "A10": 600, "A100": 1555, "H100": 3350, "H200": 4800
+}  # fmt: skip
+DRIVE = "/content/drive"
+
+
+def own_folder(*, keep_in_drive: bool = False) -> Path:
+    """Where a reader's own runs are kept: ``$BASIS_RESULTS``, else ``my-results`` of the checkout.
+
+    On Colab, ``keep_in_drive`` mounts Google Drive and takes its folder ``basis-results``, which outlives the session.
+    Raises ``ValueError`` for that elsewhere.
+    """
+    if keep_in_drive:
+        try:
+            importlib.import_module("google.colab.drive").mount(DRIVE)
+        except ModuleNotFoundError as error:
+            raise ValueError("keep_in_drive is for Colab; elsewhere name a folder in BASIS_RESULTS") from error
+        return Path(DRIVE) / "MyDrive" / "basis-results"
+    named = os.environ.get("BASIS_RESULTS")
+    return Path(named) if named else (repository_root() or Path.cwd()) / "my-results"
+
+
+def epochs_of(runs: Sequence[Run]) -> float:
+    """Epochs that the runs train together: with teachers, fine-tuning, and of sensitivities those that train."""
+    total, taught = 0.0, set()
+    for run in runs:
+        trained = run.recipe.epochs if run.compression else run.teacher.epochs if run.teacher else 0
+        total += trained * ((run.model, run.seed) not in taught)
+        taught |= {(run.model, run.seed)} if trained else set()  # which such runs of one seed share
+        total += run.compression.epochs if run.compression else run.recipe.epochs
+        if run.ladder and run.ladder.tuning:
+            layers = len(sensitivity_study.convolutions(run.model, run.width))
+            total += layers * len(run.ladder.measures["fine_tuning"]) * run.ladder.tuning.epochs
+    return total
+
+
+def estimate(runs: Sequence[Run], device: str, records: Sequence[Record]) -> float | None:
+    """About how many seconds the runs take on ``device``, "cpu" or a GPU's name, by how long the records' runs took.
+
+    Those are of one profile. Between GPUs, times go with the bandwidth of their memories. None where no record tells.
+    """
+
+    def bandwidth(name: str) -> float:
+        return next((value for model, value in BANDWIDTH.items() if model in name), BANDWIDTH["T4"])
+
+    kind = "cpu" if device == "cpu" else "cuda"
+    known = [r for r in records if r.environment["device_type"] == kind and "recipe" in r.config]
+    paces: dict[bool, list[float]] = {True: [], False: []}  # seconds of an epoch, on this very device and on others
+    for record in known:
+        name, result = record.environment["device"], record.result
+        pace = result["train_seconds"] / record.environment.get("jobs", 1) / max(1, len(result["curves"]))
+        paces[name == device].append(pace * (1 if kind == "cpu" else bandwidth(name) / bandwidth(device)))
+    found = paces[True] or paces[False]
+    return epochs_of(runs) * float(pd.Series(found).median()) if found else None
+
+
+def minutes(seconds: float | None) -> str:
+    """Such as ``about 7 minutes``."""
+    if seconds is None:
+        return "a time that no run has told yet"
+    many = max(1, round(seconds / 60))
+    return f"about {many / 60:.0f} hours" if many > 100 else f"about {many} minute{'s' * (many > 1)}"
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """The reader's own runs beside the published ones.
+
+    Attributes:
+        note: Markdown, what was done and what is left.
+        runs: a row a value: ``variant``, ``seed``, ``value``, ``unit``, and ``whose``: "yours" or the published scale.
+        variants: what is compared.
+        paired: whether the others are compared with the first of them, by seed.
+    """
+
+    note: str
+    runs: pd.DataFrame
+    variants: tuple[str, ...]
+    paired: bool = True
+
+    @property
+    def any(self) -> bool:
+        """Whether the reader has a run of their own."""
+        return bool((self.runs["whose"] == "yours").any())
+
+    def table(self) -> str:
+        """A Markdown table: a mean for each variant or, paired, its difference from the first, yours and published."""
+        sides = {str(whose): side for whose, side in self.runs.groupby("whose", sort=False)}
+        rows = []
+        for name in self.variants:
+            cells = []
+            for side in sides.values():
+                by_seed = {n: group.set_index("seed")["value"] for n, group in side.groupby("variant")}
+                one, base = (by_seed.get(n, pd.Series(dtype=float)) for n in (name, self.variants[0]))
+                differs = self.paired and name != self.variants[0]
+                found = paired_difference(one, base) if differs else mean_estimate(list(one))
+                text = found.text(signed=differs) if self.paired else f"{found.value:.2f}"
+                cells.append(f"{text} (n = {found.n})" if found.n else "–")
+            rows.append((name, *cells))
+        unit = f"{next(iter(self.runs['unit']), '')}{'; from the second row on the difference' * self.paired}"
+        return figures.table((unit, *sides), rows)
+
+    def show(self) -> None:
+        """Show the note and the table in a notebook, and the figure if there are runs of the reader's own."""
+        from IPython.display import Markdown, display
+
+        display(Markdown(f"{self.note}\n\n{self.table()}"))
+        if self.any:
+            alt = f"Dots of single runs, the reader's own and the published ones: {', '.join(self.variants)}."
+            figures.show(self.draw, name="your-own-runs", caption="Every dot is a run.", alt=alt)
+
+    def draw(self, theme: figures.Theme) -> Figure:
+        """Every run as a dot, the reader's own in colour."""
+        figure = figures.canvas(0.55 * len(self.variants) + 1.3)
+        axes = figure.subplots()
+        sides = list(self.runs["whose"].unique())
+        colours = {whose: theme.cycle[0] if whose == "yours" else theme.muted for whose in sides}
+        look = {"x": "value", "y": "variant", "hue": "whose", "order": list(self.variants), "palette": colours}
+        sns.stripplot(self.runs, **look, dodge=True, size=7, jitter=False, alpha=0.8, ax=axes)
+        axes.set(xlabel=next(iter(self.runs["unit"]), ""), ylabel="")
+        axes.legend(title=None, loc="best")
+        return figure
+
+
+def rerun(
+    study: str, variants: Sequence[str], *, seeds: int = 2, profile: str = "small", train: bool = True,
+    time_limit: str = "9m", keep_in_drive: bool = False, say: Callable[[str], object] = print,
+) -> Rerun:  # fmt: skip
+    """Train ``seeds`` runs of each of the variants in a folder of the reader's own, and compare them with the book's.
+
+    What is there already is not done again, so a cell that was stopped goes on. Without ``train``, or where a machine
+    without a GPU could not finish within ``time_limit``, nothing is trained, and the note says what it would take.
+    ``say`` is told what begins.
+
+    Raises:
+        ValueError: for an unknown study or variant, ``seeds`` below 1, a duration that is none, and see
+            :func:`own_folder`.
+    """
+    chosen, seconds = chosen_runs(study, variants, seeds, profile), duration(time_limit)
+    folder = own_folder(keep_in_drive=keep_in_drive and train)
+    device = device_for(profile)
+    place = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    tasks = [Task(run, STUDIES[run.study].definition) for run in chosen]
+    left = [task for task in tasks if not is_done(record_path(folder, task.run), task.definition)]
+    known = load_records(study="headline", profile=profile) + load_records(folder, profile=profile)
+    needed = estimate([task.run for task in left], place, known)
+    many = f"{len(left)} run{'s' * (len(left) != 1)}"
+    where = "this CPU" if place == "cpu" else f"this {place}"
+    on_t4 = minutes(estimate(chosen, "Tesla T4", known))
+    if not left:
+        note = f"All {len(tasks)} runs of your own are done; they are kept in `{folder}`."
+    elif not train:
+        note = f"{len(chosen)} runs, {on_t4} on a T4 of Colab. Set `run_missing = True` to train them."
+    elif place == "cpu" and (needed is None or needed > seconds):
+        note = (
+            f"{many} would take {minutes(needed)} on {where}, more than `time_limit`, so nothing was trained. "
+            f"Raise `time_limit` to train them here; a T4 of Colab needs {on_t4}."
+        )
+    else:
+        say(f"{many}, {minutes(needed)} on {where}; what is done is kept in {folder}")
+        note = _do(left, folder, time.time() + seconds)
+    runs = _both(study, variants, profile, folder)
+    return Rerun(note, runs, labels(study, variants), paired=study != "sensitivity")
+
+
+def home(study: str, variant: str, profile: str) -> str:
+    """The study that lists the variant: this one, or ``headline``, whose dense networks others share."""
+    for name in (study, "headline"):
+        if variant in {run.variant for run in find_study(name).runs(profile)}:
+            return name
+    names = dict.fromkeys(run.variant for run in find_study(study).runs(profile))
+    raise ValueError(f"{study} has no variant {variant!r}; it has: {'; '.join(names)}")
+
+
+def chosen_runs(study: str, variants: Sequence[str], seeds: int, profile: str) -> list[Run]:
+    """The first ``seeds`` runs of each variant, seed by seed.
+
+    Runs that measure the sensitivities of others come first, unless they are published.
+    """
+    if seeds < 1 or not variants:
+        raise ValueError(f"seeds is {seeds} and variants {list(variants)}, but there must be one or more")
+    listed = {name: STUDIES[home(study, name, profile)].runs(profile) for name in variants}
+    rounds = zip(*([run for run in runs if run.variant == name][:seeds] for name, runs in listed.items()), strict=False)
+    runs = [run for one in rounds for run in one]
+    tables = {run.choice.table for run in runs if run.choice}
+    tables -= {path.stem for path in results_folder().glob("*/*/*.json")}
+    first = [run for runs in listed.values() for run in runs if run.id in tables]
+    return list({run.id: run for run in [*first, *runs]}.values())
+
+
+def _do(tasks: Sequence[Task], folder: Path, deadline: float) -> str:
+    """Train; what to say of it afterwards."""
+    failures: list[str] = []
+    done, said = 0, ""
+    order = Order(tasks=tasks, folder=folder, deadline=deadline, progress=True)
+    try:
+        with warnings.catch_warnings(), closing(in_processes(order, 1)) as steps:
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("default", module="basis")  # other libraries' are none of a reader's business
+            for step in steps:
+                done += step.outcome == "done"
+                failures += [f"{step.run.variant}, seed {step.run.seed}: {step.message}"] * (step.outcome == "failed")
+    except KeyboardInterrupt:
+        said = " Stopped; what is finished is kept, and the cell goes on when you run it again."
+    left = len(tasks) - done - len(failures)
+    if left and not said:
+        said = f" The time was up for {left} more; run the cell again to go on where it stopped."
+    said += f" Failed: {'; '.join(failures)}." if failures else ""
+    return f"{done} of {len(tasks)} runs were trained, and are kept in `{folder}`.{said}"
+
+
+def _both(study: str, variants: Sequence[str], profile: str, folder: Path) -> pd.DataFrame:
+    """The frame of :class:`Rerun`: published in this profile if all variants are, else in the study's published one."""
+    homes = {name: home(study, name, profile) for name in variants}
+    known = labels(study, variants)
+
+    def rows(scale: str, place: Path | None, whose: str) -> list[tuple[str, int, float, str, str]]:
+        return [
+            (*row, whose)
+            for one in dict.fromkeys(homes.values())
+            for record in valid_records(STUDIES[one], scale, place)
+            if one == study or homes.get(record.config["variant"]) == one
+            for row in _values(study, record)
+            if row[0] in known
+        ]
+
+    scales = dict.fromkeys([profile, find_study(study).published])
+    sides = [rows(scale, None, f"published ({scale})") for scale in scales]
+    published = next((side for side in sides if set(known) <= {row[0] for row in side}), sides[-1])
+    both = [*(published if folder != results_folder() else []), *rows(profile, folder, "yours")]
+    return pd.DataFrame(both, columns=["variant", "seed", "value", "unit", "whose"])
+
+
+def labels(study: str, variants: Sequence[str]) -> tuple[str, ...]:
+    """What the rows of the table are called: without the network, which differs between scales."""
+    if study == "sensitivity":
+        return sensitivity_study.MEASURES
+    return tuple(name.partition(" ")[2] if study == "substitutes" else name for name in variants)
+
+
+def _values(study: str, record: Record) -> list[tuple[str, int, float, str]]:
+    """What is compared of a run: variant, seed, value and unit."""
+    variant, seed, result = record.config["variant"], record.config["seed"], record.result
+    if study == "sensitivity":
+        rows = (
+            sensitivity_study.agreements([record], sensitivity_study.MEASURES, truth="tuned")
+            if variant == "tuned"
+            else ()
+        )
+        return [(row.measure, seed, row.spearman.value, "rank correlation with fine-tuning") for row in rows]
+    tested = result["test"]  # of a compressed network, after fine-tuning
+    return [(labels(study, [variant])[0], seed, 100 * tested["accuracy"], "test accuracy, %")] if tested else []

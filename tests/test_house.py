@@ -8,7 +8,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; a module may import from floors below its own, and from its own package.
 FLOORS = (
-    ("text", "saving", "environment", "statistics", "modules", "vision", "inputs", "copies", "digests", "numbers"),
+    (
+        "text",
+        "saving",
+        "environment",
+        "statistics",
+        "modules",
+        "vision",
+        "inputs",
+        "copies",
+        "digests",
+        "numbers",
+        "progress",
+    ),
     ("data", "batches", "figures"),
     ("layers",),
     ("models", "costs"),

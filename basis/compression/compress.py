@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
 
 from basis.batches import outputs_of
 from basis.bench.report import BenchReport
@@ -32,6 +31,7 @@ from basis.environment import environment
 from basis.export import export_onnx, export_program, is_installed
 from basis.inference import fold, measure_fold
 from basis.modules import recalibrates
+from basis.progress import bar
 from basis.saving import plain, replacing, write_json
 from basis.search.selection import UNITS, select
 from basis.search.sensitivity import sensitivity
@@ -366,7 +366,7 @@ def _content(path: Path) -> Stage:
 @torch.no_grad()
 def _hits(job: Job, name: str, model: nn.Module) -> Tensor:
     """Which images of a part the network gets right, (N,) of 0 and 1."""
-    batches = tqdm(job.batches(name), desc=f"evaluating on {name} images", disable=not job.say, leave=False)
+    batches = bar(job.batches(name), desc=f"evaluating on {name} images", unit="batch", shown=bool(job.say))
     return torch.cat([model(x.to(job.device)).argmax(1).cpu() == y for x, y in batches]).double()
 
 

@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from basis.batches import (
     Batch,
@@ -34,6 +33,7 @@ from basis.layers.structured import Structure
 from basis.modules import recalibrates
 from basis.numbers import one_of, plain_number
 from basis.plan import check_patterns, convolutions
+from basis.progress import bar
 from basis.search import measures
 from basis.search.journal import Journal
 from basis.search.table import MEASURES, Cell, Layer, SensitivityTable
@@ -122,7 +122,7 @@ def sensitivity(
                 raise ValueError(f"the dense network's loss is {baseline['loss']} on these data; check its weights")
             journal.begin(baseline)
             title, drawn = progress if isinstance(progress, str) else measure, progress and not callable(progress)
-            for cell in tqdm(measured, title, len(pending), disable=not drawn, dynamic_ncols=True):
+            for cell in bar(measured, desc=title, total=len(pending), unit="candidate", shown=bool(drawn)):
                 journal.append(cell)
                 if callable(progress):
                     progress(cell)

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from basis.digests import weights
 from basis.inputs import samples_in
+from basis.progress import bar
 from basis.saving import replacing
 from basis.text import first_line
 from basis.training.recipe import TrainingError, TrainingPaused
@@ -73,16 +73,21 @@ class Training:
         path, saved = Path(path) if path else None, time.monotonic()
         if path and path.exists():
             self._restore(path)
-        options: dict[str, Any] = {"desc": progress if isinstance(progress, str) else title, "unit": "step"}
-        with tqdm(total=self.epochs * self.steps, initial=self.step, disable=not progress, **options) as bar:
+        desc, total = progress if isinstance(progress, str) else title, self.epochs * self.steps
+        with bar(desc=desc, total=total, initial=self.step, unit="step", shown=bool(progress)) as shown:
             while self.epoch < self.epochs:
-                switching = self._switch(bar)
-                row = {**self._pass(bar), **self.validate()}
+                begun: Any = self._packed() if should_stop else None
+                switching = self._switch(shown)
+                stays = switching and self.switched  # the old network's state does not fit the new one
+                row = self._pass(shown, None if stays else should_stop)
+                if row is None:
+                    raise self._back_to(begun, path)
+                row = {**row, **self.validate()}
                 row["seconds"] += switching
                 self.curves = (*self.curves, row)
-                shown = row.get("validation_accuracy", row.get("train_accuracy"))
-                good = f"loss {row['train_loss']:.4g}" if shown is None else f"accuracy {shown:.1%}"
-                bar.set_postfix_str(f"epoch {self.epoch}/{self.epochs}, {good}")
+                accuracy = row.get("validation_accuracy", row.get("train_accuracy"))
+                good = f"loss {row['train_loss']:.4g}" if accuracy is None else f"accuracy {accuracy:.1%}"
+                shown.set_postfix_str(f"epoch {self.epoch}/{self.epochs}, {good}")
                 stops = should_stop is not None and self.epoch < self.epochs and should_stop()
                 if path and (stops or time.monotonic() - saved >= checkpoint_every):
                     self._save(path)
@@ -95,7 +100,7 @@ class Training:
         """Of training, without evaluation."""
         return sum(row["seconds"] for row in self.curves)
 
-    def _switch(self, bar: Any) -> float:
+    def _switch(self, shown: Any) -> float:
         """Let the network be switched, if it is time; the seconds that the search and the replacement took."""
         if not self.switch or self.switched is not None:
             return 0.0
@@ -105,20 +110,22 @@ class Training:
         if self.switched is not None:
             self.switched = {**self.switched, "seconds": seconds}
             replaced = f"{len(self.switched['layers'])} layers replaced after epoch {self.epoch}"
-            if not bar.disable:
-                bar.write(f"{replaced}, in {seconds:.1f} s")
+            if not shown.disable:
+                shown.write(f"{replaced}, in {seconds:.1f} s")
         return seconds
 
-    def _pass(self, bar: Any) -> dict[str, float]:
-        """One epoch. The device is read at its end."""
+    def _pass(self, shown: Any, should_stop: Callable[[], bool] | None) -> dict[str, float] | None:
+        """One epoch, None if it was stopped within. The device is read at its end."""
         run, images = self.run, 0
         run.model.train()
         run.start_epoch()
         began, setup = time.perf_counter(), run.setup_seconds
         for x, labels in self.batches():
+            if images and should_stop and should_stop():
+                return None
             run(x, labels, self.prepare(self.step))
             self.step, images = self.step + 1, images + samples_in(x)
-            bar.update()
+            shown.update()
         if not math.isfinite(value := run.loss.item()):
             rate = max(float(group["lr"]) for group in run.optimizer.param_groups)
             raise TrainingError(f"the training loss is {value} in epoch {self.epoch + 1} at lr = {rate:g}; lower lr")
@@ -127,16 +134,29 @@ class Training:
         row |= {} if run.loss_function is not None else {"train_accuracy": run.correct.item() / images}
         return row | {"seconds": time.perf_counter() - began - (run.setup_seconds - setup)}
 
-    def _save(self, path: Path) -> None:
-        """Write a checkpoint, whole or not at all."""
+    def _packed(self) -> io.BytesIO:
+        """A checkpoint of this moment, in memory."""
         content: dict[str, Any] = {name: getattr(self, name) for name in PLACE} | {"identity": dict(self.identity)}
         content |= {name: getattr(self.run, name).state_dict() for name in STATES}
         content["teacher"] = None if self.teacher is None else self.teacher.state_dict()
         content["generator"] = None if self.generator is None else self.generator.get_state()
         packed = io.BytesIO()  # torch reports a full disk in words of its own, a plain write as what it is
         torch.save(content | {"random": torch.get_rng_state()}, packed)
+        return packed
+
+    def _save(self, path: Path) -> None:
+        """Write a checkpoint, whole or not at all."""
         with replacing(path) as file:
-            file.write(packed.getbuffer())
+            file.write(self._packed().getbuffer())
+
+    def _back_to(self, packed: io.BytesIO, path: Path | None) -> TrainingPaused:
+        """Undo the steps of an unfinished epoch; the model, too, is as it was before them."""
+        packed.seek(0)
+        self._put(torch.load(packed, map_location="cpu", weights_only=True))
+        if path:
+            self._save(path)
+        place = f"after epoch {self.epoch}" if self.epoch else "from the start"
+        return TrainingPaused(f"stopped in epoch {self.epoch + 1} of {self.epochs}, as asked; it goes on {place}")
 
     def _restore(self, path: Path) -> None:
         try:
@@ -153,6 +173,10 @@ class Training:
             raise TrainingError(f"{kind} (differing: {', '.join(differing)}); delete it, or name another file")
         if self.switch and content["switched"]:
             self.switch.rebuild(self, content["switched"])
+        self._put(content)
+
+    def _put(self, content: Mapping[str, Any]) -> None:
+        """Set everything to what a checkpoint holds."""
         if self.teacher is not None:
             self.teacher.load_state_dict(content["teacher"])
         for name in STATES:

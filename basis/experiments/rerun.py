@@ -23,6 +23,7 @@ from basis.experiments.runner import Order, Task, in_processes
 from basis.experiments.runs import Run, device_for, duration, record_path
 from basis.experiments.studies import STUDIES, find_study, is_done, valid_records
 from basis.experiments.studies import sensitivity as sensitivity_study
+from basis.progress import bar
 from basis.statistics import mean_estimate, paired_difference
 
 # GB/s of device memory, by the makers' data sheets. Training a thin network is bound by it (chapter 10).
@@ -85,7 +86,7 @@ def estimate(runs: Sequence[Run], device: str, records: Sequence[Record]) -> flo
 def minutes(seconds: float | None) -> str:
     """Such as ``about 7 minutes``."""
     if seconds is None:
-        return "a time that no run has told yet"
+        return "for how long is not known yet"
     many = max(1, round(seconds / 60))
     return f"about {many / 60:.0f} hours" if many > 100 else f"about {many} minute{'s' * (many > 1)}"
 
@@ -126,7 +127,7 @@ class Rerun:
                 cells.append(f"{text} (n = {found.n})" if found.n else "–")
             rows.append((name, *cells))
         unit = f"{next(iter(self.runs['unit']), '')}{'; from the second row on the difference' * self.paired}"
-        return figures.table((unit, *sides), rows)
+        return figures.table((unit, *sides), rows) if sides else ""
 
     def show(self) -> None:
         """Show the note and the table in a notebook, and the figure if there are runs of the reader's own."""
@@ -179,7 +180,7 @@ def rerun(
         note = f"All {len(tasks)} runs of your own are done; they are kept in `{folder}`."
     elif not train:
         note = f"{len(chosen)} runs, {on_t4} on a T4 of Colab. Set `run_missing = True` to train them."
-    elif place == "cpu" and (needed is None or needed > seconds):
+    elif place == "cpu" and needed is not None and needed > seconds:
         note = (
             f"{many} would take {minutes(needed)} on {where}, more than `time_limit`, so nothing was trained. "
             f"Raise `time_limit` to train them here; a T4 of Colab needs {on_t4}."
@@ -222,11 +223,16 @@ def _do(tasks: Sequence[Task], folder: Path, deadline: float) -> str:
     done, said = 0, ""
     order = Order(tasks=tasks, folder=folder, deadline=deadline, progress=True)
     try:
-        with warnings.catch_warnings(), closing(in_processes(order, 1)) as steps:
+        with (
+            warnings.catch_warnings(),
+            closing(in_processes(order, 1)) as steps,
+            bar(total=len(tasks), desc="your own runs", unit="run") as shown,
+        ):
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", module="basis")  # other libraries' are none of a reader's business
             for step in steps:
                 done += step.outcome == "done"
+                shown.update(step.outcome == "done")
                 failures += [f"{step.run.variant}, seed {step.run.seed}: {step.message}"] * (step.outcome == "failed")
     except KeyboardInterrupt:
         said = " Stopped; what is finished is kept, and the cell goes on when you run it again."
@@ -270,11 +276,8 @@ def _values(study: str, record: Record) -> list[tuple[str, int, float, str]]:
     """What is compared of a run: variant, seed, value and unit."""
     variant, seed, result = record.config["variant"], record.config["seed"], record.result
     if study == "sensitivity":
-        rows = (
-            sensitivity_study.agreements([record], sensitivity_study.MEASURES, truth="tuned")
-            if variant == "tuned"
-            else ()
-        )
+        tuned = [record] if variant == "tuned" else []
+        rows = sensitivity_study.agreements(tuned, sensitivity_study.MEASURES, truth="tuned")
         return [(row.measure, seed, row.spearman.value, "rank correlation with fine-tuning") for row in rows]
     tested = result["test"]  # of a compressed network, after fine-tuning
     return [(labels(study, [variant])[0], seed, 100 * tested["accuracy"], "test accuracy, %")] if tested else []

@@ -85,6 +85,7 @@ def test_runs_of_ones_own_stand_beside_the_published_ones(tmp_path, monkeypatch)
     told, calls = [], []
 
     def fake(order, jobs):
+        """Four runs, then Stop the first time."""
         calls.append(order.tasks)
         for task in order.tasks[:4]:
             put_record(order.folder, task.run)

@@ -171,6 +171,7 @@ class Training:
         if differing:
             kind = f"checkpoint {path} belongs to a training with another model, data, recipe or seed"
             raise TrainingError(f"{kind} (differing: {', '.join(differing)}); delete it, or name another file")
+        self.identity = known  # the starting weights are those of the first start
         if self.switch and content["switched"]:
             self.switch.rebuild(self, content["switched"])
         self._put(content)

@@ -64,10 +64,9 @@ def setup_cell(address: Address) -> str:
 
 def readme_links(address: Address) -> str:
     """The line of links at the top of README.md."""
-    first = "notebooks/01_what_is_a_basis_convolution.ipynb"
     links = {
+        "Start here": address.colab("notebooks/00_start_here.ipynb"),
         "Read the book": address.pages,
-        "Open a chapter in Colab": address.colab(first),
         "Source": address.repository,
         "Issues": f"{address.repository}/issues",
     }

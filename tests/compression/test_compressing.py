@@ -24,6 +24,7 @@ from basis.compression import compress as module
 from basis.compression.compress import Settings, compress, prepare
 from basis.saving import plain
 from tests import tiny
+from tests.training.common import at
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -217,7 +218,7 @@ def test_fine_tuning_resumes_with_the_numbers_that_it_would_have_had(place, tmp_
         asked = settings(place, tmp_path / name, epochs=2)
         if name == "parts":
             with monkeypatch.context() as patch:
-                patch.setattr(module, "finetune", lambda *a, **o: real(*a, **o, should_stop=lambda: True))
+                patch.setattr(module, "finetune", lambda *a, **o: real(*a, **o, should_stop=at(4)))
                 with pytest.raises(RuntimeError, match="stopped after epoch 1 of 2"):
                     compress(asked)
             monkeypatch.setattr(module, "sensitivity", None)  # what came before is not done again

@@ -1,5 +1,7 @@
 """What the tests of training share: a small network, a short recipe, and the check of a resumed training."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -34,13 +36,20 @@ def losses(result):
     return [row["train_loss"] for row in result.curves]
 
 
+def at(question):
+    """A ``should_stop`` that says yes when asked for that time; it is asked after each step of an epoch."""
+    asked = itertools.count(1)
+    return lambda: next(asked) == question
+
+
 def resumed(recipe, path, make, teacher=lambda: None, data=DATA):
-    """The network of an uninterrupted training, after a check that a paused and resumed one is alike bit for bit."""
+    """The network of an uninterrupted training, after a check that one paused twice is alike bit for bit."""
     whole, parts = make(), make()
     expected = train(whole, data, recipe, device="cpu", teacher=teacher())
-    pause = {"checkpoint": path, "should_stop": lambda: True}
-    with pytest.raises(TrainingPaused, match="after epoch 1 of 3"):
-        train(parts, data, recipe, device="cpu", teacher=teacher(), **pause)
+    steps = len(data.train) // recipe.batch_size
+    for question, said in ((steps, "after epoch 1 of 3"), (steps + 2, "in epoch 3 of 3.* after epoch 2")):
+        with pytest.raises(TrainingPaused, match=said):
+            train(parts, data, recipe, device="cpu", checkpoint=path, should_stop=at(question), teacher=teacher())
     torch.manual_seed(99)  # a new process: the random state is another, and the weights are those of the start
     parts = make()
     result = train(parts, data, recipe, device="cpu", checkpoint=path, teacher=teacher())

@@ -11,7 +11,7 @@ from basis.data import hold_out
 from basis.search.switching import pair_rank, stable_rank
 from basis.training.loop import Recipe, TrainingError, TrainingPaused
 from basis.training.switching import carry_momentum, dense_weights, weight_of
-from tests.training.common import DATA, RECIPE, SEARCH, losses, network, same
+from tests.training.common import DATA, RECIPE, SEARCH, at, losses, network, same
 
 HALF = 0.5
 
@@ -55,15 +55,15 @@ def test_until_the_switch_it_is_the_dense_training():
     assert losses(result)[2:] != losses(whole)[2:]
 
 
-@pytest.mark.parametrize(  # epochs before and after the switch
-    ("epoch", "changes"),
-    [(1, {}), (3, {"momentum": "projected"}), (1, {"pairs": True}), (3, {"teach": 0.5}), (3, {"until": "ranks"})],
+@pytest.mark.parametrize(  # after epoch 1, after epoch 3, and within epoch 4; the switch begins epoch 3
+    ("question", "changes"),
+    [(4, {}), (9, {"momentum": "projected"}), (4, {"pairs": True}), (11, {"teach": 0.5}), (9, {"until": "ranks"})],
     ids=str,
 )
-def test_a_resumed_training_is_bit_identical(tmp_path, changes, epoch):
-    (whole, expected), path, asked = trained(switched(**changes)), tmp_path / "c.pt", iter(range(1, 9))
+def test_a_resumed_training_is_bit_identical(tmp_path, changes, question):
+    (whole, expected), path = trained(switched(**changes)), tmp_path / "c.pt"
     with pytest.raises(TrainingPaused):
-        trained(switched(**changes), checkpoint=path, should_stop=lambda: next(asked) == epoch)
+        trained(switched(**changes), checkpoint=path, should_stop=at(question))
     torch.manual_seed(99)
     model = network()
     result = train(model, DATA, switched(**changes), device="cpu", checkpoint=path)

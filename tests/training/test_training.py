@@ -21,7 +21,7 @@ from basis.training.loop import (
     train,
 )
 from basis.training.skipping import Skip
-from tests.training.common import DATA, RECIPE, network, resumed
+from tests.training.common import DATA, RECIPE, at, network, resumed, same
 
 
 def test_networks_learn_the_stand_in():
@@ -44,10 +44,24 @@ def test_checkpoints_are_written_now_and_then_and_when_stopping(tmp_path, monkey
     train(network(), DATA, RECIPE, device="cpu", checkpoint=path)
     assert written == []  # within a minute none
     with pytest.raises(TrainingPaused):
-        train(network(), DATA, RECIPE, device="cpu", checkpoint=path, should_stop=lambda: True)
+        train(network(), DATA, RECIPE, device="cpu", checkpoint=path, should_stop=at(4))
     assert written == [1]
     train(network(), DATA, RECIPE, device="cpu", checkpoint=path, checkpoint_every=0)
     assert written == [1, 1, 2, 3]
+
+
+def test_a_stop_within_an_epoch_undoes_its_steps(tmp_path):
+    """So also one that fixed sparse masks, in the second epoch; the very network then goes on."""
+    whole, parts = network("sparse:4"), network("sparse:4")
+    with pytest.raises(TrainingPaused, match=r"in epoch 1 of 3.* from the start"):
+        train(parts, DATA, RECIPE, device="cpu", should_stop=at(1))
+    assert same(parts, whole)
+    kept = {"device": "cpu", "checkpoint": tmp_path / "c.pt"}
+    with pytest.raises(TrainingPaused, match=r"in epoch 2 of 3.* after epoch 1"):
+        train(parts, DATA, RECIPE, **kept, should_stop=at(4 + 3))
+    train(parts, DATA, RECIPE, **kept)
+    train(whole, DATA, RECIPE, device="cpu")
+    assert same(parts, whole)
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path):

@@ -42,7 +42,7 @@ def _plan(record: Record) -> str | None:
 COLUMNS: Mapping[str, tuple[str, str | Callable[[Record], Any]]] = {
     "id": ("identity of the run: a digest of its configuration, and the name of its record", "id"),
     "study": ("the study it belongs to, one for each chapter with trainings", "config.study"),
-    "profile": ("the scale: cpu, colab or paper", "config.profile"),
+    "profile": ("the scale: small, cpu or paper", "config.profile"),
     "variant": ("what is compared within a study", "config.variant"),
     "seed": ("of the initial weights, and of the order and augmentation of the images", "config.seed"),
     "model": ("the network", "config.model"),

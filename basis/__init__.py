@@ -1,58 +1,25 @@
 """Basis convolutions: train k of a layer's filters, mix the others from them, and learn where that is safe."""
 
-from basis.bench.tuning import tune, use_modes
-from basis.costs import CostReport, cost, count_parameters, count_trained
-from basis.export import export_onnx, export_program
-from basis.inference import fold
-from basis.layers.batchnorm import couple, uncouple
-from basis.layers.coefficients import Coefficients, Form
-from basis.layers.conv import BasisConv2d
-from basis.search.selection import InfeasibleBudget, select
-from basis.search.sensitivity import sensitivity
-from basis.search.switching import Switch
-from basis.search.table import SensitivityTable
-from basis.storage import load, save
-from basis.substitution import Plan, merge, plan_of, substitute
-from basis.training.evaluation import Evaluation
-from basis.training.finetuning import FineTuning, finetune
-from basis.training.loop import Recipe, Result, evaluate, train
-from basis.training.recalibration import Recalibration, recalibrate
-from basis.training.skipping import Skip
+import ast
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
-__all__ = [
-    "BasisConv2d",
-    "Coefficients",
-    "CostReport",
-    "Evaluation",
-    "FineTuning",
-    "Form",
-    "InfeasibleBudget",
-    "Plan",
-    "Recalibration",
-    "Recipe",
-    "Result",
-    "SensitivityTable",
-    "Skip",
-    "Switch",
-    "cost",
-    "count_parameters",
-    "count_trained",
-    "couple",
-    "evaluate",
-    "export_onnx",
-    "export_program",
-    "finetune",
-    "fold",
-    "load",
-    "merge",
-    "plan_of",
-    "recalibrate",
-    "save",
-    "select",
-    "sensitivity",
-    "substitute",
-    "train",
-    "tune",
-    "uncouple",
-    "use_modes",
-]
+# The stub says which module each public name is of, to type checkers, to editors, and here: a module, and with it
+# torch, is imported when one of its names is asked for.
+_STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+_HOMES = {name.name: str(node.module) for node in _STUB.body if isinstance(node, ast.ImportFrom) for name in node.names}
+__all__ = tuple(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -10,9 +10,10 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def repository_root() -> Path | None:
@@ -27,8 +28,37 @@ def results_folder() -> Path:
     return Path(named) if named else (repository_root() or Path.cwd()) / "results"
 
 
+def stored_results(folder: Path | None = None) -> Path:
+    """``folder``, by default :func:`results_folder`; ``ValueError`` says how to get records where there is none."""
+    folder = folder or results_folder()
+    if not folder.is_dir():
+        named = "name the folder of your own (--results DIR or $BASIS_RESULTS)"
+        raise ValueError(f"there are no records in {folder}; {named}, or fetch the published ones: {clone()}")
+    return folder
+
+
+def is_published(folder: Path) -> bool:
+    """Whether that is the folder of the records that come with the checkout."""
+    root = repository_root()
+    return root is not None and folder.resolve() == root / "results"
+
+
+def version() -> str:
+    """The version of the package that is installed."""
+    return next((one.version for one in metadata.distributions(name="basis-convolutions")), "not installed")
+
+
+def clone() -> str:
+    """The command that fetches the repository, whose address the installed package knows."""
+    urls = [one.metadata.get_all("Project-URL") for one in metadata.distributions(name="basis-convolutions")]
+    found = re.search(r"'Source, ([^']+?)/tree/", str(urls))
+    return f"git clone {found[1] if found else 'the repository'}"
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What a reader needs to know of the machine and the software that made a record."""
+    import torch  # here, since the command line asks for folders alone
+
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
@@ -38,7 +68,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if cuda else None,
         "python": platform.python_version(),
         "system": platform.system(),
-        "basis": next((d.version for d in metadata.distributions(name="basis-convolutions")), "not installed"),
+        "basis": version(),
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

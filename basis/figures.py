@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 import struct
 import warnings
@@ -87,6 +88,8 @@ class Theme:
 LIGHT = Theme("light", "#1f2328", "#6b7280", "#e3e6ea", "#9a5b00", "#ffffff", _LIGHT_COLOURS, _LIGHT_CYCLE)
 DARK = Theme("dark", "#e6e9ed", "#a2abb6", "#3a424c", "#f0b754", "#14181e", _DARK_COLOURS, _DARK_CYCLE)
 
+PNG: Mapping[str, Any] = {"dpi": 192, "facecolor": LIGHT.background}  # for dense screens and slides
+
 Draw = Callable[[Theme], Figure]
 
 
@@ -107,30 +110,33 @@ def render_figure(draw: Draw, theme: Theme, *, name: str, fmt: str, **options: A
     return buffer.getvalue()
 
 
-def save(draw: Draw, *, name: str, folder: Path) -> None:
-    """Write NAME.svg, NAME-dark.svg (both without background) and NAME.pdf into `folder`."""
+def save(draw: Draw, *, name: str, folder: Path, data: pd.DataFrame | None = None) -> None:
+    """Write NAME.svg and NAME-dark.svg (without background), NAME.pdf, NAME.png and, given `data`, NAME.csv."""
     folder.mkdir(parents=True, exist_ok=True)
-    for ending, theme in ((".svg", LIGHT), ("-dark.svg", DARK), (".pdf", LIGHT)):
-        content = render_figure(draw, theme, name=name, fmt=ending[-3:])
+    for ending, theme in ((".svg", LIGHT), ("-dark.svg", DARK), (".pdf", LIGHT), (".png", LIGHT)):
+        content = render_figure(draw, theme, name=name, fmt=ending[-3:], **(PNG if ending == ".png" else {}))
         (folder / f"{name}{ending}").write_bytes(content)
+    if data is not None:
+        data.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")
 
 
-def show(draw: Draw, *, name: str, caption: str, alt: str, folder: Path | None = None) -> None:
+def show(
+    draw: Draw, *, name: str, caption: str, alt: str, data: pd.DataFrame | None = None, folder: Path | None = None
+) -> None:
     """Show a figure with its caption in the notebook, and write its files for the book.
 
-    `caption` is plain Markdown and states the finding; `alt` describes what is seen to someone who does not see it.
-    The files go to `folder`, by default `book/figures` of the checkout, if there is one.
+    `caption` is plain Markdown and states the finding; `alt` describes what is seen to someone who does not see it;
+    `data` is the table that is drawn. The files of :func:`save` go to `folder`, by default `$BASIS_FIGURES` or
+    `book/figures` of the checkout, if there is one.
     """
     from IPython.display import Markdown, display
 
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
         raise ValueError(f"figure name {name!r} must be small letters, digits and hyphens")
-    root = repository_root()
-    if folder is None and root is not None:
-        folder = root / "book" / "figures"
-    if folder is not None:
-        save(draw, name=name, folder=folder)
-    png = render_figure(draw, LIGHT, name=name, fmt="png", dpi=192, facecolor=LIGHT.background)
+    root, named = repository_root(), os.environ.get("BASIS_FIGURES")
+    if folder := folder or (Path(named) if named else root and root / "book" / "figures"):
+        save(draw, name=name, folder=folder, data=data)
+    png = render_figure(draw, LIGHT, name=name, fmt="png", **PNG)
     width, height = struct.unpack(">II", png[16:24])  # shown at half its size, sharp on dense screens
     about = {"name": name, "caption": caption, "alt": alt}
     picture = {"image/png": base64.b64encode(png).decode(), "text/plain": alt}

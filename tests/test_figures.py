@@ -31,7 +31,7 @@ def shown(monkeypatch):
 
 def test_a_figure_is_written_light_dark_and_for_print(tmp_path, shown):
     figures.show(draw, name="a-b", caption="What **is** seen.", alt="A rising line.", folder=tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-b-dark.svg", "a-b.pdf", "a-b.svg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-b-dark.svg", "a-b.pdf", "a-b.png", "a-b.svg"]
     light, dark = (tmp_path / "a-b.svg").read_text(), (tmp_path / "a-b-dark.svg").read_text()
     assert figures.LIGHT.text in light
     assert figures.DARK.text in dark

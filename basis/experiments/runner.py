@@ -36,6 +36,7 @@ from basis.text import first_line
 from basis.training.loop import TrainingPaused
 
 TRIES = 3  # how often a run is begun whose worker dies
+CGROUP = Path("/sys/fs/cgroup")
 THIN = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 
 
@@ -259,5 +260,16 @@ def jobs_for(runs: Sequence[Run], device: torch.device) -> int:
 
 
 def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores that this process may use, by its affinity and its container's quota."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroup v2, v1
+        with suppress(OSError, ValueError):  # not there, or "max"
+            quota, period = map(int, " ".join((CGROUP / name).read_text() for name in names).split())
+            allowed = min(allowed, quota // period) if quota > 0 else allowed
+    return max(1, allowed)
+
+
+def idle_cores() -> int:
+    """Those of :func:`cores` that other processes leave, by the load average of the last minute; at least 1."""
+    busy = round(os.getloadavg()[0]) if hasattr(os, "getloadavg") else 0
+    return max(1, min(cores(), (os.cpu_count() or 1) - busy))

@@ -6,6 +6,7 @@ from typing import get_args
 
 import pandas as pd
 
+from basis.environment import stored_results
 from basis.experiments.runs import PROFILES, Record
 from basis.experiments.studies import STUDIES, valid_records
 from basis.experiments.studies.sensitivity import RATIOS, Truth, agreements, bootstrap, truths_of
@@ -34,11 +35,11 @@ def score(
         of chapter 4.
 
     Raises:
-        ValueError: for an unknown or unmeasured truth, and scores that are missing or not finite.
+        ValueError: for an unknown or unmeasured truth, scores that are missing or not finite, and where no records are.
     """
     one_of("truth", truth, get_args(Truth))
     one_of("profile", profile, PROFILES)
-    records = valid_records(STUDIES["sensitivity"], profile) if records is None else records
+    records = valid_records(STUDIES["sensitivity"], profile, stored_results()) if records is None else records
     truths = truths_of(records, truth)
     layers = [name for name in (truths[0].layers if truths else ()) if all(name in one.layers for one in truths)]
     if len(layers) < 4:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -16,17 +17,26 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import nbformat
 
-from basis.environment import repository_root, results_folder
+from basis.environment import is_published, repository_root, results_folder
 from basis.experiments.studies import STUDIES, check_records
 from book.tools import front_page, gates
 from book.tools.address import address
 from book.tools.derived import HEADLINE, block, sync
 from book.tools.pages import Notebook, assemble_page, fragments, page_facts, study_of
+
+# What the files of a figure end with, by format.
+ENDINGS: Mapping[str, Sequence[str]] = {
+    "svg": (".svg", "-dark.svg"),
+    "pdf": (".pdf",),
+    "png": (".png",),
+    "csv": (".csv",),
+}
 
 
 class BookError(RuntimeError):
@@ -57,8 +67,11 @@ def known_parameters(source: Path) -> set[str]:
     return set(papermill.inspect_notebook(str(source)))
 
 
-def execute(source: Path, parameters: Mapping[str, Any], root: Path) -> Execution:
-    """Run a notebook with parameters, in this interpreter's environment and the repository's folder."""
+def execute(source: Path, parameters: Mapping[str, Any], root: Path, figures: Path | None = None) -> Execution:
+    """Run a notebook with parameters, in this interpreter's environment and the repository's folder.
+
+    Its figures go to `figures`, by default where the book has them.
+    """
     unknown = gates.unknown_parameters(known_parameters(source), parameters, source.name)
     if unknown:
         raise BookError(unknown)
@@ -68,6 +81,7 @@ def execute(source: Path, parameters: Mapping[str, Any], root: Path) -> Executio
     # Two notebooks run at a time; more threads than cores would wait for each other in every small operation.
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2))}
     environment = {**threads, **os.environ, **settings, "PYTHONWARNINGS": "ignore:IProgress not found"}
+    environment |= {"BASIS_FIGURES": str(figures)} if figures else {}
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / source.name
         command = [sys.executable, "-m", "papermill", str(source), str(target), "--kernel", "python3"]
@@ -110,12 +124,13 @@ def build(
 
     Every notebook is executed with `profile`, by default the one whose records its study
     publishes. `only` names the chapters to execute again; the others keep the page of the last
-    build. The pages are in `book/_build/html`, and in `html_dir` too if that is given. If
-    anything is wrong, everything that is wrong is named in one `BookError`.
+    build. Claims and records are checked where they are those that the repository publishes. The
+    pages are in `book/_build/html`, and in `html_dir` too if that is given. If anything is wrong,
+    everything that is wrong is named in one `BookError`.
     """
     root = checkout()
     say = progress or (lambda message: None)
-    sources = {path.stem: path for path in sorted((root / "notebooks").glob("*.ipynb"))}
+    sources = _notebooks()
     problems = source_gates(root, sources)
 
     target = root / "book" / "notebooks"
@@ -140,10 +155,10 @@ def build(
         (generated / name).write_text(text + "\n", encoding="utf-8")
     front_page.save(profile, root / "book" / "figures")
 
-    if profile is None:
+    if profile is None and is_published(results_folder()):
         shown = block((root / "README.md").read_text(encoding="utf-8"), "claims") or ""
         if shown.strip() != texts["readme-claims.md"].strip():
-            problems.append("README.md's claims are not what the records say; `basis sync` rewrites them")
+            problems.append("README.md's claims are not what the records say; `basis dev sync` rewrites them")
 
     say("rendering the pages")
     html = root / "book" / "_build" / "html"
@@ -157,33 +172,67 @@ def build(
     return (html_dir or html) / "index.html"
 
 
-def export_figures(names: Sequence[str], out: Path, *, progress: Callable[[str], None] | None = None) -> list[Path]:
-    """Draw figures of the book anew, by name (all unless named), into ``out``: SVG (light, dark) and PDF.
+def figures_known() -> list[tuple[str, str, str]]:
+    """Name, notebook and title of every figure; a `*` in a name is for what the notebook puts there."""
+    known = [(HEADLINE, "", "Front page")]
+    for stem, path in _notebooks().items():
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            for name in re.findall(r"figures\.show\(.*?name=f?\"([a-z0-9{}-]+)\"", cell.source, re.DOTALL):
+                known.append((re.sub(r"{.*?}", "*", name), stem, gates.first_heading(notebook)))
+    return known
+
+
+def export_figures(
+    names: Sequence[str], out: Path, *, chapters: Sequence[str] = (), formats: Sequence[str] = tuple(ENDINGS),
+    profile: str | None = None, progress: Callable[[str], None] | None = None,
+) -> tuple[list[Path], list[str]]:  # fmt: skip
+    """Draw figures anew into `out`, those named and those of chapters, or all: the files, and what could not be drawn.
 
     Raises:
-        BookError: for a name that neither a chapter nor the front page draws, or a chapter that fails.
+        ValueError: for a figure or chapter that is not there.
     """
-    root = checkout()
-    sources = {path.stem: path for path in sorted((root / "notebooks").glob("*.ipynb"))}
-    drawn = {HEADLINE: ""} | {
-        name: stem
-        for stem, path in sources.items()
-        for cell in nbformat.read(path, as_version=4).cells
-        for name in re.findall(r"figures\.show\(.*?name=\"([a-z0-9-]+)\"", cell.source, re.DOTALL)
-    }
-    unknown = [name for name in names if name not in drawn]
-    if unknown:
-        raise BookError([f"there is no figure {name!r}; there are {', '.join(sorted(drawn))}" for name in unknown])
-    wanted = list(names) or sorted(drawn)
-    stems = sorted({drawn[name] for name in wanted} - {""})
+    root, sources, known = checkout(), _notebooks(), {name: stem for name, stem, _ in figures_known()}
+    homes = {name: [known[one] for one in sorted(known, key=name.__ne__) if fnmatch(name, one)] for name in names}
+    if unknown := [name for name in names if not homes[name]]:
+        near = {name: ", ".join(difflib.get_close_matches(name, known)) or "another" for name in unknown}
+        meant = "; ".join(f"there is no figure {name!r}; did you mean {one}?" for name, one in near.items())
+        raise ValueError(f"{meant} `basis figures --list` lists all")
+    asked = named(sources, chapters)
+    wanted = {name: found[0] for name, found in homes.items()}
+    wanted |= {name: stem for name, stem in known.items() if stem in asked or not (names or chapters)}
+    stems = sorted({*wanted.values()} - {""})
     if progress and stems:
         progress(f"executing {len(stems)} notebooks")
-    execute_all({stem: sources[stem] for stem in stems}, None, root)
-    if HEADLINE in wanted:
-        front_page.save(None, root / "book" / "figures")
+    paths: dict[str, Path] = {}
+    lacking: list[str] = []
     out.mkdir(parents=True, exist_ok=True)
-    files = [root / "book" / "figures" / f"{name}{end}" for name in wanted for end in (".svg", "-dark.svg", ".pdf")]
-    return [Path(shutil.copy(path, out)) for path in files if path.is_file()]
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            execute_all({stem: sources[stem] for stem in stems}, profile, root, Path(place))
+        except BookError as error:
+            lacking += error.problems
+        if HEADLINE in wanted:
+            front_page.save(profile, Path(place))
+        for name, stem in wanted.items():
+            drawn = {path for ends in ENDINGS.values() for end in ends for path in Path(place).glob(name + end)}
+            lacking += [] if drawn else [f"{name} is not drawn: {_making(stem, profile)}"]
+            for path in sorted(path for path in drawn if path.suffix[1:] in formats):
+                paths[path.name] = Path(shutil.copy(path, out))
+    return list(paths.values()), lacking
+
+
+def _making(stem: str, profile: str | None) -> str:
+    """What makes the records that a chapter's figures lack."""
+    study, folder = study_of(stem) or STUDIES["headline"], results_folder()
+    shown = profile or study.published
+    command = f"basis run {study.name} --profile {shown}" if study.runs(shown) else "basis bench"
+    where = "" if is_published(folder) else f" --results {folder}"
+    return f"{folder} lacks records for it, which `{command}{where}` makes"
+
+
+def _notebooks() -> dict[str, Path]:
+    return {path.stem: path for path in sorted((checkout() / "notebooks").glob("*.ipynb"))}
 
 
 def checkout() -> Path:
@@ -205,22 +254,28 @@ def source_gates(root: Path, sources: Mapping[str, Path]) -> list[str]:
     for path in sorted((root / "book").glob("*.md")):
         problems += gates.number_problems(path.read_text(encoding="utf-8"), f"book/{path.name}")
     problems += sync(root, check=True, example=False)
-    problems += check_records(results_folder())
-    return problems
+    return problems + (check_records() if is_published(results_folder()) else [])
 
 
 def _choose(sources: Mapping[str, Path], only: Sequence[str] | None, target: Path) -> dict[str, Path]:
     """The notebooks to execute: those named, and those that have no page yet."""
     if only is None:
         return dict(sources)
-    wanted = {stem for stem in sources if any(stem == name or stem.startswith(f"{name}_") for name in only)}
-    unmatched = [name for name in only if not any(s == name or s.startswith(f"{name}_") for s in sources)]
-    if unmatched:
-        raise BookError([f"there is no notebook {name!r}; there are {', '.join(sources)}" for name in unmatched])
+    wanted = named(sources, only)
     return {s: path for s, path in sources.items() if s in wanted or not (target / f"{s}.ipynb").exists()}
 
 
-def execute_all(sources: Mapping[str, Path], profile: str | None, root: Path) -> dict[str, Execution]:
+def named(sources: Mapping[str, Path], chapters: Sequence[str]) -> set[str]:
+    """The notebooks that chapters such as `3`, `03` or `03_every_layer` mean."""
+    found = {name: {s for s in sources if s == name or s.startswith(f"{name.zfill(2)}_")} for name in chapters}
+    if unknown := [name for name, stems in found.items() if not stems]:
+        raise ValueError(f"there is no notebook {unknown[0]!r}; there are {', '.join(sources)}")
+    return set().union(*found.values())
+
+
+def execute_all(
+    sources: Mapping[str, Path], profile: str | None, root: Path, figures: Path | None = None
+) -> dict[str, Execution]:
     """Execute notebooks, two at a time; all that fail are named together."""
 
     def one(stem: str) -> Execution | BookError:
@@ -231,7 +286,7 @@ def execute_all(sources: Mapping[str, Path], profile: str | None, root: Path) ->
         takes = known_parameters(sources[stem])
         parameters = {name: value for name, value in offered.items() if name in takes}
         try:
-            return execute(sources[stem], parameters, root)
+            return execute(sources[stem], parameters, root, figures)
         except BookError as error:
             return error
 

@@ -153,7 +153,9 @@ def sync(root: Path, *, check: bool = False, example: bool = True, claims: str |
             wanted = notebook_text(text, address)
         if wanted != text:
             name = path.relative_to(root)
-            problems.append(f"{name} is out of date; `basis sync` rewrites it" if check else f"{name} was rewritten")
+            problems.append(
+                f"{name} is out of date; `basis dev sync` rewrites it" if check else f"{name} was rewritten"
+            )
             if not check:
                 path.write_text(wanted, encoding="utf-8")
     return problems + _sync_headline(root, check=check)
@@ -170,7 +172,7 @@ def _sync_headline(root: Path, *, check: bool) -> list[str]:
         if drawn.exists() and not check:
             shutil.copyfile(drawn, shown)
         if not shown.exists():
-            problems.append(f"book/_static/{name} is missing; build the book, and `basis sync` copies the figure")
+            problems.append(f"book/_static/{name} is missing; build the book, and `basis dev sync` copies the figure")
     return problems
 
 

@@ -5,7 +5,7 @@
 and code; its cells say by tags what they are:
 
     (first cell)  the title, a question
-    setup         written by `basis sync`: what Colab runs first
+    setup         written by `basis dev sync`: what Colab runs first
     card          goals and needs; the page adds the measured run times
     parameters    `name: type = literal  # what it is`, and nothing else
     answer        displays Markdown computed from records; the page puts it under the title

@@ -12,7 +12,8 @@ from basis.bench.report import BenchReport
 from basis.bench.shapes import Shape
 from basis.bench.timing import MOST_SETS, Setting, compare, interleave, peak_bytes
 from basis.bench.tuning import bench_latency
-from basis.cli import BENCHES, file_stem, main
+from basis.cli import main
+from basis.commands.bench import BENCHES, file_stem
 from basis.experiments.sweep import Measurement, bench_gpu, file_name
 from basis.layers.conv import BasisConv2d
 from basis.saving import RecordError
@@ -436,7 +437,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(t
 
 
 def test_the_commands_for_blocks_and_rivals_store_the_machine_too(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("basis.cli.results_folder", lambda: tmp_path)
+    monkeypatch.setattr("basis.commands.bench.results_folder", lambda: tmp_path)
     where = "--device cpu --precision fp32 --memory-format contiguous --rounds 3 --batch-size 2 --ratios 0.5"
     assert main(["bench", "block", "--shapes", "8@4", "--candidates", "auto", "through_basis", *where.split()]) == 0
     command = ["bench", "rivals", "--shapes", "16@4", "--passes", "forward", "--candidates", "basis", "svd"]

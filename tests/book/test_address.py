@@ -38,7 +38,7 @@ def test_a_pyproject_without_source_is_refused():
 
 
 def test_the_address_is_written_nowhere_else():
-    """Owner and name together may stand in pyproject.toml and in what `basis sync` writes."""
+    """Owner and name together may stand in pyproject.toml and in what `basis dev sync` writes."""
     here = address()
     needle = f"{here.owner}/{here.name}"
     derived = {ROOT / "README.md", ROOT / "CITATION.cff", *(ROOT / "notebooks").glob("*.ipynb")}

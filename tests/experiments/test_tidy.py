@@ -43,8 +43,8 @@ def place(layer, k):
 
 
 def test_the_table_in_results_is_that_of_the_records(committed):
-    """After `basis run` or `basis import`, `basis table` writes it anew."""
-    assert (results_folder() / "runs.csv").read_bytes() == csv(runs_frame(committed)), "run `basis table`"
+    """After `basis run` or `basis import`, `basis dev table` writes it anew."""
+    assert (results_folder() / "runs.csv").read_bytes() == csv(runs_frame(committed)), "run `basis dev table`"
 
 
 def test_every_run_is_one_row_and_reads_back_as_its_record_says(committed):
@@ -63,11 +63,12 @@ def test_every_run_is_one_row_and_reads_back_as_its_record_says(committed):
 
 def test_without_records_the_table_has_its_columns_and_no_rows(tmp_path, capsys):
     none = tmp_path / "none"
-    assert main(["table", "--results", str(none)]) == 0
+    none.mkdir()
+    assert main(["dev", "table", "--results", str(none)]) == 0
     assert f"saved {none / 'runs.csv'}" in capsys.readouterr().out
     assert (none / "runs.csv").read_text() == ",".join(COLUMNS) + "\n"
     (tmp_path / "file").write_text("mine")
-    assert main(["table", "--results", str(tmp_path / "file")]) == 2
+    assert main(["dev", "table", "--results", str(tmp_path / "file")]) == 2
 
 
 # -- the data card --------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def substitute(
         calibration: on which basis layers are fitted to the outputs of the dense ones instead of to their weights
             (:mod:`basis.layers.moments`): batches, read once, of images or of (images, labels); one tensor
             (N, C, H, W); :class:`basis.data.Images`, or the training images of :class:`basis.data.Data`. The mean that
-            a layer loses goes into its bias, or else into the running mean of batch normalisation that directly follows.
+            a layer loses goes into its bias, or else into the running mean of a batch normalisation right after it.
         coefficients: the form of A (:class:`Form`); with ``"shared"``, layers of equal C_out, k and groups hold one.
         batch_norm: ``"through_basis"`` couples each new layer to the batch normalisation that directly follows it,
             where there is one (:func:`basis.layers.batchnorm.couple`): the same function, trained with less memory

@@ -71,12 +71,12 @@ class Settings:
     data: str
     budget: Mapping[str, float]
     out: str
-    classes: int | None = option(None, "outputs of the network (default: as the data)", type=int)
-    measure: str | None = option(None, "of the sensitivity (default: oneshot_bn, or oneshot)", choices=SEARCHES)
-    ratios: Sequence[float] = option((0.5, 0.25), "of basis filters to filters", nargs="+", type=float)
-    epochs: int = option(1, "of fine-tuning, 0 for none", type=int)
-    lr: float = option(0.01, "peak learning rate of fine-tuning", type=float)
-    batch_size: int = option(64, "also of the latencies", type=int)
+    classes: int | None = option(None, "outputs of the network (default: one for each class of the data)", type=int)
+    measure: str | None = option(None, "how layers are ranked (default: oneshot_bn, or oneshot)", choices=SEARCHES)
+    ratios: Sequence[float] = option((0.5, 0.25), "shares of filters to try (default: 0.5 0.25)", nargs="+", type=float)
+    epochs: int = option(1, "of fine-tuning, 0 for none (default: 1)", type=int)
+    lr: float = option(0.01, "peak learning rate of fine-tuning (default: 0.01)", type=float)
+    batch_size: int = option(64, "images in a batch, also where times are measured (default: 64)", type=int)
     image_size: int | None = option(None, "side in pixels that the network takes (default: its own)", type=int)
     crop: float | None = option(None, "share of the side kept (default: its own; 1 with --image-size)", type=float)
     mean: Sequence[float] | None = option(None, "of red, green, blue, in [0, 1] (default: known)", nargs=3, type=float)
@@ -86,7 +86,7 @@ class Settings:
         INSTALLED, "files to write (default: onnx where it is installed, program)", nargs="+", choices=tuple(EXPORTS)
     )
     device: str | None = option(None, "cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
-    seed: int = option(0, "of all randomness", type=int)
+    seed: int = option(0, "of all randomness (default: 0)", type=int)
     anyway: bool = option(False, "go on with a network that hardly beats guessing", action="store_true")
 
     def __post_init__(self) -> None:

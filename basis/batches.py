@@ -101,8 +101,9 @@ def _pairs(data: Iterable[Any], what: str, bare: bool) -> Iterator[Batch]:
 
 
 def calibration_inputs(data: Batches, model: nn.Module) -> Iterator[Inputs]:
-    """The inputs of :func:`stream_batches`, ``bare``; of :class:`basis.data.Data` those of the training images."""
-    given = data.train if isinstance(data, Data) else data
+    """The inputs of :func:`stream_batches`, ``bare``, or of one tensor (N, ...); of ``Data`` the training images."""
+    given: Any = data.train if isinstance(data, Data) else data
+    given = given.split(BATCH) if isinstance(given, Tensor) and given.dim() > 1 else given
     return (x for x, _ in stream_batches(given, model, "calibration", bare=True))
 
 

@@ -28,6 +28,10 @@ def test_calibration_takes_inputs_with_and_without_targets(batch, inputs):
     assert str(list(calibration_inputs([batch], MODEL))) == str([inputs])
 
 
+def test_one_tensor_is_calibration_data_split_where_it_is_large():
+    assert [len(x) for x in calibration_inputs(torch.zeros(300, 3), MODEL)] == [250, 50]
+
+
 @pytest.mark.parametrize("batch", [X, {"a": X, "b": Y}, (X, Y, Y), ("x", Y), (torch.tensor(1.0), Y), (), ({}, Y), None])
 def test_what_is_no_pair_is_refused(batch):
     with pytest.raises(ValueError, match=r"batch 1 of data is .* must be a pair"):
@@ -36,7 +40,7 @@ def test_what_is_no_pair_is_refused(batch):
 
 @pytest.mark.parametrize(
     ("data", "says"),
-    [*((each, "must be an iterable of batches") for each in (X, "xy", {"inputs": X}, 3, None)),
+    [*((each, "must be an iterable of batches") for each in (X[0], "xy", {"inputs": X}, 3, None)),
      *(([batch], "batch 0 of calibration") for batch in ("x", {"a": 1}, (), None))],
 )  # fmt: skip
 def test_what_holds_no_batches_or_inputs_is_refused(data, says):

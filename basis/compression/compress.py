@@ -23,7 +23,8 @@ from basis.bench.report import BenchReport
 from basis.bench.timing import Setting, layer_steps
 from basis.bench.tuning import bench_latency
 from basis.compression.images import ImageData, check_images, open_images, subset
-from basis.compression.networks import build_network, load_weights, transform_for
+from basis.compression.networks import build_network, load_weights
+from basis.compression.preparation import Preparation, preparation_for
 from basis.compression.report import render
 from basis.costs import cost
 from basis.digests import digest, structure
@@ -70,21 +71,23 @@ class Settings:
     data: str
     budget: Mapping[str, float]
     out: str
-    classes: int | None = option(None, "outputs of the network (default: as the data)", type=int)
-    measure: str | None = option(None, "of the sensitivity (default: oneshot_bn, or oneshot)", choices=SEARCHES)
-    ratios: Sequence[float] = option((0.5, 0.25), "of basis filters to filters", nargs="+", type=float)
-    epochs: int = option(1, "of fine-tuning, 0 for none", type=int)
-    lr: float = option(0.01, "peak learning rate of fine-tuning", type=float)
-    batch_size: int = option(64, "also of the latencies", type=int)
-    image_size: int | None = option(None, "side in pixels, of the whole image (default: the network's own)", type=int)
-    mean: Sequence[float] | None = option(None, "per channel, in [0, 1] (default: known)", nargs="+", type=float)
-    std: Sequence[float] | None = option(None, "as for mean", nargs="+", type=float)
+    classes: int | None = option(None, "outputs of the network (default: one for each class of the data)", type=int)
+    measure: str | None = option(None, "how layers are ranked (default: oneshot_bn, or oneshot)", choices=SEARCHES)
+    ratios: Sequence[float] = option((0.5, 0.25), "shares of filters to try (default: 0.5 0.25)", nargs="+", type=float)
+    epochs: int = option(1, "of fine-tuning, 0 for none (default: 1)", type=int)
+    lr: float = option(0.01, "peak learning rate of fine-tuning (default: 0.01)", type=float)
+    batch_size: int = option(64, "images in a batch, also where times are measured (default: 64)", type=int)
+    image_size: int | None = option(None, "side in pixels that the network takes (default: its own)", type=int)
+    crop: float | None = option(None, "share of the side kept (default: its own; 1 with --image-size)", type=float)
+    mean: Sequence[float] | None = option(None, "of red, green, blue, in [0, 1] (default: known)", nargs=3, type=float)
+    std: Sequence[float] | None = option(None, "as for mean", nargs=3, type=float)
     validation: int | None = option(None, "training images held out to choose on (default: a tenth)", type=int)
     export: Sequence[str] = option(
         INSTALLED, "files to write (default: onnx where it is installed, program)", nargs="+", choices=tuple(EXPORTS)
     )
     device: str | None = option(None, "cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
-    seed: int = option(0, "of all randomness", type=int)
+    seed: int = option(0, "of all randomness (default: 0)", type=int)
+    anyway: bool = option(False, "go on with a network that hardly beats guessing", action="store_true")
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -93,9 +96,11 @@ class Settings:
             raise ValueError(f"budget is {dict(self.budget)}, but must have shares in (0, 1] of {', '.join(UNITS)}")
         least = {"epochs": 0, "seed": 0, "batch_size": 2, "validation": 1, "image_size": 1, "lr": 1e-9}
         wrong = [n for n, low in least.items() if getattr(self, n) is not None and not getattr(self, n) >= low]
+        wrong += ["crop"] * (self.crop is not None and not 0 < self.crop <= 1)
         wrong += ["measure"] * (self.measure not in (None, *SEARCHES))
         wrong += ["export"] * (not set(self.export) <= set(EXPORTS))
         wrong += ["std"] * ((self.mean is None) != (self.std is None))
+        wrong += [name for name in ("mean", "std") if len(getattr(self, name) or "RGB") != 3]
         if wrong:
             raise ValueError(f"{wrong[0]} cannot be {getattr(self, wrong[0])}; see basis compress --help")
 
@@ -113,8 +118,8 @@ class Job:
     input_size: tuple[int, ...]  # (C, H, W) of one image
     device: torch.device
     measure: str
-    identity: Mapping[str, Any]  # the settings with digests of files and network, which make a run this one
-    turned: int = 0  # training images with a rotation in EXIF, where the images were looked at
+    identity: Mapping[str, Any]  # settings, digests of files and network, what was found of the images: makes a run
+    preparation: Preparation  # of the images
 
     @property
     def setting(self) -> Setting:
@@ -144,6 +149,8 @@ def compress(settings: Settings, *, say: Say | None = None, command: str = "") -
     """
     job = prepare(settings, say=say)
     write_json(job.out / "run.json", job.identity)
+    if say:
+        say(f"images: {job.preparation}")
     done: dict[str, Stage] = {}
     for stage in STAGES:
         done[stage.__name__] = _finished(job, stage, done)
@@ -164,15 +171,22 @@ def prepare(settings: Settings, *, say: Say | None = None) -> Job:
         model = model.float().to(device).eval()
     except (ModuleNotFoundError, RuntimeError, AssertionError) as error:  # of a library, or of a device
         raise ValueError(first_line(error)) from error
-    seen = [] if (Path(s.out) / "stages").exists() else check_images(data.files)
-    parts = _split(s, model, data)
     measure = s.measure or ("oneshot_bn" if recalibrates(model) else "oneshot")
     identity = asdict(s) | {"out": "", "device": str(device), "measure": measure, "data": data.digest}
     identity["network"] = structure(model)
     identity["weights"] = digest(Path(s.weights).read_bytes())
+    del identity["anyway"]
+    identity = _check_folder(Path(s.out), plain(identity))
+    if "preparation" not in identity:
+        seen = check_images(data.files)
+        own = preparation_for(s.model, model, [size for size, _ in seen], image_size=s.image_size, crop=s.crop,
+                              mean=s.mean, std=s.std)  # fmt: skip
+        turned = sum(one for _, one in seen[: len(data.train)])
+        identity = plain({**identity, "preparation": asdict(own), "turned": turned})
+    prepared = Preparation(**identity["preparation"])
+    parts = _split(s, data, prepared)
     job = Job(settings=s, out=Path(s.out), say=say, model=model, data=data, parts=parts, device=device, measure=measure,
-              input_size=tuple(parts["held"][0][0].shape), identity=plain(identity),
-              turned=sum(seen[: len(data.train)]))  # fmt: skip
+              input_size=tuple(parts["held"][0][0].shape), identity=identity, preparation=prepared)  # fmt: skip
     _check_network(job)
     plan = Plan.uniform(model, ratio=min(s.ratios), multiple=MULTIPLE)
     if not plan.layers:
@@ -180,17 +194,13 @@ def prepare(settings: Settings, *, say: Say | None = None) -> Job:
     with torch.random.fork_rng(devices=[]):
         costs = _costs(job, substitute(model, plan, init="random"))
     _check_budget(job, {unit: after / max(1, before) for unit, (before, after) in costs.items()})
-    _check_folder(job.out, job.identity)
     return job
 
 
-def _split(s: Settings, model: nn.Module, data: ImageData) -> dict[str, Subset]:
-    if not len(s.mean or "RGB") == len(s.std or "RGB") == 3:
-        raise ValueError("mean and std must have a number for each of the 3 channels of the images")
-    evaluate = transform_for(s.model, model, size=s.image_size, mean=s.mean, std=s.std)
+def _split(s: Settings, data: ImageData, evaluate: Preparation) -> dict[str, Subset]:
     make = import_torchvision().transforms
     augment = make.Compose([make.RandomHorizontalFlip(), evaluate])  # as in evaluation: arXiv 1906.06423, section 3
-    total, most = len(data.train), 2000 if s.image_size and s.image_size <= 64 else 256  # small images are cheap
+    total, most = len(data.train), 2000 if max(evaluate(data.train[0][0]).shape) <= 64 else 256  # small: cheap
     held = s.validation or min(2000, max(1, total // 10))
     if held >= total:
         raise ValueError(f"validation is {held}, but must be below the number of training images, {total}")
@@ -221,23 +231,31 @@ def _check_budget(job: Job, least: Mapping[str, float]) -> None:
             raise ValueError(f"budget {unit} cannot be met: at least {share:.3f} stays; give smaller ratios")
 
 
-def _check_folder(out: Path, identity: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds anything but a run of these settings."""
+def _check_folder(out: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What run.json says, or else this identity; refuses a folder that holds anything but a run of these settings."""
     run = out / "run.json"
     if not run.exists() and out.exists() and (out.is_file() or any(p.suffix != ".tmp" for p in out.iterdir())):
         raise ValueError(f"{out} holds other things, and nothing is overwritten; name another folder")
-    known = _content(run) if run.exists() else identity
+    known = _content(run) if run.exists() else dict(identity)
     differing = [key for key in identity if known.get(key) != identity[key]]
     if differing:
         raise ValueError(f"{out} holds a run with other {few(differing)}; name another folder")
+    return known
 
 
 def evaluate_dense(job: Job, done: Mapping[str, Stage]) -> Stage:
     """The accuracy of the dense network on the held-out images."""
     row = _row("dense", "held-out", _hits(job, "held", job.model))
-    wrong = "the dense network hardly beats guessing; do weights, order of classes, mean and std fit these images?"
-    warned = [wrong] * (row["low"] <= 1 / len(job.data.classes))
-    warned += [f"{job.turned} training images carry a rotation in EXIF, which is ignored"] * (job.turned > 0)
+    guess, turned, warned = 1 / len(job.data.classes), job.identity["turned"], []
+    if row["low"] <= guess:
+        said = f"on {row['n']} held-out images the dense network hardly beats guessing ({row['value']:.1%} against "
+        said += f"{guess:.1%}); are weights, order of classes, --image-size, --crop, --mean, --std those of training?"
+        if not job.settings.anyway:
+            (job.out / "run.json").unlink()  # the folder is free for the next try
+            more = "--validation N holds out more of them, --anyway goes on"
+            raise ValueError(f"{said} The images were {job.preparation}; {more}")
+        warned = [said]
+    warned += [f"{turned} training images carry a rotation in EXIF, which is ignored"] * (turned > 0)
     return {"accuracy": [row], "warning": "; ".join(warned)}
 
 
@@ -385,6 +403,7 @@ def _report(job: Job, done: Mapping[str, Stage], command: str) -> dict[str, Any]
     replace(plan_of(small), skipped=done["replace_layers"]["kept"]).save(job.out / "plan.json")  # with reasons
     report = {
         "command": command, "settings": asdict(job.settings), "identity": job.identity, "classes": job.data.classes,
+        "preparation": asdict(job.preparation), "prepared": str(job.preparation),
         "cost": _costs(job, small), "images": {name: len(part) for name, part in job.parts.items()},
         "input_size": job.input_size, "folder": str(job.out.absolute()),
         "cells": table.to_frame().to_dict("records"), "stages": done,

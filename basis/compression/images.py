@@ -57,27 +57,28 @@ def open_images(path: str | os.PathLike) -> ImageData:
     return ImageData(train, test, tuple(train.classes), digest(sizes), files)
 
 
-def check_images(files: Sequence[str]) -> list[bool]:
-    """Decode every file once, small; which of them EXIF says to turn before they are shown.
+def check_images(files: Sequence[str]) -> list[tuple[tuple[int, int], bool]]:
+    """Decode every file once, small; (width, height) of each, and whether EXIF says to turn it before it is shown.
 
     ``ValueError`` names those that cannot be decoded, or have more than 8 bits a channel.
     """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         found = list(pool.map(_look, files))
-    if problems := [f"{file} ({why})" for file, (why, _) in zip(files, found, strict=True) if why]:
+    if problems := [f"{file} ({why})" for file, (why, *_) in zip(files, found, strict=True) if why]:
         raise ValueError(f"{len(problems)} images cannot be read: {few(problems, '; ')}")
-    return [turned for _, turned in found]
+    return [(size, turned) for _, size, turned in found]
 
 
-def _look(file: str) -> tuple[str | None, bool]:
-    """What is wrong with an image, and whether EXIF says to turn it."""
-    turned = False
+def _look(file: str) -> tuple[str | None, tuple[int, int], bool]:
+    """What is wrong with an image, its size, and whether EXIF says to turn it."""
+    size, turned = (0, 0), False
     try:
         with Image.open(file) as image:
+            size = image.size
             image.draft("RGB", (32, 32))  # a JPEG is decoded at an eighth of its size
             image.load()
             with suppress(Exception):  # EXIF that is damaged is not read in training either
                 turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            return "more than 8 bits a channel" if image.mode.startswith(("I", "F")) else None, turned
+            return "more than 8 bits a channel" if image.mode.startswith(("I", "F")) else None, size, turned
     except Exception as error:  # Pillow's decoders raise many kinds
-        return first_line(error), turned
+        return first_line(error), size, turned

@@ -1,4 +1,4 @@
-"""A user's network: made by name, its weights read from a file, and the transforms that its images need."""
+"""A user's network: made by name, its weights read from a file."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import os
 import pkgutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -106,25 +105,3 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not state:
         raise ValueError(f"{path} holds no tensors by name, as model.state_dict() gives them")
     return state
-
-
-def transform_for(
-    name: str, model: nn.Module, *, size: int | None = None, mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> Callable[[Any], Tensor]:  # fmt: skip
-    """From a PIL image to float32 (C, size, size): the library's own, or that of torchvision's ResNet-18.
-
-    ``mean`` and ``std`` (per channel, in units of full scale) take the place of the library's; so does ``size``
-    (pixels), and then all of the image is used, not its middle.
-    """
-    given: dict[str, Any] = {"mean": tuple(mean), "std": tuple(std)} if mean and std else {}
-    if getattr(model, "pretrained_cfg", None):
-        data = import_timm().data
-        given |= {"img_size": size, "crop_pct": 1.0} if size else {}
-        return data.create_transform(**data.resolve_data_config(given, model=model))
-    models = import_torchvision().models
-    try:
-        weights = models.get_model_weights(name.rpartition("/")[2]).DEFAULT
-    except ValueError:  # no network of torchvision's
-        weights = models.ResNet18_Weights.DEFAULT
-    return weights.transforms(**given, **({"crop_size": size, "resize_size": size} if size else {}))

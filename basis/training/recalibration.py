@@ -41,8 +41,7 @@ def recalibrate(model: nn.Module, batches: Batches) -> Recalibration:
     evenly. What has no running statistics, or is in evaluation mode even after ``train()``, is left alone.
 
     Args:
-        batches: inputs, or pairs (inputs, targets), see :func:`basis.batches.stream_batches`;
-            :class:`basis.data.Images`; or :class:`basis.data.Data`, whose training images are used.
+        batches: as ``calibration`` of :func:`basis.substitute`; or batches of any inputs that the model takes.
 
     Raises:
         ValueError: for batches that are empty or that the model cannot run on, and statistics that are not finite;

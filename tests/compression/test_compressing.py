@@ -41,7 +41,7 @@ def place(tmp_path_factory):
 def settings(place, out, **changes):
     usual = {"model": "tests.tiny:network", "weights": str(place / "weights.pt"), "data": str(place / "data")}
     usual |= {"budget": {"params": 0.7}, "out": str(out), "image_size": 16, "batch_size": 16, "seed": 1}
-    return Settings(**(usual | {"export": ("program",)} | changes))
+    return Settings(**(usual | {"export": ("program",), "anyway": True} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,8 @@ def made(place):
     said = []
     report = compress(settings(place, place / "made"), say=said.append, command="typed")
     assert [line.partition(":")[0] for line in said if not line.startswith("warning")] == [
-        stage.__name__.replace("_", " ") for stage in module.STAGES
+        "images",
+        *(stage.__name__.replace("_", " ") for stage in module.STAGES),
     ]
     return report
 
@@ -66,7 +67,7 @@ def words(place, out, data=None):
     """A run as a command."""
     line = ["compress", "tests.tiny:network", "--weights", str(place / "weights.pt"), "--budget", "params=0.7"]
     line += ["--data", str(data or place / "data"), "--out", str(out), "--image-size", "16", "--epochs", "0"]
-    return [*line, "--export", "program"]
+    return [*line, "--export", "program", "--anyway"]
 
 
 def files(folder):
@@ -228,7 +229,7 @@ def test_fine_tuning_resumes_with_the_numbers_that_it_would_have_had(place, tmp_
 
 @pytest.mark.weekly
 def test_a_run_killed_at_random_moments_ends_with_the_same_network(place, tmp_path):
-    budget = ["--budget", "params=0.7", "--image-size", "16", "--batch-size", "16", "--epochs", "40"]
+    budget = ["--budget", "params=0.7", "--image-size", "16", "--batch-size", "16", "--epochs", "40", "--anyway"]
     command = [sys.executable, "-m", "basis.cli", "compress", "tests.tiny:network", "--device", "cpu", *budget]
     command += ["--weights", str(place / "weights.pt"), "--data", str(place / "data"), "--out"]
     options = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL}
@@ -254,7 +255,8 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_network(place, tmp_pa
         ({"budget": {"weight": 0.5}}, "budget"), ({"budget": {"params": 0.05}}, "budget params .* at least 0"),
         ({"lr": float("nan")}, "lr"), ({"validation": 1000}, "validation"), ({"measure": "guess"}, "measure"),
         ({"export": ("pickle",)}, "export"), ({"mean": (0.5, 0.5, 0.5)}, "std"),
-        ({"mean": (0.5,) * 4, "std": (0.5,) * 4}, "mean"), ({"ratios": (1.5,)}, "ratio"),
+        ({"mean": (0.5,) * 4, "std": (0.5,) * 4}, "mean"), ({"crop": 1.5}, "crop"), ({"crop": 0}, "crop"),
+        ({"ratios": (1.5,)}, "ratio"),
         ({"classes": 2}, "does not fit|classes"), ({"device": "cuda:99"}, "CUDA|cuda|NVIDIA"),
         ({"model": "tests.tiny:squeezed"}, "logits"), ({"model": "tests.tiny:four"}, r"\[3, 32\]"),
         ({"model": "tests.tiny:frozen"}, "epochs must be 0"),
@@ -267,6 +269,24 @@ def test_wrong_input_is_refused_before_anything_is_written(place, tmp_path, monk
     assert not (tmp_path / "out").exists()
     if message == "epochs must be 0":
         prepare(settings(place, tmp_path / "out", epochs=0, **changes))
+
+
+def test_images_of_one_size_stay_as_they_are_for_a_network_of_ones_own(place, tmp_path, monkeypatch, first_stage):
+    said = []
+    compress(settings(place, tmp_path / "out", image_size=None), say=said.append)
+    assert said[0].startswith("images: neither resized nor cropped")
+    monkeypatch.setattr(module, "check_images", None)  # a run that goes on does not look at them again
+    assert prepare(settings(place, tmp_path / "out", image_size=None)).input_size == (3, 20, 24)
+
+
+def test_a_network_that_only_guesses_stops_before_the_search(place, tmp_path, first_stage):
+    said = []
+    for size in (16, 24):  # the folder stays free for the next try
+        with pytest.raises(ValueError, match=r"7 held-out .*guessing .*33.3%.*--mean.*--anyway"):
+            compress(settings(place, tmp_path / "out", anyway=False, image_size=size))
+    compress(settings(place, tmp_path / "out"), say=said.append)
+    assert "--mean" in said[-1]
+    compress(settings(place, tmp_path / "out", anyway=False))  # what was done is not judged again
 
 
 def test_unreadable_images_are_named_before_anything_is_written(place, tmp_path):

@@ -1,13 +1,11 @@
-"""Networks by name, their weights from files, and their transforms."""
+"""Networks by name, and weights from files."""
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from basis.compression.networks import build_network, load_weights, transform_for
-from basis.vision import import_timm, import_torchvision
+from basis.compression.networks import build_network, load_weights
 from tests import tiny
 
 
@@ -99,23 +97,3 @@ def test_files_without_weights_are_refused(tmp_path):
     for name in ("gone.pt", ".", "notes.txt", "cut.safetensors"):
         with pytest.raises(ValueError, match=r"no file of weights|not readable"):
             load_weights(tiny.network(), tmp_path / name)
-
-
-def test_transforms_are_the_librarys_own():
-    image = Image.effect_noise((300, 260), 50).convert("RGB")
-    models = import_torchvision().models
-    own = models.EfficientNet_B1_Weights.DEFAULT.transforms()
-    chosen = transform_for("torchvision/efficientnet_b1", tiny.network())
-    torch.testing.assert_close(chosen(image), own(image), rtol=0, atol=0)
-    model, data = build_network("timm/test_resnet", classes=3), import_timm().data
-    own = data.create_transform(**data.resolve_data_config({}, model=model))
-    torch.testing.assert_close(transform_for("timm/test_resnet", model)(image), own(image), rtol=0, atol=0)
-    for name, network in (("tests.tiny:network", tiny.network()), ("timm/test_resnet", model)):
-        changed = transform_for(name, network, size=32, mean=(0.5,) * 3, std=(0.5,) * 3)(Image.new("RGB", (60, 40)))
-        assert torch.equal(changed, torch.full((3, 32, 32), -1.0))
-
-
-def test_a_whole_image_of_the_right_size_is_only_normalised():
-    image = Image.effect_noise((16, 16), 50)
-    x = transform_for("tests.tiny:network", tiny.network(), size=16, mean=(0.5,), std=(0.25,))(image)
-    assert ((x * 0.25 + 0.5) * 255).round().byte().flatten().tolist() == list(image.tobytes())

@@ -28,7 +28,7 @@ def chapters():
             study = ast.literal_eval(ast.parse(called[0]).body[0].value.func.value.args[0])
             lines = ast.parse(tagged(notebook, "parameters")[0].source).body
             given = {line.target.id: ast.literal_eval(line.value) for line in lines}
-            yield pytest.param(study, given["variants"], given["seeds"], id=path.stem)
+            yield pytest.param(study, given["own_variants"], given["own_seeds"], id=path.stem)
 
 
 @pytest.mark.parametrize(("study", "variants", "seeds"), list(chapters()))

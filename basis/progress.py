@@ -40,8 +40,8 @@ def kernel_is_watched() -> bool | None:
     shell: Any = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     if not hasattr(shell, "kernel"):
         return None
-    asked = getattr(shell.kernel, "get_parent", dict)().get("content", {})
-    return asked.get("allow_stdin") is not False or "google.colab" in sys.modules
+    request: Any = getattr(shell.kernel, "get_parent", dict)()
+    return request.get("content", {}).get("allow_stdin") is not False or "google.colab" in sys.modules
 
 
 def bar(iterable: Iterable[Any] | None = None, *, leave: bool = False, shown: bool = True, **options: Any) -> tqdm:

@@ -301,7 +301,7 @@ def train(
         switch=Switcher(recipe.switch, recipe, data, place) if recipe.switch else None,
     )  # fmt: skip
     with on_device(place), schedule.parts.restored(), as_training_error():
-        training.loop(checkpoint, should_stop, progress, checkpoint_every=checkpoint_every)
+        training.loop(checkpoint, should_stop, progress, title="train", checkpoint_every=checkpoint_every)
     training.run.forget()  # a graph's memory is set free
     last = partial(evaluate, model, precision=recipe.precision, flip=True)
     return Result(

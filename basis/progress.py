@@ -5,28 +5,23 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 from tqdm.std import tqdm
 
-EVERY = 30.0  # seconds between two lines of a log
-
 
 class Lines(tqdm):
-    """Plain lines, at most one in ``EVERY`` seconds and a last one, where nobody watches a bar move."""
-
-    said = 0.0  # when the last one was written; monotonic time
+    """Plain lines, at most one in half a minute and a last one, where nobody watches a bar move."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.said = time.monotonic()
         form = "{desc}: {unit} {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}"
         super().__init__(*args, bar_format=form, **options)  # type: ignore[call-overload]
 
-    def display(self, msg: str | None = None, pos: int | None = None, *, last: bool = False) -> None:
-        """Write a line if it is time for one."""
-        if last or time.monotonic() - self.said >= EVERY:
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Write a line if it is time for one, or the last."""
+        if self.disable or time.monotonic() - self.said >= 30:
             self.said = time.monotonic()
             self.fp.write(f"{self}\n")
 
@@ -37,40 +32,26 @@ class Lines(tqdm):
         """Write the last line."""
         if not self.disable:
             self.disable = True
-            self.display(last=True)
+            self.display()
 
 
 def kernel_is_watched() -> bool | None:
-    """Whether a person looks at the notebook that runs this; None outside notebooks.
-
-    papermill and everything else that executes notebooks by nbclient says with each cell that nobody can answer it.
-    """
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    kernel = getattr(shell, "kernel", None)
-    if kernel is None:
+    """Whether a person runs this notebook's cells: papermill says that it answers no question; None outside."""
+    shell: Any = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if not hasattr(shell, "kernel"):
         return None
-    asks = kernel.get_parent().get("content", {}).get("allow_stdin", True)
-    return bool(asks) or "google.colab" in sys.modules
+    request: Any = getattr(shell.kernel, "get_parent", dict)()
+    return request.get("content", {}).get("allow_stdin") is not False or "google.colab" in sys.modules
 
 
-def bar(
-    iterable: Iterable[Any] | None = None, *, total: int | None = None, desc: str | None = None, unit: str = "it",
-    initial: int = 0, leave: bool = False, shown: bool = True,
-) -> tqdm:  # fmt: skip
-    """A tqdm of the kind that suits the place: a bar in a terminal, in a notebook a widget, or text without ipywidgets.
+def bar(iterable: Iterable[Any] | None = None, *, leave: bool = False, shown: bool = True, **options: Any) -> tqdm:
+    """A bar in a terminal, a widget in a notebook (text without ipywidgets), else :class:`Lines`; ``shown`` or none.
 
-    In a log file and in notebooks that nobody watches it writes a few plain lines (:class:`Lines`).
-
-    Args:
-        iterable, total, desc, unit, initial: as of tqdm.
-        leave: whether the bar stays when it is done.
-        shown: whether there is a bar at all.
+    ``leave``: whether it stays when it is done; ``options``: total, desc, unit, initial, as of tqdm.
     """
     watched = kernel_is_watched()
-    how: dict[str, Any] = {"total": total, "desc": desc, "unit": unit, "initial": initial, "leave": leave}
-    how |= {"dynamic_ncols": True} if watched is None else {"file": sys.stdout, "ncols": 100}  # stderr is painted red
+    options |= {"dynamic_ncols": True} if watched is None else {"file": sys.stdout, "ncols": 100}  # stderr looks red
     kind: Any = tqdm if watched or (watched is None and sys.stderr.isatty()) else Lines
     if watched and find_spec("ipywidgets"):
-        kind = import_module("tqdm.notebook").tqdm
-    made: tqdm = kind(iterable, disable=not shown, **how)
-    return made
+        from tqdm.notebook import tqdm as kind
+    return kind(iterable, leave=leave, disable=not shown, **options)

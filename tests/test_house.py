@@ -8,20 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; a module may import from floors below its own, and from its own package.
 FLOORS = (
-    (
-        "text",
-        "saving",
-        "environment",
-        "statistics",
-        "modules",
-        "vision",
-        "inputs",
-        "copies",
-        "digests",
-        "numbers",
-        "progress",
-    ),
-    ("data", "batches", "figures"),
+    ("text", "saving", "environment", "statistics", "modules", "vision", "inputs", "copies", "digests", "numbers"),
+    ("data", "batches", "figures", "progress"),
     ("layers",),
     ("models", "costs"),
     ("plan", "substitution", "storage", "decompositions"),

@@ -78,11 +78,10 @@ class Training:
             while self.epoch < self.epochs:
                 begun: Any = self._packed() if should_stop else None
                 switching = self._switch(shown)
-                stays = switching and self.switched  # the old network's state does not fit the new one
-                row = self._pass(shown, None if stays else should_stop)
-                if row is None:
-                    raise self._back_to(begun, path)
-                row = {**row, **self.validate()}
+                stays = switching and self.switched  # what began does not fit the new network
+                if not (row := self._pass(shown, None if stays else should_stop)):
+                    raise self._undone(begun, path)
+                row |= self.validate()
                 row["seconds"] += switching
                 self.curves = (*self.curves, row)
                 accuracy = row.get("validation_accuracy", row.get("train_accuracy"))
@@ -115,7 +114,7 @@ class Training:
         return seconds
 
     def _pass(self, shown: Any, should_stop: Callable[[], bool] | None) -> dict[str, float] | None:
-        """One epoch, None if it was stopped within. The device is read at its end."""
+        """One epoch; None if it was stopped within. The device is read at its end."""
         run, images = self.run, 0
         run.model.train()
         run.start_epoch()
@@ -149,10 +148,10 @@ class Training:
         with replacing(path) as file:
             file.write(self._packed().getbuffer())
 
-    def _back_to(self, packed: io.BytesIO, path: Path | None) -> TrainingPaused:
-        """Undo the steps of an unfinished epoch; the model, too, is as it was before them."""
-        packed.seek(0)
-        self._put(torch.load(packed, map_location="cpu", weights_only=True))
+    def _undone(self, begun: io.BytesIO, path: Path | None) -> TrainingPaused:
+        """Undo the steps of an unfinished epoch, of the model, too."""
+        begun.seek(0)
+        self._put(torch.load(begun, map_location="cpu", weights_only=True))
         if path:
             self._save(path)
         place = f"after epoch {self.epoch}" if self.epoch else "from the start"
@@ -177,7 +176,6 @@ class Training:
         self._put(content)
 
     def _put(self, content: Mapping[str, Any]) -> None:
-        """Set everything to what a checkpoint holds."""
         if self.teacher is not None:
             self.teacher.load_state_dict(content["teacher"])
         for name in STATES:

@@ -264,8 +264,7 @@ def train(
             those that it holds); removed by nobody. On a CPU a resumed training gives bit for bit the result of an
             uninterrupted one.
         checkpoint_every: seconds after which the file is written at the next end of an epoch.
-        should_stop: asked between two steps; True ends the training by :class:`TrainingPaused`. The steps of an
-            unfinished epoch are undone: model and checkpoint are as after the last whole one.
+        should_stop: asked after every step but the last; True undoes an unfinished epoch and raises TrainingPaused.
         progress: whether to draw a bar, or what to write beside it.
         test: whether to look at the test images at all.
         teacher: for ``recipe.attention``, see :class:`basis.training.attention.Attention`; moved to ``device``.
@@ -302,7 +301,7 @@ def train(
         switch=Switcher(recipe.switch, recipe, data, place) if recipe.switch else None,
     )  # fmt: skip
     with on_device(place), schedule.parts.restored(), as_training_error():
-        training.loop(checkpoint, should_stop, progress, checkpoint_every=checkpoint_every)
+        training.loop(checkpoint, should_stop, progress, title="train", checkpoint_every=checkpoint_every)
     training.run.forget()  # a graph's memory is set free
     last = partial(evaluate, model, precision=recipe.precision, flip=True)
     return Result(

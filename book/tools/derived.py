@@ -71,7 +71,7 @@ def readme_links(address: Address) -> str:
         "Issues": f"{address.repository}/issues",
     }
     badge = f"[![tests]({address.repository}/actions/workflows/book.yml/badge.svg)]({address.repository}/actions)"
-    return " · ".join([badge, *[f"[{text}]({url})" for text, url in links.items()]])
+    return " · ".join([*[f"[{text}]({url})" for text, url in links.items()], badge])
 
 
 def block(text: str, name: str) -> str | None:

@@ -569,6 +569,7 @@ def test_sync_brings_every_copy_up_to_date(checkout):
     assert derived.sync(checkout, check=True) == []
     assert (checkout / "book" / "_static" / "headline-dark.svg").read_text() == "headline-dark.svg"
     readme = (checkout / "README.md").read_text()
+    assert f"links -->\n[Start here]({HERE.colab('notebooks/00_start_here.ipynb')})" in readme
     assert HERE.pages in readme
     assert "```python\nprint(6 * 7)\n```\n\n```text\n42\n```\n<!-- /basis:example -->" in readme
     assert f'version: "0.2.0"\nrepository-code: "{HERE.repository}"' in (checkout / "CITATION.cff").read_text()

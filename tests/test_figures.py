@@ -1,3 +1,4 @@
+import base64
 import math
 
 import matplotlib
@@ -37,6 +38,13 @@ def test_a_figure_is_written_light_dark_and_for_print(tmp_path, shown):
     assert figures.DARK.text in dark
     assert figures.LIGHT.text not in dark
     assert "fill: none" in light  # no background
+
+
+def test_a_figure_goes_where_it_is_wanted_with_the_table_behind_it(tmp_path, shown, monkeypatch):
+    monkeypatch.setenv("BASIS_FIGURES", str(tmp_path / "wanted"))
+    figures.show(draw, name="a", caption="C.", alt="A.", data=pd.DataFrame({"x": [0.5, 1.0], "of": ["a", "b"]}))
+    assert (tmp_path / "wanted" / "a.csv").read_text() == "x,of\n0.5,a\n1.0,b\n"
+    assert (tmp_path / "wanted" / "a.png").read_bytes() == base64.b64decode(shown[0][0]["image/png"])
 
 
 def test_the_same_drawing_gives_the_same_bytes(tmp_path):

@@ -130,7 +130,10 @@ def test_scores_that_cannot_be_ranked_are_refused(change, says):
         score(change(own), records=truth(place))
 
 
-def test_a_truth_that_is_not_there_is_named():
+def test_a_truth_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setenv("BASIS_RESULTS", "nowhere")
+    with pytest.raises(ValueError, match="git clone"):
+        score({"conv1": 1.0})
     with pytest.raises(ValueError, match="truth 'scratch' of the profile 'cpu' holds 0 layers"):
         score({"conv1": 1.0}, records=[])
     with pytest.raises(ValueError, match="truth is 'x', but it must be one of scratch, tuned"):

@@ -31,7 +31,7 @@ def stored_results(folder: Path | None = None) -> Path:
     """``folder``, by default :func:`results_folder`; ``ValueError`` says how to get records where there is none."""
     folder = folder or results_folder()
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; name yours (--results, $BASIS_RESULTS) or get the book's: {clone()}")
+        raise ValueError(f"{folder} has no records; name yours (--results, $BASIS_RESULTS) or get ours: {clone()}")
     return folder
 
 

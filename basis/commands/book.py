@@ -44,7 +44,7 @@ def add_dev(command: argparse.ArgumentParser) -> None:
 def _tool(name: str, results: Path | None = None) -> Any:
     """A module of the checkout's book/tools, for the records named; ``ValueError`` where there is no checkout."""
     if (root := repository_root()) is None:
-        raise ValueError(f"the notebooks and pages of the book are not here; {clone()}, and run the command there")
+        raise ValueError(f"the book's notebooks and pages are not installed; run this in a clone: {clone()}")
     sys.path.insert(0, str(root))
     os.environ["BASIS_RESULTS"] = str(stored_results(results).resolve())  # for the notebooks' processes, too
     return import_module(f"book.tools.{name}")  # needs the extra "book"

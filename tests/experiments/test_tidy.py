@@ -62,11 +62,9 @@ def test_every_run_is_one_row_and_reads_back_as_its_record_says(committed):
 
 
 def test_without_records_the_table_has_its_columns_and_no_rows(tmp_path, capsys):
-    none = tmp_path / "none"
-    none.mkdir()
-    assert main(["dev", "table", "--results", str(none)]) == 0
-    assert f"saved {none / 'runs.csv'}" in capsys.readouterr().out
-    assert (none / "runs.csv").read_text() == ",".join(COLUMNS) + "\n"
+    assert main(["dev", "table", "--results", str(tmp_path)]) == 0
+    assert f"saved {tmp_path / 'runs.csv'}" in capsys.readouterr().out
+    assert (tmp_path / "runs.csv").read_text() == ",".join(COLUMNS) + "\n"
     (tmp_path / "file").write_text("mine")
     assert main(["dev", "table", "--results", str(tmp_path / "file")]) == 2
 

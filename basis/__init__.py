@@ -2,12 +2,10 @@
 
 import ast
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# The stub says which module each public name is of, to type checkers, to editors, and here: a module, and with it
-# torch, is imported when one of its names is asked for.
+# The stub says which module each public name is of: it is imported, and torch with it, when the name is asked for.
 _STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
 _HOMES = {name.name: str(node.module) for node in _STUB.body if isinstance(node, ast.ImportFrom) for name in node.names}
 __all__ = tuple(_HOMES)
@@ -16,8 +14,6 @@ __all__ = tuple(_HOMES)
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
-    if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
-        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

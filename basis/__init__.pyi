@@ -1,6 +1,3 @@
-# ruff: noqa: I001
-"""The public names, each with the module that it is of."""
-
 from basis.bench.tuning import tune as tune, use_modes as use_modes
 from basis.costs import CostReport as CostReport, cost as cost
 from basis.costs import count_parameters as count_parameters, count_trained as count_trained

@@ -8,9 +8,9 @@ import io
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from importlib.metadata import distributions
 from pathlib import Path
 
-from basis.environment import version
 from basis.text import first_line
 
 # Command -> its module in basis.commands, what it does, and what with the records of --results, if it takes that.
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         said, status = "interrupted; what is finished is kept, and the same command goes on", 130
     except ModuleNotFoundError as error:  # the book's tools and Ray are extras
-        extra = "ray" if error.name == "ray" else "book"
+        extra = {"ray": "ray", "nbformat": "notebooks", "papermill": "notebooks"}.get(str(error.name), "book")
         said, status = f"{error.name} is not installed; `pip install -e '.[{extra}]'` adds it", 2
     except OSError as error:
         said, status = f"a file could not be read or written ({first_line(error)}); what is finished is kept", 2
@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(typed: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="basis", description=__doc__)
-    parser.add_argument("--version", action="version", version=f"basis {version()}")
+    version = next((one.version for one in distributions(name="basis-convolutions")), "not installed")
+    parser.add_argument("--version", action="version", version=f"basis {version}")
     parser.set_defaults(typed=typed)  # for reports and hints
     commands = parser.add_subparsers(metavar="COMMAND")
     named = next((text for text in typed if not text.startswith("-")), None)

@@ -10,10 +10,9 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 
 def repository_root() -> Path | None:
@@ -32,8 +31,7 @@ def stored_results(folder: Path | None = None) -> Path:
     """``folder``, by default :func:`results_folder`; ``ValueError`` says how to get records where there is none."""
     folder = folder or results_folder()
     if not folder.is_dir():
-        named = "name the folder of your own (--results DIR or $BASIS_RESULTS)"
-        raise ValueError(f"there are no records in {folder}; {named}, or fetch the published ones: {clone()}")
+        raise ValueError(f"{folder} has no records; name yours (--results, $BASIS_RESULTS) or get ours: {clone()}")
     return folder
 
 
@@ -41,11 +39,6 @@ def is_published(folder: Path) -> bool:
     """Whether that is the folder of the records that come with the checkout."""
     root = repository_root()
     return root is not None and folder.resolve() == root / "results"
-
-
-def version() -> str:
-    """The version of the package that is installed."""
-    return next((one.version for one in metadata.distributions(name="basis-convolutions")), "not installed")
 
 
 def clone() -> str:
@@ -57,8 +50,6 @@ def clone() -> str:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a reader needs to know of the machine and the software that made a record."""
-    import torch  # here, since the command line asks for folders alone
-
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
@@ -68,7 +59,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if cuda else None,
         "python": platform.python_version(),
         "system": platform.system(),
-        "basis": version(),
+        "basis": next((d.version for d in metadata.distributions(name="basis-convolutions")), "not installed"),
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

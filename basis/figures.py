@@ -88,8 +88,6 @@ class Theme:
 LIGHT = Theme("light", "#1f2328", "#6b7280", "#e3e6ea", "#9a5b00", "#ffffff", _LIGHT_COLOURS, _LIGHT_CYCLE)
 DARK = Theme("dark", "#e6e9ed", "#a2abb6", "#3a424c", "#f0b754", "#14181e", _DARK_COLOURS, _DARK_CYCLE)
 
-PNG: Mapping[str, Any] = {"dpi": 192, "facecolor": LIGHT.background}  # for dense screens and slides
-
 Draw = Callable[[Theme], Figure]
 
 
@@ -98,15 +96,16 @@ def canvas(height: float = 3.8, width: float = TEXT_WIDTH) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def render_figure(draw: Draw, theme: Theme, *, name: str, fmt: str, **options: Any) -> bytes:
+def render_figure(draw: Draw, theme: Theme, *, name: str, fmt: str) -> bytes:
     """Draw in one theme; the same drawing always gives the same bytes."""
     undated: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    dense: dict[str, dict[str, Any]] = {"png": {"dpi": 192, "facecolor": theme.background}}  # for screens and slides
     buffer = io.BytesIO()
     with matplotlib.rc_context(theme.rc(name)), warnings.catch_warnings():
         # Of pandas, about how matplotlib reads the single interval that seaborn hands to it.
         warnings.filterwarnings("ignore", "Calling float on a single element Series", FutureWarning)
         figure = draw(theme)
-        figure.savefig(buffer, format=fmt, metadata=undated.get(fmt, {}), **options)
+        figure.savefig(buffer, format=fmt, metadata=undated.get(fmt, {}), **dense.get(fmt, {}))
     return buffer.getvalue()
 
 
@@ -114,7 +113,7 @@ def save(draw: Draw, *, name: str, folder: Path, data: pd.DataFrame | None = Non
     """Write NAME.svg and NAME-dark.svg (without background), NAME.pdf, NAME.png and, given `data`, NAME.csv."""
     folder.mkdir(parents=True, exist_ok=True)
     for ending, theme in ((".svg", LIGHT), ("-dark.svg", DARK), (".pdf", LIGHT), (".png", LIGHT)):
-        content = render_figure(draw, theme, name=name, fmt=ending[-3:], **(PNG if ending == ".png" else {}))
+        content = render_figure(draw, theme, name=name, fmt=ending[-3:])
         (folder / f"{name}{ending}").write_bytes(content)
     if data is not None:
         data.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")
@@ -136,7 +135,7 @@ def show(
     root, named = repository_root(), os.environ.get("BASIS_FIGURES")
     if folder := folder or (Path(named) if named else root and root / "book" / "figures"):
         save(draw, name=name, folder=folder, data=data)
-    png = render_figure(draw, LIGHT, name=name, fmt="png", **PNG)
+    png = render_figure(draw, LIGHT, name=name, fmt="png")
     width, height = struct.unpack(">II", png[16:24])  # shown at half its size, sharp on dense screens
     about = {"name": name, "caption": caption, "alt": alt}
     picture = {"image/png": base64.b64encode(png).decode(), "text/plain": alt}

@@ -39,6 +39,13 @@ def test_a_figure_is_written_light_dark_and_for_print(tmp_path, shown):
     assert "fill: none" in light  # no background
 
 
+def test_a_figure_goes_where_it_is_wanted_with_the_table_behind_it(tmp_path, shown, monkeypatch):
+    monkeypatch.setenv("BASIS_FIGURES", str(tmp_path / "wanted"))
+    figures.show(draw, name="a", caption="C.", alt="A.", data=pd.DataFrame({"x": [0.5, 1.0], "of": ["a", "b"]}))
+    assert (tmp_path / "wanted" / "a.csv").read_text() == "x,of\n0.5,a\n1.0,b\n"
+    assert (tmp_path / "wanted" / "a.png").stat().st_size > 1000
+
+
 def test_the_same_drawing_gives_the_same_bytes(tmp_path):
     for folder in ("one", "two"):
         figures.save(draw, name="same", folder=tmp_path / folder)

@@ -11,11 +11,8 @@ import torch
 def device(text: str) -> str:
     """An argument that names a device of this machine."""
     gpus = torch.cuda.device_count()
-    try:
-        place = torch.device(text)
-        here = place.type != "cuda" or (place.index or 0) < gpus
-    except RuntimeError:
-        here = False
-    if not here:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine, which has a CPU and {gpus} GPUs")
+    known = ["cpu", *["cuda"] * bool(gpus), *(f"cuda:{i}" for i in range(gpus))]
+    known += ["mps"] * torch.backends.mps.is_available()
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine, which has {', '.join(known)}")
     return text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -52,13 +51,11 @@ def time_structured_steps(*, profile: str, model: str = "wrn-10-1", **options: A
 # KIND -> the benchmark, what it measures, and its options beside those of the setting; defaults are its own.
 BENCHES: Mapping[str, tuple[Callable[..., BenchReport], str, str]] = {
     "layer": (partial(bench_layers, "layer"), "single layers of ResNet-18", "shapes ratios passes candidates"),
-    "block": (partial(bench_layers, "block"), "with normalisation and ReLU", "shapes ratios passes candidates"),
-    "rivals": (partial(bench_layers, "rivals"), "what one would take instead", "shapes ratios passes candidates"),
+    "block": (partial(bench_layers, "block"), "layers with normalisation and ReLU", "shapes ratios passes candidates"),
+    "rivals": (partial(bench_layers, "rivals"), "other ways to a cheaper layer", "shapes ratios passes candidates"),
     "structured": (time_structured, "other structured layers", "shapes passes candidates profile"),
     "latency": (time_layers, "every layer of a network", "model width ratios passes"),
-    "train": (
-        bench_training, "whole training steps", "model width ratios modes coefficients trained norms steps",
-    ),
+    "train": (bench_training, "whole training steps", "model width ratios modes coefficients trained norms steps"),
     "structured-train": (time_structured_steps, "networks of structured layers", "profile model width"),
     "inference": (bench_inference, "whole networks, folded", "model width ratios"),
     "parts": (bench_parts, "where the time of a training step goes", "model width ratios"),
@@ -66,24 +63,29 @@ BENCHES: Mapping[str, tuple[Callable[..., BenchReport], str, str]] = {
     "budget": (bench_budget, "networks chosen for milliseconds", "model width shares ratios"),
 }  # fmt: skip
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "shapes": {"nargs": "+", "metavar": "SHAPE", "help": "such as 64-128@32/2"},
-    "ratios": {"nargs": "+", "type": float, "metavar": "R"},
-    "modes": {"nargs": "+", "choices": MODES},
-    "passes": {"nargs": "+", "choices": PASSES},
-    "norms": {"nargs": "+", "choices": NORMS, "help": "batch normalisation"},
+    "shapes": {"nargs": "+", "metavar": "SHAPE", "help": "IN-OUT@SIZE/STRIDE of 3x3 convolutions, such as 64-128@32/2"},
+    "ratios": {
+        "nargs": "+",
+        "type": float,
+        "metavar": "R",
+        "help": "k / C_out, the share of filters that train",
+    },
+    "modes": {"nargs": "+", "choices": MODES, "help": "how a basis layer computes"},
+    "passes": {"nargs": "+", "choices": PASSES, "help": "inference, or with all gradients"},
+    "norms": {"nargs": "+", "choices": NORMS, "help": "kinds of batch normalisation"},
     "candidates": {"nargs": "+", "metavar": "NAME", "help": "a mode, a baseline, or a layer such as tucker:0.41"},
     "profile": {"default": "cpu", "choices": PROFILES, "help": "whose layers of chapter 9"},
     "model": {"help": "a network of basis.models"},
     "width": {"type": int, "help": "its width (default: the published one)"},
-    "coefficients": {"nargs": "+", "metavar": "FORM", "help": "such as low_rank:1/8"},
-    "trained": {"nargs": "+", "choices": tuple(TRAINED), "help": "parts of the basis layers"},
+    "coefficients": {"nargs": "+", "metavar": "FORM", "help": "forms of the mixing matrix, such as low_rank:1/8"},
+    "trained": {"nargs": "+", "choices": tuple(TRAINED), "help": "parts of the basis layers that train"},
     "steps": {"nargs": "+", "choices": STEPS, "help": "how a step is run"},
-    "shares": {"nargs": "+", "type": float, "metavar": "X", "help": "of the dense layers' time"},
+    "shares": {"nargs": "+", "type": float, "metavar": "X", "help": "budgets, as shares of the dense layers' time"},
     # Of the setting.
-    "device": {"type": device, "metavar": "DEVICE", "help": "default: the GPU if there is one"},
-    "precision": {"choices": ("auto", *DTYPES)},
-    "memory_format": {"choices": ("auto", "channels_last", "contiguous")},
-    "batch_size": {"type": int, "metavar": "N", "help": "images (default: 64)"},
+    "device": {"type": device, "metavar": "DEVICE", "help": "cpu, cuda, cuda:1 ... (default: the GPU if there is one)"},
+    "precision": {"choices": ("auto", *DTYPES), "help": "of activations (default: the device's best)"},
+    "memory_format": {"choices": ("auto", "channels_last", "contiguous"), "help": "of images (default: the faster)"},
+    "batch_size": {"type": int, "metavar": "N", "help": "images at a time (default: 64)"},
     "rounds": {"type": int, "metavar": "N", "help": "measurements of each candidate (default: 15)"},
     "seconds": {"type": float, "metavar": "S", "help": "no new round of a cell after this time"},
 }
@@ -96,22 +98,20 @@ MARKS = {"coefficients": ("dense", "forms"), "trained": ("both", "parts"), "norm
 def add_bench(bench: argparse.ArgumentParser) -> None:
     """The options of ``basis bench``: those of each kind are its own."""
     kinds = bench.add_subparsers(required=True, metavar="KIND")
-    for name, (function, about, options) in BENCHES.items():
-        kind = kinds.add_parser(name, help=about, description=_about(function))
+    for name, (_, about, options) in BENCHES.items():
+        kind = kinds.add_parser(name, help=about, description=f"Compares with dense ones: {about}. Saves a report.")
         for option in (*options.split(), *SETTING):
             kind.add_argument(f"--{option.replace('_', '-')}", **{"default": argparse.SUPPRESS, **OPTIONS[option]})
-        kind.add_argument("--out", type=Path, metavar="FILE", help="default: results/bench/KIND-DEVICE-....json")
+        kind.add_argument("--out", type=Path, metavar="FILE", help="report to write (default: named in results/bench)")
         kind.set_defaults(command=_bench, kind=name)
-    gpu = kinds.add_parser("gpu", help="all of it on a GPU, in one go", description=inspect.getdoc(bench_gpu))
-    gpu.add_argument("--time-limit", type=duration, default=170, metavar="TIME", help="default: 170s")
+    gpu = kinds.add_parser("gpu", help="all of it on a GPU", description="Measures all of it, the most valuable first.")
+    gpu.add_argument(
+        "--time-limit", type=duration, default=170, metavar="TIME", help="begin nothing then (default: 170s)"
+    )
     gpu.add_argument("--tiny", action="store_true", help="tiny shapes, to see that it runs (also on a CPU)")
-    gpu.add_argument("--folder", type=Path, metavar="DIR", help="default: results/bench, with --tiny in it tiny")
+    gpu.add_argument("--folder", type=Path, metavar="DIR", help="for the reports (default: results/bench)")
     gpu.add_argument("--device", **OPTIONS["device"])
     gpu.set_defaults(command=_bench_gpu)
-
-
-def _about(function: Any) -> str | None:
-    return inspect.getdoc(getattr(function, "func", function))
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -7,20 +7,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from basis.bench.report import check_place
 from basis.environment import clone, repository_root, stored_results
 from basis.experiments.runs import PROFILES
 from basis.experiments.tidy import csv, runs_frame, sound_records
 from basis.saving import replacing
 
-FORMATS = ("svg", "pdf", "png", "csv")
-
 
 def add_book(command: argparse.ArgumentParser) -> None:
     """Which chapters, at which scale."""
-    command.add_argument("--only", nargs="+", metavar="CHAPTER", help="chapters to execute, such as 3 (default: all)")
-    scale = "scale of the runs to show: smoke, small, cpu or paper (default: the one that each study publishes)"
-    command.add_argument("--profile", choices=PROFILES, metavar="SCALE", help=scale)
+    chapters = "only these chapters, such as 3 5 (default: all)"
+    command.add_argument("--chapter", "--only", nargs="+", metavar="CHAPTER", dest="only", help=chapters)
+    scales = f"scale of the runs to show: {', '.join(PROFILES)} (default: the one that each study publishes)"
+    command.add_argument("--profile", choices=PROFILES, metavar="SCALE", help=scales)
 
 
 def add_figures(command: argparse.ArgumentParser) -> None:
@@ -28,10 +26,10 @@ def add_figures(command: argparse.ArgumentParser) -> None:
     option = command.add_argument
     option("names", nargs="*", metavar="NAME", help="figures to draw, such as headline (default: all)")
     add_book(command)
-    option("--chapter", dest="only", nargs="+", metavar="CHAPTER", help="the same as --only")
     option("--out", type=Path, default=Path("figures"), metavar="DIR", help="folder to fill (default: figures)")
     kinds = "svg (light and dark), pdf, png (192 dpi), csv (the table behind a figure) (default: all)"
-    option("--format", nargs="+", default=FORMATS, choices=FORMATS, metavar="FORMAT", dest="formats", help=kinds)
+    formats = ("svg", "pdf", "png", "csv")
+    option("--format", nargs="+", default=formats, choices=formats, metavar="FORMAT", dest="formats", help=kinds)
     option("--list", action="store_true", help="list name, chapter and title of every figure, and draw none")
 
 
@@ -40,15 +38,13 @@ def add_dev(command: argparse.ArgumentParser) -> None:
     commands = command.add_subparsers(required=True, metavar="COMMAND")
     for name, does in (("sync", sync_copies), ("table", write_table)):
         commands.add_parser(name, help=does.__doc__, description=does.__doc__).set_defaults(command=does)
-    about = "folder of records to read (default: as in basis run)"
-    commands.choices["table"].add_argument("--results", type=Path, metavar="DIR", help=about)
+    commands.choices["table"].add_argument("--results", type=Path, metavar="DIR", help="folder of records to read")
 
 
-def _book_tools(name: str, results: Path | None = None) -> Any:
+def _tool(name: str, results: Path | None = None) -> Any:
     """A module of the checkout's book/tools, for the records named; ``ValueError`` where there is no checkout."""
-    root = repository_root()
-    if root is None:
-        raise ValueError(f"the notebooks and pages of the book are not here; {clone()}, and run the command there")
+    if (root := repository_root()) is None:
+        raise ValueError(f"the book's notebooks and pages are not installed; run this in a clone: {clone()}")
     sys.path.insert(0, str(root))
     os.environ["BASIS_RESULTS"] = str(stored_results(results).resolve())  # for the notebooks' processes, too
     return import_module(f"book.tools.{name}")  # needs the extra "book"
@@ -56,14 +52,14 @@ def _book_tools(name: str, results: Path | None = None) -> Any:
 
 def do_book(options: argparse.Namespace) -> int:
     """Execute the notebooks and build the pages; prints where the first one is."""
-    made = _book_tools("build", options.results).build(profile=options.profile, only=options.only, progress=print)
+    made = _tool("build", options.results).build(profile=options.profile, only=options.only, progress=print)
     print(f"The book is at {made.as_uri()}")
     return 0
 
 
 def do_figures(options: argparse.Namespace) -> int:
     """Draw figures of the book anew, as files for slides and papers, by executing the notebooks that they are of."""
-    build = _book_tools("build", options.results)
+    build = _tool("build", options.results)
     if options.list:
         print(*(f"{name:22}  {stem[:2]:7}  {title}" for name, stem, title in build.figures_known()), sep="\n")
         return 0
@@ -75,16 +71,15 @@ def do_figures(options: argparse.Namespace) -> int:
 
 def sync_copies(_: argparse.Namespace) -> int:
     """Renew what README, citation and notebooks repeat from elsewhere."""
-    pages = _book_tools("pages")
+    pages = _tool("pages")
     claims = pages.readme_claims(pages.verdicts())
-    print(*_book_tools("derived").sync(repository_root(), claims=claims), sep="\n")
+    print(*_tool("derived").sync(repository_root(), claims=claims) or ["nothing to renew"], sep="\n")
     return 0
 
 
 def write_table(options: argparse.Namespace) -> int:
     """Write all records as one tidy table, runs.csv beside them."""
     path = stored_results(options.results) / "runs.csv"
-    check_place(path)
     with replacing(path) as file:
         file.write(csv(runs_frame(sound_records(options.results))))
     print(f"saved {path}")

@@ -25,16 +25,14 @@ from basis.experiments.runner import Order, Task, cores, idle_cores, in_processe
 from basis.experiments.runs import PROFILES, device_for, duration, record_path
 from basis.experiments.studies import STUDIES, status
 
-OWN = Path("my-results")
-
 
 def add_run(command: argparse.ArgumentParser) -> None:
     """Which runs, and where."""
     option = command.add_argument
     option("studies", nargs="*", metavar="STUDY", help=f"{', '.join(STUDIES)} (default: all of them)")
-    scale = "scale of the runs: smoke (synthetic images, seconds), small, cpu or paper (a data-centre GPU)"
-    option("--profile", default="smoke", choices=PROFILES, metavar="SCALE", help=f"{scale} (default: smoke)")
-    option("--fresh", action="store_true", help=f"train what is published anew, into {OWN} or the DIR of --results")
+    scales = f"scale of the runs: {', '.join(PROFILES)} (default: smoke, a trial on synthetic images)"
+    option("--profile", default="smoke", choices=PROFILES, metavar="SCALE", help=scales)
+    option("--fresh", action="store_true", help="train what is published anew, into my-results or DIR")
     option("--time-limit", type=duration, default=math.inf, metavar="TIME", help="stop after 90s, 9m, 1h30m ...")
     option("--jobs", type=int, metavar="N", help="runs side by side (default: as many as the device can take)")
     option("--device", type=device, metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: the kind SCALE is for)")
@@ -47,9 +45,7 @@ def do_run(options: argparse.Namespace) -> int:
     """Train the runs of studies that have no record yet, the most valuable first. May be stopped and repeated: the
     same command goes on. A run under way at the time limit stops after its epoch and goes on next time.
     """
-    deadline, folder = time.time() + options.time_limit, options.results or (OWN if options.fresh else results_folder())
-    if options.fresh and is_published(folder):
-        raise ValueError(f"{folder} holds the published records; --fresh needs a folder of your own")
+    folder = options.results or (Path("my-results") if options.fresh else results_folder())
     tasks, failed = in_order(options.profile, options.studies), 0
     check_place(folder / "record.json")
     if options.archive:
@@ -63,7 +59,7 @@ def do_run(options: argparse.Namespace) -> int:
     print(f"{len(todo)} of {len(tasks)} runs are missing in {folder}", flush=True)
     former = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        failed = _do(todo, options, folder, deadline) if todo else 0
+        failed = _do(todo, options, folder) if todo else 0
     finally:
         signal.signal(signal.SIGTERM, former)
         left = missing(todo, folder)
@@ -74,14 +70,15 @@ def do_run(options: argparse.Namespace) -> int:
         first = f"; next is {left[0].run.variant}, seed {left[0].run.seed}; to go on: {again}" if left else ""
         print(f"{said}, {len(left)} are missing{first}")
         if new or not todo:
-            shown = ["basis", "figures", "--results", str(folder), "--profile", options.profile]
-            print(f"to draw figures from them: {shlex.join(shown)}")
+            there = shlex.quote(str(folder))
+            print(f"to draw figures from them: basis figures --results {there} --profile {options.profile}")
     return 1 if failed else 0
 
 
-def _do(todo: Sequence[Task], options: argparse.Namespace, folder: Path, deadline: float) -> int:
+def _do(todo: Sequence[Task], options: argparse.Namespace, folder: Path) -> int:
     """Do the tasks where and with as many processes as the options say; how many failed."""
-    order = Order(tasks=todo, folder=folder, device=options.device, progress=not options.quiet, deadline=deadline)
+    failed, end = 0, (began := time.time()) + options.time_limit
+    order = Order(tasks=todo, folder=folder, device=options.device, progress=not options.quiet, deadline=end)
     if options.executor == "ray":
         steps = on_ray(order, options.jobs)
     else:
@@ -89,25 +86,20 @@ def _do(todo: Sequence[Task], options: argparse.Namespace, folder: Path, deadlin
         if todo[0].run.data == "cifar10":
             load_cifar10()  # says what is wrong with it, once for all processes
         number = options.jobs or jobs_for([task.run for task in todo], place)
-        threads = _leave_busy_cores() if number == 1 and place.type == "cpu" else ""
-        print(f"{number} at a time on {place}{threads}", flush=True)
+        said, idle, most = f"{number} at a time on {place}", idle_cores(), cores()
+        if number == 1 and place.type == "cpu":  # a thread that waits for a busy core makes all others wait
+            torch.set_num_threads(threads := min(torch.get_num_threads(), idle))
+            said += f", with {threads} of {most} threads, since the machine is busy" if idle < most else ""
+        print(said, flush=True)
         steps = in_processes(order, number)
-    failed, began = 0, time.monotonic()
     with closing(steps):
         for i, (run, outcome, message, seconds) in enumerate(steps, 1):
             failed += outcome == "failed"
-            rest = (time.monotonic() - began) / i * (len(todo) - i) if outcome == "done" else 0
+            rest = (time.time() - began) / i * (len(todo) - i) if outcome == "done" else 0
             about = f"; about {rest / 60:.0f} min left" if rest >= 60 else f"; about {rest:.0f} s left" if rest else ""
             said = f"run {i} of {len(todo)}: {run.study}, {run.variant}, seed {run.seed}"
             print(f"{said}: {outcome} in {seconds:.0f} s, {message}{about}", flush=True)
     return failed
-
-
-def _leave_busy_cores() -> str:
-    """Let torch use the idle cores alone: a thread that waits for a core slows all others. Says so if there are few."""
-    threads, most = min(torch.get_num_threads(), idle_cores()), cores()
-    torch.set_num_threads(threads)
-    return f", with {threads} of {most} threads, since the machine is busy" if idle_cores() < most else ""
 
 
 def add_import(command: argparse.ArgumentParser) -> None:
@@ -135,9 +127,7 @@ def add_export(command: argparse.ArgumentParser) -> None:
 def do_export(options: argparse.Namespace) -> int:
     """Pack all records of a folder into one archive; `basis import` files them elsewhere."""
     folder = stored_results(options.results)
-    check_place(options.file)
-    paths = [path for path in folder.glob("*/*/*.json") if path.parts[-3] in STUDIES]
-    if not paths:
+    if not (paths := [path for path in folder.glob("*/*/*.json") if path.parts[-3] in STUDIES]):
         raise ValueError(f"there is no record of a study in {folder}; `basis run` makes them")
     print(f"{pack(paths, folder, options.file)} records are in {options.file}; elsewhere: basis import {options.file}")
     return 0
@@ -145,8 +135,8 @@ def do_export(options: argparse.Namespace) -> int:
 
 def do_status(options: argparse.Namespace) -> int:
     """Per study and profile: runs planned, done, missing and started, and device hours spent."""
-    table = status(stored_results(options.results)).rename(columns={"runs": "planned"})
-    table["spent"] = table["seconds"].map(in_hours)
+    table = status(stored_results(options.results))
+    table = table.assign(planned=table["runs"], spent=table["seconds"].map(in_hours))
     columns = ["study", "profile", "planned", "done", "missing", "started", "spent", "device"]
     print(table[columns].to_string(index=False))
     return 0

@@ -216,9 +216,12 @@ def export_figures(
             front_page.save(profile, Path(place))
         for name, stem in wanted.items():
             drawn = {path for ends in ENDINGS.values() for end in ends for path in Path(place).glob(name + end)}
-            lacking += [] if drawn else [f"{name} is not drawn: {_making(stem, profile)}"]
-            for path in sorted(path for path in drawn if path.suffix[1:] in formats):
-                paths[path.name] = Path(shutil.copy(path, out))
+            kept = sorted(path for path in drawn if path.suffix[1:] in formats)
+            paths |= {path.name: Path(shutil.copy(path, out)) for path in kept}
+            if not drawn and not any(f"{stem}.ipynb" in problem for problem in lacking):
+                lacking.append(f"{name} is not drawn: {_making(stem, profile)}")
+            elif drawn and not kept:
+                lacking.append(f"{name} gives no table for a csv file")
     return list(paths.values()), lacking
 
 

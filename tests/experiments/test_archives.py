@@ -13,7 +13,7 @@ from basis.cli import main
 from basis.experiments.archives import pack, take_in
 from basis.experiments.runs import load_records, read_record, record_path
 from basis.experiments.studies import check_records
-from basis.saving import RecordError
+from basis.saving import RecordError, write_json
 from tests.experiments.test_runs import DENSE, put_record
 
 RUN = DENSE[0]
@@ -48,6 +48,16 @@ def test_an_archive_is_filed_once_and_equal_records_make_equal_bytes(tmp_path, t
     assert check_records(here) == []
     assert outcomes(archive, here) == [("known", ""), ("known", "")]
     assert not [path for path in here.rglob("*") if path.suffix not in ("", ".json")]
+
+
+def test_all_records_of_a_folder_go_into_one_file_and_into_another_folder(tmp_path, there, capsys):
+    write_json(there / "bench" / "tiny" / "a.json", {})
+    archive, here = str(tmp_path / "mine.tar.gz"), str(tmp_path / "here")
+    assert main(["export", archive, "--results", str(there)]) == 0
+    assert main(["import", archive, "--results", here]) == 0
+    assert load_records(tmp_path / "here") == load_records(there)
+    assert main(["export", archive, "--results", str(tmp_path)]) == 2
+    assert "no record" in capsys.readouterr().err
 
 
 def test_an_archive_that_cannot_be_replaced_stays_as_it_is(tmp_path, there, monkeypatch):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import os
 import random
 import signal
 import subprocess
@@ -104,6 +105,19 @@ def test_small_networks_share_a_gpu_and_full_ones_do_not(device, width, cores, j
     run = dataclasses.replace(STUDY.runs("paper")[1], width=width)
     assert jobs_for([run] * 20, torch.device(device)) == jobs
     assert jobs_for([], torch.device(device)) == 1
+
+
+@pytest.mark.parametrize(
+    ("quota", "number"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("-1 100000", 8), ("", 8)]
+)
+@pytest.mark.parametrize("names", [["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]])
+def test_a_container_has_the_cores_of_its_quota(names, quota, number, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.setattr(runner, "CGROUP", tmp_path)
+    (tmp_path / "cpu").mkdir()
+    for name, text in zip(names, [quota] if len(names) == 1 else quota.split(), strict=False):
+        (tmp_path / name).write_text(text + "\n")
+    assert runner.cores() == number
 
 
 # -- really -------------------------------------------------------------------------------------------
@@ -254,10 +268,38 @@ def test_an_interrupted_command_packs_what_it_has_and_says_what_is_next(tmp_path
     assert command(tmp_path) == 130
     said = capsys.readouterr()
     assert "1 new records, 1 packed into" in said.out
-    assert f"{len(SMOKE) - 1} are missing; next is {SMOKE[1].variant}, seed {SMOKE[1].seed}" in said.out
+    next_one = f"next is {SMOKE[1].variant}, seed {SMOKE[1].seed}; to go on: basis run headline --device cpu"
+    assert f"{len(SMOKE) - 1} are missing; {next_one}" in said.out
     done[:] = done * 2
     assert command(tmp_path) == 0
     assert f"{len(SMOKE) - 1} new records, {len(SMOKE)} packed into" in capsys.readouterr().out
+
+
+def test_published_runs_are_trained_anew_into_a_folder_of_ones_own(tmp_path, instant, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("basis.environment.repository_root", lambda: tmp_path)
+    for run in SMOKE:
+        put_record(tmp_path / "results", run)
+    words = "run headline --device cpu --jobs 1 --quiet"
+    assert main(words.split()) == 0
+    said = f"all {len(SMOKE)} runs are published in results; to train them yourself: basis {words} --fresh"
+    assert (said in capsys.readouterr().out, instant) == (True, [])
+    assert main([*words.split(), "--fresh"]) == 0
+    said = capsys.readouterr().out
+    assert len(instant) == len(load_records(tmp_path / "my-results")) == len(SMOKE)
+    assert f"run 3 of {len(SMOKE)}: headline, {SMOKE[2].variant}, seed {SMOKE[2].seed}: done in" in said
+    assert "basis figures --results my-results --profile smoke" in said
+
+
+@pytest.mark.parametrize(("load", "threads", "said"), [(0.2, 4, "on cpu\n"), (2.9, 1, "1 of 4"), (9, 1, "busy")])
+def test_one_run_on_a_cpu_leaves_busy_cores_alone(load, threads, said, tmp_path, instant, capsys, monkeypatch):  # noqa: F811
+    torch.set_num_threads(4)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
+    assert command(tmp_path) == 0
+    assert said in capsys.readouterr().out
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize(

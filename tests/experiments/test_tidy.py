@@ -62,11 +62,9 @@ def test_every_run_is_one_row_and_reads_back_as_its_record_says(committed):
 
 
 def test_without_records_the_table_has_its_columns_and_no_rows(tmp_path, capsys):
-    none = tmp_path / "none"
-    none.mkdir()
-    assert main(["dev", "table", "--results", str(none)]) == 0
-    assert f"saved {none / 'runs.csv'}" in capsys.readouterr().out
-    assert (none / "runs.csv").read_text() == ",".join(COLUMNS) + "\n"
+    assert main(["dev", "table", "--results", str(tmp_path)]) == 0
+    assert f"saved {tmp_path / 'runs.csv'}" in capsys.readouterr().out
+    assert (tmp_path / "runs.csv").read_text() == ",".join(COLUMNS) + "\n"
     (tmp_path / "file").write_text("mine")
     assert main(["dev", "table", "--results", str(tmp_path / "file")]) == 2
 
@@ -130,7 +128,10 @@ def test_scores_that_cannot_be_ranked_are_refused(change, says):
         score(change(own), records=truth(place))
 
 
-def test_a_truth_that_is_not_there_is_named():
+def test_a_truth_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setenv("BASIS_RESULTS", "nowhere")
+    with pytest.raises(ValueError, match="git clone"):
+        score({"conv1": 1.0})
     with pytest.raises(ValueError, match="truth 'scratch' of the profile 'cpu' holds 0 layers"):
         score({"conv1": 1.0}, records=[])
     with pytest.raises(ValueError, match="truth is 'x', but it must be one of scratch, tuned"):

@@ -145,8 +145,7 @@ def compress(settings: Settings, *, say: Say | None = None, command: str = "") -
     """
     job = prepare(settings, say=say)
     write_json(job.out / "run.json", job.identity)
-    if say:
-        say(f"images: {job.preparation}")
+    say(f"images: {job.preparation}") if say else None
     done: dict[str, Stage] = {}
     for stage in STAGES:
         done[stage.__name__] = _finished(job, stage, done)

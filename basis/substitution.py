@@ -51,10 +51,9 @@ def substitute(
             :meth:`Plan.uniform`, whose ``include`` and ``exclude`` go with it.
         mode: the mode of the new basis layers, see :class:`BasisConv2d`.
         init: ``"svd"`` approximates each weight; ``"random"`` draws new ones for training from scratch.
-        calibration: on which basis layers are fitted to the outputs of the dense ones instead of to their weights
-            (:mod:`basis.layers.moments`): batches, read once, of images or of (images, labels); one tensor
-            (N, C, H, W); :class:`basis.data.Images`, or the training images of :class:`basis.data.Data`. The mean that
-            a layer loses goes into its bias, or else into the running mean of a batch normalisation right after it.
+        calibration: fit basis layers to the outputs of the dense ones (:mod:`basis.layers.moments`) on this: batches,
+            read once, of images or of (images, labels); one tensor (N, C, H, W); ``Images`` or ``Data`` of
+            :mod:`basis.data`. The lost mean goes into the bias, or else a running mean of the normalisation after it.
         coefficients: the form of A (:class:`Form`); with ``"shared"``, layers of equal C_out, k and groups hold one.
         batch_norm: ``"through_basis"`` couples each new layer to the batch normalisation that directly follows it,
             where there is one (:func:`basis.layers.batchnorm.couple`): the same function, trained with less memory

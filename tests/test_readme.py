@@ -25,10 +25,6 @@ def test_the_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     assert len(names["result"].switched["layers"]) > 0
 
 
-class Parsed(Exception):
-    """Ends a command before it does anything."""
-
-
 @pytest.mark.parametrize(
     "command", [pytest.param(c, marks=pytest.mark.xfail(strict=True)) if LATER.match(c) else c for c in COMMANDS]
 )
@@ -36,9 +32,7 @@ def test_the_commands_are_understood(command, monkeypatch):
     understand = argparse.ArgumentParser.parse_args
 
     def parse(parser, arguments):
-        understand(parser, arguments)
-        raise Parsed
+        return argparse.Namespace(**vars(understand(parser, arguments)) | {"command": lambda options: 0})
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
-    with pytest.raises(Parsed):
-        main(shlex.split(command)[1:])
+    assert main(shlex.split(command)[1:]) == 0

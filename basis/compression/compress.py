@@ -22,9 +22,8 @@ from basis.batches import outputs_of
 from basis.bench.report import BenchReport
 from basis.bench.timing import Setting, layer_steps
 from basis.bench.tuning import bench_latency
-from basis.compression.images import ImageData, check_images, open_images, subset
+from basis.compression.images import ImageData, Preparation, check_images, open_images, preparation_for, subset
 from basis.compression.networks import build_network, load_weights
-from basis.compression.preparation import Preparation, preparation_for
 from basis.compression.report import render
 from basis.costs import cost
 from basis.digests import digest, structure
@@ -82,9 +81,7 @@ class Settings:
     mean: Sequence[float] | None = option(None, "of red, green, blue, in [0, 1] (default: known)", nargs=3, type=float)
     std: Sequence[float] | None = option(None, "as for mean", nargs=3, type=float)
     validation: int | None = option(None, "training images held out to choose on (default: a tenth)", type=int)
-    export: Sequence[str] = option(
-        INSTALLED, "files to write (default: onnx where it is installed, program)", nargs="+", choices=tuple(EXPORTS)
-    )
+    export: Sequence[str] = option(INSTALLED, "files to write (default: all it can)", nargs="+", choices=tuple(EXPORTS))
     device: str | None = option(None, "cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
     seed: int = option(0, "of all randomness (default: 0)", type=int)
     anyway: bool = option(False, "go on with a network that hardly beats guessing", action="store_true")
@@ -99,8 +96,7 @@ class Settings:
         wrong += ["crop"] * (self.crop is not None and not 0 < self.crop <= 1)
         wrong += ["measure"] * (self.measure not in (None, *SEARCHES))
         wrong += ["export"] * (not set(self.export) <= set(EXPORTS))
-        wrong += ["std"] * ((self.mean is None) != (self.std is None))
-        wrong += [name for name in ("mean", "std") if len(getattr(self, name) or "RGB") != 3]
+        wrong += ["std"] * ({len(self.mean or ()), len(self.std or ())} not in ({0}, {3}))
         if wrong:
             raise ValueError(f"{wrong[0]} cannot be {getattr(self, wrong[0])}; see basis compress --help")
 
@@ -118,7 +114,7 @@ class Job:
     input_size: tuple[int, ...]  # (C, H, W) of one image
     device: torch.device
     measure: str
-    identity: Mapping[str, Any]  # settings, digests of files and network, what was found of the images: makes a run
+    identity: Mapping[str, Any]  # settings, digests, what is done to the images: what makes a run this one
     preparation: Preparation  # of the images
 
     @property
@@ -149,8 +145,7 @@ def compress(settings: Settings, *, say: Say | None = None, command: str = "") -
     """
     job = prepare(settings, say=say)
     write_json(job.out / "run.json", job.identity)
-    if say:
-        say(f"images: {job.preparation}")
+    say(f"images: {job.preparation}") if say else None
     done: dict[str, Stage] = {}
     for stage in STAGES:
         done[stage.__name__] = _finished(job, stage, done)
@@ -172,17 +167,15 @@ def prepare(settings: Settings, *, say: Say | None = None) -> Job:
     except (ModuleNotFoundError, RuntimeError, AssertionError) as error:  # of a library, or of a device
         raise ValueError(first_line(error)) from error
     measure = s.measure or ("oneshot_bn" if recalibrates(model) else "oneshot")
-    identity = asdict(s) | {"out": "", "device": str(device), "measure": measure, "data": data.digest}
+    identity = asdict(s) | {"out": "", "anyway": False, "device": str(device), "measure": measure, "data": data.digest}
     identity["network"] = structure(model)
     identity["weights"] = digest(Path(s.weights).read_bytes())
-    del identity["anyway"]
     identity = _check_folder(Path(s.out), plain(identity))
     if "preparation" not in identity:
         seen = check_images(data.files)
         own = preparation_for(s.model, model, [size for size, _ in seen], image_size=s.image_size, crop=s.crop,
                               mean=s.mean, std=s.std)  # fmt: skip
-        turned = sum(one for _, one in seen[: len(data.train)])
-        identity = plain({**identity, "preparation": asdict(own), "turned": turned})
+        identity |= plain({"preparation": asdict(own), "turned": sum(one for _, one in seen[: len(data.train)])})
     prepared = Preparation(**identity["preparation"])
     parts = _split(s, data, prepared)
     job = Job(settings=s, out=Path(s.out), say=say, model=model, data=data, parts=parts, device=device, measure=measure,
@@ -237,8 +230,7 @@ def _check_folder(out: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     if not run.exists() and out.exists() and (out.is_file() or any(p.suffix != ".tmp" for p in out.iterdir())):
         raise ValueError(f"{out} holds other things, and nothing is overwritten; name another folder")
     known = _content(run) if run.exists() else dict(identity)
-    differing = [key for key in identity if known.get(key) != identity[key]]
-    if differing:
+    if differing := [key for key in identity if known.get(key) != identity[key]]:
         raise ValueError(f"{out} holds a run with other {few(differing)}; name another folder")
     return known
 
@@ -249,11 +241,11 @@ def evaluate_dense(job: Job, done: Mapping[str, Stage]) -> Stage:
     guess, turned, warned = 1 / len(job.data.classes), job.identity["turned"], []
     if row["low"] <= guess:
         said = f"on {row['n']} held-out images the dense network hardly beats guessing ({row['value']:.1%} against "
-        said += f"{guess:.1%}); are weights, order of classes, --image-size, --crop, --mean, --std those of training?"
+        said += f"{guess:.1%}); are weights, order of classes, --image-size, --crop, --mean, --std those of training? "
+        said += f"The images were {job.preparation}"
         if not job.settings.anyway:
             (job.out / "run.json").unlink()  # the folder is free for the next try
-            more = "--validation N holds out more of them, --anyway goes on"
-            raise ValueError(f"{said} The images were {job.preparation}; {more}")
+            raise ValueError(f"{said}; --validation N holds out more, --anyway goes on")
         warned = [said]
     warned += [f"{turned} training images carry a rotation in EXIF, which is ignored"] * (turned > 0)
     return {"accuracy": [row], "warning": "; ".join(warned)}
@@ -401,14 +393,12 @@ def _costs(job: Job, small: nn.Module) -> dict[str, tuple[int, int]]:
 def _report(job: Job, done: Mapping[str, Stage], command: str) -> dict[str, Any]:
     small, table = job.small(), SensitivityTable.load(job.out / "sensitivity.jsonl")
     replace(plan_of(small), skipped=done["replace_layers"]["kept"]).save(job.out / "plan.json")  # with reasons
-    report = {
+    report = plain({
         "command": command, "settings": asdict(job.settings), "identity": job.identity, "classes": job.data.classes,
-        "preparation": asdict(job.preparation), "prepared": str(job.preparation),
-        "cost": _costs(job, small), "images": {name: len(part) for name, part in job.parts.items()},
-        "input_size": job.input_size, "folder": str(job.out.absolute()),
+        "prepared": str(job.preparation), "cost": _costs(job, small), "folder": str(job.out.absolute()),
+        "images": {name: len(part) for name, part in job.parts.items()}, "input_size": job.input_size,
         "cells": table.to_frame().to_dict("records"), "stages": done,
-    }  # fmt: skip
-    report = plain(report)
+    })  # fmt: skip
     write_json(job.out / "report.json", report)
     with replacing(job.out / "report.html") as file:
         file.write(render(report, table).encode(errors="backslashreplace"))

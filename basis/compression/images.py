@@ -1,23 +1,27 @@
-"""A user's images: a folder of them by class."""
+"""A user's images: a folder of them by class, and what is done to them before the network sees them."""
 
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from PIL import ExifTags, Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from basis.digests import digest
 from basis.text import few, first_line
-from basis.vision import import_torchvision
+from basis.vision import import_timm, import_torchvision
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
 @dataclass(frozen=True)
@@ -82,3 +86,71 @@ def _look(file: str) -> tuple[str | None, tuple[int, int], bool]:
             return "more than 8 bits a channel" if image.mode.startswith(("I", "F")) else None, size, turned
     except Exception as error:  # Pillow's decoders raise many kinds
         return first_line(error), size, turned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """How an image is resized, cropped to its middle and normalised, by ``mean`` and ``std`` in units of full scale.
+
+    ``resize``: pixels of the shorter side, or (H, W); ``crop``: (H, W); None leaves the image as it is.
+    """
+
+    resize: int | Sequence[int] | None = None
+    crop: Sequence[int] | None = None
+    interpolation: str = "bilinear"
+    mean: Sequence[float] = MEAN
+    std: Sequence[float] = STD
+
+    def __call__(self, image: Any) -> Tensor:
+        """From a PIL image to float32 (C, H, W)."""
+        make = import_torchvision().transforms
+        if self.resize:
+            image = make.functional.resize(image, self.resize, make.InterpolationMode(self.interpolation))
+        image = make.functional.center_crop(image, self.crop) if self.crop else image
+        return make.functional.normalize(make.functional.to_tensor(image), self.mean, self.std)
+
+    def __str__(self) -> str:
+        said = [f"resized to {self.resize} ({self.interpolation})"] if self.resize else []
+        said += [f"cropped to the middle {self.crop}"] if self.crop else []
+        known = " (ImageNet's)" if (*self.mean, *self.std) == MEAN + STD else ""
+        return f"{', '.join(said) or 'neither resized nor cropped'}, mean {self.mean} and std {self.std}{known}"
+
+
+def preparation_for(
+    name: str, model: nn.Module, sizes: Sequence[tuple[int, int]], *, image_size: int | None = None,
+    crop: float | None = None, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+) -> Preparation:  # fmt: skip
+    """As the network's library does it, or as given; images that have one size and the network's stay as they are.
+
+    ``sizes``: (width, height) of each image. ``image_size``: pixels, of the whole image unless ``crop`` is given, the
+    share of the side that is kept. Raises ``ValueError`` where training hardly saw images so: those much smaller than
+    the network takes, or all of one much larger size; and where images differ and nobody says which size it takes.
+    """
+    usual = replace(own := _usual(name, model), mean=mean or own.mean, std=std or own.std)
+    one, side = [*sizes[0]][::-1] if len(set(sizes)) == 1 else None, round(median(map(min, sizes)))
+    target = [image_size, image_size] if image_size else usual.crop or one  # (H, W)
+    images = f"the images have {side} pixels on their shorter side" + " (median)" * (one is None)
+    if not target:
+        raise ValueError(f"{images}, and {name} does not say which size it takes: give --image-size N, as in training")
+    if one == [*target] and crop is None:
+        return replace(usual, resize=None, crop=None)
+    if not image_size and (side < min(target) * 2 / 3 or (one and side > min(target) * 4)):
+        choice = f"--image-size {side} to leave them so, or --image-size {target[0]} to resize them, as training did"
+        raise ValueError(f"{images}, but {name} usually takes {target[1]} x {target[0]}: give {choice}")
+    edge = math.floor(max(target) / (crop or 1))
+    resize = edge if isinstance(usual.resize, int | None) else [edge, edge]
+    return replace(usual, crop=target, resize=resize) if image_size or crop else usual
+
+
+def _usual(name: str, model: nn.Module) -> Preparation:
+    """What the network's library does to images; of a network of the user's own only normalisation is guessed."""
+    if getattr(model, "pretrained_cfg", None):
+        known = import_timm().data.resolve_data_config({}, model=model)
+        crop, same = known["input_size"][1:], {key: known[key] for key in ("interpolation", "mean", "std")}
+        edge = math.floor(max(crop) / known["crop_pct"])
+        return Preparation(resize=[edge, edge] if known["crop_mode"] == "squash" else edge, crop=crop, **same)
+    if ":" in name:
+        return Preparation()
+    own = import_torchvision().models.get_model_weights(name.rpartition("/")[2]).DEFAULT.transforms()
+    return Preparation(resize=own.resize_size[0], crop=own.crop_size * 2, interpolation=own.interpolation.value,
+                       mean=own.mean, std=own.std)  # fmt: skip

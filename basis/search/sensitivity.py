@@ -70,8 +70,8 @@ def sensitivity(
         ratios: of k to C_out; each layer gets the nearest multiple of ``multiple`` and of its groups.
         layers: texts of structured layers, such as "tucker:0.41", as candidates; not of activation, taylor, fisher.
         include, exclude: shell patterns of layer names, as in :meth:`basis.Plan.uniform`.
-        calibration: for "oneshot_bn" and ``fit``, as of :func:`basis.substitute`. None: ``data``, or the first 2,000
-            training images of ``Data``.
+        calibration: as in :func:`basis.substitute`, for "oneshot_bn" and ``fit``; None: ``data``, or of ``Data`` the
+            first 2,000 training images.
         fit: basis layers nearest to the "weight", or, as by ``substitute(model, plan, calibration=...)``, to the
             outputs ("activation") on ``calibration``; of taylor, fisher, oneshot and oneshot_bn.
         loss: from outputs and targets, whatever they are, to the loss of each sample, (N,); of the measures that take a

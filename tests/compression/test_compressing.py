@@ -255,7 +255,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_network(place, tmp_pa
         ({"budget": {"weight": 0.5}}, "budget"), ({"budget": {"params": 0.05}}, "budget params .* at least 0"),
         ({"lr": float("nan")}, "lr"), ({"validation": 1000}, "validation"), ({"measure": "guess"}, "measure"),
         ({"export": ("pickle",)}, "export"), ({"mean": (0.5, 0.5, 0.5)}, "std"),
-        ({"mean": (0.5,) * 4, "std": (0.5,) * 4}, "mean"), ({"crop": 1.5}, "crop"), ({"crop": 0}, "crop"),
+        ({"mean": (0.5,) * 4, "std": (0.5,) * 4}, "std"), ({"crop": 1.5}, "crop"), ({"crop": 0}, "crop"),
         ({"ratios": (1.5,)}, "ratio"),
         ({"classes": 2}, "does not fit|classes"), ({"device": "cuda:99"}, "CUDA|cuda|NVIDIA"),
         ({"model": "tests.tiny:squeezed"}, "logits"), ({"model": "tests.tiny:four"}, r"\[3, 32\]"),

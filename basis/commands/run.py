@@ -20,7 +20,8 @@ from basis.data import load_cifar10
 from basis.environment import is_published, results_folder, stored_results
 from basis.experiments.archives import pack, packed, take_in
 from basis.experiments.campaign import in_order, missing
-from basis.experiments.records import in_hours
+from basis.experiments.estimates import estimate, minutes, name_of
+from basis.experiments.records import in_hours, load_records
 from basis.experiments.runner import Order, Task, cores, idle_cores, in_processes, jobs_for, on_ray
 from basis.experiments.runs import PROFILES, device_for, duration, record_path
 from basis.experiments.studies import STUDIES, status
@@ -43,7 +44,7 @@ def add_run(command: argparse.ArgumentParser) -> None:
 
 def do_run(options: argparse.Namespace) -> int:
     """Train the runs of studies that have no record yet, the most valuable first. May be stopped and repeated: the
-    same command goes on. A run under way at the time limit stops after its epoch and goes on next time.
+    same command goes on. A run under way at the time limit stops, and goes on next time after its last whole epoch.
     """
     folder = options.results or (Path("my-results") if options.fresh else results_folder())
     tasks, failed = in_order(options.profile, options.studies), 0
@@ -86,7 +87,9 @@ def _do(todo: Sequence[Task], options: argparse.Namespace, folder: Path) -> int:
         if todo[0].run.data == "cifar10":
             load_cifar10()  # says what is wrong with it, once for all processes
         number = options.jobs or jobs_for([task.run for task in todo], place)
-        said, idle, most = f"{number} at a time on {place}", idle_cores(), cores()
+        known = load_records(study="headline", profile=options.profile) + load_records(folder, profile=options.profile)
+        long = minutes(estimate([task.run for task in todo], name_of(place), known))
+        said, idle, most = f"{len(todo)} runs, {long}; {number} at a time on {place}", idle_cores(), cores()
         if number == 1 and place.type == "cpu":  # a thread that waits for a busy core makes all others wait
             torch.set_num_threads(threads := min(torch.get_num_threads(), idle))
             said += f", with {threads} of {most} threads, since the machine is busy" if idle < most else ""

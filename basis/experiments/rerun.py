@@ -6,18 +6,18 @@ import importlib
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import seaborn as sns
-import torch
 from matplotlib.figure import Figure
 
 from basis import figures
 from basis.environment import repository_root, results_folder
+from basis.experiments.estimates import estimate, minutes, name_of
 from basis.experiments.records import Record, load_records
 from basis.experiments.runner import Order, Task, in_processes
 from basis.experiments.runs import Run, device_for, duration, record_path
@@ -26,10 +26,6 @@ from basis.experiments.studies import sensitivity as sensitivity_study
 from basis.progress import bar
 from basis.statistics import mean_estimate, paired_difference
 
-# GB/s of device memory, by the makers' data sheets. Training a thin network is bound by it (chapter 10).
-BANDWIDTH: Mapping[str, float] = {
-    "T4": 320, "L4": 300, "P100": 732, "V100": 900, "A10": 600, "A100": 1555, "H100": 3350, "H200": 4800
-}  # fmt: skip
 DRIVE = "/content/drive"
 
 
@@ -47,48 +43,6 @@ def own_folder(*, keep_in_drive: bool = False) -> Path:
         return Path(DRIVE) / "MyDrive" / "basis-results"
     named = os.environ.get("BASIS_RESULTS")
     return Path(named) if named else (repository_root() or Path.cwd()) / "my-results"
-
-
-def epochs_of(runs: Sequence[Run]) -> float:
-    """Epochs that the runs train together: with teachers, fine-tuning, and of sensitivities those that train."""
-    total, taught = 0.0, set()
-    for run in runs:
-        trained = run.recipe.epochs if run.compression else run.teacher.epochs if run.teacher else 0
-        total += trained * ((run.model, run.seed) not in taught)
-        taught |= {(run.model, run.seed)} if trained else set()  # which such runs of one seed share
-        total += run.compression.epochs if run.compression else run.recipe.epochs
-        if run.ladder and run.ladder.tuning:
-            layers = len(sensitivity_study.convolutions(run.model, run.width))
-            total += layers * len(run.ladder.measures["fine_tuning"]) * run.ladder.tuning.epochs
-    return total
-
-
-def estimate(runs: Sequence[Run], device: str, records: Sequence[Record]) -> float | None:
-    """About how many seconds the runs take on ``device``, "cpu" or a GPU's name, by how long the records' runs took.
-
-    Those are of one profile. Between GPUs, times go with the bandwidth of their memories. None where no record tells.
-    """
-
-    def bandwidth(name: str) -> float:
-        return next((value for model, value in BANDWIDTH.items() if model in name), BANDWIDTH["T4"])
-
-    kind = "cpu" if device == "cpu" else "cuda"
-    known = [r for r in records if r.environment["device_type"] == kind and "recipe" in r.config]
-    paces: dict[bool, list[float]] = {True: [], False: []}  # seconds of an epoch, on this very device and on others
-    for record in known:
-        name, result = record.environment["device"], record.result
-        pace = result["train_seconds"] / record.environment.get("jobs", 1) / max(1, len(result["curves"]))
-        paces[name == device].append(pace * (1 if kind == "cpu" else bandwidth(name) / bandwidth(device)))
-    found = paces[True] or paces[False]
-    return epochs_of(runs) * float(pd.Series(found).median()) if found else None
-
-
-def minutes(seconds: float | None) -> str:
-    """Such as ``about 7 minutes``."""
-    if seconds is None:
-        return "for how long is not known yet"
-    many = max(1, round(seconds / 60))
-    return f"about {many / 60:.0f} hours" if many > 100 else f"about {many} minute{'s' * (many > 1)}"
 
 
 @dataclass(frozen=True)
@@ -167,8 +121,7 @@ def rerun(
     """
     chosen, seconds = chosen_runs(study, variants, seeds, profile), duration(time_limit)
     folder = own_folder(keep_in_drive=keep_in_drive and train)
-    device = device_for(profile)
-    place = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    place = name_of(device_for(profile))
     tasks = [Task(run, STUDIES[run.study].definition) for run in chosen]
     left = [task for task in tasks if not is_done(record_path(folder, task.run), task.definition)]
     known = load_records(study="headline", profile=profile) + load_records(folder, profile=profile)

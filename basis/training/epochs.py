@@ -24,6 +24,7 @@ from basis.training.stepping import TrainingStep
 # Of a training, and of its step, what a checkpoint holds.
 PLACE = ("epoch", "step", "images", "curves", "setup_seconds", "seen", "switched")
 STATES = ("model", "optimizer", "scaler")
+LONG = 5.0  # seconds of an epoch, from which on a stop does not wait for its end
 
 
 @dataclass(kw_only=True)
@@ -76,10 +77,12 @@ class Training:
         desc, total = progress if isinstance(progress, str) else title, self.epochs * self.steps
         with bar(desc=desc, total=total, initial=self.step, unit="step", shown=bool(progress)) as shown:
             while self.epoch < self.epochs:
-                begun: Any = self._packed() if should_stop else None
+                long = not self.curves or self.curves[-1]["seconds"] > LONG
+                within = should_stop if long else None
+                begun: Any = self._packed() if within else None
                 switching = self._switch(shown)
                 stays = switching and self.switched  # what began does not fit the new network
-                if not (row := self._pass(shown, None if stays else should_stop)):
+                if not (row := self._pass(shown, None if stays else within)):
                     raise self._undone(begun, path)
                 row |= self.validate()
                 row["seconds"] += switching

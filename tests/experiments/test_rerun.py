@@ -8,8 +8,9 @@ import nbformat
 import pytest
 
 from basis.experiments import rerun as module
+from basis.experiments.estimates import epochs_of, estimate
 from basis.experiments.records import load_records
-from basis.experiments.rerun import chosen_runs, epochs_of, estimate, own_folder, rerun
+from basis.experiments.rerun import chosen_runs, own_folder, rerun
 from basis.experiments.studies import STUDIES
 from book.tools.gates import tagged
 from tests.experiments.test_runs import put_record
@@ -80,8 +81,7 @@ def test_runs_of_ones_own_stand_beside_the_published_ones(tmp_path, monkeypatch)
     for run in chosen_runs("headline", HALVES, 2, "smoke"):
         put_record(tmp_path / "published", run)
     monkeypatch.setattr(module, "own_folder", lambda **_: tmp_path / "own")
-    monkeypatch.setattr(module, "device_for", lambda _: SimpleNamespace(type="cuda"))
-    monkeypatch.setattr(module.torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    monkeypatch.setattr(module, "name_of", lambda _: "Tesla T4")
     told, calls = [], []
 
     def fake(order, jobs):

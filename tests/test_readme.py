@@ -12,7 +12,6 @@ from basis.cli import main
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"^basis .*?(?=  #|$)", README, re.MULTILINE)
-LATER = re.compile("basis (run .*--fresh|figures|export)")  # not there yet
 
 
 def test_the_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
@@ -25,9 +24,7 @@ def test_the_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     assert len(names["result"].switched["layers"]) > 0
 
 
-@pytest.mark.parametrize(
-    "command", [pytest.param(c, marks=pytest.mark.xfail(strict=True)) if LATER.match(c) else c for c in COMMANDS]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_are_understood(command, monkeypatch):
     understand = argparse.ArgumentParser.parse_args
 

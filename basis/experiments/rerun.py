@@ -83,14 +83,14 @@ class Rerun:
         unit = f"{next(iter(self.runs['unit']), '')}{'; from the second row on the difference' * self.paired}"
         return figures.table((unit, *sides), rows) if sides else ""
 
-    def show(self) -> None:
-        """Show the note and the table in a notebook, and the figure if there are runs of the reader's own."""
+    def show(self, name: str) -> None:
+        """Show the note and the table in a notebook and, if there are runs of the reader's own, the figure ``name``."""
         from IPython.display import Markdown, display
 
         display(Markdown(f"{self.note}\n\n{self.table()}"))
         if self.any:
             alt = f"Dots of single runs, the reader's own and the published ones: {', '.join(self.variants)}."
-            figures.show(self.draw, name="your-own-runs", caption="Every dot is a run.", alt=alt)
+            figures.show(self.draw, name=name, caption="Every dot is a run.", alt=alt, data=self.runs)
 
     def draw(self, theme: figures.Theme) -> Figure:
         """Every run as a dot, the reader's own in colour."""

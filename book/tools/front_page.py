@@ -107,7 +107,8 @@ def save(profile: str | None, folder: Path) -> None:
     """Draw the figure of :func:`stored` into ``folder``, if there is one."""
     headline = stored(profile)
     if headline:
-        figures.save(lambda theme: draw(theme, headline), name=HEADLINE, folder=folder)
+        data = headline.runs.drop(columns="validation")
+        figures.save(lambda theme: draw(theme, headline), name=HEADLINE, folder=folder, data=data)
 
 
 def about(headline: Headline) -> dict[str, str]:

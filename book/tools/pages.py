@@ -267,7 +267,7 @@ def page_facts(stem: str, seconds: float, root: Path, profile: str | None = None
     """Collect what the page of one chapter says about itself; `profile` is the one it was executed with."""
     study = study_of(stem)
     times = [row[1:] for row in status_rows(status(study=study.name))] if study else []
-    times.append(("this page", "reads records" if study else "no training", duration_class(seconds), machine()))
+    times.append(("this page", "reads records" if study else "needs no records", duration_class(seconds), machine()))
     provenance = {
         "package": f"basis {metadata.version(DISTRIBUTION)}",
         "commit": commit() or "unknown",

@@ -96,27 +96,32 @@ def canvas(height: float = 3.8, width: float = TEXT_WIDTH) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def render_figure(draw: Draw, theme: Theme, *, name: str, fmt: str) -> bytes:
+def render_figure(draw: Draw, theme: Theme, *, name: str, fmt: str, **options: Any) -> bytes:
     """Draw in one theme; the same drawing always gives the same bytes."""
     undated: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    dense: dict[str, dict[str, Any]] = {"png": {"dpi": 192, "facecolor": theme.background}}  # for screens and slides
+    if fmt == "png":  # for screens and slides
+        options = {"dpi": 192, "facecolor": theme.background, **options}
     buffer = io.BytesIO()
     with matplotlib.rc_context(theme.rc(name)), warnings.catch_warnings():
         # Of pandas, about how matplotlib reads the single interval that seaborn hands to it.
         warnings.filterwarnings("ignore", "Calling float on a single element Series", FutureWarning)
         figure = draw(theme)
-        figure.savefig(buffer, format=fmt, metadata=undated.get(fmt, {}), **dense.get(fmt, {}))
+        figure.savefig(buffer, format=fmt, metadata=undated.get(fmt, {}), **options)
     return buffer.getvalue()
 
 
-def save(draw: Draw, *, name: str, folder: Path, data: pd.DataFrame | None = None) -> None:
-    """Write NAME.svg and NAME-dark.svg (without background), NAME.pdf, NAME.png and, given `data`, NAME.csv."""
+def save(draw: Draw, *, name: str, folder: Path, data: pd.DataFrame | None = None) -> bytes:
+    """Write NAME.svg and NAME-dark.svg (without background), NAME.pdf, NAME.png and, given `data`, NAME.csv.
+
+    Returns the content of NAME.png.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for ending, theme in ((".svg", LIGHT), ("-dark.svg", DARK), (".pdf", LIGHT), (".png", LIGHT)):
         content = render_figure(draw, theme, name=name, fmt=ending[-3:])
         (folder / f"{name}{ending}").write_bytes(content)
     if data is not None:
         data.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")
+    return content
 
 
 def show(
@@ -133,9 +138,11 @@ def show(
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
         raise ValueError(f"figure name {name!r} must be small letters, digits and hyphens")
     root, named = repository_root(), os.environ.get("BASIS_FIGURES")
-    if folder := folder or (Path(named) if named else root and root / "book" / "figures"):
-        save(draw, name=name, folder=folder, data=data)
-    png = render_figure(draw, LIGHT, name=name, fmt="png")
+    folder = folder or (Path(named) if named else root and root / "book" / "figures")
+    if folder:
+        png = save(draw, name=name, folder=folder, data=data)
+    else:
+        png = render_figure(draw, LIGHT, name=name, fmt="png")
     width, height = struct.unpack(">II", png[16:24])  # shown at half its size, sharp on dense screens
     about = {"name": name, "caption": caption, "alt": alt}
     picture = {"image/png": base64.b64encode(png).decode(), "text/plain": alt}

@@ -76,11 +76,11 @@ def execute(source: Path, parameters: Mapping[str, Any], root: Path, figures: Pa
     if unknown:
         raise BookError(unknown)
     here = Path(sys.prefix) / "share" / "jupyter"
-    # The kernel is this interpreter's; a progress bar that misses its widgets is no warning of ours.
+    # The kernel is this interpreter's.
     settings = {"JUPYTER_PATH": str(here), "JUPYTER_PLATFORM_DIRS": "1", "PYTHONHASHSEED": "0"}
     # Two notebooks run at a time; more threads than cores would wait for each other in every small operation.
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2))}
-    environment = {**threads, **os.environ, **settings, "PYTHONWARNINGS": "ignore:IProgress not found"}
+    environment = {**threads, **os.environ, **settings}
     environment |= {"BASIS_FIGURES": str(figures)} if figures else {}
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / source.name

@@ -64,12 +64,7 @@ BENCHES: Mapping[str, tuple[Callable[..., BenchReport], str, str]] = {
 }  # fmt: skip
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "shapes": {"nargs": "+", "metavar": "SHAPE", "help": "IN-OUT@SIZE/STRIDE of 3x3 convolutions, such as 64-128@32/2"},
-    "ratios": {
-        "nargs": "+",
-        "type": float,
-        "metavar": "R",
-        "help": "k / C_out, the share of filters that train",
-    },
+    "ratios": {"nargs": "+", "type": float, "metavar": "R", "help": "k / C_out, the share of filters that train"},
     "modes": {"nargs": "+", "choices": MODES, "help": "how a basis layer computes"},
     "passes": {"nargs": "+", "choices": PASSES, "help": "inference, or with all gradients"},
     "norms": {"nargs": "+", "choices": NORMS, "help": "kinds of batch normalisation"},

@@ -45,7 +45,7 @@ def clone() -> str:
     """The command that fetches the repository, whose address the installed package knows."""
     urls = [one.metadata.get_all("Project-URL") for one in metadata.distributions(name="basis-convolutions")]
     found = re.search(r"'Source, ([^']+?)/tree/", str(urls))
-    return f"git clone {found[1] if found else 'the repository'}"
+    return f"git clone {found[1] if found else 'the repository'} basis-book"
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def save(draw: Draw, *, name: str, folder: Path, data: pd.DataFrame | None = Non
         content = render_figure(draw, theme, name=name, fmt=ending[-3:])
         (folder / f"{name}{ending}").write_bytes(content)
     if data is not None:
-        data.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")
+        data.to_csv(folder / f"{name}.csv", index=False, float_format="%.10g", lineterminator="\n")
     return content
 
 
@@ -157,9 +157,12 @@ FROM_CORNER: Mapping[str, Any] = {"xycoords": "axes fraction", "textcoords": "of
 
 
 def student(values: Sequence[float]) -> tuple[float, float]:
-    """The ends of Student's 95 % interval of the mean, as seaborn's ``errorbar`` takes them."""
+    """The ends of Student's 95 % interval of the mean, as seaborn's ``errorbar`` takes them.
+
+    Of two values it would dwarf all else in a figure, so it is drawn from three on.
+    """
     mean = mean_estimate(values)
-    return mean.low, mean.high
+    return (mean.value, mean.value) if mean.n == 2 else (mean.low, mean.high)
 
 
 def side_by_side(runs: pd.DataFrame, x: str, *, by: str, step: float = 0.012) -> pd.DataFrame:

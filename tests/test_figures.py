@@ -42,7 +42,7 @@ def test_a_figure_is_written_light_dark_and_for_print(tmp_path, shown):
 def test_a_figure_goes_where_it_is_wanted_with_the_table_behind_it(tmp_path, shown, monkeypatch):
     monkeypatch.setenv("BASIS_FIGURES", str(tmp_path / "wanted"))
     figures.show(draw, name="a", caption="C.", alt="A.", data=pd.DataFrame({"x": [0.5, 1.0], "of": ["a", "b"]}))
-    assert (tmp_path / "wanted" / "a.csv").read_text() == "x,of\n0.5,a\n1.0,b\n"
+    assert (tmp_path / "wanted" / "a.csv").read_text() == "x,of\n0.5,a\n1,b\n"
     assert (tmp_path / "wanted" / "a.png").stat().st_size > 1000
 
 
@@ -95,7 +95,8 @@ def test_a_label_keeps_its_colour():
     assert figures.DARK.colour("something else") == figures.DARK.colour("something else")
 
 
-def test_the_interval_for_seaborn_is_students_and_none_of_a_single_run():
+def test_the_interval_for_seaborn_is_students_from_three_runs_on():
     mean = mean_estimate([0.4, 0.5, 0.6])
     assert figures.student([0.4, 0.5, 0.6]) == (mean.low, mean.high)
+    assert figures.student([0.25, 0.75]) == (0.5, 0.5)
     assert all(map(math.isnan, figures.student([0.4])))

@@ -26,7 +26,7 @@ def add_figures(command: argparse.ArgumentParser) -> None:
     option = command.add_argument
     option("names", nargs="*", metavar="NAME", help="figures to draw, such as headline (default: all)")
     add_book(command)
-    option("--out", type=Path, default=Path("figures"), metavar="DIR", help="folder to fill (default: figures)")
+    option("--out", type=Path, metavar="DIR", help="folder to fill (default: figures, in the folder of --results)")
     kinds = "svg (light and dark), pdf, png (192 dpi), csv (the table behind a figure) (default: all)"
     formats = ("svg", "pdf", "png", "csv")
     option("--format", nargs="+", default=formats, choices=formats, metavar="FORMAT", dest="formats", help=kinds)
@@ -64,7 +64,8 @@ def do_figures(options: argparse.Namespace) -> int:
         print(*(f"{name:22}  {stem[:2]:7}  {title}" for name, stem, title in build.figures_known()), sep="\n")
         return 0
     chosen = {"chapters": options.only or (), "formats": options.formats, "profile": options.profile}
-    paths, lacking = build.export_figures(options.names, options.out, **chosen, progress=print)
+    out = options.out or Path(options.results or "", "figures")  # figures of one's own runs do not replace others
+    paths, lacking = build.export_figures(options.names, out, **chosen, progress=print)
     print(*paths, *lacking, sep="\n")
     return 0 if paths else 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import shlex
 import signal
 import time
@@ -17,7 +18,7 @@ import torch
 from basis.bench.report import check_place
 from basis.commands import device
 from basis.data import load_cifar10
-from basis.environment import is_published, results_folder, stored_results
+from basis.environment import is_published, repository_root, results_folder, stored_results
 from basis.experiments.archives import pack, packed, take_in
 from basis.experiments.campaign import in_order, missing
 from basis.experiments.estimates import estimate, minutes, name_of
@@ -46,7 +47,8 @@ def do_run(options: argparse.Namespace) -> int:
     """Train the runs of studies that have no record yet, the most valuable first. May be stopped and repeated: the
     same command goes on. A run under way at the time limit stops, and goes on next time after its last whole epoch.
     """
-    folder = options.results or (Path("my-results") if options.fresh else results_folder())
+    own = options.fresh or (repository_root() is None and "BASIS_RESULTS" not in os.environ)
+    folder = options.results or (Path("my-results") if own else results_folder())
     tasks, failed = in_order(options.profile, options.studies), 0
     check_place(folder / "record.json")
     if options.archive:
@@ -57,7 +59,8 @@ def do_run(options: argparse.Namespace) -> int:
     if not todo and is_published(folder):
         print(f"all {len(tasks)} runs are published in {folder.name}; to train them yourself: {again} --fresh")
         return 0
-    print(f"{len(todo)} of {len(tasks)} runs are missing in {folder}", flush=True)
+    ours = ", which are published; --fresh trains into my-results" if is_published(folder) else ""
+    print(f"{len(todo)} of {len(tasks)} runs are missing in {folder}{ours}", flush=True)
     former = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         failed = _do(todo, options, folder) if todo else 0
@@ -70,7 +73,7 @@ def do_run(options: argparse.Namespace) -> int:
             said += f", {pack(new, folder, options.archive)} packed into {options.archive}"
         first = f"; next is {left[0].run.variant}, seed {left[0].run.seed}; to go on: {again}" if left else ""
         print(f"{said}, {len(left)} are missing{first}")
-        if new or not todo:
+        if (new or not todo) and repository_root():
             there = shlex.quote(str(folder))
             print(f"to draw figures from them: basis figures --results {there} --profile {options.profile}")
     return 1 if failed else 0
@@ -138,7 +141,8 @@ def do_export(options: argparse.Namespace) -> int:
 
 def do_status(options: argparse.Namespace) -> int:
     """Per study and profile: runs planned, done, missing and started, and device hours spent."""
-    table = status(stored_results(options.results))
+    table = status(folder := stored_results(options.results))
+    table = table if is_published(folder) else table[table["done"] + table["started"] > 0]
     table = table.assign(planned=table["runs"], spent=table["seconds"].map(in_hours))
     columns = ["study", "profile", "planned", "done", "missing", "started", "spent", "device"]
     print(table[columns].to_string(index=False))

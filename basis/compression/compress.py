@@ -145,7 +145,8 @@ def compress(settings: Settings, *, say: Say | None = None, command: str = "") -
     """
     job = prepare(settings, say=say)
     write_json(job.out / "run.json", job.identity)
-    say(f"images: {job.preparation}") if say else None
+    learnt = f"{len(job.parts['held'])} of those in train are held out to choose by, which the network may have learnt"
+    say(f"images: {job.preparation}; {learnt}") if say else None
     done: dict[str, Stage] = {}
     for stage in STAGES:
         done[stage.__name__] = _finished(job, stage, done)

@@ -112,7 +112,7 @@ class Preparation:
     def __str__(self) -> str:
         said = [f"resized to {self.resize} ({self.interpolation})"] if self.resize else []
         said += [f"cropped to the middle {self.crop}"] if self.crop else []
-        known = " (ImageNet's)" if (*self.mean, *self.std) == MEAN + STD else ""
+        known = " (ImageNet's, unless --mean and --std say others)" if (*self.mean, *self.std) == MEAN + STD else ""
         return f"{', '.join(said) or 'neither resized nor cropped'}, mean {self.mean} and std {self.std}{known}"
 
 

@@ -135,8 +135,8 @@ def rerun(
         note = f"{len(chosen)} runs, {on_t4} on a T4 of Colab. Set `run_missing = True` to train them."
     elif place == "cpu" and needed is not None and needed > seconds:
         note = (
-            f"{many} would take {minutes(needed)} on {where}, more than `time_limit`, so nothing was trained. "
-            f"Raise `time_limit` to train them here; a T4 of Colab needs {on_t4}."
+            f"{many} would take {minutes(needed)} on {where}, more than the `time_limit` of {time_limit}, so nothing "
+            f"was trained, and nothing is kept. A longer `time_limit` trains them here; a T4 of Colab needs {on_t4}."
         )
     else:
         say(f"{many}, {minutes(needed)} on {where}; what is done is kept in {folder}")

@@ -157,7 +157,7 @@ class Training:
         self._put(torch.load(begun, map_location="cpu", weights_only=True))
         if path:
             self._save(path)
-        place = f"after epoch {self.epoch}" if self.epoch else "from the start"
+        place = f"after epoch {self.epoch}" if self.epoch else "from the start, and needs the time of an epoch"
         return TrainingPaused(f"stopped in epoch {self.epoch + 1} of {self.epochs}, as asked; it goes on {place}")
 
     def _restore(self, path: Path) -> None:

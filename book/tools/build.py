@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -138,7 +138,7 @@ def build(
     if only is None:
         for folder in (target, root / "book" / "figures"):
             shutil.rmtree(folder, ignore_errors=True)
-    say(f"executing {len(chosen)} notebooks")
+    say(f"executing {counted(chosen)}")
     executions = execute_all(chosen, profile, root)
     for stem, run in executions.items():
         problems += gates.executed_problems(run.notebook, sources[stem].name)
@@ -195,7 +195,7 @@ def export_figures(
     root, sources, known = checkout(), _notebooks(), {name: stem for name, stem, _ in figures_known()}
     homes = {name: [known[one] for one in sorted(known, key=name.__ne__) if fnmatch(name, one)] for name in names}
     if unknown := [name for name in names if not homes[name]]:
-        near = {name: ", ".join(difflib.get_close_matches(name, known)) or "another" for name in unknown}
+        near = {name: ", ".join(difflib.get_close_matches(name, known)) or f"--chapter {name}" for name in unknown}
         meant = "; ".join(f"there is no figure {name!r}; did you mean {one}?" for name, one in near.items())
         raise ValueError(f"{meant} `basis figures --list` lists all")
     asked = named(sources, chapters)
@@ -203,7 +203,7 @@ def export_figures(
     wanted |= {name: stem for name, stem in known.items() if stem in asked or not (names or chapters)}
     stems = sorted({*wanted.values()} - {""})
     if progress and stems:
-        progress(f"executing {len(stems)} notebooks")
+        progress(f"executing {counted(stems)}")
     paths: dict[str, Path] = {}
     lacking: list[str] = []
     out.mkdir(parents=True, exist_ok=True)
@@ -219,7 +219,8 @@ def export_figures(
             kept = sorted(path for path in drawn if path.suffix[1:] in formats)
             paths |= {path.name: Path(shutil.copy(path, out)) for path in kept}
             if not drawn and not any(f"{stem}.ipynb" in problem for problem in lacking):
-                lacking.append(f"{name} is not drawn: {_making(stem, profile)}")
+                why = _making(stem, profile) if name in known else f"{stem} draws nothing of that name"
+                lacking.append(f"{name} is not drawn: {why}")
             elif drawn and not kept:
                 lacking.append(f"{name} gives no table for a csv file")
     return list(paths.values()), lacking
@@ -232,6 +233,11 @@ def _making(stem: str, profile: str | None) -> str:
     command = f"basis run {study.name} --profile {shown}" if study.runs(shown) else "basis bench"
     where = "" if is_published(folder) else f" --results {folder}"
     return f"{folder} lacks records for it, which `{command}{where}` makes"
+
+
+def counted(notebooks: Collection[str]) -> str:
+    """Such as `1 notebook`."""
+    return f"{len(notebooks)} notebook{'s' * (len(notebooks) != 1)}"
 
 
 def _notebooks() -> dict[str, Path]:

@@ -50,7 +50,7 @@ if "google.colab" in sys.modules:
         print("This runtime has a GPU:", torch.cuda.get_device_name())
     else:
         print(
-            "This runtime has no GPU: the page shows what is published, and trains little. To train here, open the\\n"
+            "This runtime has no GPU: everything works, but little can be trained here. To train more, open the\\n"
             "menu Runtime > Change runtime type, choose T4 GPU, press Save and run this cell again."
         )"""
 

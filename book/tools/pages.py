@@ -393,7 +393,7 @@ def fragments(pages: Mapping[str, Notebook], profile: str | None = None) -> dict
         "claims.md": claims_table(found, pages),
         "chapters.md": chapters_list(pages),
         "bibtex.md": BIBTEX.format(version=numbers["version"], url=here.pages, commit=numbers["commit"]),
-        "clone.md": f"```bash\ngit clone {here.repository}\ncd {here.name}\n{COMMANDS}\n```\n",
+        "clone.md": f"```bash\ngit clone {here.repository} {here.name}-book\ncd {here.name}-book\n{COMMANDS}\n```\n",
         "headline.md": headline,
         "minute.md": front_page.in_a_minute(brief, [verdict for _, verdict in found["H5"]]),
         "readme-claims.md": readme_claims(found),

@@ -108,7 +108,7 @@ def test_runs_of_ones_own_stand_beside_the_published_ones(tmp_path, monkeypatch)
     assert "All 6 runs" in third.note
 
 
-@pytest.mark.parametrize(("options", "says"), [({"train": False}, "T4"), ({"time_limit": "1m"}, "Raise `time_limit`")])
+@pytest.mark.parametrize(("options", "says"), [({"train": False}, "T4"), ({"time_limit": "1m"}, "nothing was trained")])
 def test_nothing_is_trained_unasked_or_where_it_could_not_end(tmp_path, monkeypatch, options, says):
     monkeypatch.setattr(module, "own_folder", lambda **_: tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

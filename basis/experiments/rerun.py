@@ -16,7 +16,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from basis import figures
-from basis.environment import repository_root, results_folder
+from basis.environment import is_published, repository_root, results_folder
 from basis.experiments.estimates import estimate, minutes, name_of
 from basis.experiments.records import Record, load_records
 from basis.experiments.runner import Order, Task, in_processes
@@ -30,7 +30,7 @@ DRIVE = "/content/drive"
 
 
 def own_folder(*, keep_in_drive: bool = False) -> Path:
-    """Where a reader's own runs are kept: ``$BASIS_RESULTS``, else ``my-results`` of the checkout.
+    """Where a reader's own runs are kept: ``$BASIS_RESULTS``, unless published runs are there; else ``my-results``.
 
     On Colab, ``keep_in_drive`` mounts Google Drive and takes its folder ``basis-results``, which outlives the session.
     Raises ``ValueError`` for that elsewhere.
@@ -42,7 +42,7 @@ def own_folder(*, keep_in_drive: bool = False) -> Path:
             raise ValueError("keep_in_drive is for Colab; elsewhere name a folder in BASIS_RESULTS") from error
         return Path(DRIVE) / "MyDrive" / "basis-results"
     named = os.environ.get("BASIS_RESULTS")
-    return Path(named) if named else (repository_root() or Path.cwd()) / "my-results"
+    return Path(named) if named and not is_published(Path(named)) else (repository_root() or Path.cwd()) / "my-results"
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def rerun(
     where = "this CPU" if place == "cpu" else f"this {place}"
     on_t4 = minutes(estimate(chosen, "Tesla T4", known))
     if not left:
-        note = f"All {len(tasks)} runs of your own are done; they are kept in `{folder}`."
+        note = f"All {len(tasks)} runs of your own are done; they are kept in `{folder.name}`."
     elif not train:
         note = f"{len(chosen)} runs, {on_t4} on a T4 of Colab. Set `run_missing = True` to train them."
     elif place == "cpu" and needed is not None and needed > seconds:
@@ -193,7 +193,7 @@ def _do(tasks: Sequence[Task], folder: Path, deadline: float) -> str:
     if left and not said:
         said = f" The time was up for {left} more; run the cell again to go on where it stopped."
     said += f" Failed: {'; '.join(failures)}." if failures else ""
-    return f"{done} of {len(tasks)} runs were trained, and are kept in `{folder}`.{said}"
+    return f"{done} of {len(tasks)} runs were trained; they are kept in `{folder.name}`.{said}"
 
 
 def _both(study: str, variants: Sequence[str], profile: str, folder: Path) -> pd.DataFrame:

@@ -119,6 +119,12 @@ def test_nothing_is_trained_unasked_or_where_it_could_not_end(tmp_path, monkeypa
     assert "(n = 8)" in found.table()
 
 
+@pytest.mark.parametrize(("named", "found"), [("results", "my-results"), ("other", "other"), ("", "my-results")])
+def test_ones_own_runs_never_mix_with_the_published_ones(named, found, monkeypatch):
+    monkeypatch.setenv("BASIS_RESULTS", named and str(ROOT / named))
+    assert own_folder() == ROOT / found
+
+
 def test_results_are_kept_in_drive_when_asked_on_colab(monkeypatch):
     with pytest.raises(ValueError, match="BASIS_RESULTS"):
         own_folder(keep_in_drive=True)

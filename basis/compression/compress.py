@@ -316,7 +316,8 @@ def measure_latency(job: Job, done: Mapping[str, Stage]) -> Stage:
         pairs = list(measure_fold(small, input_size=job.input_size, setting=job.setting))
     networks = {"dense": copy.deepcopy(job.model), "control": copy.deepcopy(job.model)}
     example = next(iter(job.batches("held")))[0][:2]
-    networks |= {"folded": fold(job.model, inputs=example), "exported": fold(small, factorized=pairs, inputs=example)}
+    networks["dense, folded"] = fold(job.model, inputs=example)
+    networks["exported"] = fold(small, factorized=pairs, inputs=example)
     with setting.globals():
         placed = {name: setting.place(network) for name, network in networks.items()}
         rows = setting.measure(layer_steps(placed, [job.input_size], "forward", setting))

@@ -96,7 +96,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         safe = data[8:9] == b"{"
         content = safetensors.torch.load(data) if safe else torch.load(io.BytesIO(data), "cpu", weights_only=True)
     except Exception as error:  # the readers raise errors of many kinds
-        raise ValueError(f"{path} is no file that torch.save(model.state_dict()) makes ({first_line(error)})") from error
+        raise ValueError(f"{path} is not readable as a saved model.state_dict() ({first_line(error)})") from error
     for key in WRAPPERS * 2:  # one may be inside another
         inner = content.get(key) if isinstance(content, Mapping) else None
         content = inner if isinstance(inner, Mapping) else content

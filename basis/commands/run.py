@@ -21,8 +21,8 @@ from basis.data import load_cifar10
 from basis.environment import is_published, repository_root, results_folder, stored_results
 from basis.experiments.archives import pack, packed, take_in
 from basis.experiments.campaign import in_order, missing
-from basis.experiments.estimates import estimate, minutes, name_of
-from basis.experiments.records import in_hours, load_records
+from basis.experiments.estimates import estimate, minutes, name_of, timed_runs
+from basis.experiments.records import in_hours
 from basis.experiments.runner import Order, Task, cores, idle_cores, in_processes, jobs_for, on_ray
 from basis.experiments.runs import PROFILES, device_for, duration, record_path
 from basis.experiments.studies import STUDIES, status
@@ -59,7 +59,7 @@ def do_run(options: argparse.Namespace) -> int:
     if not todo and is_published(folder):
         print(f"all {len(tasks)} runs are published in {folder.name}; to train them yourself: {again} --fresh")
         return 0
-    ours = ", which are published; --fresh trains into my-results" if is_published(folder) else ""
+    ours = ", which holds the published ones; --fresh trains into my-results" if is_published(folder) else ""
     print(f"{len(todo)} of {len(tasks)} runs are missing in {folder}{ours}", flush=True)
     former = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -90,8 +90,7 @@ def _do(todo: Sequence[Task], options: argparse.Namespace, folder: Path) -> int:
         if todo[0].run.data == "cifar10":
             load_cifar10()  # says what is wrong with it, once for all processes
         number = options.jobs or jobs_for([task.run for task in todo], place)
-        known = load_records(study="headline", profile=options.profile) + load_records(folder, profile=options.profile)
-        long = minutes(estimate([task.run for task in todo], name_of(place), known))
+        long = minutes(estimate([task.run for task in todo], name_of(place), timed_runs(folder, options.profile)))
         said, idle, most = f"{len(todo)} runs, {long}; {number} at a time on {place}", idle_cores(), cores()
         if number == 1 and place.type == "cpu":  # a thread that waits for a busy core makes all others wait
             torch.set_num_threads(threads := min(torch.get_num_threads(), idle))

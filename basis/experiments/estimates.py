@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import median
 
 import torch
 
-from basis.experiments.records import Record
+from basis.experiments.records import Record, load_records
 from basis.experiments.runs import Run
 from basis.experiments.studies.sensitivity import convolutions
 
@@ -36,6 +37,11 @@ def epochs_of(runs: Sequence[Run]) -> float:
     return total
 
 
+def timed_runs(folder: Path, profile: str) -> list[Record]:
+    """By what times of a profile are told: the published records of ``headline``, and all in ``folder``."""
+    return load_records(study="headline", profile=profile) + load_records(folder, profile=profile)
+
+
 def estimate(runs: Sequence[Run], device: str, records: Sequence[Record]) -> float | None:
     """About how many seconds the runs take on ``device``, "cpu" or a GPU's name, by how long the records' runs took.
 
@@ -47,13 +53,12 @@ def estimate(runs: Sequence[Run], device: str, records: Sequence[Record]) -> flo
 
     kind = "cpu" if device == "cpu" else "cuda"
     known = [r for r in records if r.environment["device_type"] == kind and "recipe" in r.config]
-    paces: dict[bool, list[float]] = {True: [], False: []}  # seconds of an epoch, on this very device and on others
-    for record in known:
-        name, result = record.environment["device"], record.result
-        pace = result["train_seconds"] / record.environment.get("jobs", 1) / max(1, len(result["curves"]))
-        paces[name == device].append(pace * (1 if kind == "cpu" else bandwidth(name) / bandwidth(device)))
-    found = paces[True] or paces[False]
-    return epochs_of(runs) * median(found) if found else None
+    paces = []  # seconds of an epoch on the device, by runs on that very one if there are any
+    for record in [r for r in known if r.environment["device"] == device] or known:
+        slower = 1 if kind == "cpu" else bandwidth(record.environment["device"]) / bandwidth(device)
+        seconds = slower * record.result["train_seconds"] / record.environment.get("jobs", 1)
+        paces.append(seconds / max(1, len(record.result["curves"])))
+    return epochs_of(runs) * median(paces) if paces else None
 
 
 def minutes(seconds: float | None) -> str:

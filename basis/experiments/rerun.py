@@ -17,12 +17,14 @@ from matplotlib.figure import Figure
 
 from basis import figures
 from basis.environment import is_published, repository_root, results_folder
-from basis.experiments.estimates import estimate, minutes, name_of
-from basis.experiments.records import Record, load_records
+from basis.experiments.campaign import missing
+from basis.experiments.estimates import estimate, minutes, name_of, timed_runs
+from basis.experiments.records import Record
 from basis.experiments.runner import Order, Task, in_processes
-from basis.experiments.runs import Run, device_for, duration, record_path
-from basis.experiments.studies import STUDIES, find_study, is_done, valid_records
+from basis.experiments.runs import Run, device_for, duration
+from basis.experiments.studies import STUDIES, find_study, valid_records
 from basis.experiments.studies import sensitivity as sensitivity_study
+from basis.experiments.studies.study import listed
 from basis.progress import bar
 from basis.statistics import mean_estimate, paired_difference
 
@@ -96,8 +98,7 @@ class Rerun:
         """Every run as a dot, the reader's own in colour."""
         figure = figures.canvas(0.55 * len(self.variants) + 1.3)
         axes = figure.subplots()
-        sides = list(self.runs["whose"].unique())
-        colours = {whose: theme.cycle[0] if whose == "yours" else theme.muted for whose in sides}
+        colours = {whose: theme.cycle[0] if whose == "yours" else theme.muted for whose in self.runs["whose"]}
         look = {"x": "value", "y": "variant", "hue": "whose", "order": list(self.variants), "palette": colours}
         sns.stripplot(self.runs, **look, dodge=True, size=7, jitter=False, alpha=0.8, ax=axes)
         axes.set(xlabel=next(iter(self.runs["unit"]), ""), ylabel="")
@@ -113,18 +114,14 @@ def rerun(
 
     What is there already is not done again, so a cell that was stopped goes on. Without ``train``, or where a machine
     without a GPU could not finish within ``time_limit``, nothing is trained, and the note says what it would take.
-    ``say`` is told what begins.
-
-    Raises:
-        ValueError: for an unknown study or variant, ``seeds`` below 1, a duration that is none, and see
-            :func:`own_folder`.
+    ``say`` is told what begins. Raises ``ValueError`` for an unknown study or variant, ``seeds`` below 1, a duration
+    that is none, and as :func:`own_folder` does.
     """
     chosen, seconds = chosen_runs(study, variants, seeds, profile), duration(time_limit)
     folder = own_folder(keep_in_drive=keep_in_drive and train)
     place = name_of(device_for(profile))
     tasks = [Task(run, STUDIES[run.study].definition) for run in chosen]
-    left = [task for task in tasks if not is_done(record_path(folder, task.run), task.definition)]
-    known = load_records(study="headline", profile=profile) + load_records(folder, profile=profile)
+    left, known = missing(tasks, folder), timed_runs(folder, profile)
     needed = estimate([task.run for task in left], place, known)
     many = f"{len(left)} run{'s' * (len(left) != 1)}"
     where = "this CPU" if place == "cpu" else f"this {place}"
@@ -141,16 +138,15 @@ def rerun(
     else:
         say(f"{many}, {minutes(needed)} on {where}; what is done is kept in {folder}")
         note = _do(left, folder, time.time() + seconds)
-    runs = _both(study, variants, profile, folder)
-    return Rerun(note, runs, labels(study, variants), paired=study != "sensitivity")
+    return Rerun(note, _both(study, variants, profile, folder), labels(study, variants), paired=study != "sensitivity")
 
 
 def home(study: str, variant: str, profile: str) -> str:
     """The study that lists the variant: this one, or ``headline``, whose dense networks others share."""
     for name in (study, "headline"):
-        if variant in {run.variant for run in find_study(name).runs(profile)}:
+        if variant in {run.variant for run in listed(find_study(name), profile).values()}:
             return name
-    names = dict.fromkeys(run.variant for run in find_study(study).runs(profile))
+    names = dict.fromkeys(run.variant for run in listed(STUDIES[study], profile).values())
     raise ValueError(f"{study} has no variant {variant!r}; it has: {'; '.join(names)}")
 
 
@@ -161,12 +157,12 @@ def chosen_runs(study: str, variants: Sequence[str], seeds: int, profile: str) -
     """
     if seeds < 1 or not variants:
         raise ValueError(f"seeds is {seeds} and variants {list(variants)}, but there must be one or more")
-    listed = {name: STUDIES[home(study, name, profile)].runs(profile) for name in variants}
-    rounds = zip(*([run for run in runs if run.variant == name][:seeds] for name, runs in listed.items()), strict=False)
+    known = {name: listed(STUDIES[home(study, name, profile)], profile).values() for name in variants}
+    rounds = zip(*([run for run in runs if run.variant == name][:seeds] for name, runs in known.items()), strict=False)
     runs = [run for one in rounds for run in one]
     tables = {run.choice.table for run in runs if run.choice}
     tables -= {path.stem for path in results_folder().glob("*/*/*.json")}
-    first = [run for runs in listed.values() for run in runs if run.id in tables]
+    first = [run for runs in known.values() for run in runs if run.id in tables]
     return list({run.id: run for run in [*first, *runs]}.values())
 
 

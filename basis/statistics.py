@@ -29,12 +29,27 @@ class Estimate:
         value, low, high = (f"{scale * x:{sign}.{digits}f}" for x in (self.value, self.low, self.high))
         return value if math.isnan(self.low) else f"{value} [{low}, {high}]"
 
+    def gap(self) -> str:
+        """A difference in points in words, such as ``1.24 [0.98, 1.50] points above`` (something)."""
+        if math.isnan(self.value):
+            return "an unknown number of points from"
+        if self.value >= 0:
+            return f"{self.text()} points above"
+        return f"{Estimate(-self.value, -self.high, -self.low, self.n).text()} points below"
 
-def mean_estimate(values: Sequence[float]) -> Estimate:
-    """The mean with Student's interval. Raises ``ValueError`` for no values."""
-    if not len(values):
+
+def mean_estimate(values: Sequence[float], *, comparisons: int = 1) -> Estimate:
+    """The mean with Student's interval; of ``comparisons`` such intervals that hold together with 95 % (Bonferroni).
+
+    Raises ``ValueError`` for no values.
+    """
+    from scipy import stats
+
+    if not (n := len(values)):
         raise ValueError("there are no values to take a mean of")
-    return pooled_spread([values]).mean(values)
+    mean = float(np.mean(values))
+    half = stats.t.ppf(1 - 0.025 / comparisons, n - 1) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    return Estimate(mean, float(mean - half), float(mean + half), n)
 
 
 def proportion_estimate(successes: float, n: int) -> Estimate:
@@ -67,12 +82,23 @@ def difference_estimate(first: Sequence[float], second: Sequence[float], *, comp
     return Estimate(value, float(interval.low), float(interval.high), n)
 
 
-def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> Estimate:
+def paired_difference(first: Mapping[int, float], second: Mapping[int, float], *, comparisons: int = 1) -> Estimate:
     """The mean of first - second over the keys (seeds) that both have, with Student's interval; NaN without any."""
     common = [key for key in first.keys() if key in second.keys()]  # noqa: SIM118  (of a pandas Series, too)
     if not common:
         return Estimate(math.nan, math.nan, math.nan, 0)
-    return mean_estimate([first[key] - second[key] for key in common])
+    return mean_estimate([first[key] - second[key] for key in common], comparisons=comparisons)
+
+
+def detectable(spread: float, n: int, *, comparisons: int = 1) -> float:
+    """The smallest true difference that n pairs show with 80 % power; ``spread``: a difference's standard deviation.
+
+    Two-sided, at 5 % over all ``comparisons``; by the normal approximation with Student's quantiles.
+    """
+    from scipy import stats
+
+    quantiles = stats.t.ppf([1 - 0.025 / comparisons, 0.8], n - 1)
+    return float(quantiles.sum() * spread / math.sqrt(n))
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,8 @@ def choose(choice: Choice, folder: Path) -> tuple[Plan, dict[str, float]]:
         raise TableMissing(f"run {choice.table} has to measure the sensitivities first, and has no record yet")
     table = SensitivityTable.from_lines(read_record(path).result["tables"][choice.measure])
     rule: Any = choice.rule
-    plan = select(table, budget={choice.unit: choice.budget}, rule=rule, ratio=choice.ratio)
+    budget = {choice.unit: choice.budget}
+    plan = select(table, budget=budget, rule=rule, ratio=choice.ratio, exclude=choice.exclude or ())
     return plan, {key: value for key, value in predicted(table, plan).items() if math.isfinite(value)}
 
 

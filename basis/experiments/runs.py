@@ -18,8 +18,9 @@ from basis.saving import plain
 from basis.search.measures import singular_energies
 from basis.training.loop import Recipe, choose_device, choose_precision
 
-PROFILES = ("smoke", "small", "cpu", "paper")
-# The kind of device that a profile is meant for; "smoke" and "small" take any.
+PROFILES = ("smoke", "small", "paper")
+ARCHIVED = "cpu"  # an older scale, of which there are records; it is shown until ``small`` has replaced it
+# The kind of device that a profile, or its benchmarks, are meant for; "smoke" and "small" take any.
 DEVICES: Mapping[str, str] = {"cpu": "cpu", "paper": "cuda"}
 
 
@@ -44,7 +45,8 @@ class Choice:
     """A plan selected by ``rule`` (and its ``ratio``) of :func:`basis.select` from what another run has measured.
 
     ``budget`` is the fraction of the dense network's ``unit``, "params" or "macs", that may be kept; ``table`` is the
-    identity of the run with the ladder, and ``measure`` which of its measures ranks the layers.
+    identity of the run with the ladder, ``measure`` which of its measures ranks the layers, and ``exclude`` are
+    patterns of layers that stay dense.
     """
 
     rule: str
@@ -53,6 +55,7 @@ class Choice:
     table: str
     measure: str
     ratio: float | None = None
+    exclude: Sequence[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

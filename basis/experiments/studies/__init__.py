@@ -1,15 +1,14 @@
 """The studies of the book, and the state of their records."""
 
-import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 
 from basis.environment import results_folder
 from basis.experiments.records import spent
-from basis.experiments.runs import PROFILES, Record, read_record, record_path
+from basis.experiments.runs import ARCHIVED, PROFILES, Record, read_record, record_path
 from basis.experiments.studies import (
     coefficients,
     cost,
@@ -56,6 +55,8 @@ def misplaced(record: Record, study: str, profile: str, stem: str) -> str:
     """Why a record must not stand in ``STUDY/PROFILE/STEM.json``; empty where it may."""
     if study not in STUDIES:
         return f"belongs to no study; there are: {', '.join(STUDIES)}"
+    if profile == ARCHIVED:
+        return "" if stem == record.id else "is not called by its id"
     if record.definition != STUDIES[study].definition:
         return f"was made before the study {study!r} changed its claims or rule; `basis run` does its run again"
     if record.id not in listed(STUDIES[study], profile) or stem != record.id:
@@ -78,36 +79,78 @@ def status(folder: Path | None = None, *, study: str | None = None) -> pd.DataFr
     """
     folder = folder or results_folder()
     rows = []
-    for one, profile in itertools.product(STUDIES.values() if study is None else [STUDIES[study]], PROFILES):
-        runs, records = listed(one, profile), valid_records(one, profile, folder)
-        checkpoints = [record_path(folder, run).parent.glob(f"checkpoints/{run.id}-*.pt") for run in runs.values()]
-        row = {
-            "study": one.name, "profile": profile, "runs": len(runs), "done": len(records),
-            "missing": len(runs) - len(records), "started": sum(any(found) for found in checkpoints),
-            "seconds": spent(records), "device": ", ".join(sorted({r.environment["device"] for r in records})),
-        }  # fmt: skip
-        rows += [row] if runs else []
+    for one in STUDIES.values() if study is None else [STUDIES[study]]:
+        for profile in (*PROFILES, ARCHIVED):
+            runs, records = listed(one, profile), valid_records(one, profile, folder)
+            checkpoints = [record_path(folder, run).parent.glob(f"checkpoints/{run.id}-*.pt") for run in runs.values()]
+            row = {
+                "study": one.name, "profile": profile, "runs": len(runs) or len(records), "done": len(records),
+                "missing": max(0, len(runs) - len(records)), "started": sum(any(found) for found in checkpoints),
+                "seconds": spent(records), "device": ", ".join(sorted({r.environment["device"] for r in records})),
+            }  # fmt: skip
+            rows += [row] if row["runs"] else []
     return pd.DataFrame(rows)
+
+
+def records_of(study: Study, profile: str, folder: Path | None = None) -> list[Record]:
+    """The valid records of a study, and those of ``headline`` that it shares, by the names that they have here."""
+    found, others = valid_records(study, profile, folder), []
+    if study.shared and profile != ARCHIVED:
+        others = [r for r in valid_records(headline.STUDY, profile, folder) if r.config["variant"] in study.shared]
+    return found + [replace(r, config={**r.config, "variant": study.shared[r.config["variant"]]}) for r in others]
+
+
+def shown_profile(study: Study, folder: Path | None = None) -> str:
+    """The profile that the book shows: the one that the study publishes; "auto": the largest that decides its claims.
+
+    Until one does, the archived records are shown, if there are any, else what there is of ``small``.
+    """
+    if study.published != "auto":
+        return study.published
+    for profile in ("paper", "small"):
+        found = study.verdicts(records_of(study, profile, folder), profile)
+        if found and all(one.label != "not tested" for one in found):
+            return profile
+    return ARCHIVED if valid_records(study, ARCHIVED, folder) else "small"
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """The records of one study and profile, and a Markdown sentence on how many there are."""
+    """The records of one study and profile, with those it shares, and what is shown in words.
 
+    ``wanted`` is the number of all runs, ``scale`` what they train.
+    """
+
+    profile: str
+    scale: str
     records: list[Record]
     wanted: int
-    note: str
 
     @property
     def complete(self) -> bool:
         """Whether every run has its record."""
         return len(self.records) == self.wanted
 
+    @property
+    def note(self) -> str:
+        """A Markdown sentence on how many there are."""
+        if self.profile == ARCHIVED:
+            return (
+                f"Shown are {len(self.records)} runs of an older, smaller scale ({self.scale}): too small and too short "
+                "to decide anything. They stay until the runs that the verdict needs are made."
+            )
+        return f"Shown are {len(self.records)} of {self.wanted} runs of the profile `{self.profile}` ({self.scale})."
 
-def gather(name: str, profile: str, *, folder: Path | None = None) -> Gathered:
-    """The records of a study for a notebook. Raises ``ValueError`` for an unknown study or profile."""
-    one_of("profile", profile, PROFILES)
+
+def gather(name: str, profile: str = "auto", *, folder: Path | None = None) -> Gathered:
+    """The records of a study for a notebook; "auto" is :func:`shown_profile`.
+
+    Raises ``ValueError`` for an unknown study or profile.
+    """
+    one_of("profile", profile, ("auto", *PROFILES, ARCHIVED))
     study = find_study(name)
-    runs, records = study.runs(profile), valid_records(study, profile, folder)
-    note = f"Shown are {len(records)} of {len(runs)} runs of the profile `{profile}`."
-    return Gathered(records, len(runs), note)
+    profile = shown_profile(study, folder) if profile == "auto" else profile
+    records = records_of(study, profile, folder)
+    shared = [run for run in headline.STUDY.runs(profile) if run.variant in study.shared]
+    wanted = len(records) if profile == ARCHIVED else len(study.runs(profile)) + len(shared)
+    return Gathered(profile, study.scale(profile, records), records, wanted)

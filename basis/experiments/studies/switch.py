@@ -16,12 +16,12 @@ import pandas as pd
 from basis.experiments.runs import Record, Run
 from basis.experiments.studies import headline
 from basis.experiments.studies.cost import load_benches
-from basis.experiments.studies.headline import HALF, HALF_MACS, NARROWER, QUARTER, difference, variant
-from basis.experiments.studies.study import Study, Verdict, label_of, untested, valid_records, verdict
+from basis.experiments.studies.headline import HALF, HALF_MACS, NARROWER, QUARTER, variant
+from basis.experiments.studies.study import Study, Verdict, difference, label_of, untested, verdict
 from basis.search.switching import Switch
 
 POINTS, NEEDED, AFTER = 0.2, 3, 0.3
-OURS = "switched"
+OURS, SCRATCH = "switched", "selected, decay of the product"
 FIRST_STAGE = ("conv1", "layer1.*")  # which Cuttlefish and Pufferfish leave dense
 _RANKS: Mapping[str, Any] = {"rule": "stable_rank", "fit": "weight", "exclude": FIRST_STAGE}
 # What is changed of the switched training, one thing at a time: the state of the optimizer, a teacher, the moment, ...
@@ -46,6 +46,7 @@ OTHERS: Mapping[str, Mapping[str, Any]] = {
 
 def _runs(base: Run, *, multiple: int, seeds: int, fewer: int, images: int = 1000) -> tuple[Run, ...]:
     """Three seeds of the judged comparison; then round after round of all others; at last further seeds of it."""
+    scratch = [run for run in headline.STUDY.runs(base.profile) if run.variant == variant("selected", HALF)]
 
     def one(what: str, seed: int, budget: tuple[str, float] = HALF, **changes: Any) -> Run:
         unit, share = budget
@@ -59,11 +60,14 @@ def _runs(base: Run, *, multiple: int, seeds: int, fewer: int, images: int = 100
         found += [one(f"{OURS}, {name}", seed, **changes) for name, changes in ABLATIONS.items()]
         found += [one(name, seed, **changes) for name, changes in OTHERS.items()]
         found += [one(OURS, seed, budget) for budget in (QUARTER, HALF_MACS)]
+        # The switched training decays the product; so must the control that begins with the selected layers.
+        control = replace(scratch[seed], study=base.study, recipe=replace(base.recipe, decay="product"))
+        found += [replace(control, variant=variant(SCRATCH, HALF))]
     return (*found, *(one(OURS, seed) for seed in range(first, seeds)))
 
 
-def frame(records: Sequence[Record], profile: str) -> pd.DataFrame:
-    """:func:`basis.experiments.studies.headline.frame` of both studies, with what the switch did.
+def frame(records: Sequence[Record]) -> pd.DataFrame:
+    """:meth:`Study.frame`, with what the switch did.
 
     ``epoch``: that after which layers were replaced; ``search``: seconds of search and replacement, which are among
     the ``seconds``; ``rule``: the variant without its budget; ``place``: the GPU, and how many trainings shared it:
@@ -72,10 +76,9 @@ def frame(records: Sequence[Record], profile: str) -> pd.DataFrame:
     """
     columns: dict[str, Any] = {"epoch": partial(_of_switch, key="epoch"), "place": _place}
     columns["search"] = partial(_of_switch, key="seconds")
-    runs = headline.frame([*records, *valid_records(headline.STUDY, profile)], columns)
+    runs = STUDY.frame(records, columns)
     runs["rule"] = runs["variant"].str.replace(r", 1/\d+ of \w+$", "", regex=True)
-    order = {name: i for i, name in enumerate(dict.fromkeys(run.variant for run in STUDY.runs(profile)))}
-    return runs.sort_values("variant", key=lambda v: v.map(order).fillna(-1), kind="stable", ignore_index=True)
+    return runs
 
 
 def _place(record: Record) -> str | None:
@@ -111,17 +114,14 @@ def _of_switch(record: Record, *, key: str) -> float:
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     """The verdict on H5."""
-    runs, ours = frame(records, profile), variant(OURS, HALF)
-    lost, gained = difference(runs, "dense", ours), difference(runs, ours, variant(NARROWER, HALF))
-    least = min(lost.n, gained.n)
-    if least < NEEDED:
-        return (untested("H5", profile, least, f"seeds, and at least {NEEDED}"),)
-    label = label_of(lost.high < POINTS and gained.low > 0, lost.low > POINTS or gained.high < 0, "inconclusive")
+    runs, ours, scale = frame(records), variant(OURS, HALF), STUDY.scale(profile)
+    kept, gained = difference(runs, ours, "dense"), difference(runs, ours, variant(NARROWER, HALF))
+    if (least := min(kept.n, gained.n)) < NEEDED:
+        return (untested("H5", profile, least, NEEDED),)
+    label = label_of(kept.low > -POINTS and gained.low > 0, kept.high < -POINTS or gained.high < 0)
     scratch = difference(runs, ours, variant("selected", HALF))
-    return (verdict(
-        "H5", profile, label, -lost.value, scale=headline.SCALES[profile], lost=lost.text(), support=lost.support,
-        gained=gained.text(signed=True), scratch=scratch.text(signed=True),
-    ),)  # fmt: skip
+    return (verdict("H5", profile, label, kept, scale=scale, narrower=gained, scratch=scratch),)
 
 
-STUDY = Study.named("switch", _runs, judge, points=POINTS, needed=NEEDED, after=AFTER)
+SHARED = [run.variant for run in headline.STUDY.runs("small") if run.variant != "table"]
+STUDY = Study.named("switch", _runs, judge, shared={v: v for v in SHARED}, points=POINTS, needed=NEEDED, after=AFTER)

@@ -17,7 +17,7 @@ def add_book(command: argparse.ArgumentParser) -> None:
     """Which chapters, at which scale."""
     chapters = "only these chapters, such as 3 5 (default: all)"
     command.add_argument("--chapter", "--only", nargs="+", metavar="CHAPTER", dest="only", help=chapters)
-    scales = f"scale of the runs to show: {', '.join(PROFILES)} (default: the one that each study publishes)"
+    scales = f"scale of the runs to show: {', '.join(PROFILES)} (default: the largest that decides)"
     command.add_argument("--profile", choices=PROFILES, metavar="SCALE", help=scales)
 
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +27,7 @@ from basis.experiments.records import in_hours
 from basis.experiments.runner import Order, Task, cores, idle_cores, in_processes, jobs_for, on_ray
 from basis.experiments.runs import PROFILES, device_for, duration, record_path
 from basis.experiments.studies import STUDIES, status
+from basis.training.loop import choose_device
 
 
 def add_run(command: argparse.ArgumentParser) -> None:
@@ -139,10 +141,20 @@ def do_export(options: argparse.Namespace) -> int:
 
 
 def do_status(options: argparse.Namespace) -> int:
-    """Per study and profile: runs planned, done, missing and started, and device hours spent."""
+    """Per study and profile: runs planned, done, missing and started, device hours spent, and those that are left here."""
     table = status(folder := stored_results(options.results))
     table = table if is_published(folder) else table[table["done"] + table["started"] > 0]
+    here = name_of(choose_device())
+    known = {profile: timed_runs(folder, profile) for profile in set(table["profile"])}
+
+    def left(row: Any) -> str:
+        """About how long the missing runs of a study and profile take on this machine."""
+        todo = missing(in_order(row.profile, [row.study]), folder) if row.missing else []
+        seconds = estimate([task.run for task in todo], here, known[row.profile]) if todo else 0.0
+        return "unknown" if seconds is None else f"{seconds / 3600:.2f} h"
+
     table = table.assign(planned=table["runs"], spent=table["seconds"].map(in_hours))
-    columns = ["study", "profile", "planned", "done", "missing", "started", "spent", "device"]
-    print(table[columns].to_string(index=False))
+    table["left"] = [left(row) for row in table.itertuples()]
+    columns = ["study", "profile", "planned", "done", "missing", "started", "left", "spent", "device"]
+    print(table[columns].to_string(index=False), f"\nleft: about, on {here}")
     return 0

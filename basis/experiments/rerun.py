@@ -22,7 +22,7 @@ from basis.experiments.estimates import estimate, minutes, name_of, timed_runs
 from basis.experiments.records import Record
 from basis.experiments.runner import Order, Task, in_processes
 from basis.experiments.runs import Run, device_for, duration
-from basis.experiments.studies import STUDIES, find_study, valid_records
+from basis.experiments.studies import STUDIES, find_study, shown_profile, valid_records
 from basis.experiments.studies import sensitivity as sensitivity_study
 from basis.experiments.studies.study import listed
 from basis.progress import bar
@@ -207,7 +207,7 @@ def _both(study: str, variants: Sequence[str], profile: str, folder: Path) -> pd
             if row[0] in known
         ]
 
-    scales = dict.fromkeys([profile, find_study(study).published])
+    scales = dict.fromkeys([profile, shown_profile(find_study(study))])
     sides = [rows(scale, None, f"published ({scale})") for scale in scales]
     published = next((side for side in sides if set(known) <= {row[0] for row in side}), sides[-1])
     both = [*(published if folder != results_folder() else []), *rows(profile, folder, "yours")]

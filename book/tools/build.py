@@ -24,7 +24,8 @@ from typing import Any
 import nbformat
 
 from basis.environment import is_published, repository_root, results_folder
-from basis.experiments.studies import STUDIES, check_records
+from basis.experiments.runs import ARCHIVED
+from basis.experiments.studies import STUDIES, check_records, shown_profile
 from book.tools import front_page, gates
 from book.tools.address import address
 from book.tools.derived import HEADLINE, block, sync
@@ -122,8 +123,8 @@ def build(
 ) -> Path:
     """Build the book and return the path of its first page.
 
-    Every notebook is executed with `profile`, by default the one whose records its study
-    publishes. `only` names the chapters to execute again; the others keep the page of the last
+    Every notebook is executed with `profile`, by default the largest whose records decide its study's
+    claims. `only` names the chapters to execute again; the others keep the page of the last
     build. Claims and records are checked where they are those that the repository publishes. The
     pages are in `book/_build/html`, and in `html_dir` too if that is given. If anything is wrong,
     everything that is wrong is named in one `BookError`.
@@ -229,8 +230,8 @@ def export_figures(
 def _making(stem: str, profile: str | None) -> str:
     """What makes the records that a chapter's figures lack."""
     study, folder = study_of(stem) or STUDIES["headline"], results_folder()
-    shown = profile or study.published
-    command = f"basis run {study.name} --profile {shown}" if study.runs(shown) else "basis bench"
+    shown = profile or ("small" if (shown := shown_profile(study)) == ARCHIVED else shown)
+    command = f"basis run {study.name} --profile {shown}" if study.runs("small") else "basis bench"
     where = "" if is_published(folder) else f" --results {folder}"
     return f"{folder} lacks records for it, which `{command}{where}` makes"
 
@@ -288,10 +289,8 @@ def execute_all(
     """Execute notebooks, two at a time; all that fail are named together."""
 
     def one(stem: str) -> Execution | BookError:
-        study = study_of(stem)
-        wanted = profile or (study or STUDIES["headline"]).published
         # The book shows records; it trains and measures nothing.
-        offered = {"profile": wanted, "run_missing": False}
+        offered = {"run_missing": False} | ({"profile": profile} if profile else {})
         takes = known_parameters(sources[stem])
         parameters = {name: value for name, value in offered.items() if name in takes}
         try:

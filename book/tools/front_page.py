@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 
 from basis import figures
 from basis.experiments.runs import Record
-from basis.experiments.studies import STUDIES, Verdict, valid_records
+from basis.experiments.studies import STUDIES, Verdict, records_of, shown_profile
 from basis.experiments.studies import headline as study
 from basis.experiments.studies.cost import load_benches
 from basis.experiments.studies.speed import step_rows
-from basis.experiments.studies.study import say
+from basis.experiments.studies.study import difference, say
 from basis.figures import Theme
 from basis.statistics import Estimate
 from book.tools.derived import HEADLINE
@@ -47,26 +47,26 @@ class Headline:
         return next((str(row["device"]) for row in self.steps.values()), "")
 
     @property
-    def lost(self) -> dict[str, Estimate]:
-        """Percentage points lost against dense at half of the parameters, by the words of :data:`RULES`."""
+    def gaps(self) -> dict[str, Estimate]:
+        """Points of accuracy minus the dense network's at half of the parameters, by the words of :data:`RULES`."""
         halves = {key: study.variant(rule, study.HALF) for rule, key in RULES.items()}
-        return {key: study.difference(self.runs, "dense", name) for key, name in halves.items()}
+        return {key: difference(self.runs, name, "dense") for key, name in halves.items()}
 
 
 def stored(profile: str | None = None) -> Headline | None:
-    """The headline of the stored records of ``profile``, by default of the published one."""
+    """The headline of the stored records of ``profile``, by default of the one that the book shows."""
     source = STUDIES["headline"]
-    shown = profile or source.published
-    return collect(valid_records(source, shown), shown)
+    shown = profile or shown_profile(source)
+    return collect(records_of(source, shown), shown)
 
 
 def collect(records: Sequence[Record], profile: str) -> Headline | None:
     """The headline of ``profile`` from records of the study ``headline``; None where none can be drawn yet."""
     rules = {study.variant(rule, budget): rule for budget in (study.HALF, study.QUARTER) for rule in RULES}
-    runs = study.frame(records)
+    runs = STUDIES["headline"].frame(records)
     runs = runs.assign(rule=runs["variant"].map({"dense": "dense", **rules})).dropna(subset="rule")
     enough = {"dense", *RULES} <= set(runs["rule"])
-    if not enough or not study.difference(runs, "dense", study.variant("selected", study.HALF)).n:
+    if not enough or not difference(runs, study.variant("selected", study.HALF), "dense").n:
         return None
     # Times belong to a device, not to the profile that was trained: those of a GPU where there are any.
     benches = (load_benches(device_of, kind="bench-train") for device_of in ("paper", "cpu"))
@@ -147,7 +147,7 @@ def in_a_minute(headline: Headline | None, switched: Sequence[Verdict] = ()) -> 
         f"A training step of ResNet-18 is {'; and '.join(speeds)}, against the fastest dense one ({headline.device})."
     )
     gives = say("front page", "gives", speed=speed if speeds else "No training step is measured yet.")
-    costs = _say("costs", headline, [one.n for one in headline.lost.values()])
+    costs = _say("costs", headline, [one.n for one in headline.gaps.values()])
     within = [
         say("front page", "switch", finding=one.finding[:1].upper() + one.finding[1:], label=one.label)
         for one in switched
@@ -162,7 +162,7 @@ def _memory(row: Mapping[str, Any]) -> float:
 
 
 def _say(key: str, headline: Headline, counts: Sequence[int]) -> str:
-    """A text with what each rule loses at half of the parameters, the scale, and the span of the numbers of runs."""
+    """A text with how each rule ends at half of the parameters, the scale, and the span of the numbers of runs."""
     n = " to ".join(dict.fromkeys((str(min(counts)), str(max(counts)))))
-    lost = {rule: one.text() for rule, one in headline.lost.items()}
-    return say("front page", key, n=n, scale=study.SCALES[headline.profile], **lost)
+    gaps = {rule: one.gap() for rule, one in headline.gaps.items()}
+    return say("front page", key, n=n, scale=STUDIES["headline"].scale(headline.profile), **gaps)

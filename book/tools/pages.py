@@ -31,22 +31,20 @@ import nbformat
 import pandas as pd
 from nbformat.v4 import new_markdown_cell
 
+from basis.costs import count_parameters
 from basis.environment import commit
 from basis.experiments.records import KINDS
-from basis.experiments.studies import CLAIMS, STUDIES, Study, Verdict, status, valid_records
+from basis.experiments.runs import ARCHIVED, DEVICES, PROFILES
+from basis.experiments.studies import CLAIMS, STUDIES, Study, Verdict, records_of, shown_profile, status, valid_records
 from basis.experiments.studies.cost import load_benches
 from basis.experiments.tidy import sound_records
 from basis.figures import CAPTION_KEY, FIGURE_KEY, table
+from basis.models import build
+from basis.statistics import mean_estimate
 from book.tools import front_page, gates
 from book.tools.address import DISTRIBUTION, Address, address
 from book.tools.card import card_fragments, card_numbers
 
-SCALES = {  # said with a verdict
-    "smoke": "on synthetic images",
-    "cpu": "at CPU scale",
-    "colab": "at Colab scale",
-    "paper": "on a GPU",
-}
 COMMANDS = """\
 make book    # makes its own environment, builds the pages, prints where they are
 make test    # runs the tests"""
@@ -236,20 +234,13 @@ def machine() -> str:
     return f"{os.cpu_count()} CPU cores ({platform.machine()})"
 
 
-def status_rows(frame: pd.DataFrame) -> list[tuple[str, str, str, str, str]]:
-    """Study, profile, runs, time and hardware of what :func:`basis.experiments.studies.status` found."""
+def status_rows(frame: pd.DataFrame) -> list[tuple[str, ...]]:
+    """Study, scale, runs, missing, time and hardware of what :func:`basis.experiments.studies.status` found."""
     rows = []
-    for row in frame.to_dict("records"):
-        done, total = int(row["done"]), int(row["runs"])
-        rows.append(
-            (
-                str(row["study"]),
-                str(row["profile"]),
-                f"{done} of {total}",
-                human_times(row["seconds"]) if done else "not measured yet",
-                str(row["device"] or "") if done else "–",
-            )
-        )
+    for row in frame.itertuples():
+        scale = "archived" if row.profile == ARCHIVED else row.profile
+        left = human_times(row.seconds) if row.done else "–", row.device or "–"
+        rows.append((row.study, scale, f"{row.done} of {row.runs}", f"{row.missing}", *left))
     return rows
 
 
@@ -266,7 +257,7 @@ def device_hours(frame: pd.DataFrame) -> str:
 def page_facts(stem: str, seconds: float, root: Path, profile: str | None = None) -> PageFacts:
     """Collect what the page of one chapter says about itself; `profile` is the one it was executed with."""
     study = study_of(stem)
-    times = [row[1:] for row in status_rows(status(study=study.name))] if study else []
+    times = [(*row[1:3], *row[4:]) for row in status_rows(status(study=study.name))] if study else []
     times.append(("this page", "reads records" if study else "needs no records", duration_class(seconds), machine()))
     provenance = {
         "package": f"basis {metadata.version(DISTRIBUTION)}",
@@ -277,16 +268,16 @@ def page_facts(stem: str, seconds: float, root: Path, profile: str | None = None
     }
     folder = "results"
     if study:
-        provenance |= records_provenance(study, profile or study.published)
-        folder = f"results/{study.name if study.runs(study.published) else 'bench'}"
+        provenance |= records_provenance(study, profile or shown_profile(study))
+        folder = f"results/{study.name if study.runs('small') else 'bench'}"
     records = folder if (root / folder).is_dir() else "results"
     return PageFacts(stem, address(), duration_class(seconds), records, tuple(times), provenance)
 
 
 def records_provenance(study: Study, profile: str) -> dict[str, str]:
     """Where and when the records of a study were made, or the benchmarks where it has no runs."""
-    if study.runs(profile):
-        records = valid_records(study, profile)
+    if study.runs("small"):
+        records = records_of(study, profile)
         environments = [record.environment for record in records]
         facts = {"records": f"{len(records)} of study {study.name}, profile {profile}"}
     else:
@@ -307,46 +298,87 @@ def records_provenance(study: Study, profile: str) -> dict[str, str]:
 
 
 def verdicts(profile: str | None = None) -> dict[str, list[tuple[Study, Verdict]]]:
-    """Every claim with the verdicts that the records of `profile`, or of the published one, allow.
+    """Every claim with the verdicts that the records of `profile`, or of the one that is shown, allow.
 
-    What was only timed, not trained, is also judged by the GPUs' benchmarks.
+    What was only timed, not trained, is judged by the benchmarks of CPUs and of GPUs.
     """
     found: dict[str, list[tuple[Study, Verdict]]] = {claim: [] for claim in CLAIMS}
     for study in STUDIES.values():
-        shown = [profile or study.published]
-        if not profile and not study.runs(study.published):
-            shown.append("paper")
-        for verdict in (v for one in shown for v in study.verdicts(valid_records(study, one), one)):
-            found.setdefault(verdict.claim, []).append((study, verdict))
+        for shown in [profile or shown_profile(study)] if study.runs("small") else DEVICES:
+            for verdict in study.verdicts(records_of(study, shown), shown):
+                found[verdict.claim].append((study, verdict))
     return found
 
 
-def claims_table(found: Mapping[str, Sequence[tuple[Study, Verdict]]], chapters: Iterable[str]) -> str:
-    """The claims, what we found, and the verdict."""
-    known, rows = set(chapters), []
-    for claim, sentence in CLAIMS.items():
-        findings = []
-        for study, verdict in found.get(claim, ()):
-            link = f" ({{doc}}`chapter </notebooks/{study.chapter}>`)" if study.chapter in known else ""
-            findings.append(_sentence(verdict.finding) + link)
-        judged = [v for _, v in found.get(claim, ()) if v.label != "not tested"]
-        labels = dict.fromkeys((str(v.label), SCALES.get(v.profile, "")) for v in judged) or [("not tested", "")]
-        marks = " ".join(
-            f"[{label}]{{.basis-verdict .{label.replace(' ', '-')}}} {scale}".strip() for label, scale in labels
-        )
-        rows.append((f"**{claim}**", sentence, " ".join(findings) or "No study yet.", marks))
-    return ":::{div} basis-claims\n" + table(("", "Claim", "What we found", "Verdict"), rows) + "\n:::\n"
+def claims_rows(found: Mapping[str, Sequence[tuple[Study, Verdict]]]) -> Iterable[tuple[Study, Verdict, str, str, str]]:
+    """Study and verdict, with the claim, what we found, and what was trained or measured, in words."""
+    for claim, said in found.items():
+        for i, (study, one) in enumerate(said):
+            scale = "small" if one.profile == ARCHIVED else one.profile
+            runs, made = len(study.runs(scale)), len(valid_records(study, scale))
+            finding, what = one.finding, one.scale or study.scale(scale)
+            if one.label == "not tested" and made < runs:
+                finding = f"not known yet: {made} of {runs} runs at this scale are made"
+            elif one.n:
+                what += f", n = {one.n}" if runs else f", {one.n} or more rounds"
+            what = what if runs else f"{KINDS[DEVICES[scale]]}: {what}"
+            text = f"**{claim}** {CLAIMS[claim]}" if i == 0 else f"**{claim}**, measured elsewhere."
+            yield study, one, text, _sentence(finding), what
+
+
+CLAIMS_HEAD = ("Claim", "What we found", "Trained or measured", "Verdict")
+
+
+def claims_table(found: Mapping[str, Sequence[tuple[Study, Verdict]]]) -> str:
+    """The claims, what we found, what was trained or measured for it, and the verdict with its chapter."""
+    rows = []
+    for study, one, *said in claims_rows(found):
+        mark = f"[{one.label}]{{.basis-verdict .{one.label.replace(' ', '-')}}}"
+        rows.append((*said, f"{mark} {chapter_link(study.chapter)}"))
+    return ":::{div} basis-claims\n" + table(CLAIMS_HEAD, rows) + "\n:::\n"
 
 
 def readme_claims(found: Mapping[str, Sequence[tuple[Study, Verdict]]]) -> str:
-    """The claims table of README.md: what was claimed, what we found, the verdict, and where it is shown."""
-    rows = []
-    for claim, sentence in CLAIMS.items():
-        for study, verdict in found.get(claim, ()):
-            where = f"[{verdict.label}]({address().pages.rstrip('/')}/notebooks/{study.chapter}.html)"
-            scale = SCALES.get(verdict.profile, "") if verdict.label != "not tested" else ""
-            rows.append((claim, sentence, _sentence(verdict.finding), f"**{where}** {scale}".strip()))
-    return table(("", "Claim", "What we found", "Verdict"), rows)
+    """The same for README.md, whose links lead to the built book."""
+    rows, pages = [], f"{address().pages.rstrip('/')}/notebooks"
+    for study, one, *said in claims_rows(found):
+        rows.append((*said, f"**{one.label}** ([{chapter_name(study.chapter)}]({pages}/{study.chapter}.html))"))
+    return table(CLAIMS_HEAD, rows)
+
+
+def chapter_name(stem: str) -> str:
+    """A chapter in a few words, such as ``8 ResNet family``."""
+    number, _, words = stem.partition("_")
+    return f"{int(number)} {words[:1].upper()}{words[1:].replace('_', ' ')}".replace("Resnet", "ResNet")
+
+
+def chapter_link(stem: str) -> str:
+    """The chapter's name as a link within the book."""
+    return f"{{doc}}`{chapter_name(stem)} </notebooks/{stem}>`"
+
+
+def setups() -> str:
+    """The scales side by side, by the dense network of the study ``headline``, which the others share."""
+    rows: dict[str, list[str]] = {}
+    for profile in PROFILES:
+        run = next(run for run in STUDIES["headline"].runs(profile) if run.variant == "dense")
+        recipe, real = run.recipe, run.data == "cifar10"
+        images = run.images or (50_000 if real else 2000) - run.validation
+        records = valid_records(STUDIES["headline"], profile)
+        tested = [100 * r.result["test"]["accuracy"] for r in records if r.config["variant"] == "dense"]
+        chapters = sorted({study.chapter for study in STUDIES.values() if study.runs(profile)})
+        facts = {
+            "Network": STUDIES["headline"].scale(profile).partition(",")[0],
+            "Parameters": f"{count_parameters(build(run.model, width=run.width)):,}",
+            "Images": "CIFAR-10" if real else "synthetic", "Trained on": f"{images:,}",
+            "Held out": f"{run.validation:,}", "Epochs": f"{recipe.epochs}",
+            "Steps": f"{images // recipe.batch_size * recipe.epochs:,}", "Batch": f"{recipe.batch_size}",
+            "Test accuracy, dense": f"{mean_estimate(tested).text()} % (n = {len(tested)})" if tested else "not trained",
+            "Used in": ", ".join(map(chapter_link, chapters)) if real else "tests, trials",
+        }  # fmt: skip
+        for name, fact in facts.items():
+            rows.setdefault(name, []).append(fact)
+    return table(("", *(f"`{profile}`" for profile in PROFILES)), [(name, *facts) for name, facts in rows.items()])
 
 
 def _sentence(text: str) -> str:
@@ -366,7 +398,7 @@ def chapters_list(pages: Mapping[str, Notebook]) -> str:
 def fragments(pages: Mapping[str, Notebook], profile: str | None = None) -> dict[str, str]:
     """Everything that the Markdown pages and README.md include: file name -> text."""
     found, here, state = verdicts(profile), address(), status()
-    states = status_rows(state)
+    states, listed = status_rows(state), state[state["profile"] != ARCHIVED]
     about = {stem: page.metadata.basis for stem, page in sorted(pages.items())}
     brief = front_page.stored(profile)
     times = [(f"{{doc}}`/notebooks/{stem}`", page.time, machine()) for stem, page in about.items()]
@@ -377,8 +409,8 @@ def fragments(pages: Mapping[str, Notebook], profile: str | None = None) -> dict
         "commit": commit() or "unknown",
         "repository_link": f"[{here.owner}/{here.name}]({here.repository})",
         "book_link": f"[{here.pages}]({here.pages})",
-        "runs_done": str(sum(int(row[2].split()[0]) for row in states)),
-        "runs_listed": str(sum(int(row[2].split()[-1]) for row in states)),
+        "runs_done": str(sum(listed["done"])),
+        "runs_listed": str(sum(listed["runs"])),
         "claims": str(len(CLAIMS)),
         "claims_tested": str(len(tested)),
         "device_hours": device_hours(state),
@@ -390,7 +422,7 @@ def fragments(pages: Mapping[str, Notebook], profile: str | None = None) -> dict
     numbers |= card_numbers(records)
     return {
         **card_fragments(records),
-        "claims.md": claims_table(found, pages),
+        "claims.md": claims_table(found),
         "chapters.md": chapters_list(pages),
         "bibtex.md": BIBTEX.format(version=numbers["version"], url=here.pages, commit=numbers["commit"]),
         "clone.md": f"```bash\ngit clone {here.repository} {here.name}-book\ncd {here.name}-book\n{COMMANDS}\n```\n",
@@ -398,7 +430,8 @@ def fragments(pages: Mapping[str, Notebook], profile: str | None = None) -> dict
         "minute.md": front_page.in_a_minute(brief, [verdict for _, verdict in found["H5"]]),
         "readme-claims.md": readme_claims(found),
         "rules.md": "\n".join(rules),
-        "status.md": table(("Study", "Profile", "Runs", "Time", "Hardware"), states),
+        "setups.md": setups(),
+        "status.md": table(("Study", "Scale", "Runs", "Missing", "Time", "Hardware"), states),
         "times.md": table(("Chapter", "Time to execute", "Machine"), times),
         "substitutions.json": json.dumps(numbers, indent=1),
     }

@@ -141,7 +141,7 @@ def do_export(options: argparse.Namespace) -> int:
 
 
 def do_status(options: argparse.Namespace) -> int:
-    """Per study and profile: runs planned, done, missing and started, device hours spent, and those that are left here."""
+    """Per study and profile: runs planned, done, missing and started, and device hours spent and left."""
     table = status(folder := stored_results(options.results))
     table = table if is_published(folder) else table[table["done"] + table["started"] > 0]
     here = name_of(choose_device())

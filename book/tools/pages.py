@@ -69,7 +69,7 @@ class PageFacts:
     address: Address
     time: str = ""  # how long the notebook took, coarsely
     records: str = "results"  # path of the records' folder in the repository
-    run_times: tuple[tuple[str, str, str, str], ...] = ()  # profile, runs, time, hardware
+    run_times: tuple[tuple[str, ...], ...] = ()  # profile, runs, time, hardware
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -236,11 +236,11 @@ def machine() -> str:
 
 def status_rows(frame: pd.DataFrame) -> list[tuple[str, ...]]:
     """Study, scale, runs, missing, time and hardware of what :func:`basis.experiments.studies.status` found."""
-    rows = []
-    for row in frame.itertuples():
-        scale = "archived" if row.profile == ARCHIVED else row.profile
-        left = human_times(row.seconds) if row.done else "–", row.device or "–"
-        rows.append((row.study, scale, f"{row.done} of {row.runs}", f"{row.missing}", *left))
+    rows: list[tuple[str, ...]] = []
+    for row in frame.to_dict("records"):
+        scale = "archived" if row["profile"] == ARCHIVED else row["profile"]
+        time = human_times(row["seconds"]) if row["done"] else "–"
+        rows.append((row["study"], scale, f"{row['done']} of {row['runs']}", f"{row['missing']}", time, row["device"]))
     return rows
 
 
@@ -314,19 +314,20 @@ def claims_rows(found: Mapping[str, Sequence[tuple[Study, Verdict]]]) -> Iterabl
     """Study and verdict, with the claim, what we found, and what was trained or measured, in words."""
     for claim, said in found.items():
         for i, (study, one) in enumerate(said):
-            scale = "small" if one.profile == ARCHIVED else one.profile
-            runs, made = len(study.runs(scale)), len(valid_records(study, scale))
-            finding, what = one.finding, one.scale or study.scale(scale)
-            if one.label == "not tested" and made < runs:
+            text = f"**{claim}** {CLAIMS[claim]}"
+            finding, what = one.finding, f"{one.scale}, n = {one.n} seeds" if one.n else one.scale
+            if not study.runs("small"):
+                text = f"**{claim}** on a {KINDS[DEVICES[one.profile]]}" if i else text
+                what = f"{one.scale}, {one.n} or more rounds" if one.n else "not measured"
+            elif one.label == "not tested":
+                scale = "small" if one.profile == ARCHIVED else one.profile
+                made, runs, what = len(valid_records(study, scale)), len(study.runs(scale)), study.scale(scale)
                 finding = f"not known yet: {made} of {runs} runs at this scale are made"
-            elif one.n:
-                what += f", n = {one.n}" if runs else f", {one.n} or more rounds"
-            what = what if runs else f"{KINDS[DEVICES[scale]]}: {what}"
-            text = f"**{claim}** {CLAIMS[claim]}" if i == 0 else f"**{claim}**, measured elsewhere."
             yield study, one, text, _sentence(finding), what
 
 
 CLAIMS_HEAD = ("Claim", "What we found", "Trained or measured", "Verdict")
+CHAPTERS = {"C1": "03_every_layer", "C3": "03_every_layer"}  # others are judged in their study's
 
 
 def claims_table(found: Mapping[str, Sequence[tuple[Study, Verdict]]]) -> str:
@@ -334,7 +335,7 @@ def claims_table(found: Mapping[str, Sequence[tuple[Study, Verdict]]]) -> str:
     rows = []
     for study, one, *said in claims_rows(found):
         mark = f"[{one.label}]{{.basis-verdict .{one.label.replace(' ', '-')}}}"
-        rows.append((*said, f"{mark} {chapter_link(study.chapter)}"))
+        rows.append((*said, f"{mark} {chapter_link(CHAPTERS.get(one.claim, study.chapter))}"))
     return ":::{div} basis-claims\n" + table(CLAIMS_HEAD, rows) + "\n:::\n"
 
 
@@ -342,7 +343,8 @@ def readme_claims(found: Mapping[str, Sequence[tuple[Study, Verdict]]]) -> str:
     """The same for README.md, whose links lead to the built book."""
     rows, pages = [], f"{address().pages.rstrip('/')}/notebooks"
     for study, one, *said in claims_rows(found):
-        rows.append((*said, f"**{one.label}** ([{chapter_name(study.chapter)}]({pages}/{study.chapter}.html))"))
+        stem = CHAPTERS.get(one.claim, study.chapter)
+        rows.append((*said, f"**{one.label}** ([{chapter_name(stem)}]({pages}/{stem}.html))"))
     return table(CLAIMS_HEAD, rows)
 
 
@@ -366,15 +368,16 @@ def setups() -> str:
         images = run.images or (50_000 if real else 2000) - run.validation
         records = valid_records(STUDIES["headline"], profile)
         tested = [100 * r.result["test"]["accuracy"] for r in records if r.config["variant"] == "dense"]
-        chapters = sorted({study.chapter for study in STUDIES.values() if study.runs(profile)})
+        stems = sorted({study.chapter for study in STUDIES.values() if study.runs(profile)} | {*CHAPTERS.values()})
+        chapters = ", ".join(f"{{doc}}`{int(stem[:2])} </notebooks/{stem}>`" for stem in stems)
         facts = {
             "Network": STUDIES["headline"].scale(profile).partition(",")[0],
             "Parameters": f"{count_parameters(build(run.model, width=run.width)):,}",
             "Images": "CIFAR-10" if real else "synthetic", "Trained on": f"{images:,}",
             "Held out": f"{run.validation:,}", "Epochs": f"{recipe.epochs}",
             "Steps": f"{images // recipe.batch_size * recipe.epochs:,}", "Batch": f"{recipe.batch_size}",
-            "Test accuracy, dense": f"{mean_estimate(tested).text()} % (n = {len(tested)})" if tested else "not trained",
-            "Used in": ", ".join(map(chapter_link, chapters)) if real else "tests, trials",
+            "Dense accuracy": f"{mean_estimate(tested).text()} % (n = {len(tested)})" if tested else "not trained",
+            "Chapters": chapters if real else "tests, trials",
         }  # fmt: skip
         for name, fact in facts.items():
             rows.setdefault(name, []).append(fact)

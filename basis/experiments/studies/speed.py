@@ -59,7 +59,8 @@ def _judge_layers(profile: str) -> Verdict:
     if "dense" not in against or len(against) < 2:
         return Verdict("H2", profile, "not tested", "layers and their rivals are not both measured on such a device")
     slower, worst = sum(cell["slower"] for cell in found), max(found, key=lambda cell: cell["relative"])
-    parts = ", ".join(f"{sum(lost)} of {len(lost)} against {name}" for name, lost in against.items())
+    lost = {name: slow for name, slow in against.items() if any(slow)} or against
+    parts = ", ".join(f"{sum(slow)} of {len(slow)} against {name}" for name, slow in lost.items())
     finding = say("findings", "H2", slower=slower, cells=len(found), parts=parts, worst=worst)
     difference, n = "{relative:.2f} [{q1:.2f}, {q3:.2f}] times as long".format(**worst), min(c["n"] for c in found)
     label = label_of(slower == 0, slower > 0)

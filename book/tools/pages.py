@@ -335,7 +335,7 @@ def claims_table(found: Mapping[str, Sequence[tuple[Study, Verdict]]]) -> str:
     rows = []
     for study, one, *said in claims_rows(found):
         mark = f"[{one.label}]{{.basis-verdict .{one.label.replace(' ', '-')}}}"
-        rows.append((*said, f"{mark} {chapter_link(CHAPTERS.get(one.claim, study.chapter))}"))
+        rows.append((*said, f"{mark}<br>{chapter_link(CHAPTERS.get(one.claim, study.chapter))}"))
     return ":::{div} basis-claims\n" + table(CLAIMS_HEAD, rows) + "\n:::\n"
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from basis.environment import repository_root
+from basis.experiments.studies import STUDIES
 from book.tools import gates
 from book.tools.build import execute, known_parameters
 
@@ -51,7 +52,7 @@ def run_all(parameters):
 
 @pytest.fixture(scope="module")
 def exercised() -> dict[str, Future]:
-    return run_all(lambda stem: {"profile": "cpu", **FIRST_EXERCISE[stem]})
+    return run_all(FIRST_EXERCISE.get)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_without_records_the_third_chapter_says_what_is_missing(tmp_path, monkey
     monkeypatch.setenv("BASIS_RESULTS", str(tmp_path))
     text = texts(run("03_every_layer", profile="paper", run_missing=False))
     assert "Not known yet" in text
-    assert "0 of 89 runs of the profile `paper`" in text
+    assert f"0 of {len(STUDIES['headline'].runs('paper'))} runs of the profile `paper`" in text
 
 
 def test_every_chapter_has_its_first_exercise_here():

@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import pandas as pd
 import pytest
 
 from basis import figures
+from basis.experiments import paper
 from basis.experiments.studies import CLAIMS, STUDIES, Verdict
 from basis.experiments.studies import headline as study
+from basis.experiments.studies.study import difference
 from book.tools import front_page, pages
 from tests.experiments.test_search_studies import record
 
@@ -39,10 +42,10 @@ def brief(records, monkeypatch):
 def test_the_sentences_state_what_the_records_say(records, brief):
     text, caption = front_page.in_a_minute(brief), front_page.caption(brief)
     for rule in front_page.RULES:
-        lost = study.difference(study.frame(records), "dense", study.variant(rule, study.HALF))
-        assert lost.n == study.SEEDS
-        assert lost.text() in text
-        assert lost.text() in caption
+        gap = difference(STUDIES["headline"].frame(records), study.variant(rule, study.HALF), "dense")
+        assert gap.n == study.SEEDS
+        assert gap.gap() in text
+        assert gap.gap() in caption
     assert "1.44 [1.30, 1.50] times as fast at r = 1/4, with 50% of the memory" in text
     assert "against the fastest dense one (Z1)" in text
     assert "(Z1; medians and quartiles of 9 or more" in caption
@@ -68,11 +71,44 @@ def test_without_records_there_is_no_headline(records):
     assert "not made yet" in front_page.in_a_minute(None)
 
 
-def test_the_readme_has_every_claim_with_its_verdict_and_a_link():
-    found = {
-        claim: [(STUDIES["headline"], Verdict(claim, "small", "reproduced", f"finding of {claim}"))] for claim in CLAIMS
-    }
-    table = pages.readme_claims(found)
-    assert len(table.splitlines()) == len(CLAIMS) + 2
-    assert all(f"Finding of {claim}." in table for claim in CLAIMS)
-    assert table.count("[reproduced](https://") == len(CLAIMS)
+@pytest.mark.parametrize(
+    ("claim", "profile", "label", "n", "says"),
+    [
+        ("C1", "small", "by construction", 0, "So it is. | X |"),
+        ("C4", "small", "not reproduced", 8, "So it is. | X, n = 8 seeds |"),
+        ("C2", "cpu", "inconclusive", 9, "So it is. | X, 9 or more rounds |"),
+        ("C7", "cpu", "not tested", 0, "Not known yet: 0 of RUNS runs at this scale are made. | SCALE |"),
+    ],
+)
+def test_a_claim_says_what_was_found_by_what_and_the_verdict(claim, profile, label, n, says, tmp_path, monkeypatch):
+    monkeypatch.setenv("BASIS_RESULTS", str(tmp_path))
+    study = next(study for study in STUDIES.values() if claim in study.claims)
+    says = says.replace("RUNS", str(len(study.runs("small")))).replace("SCALE", study.scale("small"))
+    found = {claim: [(study, Verdict(claim, profile, label, "so it is", n=n, scale="X"))]}
+    mark = f"[{label}]{{.basis-verdict .{label.replace(' ', '-')}}}"
+    assert f"| **{claim}** {CLAIMS[claim]} | {says} {mark}<br>{{doc}}`" in pages.claims_table(found)
+    assert f"/{pages.CHAPTERS.get(claim, study.chapter)}.html)) |" in pages.readme_claims(found)
+
+
+def test_scales_are_told_by_their_runs_and_the_dense_accuracy():
+    facts = {name: said for name, *said in (line[2:-2].split(" | ") for line in pages.setups().splitlines())}
+    assert facts["Parameters"] == ["17,326", "701,466", "11,173,962"]
+    assert facts["Steps"] == ["36", "1,440", "2,340"]
+    assert facts["Dense accuracy"][1].endswith("% (n = 8)")
+
+
+def test_what_is_entered_of_the_paper_stands_beside_ours(tmp_path, monkeypatch):
+    assert set(paper.paper_numbers()["study"]) <= set(STUDIES)
+    monkeypatch.setattr(paper, "repository_root", lambda: tmp_path)
+    (tmp_path / "book").mkdir()
+    entry = "- {study: headline, variant: dense, network: resnet18, unit: '%', table: 2, page: 7, chapter: 3, "
+    entries = (f"{entry}quantity: {q}, value: {v}}}" for q, v in (("accuracy", 95), ("MACs", 50.5), ("size", "null")))
+    (tmp_path / "book" / "paper.yml").write_text("\n".join(entries))
+    runs = pd.DataFrame({"variant": ["dense"] * 2, "model": "resnet18", "accuracy": [90.0, 91.0]})
+    assert paper.paper_table("headline", runs).splitlines()[2:] == [
+        "| resnet18 | dense | accuracy, % | 95 (table 2, page 7) | 90.50 [84.15, 96.85] |",
+        "| resnet18 | dense | MACs, % | 50.5 (table 2, page 7) | – |",
+    ]
+    assert paper.paper_table("headline", runs, chapter=5) == paper.paper_table("family", runs) == ""
+    monkeypatch.setattr(paper, "repository_root", lambda: None)
+    assert paper.paper_numbers().empty

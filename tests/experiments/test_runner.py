@@ -21,7 +21,8 @@ import torch
 from basis.cli import main
 from basis.data import DataError
 from basis.experiments import runner
-from basis.experiments.campaign import STAGES, in_order
+from basis.experiments.campaign import ORDER, in_order
+from basis.experiments.estimates import estimate
 from basis.experiments.runner import Order, Progress, Task, dispatch, in_processes, jobs_for
 from basis.experiments.runs import PROFILES, Choice, Ladder, Run, load_records
 from basis.experiments.studies import STUDIES, status
@@ -230,12 +231,10 @@ def test_every_run_of_all_studies_is_done_once_and_measures_before_it_selects():
         assert all(place[run.choice.table] < i for i, (run, _) in enumerate(tasks) if run.choice)
 
 
-def test_all_studies_begin_before_any_long_tail():
-    tasks = in_order("paper")
-    assert [run for run, _ in tasks[: len(STUDY.runs("paper"))]] == list(STUDY.runs("paper"))
-    third = {run.study for run, _ in tasks[: len(tasks) // 3]}
-    assert third == {name for name, study in STUDIES.items() if study.runs("paper")}
-    assert {study for study, _, _ in STAGES} <= set(STUDIES)
+def test_studies_come_one_after_the_other_each_in_its_own_order():
+    listed = [run for name in ORDER for run in STUDIES[name].runs("paper")]
+    assert ORDER[:2] == ("headline", "sensitivity")
+    assert [run for run, _ in in_order("paper")] == listed
 
 
 def command(tmp_path, *more):
@@ -330,7 +329,15 @@ def test_what_makes_no_sense_is_refused_before_any_run(arguments, says, tmp_path
     assert (tmp_path / "mine").read_text() == "precious"
 
 
-def test_status_counts_and_never_adds_up_times_of_cpus_and_gpus(tmp_path, capsys):
+def test_a_deeper_network_is_told_to_take_longer(tmp_path):
+    put_record(tmp_path, DENSE[0])
+    known, deep = load_records(tmp_path), dataclasses.replace(DENSE[0], model="resnet56")
+    seconds = [estimate([run], "cpu", known) for run in (DENSE[0], deep)]
+    assert seconds == [pytest.approx(2.0), pytest.approx(6.1, rel=0.1)]
+
+
+def test_status_counts_and_never_adds_up_times_of_cpus_and_gpus(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("basis.commands.run.choose_device", lambda: torch.device("cpu"))
     first, second = DENSE[:2]
     put_record(tmp_path, first, result=fake_result(first) | {"train_seconds": 3600.0})
     fast = fake_result(second) | {"train_seconds": 0.5, "setup_seconds": 0.25}
@@ -340,3 +347,4 @@ def test_status_counts_and_never_adds_up_times_of_cpus_and_gpus(tmp_path, capsys
     assert main(["status", "--results", str(tmp_path)]) == 0
     line = next(one for one in capsys.readouterr().out.splitlines() if one.split()[:2] == ["headline", "smoke"])
     assert "1.00 h CPU, 0.00 h GPU" in line
+    assert 20 < float(line.split()[6]) < len(SMOKE)  # an hour for each that is missing, less for narrower ones

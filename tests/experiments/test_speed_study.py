@@ -42,13 +42,14 @@ def judged(monkeypatch):
     return judge
 
 
-@pytest.mark.parametrize(("slower", "label"), [(0, "reproduced"), (2, "partly"), (3, "not reproduced")])
-def test_layers_are_judged_by_the_part_that_is_slower(judged, slower, label):
+@pytest.mark.parametrize(("slower", "label"), [(0, "reproduced"), (1, "not reproduced")])
+def test_one_layer_that_is_slower_refutes_h2(judged, slower, label):
     layers = [layer(0.9 if i < slower else 1.5) for i in range(20)]
     assert judged(layer=layers)["H2"].label == "not tested"
     verdict = judged(layer=layers, rivals=[rival(0.9)])["H2"]
     assert verdict.label == label
-    assert f"{slower} of 21 cells ({slower} of 20 against dense, 0 of 1 against the SVD pair)" in verdict.finding
+    more = "" if slower else ", 0 of 1 against the SVD pair"
+    assert f"{slower} of 21 cases ({slower} of 20 against dense{more})" in verdict.finding
 
 
 @pytest.mark.parametrize(
@@ -75,9 +76,10 @@ def test_what_counts_as_slower(row, slower):
     ("half", "quarter", "label"),
     [
         (step(1.4, 0.5), step(1.7, 0.25), "reproduced"),
-        (step(1.3, 0.5), step(1.7, 0.25), "partly"),  # its lower quartile is not above
-        (step(1.4, 0.5, peak_mib=None), step(1.7, 0.25), "partly"),
-        (step(0.9, 0.5), step(1.0, 0.25), "not reproduced"),
+        (step(1.3, 0.5), step(1.7, 0.25), "inconclusive"),  # its quartiles enclose the limit
+        (step(1.4, 0.5, peak_mib=None), step(1.7, 0.25), "inconclusive"),
+        (step(1.4, 0.5, peak_mib=101.0), step(1.7, 0.25), "not reproduced"),
+        (step(1.4, 0.5), step(1.5, 0.25), "not reproduced"),
     ],
 )
 def test_steps_are_judged_by_both_ratios_and_memory(judged, half, quarter, label):
@@ -122,17 +124,10 @@ def test_rows_say_what_was_executed():
     assert speed.executed_mode({**row, "mode": "control"}, "cpu") == "dense"
 
 
-@pytest.mark.parametrize(
-    ("device", "short"),
-    [
-        ("AMD EPYC, 2 cores", "EPYC"),
-        ("NVIDIA H100 80GB HBM3", "H100"),
-        ("Tesla T4", "T4"),
-        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
-    ],
-)
-def test_devices_have_short_names(device, short):
-    assert cost.short_name({"device": device, "device_type": "cuda"}) == f"GPU {short}"
+def test_devices_have_short_names():
+    names = "AMD EPYC, 2 cores", "NVIDIA H100 80GB HBM3", "Tesla T4", "NVIDIA GeForce RTX 4090"
+    short = [cost.short_name({"device": name, "device_type": "cuda"}) for name in names]
+    assert short == ["GPU EPYC", "GPU H100", "GPU T4", "GPU RTX 4090"]
 
 
 def test_rows_of_all_devices_are_one_frame(tmp_path):

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 
-from basis.costs import cost
 from basis.experiments.records import Record, load_records
 from basis.experiments.runs import Run
 from basis.experiments.studies.sensitivity import convolutions
-from basis.models import build
 
 # GB/s of device memory, by the makers' data sheets. Training a thin network is bound by it (chapter 10).
 BANDWIDTH: Mapping[str, float] = {
@@ -49,8 +45,8 @@ def timed_runs(folder: Path, profile: str) -> list[Record]:
 def estimate(runs: Sequence[Run], device: str, records: Sequence[Record]) -> float | None:
     """About how many seconds the runs take on ``device``, "cpu" or a GPU's name, by how long the records' runs took.
 
-    Those are of one profile. Between GPUs, times go with the bandwidth of their memories, and between networks with the
-    multiply-accumulates of the dense ones. None where no record tells.
+    Those are of one profile. Between GPUs, times go with the bandwidth of their memories, between networks with the
+    number of 3x3 layers. None where no record tells.
     """
 
     def bandwidth(name: str) -> float:
@@ -58,22 +54,14 @@ def estimate(runs: Sequence[Run], device: str, records: Sequence[Record]) -> flo
 
     kind = "cpu" if device == "cpu" else "cuda"
     known = [r for r in records if r.environment["device_type"] == kind and "recipe" in r.config]
-    paces = []  # seconds of an epoch and multiply-accumulate, by runs on that very device if there are any
+    paces = []  # seconds of an epoch and layer on the device, by runs on that very one if there are any
     for record in [r for r in known if r.environment["device"] == device] or known:
         slower = 1 if kind == "cpu" else bandwidth(record.environment["device"]) / bandwidth(device)
         seconds = slower * record.result["train_seconds"] / record.environment.get("jobs", 1)
-        width = record.config["width"]
-        macs = _macs(record.config["model"], tuple(width) if isinstance(width, list) else width)
-        paces.append(seconds / max(1, len(record.result["curves"])) / macs)
-    networks = {(run.model, run.width) for run in runs}
-    parts = (epochs_of([run for run in runs if (run.model, run.width) == one]) * _macs(*one) for one in networks)
-    return sum(parts) * median(paces) if paces else None
-
-
-@lru_cache(maxsize=64)
-def _macs(model: str, width: Any) -> int:
-    """Of the dense network; a basis network of it takes about as long where layers are thin."""
-    return cost(build(model, width=width), input_size=(3, 32, 32)).total.forward_macs
+        paces.append(seconds / max(1, len(record.result["curves"])) / len(convolutions(record.config["model"], None)))
+    models = {run.model for run in runs}
+    work = (len(convolutions(m, None)) * epochs_of([run for run in runs if run.model == m]) for m in models)
+    return sum(work) * median(paces) if paces else None
 
 
 def minutes(seconds: float | None) -> str:

@@ -235,9 +235,12 @@ def machine() -> str:
 
 
 def status_rows(frame: pd.DataFrame) -> list[tuple[str, ...]]:
-    """Study, scale, runs, missing, time and hardware of what :func:`basis.experiments.studies.status` found."""
+    """Study, scale, runs, missing, time and hardware of what :func:`basis.experiments.studies.status` found.
+
+    Runs of the smoke test are left out unless there are some.
+    """
     rows: list[tuple[str, ...]] = []
-    for row in frame.to_dict("records"):
+    for row in frame[(frame["profile"] != "smoke") | (frame["done"] > 0)].to_dict("records"):
         scale = "archived" if row["profile"] == ARCHIVED else row["profile"]
         time = human_times(row["seconds"]) if row["done"] else "–"
         rows.append((row["study"], scale, f"{row['done']} of {row['runs']}", f"{row['missing']}", time, row["device"]))
@@ -401,7 +404,7 @@ def chapters_list(pages: Mapping[str, Notebook]) -> str:
 def fragments(pages: Mapping[str, Notebook], profile: str | None = None) -> dict[str, str]:
     """Everything that the Markdown pages and README.md include: file name -> text."""
     found, here, state = verdicts(profile), address(), status()
-    states, listed = status_rows(state), state[state["profile"] != ARCHIVED]
+    states, listed = status_rows(state), state[state["profile"].isin(("small", "paper"))]
     about = {stem: page.metadata.basis for stem, page in sorted(pages.items())}
     brief = front_page.stored(profile)
     times = [(f"{{doc}}`/notebooks/{stem}`", page.time, machine()) for stem, page in about.items()]

@@ -32,8 +32,7 @@ class Compression:
 
     method: str  # one of METHODS
     budget: float  # the fraction of the parameters that may be left, in (0, 1]
-    # How the methods that select measure sensitivities, and what every number of basis channels is a multiple of.
-    measure: str = "activation"
+    # At which ratios the methods that select measure layers, and what every number of basis channels is a multiple of.
     ratios: tuple[float, ...] = (7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4, 1 / 8)
     multiple: int = 1
     calibration: int = 2000  # training images, not augmented, that layers and batch normalisation are fitted to
@@ -45,11 +44,9 @@ class Compression:
 
 
 def _selected(model: nn.Module, task: Compression, data: Data, units: Sequence[str] = ("params",)) -> Made:
-    how: dict[str, Any] = {"fit": "activation"} if task.measure.startswith("oneshot") else {}
     table = sensitivity(
-        model, data.validation, measure=task.measure, ratios=task.ratios, multiple=task.multiple,
-        calibration=data.train, **how,
-    )  # fmt: skip
+        model, data.validation, measure="activation", ratios=task.ratios, multiple=task.multiple, calibration=data.train
+    )
     plan = select(table, budget=dict.fromkeys(units, task.budget))
     return substitute(model, plan, calibration=data.train), plan
 
@@ -76,8 +73,7 @@ def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
 
 
-# Name -> what makes the smaller network, the most telling first. "MACs too" halves multiplications where the budget is
-# a half.
+# Name -> what makes the smaller network, the most telling first; "MACs too" keeps to the budget in both units.
 METHODS: Mapping[str, Callable[[nn.Module, Compression, Data], Made]] = {
     "dense": lambda model, task, data: (copy.deepcopy(model), None),
     "selected": _selected,
@@ -118,7 +114,7 @@ def compare(model: nn.Module, task: Compression, data: Data, *, seed: int = 0, p
     smaller, about = shrink(model, task, data)
     smaller.to(memory_format=layout)  # type: ignore[call-overload]
     stages = {"made": evaluate(smaller, data.test, precision=precision)}
-    total = cost(smaller, inputs=normalise(data.train.x[:1]), mode="factorized").total
+    size = cost(smaller, inputs=normalise(data.train.x[:1]), mode="factorized").total
     recalibrate(smaller, data.train.first(task.calibration))
     stages["recalibrated"] = evaluate(smaller, data.test, precision=precision)
     tuning = finetune(
@@ -126,7 +122,7 @@ def compare(model: nn.Module, task: Compression, data: Data, *, seed: int = 0, p
     )
     stages["tuned"] = evaluate(smaller, data.test, precision=precision)
     return {
-        **about, "parameters": total.parameters, "macs": total.forward_macs,
+        **about, "parameters": size.parameters, "macs": size.forward_macs,
         "stages": stages, "test": stages["tuned"], "validation": None, "curves": [dict(row) for row in tuning.curves],
         "train_seconds": tuning.seconds, "precision": precision,
     }  # fmt: skip

@@ -4,12 +4,13 @@ Every network is trained dense, and at half of its parameters by the rules of th
 those of ResNet-18.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pandas as pd
 
-from basis.experiments.runs import ARCHIVED, Record, Run
+from basis.experiments.runs import Record, Run
 from basis.experiments.studies import headline
 from basis.experiments.studies.headline import HALF, NARROWER
 from basis.experiments.studies.study import MARGIN, Study, Verdict, describe, difference, label_of, verdict
@@ -21,9 +22,7 @@ KINDS: Mapping[str, str] = {"table": "table", "dense": "dense"} | {
 }
 JUDGED = ("dense", "selected", "uniform")
 # Channels of each stage of a narrower dense network with half of the parameters, to 0.3 %.
-STAGES: Mapping[str, tuple[int, ...]] = {
-    "resnet20": (11, 23, 45), "resnet56": (11, 23, 45), "resnet50": (44, 88, 184, 360)
-}  # fmt: skip
+STAGES = {"resnet20": (11, 23, 45), "resnet56": (11, 23, 45), "resnet50": (44, 88, 184, 360)}
 
 
 def variant(network: str, kind: str) -> str:
@@ -31,26 +30,21 @@ def variant(network: str, kind: str) -> str:
     return f"{network}, {kind}"
 
 
-def _runs(
-    base: Run, *, seeds: Mapping[str, int], multiple: int = 1, without: Sequence[str] = ()
-) -> tuple[Run, ...]:  # fmt: skip
+def _runs(base: Run, *, seeds: Mapping[str, int], multiple: int = 1, without: Sequence[str] = ()) -> tuple[Run, ...]:
     """Network after network: its table, then round after round of as many ``seeds``, as ``headline`` lists them."""
     found = []
     for network, many in seeds.items():
         table = ""
         for run in headline.STUDY.runs(base.profile):
             kind = KINDS.get(run.variant, "")
-            if not kind or kind in without or (run.seed >= many and not run.ladder):
-                continue
-            one = replace(base, model=network, variant=variant(network, kind), seed=run.seed, test=run.test)
-            if run.ladder:
-                one = replace(one, ladder=replace(run.ladder, multiple=multiple))
-                table = one.id
-            elif run.choice:
-                one = replace(one, choice=replace(run.choice, table=table))
-            elif kind == NARROWER:
-                one = replace(one, width=run.width if base.profile == "smoke" else STAGES[network])
-            found.append(one)
+            if kind and kind not in without and (run.seed < many or run.ladder):
+                one = replace(base, model=network, variant=variant(network, kind), seed=run.seed, test=run.test)
+                if kind == NARROWER:
+                    one = replace(one, width=run.width if base.profile == "smoke" else STAGES[network])
+                choice = run.choice and replace(run.choice, table=table)
+                ladder = run.ladder and replace(run.ladder, multiple=multiple)
+                found.append(replace(one, choice=choice, ladder=ladder))
+                table = found[-1].id if ladder else table
     return tuple(found)
 
 
@@ -59,17 +53,23 @@ class Family(Study):
 
     def scale(self, profile: str, records: Sequence[Record] = ()) -> str:
         """Such as ``ResNet-18, 20 and 56 of width 16, 16 epochs``."""
-        configs = [run.config for run in self.runs(profile)] or [record.config for record in records]
-        models = {config["model"] for config in configs} | (set() if profile == ARCHIVED else {SHARED})
+        configs = [*(run.config for run in self.runs(profile)), *(record.config for record in records)]
+        models = {SHARED, *(config["model"] for config in configs)}
         *others, last = sorted(int(model.removeprefix("resnet")) for model in models)
         return describe(configs[0], f"ResNet-{', '.join(map(str, others))} and {last}") if configs else profile
 
 
 def frame(records: Sequence[Record]) -> pd.DataFrame:
     """:meth:`Study.frame`, with the ``network``, such as ``ResNet-20``; ``variant`` is the rest, as ``selected``."""
-    runs = STUDY.frame(records)
-    names = runs["variant"].str.extract("(resnet)([^,]*), (.*)")
-    return runs.assign(network="ResNet-" + names[1], variant=names[2].replace("all layers", "uniform"))
+    whole = {r.config["model"]: r.result["macs"] for r in records if r.config.get("ladder")}
+
+    def macs(record: Record) -> float:
+        dense = whole.get(record.config["model"], math.nan)
+        return float(record.result.get("macs", dense) / dense)  # archived dense networks have none
+
+    runs = STUDY.frame(records, {"MACs": macs})
+    names = runs["variant"].str.extract("resnet([^,]*), (.*)")
+    return runs.assign(network="ResNet-" + names[0], variant=names[1].replace("all layers", "uniform"))
 
 
 def complete(runs: pd.DataFrame, *, least: int = 1) -> list[str]:
@@ -95,8 +95,8 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     mean, margin = mean_of(runs, networks), MARGIN[profile]
     kept, gained, narrower = (difference(mean, "selected", other) for other in ("dense", "uniform", NARROWER))
     label = label_of(kept.low > -margin and gained.low > 0, kept.high < -margin or gained.high < 0)
-    about = {"scale": STUDY.scale(profile), "networks": len(networks), "uniform": gained, "narrower": narrower}
-    return (verdict("C7", profile, label, kept, **about),)
+    about = {"networks": len(networks), "uniform": gained, "narrower": narrower}
+    return (verdict("C7", profile, label, kept, scale=STUDY.scale(profile), **about),)
 
 
 STUDY = Family.named(

@@ -23,6 +23,7 @@ from basis.statistics import mean_estimate, paired_difference
 BUDGET, PART, NEEDED = 0.5, 0.5, 4
 DENSE, OURS, SVD = tuple(METHODS)[:3]
 ORDER = (*METHODS, NARROWER)
+STAGES = {"grown": ("made", "loss"), "given": ("made", "accuracy"), "recalibrated": ("recalibrated", "accuracy")}
 OLD: Mapping[str, str] = {  # names in archived records
     "selected at 50 %": OURS, "svd at 50 %": SVD, "selected by both at 50 %": "selected, MACs too",
     "uniform at 50 %": "uniform", "tensorly at 50 %": "Tucker",
@@ -38,9 +39,9 @@ def _runs(
     return tuple(replace(base, variant=c.method, seed=seed, compression=c) for c in asked for seed in range(seeds))
 
 
-def _at(record: Record, *, stage: str, key: str) -> float:
+def _at(record: Record, *, where: tuple[str, str]) -> float:
     """Loss or accuracy (a fraction) at a stage; NaN where there are none, as in a network trained from scratch."""
-    return float(record.result["stages"][stage][key]) if "stages" in record.result else math.nan
+    return float(record.result["stages"][where[0]][where[1]]) if "stages" in record.result else math.nan
 
 
 def frame(records: Sequence[Record]) -> pd.DataFrame:
@@ -52,8 +53,7 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
     named = [(r, OLD.get(r.config["variant"], r.config["variant"])) for r in records]
     known = [replace(r, config={**r.config, "variant": name}) for r, name in named if name in ORDER]
     columns: dict[str, Any] = {"accuracy_flip": lambda _: math.nan, "validation": lambda _: []}
-    columns |= {"grown": partial(_at, stage="made", key="loss"), "given": partial(_at, stage="made", key="accuracy")}
-    runs = STUDY.frame(known, columns | {"recalibrated": partial(_at, stage="recalibrated", key="accuracy")})
+    runs = STUDY.frame(known, columns | {name: partial(_at, where=where) for name, where in STAGES.items()})
     given = runs[runs["variant"] == DENSE].set_index("seed")[["grown", "given"]].astype(float)
     loss, accuracy = (runs["seed"].map(given[name]) for name in given)
     changes = {"grown": runs["grown"] - loss, "recalibrated": 100 * (runs["recalibrated"] - accuracy)}
@@ -69,7 +69,8 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     """The verdict on H4."""
     runs, margin = frame(records), MARGIN[profile]
     grown, by_svd = (by_seed(runs, name, "grown") for name in (OURS, SVD))
-    excess, kept = paired_difference(grown, PART * by_svd), difference(runs, OURS, DENSE)
+    excess = paired_difference(dict(grown), dict(PART * by_svd))
+    kept = difference(runs, OURS, DENSE)
     if (least := min(excess.n, kept.n)) < NEEDED:
         return (untested("H4", profile, least, NEEDED),)
     label = label_of(excess.high < 0 and kept.low > -margin, excess.low > 0 or kept.high < -margin)

@@ -129,7 +129,7 @@ _MANY = r"(?:[Tt]wo|[Tt]hree|[Ff]our|[Ff]ive|[Ss]ix|[Ee]ight|[Tt]en)"
 _WORDS = rf"{_MANY}\s+times\s+(?:as|faster|slower|smaller|larger|fewer|less|more)\b"
 _MEASURED = re.compile(rf"(?<![\w.^/])(?: [-+−]?\d[\d,]*(?:\.\d+)?{_UNIT} | 0\.\d{{3,}}\b | {_WORDS} )", re.VERBOSE)
 _PER_CENT_IN_MATHS = re.compile(r"\d\s*\\%")
-_LEVEL = re.compile(r"\b9[59](?:\.\d)?\s?%[ -](?:confidence|interval|CI\b|band|Welch)")
+_LEVEL = re.compile(r"\b9[59](?:\.\d)?\s?%[ -](?:confidence|interval|CI\b|band|Welch)|\b80\s?% power\b")
 _CITED = re.compile(r"\{cite(?::\w+)?\}`|\]\(https?://|<a href=.https?://")
 _NOT_PROSE = re.compile(
     r"^(```+|~~~+).*?^\1\s*$|<!--.*?-->|\$\$.*?\$\$|\$[^$\n]+\$|`[^`\n]+`|\{\{.*?\}\}|\]\([^)]*\)",
@@ -143,8 +143,8 @@ def number_problems(text: str, where: str) -> list[str]:
     A number looks measured when a unit of accuracy, time, size or speed follows it: %, points, ms,
     s, minutes, hours, k, M, GB, "x faster" and the like, also "three times faster"; and when it is a
     fraction of three digits or more, such as an accuracy. It may stand in code, in mathematics
-    (without a per cent sign) and in a `{{ substitution }}`, as the level of an interval ("95 %
-    interval"), and on a line that cites its source with {cite} or a link to it. What code computes
+    (without a per cent sign) and in a `{{ substitution }}`, as a level ("95 % interval",
+    "80 % power"), and on a line that cites its source with {cite} or a link to it. What code computes
     needs no citation.
     """
 

@@ -167,7 +167,7 @@ def test_typed_measurements_are_refused(line):
         "A 3x3 filter, a 3 x 3 filter, 32 x 32 pixels, 1x1 and 3×3.",
         "At r = 1/2 with k = 32 of 64 filters and 8 seeds.",
         "Section 3, CIFAR-10, ResNet-18, Python 3.10 and 5 epochs.", "The accuracy is {{ accuracy }} %.",
-        "The space is $94 s$ and `94 %` and `--time-limit 9m`.", "Intervals are 95 % intervals.",
+        "The space is $94 s$ and `94 %` and `--time-limit 9m`.", "Of 95 % intervals, with 80 % power.",
         "It reaches 92.5 % {cite:p}`he2016residual`.",
         "It reaches 92.5 %, says [its table](https://example.org/table).", "```text\n94.0 %\n```", "<!-- 94 % -->",
         "$$\n94 \\cdot 2\n$$",

@@ -69,7 +69,7 @@ def truths(values):
     rows = [
         (network, "fine_tuning", ratio, i, values[network, ratio, i]) for network, ratio, i in np.ndindex(values.shape)
     ]
-    return pd.DataFrame(rows, columns=sensitivity.COLUMNS[:5])
+    return pd.DataFrame(rows, columns=sensitivity.COLUMNS[:-1])
 
 
 @pytest.mark.parametrize(("profile", "count"), [("small", 5), ("paper", 4)])

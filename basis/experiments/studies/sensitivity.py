@@ -30,7 +30,7 @@ MEASURES = (SIZE, *SEARCHES)
 FACTOR, COST, NEEDED = 0.7, 0.05, 4
 FIXED: Mapping[str, Any] = {"variant": "tuned", "test": False}
 FIRST_SEED = 200  # no network of another study is measured here
-COLUMNS = ("seed", "measure", "ratio", "layer", "value", "cost", "seconds")
+COLUMNS = ("seed", "measure", "ratio", "layer", "value", "cost")
 
 
 def _runs(base: Run, *, networks: int, images: int = 1000) -> tuple[Run, ...]:
@@ -60,7 +60,7 @@ def cells(records: Sequence[Record]) -> pd.DataFrame:
     """A row a network (``seed``), ``measure``, ``ratio`` of the truth and ``layer``, of the networks fine-tuned.
 
     ``value``: the sensitivity; of "size", minus the layer's parameters, since the smallest is expected to suffer most.
-    ``cost``: passes as a share of one training's, see :func:`training_cost`. ``seconds``.
+    ``cost``: passes as a share of one training's, see :func:`training_cost`.
     """
     rows: list[tuple[Any, ...]] = []
     for record in records:
@@ -70,11 +70,11 @@ def cells(records: Sequence[Record]) -> pd.DataFrame:
         seed, full = record.config["seed"], training_cost(record.config)
         for ratio in record.config["ladder"]["measures"][TRUTH]:
             sizes = {layer.name: layer.cost(layer.out_channels)["params"] for layer in found[TRUTH].layers}
-            rows += [(seed, SIZE, ratio, name, -float(size or 0), 0.0, 0.0) for name, size in sizes.items()]
+            rows += [(seed, SIZE, ratio, name, -float(size or 0), 0.0) for name, size in sizes.items()]
             for measure, table in found.items():
                 for name, c in table.at(ratio).items():
                     passes = (c.forward + 2 * c.backward) / full if c else 0.0
-                    rows += [(seed, measure, ratio, name, c.value, passes, c.seconds)] if c else []
+                    rows += [(seed, measure, ratio, name, c.value, passes)] if c else []
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -136,12 +136,11 @@ def ceiling(frame: pd.DataFrame) -> float:
 
 
 def agreements(frame: pd.DataFrame) -> pd.DataFrame:
-    """A row a measure, the cheapest first: ``spearman`` with the truth, ``cost`` and ``seconds`` of all its cells."""
+    """A row a measure, the cheapest first: ``spearman`` with the truth, ``cost`` of both ratios."""
     truth, networks, rows = means(frame, TRUTH), frame["seed"].nunique(), []
     for measure, own in frame[frame["measure"] != TRUTH].groupby("measure", sort=False):
-        spent = (float(own[unit].sum()) / networks for unit in ("cost", "seconds"))
-        rows.append((measure, agreement(truth, means(frame, str(measure))), *spent))
-    found = pd.DataFrame(rows, columns=["measure", "spearman", "cost", "seconds"])
+        rows.append((measure, agreement(truth, means(frame, str(measure))), float(own["cost"].sum()) / networks))
+    found = pd.DataFrame(rows, columns=["measure", "spearman", "cost"])
     return found.sort_values("cost", kind="stable", ignore_index=True)
 
 

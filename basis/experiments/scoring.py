@@ -38,7 +38,7 @@ def score(
     truth = means(frame, TRUTH)
     if len(truth.columns) < 4:
         raise ValueError(f"the truth of the profile {profile!r} holds {len(truth.columns)} layers, too few to rank")
-    own = pd.DataFrame([_values(scores, ratio, list(truth)) for ratio in truth.index])
+    own = pd.DataFrame([_values(scores, ratio, list(truth.columns)) for ratio in truth.index])
     found = {"yours": agreement(truth, own)}
     found |= dict(agreements(frame)[["measure", "spearman"]].itertuples(index=False)) if beside else {}
     columns = ["measure", "spearman", "spearman_low", "spearman_high", "layers"]

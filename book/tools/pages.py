@@ -303,11 +303,13 @@ def records_provenance(study: Study, profile: str) -> dict[str, str]:
 def verdicts(profile: str | None = None) -> dict[str, list[tuple[Study, Verdict]]]:
     """Every claim with the verdicts that the records of `profile`, or of the one that is shown, allow.
 
-    What was only timed, not trained, is judged by the benchmarks of CPUs and of GPUs.
+    Archived runs decide nothing: what there is of `small` is judged then. What was only timed, not trained, is judged by
+    the benchmarks of CPUs and of GPUs.
     """
     found: dict[str, list[tuple[Study, Verdict]]] = {claim: [] for claim in CLAIMS}
     for study in STUDIES.values():
-        for shown in [profile or shown_profile(study)] if study.runs("small") else DEVICES:
+        scale = profile or shown_profile(study).replace(ARCHIVED, "small")
+        for shown in [scale] if study.runs("small") else DEVICES:
             for verdict in study.verdicts(records_of(study, shown), shown):
                 found[verdict.claim].append((study, verdict))
     return found
@@ -323,8 +325,8 @@ def claims_rows(found: Mapping[str, Sequence[tuple[Study, Verdict]]]) -> Iterabl
                 text = f"**{claim}** on a {KINDS[DEVICES[one.profile]]}" if i else text
                 what = f"{one.scale}, {one.n} or more rounds" if one.n else "not measured"
             elif one.label == "not tested":
-                scale = "small" if one.profile == ARCHIVED else one.profile
-                made, runs, what = len(valid_records(study, scale)), len(study.runs(scale)), study.scale(scale)
+                made, runs = len(valid_records(study, one.profile)), len(study.runs(one.profile))
+                what = study.scale(one.profile)
                 finding = f"not known yet: {made} of {runs} runs at this scale are made"
             yield study, one, text, _sentence(finding), what
 

@@ -77,7 +77,7 @@ def test_without_records_there_is_no_headline(records):
         ("C1", "small", "by construction", 0, "So it is. | X |"),
         ("C4", "small", "not reproduced", 8, "So it is. | X, n = 8 seeds |"),
         ("C2", "cpu", "inconclusive", 9, "So it is. | X, 9 or more rounds |"),
-        ("C7", "cpu", "not tested", 0, "Not known yet: 0 of RUNS runs at this scale are made. | SCALE |"),
+        ("C7", "small", "not tested", 0, "Not known yet: 0 of RUNS runs at this scale are made. | SCALE |"),
     ],
 )
 def test_a_claim_says_what_was_found_by_what_and_the_verdict(claim, profile, label, n, says, tmp_path, monkeypatch):

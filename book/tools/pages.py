@@ -303,13 +303,13 @@ def records_provenance(study: Study, profile: str) -> dict[str, str]:
 def verdicts(profile: str | None = None) -> dict[str, list[tuple[Study, Verdict]]]:
     """Every claim with the verdicts that the records of `profile`, or of the one that is shown, allow.
 
-    Archived runs decide nothing: what there is of `small` is judged then. What was only timed, not trained, is judged by
-    the benchmarks of CPUs and of GPUs.
+    Archived runs decide nothing: what there is of `small` is judged then. What was only timed, not trained, is judged
+    by the benchmarks of CPUs and of GPUs.
     """
     found: dict[str, list[tuple[Study, Verdict]]] = {claim: [] for claim in CLAIMS}
     for study in STUDIES.values():
-        scale = profile or shown_profile(study).replace(ARCHIVED, "small")
-        for shown in [scale] if study.runs("small") else DEVICES:
+        scale = profile or shown_profile(study)
+        for shown in ["small" if scale == ARCHIVED else scale] if study.runs("small") else DEVICES:
             for verdict in study.verdicts(records_of(study, shown), shown):
                 found[verdict.claim].append((study, verdict))
     return found

@@ -27,13 +27,8 @@ def stored_tensors(layer: BasisConv2d | StructuredConv2d) -> list[Tensor]:
     if isinstance(layer, BasisConv2d):
         parts: Sequence[Tensor] = [layer.basis, layer.coefficients.matrix()]
     else:
-        parts = [_as_stored(layer, name) for name in layer.parts if layer.bits(name)]
+        parts = list(layer.parts.values())
     return [_matrix(part.detach()) for part in parts]
-
-
-def _as_stored(layer: StructuredConv2d, name: str) -> Tensor:
-    part = layer.parts[name].detach()  # its mask, where only the mask is stored
-    return (part.abs() > part.abs().median()).float() if layer.bits(name) == part.numel() else part
 
 
 def _matrix(part: Tensor, rows: int = CHANNELS) -> Tensor:

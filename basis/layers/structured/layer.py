@@ -50,7 +50,6 @@ class StructuredConv2d(ConvLike):
     sizes: ClassVar[str] = ""  # what the size says, in words; "" where there is no size
     shared: ClassVar[tuple[str, ...]] = ()  # parameters that layers of equal `key` hold together
     unscaled: ClassVar[tuple[str, ...]] = ()  # parameters that are not among `factors`
-    shifts: ClassVar[bool] = False  # whether the bias of `to_conv` is not the layer's own
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],

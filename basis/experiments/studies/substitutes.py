@@ -61,16 +61,17 @@ def _runs(
 def frame(records: Sequence[Record]) -> pd.DataFrame:
     """:meth:`Study.frame`, where archived runs have the names of today, with the rivals of each run.
 
-    ``kind`` is the variant without its size and decay. ``same parameters`` and ``same MACs``: the accuracy of a
-    narrower dense network of that cost and seed (%), interpolated linearly in the logarithm of the cost; NaN where no
-    dense network is as cheap, or a seed lacks one of them.
+    ``kind`` is the variant without its size and decay, and its sizes stand together; ``layer`` is the text of the
+    layer. ``same parameters`` and ``same MACs``: the accuracy of a narrower dense network of that cost and seed (%),
+    interpolated linearly in the logarithm of the cost; NaN where no dense network is as cheap, or a seed lacks one.
     """
     columns: dict[str, Callable[[Record], Any]] = {"kind": lambda r: r.config["variant"].partition(",")[0]}
-    columns["validation"] = lambda r: []  # archived runs have none
+    columns |= {"layer": lambda r: r.config["layer"], "validation": lambda r: []}  # which archived runs have not
     runs = STUDY.frame([_renamed(record) for record in records], columns)
     for cost in COSTS:
         runs[f"same {cost}"] = _narrower(runs, cost)
-    return runs
+    place = {kind: i for i, kind in enumerate(runs["kind"].unique())}
+    return runs.sort_values("kind", key=lambda kinds: kinds.map(place), kind="stable", ignore_index=True)
 
 
 def _renamed(record: Record) -> Record:
@@ -124,6 +125,8 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     if least >= NEEDED:
         good, bad = all(e.low > 0 for e in by_cost.values()), any(e.high < 0 for e in by_cost.values())
         s1 = verdict("S1", profile, label_of(good, bad), by_cost["parameters"], scale=scale, macs=by_cost["MACs"])
+        both = ", ".join(f"{found.text(signed=True)} at equal {cost}" for cost, found in by_cost.items())
+        s1 = replace(s1, difference=f"{both}, points")
     if gained.n >= NEEDED:
         s2 = verdict("S2", profile, label_of(gained.low > margin, gained.high < margin), gained, scale=scale)
     return s1, s2

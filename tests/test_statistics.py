@@ -4,11 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from basis.experiments.runs import Record
 from basis.experiments.studies import headline
-from basis.statistics import difference_estimate, mean_estimate, pooled_spread
+from basis.statistics import Estimate, detectable, mean_estimate, paired_difference
 
 
 def test_students_interval():
@@ -20,18 +19,25 @@ def test_students_interval():
     assert estimate.high == pytest.approx(3 + half, rel=1e-6)
 
 
-def test_welchs_interval_covers_the_truth_about_95_times_in_100():
+def test_of_eight_pairs_the_detectable_difference_is_seen_four_times_in_five():
     rng = np.random.default_rng(0)
-    hits = 0
-    for _ in range(500):
-        e = difference_estimate(rng.normal(1.0, 0.1, 3), rng.normal(0.0, 0.5, 8))
-        hits += e.low < 1.0 < e.high
-    assert 460 <= hits <= 492
+    gaps = rng.normal(detectable(1.0, 8), 1.0, (1000, 8))
+    assert np.mean([mean_estimate(one).low > 0 for one in gaps]) == pytest.approx(0.8, abs=0.06)
+    assert detectable(1.0, 8, comparisons=5) > detectable(1.0, 8) > detectable(1.0, 16)
+
+
+def test_differences_are_paired_by_key_and_hold_together():
+    first, second = {0: 5.0, 1: 7.0, 2: 9.0, 9: 100.0}, {0: 4.0, 1: 5.0, 2: 6.0}
+    alone, one_of_four = (paired_difference(first, second, comparisons=c) for c in (1, 4))
+    assert (alone.value, alone.n) == (2.0, 3)
+    # t(0.975, 2) = 4.302653, t(1 - 0.025 / 4, 2) = 8.860; the standard error is 1 / sqrt(3)
+    assert alone.low == pytest.approx(2 - 4.302653 / math.sqrt(3), rel=1e-6)
+    assert one_of_four.high == pytest.approx(2 + 8.8602 / math.sqrt(3), rel=1e-4)
+    assert math.isnan(paired_difference(first, {}).value)
 
 
 def test_one_value_has_no_interval():
     assert math.isnan(mean_estimate([1.0]).low)
-    assert math.isnan(difference_estimate([1.0], [2.0, 3.0]).high)
     assert mean_estimate([1.0]).text() == "1.00"
     assert mean_estimate([1.0]).support == "n = 1"
     assert mean_estimate([1.0, 2.0]).support == "95 % interval, n = 2"
@@ -39,13 +45,15 @@ def test_one_value_has_no_interval():
         mean_estimate([])
 
 
-def test_text_shows_the_interval():
-    assert difference_estimate([0.9, 0.92], [0.8, 0.82]).text(scale=100, digits=1, signed=True) == "+10.0 [+3.9, +16.1]"
+def test_a_difference_in_words():
+    assert Estimate(1.0, 0.5, 1.5, 8).gap() == "1.00 [0.50, 1.50] points above"
+    assert Estimate(-1.0, -1.5, 0.5, 8).gap() == "1.00 [-0.50, 1.50] points below"
+    assert "unknown" in paired_difference({}, {}).gap()
 
 
 def records(dense, basis, size=0.5):
     def record(variant, seed, accuracy, parameters):
-        config = {"study": "headline", "profile": "small", "variant": variant, "seed": seed}
+        config = {"study": "headline", "profile": "small", "variant": variant, "seed": seed, "model": "resnet18"}
         test = {"accuracy": accuracy, "accuracy_flip": accuracy}
         result = {"test": test, "parameters": parameters, "macs": parameters, "train_seconds": 1.0, "curves": []}
         return Record(f"{variant}{seed}", config, result, {"device": "test"}, "")
@@ -60,19 +68,3 @@ def records(dense, basis, size=0.5):
 )
 def test_the_rule_for_c1(size, label):
     assert headline.judge(records([0.9], [0.8], size), "small")[0].label == label
-
-
-def test_a_pooled_spread_agrees_with_students_interval_for_one_variant_and_ignores_single_runs():
-    values = [1.0, 2.0, 4.0]
-    spread = pooled_spread([values, [100.0]])
-    assert spread.freedom == 2
-    alone, pooled = mean_estimate(values), spread.mean(values)
-    assert (pooled.low, pooled.high) == pytest.approx((alone.low, alone.high))
-
-
-def test_a_pooled_difference_is_that_of_the_test_with_equal_variances():
-    a, b = [1.0, 2.0, 4.0], [3.0, 3.5, 7.0, 9.0]
-    found = pooled_spread([a, b]).difference(a, b)
-    expected = stats.ttest_ind(a, b, equal_var=True).confidence_interval(0.95)
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
-    assert found.n == 3

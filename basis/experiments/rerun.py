@@ -22,7 +22,7 @@ from basis.experiments.estimates import estimate, minutes, name_of, timed_runs
 from basis.experiments.records import Record
 from basis.experiments.runner import Order, Task, in_processes
 from basis.experiments.runs import Run, device_for, duration
-from basis.experiments.studies import STUDIES, find_study, valid_records
+from basis.experiments.studies import STUDIES, find_study, records_of, shown_profile
 from basis.experiments.studies import sensitivity as sensitivity_study
 from basis.experiments.studies.study import listed
 from basis.progress import bar
@@ -141,13 +141,14 @@ def rerun(
     return Rerun(note, _both(study, variants, profile, folder), labels(study, variants), paired=study != "sensitivity")
 
 
-def home(study: str, variant: str, profile: str) -> str:
-    """The study that lists the variant: this one, or ``headline``, whose dense networks others share."""
-    for name in (study, "headline"):
-        if variant in {run.variant for run in listed(find_study(name), profile).values()}:
-            return name
-    names = dict.fromkeys(run.variant for run in listed(STUDIES[study], profile).values())
-    raise ValueError(f"{study} has no variant {variant!r}; it has: {'; '.join(names)}")
+def home(study: str, variant: str, profile: str) -> tuple[str, str]:
+    """The study that lists the variant, and its name there: this study, or ``headline``, whose runs others share."""
+    one = find_study(study)
+    names = dict.fromkeys(run.variant for run in listed(one, profile).values())
+    theirs = {ours: name for name, ours in one.shared.items()}
+    if variant not in names and variant not in theirs:
+        raise ValueError(f"{study} has no variant {variant!r}; it has: {'; '.join([*names, *theirs])}")
+    return (study, variant) if variant in names else ("headline", theirs[variant])
 
 
 def chosen_runs(study: str, variants: Sequence[str], seeds: int, profile: str) -> list[Run]:
@@ -157,12 +158,13 @@ def chosen_runs(study: str, variants: Sequence[str], seeds: int, profile: str) -
     """
     if seeds < 1 or not variants:
         raise ValueError(f"seeds is {seeds} and variants {list(variants)}, but there must be one or more")
-    known = {name: listed(STUDIES[home(study, name, profile)], profile).values() for name in variants}
-    rounds = zip(*([run for run in runs if run.variant == name][:seeds] for name, runs in known.items()), strict=False)
-    runs = [run for one in rounds for run in one]
+    homes = [home(study, name, profile) for name in variants]
+    known = [listed(STUDIES[one], profile).values() for one, _ in homes]
+    own = ([run for run in runs if run.variant == name] for (_, name), runs in zip(homes, known, strict=True))
+    runs = [run for one in zip(*(some[:seeds] for some in own), strict=False) for run in one]
     tables = {run.choice.table for run in runs if run.choice}
     tables -= {path.stem for path in results_folder().glob("*/*/*.json")}
-    first = [run for runs in known.values() for run in runs if run.id in tables]
+    first = [run for some in known for run in some if run.id in tables]
     return list({run.id: run for run in [*first, *runs]}.values())
 
 
@@ -193,21 +195,14 @@ def _do(tasks: Sequence[Task], folder: Path, deadline: float) -> str:
 
 
 def _both(study: str, variants: Sequence[str], profile: str, folder: Path) -> pd.DataFrame:
-    """The frame of :class:`Rerun`: published in this profile if all variants are, else in the study's published one."""
-    homes = {name: home(study, name, profile) for name in variants}
-    known = labels(study, variants)
+    """The frame of :class:`Rerun`: published in this profile if all variants are, else at the scale the book shows."""
+    known, one = labels(study, variants), find_study(study)
 
     def rows(scale: str, place: Path | None, whose: str) -> list[tuple[str, int, float, str, str]]:
-        return [
-            (*row, whose)
-            for one in dict.fromkeys(homes.values())
-            for record in valid_records(STUDIES[one], scale, place)
-            if one == study or homes.get(record.config["variant"]) == one
-            for row in _values(study, record)
-            if row[0] in known
-        ]
+        found = [row for record in records_of(one, scale, place) for row in _values(study, record)]
+        return [(*row, whose) for row in found if row[0] in known]
 
-    scales = dict.fromkeys([profile, find_study(study).published])
+    scales = dict.fromkeys([profile, shown_profile(one)])
     sides = [rows(scale, None, f"published ({scale})") for scale in scales]
     published = next((side for side in sides if set(known) <= {row[0] for row in side}), sides[-1])
     both = [*(published if folder != results_folder() else []), *rows(profile, folder, "yours")]

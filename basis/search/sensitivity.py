@@ -37,7 +37,7 @@ from basis.progress import bar
 from basis.search import measures
 from basis.search.journal import Journal
 from basis.search.table import MEASURES, Cell, Layer, SensitivityTable
-from basis.statistics import Estimate, difference_estimate
+from basis.statistics import Estimate, mean_estimate
 from basis.substitution import Plan, Size, as_patterns, check_values, merge, substitute
 from basis.text import few, shown_name
 from basis.training.loop import Recipe, TrainingError, train
@@ -342,7 +342,8 @@ def _tunings(model: nn.Module, data: Batches | None, recipe: Recipe, seeds: int)
                 found: dict[str, Any] = {"value": math.nan}
                 with suppress(TrainingError):  # it diverged: there is no other reason left
                     own = losses({name: k})
-                    found = dict(vars(difference_estimate(own, dense))) if all(map(math.isfinite, own)) else found
+                    grown = [a - b for a, b in zip(own, dense, strict=True)]  # paired by seed
+                    found = dict(vars(mean_estimate(grown))) if all(map(math.isfinite, own)) else found
                 found |= {"forward": share * forward, "backward": share * backward}
                 seconds = time.perf_counter() - began + common
                 yield Cell(layer=name, basis_channels=k, seconds=seconds, **found)

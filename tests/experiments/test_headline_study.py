@@ -63,4 +63,4 @@ def test_every_label_can_come_out(uniform, selected, c3, c4):
 
 
 def test_without_records_there_are_no_rows_but_the_columns_of_texts():
-    assert not headline.frame([])["variant"].str.endswith("MACs").any()
+    assert not STUDY.frame([])["variant"].str.endswith("MACs").any()

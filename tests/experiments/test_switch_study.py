@@ -33,7 +33,15 @@ def test_three_seeds_of_the_judged_comparison_come_first(profile):
     first = runs[0]
     plain = dataclasses.replace(first.recipe, switch=None, decay=None)
     assert dataclasses.replace(first, study=base.study, variant="dense", recipe=plain) == base
-    assert {run.recipe.switch.multiple for run in runs} == {1 if profile == "small" else 8}
+    assert {run.recipe.switch.multiple for run in runs if run.recipe.switch} == {1 if profile == "small" else 8}
+
+
+def test_the_control_decays_the_product_too_and_has_the_selected_layers_of_the_same_seed():
+    control = next(run for run in STUDY.runs("small") if run.variant == variant(switch.SCRATCH, HALF))
+    selected = next(run for run in STUDIES["headline"].runs("small") if run.variant == variant("selected", HALF))
+    assert control.recipe.decay == "product"
+    plain = dataclasses.replace(control, study="headline", variant=selected.variant, recipe=selected.recipe)
+    assert plain == selected
 
 
 def outcomes(ours, narrower):
@@ -64,7 +72,7 @@ def test_every_label_can_come_out(ours, narrower, label):
     records = outcomes(ours, narrower)
     (verdict,) = STUDY.verdicts(records, "small")
     assert (verdict.claim, verdict.label) == ("H5", label)
-    runs = switch.frame(records, "small")
+    runs = switch.frame(records)
     assert runs.groupby("variant").size()["dense"] == 4
     assert set(runs.loc[runs["variant"] == variant(switch.OURS, HALF), "search"]) == {7.0}
     assert runs.loc[runs["variant"] == "dense", "search"].isna().all()
@@ -76,7 +84,7 @@ def test_times_compare_within_one_gpu_that_equally_many_trainings_share():
     gpu = {"device": "a GPU", "device_type": "cuda"}
     crowded = dataclasses.replace(first, environment={**gpu, "jobs": 8})
     alone = [dataclasses.replace(one, environment=gpu) for one in rest[1:]]
-    runs = switch.frame([crowded, rest[0], *alone], "small")
+    runs = switch.frame([crowded, rest[0], *alone])
     assert runs["place"].value_counts().to_dict() == {"a GPU": len(alone), "a GPU, 8 trainings at a time": 1}
 
 
@@ -103,7 +111,7 @@ def test_the_time_of_a_training_follows_from_steps_and_the_search(tmp_path):
 
 
 def test_without_records_there_are_no_rows():
-    assert switch.frame([], "small").empty
+    assert switch.frame([]).empty
     assert STUDY.verdicts([], "small")[0].label == "not tested"
 
 

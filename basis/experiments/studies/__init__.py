@@ -136,8 +136,8 @@ class Gathered:
         """A Markdown sentence on how many there are."""
         if self.profile == ARCHIVED:
             return (
-                f"Shown are {len(self.records)} runs of an older, smaller scale ({self.scale}): too small and too short "
-                "to decide anything. They stay until the runs that the verdict needs are made."
+                f"Shown are {len(self.records)} runs of an older, smaller scale ({self.scale}): too small and too "
+                "short to decide anything. They stay until the runs that the verdict needs are made."
             )
         return f"Shown are {len(self.records)} of {self.wanted} runs of the profile `{self.profile}` ({self.scale})."
 

@@ -116,7 +116,7 @@ class Study:
         return self.judge([r for r in records if r.config["profile"] == profile], profile)
 
     def scale(self, profile: str, records: Sequence[Record] = ()) -> str:
-        """What is trained in a profile, such as ``ResNet-18 of width 16, 16 epochs``; of archived runs from a record."""
+        """What a profile trains, such as ``ResNet-18 of width 16, 16 epochs``; of archived runs from a record."""
         configs = [*(run.config for run in self.runs(profile)[:1]), *(record.config for record in records[:1])]
         return describe(configs[0]) if configs else profile
 

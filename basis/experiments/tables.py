@@ -1,0 +1,41 @@
+"""The tables of a chapter as Markdown: what its variants cost and reach, and how its claims fare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from basis.experiments.studies import Gathered, find_study, gather
+from basis.experiments.studies.study import compared
+from basis.figures import table
+
+
+def summary(runs: pd.DataFrame, baseline: str = "dense", variants: Sequence[str] | None = None) -> str:
+    """A row a variant of a :meth:`Study.frame`: n, size, accuracy, and the difference from the ``baseline``.
+
+    Brackets hold Student's 95 % intervals; differences are paired by seed. Empty without runs.
+    """
+    rows = [
+        (
+            str(row.variant), str(row.n), f"{row.parameters:.1%}", f"{row.MACs:.1%}", row.accuracy.text(),
+            f"{row.difference.text(signed=True)} ({row.difference.n})" if row.difference.n else "",
+        )
+        for row in compared(runs, baseline, variants).itertuples()
+    ]  # fmt: skip
+    head = ("Variant", "n", "Parameters", "MACs", "Test accuracy, %", f"Against {baseline}, points (pairs)")
+    return table(head, rows) if rows else "There are no runs to tabulate."
+
+
+def verdict_table(study: str, gathered: Gathered, claims: Sequence[str] = ()) -> str:
+    """The verdicts on the claims of a study, or some of them, at the scale shown and at paper scale."""
+    judge, shown = find_study(study), [gathered]
+    shown += [gather(study, "paper")] if gathered.profile != "paper" else []
+    rows = [
+        (v.claim, one.scale, v.finding, v.difference, str(v.n or ""), f"**{v.label}**", v.change)
+        for one in shown
+        for v in judge.verdicts(one.records, one.profile)
+        if not claims or v.claim in claims
+    ]
+    head = ("Claim", "Scale", "Finding", "Difference", "n", "Verdict", "What would change it")
+    return table(head, rows)

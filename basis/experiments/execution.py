@@ -6,8 +6,8 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from functools import lru_cache, partial
+from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from basis.search.sensitivity import sensitivity
 from basis.search.table import SensitivityTable
 from basis.substitution import substitute
 from basis.text import first_line
-from basis.training.loop import Recipe, TrainingError, TrainingPaused, choose_precision, train
+from basis.training.loop import TrainingError, TrainingPaused, choose_precision, train
 
 Stop = Callable[[], bool] | None
 
@@ -45,8 +45,8 @@ def execute(
 ) -> dict[str, Any]:  # fmt: skip
     """Do ``run`` and return its result as plain values: the training's, with size and best rank-k errors.
 
-    The weights of the layers that stay dense are drawn alike in all runs of one seed. ``folder`` is where
-    the records are that a :class:`Choice` refers to. Sensitivities and teachers are kept beside the ``checkpoint``.
+    The weights of the layers that stay dense are drawn alike in all runs of one seed. ``folder`` is where the records
+    are that a :class:`Choice` refers to. Sensitivities and trained networks are kept beside the ``checkpoint``.
 
     Raises:
         TrainingPaused: when ``should_stop`` says so.
@@ -54,27 +54,24 @@ def execute(
     """
     data = prepare_data(run.data, run.validation, run.images, device)
     how: dict[str, Any] = {"should_stop": should_stop, "progress": progress}
-    taught: Any = partial(teacher_of, data=data, device=device, checkpoint=checkpoint, **how)
     torch.manual_seed(run.seed)
     model: nn.Module = build(run.model, num_classes=data.classes, width=run.width)
     if run.compression is not None:
-        trained = taught(model, replace(run, teacher=run.recipe)).to(device)
+        trained = trained_dense(model, run, data=data, device=device, checkpoint=checkpoint, **how).to(device)
         return compare(trained, run.compression, data, seed=run.seed, progress=progress)
     plan, extra = None if run.plan is None else Plan(run.plan), {}
     if run.choice is not None:
         plan, foreseen = choose(run.choice, folder or results_folder())
         extra = {"plan": dict(plan.layers), "predicted": foreseen}
-    teacher = None if run.teacher is None else taught(model, run)
     begins_dense = plan is run.ratio is run.layer is None
     if not begins_dense:
         model = substitute(
-            model if teacher is None or not run.fitted else teacher, plan, ratio=run.ratio, layer=run.layer,
-            include=run.include or (), mode=run.mode, init="svd" if run.fitted else "random",
+            model, plan, ratio=run.ratio, layer=run.layer, include=run.include or (), mode=run.mode, init="random",
             coefficients=run.coefficients or "dense",
         )  # fmt: skip
     result = train(
         model, data, run.recipe, device=device, seed=run.seed, test=run.test is not False,
-        teacher=teacher if run.recipe.attention else None, checkpoint=checkpoint,
+        checkpoint=checkpoint,
         checkpoint_every=60 if run.ladder is None else 0,  # sensitivities go on with the very same weights
         **how,
     )  # fmt: skip
@@ -97,23 +94,23 @@ def prepare_data(name: str, validation: int, images: int | None, device: torch.d
     return (data if images is None else first_images(data, images)).to(device)
 
 
-def teacher_of(
+def trained_dense(
     model: nn.Module, run: Run, *, data: Data, device: torch.device, checkpoint: Path | None = None,
     should_stop: Stop = None, progress: bool | str = False,
 ) -> nn.Module:  # fmt: skip
-    """A copy of the dense ``model`` trained by ``run.teacher``, the same to the bit whenever it is asked for.
+    """A copy of the dense ``model`` trained by ``run.recipe``, the same to the bit whenever it is asked for.
 
-    Runs with equal teachers train it once: it is kept beside their checkpoints.
+    Runs of one seed train it once: it is kept beside their checkpoints.
 
     Raises:
         TrainingPaused: when the time is up while it is trained.
         TrainingError: where the kept one cannot be read.
     """
-    teacher, recipe = copy.deepcopy(model), run.teacher or Recipe()
+    found, recipe = copy.deepcopy(model), run.recipe
     name = digest([run.model, run.width, run.data, run.images, run.validation, run.seed, plain(asdict(recipe))])
     with tempfile.TemporaryDirectory() as nowhere:
         folder = Path(nowhere) if checkpoint is None else checkpoint.parent
-        kept = folder / f"teacher-{name}-{device.type}-{choose_precision(device)}.pt"
+        kept = folder / f"dense-{name}-{device.type}-{choose_precision(device)}.pt"
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(kept.with_suffix(".lock"))
         take_lock(lock, wait=True)  # another run may be training it
@@ -129,13 +126,13 @@ def teacher_of(
                     torch.save(trained.state_dict(), file)
                 part.unlink(missing_ok=True)
             try:
-                teacher.load_state_dict(torch.load(kept, map_location="cpu", weights_only=True))
+                found.load_state_dict(torch.load(kept, map_location="cpu", weights_only=True))
             except Exception as error:  # torch.load raises many kinds for a damaged file
-                why = f"{kept} cannot be read ({first_line(error)}); delete it to train the teacher again"
+                why = f"{kept} cannot be read ({first_line(error)}); delete it to train it again"
                 raise TrainingError(why) from error
         finally:
             lock.release()
-    return teacher
+    return found
 
 
 def choose(choice: Choice, folder: Path) -> tuple[Plan, dict[str, float]]:

@@ -82,8 +82,6 @@ class Run:
     coefficients: str | None = None  # see basis.layers.coefficients.Form
     layer: str | None = None  # another structured layer, for the convolutions that the pattern `include` names
     include: str | None = None
-    teacher: Recipe | None = None  # how a dense network is trained first, from the same seed
-    fitted: bool | None = None  # start at the teacher's weights, those of the layers approximated
     compression: Compression | None = None  # how the network is made smaller after it was trained, dense
 
     @property

@@ -110,7 +110,7 @@ def finetune(
     if isinstance(data, Data):
         generator = torch.Generator(device).manual_seed(seed)
     source, steps = _source(model, data, recipe, generator)
-    taught = None if teacher is None else distillation
+    taught = 0.0 if teacher is None else distillation
     run = make_step(model, recipe, device=device, teacher=teacher, distillation=taught, loss_function=loss)
     belongs = {}
     if checkpoint:

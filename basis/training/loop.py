@@ -19,7 +19,6 @@ from basis.layers.coefficients import Sparse
 from basis.layers.conv import BasisConv2d
 from basis.layers.structured import StructuredConv2d
 from basis.numbers import plain_number
-from basis.training.attention import Attention
 from basis.training.distillation import beside_teacher
 from basis.training.epochs import Training
 from basis.training.evaluation import evaluate
@@ -88,7 +87,6 @@ def objective(recipe: Recipe, model: nn.Module, *, share: float = 1.0) -> Callab
     ``share`` of the loss counts, where a teacher gives the rest.
     """
     layers = [module for module in model.modules() if isinstance(module, BasisConv2d)]
-    penalised: list[Any] = [module for module in model.modules() if callable(getattr(module, "penalty", None))]
 
     def terms(loss: Tensor, kind: Kind | None) -> Tensor:
         loss = loss if share == 1 else share * loss
@@ -98,8 +96,6 @@ def objective(recipe: Recipe, model: nn.Module, *, share: float = 1.0) -> Callab
         if recipe.decorrelation is not None and kind and kind.decorrelates:
             correlations = [decorrelation(layer.basis, layer.groups) for layer in layers]
             loss = loss + recipe.decorrelation * torch.stack(correlations).sum()
-        if recipe.orthogonality is not None:
-            loss = loss + recipe.orthogonality * torch.stack([layer.penalty() for layer in penalised]).sum()
         return loss
 
     return terms
@@ -141,7 +137,7 @@ class Schedule:
         return kind
 
 
-def check_recipe(model: nn.Module, recipe: Recipe, steps_per_epoch: int, teacher: nn.Module | None = None) -> None:
+def check_recipe(model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> None:
     """Raise :class:`TrainingError` for terms of the recipe that would have no effect on this model."""
     modules = list(model.modules())
     basis = any(isinstance(module, BasisConv2d) for module in modules)
@@ -150,13 +146,10 @@ def check_recipe(model: nn.Module, recipe: Recipe, steps_per_epoch: int, teacher
         "skip": basis,
         "decorrelation": basis,
         "decay": basis or (factors and recipe.decay == "scaled"),
-        "orthogonality": any(callable(getattr(module, "penalty", None)) for module in modules),
     }
     for name, good in needs.items():
         if getattr(recipe, name) not in (None, "factors") and not good:
             raise TrainingError(f"the recipe sets {name}, but the model has no layers that it acts on")
-    if (recipe.attention is None) != (teacher is None):
-        raise TrainingError("attention=1000 in the recipe and teacher=network go together, but only one is given")
     if recipe.skip:
         with as_training_error():
             check_skip(model, recipe.skip, steps_per_epoch=steps_per_epoch, total_steps=recipe.epochs * steps_per_epoch)
@@ -164,12 +157,12 @@ def check_recipe(model: nn.Module, recipe: Recipe, steps_per_epoch: int, teacher
 
 def make_step(
     model: nn.Module, recipe: Recipe | None = None, *, device: str | torch.device | None = None,
-    capture: Capture | None = None, teacher: nn.Module | None = None, distillation: float | None = None,
+    capture: Capture | None = None, teacher: nn.Module | None = None, distillation: float = 0.0,
     loss_function: Loss | None = None,
 ) -> TrainingStep:  # fmt: skip
     """Put ``model`` on the device, and make the step that trains it as ``recipe`` says; arguments as of :func:`train`.
 
-    ``distillation``: the share of the loss that comes from the predictions of the ``teacher``; None: its attention.
+    ``distillation``: the share of the loss that comes from the predictions of the ``teacher``.
     ``loss_function``: in place of cross-entropy.
 
     To be called with images (N, C, H, W) in the recipe's memory format, labels (N,) and a :class:`Kind`. Skipped
@@ -181,14 +174,11 @@ def make_step(
     place = choose_device(device)
     recipe = (recipe or Recipe()).resolved(model, place)
     autocast: Any = partial(autocast_in, place, recipe.precision)
-    terms, beside = objective(recipe, model, share=1 - (distillation or 0)), None
+    terms, beside = objective(recipe, model, share=1 - distillation), None
     last = recipe.memory_format == "channels_last"
     layout: Any = torch.channels_last if last else torch.contiguous_format
-    if teacher is not None and distillation is not None:
+    if teacher is not None:
         beside = beside_teacher(model, teacher, share=distillation, autocast=autocast)
-    elif teacher is not None:
-        with as_training_error():
-            beside = Attention(model, teacher, weight=recipe.attention or 0.0, autocast=autocast)
     for network in (model, teacher):
         if network is not None:
             network.to(device=place, memory_format=layout)  # type: ignore[call-overload]
@@ -232,14 +222,14 @@ class Switcher:
 
     def _go_on(self, training: Training, teacher: nn.Module | None) -> None:
         model, training.setup_seconds = training.run.model, training.setup_seconds + training.run.setup_seconds
-        run = make_step(model, self.recipe, device=self.place, teacher=teacher, distillation=self.switch.teach)
+        run = make_step(model, self.recipe, device=self.place, teacher=teacher, distillation=self.switch.teach or 0.0)
         steps = training.steps
         schedule = Schedule(run, self.recipe, steps_per_epoch=steps, total_steps=training.epochs * steps)
         training.run, training.prepare, training.teacher = run, schedule.prepare, teacher
 
 
 def identity(
-    model: nn.Module, recipe: Recipe, *, seed: int, steps: int, teacher: nn.Module | None, data: Any
+    model: nn.Module, recipe: Recipe, *, seed: int, steps: int, data: Any, teacher: nn.Module | None = None
 ) -> dict[str, str]:
     """What a checkpoint of a training by ``recipe`` belongs to, each thing by its name."""
     taught = "" if teacher is None else weights(teacher.state_dict())
@@ -251,7 +241,6 @@ def train(
     model: nn.Module, data: Data, recipe: Recipe | None = None, *, device: str | torch.device | None = None,
     seed: int = 0, checkpoint: str | Path | None = None, checkpoint_every: float = 60.0,
     should_stop: Callable[[], bool] | None = None, progress: bool | str = False, test: bool = True,
-    teacher: nn.Module | None = None,
 ) -> Result:  # fmt: skip
     """Train ``model`` in place and test it once, at the end.
 
@@ -267,11 +256,10 @@ def train(
         should_stop: asked after every step but the last; True undoes an unfinished epoch and raises TrainingPaused.
         progress: whether to draw a bar, or what to write beside it.
         test: whether to look at the test images at all.
-        teacher: for ``recipe.attention``, see :class:`basis.training.attention.Attention`; moved to ``device``.
 
     Raises:
-        TrainingError: for too few images, a recipe, teacher or checkpoint that does not fit the model, or a loss
-            that is no longer finite.
+        TrainingError: for too few images, a recipe or checkpoint that does not fit the model, or a loss that is no
+            longer finite.
         TrainingPaused: see ``should_stop``.
     """
     place = choose_device(device)
@@ -280,8 +268,8 @@ def train(
     if steps == 0:
         raise TrainingError(f"batch_size is {recipe.batch_size}, but there are only {len(data.train)} training images")
     first = recipe.before_switch
-    check_recipe(model, first, steps, teacher)
-    run = make_step(model, first, device=place, teacher=teacher)
+    check_recipe(model, first, steps)
+    run = make_step(model, first, device=place)
     data = data.to(place)
     if recipe.switch:
         with as_training_error():
@@ -294,7 +282,7 @@ def train(
         return {f"validation_{name}": value for name, value in found.items()}
 
     seen, total = [data.train, data.validation], schedule.total_steps
-    belongs = identity(model, recipe, seed=seed, steps=total, teacher=teacher, data=seen) if checkpoint else {}
+    belongs = identity(model, recipe, seed=seed, steps=total, data=seen) if checkpoint else {}
     training = Training(
         run=run, identity=belongs, epochs=recipe.epochs, steps=steps, generator=generator, validate=validate,
         batches=partial(augmented_batches, data.train, recipe, generator), prepare=schedule.prepare,

@@ -33,7 +33,7 @@ CHOICES = {
     "decay": (None, *get_args(Decay)),
     "step": (None, *get_args(Step)),
 }
-POSITIVE = ("epochs", "batch_size", "lr", "peak", "decorrelation", "attention", "orthogonality")
+POSITIVE = ("epochs", "batch_size", "lr", "peak", "decorrelation")
 BELOW = {"peak": 1, "momentum": 1, "label_smoothing": 1, "translate": 16, "cutout": 33}
 
 
@@ -73,8 +73,6 @@ class Recipe:
             tenth step that updates B, as LinearConv does (with 0.01).
         step: "eager", "compiled" by torch.compile, "graphed" as a CUDA graph, "fast": both; None: graphed on a GPU,
             else eager. What is not supported is left out, and :attr:`Result.step` says why.
-        attention: weight of the attention transfer from a teacher; 1000 in Gray et al. 2019.
-        orthogonality: weight of the sum of ``layer.penalty()`` over the layers that have one.
         switch: trains dense first, then replaces layers and goes on (:class:`basis.Switch`); ``decay`` is that of the
             new layers then, "product" unless given.
 
@@ -99,8 +97,6 @@ class Recipe:
     decay: Decay | None = None
     decorrelation: float | None = None
     step: Step | None = None
-    attention: float | None = None
-    orthogonality: float | None = None
     switch: Switch | None = None
 
     def __post_init__(self) -> None:
@@ -116,8 +112,8 @@ class Recipe:
             raise ValueError(f"decay is {self.decay!r}, which has no effect where weight_decay is 0")
         if self.decorrelation is not None and self.skip and self.skip.basis_until == 0:
             raise ValueError("decorrelation acts on the basis filters, but skip never trains them (basis_until is 0)")
-        if self.switch and (self.skip or self.attention):
-            raise ValueError("switch goes without skip and attention, which need their layers from the start")
+        if self.switch and self.skip:
+            raise ValueError("switch goes without skip, which needs its layers from the start")
 
     @property
     def before_switch(self) -> Recipe:

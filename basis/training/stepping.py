@@ -79,7 +79,7 @@ class TrainingStep:
         channels_last: the memory format of ``model``, which a compiler has to be made to keep.
         capture: runs a function and returns what repeats it; a CUDA graph unless given.
         beside: runs ``model`` beside a teacher, inputs to logits and a term that is added to what is
-            differentiated. Not compiled: torch compiles modules of one class once, whatever hooks they have.
+            differentiated. Not compiled.
         loss_function: of outputs and targets, whatever they are; cross-entropy unless given.
 
     Attributes:
@@ -94,7 +94,7 @@ class TrainingStep:
         beside: Callable[[Any], tuple[Tensor, Tensor]] | None = None, loss_function: Loss | None = None,
     ) -> None:  # fmt: skip
         if beside and means.compiled:
-            means = means._replace(compiled=False, reason="attention transfer is not compiled")
+            means = means._replace(compiled=False, reason="a network beside its teacher is not compiled")
         self.model, self.optimizer, self.scaler, self.means = model, optimizer, scaler, means
         self.beside, self.loss_function, self.setup_seconds = beside, loss_function, 0.0
         self._objective, self._autocast, self._label_smoothing = objective, autocast, label_smoothing

@@ -6,9 +6,11 @@ import pytest
 
 from basis.experiments import execution
 from basis.experiments.execution import execute
+from basis.experiments.runner import Order, Task, in_processes
+from basis.experiments.runs import checkpoint_path
 from basis.experiments.studies import STUDIES, own
 from basis.experiments.studies.study import MARGIN, difference
-from basis.training.loop import choose_device
+from basis.training.loop import TrainingPaused, choose_device
 from tests.experiments.test_search_studies import record
 
 STUDY = STUDIES["own"]
@@ -79,6 +81,22 @@ def test_archived_records_are_shown_under_the_same_names():
     assert list(dict.fromkeys(own.frame(records)["variant"])) == [m for m in own.METHODS if m != "largest first"]
 
 
+def test_the_network_is_the_same_trained_at_once_kept_or_interrupted(tmp_path):
+    run = next(run for run in STUDY.runs("smoke") if run.variant == "dense")
+    recipe = dataclasses.replace(run.recipe, epochs=1, batch_size=50)
+    run = dataclasses.replace(run, recipe=recipe, width=2, images=100)
+    device = choose_device("cpu")
+    options = {"device": device, "checkpoint": checkpoint_path(tmp_path, run, device)}
+    with pytest.raises(TrainingPaused):
+        execute(run, **options, should_stop=lambda: True)
+    tested = [execute(run, **options)["stages"]["made"] for _ in range(2)]  # after an interruption, and kept
+    assert tested[0] == tested[1] == execute(run, device=device)["stages"]["made"]
+    (kept,) = tmp_path.glob("**/dense-*.pt")
+    kept.write_bytes(kept.read_bytes()[:2000])
+    (step,) = in_processes(Order(tasks=[Task(run, "")], folder=tmp_path, device="cpu"), 1)
+    assert (step.outcome, str(kept) in step.message) == ("failed", True)
+
+
 def test_networks_of_one_seed_are_made_of_one_trained_network(tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(execution, "compare", lambda model, *_, **__: given.append(model.state_dict()) or {})
@@ -87,5 +105,5 @@ def test_networks_of_one_seed_are_made_of_one_trained_network(tmp_path, monkeypa
     for i, run in enumerate(runs):
         short = dataclasses.replace(run, recipe=recipe, width=2, images=200)
         execute(short, device=choose_device("cpu"), checkpoint=tmp_path / f"{i}.pt")
-    assert len(list(tmp_path.glob("teacher-*.pt"))) == 1
+    assert len(list(tmp_path.glob("dense-*.pt"))) == 1
     assert all(bool((given[0][name] == value).all()) for name, value in given[1].items())

@@ -9,15 +9,11 @@ import torch
 from basis import count_parameters, substitute
 from basis.costs import cost
 from basis.environment import repository_root
-from basis.experiments import execution
-from basis.experiments.runner import Order, Task, in_processes
-from basis.experiments.runs import Run, checkpoint_path
 from basis.experiments.studies import STUDIES, headline, records_of
 from basis.experiments.studies import substitutes as study_of
 from basis.experiments.studies.headline import NARROWER
 from basis.experiments.studies.substitutes import PLAIN, SEPARABLE, SHARED
 from basis.models import build
-from basis.training.loop import Recipe, TrainingPaused
 from tests.experiments.test_search_studies import record
 
 STUDY = STUDIES["substitutes"]
@@ -120,34 +116,3 @@ def test_archived_runs_have_the_names_of_today_and_decide_nothing():
     assert len(runs) == len(records) > 0
     assert set(runs["variant"]) - today == {"dense", f"{NARROWER}, 1/4", f"ACDC{PLAIN}"}
     assert {v.label for v in STUDY.verdicts(records, "cpu")} == {"not tested"}
-
-
-# -- runs with a teacher --------------------------------------------------------------------------------
-
-
-def tiny(tmp_path, **changes):
-    """A run with a teacher, and how it is done."""
-    recipe = Recipe(epochs=1, batch_size=50, translate=0, cutout=0)
-    run = Run(
-        study="substitutes", profile="smoke", variant="tiny", seed=0, model="wrn-10-1", data="synthetic", images=100,
-        recipe=recipe, layer="hashed:0.25", include=study_of.BLOCKS, teacher=dataclasses.replace(recipe, epochs=2),
-        fitted=True,
-    )  # fmt: skip
-    run = dataclasses.replace(run, **changes)
-    return run, {"device": torch.device("cpu"), "checkpoint": checkpoint_path(tmp_path, run, torch.device("cpu"))}
-
-
-def test_a_run_is_the_same_with_a_teacher_trained_at_once_kept_or_interrupted(tmp_path):
-    run, options = tiny(tmp_path)
-    with pytest.raises(TrainingPaused):
-        execution.execute(run, **options, should_stop=lambda: True)
-    results = []
-    for _ in range(2):  # trained after an interruption, and kept
-        results.append(execution.execute(run, **options))
-        options["checkpoint"].unlink(missing_ok=True)
-    results.append(execution.execute(run, device=options["device"]))
-    assert results[0]["test"] == results[1]["test"] == results[2]["test"]
-    (kept,) = tmp_path.glob("**/teacher-*.pt")
-    kept.write_bytes(kept.read_bytes()[:2000])
-    (step,) = in_processes(Order(tasks=[Task(run, "")], folder=tmp_path, device="cpu"), 1)
-    assert (step.outcome, str(kept) in step.message) == ("failed", True)

@@ -42,17 +42,17 @@ def at(question):
     return lambda: next(asked) == question
 
 
-def resumed(recipe, path, make, teacher=lambda: None, data=DATA):
+def resumed(recipe, path, make, data=DATA):
     """The network of an uninterrupted training, after a check that one paused twice is alike bit for bit."""
     whole, parts = make(), make()
-    expected = train(whole, data, recipe, device="cpu", teacher=teacher())
+    expected = train(whole, data, recipe, device="cpu")
     steps = len(data.train) // recipe.batch_size
     for question, said in ((steps, "after epoch 1 of 3"), (steps + 2, "in epoch 3 of 3.* after epoch 2")):
         with pytest.raises(TrainingPaused, match=said):
-            train(parts, data, recipe, device="cpu", checkpoint=path, should_stop=at(question), teacher=teacher())
+            train(parts, data, recipe, device="cpu", checkpoint=path, should_stop=at(question))
     torch.manual_seed(99)  # a new process: the random state is another, and the weights are those of the start
     parts = make()
-    result = train(parts, data, recipe, device="cpu", checkpoint=path, teacher=teacher())
+    result = train(parts, data, recipe, device="cpu", checkpoint=path)
     assert same(whole, parts)
     assert losses(result) == losses(expected)
     assert result.test == expected.test

@@ -154,7 +154,6 @@ class Outside(InPlace):
     "changes",
     [
         {},
-        {"attention": 1000.0},
         {"switch": Switch(images=20, ratios=(0.5, 0.25), measure="spectrum", fit="weight", teach=0.5)},
     ],
 )
@@ -162,8 +161,7 @@ def test_images_are_left_as_they_are(changes):
     recipe = dataclasses.replace(RECIPE, epochs=2, **changes)
     models, found = (InPlace(), Outside()), []
     for model in models:
-        teacher = {"teacher": type(model)(seed=1)} if "attention" in changes else {}
-        found.append(train(model, DATA, recipe, device="cpu", **teacher))
+        found.append(train(model, DATA, recipe, device="cpu"))
     assert same(*models)
     assert losses(found[0]) == losses(found[1])
     assert found[0].test == found[1].test

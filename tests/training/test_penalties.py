@@ -12,7 +12,6 @@ from basis.layers.coefficients import Sparse
 from basis.layers.structured.separable import GenericConv2d
 from basis.models import build
 from basis.training.loop import (
-    Kind,
     Recipe,
     Schedule,
     TrainingError,
@@ -159,19 +158,6 @@ def test_scaled_decay_trains_structured_layers():
     assert factors[0] > factors[1]  # decayed by less
 
 
-def test_layers_may_have_a_penalty():
-    model = torch.nn.Sequential(*(Penalised(8, 16, 3, size=0.25) for _ in range(2)), GenericConv2d(8, 16, 3, size=0.25))
-    step = make_step(model, Recipe(orthogonality=0.5, precision="fp32"), device="cpu")
-    loss = torch.tensor(1.0)
-    term = step._objective(loss, Kind())
-    torch.testing.assert_close(term, 1 + 0.25 * sum(model[i].up.square().sum() for i in (0, 1)))
-    term.backward()
-    for i in (0, 1):
-        torch.testing.assert_close(model[i].up.grad, model[i].up.detach() / 2)
-    assert all(p.grad is None for name, p in model.named_parameters() if name not in ("0.up", "1.up"))
-    assert make_step(model, Recipe(precision="fp32"), device="cpu")._objective(loss, Kind()) is loss
-
-
 def test_decorrelation_is_added_at_every_tenth_step():
     model = network("dense")
     loss, recipe = torch.tensor(1.0), Recipe(decorrelation=0.01)
@@ -219,7 +205,6 @@ def test_masks_are_settled_once_halfway(monkeypatch):
         {"decay": "product"},
         {"decay": "scaled"},
         {"decorrelation": 0.1},
-        {"orthogonality": 1.0},
     ],
     ids=str,
 )

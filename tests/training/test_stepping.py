@@ -81,7 +81,6 @@ def tapes(monkeypatch):
         ("dense", {"skip": Skip(alternate=True), "decay": "product"}, 2),
         ("sparse:1/2", {"precision": "bf16"}, 2),
         (None, {"precision": "fp16", "momentum": 0.0}, 1),
-        (None, {"attention": 1000.0}, 1),
         (None, {"switch": Switch(**SEARCH)}, 2),
         (None, {"switch": Switch(**SEARCH, momentum="projected", teach=0.5), "precision": "bf16"}, 2),
     ],
@@ -89,10 +88,9 @@ def tapes(monkeypatch):
 )
 def test_graphs_train_the_same_bit_for_bit(tapes, form, terms, graphs):
     plain, graphed = network(form), network(form)
-    taught = [{"teacher": network(seed=1)} if "attention" in terms else {} for _ in range(2)]
-    expected = train(plain, DATA, dataclasses.replace(RECIPE, **terms), device="cpu", **taught[0])
+    expected = train(plain, DATA, dataclasses.replace(RECIPE, **terms), device="cpu")
     assert not tapes
-    result = train(graphed, DATA, dataclasses.replace(GRAPHED, **terms), device="cpu", **taught[1])
+    result = train(graphed, DATA, dataclasses.replace(GRAPHED, **terms), device="cpu")
     assert len(tapes) == graphs  # one for each kind of step
     assert sum(tape.repeated for tape in tapes) == 18
     assert same(plain, graphed)
@@ -286,7 +284,6 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
         ("compiled", "bf16", None, {}),
         ("fast", "bf16", "dense", {"skip": Skip(basis_every=2, rescale=True), "decorrelation": 0.01}),
         ("graphed", "fp16", "sparse:1/2", {}),
-        ("graphed", "bf16", None, {"attention": 1000.0}),
     ],
     ids=str,
 )
@@ -294,9 +291,8 @@ def test_on_a_gpu(step, precision, form, terms):
     """Sums are in another order there from run to run, so only the course of the training is compared."""
     recipe = dataclasses.replace(RECIPE, lr=0.02, precision=precision, **terms)
     models = network(form), network(form)
-    taught = {"teacher": network(seed=1)} if recipe.attention else {}
-    expected = train(models[0], DATA, dataclasses.replace(recipe, step="eager"), device="cuda", **taught)
-    result = train(models[1], DATA, dataclasses.replace(recipe, step=step), device="cuda", **taught)
+    expected = train(models[0], DATA, dataclasses.replace(recipe, step="eager"), device="cuda")
+    result = train(models[1], DATA, dataclasses.replace(recipe, step=step), device="cuda")
     assert result.step == {"fast": "compiled and graphed"}.get(step, step)
     assert losses(result) == pytest.approx(losses(expected), rel=0.02)
     assert losses(expected)[-1] < losses(expected)[0]

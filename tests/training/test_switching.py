@@ -10,6 +10,7 @@ from basis import Switch, plan_of, substitute, train
 from basis.data import hold_out
 from basis.search.switching import pair_rank, stable_rank
 from basis.training.loop import Recipe, TrainingError, TrainingPaused
+from basis.training.skipping import Skip
 from basis.training.switching import carry_momentum, dense_weights, weight_of
 from tests.training.common import DATA, RECIPE, SEARCH, at, losses, network, same
 
@@ -149,8 +150,8 @@ def test_what_makes_no_sense_is_refused(wrong, named):
 
 
 def test_a_training_that_cannot_switch_says_why_before_it_begins():
-    with pytest.raises(ValueError, match="skip and attention"):
-        dataclasses.replace(switched(), attention=1.0)
+    with pytest.raises(ValueError, match="goes without skip"):
+        dataclasses.replace(switched(), skip=Skip(basis_every=2))
     begun = {"should_stop": lambda: pytest.fail("it began")}
     for changes, reason in (
         ({"budget": {"params": 0.01}}, "no plan of the rule 'optimal' meets a budget"),

@@ -107,7 +107,6 @@ def test_the_learning_rate_is_a_triangle():
         {"decay": "l1"},
         {"step": "quick"},
         {"decorrelation": float("nan")},
-        {"attention": 0.0},
         {"weight_decay": 0.0, "decay": "product"},
         {"decorrelation": 0.1, "skip": Skip(basis_until=0)},
     ],

@@ -55,27 +55,29 @@ def steps_of(run: Run) -> dict[str, int]:
     return {"steps_per_epoch": steps, "total_steps": steps * run.recipe.epochs}
 
 
-def times(profile: str) -> pd.DataFrame:
-    """What a mean step takes, a row a schedule and ``device`` (and its ``device_type``); :data:`FULL` is the first.
-
-    ``relative`` to a step that trains everything, and ``to_dense``, to one of the dense network (:func:`step_times`,
-    with its ``n``). The device "cost model" counts multiplications, and those only of the basis network.
-    """
+def predicted(profile: str) -> dict[str, float]:
+    """What the cost model says of each schedule: multiplications of its mean step over those of training everything."""
     base = STUDY.runs("paper" if profile == "paper" else "small")[0]
-    steps, batch, schedules = steps_of(base), base.recipe.batch_size, {FULL: Skip(), **SCHEDULES}
     model = substitute(build(base.model, width=base.width), ratio=RATIO, init="random", mode="factorized")
-    rows: list[dict[str, Any]] = []
-    for name, skip in schedules.items():
-        told = predicted_step(model, skip, input_size=(3, 32, 32), batch_size=batch, **steps)
-        rows.append({"variant": name, "device": "cost model", "relative": told})
+    about: dict[str, Any] = {"batch_size": base.recipe.batch_size, "input_size": (3, 32, 32), **steps_of(base)}
+    return {name: predicted_step(model, skip, **about) for name, skip in SCHEDULES.items()}
+
+
+def times(profile: str) -> pd.DataFrame:
+    """What a mean step takes, a row a ``device`` and ``variant``: a schedule, or :data:`FULL`.
+
+    ``relative`` to a step that trains everything, and ``to_dense``, to one of the dense network, from the ``n`` rounds
+    of :func:`step_times`.
+    """
+    steps, rows = steps_of(STUDY.runs("paper" if profile == "paper" else "small")[0]), []
     for device, own in step_times(profile, "trained").groupby("device", sort=False):
         parts = own.set_index("trained")
-        for name, skip in schedules.items():
+        about = {"device": device, "device_type": parts["device_type"].iloc[0], "n": parts["n"].min()}
+        for name, skip in {FULL: Skip(), **SCHEDULES}.items():
             shares = skip.shares(**steps)
             relative = sum(shares.get(trained, 0) * parts["relative"][part] for part, trained in TRAINED.items())
-            about = {"variant": name, "device": device, "relative": relative, "n": parts["n"].min()}
-            about |= {"device_type": parts["device_type"].iloc[0], "to_dense": relative * parts["to_dense"]["both"]}
-            rows.append(about)
+            row = {"variant": name, "relative": relative, "to_dense": relative * parts["to_dense"]["both"]}
+            rows.append({**about, **row})
     return pd.DataFrame(rows, columns=["variant", "device", "device_type", "n", "relative", "to_dense"])
 
 

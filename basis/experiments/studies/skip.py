@@ -104,12 +104,12 @@ def gain(runs: pd.DataFrame, name: str, share: float, what: str = WHOLE, *, comp
     """Test accuracy of ``name`` minus that of ``what`` ("dense", or training everything) after a share of the epochs.
 
     In points, paired by seed as :func:`difference`. Between two lengths that were trained, ``what`` is interpolated;
-    below the shortest it is unknown, and above 1 the full training stands for it.
+    the shortest stands for shorter ones, the full training for longer ones.
     """
     lengths = runs[runs["what"] == what].pivot(index="seed", columns="share", values="accuracy").dropna()
-    rivals = {seed: np.interp(share, lengths.columns, row, left=math.nan) for seed, row in lengths.iterrows()}
+    rivals = {seed: np.interp(share, lengths.columns, row) for seed, row in lengths.iterrows()}
     own = runs[runs["variant"] == name].set_index("seed")["accuracy"]
-    return paired_difference(own, pd.Series(rivals, dtype=float).dropna(), comparisons=comparisons)
+    return paired_difference(own, pd.Series(rivals, dtype=float), comparisons=comparisons)
 
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:

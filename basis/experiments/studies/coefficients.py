@@ -97,8 +97,8 @@ def step_times(profile: str, of: str = "coefficients") -> pd.DataFrame:
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     """The verdict on C5."""
-    runs = frame(records)
-    lost = {name: difference(runs, name, DENSE, comparisons=len(JUDGED)) for name in JUDGED}
+    runs, many = frame(records), len(JUDGED)
+    lost = {name: difference(runs, name, DENSE, comparisons=many) for name in JUDGED}
     if (least := min(one.n for one in lost.values())) < NEEDED:
         return (untested("C5", profile, least, NEEDED),)
     margin = MARGIN[profile]
@@ -108,7 +108,8 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     return (verdict(
         "C5", profile, label_of(bool(good), all(one.high < -margin for one in lost.values())), lost[best],
         scale=STUDY.scale(profile), form=best, saved=1 - sizes[best] / sizes[DENSE],
-        narrower=difference(runs, best, "narrower dense"), filters=difference(runs, EQUAL, DENSE),
+        narrower=difference(runs, best, "narrower dense", comparisons=many),
+        filters=difference(runs, EQUAL, DENSE, comparisons=many),
     ),)  # fmt: skip
 
 

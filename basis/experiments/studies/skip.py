@@ -116,11 +116,13 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     """The verdict on C6."""
     runs, took, many = frame(records), judged_times(profile), len(CANDIDATES)
     kept = {name: difference(runs, name, FULL, comparisons=many) for name in CANDIDATES}
-    if took.empty:
-        return (Verdict("C6", profile, "not tested", "the time of the steps has not been measured on such a device"),)
-    gained = {name: gain(runs, name, took["relative"][name], comparisons=many) for name in CANDIDATES}
+    timed = () if took.empty else CANDIDATES
+    gained = {name: gain(runs, name, took["relative"][name], comparisons=many) for name in timed}
     if (least := min(one.n for one in (*kept.values(), *gained.values()))) < NEEDED:
         return (untested("C6", profile, least, NEEDED),)
+    if not timed:
+        finding = "the time of the steps has not been measured on such a device"
+        return (Verdict("C6", profile, "not tested", finding, n=least),)
     saving = [name for name in CANDIDATES if took["relative"][name] <= 1 - SAVED]
     good = [name for name in saving if gained[name].low > 0 and kept[name].low > -MARGIN[profile]]
     bad = [name for name in saving if gained[name].high < 0 or kept[name].high < -MARGIN[profile]]
@@ -128,7 +130,7 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     return (verdict(
         "C6", profile, label_of(bool(good), bad == saving), gained[best], scale=STUDY.scale(profile), best=best,
         share=took["relative"][best], device=took["device"][best], kept=kept[best],
-        dense=gain(runs, best, took["to_dense"][best], "dense"),
+        dense=gain(runs, best, took["to_dense"][best], "dense", comparisons=many),
     ),)  # fmt: skip
 
 

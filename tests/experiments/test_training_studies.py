@@ -34,7 +34,7 @@ def outcomes(study, lost):
     ]
 
 
-def less(points, by=1.0):
+def plus(points, by=1.0):
     return [one + by for one in points]
 
 
@@ -54,7 +54,7 @@ def test_rounds_of_seeds_compare_all_that_is_judged(study, profile, most):
     seeds = [run.seed for run in runs]
     assert seeds == sorted(seeds)
     often = {name for name, n in Counter(run.variant for run in runs).items() if n == max(seeds) + 1}
-    assert often >= {*skip.CANDIDATES, skip.FULL} if study is SKIP else {"dense A", *coefficients.JUDGED}
+    assert often >= ({*skip.CANDIDATES, skip.FULL} if study is SKIP else {"dense A", *coefficients.JUDGED})
     dense = {run.id for run in headline if run.variant == "dense" and run.seed == 0}
     alike = dict(study="headline", variant="dense", ratio=None, mode="auto", coefficients=None)
     assert dense == {dataclasses.replace(runs[0], **alike).id}  # what is shared was trained as these are
@@ -63,11 +63,11 @@ def test_rounds_of_seeds_compare_all_that_is_judged(study, profile, most):
 @pytest.mark.parametrize(
     ("none", "grouped", "label"),
     [
-        (FEW, less(FEW), "reproduced"),
-        (less(FEW), less(FEW, -1), "reproduced"),
-        (less(FEW), less(FEW), "not reproduced"),
-        (less(FEW), WIDE, "inconclusive"),
-        (less(FEW, 0.5), less(FEW), "inconclusive"),  # at the margin
+        (FEW, plus(FEW), "reproduced"),
+        (plus(FEW), plus(FEW, -1), "reproduced"),
+        (plus(FEW), plus(FEW), "not reproduced"),
+        (plus(FEW), WIDE, "inconclusive"),
+        (plus(FEW, 0.5), plus(FEW), "inconclusive"),  # at the margin
         (FEW[:5], FEW, "not tested"),
     ],
 )
@@ -95,7 +95,7 @@ def bench(tmp_path, monkeypatch):
         cells = [("dense", part) for part in TRAINED] if len(forms) == 1 else [(form, "both") for form in forms]
         rows = [
             {"ratio": 0.5, "mode": "factorized", "coefficients": form, "trained": part, "speedup": 0.8 * speed,
-             "ms": 1.0, "n": 9, "step": step}
+             "n": 9, "step": step}
             for (form, part), speed in zip(cells, speedups, strict=True)
         ]  # fmt: skip
         config = {"model": "resnet18", "width": width, "trained": list(dict.fromkeys(part for _, part in cells))}
@@ -150,12 +150,12 @@ def schedules(fixed, eighth, shorter):
 @pytest.mark.parametrize(
     ("fixed", "eighth", "shorter", "label"),
     [
-        (FEW, less(FEW, 9), less(FEW), "reproduced"),
-        (less(FEW, 9), less(FEW, 9), less(FEW), "not reproduced"),
-        (FEW, FEW, less(FEW, -3), "not reproduced"),  # as good after equally many epochs, but shorter is better
-        (WIDE, less(FEW, 9), less(FEW), "inconclusive"),
-        (less(FEW, 0.5), less(FEW, 0.5), less(FEW), "inconclusive"),  # better than shorter, but at the margin
-        (FEW[:5], FEW, less(FEW), "not tested"),
+        (FEW, plus(FEW, 9), plus(FEW), "reproduced"),
+        (plus(FEW, 9), plus(FEW, 9), plus(FEW), "not reproduced"),
+        (FEW, FEW, plus(FEW, -3), "not reproduced"),  # as good after equally many epochs, but shorter is better
+        (WIDE, plus(FEW, 9), plus(FEW), "inconclusive"),
+        (plus(FEW, 0.5), plus(FEW, 0.5), plus(FEW), "inconclusive"),  # better than shorter, but at the margin
+        (FEW[:5], FEW, plus(FEW), "not tested"),
     ],
 )
 def test_the_rule_for_c6(fixed, eighth, shorter, label, bench):
@@ -167,7 +167,7 @@ def test_the_rule_for_c6(fixed, eighth, shorter, label, bench):
 
 def test_a_schedule_that_saves_too_little_time_does_not_reproduce_c6(bench):
     bench((1.0, 1.0, 1.2, 1.3))
-    (verdict,) = SKIP.verdicts(schedules(FEW, FEW, less(FEW)), "small")
+    (verdict,) = SKIP.verdicts(schedules(FEW, FEW, plus(FEW)), "small")
     assert (verdict.label, "takes 83.3% of the time" in verdict.finding) == ("not reproduced", True)
 
 

@@ -42,17 +42,13 @@ def _runs(base: Run, *, divisor: int, seeds: int, few: int, others: Sequence[str
             return replace(base, variant=name, seed=seed, ratio=None, plan=plan, coefficients="repeat")
         return replace(base, variant=name, seed=seed, coefficients=KINDS[name] + sizes.get(KINDS[name], ""))
 
-    names = (DENSE, *JUDGED)
-    more = tuple(name for name in others if name not in names)
-    return tuple(one(name, seed) for seed in range(seeds) for name in names + more * (seed < few))
+    wanted = dict.fromkeys((DENSE, *JUDGED, *others))
+    return tuple(one(n, seed) for seed in range(seeds) for n in (wanted if seed < few else (DENSE, *JUDGED)))
 
 
 @lru_cache
 def equal_plan(model: str, width: int | None) -> Mapping[str, int]:
-    """Basis channels with which the network without A is just no larger than with a dense A at :data:`RATIO`.
-
-    One ratio for all layers, in steps of 1/256.
-    """
+    """Basis channels, at one ratio, that make the network without A as large as with a dense A at :data:`RATIO`."""
     with torch.device("meta"):
         layers = convolutions(build(model, width=width))
     weights = {names[0]: conv.weight for conv, names in layers.items()}
@@ -79,19 +75,18 @@ def step_times(profile: str, of: str = "coefficients") -> pd.DataFrame:
     """Measured steps of a profile's network at :data:`RATIO`, a row a ``device`` and form of A or ``trained`` part.
 
     ``relative`` is the time over that of training everything with dense A, ``to_dense`` over the dense network's, by
-    the kind of step that trainings take there; ``ms`` are medians of ``n`` rounds. Of "smoke" those of "small".
+    the kind of step that trainings take there; medians of ``n`` rounds. Of "smoke" those of "small".
     """
     run, found = STUDY.runs("paper" if profile == "paper" else "small")[0], []
     for report in load_benches(None, kind="bench-train"):
         about = {"step": "eager", **facts(report)}
         wanted = {"model": run.model, "width": run.width, "ratio": RATIO, "mode": "factorized"}
         wanted |= {"step": "graphed" if about["device_type"] == "cuda" else "eager"}
-        rows = [{**about, **row} for row in report.rows if counts(row)]
-        rows = [row for row in rows if wanted.items() <= row.items()]
+        rows = [row for one in report.rows if counts(one) and wanted.items() <= (row := {**about, **one}).items()]
         whole = [row["speedup"] for row in rows if (row["coefficients"], row["trained"]) == ("dense", "both")]
         if whole and len(about[of]) > 1:
             found += [{**r, "relative": whole[0] / r["speedup"], "to_dense": 1 / r["speedup"]} for r in rows]
-    times = pd.DataFrame(found, columns=[of, "device", "device_type", "n", "ms", "relative", "to_dense"])
+    times = pd.DataFrame(found, columns=[of, "device", "device_type", "n", "relative", "to_dense"])
     return times.drop_duplicates([of, "device"], ignore_index=True)
 
 
@@ -101,13 +96,13 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     lost = {name: difference(runs, name, DENSE, comparisons=many) for name in JUDGED}
     if (least := min(one.n for one in lost.values())) < NEEDED:
         return (untested("C5", profile, least, NEEDED),)
-    margin = MARGIN[profile]
-    good = [name for name in JUDGED if lost[name].low > -margin]
+    good = [name for name in JUDGED if lost[name].low > -MARGIN[profile]]
+    bad = all(one.high < -MARGIN[profile] for one in lost.values())
     best = max(good or JUDGED, key=lambda name: lost[name].value)
-    sizes = {name: runs.loc[runs["variant"] == name, "parameters"].iloc[0] for name in (DENSE, best)}
+    sizes = runs.groupby("variant")["parameters"].first()
     return (verdict(
-        "C5", profile, label_of(bool(good), all(one.high < -margin for one in lost.values())), lost[best],
-        scale=STUDY.scale(profile), form=best, saved=1 - sizes[best] / sizes[DENSE],
+        "C5", profile, label_of(bool(good), bad), lost[best], scale=STUDY.scale(profile), form=best,
+        saved=1 - sizes[best] / sizes[DENSE],
         narrower=difference(runs, best, "narrower dense", comparisons=many),
         filters=difference(runs, EQUAL, DENSE, comparisons=many),
     ),)  # fmt: skip

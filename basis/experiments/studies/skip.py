@@ -66,8 +66,7 @@ def predicted(profile: str) -> dict[str, float]:
 def times(profile: str) -> pd.DataFrame:
     """What a mean step takes, a row a ``device`` and ``variant``: a schedule, or :data:`FULL`.
 
-    ``relative`` to a step that trains everything, and ``to_dense``, to one of the dense network, from the ``n`` rounds
-    of :func:`step_times`.
+    ``relative`` to training everything and ``to_dense`` network's, from the ``n`` rounds of :func:`step_times`.
     """
     steps, rows = steps_of(STUDY.runs("paper" if profile == "paper" else "small")[0]), []
     for device, own in step_times(profile, "trained").groupby("device", sort=False):
@@ -76,8 +75,8 @@ def times(profile: str) -> pd.DataFrame:
         for name, skip in {FULL: Skip(), **SCHEDULES}.items():
             shares = skip.shares(**steps)
             relative = sum(shares.get(trained, 0) * parts["relative"][part] for part, trained in TRAINED.items())
-            row = {"variant": name, "relative": relative, "to_dense": relative * parts["to_dense"]["both"]}
-            rows.append({**about, **row})
+            about |= {"variant": name, "relative": relative, "to_dense": relative * parts["to_dense"]["both"]}
+            rows.append(dict(about))
     return pd.DataFrame(rows, columns=["variant", "device", "device_type", "n", "relative", "to_dense"])
 
 

@@ -11,14 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from basis.costs import count_parameters
+from basis.costs import cost, count_parameters
 from basis.data import Data, normalise
 from basis.decompositions import svd_pairs, tensorly_network
-from basis.layers.conv import BasisConv2d
 from basis.plan import Plan
-from basis.search.selection import select
+from basis.search.selection import Rule, select
 from basis.search.sensitivity import sensitivity
 from basis.substitution import substitute
 from basis.training.finetuning import finetune
@@ -34,8 +32,7 @@ class Compression:
 
     method: str  # one of METHODS
     budget: float  # the fraction of the parameters that may be left, in (0, 1]
-    # How the methods that select measure sensitivities, and what every number of basis channels is a multiple of.
-    measure: str = "activation"
+    # At which ratios the methods that select measure layers, and what every number of basis channels is a multiple of.
     ratios: tuple[float, ...] = (7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4, 1 / 8)
     multiple: int = 1
     calibration: int = 2000  # training images, not augmented, that layers and batch normalisation are fitted to
@@ -47,11 +44,9 @@ class Compression:
 
 
 def _selected(model: nn.Module, task: Compression, data: Data, units: Sequence[str] = ("params",)) -> Made:
-    how: dict[str, Any] = {"fit": "activation"} if task.measure.startswith("oneshot") else {}
     table = sensitivity(
-        model, data.validation, measure=task.measure, ratios=task.ratios, multiple=task.multiple,
-        calibration=data.train, **how,
-    )  # fmt: skip
+        model, data.validation, measure="activation", ratios=task.ratios, multiple=task.multiple, calibration=data.train
+    )
     plan = select(table, budget=dict.fromkeys(units, task.budget))
     return substitute(model, plan, calibration=data.train), plan
 
@@ -60,10 +55,11 @@ def _selected(model: nn.Module, task: Compression, data: Data, units: Sequence[s
 # better for it. Tucker convolutions leave 1x1 convolutions alone, too.
 
 
-def _uniform(model: nn.Module, task: Compression, data: Data, *, fitted: bool = True) -> Made:
-    shapes = sensitivity(model, measure="spectrum", ratios=(0.5,), multiple=task.multiple)
-    plan = select(shapes, budget={"params": task.budget}, rule="uniform", exclude=next(iter(_convolutions(model))))
-    return substitute(model, plan, calibration=data.train if fitted else None), plan
+def _ruled(model: nn.Module, task: Compression, data: Data, *, rule: Rule) -> Made:
+    # Largest first gives layer after layer half the budget's ratio, so that about as many stay dense.
+    shapes = sensitivity(model, measure="spectrum", ratios=(task.budget / 2,), multiple=task.multiple)
+    plan = select(shapes, budget={"params": task.budget}, rule=rule, exclude=next(iter(_convolutions(model))))
+    return substitute(model, plan, calibration=data.train), plan
 
 
 def _by_others(shrink: Callable[..., nn.Module], model: nn.Module, task: Compression, _: Data) -> Made:
@@ -77,16 +73,15 @@ def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
 
 
-# Name -> what makes the smaller network. The first four are this package's; "both" halves multiplications, too, where
-# the budget is a half.
+# Name -> what makes the smaller network, the most telling first; "MACs too" keeps to the budget in both units.
 METHODS: Mapping[str, Callable[[nn.Module, Compression, Data], Made]] = {
-    "selected": _selected,
-    "selected by both": partial(_selected, units=("params", "macs")),
-    "uniform": _uniform,
-    "uniform, fitted to weights": partial(_uniform, fitted=False),
-    "svd": partial(_by_others, svd_pairs),
-    "tensorly": partial(_by_others, tensorly_network),
     "dense": lambda model, task, data: (copy.deepcopy(model), None),
+    "selected": _selected,
+    "SVD pairs": partial(_by_others, svd_pairs),
+    "largest first": partial(_ruled, rule="largest_first"),
+    "uniform": partial(_ruled, rule="uniform"),
+    "selected, MACs too": partial(_selected, units=("params", "macs")),
+    "Tucker": partial(_by_others, tensorly_network),
 }
 
 
@@ -108,8 +103,8 @@ def compare(model: nn.Module, task: Compression, data: Data, *, seed: int = 0, p
     """Compress the trained ``model``, repair it, and test it at every stage.
 
     Returns plain values. ``stages`` holds loss and accuracy on the test images of the smaller network as it is
-    ("made"), after recalibration and after fine-tuning ("tuned"); ``test`` is the last of them. ``macs`` and
-    ``dense_macs`` are counted by torch, multiply-accumulates of one image, basis layers factorized.
+    ("made"), after recalibration and after fine-tuning ("tuned"); ``test`` is the last of them. ``macs`` are the
+    multiply-accumulates of one image, basis layers factorized.
     """
     place = next(model.parameters()).device
     data, precision = data.to(place), choose_precision(place)
@@ -119,8 +114,7 @@ def compare(model: nn.Module, task: Compression, data: Data, *, seed: int = 0, p
     smaller, about = shrink(model, task, data)
     smaller.to(memory_format=layout)  # type: ignore[call-overload]
     stages = {"made": evaluate(smaller, data.test, precision=precision)}
-    counts = (("parameters", count_parameters), ("macs", partial(_macs, image=data.train.x[:1])))
-    sizes = {name: count(smaller) for name, count in counts} | {f"dense_{name}": count(model) for name, count in counts}
+    size = cost(smaller, inputs=normalise(data.train.x[:1]), mode="factorized").total
     recalibrate(smaller, data.train.first(task.calibration))
     stages["recalibrated"] = evaluate(smaller, data.test, precision=precision)
     tuning = finetune(
@@ -128,18 +122,7 @@ def compare(model: nn.Module, task: Compression, data: Data, *, seed: int = 0, p
     )
     stages["tuned"] = evaluate(smaller, data.test, precision=precision)
     return {
-        **about, **sizes, "stages": stages, "test": stages["tuned"], "validation": None,
-        "curves": [dict(row) for row in tuning.curves], "train_seconds": tuning.seconds, "precision": precision,
+        **about, "parameters": size.parameters, "macs": size.forward_macs,
+        "stages": stages, "test": stages["tuned"], "validation": None, "curves": [dict(row) for row in tuning.curves],
+        "train_seconds": tuning.seconds, "precision": precision,
     }  # fmt: skip
-
-
-@torch.no_grad()
-def _macs(model: nn.Module, image: torch.Tensor) -> int:
-    """Multiply-accumulates of one image (1, H, W, C), as torch counts them: basis layers factorized, M whole."""
-    copied, counter = copy.deepcopy(model), FlopCounterMode(display=False)
-    for module in copied.modules():
-        if isinstance(module, BasisConv2d):
-            module.mode = "factorized"
-    with counter:
-        copied(normalise(image).contiguous())
-    return counter.get_total_flops() // 2

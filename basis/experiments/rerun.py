@@ -220,8 +220,8 @@ def _values(study: str, record: Record) -> list[tuple[str, int, float, str]]:
     """What is compared of a run: variant, seed, value and unit."""
     variant, seed, result = record.config["variant"], record.config["seed"], record.result
     if study == "sensitivity":
-        tuned = [record] if variant == "tuned" else []
-        rows = sensitivity_study.agreements(tuned, sensitivity_study.MEASURES, truth="tuned")
-        return [(row.measure, seed, row.spearman.value, "rank correlation with fine-tuning") for row in rows]
+        found = sensitivity_study.agreements(sensitivity_study.cells([record]))
+        pairs = zip(found["measure"], found["spearman"], strict=True)
+        return [(measure, seed, one.value, "rank correlation with fine-tuning") for measure, one in pairs]
     tested = result["test"]  # of a compressed network, after fine-tuning
     return [(labels(study, [variant])[0], seed, 100 * tested["accuracy"], "test accuracy, %")] if tested else []

@@ -1,31 +1,27 @@
-"""Score your own way of ranking layers against what full training lost, without training anything."""
+"""Score your own way of ranking layers against what fine-tuning left, without training anything."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import get_args
 
 import pandas as pd
 
 from basis.environment import stored_results
-from basis.experiments.runs import PROFILES, Record
-from basis.experiments.studies import STUDIES, valid_records
-from basis.experiments.studies.sensitivity import RATIOS, Truth, agreements, bootstrap, truths_of
-from basis.numbers import one_of
+from basis.experiments.runs import Record
+from basis.experiments.studies import gather
+from basis.experiments.studies.sensitivity import TRUTH, agreement, agreements, cells, means
 
 Scores = Mapping[str, float] | Mapping[tuple[str, float], float]
 
 
 def score(
-    scores: Scores, *, truth: Truth = "scratch", profile: str = "cpu", records: Sequence[Record] | None = None,
-    beside: bool = True,
-) -> pd.DataFrame:  # fmt: skip
-    """Rank correlations of your scores with what each layer lost in training, beside those of our measures.
+    scores: Scores, *, profile: str = "auto", records: Sequence[Record] | None = None, beside: bool = True
+) -> pd.DataFrame:
+    """Rank correlations of your scores with what each layer lost, beside those of our measures.
 
     Args:
-        scores: how much each 3x3 convolution would suffer, larger for worse, in any unit: layer -> value or
-            (layer, ratio) -> value, with the ratios 1/8 and 1/32 of the truth. Further layers are ignored.
-        truth: what a layer loses after training from scratch ("scratch"), or after fine-tuning ("tuned").
-        profile: whose truth, "cpu" or "paper".
+        scores: how much each convolution would suffer, larger for worse, in any unit: layer -> value or
+            (layer, ratio) -> value, with the two ratios of the truth. Further layers are ignored.
+        profile: whose truth, as :func:`basis.experiments.studies.gather` takes it.
         records: of the study "sensitivity"; default: the committed ones.
         beside: whether our measures are put beside them.
 
@@ -35,18 +31,16 @@ def score(
         of chapter 4.
 
     Raises:
-        ValueError: for an unknown or unmeasured truth, scores that are missing or not finite, and where no records are.
+        ValueError: for an unknown profile, scores that are missing or not finite, and where no records are.
     """
-    one_of("truth", truth, get_args(Truth))
-    one_of("profile", profile, PROFILES)
-    records = valid_records(STUDIES["sensitivity"], profile, stored_results()) if records is None else records
-    truths = truths_of(records, truth)
-    layers = [name for name in (truths[0].layers if truths else ()) if all(name in one.layers for one in truths)]
-    if len(layers) < 4:
-        raise ValueError(f"the truth {truth!r} of the profile {profile!r} holds {len(layers)} layers, too few to rank")
-    predictions = [_values(scores, ratio, layers) for ratio in RATIOS] * (len(truths) // len(RATIOS))
-    found = {"yours": bootstrap(truths, predictions)}
-    found |= {row.measure: row.spearman for row in (agreements(records, truth=truth) if beside else ())}
+    records = gather("sensitivity", profile, folder=stored_results()).records if records is None else records
+    frame = cells(records)
+    truth = means(frame, TRUTH)
+    if len(truth.columns) < 4:
+        raise ValueError(f"the truth of the profile {profile!r} holds {len(truth.columns)} layers, too few to rank")
+    own = pd.DataFrame([_values(scores, ratio, list(truth.columns)) for ratio in truth.index])
+    found = {"yours": agreement(truth, own)}
+    found |= dict(agreements(frame)[["measure", "spearman"]].itertuples(index=False)) if beside else {}
     columns = ["measure", "spearman", "spearman_low", "spearman_high", "layers"]
     return pd.DataFrame([(name, one.value, one.low, one.high, one.n) for name, one in found.items()], columns=columns)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from basis.experiments.runs import ARCHIVED
 from basis.experiments.studies import Gathered, find_study, gather
 from basis.experiments.studies.study import compared
 from basis.figures import table
@@ -18,18 +19,21 @@ def summary(runs: pd.DataFrame, baseline: str = "dense", variants: Sequence[str]
     """
     rows = [
         (
-            str(row.variant), str(row.n), f"{row.parameters:.1%}", f"{row.MACs:.1%}", row.accuracy.text(),
-            f"{row.difference.text(signed=True)} ({row.difference.n})" if row.difference.n else "",
+            str(row["variant"]), str(row["n"]), f"{row['parameters']:.1%}", f"{row['MACs']:.1%}",
+            row["accuracy"].text(), f"{gap.text(signed=True)} ({gap.n})" if (gap := row["difference"]).n else "",
         )
-        for row in compared(runs, baseline, variants).itertuples()
+        for row in compared(runs, baseline, variants).to_dict("records")
     ]  # fmt: skip
     head = ("Variant", "n", "Parameters", "MACs", "Test accuracy, %", f"Against {baseline}, points (pairs)")
     return table(head, rows) if rows else "There are no runs to tabulate."
 
 
 def verdict_table(study: str, gathered: Gathered, claims: Sequence[str] = ()) -> str:
-    """The verdicts on the claims of a study, or some of them, at the scale shown and at paper scale."""
-    judge, shown = find_study(study), [gathered]
+    """The verdicts on the claims of a study, or some of them, at the scale shown and at paper scale.
+
+    Archived runs decide nothing: in their place stands what there is of ``small``.
+    """
+    judge, shown = find_study(study), [gather(study, "small") if gathered.profile == ARCHIVED else gathered]
     shown += [gather(study, "paper")] if gathered.profile != "paper" else []
     rows = [
         (v.claim, one.scale, v.finding, v.difference, str(v.n or ""), f"**{v.label}**", v.change)

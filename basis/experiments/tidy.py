@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from basis.experiments.records import Record, device_seconds
-from basis.experiments.runs import PROFILES
+from basis.experiments.runs import ARCHIVED, PROFILES
 from basis.experiments.studies import STUDIES, valid_records
 
 
@@ -90,8 +90,8 @@ COLUMNS: Mapping[str, tuple[str, str | Callable[[Record], Any]]] = {
 
 
 def sound_records(folder: Path | None = None) -> list[Record]:
-    """Every record that a study lists, but those on synthetic images."""
-    places = product(STUDIES.values(), [profile for profile in PROFILES if profile != "smoke"])
+    """Every record that a study lists, and the archived ones; none on synthetic images."""
+    places = product(STUDIES.values(), [profile for profile in (*PROFILES, ARCHIVED) if profile != "smoke"])
     return [record for study, profile in places for record in valid_records(study, profile, folder)]
 
 

@@ -12,12 +12,12 @@ from basis.experiments.tidy import COLUMNS
 from basis.figures import table
 
 EXAMPLE = """\
+from torch import nn
 from basis.models import build
 from basis.experiments.scoring import score
 
-network = build("resnet18", width=8)  # that of the truth, not trained
-own = {name: weight.numel() for name, weight in network.named_parameters() if weight.dim() == 4}
-own = {name.removesuffix(".weight"): size for name, size in own.items()}  # the larger, the more sensitive?
+layers = [name for name, module in build("resnet18").named_modules() if isinstance(module, nn.Conv2d)]
+own = {name: -i for i, name in enumerate(layers)}  # the earlier, the more sensitive?
 print(score(own).round(2).to_string(index=False))"""
 
 

@@ -7,36 +7,17 @@ import pytest
 
 from basis.cli import main
 from basis.environment import results_folder
-from basis.experiments.runs import Record
+from basis.experiments.runs import load_records
 from basis.experiments.scoring import score
-from basis.experiments.studies import STUDIES
 from basis.experiments.studies import sensitivity as study_of
 from basis.experiments.tidy import COLUMNS, csv, runs_frame, sound_records
 from book.tools import card
-
-STUDY = STUDIES["sensitivity"]
-LAYERS = {variant.split()[0] for variant in (run.variant for run in STUDY.runs("smoke") if run.plan)} - {"short"}
+from tests.experiments.test_search_studies import RANK, networks
 
 
 @pytest.fixture(scope="module")
 def committed():
     return sound_records()
-
-
-def truth(loss, seeds=(0, 1)):
-    """Records of the smoke truth in which ``layer`` alone loses ``loss(layer, ratio)``, without noise."""
-    records = []
-    for run in STUDY.runs("smoke"):
-        if run.variant == "dense" or (run.plan and not run.variant.startswith("short") and run.seed in seeds):
-            lost = 0.0 if run.variant == "dense" else loss(*next(iter(run.plan.items())))
-            result = {"validation": {"loss": 1.0 + lost}, "train_seconds": 1.0}
-            records.append(Record(run.id, run.config, result, {}, STUDY.definition))
-    return records
-
-
-def place(layer, k):
-    """A loss that orders the layers by their names, more at fewer filters."""
-    return sorted(LAYERS).index(layer) + 1 / (1 + k)
 
 
 # -- the table ---------------------------------------------------------------------------------------------
@@ -89,52 +70,42 @@ def test_the_data_card_runs_its_example(committed):
 
 @pytest.mark.parametrize("form", ["layers", "layers and ratios"])
 def test_the_truth_scores_one_in_every_form_and_its_reverse_minus_one(form):
-    records = truth(place)
-    own = {name: float(sorted(LAYERS).index(name)) for name in LAYERS}
     for sign in (1, -1):
-        scores = {name: sign * value for name, value in own.items()} | {"fc": 3.0}
+        scores = {name: sign * float(i) for name, i in RANK.items()} | {"fc": 3.0}
         if form == "layers and ratios":
             scores = {(name, ratio): value for name, value in scores.items() for ratio in study_of.RATIOS}
-        row = score(scores, records=records, beside=False).iloc[0]
+        row = score(scores, records=networks(float, count=2), beside=False).iloc[0]
         assert row["measure"] == "yours"
         assert row["spearman"] == pytest.approx(sign)
-        assert row["layers"] == len(LAYERS)
+        assert row["layers"] == len(RANK)
 
 
-def test_a_measure_of_ours_given_as_ones_own_scores_what_it_scores_beside(committed):
-    records = [record for record in committed if record.config["study"] == "sensitivity"]
-    tables = study_of.tables(records, "oneshot_bn")
-    own = {
-        (name, ratio): value
-        for ratio in study_of.RATIOS
-        for name, value in study_of.mean_values([study_of.values(table, ratio) for table in tables]).items()
-    }
+def test_a_measure_of_ours_given_as_ones_own_scores_what_it_scores_beside():
+    records = load_records(study="sensitivity", profile="cpu")
+    means = study_of.means(study_of.cells(records), "oneshot_bn")
+    own = {(name, ratio): means.loc[ratio, name] for ratio in means.index for name in means}
     frame = score(own, records=records).set_index("measure")
-    kept = ["spearman", "spearman_low", "spearman_high", "layers"]
-    assert list(frame.loc["yours", kept]) == pytest.approx(list(frame.loc["oneshot_bn", kept]))
+    assert list(frame.loc["yours"]) == pytest.approx(list(frame.loc["oneshot_bn"]))
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda own: {k: v for k, v in own.items() if k != "conv1"}, r"lack 1 of 4 layers: conv1"),
+        (lambda own: {k: v for k, v in own.items() if k != "conv1"}, r"lack 1 of 17 layers: conv1"),
         (lambda own: own | {"conv1": math.nan}, "conv1 is nan"),
-        (lambda own: {(name, 0.3): 1.0 for name in own}, "lack 4 of 4 layers"),
+        (lambda own: {(name, 0.3): 1.0 for name in own}, "lack 17 of 17 layers"),
     ],
 )
 def test_scores_that_cannot_be_ranked_are_refused(change, says):
-    own = dict.fromkeys(sorted(LAYERS), 1.0)
     with pytest.raises(ValueError, match=says):
-        score(change(own), records=truth(place))
+        score(change(dict.fromkeys(RANK, 1.0)), records=networks(float, count=1))
 
 
 def test_a_truth_that_is_not_there_is_named(monkeypatch):
+    with pytest.raises(ValueError, match="truth of the profile 'auto' holds 0 layers"):
+        score({"conv1": 1.0}, records=[])
+    with pytest.raises(ValueError, match="profile is 'huge'"):
+        score({"conv1": 1.0}, profile="huge")
     monkeypatch.setenv("BASIS_RESULTS", "nowhere")
     with pytest.raises(ValueError, match="git clone"):
         score({"conv1": 1.0})
-    with pytest.raises(ValueError, match="truth 'scratch' of the profile 'cpu' holds 0 layers"):
-        score({"conv1": 1.0}, records=[])
-    with pytest.raises(ValueError, match="truth is 'x', but it must be one of scratch, tuned"):
-        score({"conv1": 1.0}, truth="x")
-    with pytest.raises(ValueError, match="profile is 'huge'"):
-        score({"conv1": 1.0}, profile="huge")

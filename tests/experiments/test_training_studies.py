@@ -1,4 +1,4 @@
-"""The studies of chapters 6, 7 and 8: their runs, what they compute from records, and their verdicts."""
+"""The studies of chapters 6 and 7: their runs, what they compute from records, and their verdicts."""
 
 import dataclasses
 from collections import Counter
@@ -13,11 +13,11 @@ from basis.costs import count_parameters
 from basis.experiments.execution import execute
 from basis.experiments.runner import Order, Task, in_processes
 from basis.experiments.runs import load_records
-from basis.experiments.studies import STUDIES, coefficients, family, skip
+from basis.experiments.studies import STUDIES, coefficients, skip
 from basis.models import build
 from tests.experiments.test_search_studies import record
 
-COEFFICIENTS, SKIP, FAMILY = (STUDIES[name] for name in ("coefficients", "skip", "family"))
+COEFFICIENTS, SKIP = (STUDIES[name] for name in ("coefficients", "skip"))
 NOISE = (-0.001, 0.001, 0.0005)  # what the seeds 0, 1, 2 add to an accuracy
 FEW = [0.1, -0.1] * 4  # points that eight seeds lose in the mean 0, with a narrow interval
 WIDE = [3.0, -3.0] * 4
@@ -184,27 +184,8 @@ def test_equal_time_is_interpolated_between_shorter_trainings(what, share, rival
     assert (found.value, found.n) == (pytest.approx(rival - 0.5), n)
 
 
-@pytest.mark.parametrize(
-    ("selected", "label"),
-    [({}, "reproduced"), ({"resnet50": 0.58}, "partly"), (dict.fromkeys(family.NETWORKS, 0.57), "not reproduced")],
-)
-def test_the_rule_for_c7(selected, label):
-    records = []
-    for run in (run for run in FAMILY.runs("cpu") if not run.ladder):
-        name, _, kind = run.variant.partition(", ")
-        value = {"dense": 0.6, "selected": selected.get(name, 0.601), "all layers": 0.55}[kind]
-        records.append(record(run, accuracy=value + NOISE[run.seed % 2]))
-    assert FAMILY.verdicts(records, "cpu")[0].label == label
-    names = family.complete(records)
-    assert names[:4] == ["resnet20", "resnet32", "resnet44", "resnet56"]
-    mean, one = family.drop(records, names), family.drop(records, "resnet18")
-    assert mean.high - mean.low == pytest.approx((one.high - one.low) / len(names) ** 0.5)
-    two = [r for r in records if r.config["model"] in ("resnet18", "resnet20")]
-    assert FAMILY.verdicts(two, "cpu")[0].label == "not tested"
-
-
 @pytest.mark.weekly
-@pytest.mark.parametrize("study", [COEFFICIENTS, SKIP, FAMILY], ids=lambda study: study.name)
+@pytest.mark.parametrize("study", [COEFFICIENTS, SKIP], ids=lambda study: study.name)
 def test_one_seed_of_the_smoke_profile_runs(study, tmp_path):
     tasks = [Task(run, study.definition) for run in study.runs("smoke") if run.seed != 1]
     steps = list(in_processes(Order(tasks=tasks, folder=tmp_path, device="cpu"), 1))

@@ -1,31 +1,28 @@
 """Chapter 8: does it hold across the ResNet family?
 
-Each network dense, with all layers at one ratio, and with layers selected by its own sensitivities, the last
-two at half of the dense network's parameters.
+Every network is trained dense, and at half of its parameters by the rules of the study ``headline``, whose runs are
+those of ResNet-18.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
-from basis.experiments.runs import Choice, Ladder, Record, Run
-from basis.experiments.studies import study
-from basis.experiments.studies.headline import MEASURE
-from basis.experiments.studies.study import TEXTS, Study, Verdict, accuracies
-from basis.experiments.studies.study import result_of as result_of
-from basis.experiments.studies.study import spread as spread
-from basis.statistics import Estimate
-from basis.training.loop import Recipe
+import pandas as pd
 
-NETWORKS = ("resnet18", "resnet20", "resnet56", "resnet34", "resnet32", "resnet44", "resnet50")  # in order of value
-FOUR_STAGE = ("resnet18", "resnet34", "resnet50")
-ARMS: Mapping[str, str | None] = {"dense": None, "all layers": "uniform", "selected": "optimal"}
-CANDIDATES = (3 / 4, 1 / 2, 1 / 4, 1 / 8)
-BUDGET, POINTS, NEEDED = 0.5, 0.2, 3
-LONG = Recipe(epochs=164, batch_size=128, lr=0.1, weight_decay=1e-4, cutout=0)  # as He et al. train
-# Test accuracies of He et al. 2016 (arXiv 1512.03385, table 6), as fractions.
-PUBLISHED: Mapping[str, float] = {"resnet20": 0.9125, "resnet32": 0.9249, "resnet44": 0.9283, "resnet56": 0.9303}
-SCALES: Mapping[str, str] = dict(TEXTS["family.scales"])
+from basis.experiments.runs import Record, Run
+from basis.experiments.studies import headline
+from basis.experiments.studies.headline import HALF, NARROWER
+from basis.experiments.studies.study import MARGIN, Study, Verdict, describe, difference, label_of, verdict
+
+NEEDED, NETWORKS = 4, 3
+SHARED = "resnet18"
+KINDS: Mapping[str, str] = {"table": "table", "dense": "dense"} | {
+    headline.variant(kind, HALF): kind for kind in ("selected", "uniform", "largest first", NARROWER)
+}
+JUDGED = ("dense", "selected", "uniform")
+# Channels of each stage of a narrower dense network with half of the parameters, to 0.3 %.
+STAGES = {"resnet20": (11, 23, 45), "resnet56": (11, 23, 45), "resnet50": (44, 88, 184, 360)}
 
 
 def variant(network: str, kind: str) -> str:
@@ -33,61 +30,76 @@ def variant(network: str, kind: str) -> str:
     return f"{network}, {kind}"
 
 
-def _runs(
-    base: Run, *, seeds: int, networks: Sequence[str] = NETWORKS, multiple: int = 1, images: int = 1000, long: int = 0
-) -> tuple[Run, ...]:
-    """Seed after seed, each network's table before all others; at last those of :data:`LONG`."""
-
-    def one(network: str, kind: str, seed: int, **changes: Any) -> Run:
-        return replace(base, model=network, variant=variant(network, kind), seed=seed, **changes)
-
-    tables = {}
-    for network in networks:
-        # The three-stage networks begin with 16 channels, of which 8 would be the only multiple of 8.
-        step = multiple if network in FOUR_STAGE else max(1, multiple // 4)
-        ladder = Ladder(measures={MEASURE: CANDIDATES}, multiple=step, images=images, calibration=images)
-        # Its seed is not used again: what the table knows of one network's noise helps no variant.
-        tables[network] = one(network, "table", 100, test=False, ladder=ladder)
-
-    def compared(network: str, seed: int) -> list[Run]:
-        some = Choice(rule="", unit="params", budget=BUDGET, table=tables[network].id, measure=MEASURE)
-        choices = {kind: rule and replace(some, rule=rule) for kind, rule in ARMS.items()}
-        return [one(network, kind, seed, choice=choice) for kind, choice in choices.items()]
-
-    listed = [run for network in networks for run in (tables[network], *compared(network, 0))]
-    listed += [run for seed in range(1, seeds) for network in networks for run in compared(network, seed)]
-    pairs = [(network, seed) for seed in range(seeds if long else 0) for network in PUBLISHED]
-    return (*listed, *(one(name, "dense, long", seed, validation=0, recipe=LONG) for name, seed in pairs))
+def _runs(base: Run, *, seeds: Mapping[str, int], multiple: int = 1, without: Sequence[str] = ()) -> tuple[Run, ...]:
+    """Network after network: its table, then round after round of as many ``seeds``, as ``headline`` lists them."""
+    found = []
+    for network, many in seeds.items():
+        table = ""
+        for run in headline.STUDY.runs(base.profile):
+            kind = KINDS.get(run.variant, "")
+            if kind and kind not in without and (run.seed < many or run.ladder):
+                one = replace(base, model=network, variant=variant(network, kind), seed=run.seed, test=run.test)
+                if kind == NARROWER:
+                    one = replace(one, width=run.width if base.profile == "smoke" else STAGES[network])
+                choice = run.choice and replace(run.choice, table=table)
+                ladder = run.ladder and replace(run.ladder, multiple=multiple)
+                found.append(replace(one, choice=choice, ladder=ladder))
+                table = found[-1].id if ladder else table
+    return tuple(found)
 
 
-def complete(records: Sequence[Record], *, least: int = 1) -> list[str]:
-    """The networks of which every variant has at least ``least`` runs, in the order of their depth and kind."""
-    found = [n for n in NETWORKS if all(len(accuracies(records, variant(n, kind))) >= least for kind in ARMS)]
-    return sorted(found, key=lambda name: (name in FOUR_STAGE, int(name[6:])))
+class Family(Study):
+    """A study of several networks, all of which its scale names."""
+
+    def scale(self, profile: str, records: Sequence[Record] = ()) -> str:
+        """Such as ``ResNet-18, 20 and 56 of width 16, 16 epochs``."""
+        configs = [*(run.config for run in self.runs(profile)), *(record.config for record in records)]
+        models = {SHARED, *(config["model"] for config in configs)}
+        *others, last = sorted(int(model.removeprefix("resnet")) for model in models)
+        return describe(configs[0], f"ResNet-{', '.join(map(str, others))} and {last}") if configs else profile
 
 
-def drop(
-    records: Sequence[Record], networks: str | Sequence[str], kind: str = "selected", *, comparisons: int = 1
-) -> Estimate:
-    """Dense minus the variant of that kind in test accuracy (a fraction), in the mean of the networks."""
-    names = [networks] if isinstance(networks, str) else networks
-    pairs = [(variant(name, "dense"), variant(name, kind)) for name in names]
-    return study.difference_of(records, *pairs, comparisons=comparisons)
+def frame(records: Sequence[Record]) -> pd.DataFrame:
+    """:meth:`Study.frame`, with the ``network``, such as ``ResNet-20``; ``variant`` is the rest, as ``selected``."""
+    whole = {r.config["model"]: r.result["macs"] for r in records if r.config.get("ladder")}
+
+    def macs(record: Record) -> float:
+        dense = whole.get(record.config["model"], math.nan)
+        return float(record.result.get("macs", dense) / dense)  # archived dense networks have none
+
+    runs = STUDY.frame(records, {"MACs": macs})
+    names = runs["variant"].str.extract("resnet([^,]*), (.*)")
+    return runs.assign(network="ResNet-" + names[0], variant=names[1].replace("all layers", "uniform"))
+
+
+def complete(runs: pd.DataFrame, *, least: int = 1) -> list[str]:
+    """The networks of a :func:`frame` that have ``least`` seeds of all that is judged, by their depth."""
+    counts = {name: own["variant"].value_counts() for name, own in runs.groupby("network")}
+    return [str(name) for name, n in counts.items() if all(n.get(kind, 0) >= least for kind in JUDGED)]
+
+
+def mean_of(runs: pd.DataFrame, networks: Sequence[str]) -> pd.DataFrame:
+    """These networks as if they were one: for each variant the seeds that all of them have, in the mean."""
+    groups = runs[runs["network"].isin(networks)].groupby(["variant", "seed"], sort=False)
+    means = groups[["accuracy", "parameters", "MACs"]].mean()[groups.size() == len(networks)]
+    return means.reset_index().assign(network=f"mean of {len(networks)}")
 
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     """The verdict on C7."""
-    networks = complete(records, least=2)
-    if len(networks) < NEEDED:
-        finding = f"{len(networks)} networks have two runs per variant, and at least {NEEDED} are needed"
-        return (Verdict("C7", profile, "not tested", finding if records else "no run has been made yet"),)
-    mean, uniform = drop(records, networks), drop(records, networks, "all layers")
-    worse = [n for n in networks if 100 * drop(records, n, comparisons=len(networks)).low > POINTS]
-    return (study.verdict(
-        "C7", profile, study.label_of(100 * mean.high < POINTS and not worse, 100 * mean.low > POINTS),
-        -100 * mean.value, lost=mean.text(scale=100), uniform=uniform.text(scale=100), networks=len(networks), n=mean.n,
-        scale=SCALES[profile], worse=len(worse), limit=POINTS,
-    ),)  # fmt: skip
+    runs = frame(records)
+    networks = complete(runs, least=NEEDED)
+    if len(networks) < NETWORKS:
+        finding = f"{len(networks)} of the {NETWORKS} networks that the rule needs have {NEEDED} seeds"
+        return (Verdict("C7", profile, "not tested", finding),)
+    mean, margin = mean_of(runs, networks), MARGIN[profile]
+    kept, gained, narrower = (difference(mean, "selected", other) for other in ("dense", "uniform", NARROWER))
+    label = label_of(kept.low > -margin and gained.low > 0, kept.high < -margin or gained.high < 0)
+    about = {"networks": len(networks), "uniform": gained, "narrower": narrower}
+    return (verdict("C7", profile, label, kept, scale=STUDY.scale(profile), **about),)
 
 
-STUDY = Study.named("family", _runs, judge, budget=BUDGET, points=POINTS, needed=NEEDED)
+STUDY = Family.named(
+    "family", _runs, judge, shared={of: variant(SHARED, kind) for of, kind in KINDS.items()},
+    needed=NEEDED, networks=NETWORKS, margin=MARGIN["small"], paper=MARGIN["paper"],
+)  # fmt: skip

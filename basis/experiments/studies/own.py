@@ -2,84 +2,84 @@
 
 One dense network is trained for each seed, and made smaller to one number of parameters by several methods. Each is
 tested as it is, after batch normalisation is recalibrated, and after one epoch of fine-tuning, all on the same images.
+The dense network itself, fine-tuned as long, is the control.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from basis.experiments.comparison import Compression
+import pandas as pd
+
+from basis.experiments.comparison import METHODS, Compression
 from basis.experiments.runs import Record, Run
-from basis.experiments.studies.study import SCALES, TEXTS, Study, Verdict, label_of, untested, verdict
-from basis.statistics import Estimate, mean_estimate, paired_difference
+from basis.experiments.studies import headline
+from basis.experiments.studies.headline import HALF, NARROWER
+from basis.experiments.studies.study import MARGIN, Study, Verdict, difference, label_of, untested, verdict
+from basis.statistics import mean_estimate, paired_difference
 
-# Method of basis.experiments.comparison -> what figures call it; the first three are needed for the verdict.
-METHODS: Mapping[str, str] = dict(TEXTS["own.methods"])
-DENSE, FIRST = "dense", tuple(METHODS)[:3]
-OURS = ("selected", "selected by both", "uniform", "uniform, fitted to weights")
-JUDGED, PART, POINTS, SEEDS = 0.5, 0.5, 0.3, 3
-
-
-def variant(method: str, budget: float = JUDGED) -> str:
-    """The name of a variant, such as ``selected at 50 %``; ``dense`` has no budget."""
-    return DENSE if method == DENSE else f"{method} at {100 * budget:g} %"
+BUDGET, PART, NEEDED = 0.5, 0.5, 4
+DENSE, OURS, SVD = tuple(METHODS)[:3]
+ORDER = (*METHODS, NARROWER)
+STAGES = {"grown": ("made", "loss"), "given": ("made", "accuracy"), "recalibrated": ("recalibrated", "accuracy")}
+OLD: Mapping[str, str] = {  # names in archived records
+    "selected at 50 %": OURS, "svd at 50 %": SVD, "selected by both at 50 %": "selected, MACs too",
+    "uniform at 50 %": "uniform", "tensorly at 50 %": "Tucker",
+}  # fmt: skip
 
 
 def _runs(
-    base: Run, *, seeds: int, judged: int = 0, methods: int = len(METHODS), budgets: Sequence[float] = (JUDGED,),
-    task: Mapping[str, Any] | None = None,
+    base: Run, *, seeds: int, methods: int | None = None, task: Mapping[str, Any] | None = None
 ) -> tuple[Run, ...]:  # fmt: skip
-    """What the verdict needs, then what else is compared; at last further ``judged`` seeds of the former."""
-
-    def one(seed: int, method: str, budget: float = JUDGED) -> Run:
-        asked = Compression(method=method, budget=1.0 if method == DENSE else budget, **(task or {}))
-        return replace(base, variant=variant(method, budget), seed=seed, compression=asked)
-
-    pairs = [(method, budget) for budget in budgets for method in tuple(METHODS)[len(FIRST) : methods]]
-    pairs += [(method, budget) for budget in budgets[1:] for method in FIRST if method != DENSE]
-    first, more = ([one(seed, m) for seed in those for m in FIRST] for those in (range(seeds), range(seeds, judged)))
-    return (*first, *(one(seed, *pair) for seed in range(seeds) for pair in pairs), *more)
+    """Method after method, the dense one first: trainings side by side then begin with networks of different seeds."""
+    budgets = {method: 1.0 if method == DENSE else BUDGET for method in tuple(METHODS)[:methods]}
+    asked = [Compression(method=method, budget=budget, **(task or {})) for method, budget in budgets.items()]
+    return tuple(replace(base, variant=c.method, seed=seed, compression=c) for c in asked for seed in range(seeds))
 
 
-def of_variant(records: Sequence[Record], name: str) -> dict[int, Record]:
-    """Seed -> the record of that variant."""
-    return {r.config["seed"]: r for r in records if r.config["variant"] == name}
+def _at(record: Record, *, where: tuple[str, str]) -> float:
+    """Loss or accuracy (a fraction) at a stage; NaN where there are none, as in a network trained from scratch."""
+    return float(record.result["stages"][where[0]][where[1]]) if "stages" in record.result else math.nan
 
 
-def variants(records: Sequence[Record]) -> dict[str, str]:
-    """Name of a variant with records -> what figures call it: ours first, the dense network last."""
-    order = sorted(METHODS, key=lambda m: (m == DENSE, m not in OURS))
-    return {variant(m): METHODS[m] for m in order if of_variant(records, variant(m))}
+def frame(records: Sequence[Record]) -> pd.DataFrame:
+    """:meth:`Study.frame`, whose ``accuracy`` is that after fine-tuning, with what was before it.
+
+    ``given``: the accuracy (%) of the trained network of that seed. From it, by how much the loss has ``grown`` when
+    the network was made smaller, and the ``recalibrated`` accuracy differs (points).
+    """
+    named = [(r, OLD.get(r.config["variant"], r.config["variant"])) for r in records]
+    known = [replace(r, config={**r.config, "variant": name}) for r, name in named if name in ORDER]
+    columns: dict[str, Any] = {"accuracy_flip": lambda _: math.nan, "validation": lambda _: []}
+    runs = STUDY.frame(known, columns | {name: partial(_at, where=where) for name, where in STAGES.items()})
+    given = runs[runs["variant"] == DENSE].set_index("seed")[["grown", "given"]].astype(float)
+    loss, accuracy = (runs["seed"].map(given[name]) for name in given)
+    changes = {"grown": runs["grown"] - loss, "recalibrated": 100 * (runs["recalibrated"] - accuracy)}
+    return runs.assign(given=100 * accuracy, **changes)
 
 
-def changes(records: Sequence[Record], name: str, stage: str, key: str) -> dict[int, float]:
-    """Seed -> loss or accuracy of a variant at a stage, less that of the dense network that was given."""
-    given, there = of_variant(records, DENSE), of_variant(records, name)
-    values = {seed: there[seed].result["stages"][stage][key] for seed in sorted(set(there) & set(given))}
-    return {seed: value - given[seed].result["stages"]["made"][key] for seed, value in values.items()}
-
-
-def mean_change(records: Sequence[Record], name: str, stage: str, key: str) -> Estimate:
-    """The mean of :func:`changes`, with its interval over seeds."""
-    return mean_estimate(list(changes(records, name, stage, key).values()))
+def by_seed(runs: pd.DataFrame, name: str, column: str) -> pd.Series:
+    """A column of a variant, by seed."""
+    return runs[runs["variant"] == name].set_index("seed")[column].dropna()
 
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     """The verdict on H4."""
-    mine, svd = variant("selected"), variant("svd")
-    n = len(set(changes(records, mine, "tuned", "loss")) & set(changes(records, svd, "tuned", "loss")))
-    if n < SEEDS:
-        return (untested("H4", profile, n, f"seeds with all three networks, and {SEEDS}"),)
-    grown, grown_svd = (changes(records, name, "made", "loss") for name in (mine, svd))
-    excess = paired_difference(grown, {seed: PART * x for seed, x in grown_svd.items()})
-    tuned = mean_change(records, mine, "tuned", "accuracy")
-    holds = (excess.high < 0, -100 * tuned.low < POINTS)
-    lost, lost_svd = (mean_change(records, name, "made", "loss").text(digits=3) for name in (mine, svd))
-    return (verdict(
-        "H4", profile, label_of(all(holds), not any(holds)), 100 * tuned.value, lost=lost, svd=lost_svd, budget=JUDGED,
-        gained=tuned.text(scale=100, signed=True), support=tuned.support, scale=SCALES[profile],
-        dense=100 * mean_change(records, DENSE, "tuned", "accuracy").value,
-    ),)  # fmt: skip
+    runs, margin = frame(records), MARGIN[profile]
+    grown, by_svd = (by_seed(runs, name, "grown") for name in (OURS, SVD))
+    excess = paired_difference(dict(grown), dict(PART * by_svd))
+    kept = difference(runs, OURS, DENSE)
+    if (least := min(excess.n, kept.n)) < NEEDED:
+        return (untested("H4", profile, least, NEEDED),)
+    label = label_of(excess.high < 0 and kept.low > -margin, excess.low > 0 or kept.high < -margin)
+    about: dict[str, Any] = {"scale": STUDY.scale(profile), "narrower": difference(runs, OURS, NARROWER)}
+    lost, svd = (mean_estimate(list(losses)).text(digits=3) for losses in (grown, by_svd))
+    return (verdict("H4", profile, label, kept, lost=lost, svd=svd, **about),)
 
 
-STUDY = Study.named("own", _runs, judge, judged=JUDGED, part=PART, points=POINTS, seeds=SEEDS)
+STUDY = Study.named(
+    "own", _runs, judge, shared={headline.variant(NARROWER, HALF): NARROWER},
+    budget=BUDGET, part=PART, needed=NEEDED, margin=MARGIN["small"], paper=MARGIN["paper"],
+)  # fmt: skip

@@ -18,7 +18,6 @@ from basis.models import build
 from tests.experiments.test_search_studies import record
 
 COEFFICIENTS, SKIP = (STUDIES[name] for name in ("coefficients", "skip"))
-NOISE = (-0.001, 0.001, 0.0005)  # what the seeds 0, 1, 2 add to an accuracy
 FEW = [0.1, -0.1] * 4  # points that eight seeds lose in the mean 0, with a narrow interval
 WIDE = [3.0, -3.0] * 4
 

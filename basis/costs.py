@@ -46,8 +46,8 @@ class Cost:
     """Numbers of one layer, or of a whole model, for one training step.
 
     ``parameters`` are trained numbers that are stored; a tied one counts where it appears first. A sparse A counts the
-    entries it keeps, a frozen A none, a structured layer its bits, 32 to a number. ``activation_bytes`` are what a
-    layer with parameters keeps for its own backward pass: its input (without padding), Z, and the M or W it builds.
+    entries it keeps, a frozen A none. ``activation_bytes`` are what a layer with parameters keeps for its own backward
+    pass: its input (without padding), Z, and the M or W it builds.
     """
 
     parameters: int = 0
@@ -174,7 +174,6 @@ def cost(
     example: Any = example_inputs(model, input_size, inputs, batch_size=batch_size)
     named: dict[str, Any] = dict(model.named_modules())
     coupled = any(isinstance(module, BasisBatchNorm2d) for module in named.values())
-    parts = {p for m in named.values() if isinstance(m, StructuredConv2d) for p in m.modules() if p is not m}
     seen: set[int] = set()
     layers = []
     traced = trace(uncouple(model) if coupled else model, example)
@@ -191,8 +190,6 @@ def cost(
             through = isinstance(own, BasisBatchNorm2d)
             one = _through_basis_cost(own.conv, call) if through else _called_cost(module, call, counted)
             as_is, dense = as_is + _recorded(one, call), dense + _recorded(_dense_cost(module, call), call)
-        if own in parts:  # a normalisation within a structured layer, which a dense one has not
-            dense = Cost()
         known = bool(calls) or not isinstance(module, MATMULS) or module in outside
         layers.append(LayerCost(name, type(module).__name__, counted, as_is, dense, known, tuple(calls)))
     if None in outside:
@@ -215,13 +212,7 @@ def count_parameters(model: nn.Module) -> int:
 
 def count_trained(model: nn.Module) -> int:
     """The numbers that training changes: entries of parameters that require a gradient, tied ones once."""
-    found = {
-        id(p): module.trained(name) if isinstance(module, StructuredConv2d) and name in module.parts else p.numel()
-        for module in model.modules()
-        for name, p in module.named_parameters(recurse=False)
-        if p.requires_grad
-    }
-    return sum(found.values())
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _count_new(module: nn.Module, seen: set[int]) -> int:
@@ -230,8 +221,6 @@ def _count_new(module: nn.Module, seen: set[int]) -> int:
     seen.update(map(id, new.values()))
     if isinstance(module, Coefficients):
         return module.stored if new else 0
-    if isinstance(module, StructuredConv2d):
-        return math.ceil(sum(32 * p.numel() if name == "bias" else module.bits(name) for name, p in new.items()) / 32)
     return sum(p.numel() for p in new.values())
 
 
@@ -319,10 +308,9 @@ def _structured_cost(layer: StructuredConv2d, call: Call) -> Cost:
     kept = math.prod(call.x) * call.itemsize * (flows or any(p.requires_grad for p in layer.parameters()))
     total = Cost(activation_bytes=kept, building_macs=layer.building)
     for product in layer.products:
-        macs, trained = product.macs * pixels[product.at], product.trained and learns
-        kept = product.reads * pixels[product.reads_at] * call.itemsize * (flows or trained)
-        total += Cost(0, macs, flows * macs, trained * macs, activation_bytes=kept)
-        flows = flows or trained
+        macs, kept = product.macs * pixels[product.at], product.reads * pixels[product.reads_at] * call.itemsize
+        total += Cost(0, macs, flows * macs, learns * macs, activation_bytes=kept * (flows or learns))
+        flows = flows or learns
     return total
 
 

@@ -203,9 +203,9 @@ def _calibrated(
 
 
 def hand_over(old: Any, new: Any) -> nn.Module:
-    """:func:`keep_interface`, and, unless ``old`` shifts it, its very bias."""
+    """:func:`keep_interface`, and its very bias."""
     keep_interface(old, new)
-    if old.bias is not None and not getattr(old, "shifts", False):
+    if old.bias is not None:
         with torch.no_grad():
             old.bias.copy_(new.bias)
         new.bias = old.bias

@@ -145,7 +145,7 @@ def test_hooks_of_every_kind_are_kept():
         assert log == [("forward_pre_hook", seen), ("always", seen)]
 
 
-@pytest.mark.parametrize("size", [6, "tucker:0.5", "sep_hashed:0.25"])
+@pytest.mark.parametrize("size", [6, "tucker:0.5", "hashed:0.25"])
 def test_what_users_keep_on_a_layer_is_kept(size):
     model = Net()
     kept = {"tag": "stem", "lr_scale": 0.1, "_is_hf_initialized": True}

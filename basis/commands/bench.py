@@ -20,7 +20,7 @@ from basis.commands import device
 from basis.environment import results_folder
 from basis.experiments.budget_bench import bench_budget
 from basis.experiments.runs import PROFILES, duration
-from basis.experiments.studies.substitutes import BLOCKS, bench_variants
+from basis.experiments.studies import substitutes
 from basis.experiments.sweep import bench_gpu, file_name
 from basis.experiments.switch_bench import bench_switch
 from basis.inference import bench_inference
@@ -36,16 +36,16 @@ def time_layers(*, model: str = "resnet18", width: int | None = None, **options:
 
 def time_structured(*, profile: str, candidates: Sequence[str] = (), **options: Any) -> BenchReport:
     """Measure structured layers, those of chapter 9 unless given, against dense ones."""
-    found = candidates or [text for text, width in bench_variants(profile) if width is None]
-    return bench_layers("structured", candidates=found, **options)
+    found = candidates or dict.fromkeys(run.layer for run in substitutes.STUDY.runs(profile) if run.layer)
+    return bench_layers("structured", candidates=list(found), **options)
 
 
-def time_structured_steps(*, profile: str, model: str = "wrn-10-1", **options: Any) -> BenchReport:
-    """Measure training steps of networks of the structured layers of chapter 9."""
-    pairs = bench_variants(profile, model)
-    if not pairs:
-        raise ValueError(f"chapter 9 has no {model} in the profile {profile}")
-    return bench_structured_training(layers=pairs, include=BLOCKS, model=model, **options)
+def time_structured_steps(*, profile: str, **options: Any) -> BenchReport:
+    """Measure training steps of the networks of chapter 9."""
+    runs = substitutes.STUDY.runs(profile)
+    pairs = [(run.layer or "dense", run.width) for run in runs]
+    about: Any = {"model": runs[0].model, "width": runs[0].width, "include": substitutes.BLOCKS, "layers": pairs}
+    return bench_structured_training(**about, **options)
 
 
 # KIND -> the benchmark, what it measures, and its options beside those of the setting; defaults are its own.
@@ -56,7 +56,7 @@ BENCHES: Mapping[str, tuple[Callable[..., BenchReport], str, str]] = {
     "structured": (time_structured, "other structured layers", "shapes passes candidates profile"),
     "latency": (time_layers, "every layer of a network", "model width ratios passes"),
     "train": (bench_training, "whole training steps", "model width ratios modes coefficients trained norms steps"),
-    "structured-train": (time_structured_steps, "networks of structured layers", "profile model width"),
+    "structured-train": (time_structured_steps, "networks of structured layers", "profile"),
     "inference": (bench_inference, "whole networks, folded", "model width ratios"),
     "parts": (bench_parts, "where the time of a training step goes", "model width ratios"),
     "switch": (bench_switch, "a training that switches on its way (chapter 12)", ""),
@@ -69,7 +69,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "passes": {"nargs": "+", "choices": PASSES, "help": "inference, or with all gradients"},
     "norms": {"nargs": "+", "choices": NORMS, "help": "kinds of batch normalisation"},
     "candidates": {"nargs": "+", "metavar": "NAME", "help": "a mode, a baseline, or a layer such as tucker:0.41"},
-    "profile": {"default": "cpu", "choices": PROFILES, "help": "whose layers of chapter 9"},
+    "profile": {"default": "small", "choices": PROFILES, "help": "whose layers of chapter 9"},
     "model": {"help": "a network of basis.models"},
     "width": {"type": int, "help": "its width (default: the published one)"},
     "coefficients": {"nargs": "+", "metavar": "FORM", "help": "forms of the mixing matrix, such as low_rank:1/8"},

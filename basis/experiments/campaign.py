@@ -12,7 +12,6 @@ from basis.experiments.runs import record_path
 from basis.experiments.studies import STUDIES, find_study, is_done
 
 FORMS = "dense|[^,]* A, r=1/2"
-LAYERS = r"wrn-1\S* (dense|basis|generic|tied|tensor_train|tucker|sep_hashed|shuffle|acdc)\b(?!.*(fitted|attention)).*"
 # The order of all studies: study, pattern of its variants, and how many runs of each variant (None: all). First whether
 # the trainer is right, then two runs of all that a claim is judged by, so that every claim is judged early; then the
 # judged comparisons with all their seeds. What no stage names comes last, study by study.
@@ -25,7 +24,7 @@ STAGES: Sequence[tuple[str, str, int | None]] = (
     ("coefficients", FORMS, 2),
     ("skip", ".*", 2),
     ("family", "(resnet18|resnet20|resnet56), (table|dense|all layers|selected)", 2),
-    ("substitutes", LAYERS, 2),
+    ("substitutes", ".*", None),
     ("own", r"dense|(selected|svd) at 50 %", 3),
     ("coefficients", FORMS, None),
     ("skip", ".*", None),

@@ -210,10 +210,10 @@ def _both(study: str, variants: Sequence[str], profile: str, folder: Path) -> pd
 
 
 def labels(study: str, variants: Sequence[str]) -> tuple[str, ...]:
-    """What the rows of the table are called: without the network, which differs between scales."""
+    """What the rows of the table are called."""
     if study == "sensitivity":
         return sensitivity_study.MEASURES
-    return tuple(name.partition(" ")[2] if study == "substitutes" else name for name in variants)
+    return tuple(variants)
 
 
 def _values(study: str, record: Record) -> list[tuple[str, int, float, str]]:

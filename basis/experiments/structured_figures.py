@@ -27,13 +27,8 @@ def stored_tensors(layer: BasisConv2d | StructuredConv2d) -> list[Tensor]:
     if isinstance(layer, BasisConv2d):
         parts: Sequence[Tensor] = [layer.basis, layer.coefficients.matrix()]
     else:
-        parts = [_as_stored(layer, name) for name in layer.parts if layer.bits(name)]
+        parts = list(layer.parts.values())
     return [_matrix(part.detach()) for part in parts]
-
-
-def _as_stored(layer: StructuredConv2d, name: str) -> Tensor:
-    part = layer.parts[name].detach()  # its mask, where only the mask is stored
-    return (part.abs() > part.abs().median()).float() if layer.bits(name) == part.numel() else part
 
 
 def _matrix(part: Tensor, rows: int = CHANNELS) -> Tensor:
@@ -96,3 +91,14 @@ def plain_ticks(axes: Axes) -> None:
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 4 * low else (1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def name_points(axes: Axes, points: Sequence[tuple[str, float, float, Any]], *, at: float) -> None:
+    """Name points, each (name, x, y, colour), in a column at x = ``at``, from which lines lead to them."""
+    low, high = axes.get_ylim()
+    place, step = low, 0.078 * (high - low)
+    for i, (name, x, y, colour) in enumerate(sorted(points, key=lambda point: point[2])):
+        last = high - (len(points) - i) * step  # leaves room for those above
+        place = max(place + step, min(y, last))
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.7, "shrinkB": 3}
+        axes.annotate(name, (x, y), (at, place), va="center", color=colour, fontsize=9.5, arrowprops=line)

@@ -29,7 +29,7 @@ def executed(monkeypatch):
     [
         ("every-layer --format svg png", ["03_every_layer"], 3),
         ("--chapter 3", ["03_every_layer"], 8),
-        ("structured-params every-layer", ["03_every_layer", "09_other_structured_layers"], 4),
+        ("structured-gaps every-layer", ["03_every_layer", "09_other_structured_layers"], 4),
     ],
 )
 def test_only_what_is_wanted_is_executed_and_kept(words, notebooks, files, tmp_path, executed, capsys):

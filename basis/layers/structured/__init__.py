@@ -9,17 +9,15 @@ from typing import Any
 from torch import nn
 
 from basis.layers.base import ConvLike, arguments_of
-from basis.layers.structured import butterfly, filters, maps, separable, sparse
+from basis.layers.structured import filters, maps, separable
 from basis.layers.structured.layer import Product, StructuredConv2d
 
 __all__ = ["LAYERS", "Product", "Structure", "StructuredConv2d"]
 
 # Each layer by the text that names it; all are made by `shaped_like` and `together`.
 _ALL: tuple[Any, ...] = (
-    filters.BasisLayer, filters.LinearConvLayer, separable.SepConv2d, separable.GenericConv2d, separable.TiedConv2d,
-    maps.SepHashedConv2d, maps.HashedConv2d, maps.TensorTrainConv2d, maps.TuckerConv2d, separable.ShuffleConv2d,
-    maps.ACDCConv2d, maps.TridiagonalConv2d, filters.LFBConv2d, filters.DSFBConv2d, filters.FixedBasisConv2d,
-    filters.DCFConv2d, butterfly.DebutConv2d, sparse.PemnConv2d, sparse.DsfConv2d,
+    filters.BasisLayer, separable.SepConv2d, separable.GenericConv2d, maps.TensorTrainConv2d, maps.TuckerConv2d,
+    separable.ShuffleConv2d, maps.ACDCConv2d, maps.HashedConv2d, filters.LFBConv2d,
 )  # fmt: skip
 LAYERS: Mapping[str, Any] = {one.kind: one for one in _ALL}
 

@@ -30,7 +30,6 @@ class Product:
     reads: int = 0  # channels of its input, kept for its weight's gradient; 0 for the layer's own input
     at: Literal["output", "input"] = "output"
     reads_at: Literal["output", "input"] = "output"
-    trained: bool = True  # its weight
 
 
 class StructuredConv2d(ConvLike):
@@ -50,7 +49,6 @@ class StructuredConv2d(ConvLike):
     sizes: ClassVar[str] = ""  # what the size says, in words; "" where there is no size
     shared: ClassVar[tuple[str, ...]] = ()  # parameters that layers of equal `key` hold together
     unscaled: ClassVar[tuple[str, ...]] = ()  # parameters that are not among `factors`
-    shifts: ClassVar[bool] = False  # whether the bias of `to_conv` is not the layer's own
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
@@ -117,14 +115,6 @@ class StructuredConv2d(ConvLike):
         """The forward pass; ``padding`` (height, width) is still to be done."""
         return F.conv2d(x, self._computed_weight(), self.bias, self.stride, padding, self.dilation)
 
-    def bits(self, name: str) -> int:
-        """Bits to be stored of the parameter of that name; 32 for each number, none for what a seed gives."""
-        return 32 * getattr(self, name).numel()
-
-    def trained(self, name: str) -> int:
-        """How many entries of the parameter of that name training changes: all, where no fixed mask hides some."""
-        return getattr(self, name).numel()
-
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw new parameters as the source does (or the class says), and the bias as ``nn.Conv2d`` does."""
@@ -155,12 +145,12 @@ class StructuredConv2d(ConvLike):
 
     @property
     def stored(self) -> int:
-        """Numbers of 32 bits that have to be stored for the weight (shared ones too), rounded up."""
-        return math.ceil(sum(map(self.bits, self.parts)) / 32)
+        """Numbers that have to be stored for the weight, shared ones too."""
+        return sum(p.numel() for p in self.parts.values())
 
     @property
     def _own(self) -> int:
-        return self.stored - sum(map(self.bits, self.shared)) // 32
+        return self.stored - sum(getattr(self, name).numel() for name in self.shared)
 
     @classmethod
     def key(cls, conv: nn.Conv2d, size: str) -> Hashable | None:

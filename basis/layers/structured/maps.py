@@ -172,97 +172,25 @@ class HashedConv2d(StructuredConv2d):
     _needed = ("indices",)
 
     def _build(self, new: New) -> None:
-        self._build_table(new, self.out_channels, *self.filter_shape)
-
-    def _build_table(self, new: New, *shape: int) -> None:
-        places = math.prod(shape)
+        places = self.out_channels * math.prod(self.filter_shape)
         budget = int(number(self.size, self.kind) * places)
         if not budget:
             raise ValueError(f"{self.text} stores none of {places} numbers, but it must store at least 1")
-        self.table, self.table_shape = new(budget), shape
+        self.table = new(budget)
         self.bias = new(self.out_channels) if self.bias is None else self.bias
 
     def _made(self, name: str, like: Tensor) -> Tensor:
-        return hashes(math.prod(self.table_shape), like.device) % len(self.table)
+        return hashes(self.out_channels * math.prod(self.filter_shape), like.device) % len(self.table)
 
     def _draw(self) -> None:
-        super()._draw()
-        draw_uniform(self.table, math.prod(self.table_shape[1:]))
+        draw_uniform(self.table, math.prod(self.filter_shape))
 
     def _weight(self) -> Tensor:
-        return self.table.index_select(0, self.constant("indices", self.table)).view(self.table_shape)
+        entries = self.table.index_select(0, self.constant("indices", self.table))
+        return entries.view(self.out_channels, *self.filter_shape)
 
     def _fit(self, weight: Tensor) -> None:
-        self._fit_table(weight.double(), torch.ones_like(weight, dtype=torch.float64))
-
-    def _fit_table(self, values: Tensor, squares: Tensor) -> None:
-        """The mean of the values at each number's places; ``squares`` are their weights."""
-        sums, weights = self.table.new_zeros((2, len(self.table)), dtype=torch.float64)
-        indices = self.constant("indices", self.table)
-        sums.index_add_(0, indices, (values * squares).flatten())
-        weights.index_add_(0, indices, squares.flatten())
-        self.table.copy_(torch.where(weights > 0, sums / weights, 0))
-
-
-class SepHashedConv2d(Separable, HashedConv2d):
-    """Depthwise and hashed pointwise convolution of int(s C_out C_in) numbers; as many MACs as ``sep``."""
-
-    kind = "sep_hashed"
-    rounds = 20
-
-    def _build_map(self, new: New) -> None:
-        self._build_table(new, self.out_channels, self.in_channels)
-
-    def _map(self) -> Tensor:
-        return HashedConv2d._weight(self)
-
-    def _fit_map(self, matrix: Tensor, scale: Tensor) -> None:
-        self._fit_table(matrix, scale.square().expand_as(matrix))
-
-
-class TridiagonalConv2d(Separable):
-    """Depthwise convolution and a map with diagonals -p, 0 and +q, and e more entries.
-
-    After Mousavi Janbeh Sarayi and Nikkhah Bahrami 2022 (arXiv 2207.00903), who have no convolutions. The diagonals
-    go on at the other end; input channels are riffled first, so that a stack of layers mixes all. ``entries``
-    (3 max(C_in, C_out) + e,) are drawn from N(0, 2 / entries in a row), ``indices`` are their places. Saves no MACs.
-    """
-
-    kind = "tridiagonal"
-    sizes = "P,Q or P,Q,E: how far the outer diagonals are from the main one, and the number of further entries"
-    rounds = 5
-    _needed = ("indices",)
-
-    def _build_map(self, new: New) -> None:
-        numbers = self.size.split(",")
-        if len(numbers) not in (2, 3) or not all(n.strip().isdecimal() for n in numbers):
-            raise ValueError(f"the size of {self.kind} is {self.size!r}, but it must be {self.sizes}")
-        p, q, *more = map(int, numbers)
-        period, cells = min(self.in_channels, self.out_channels), self.in_channels * self.out_channels
-        self.offsets, count = (-p, 0, q), 3 * max(self.in_channels, self.out_channels) + sum(more)
-        if len({offset % period for offset in self.offsets}) < 3:
-            raise ValueError(f"the diagonals -{p}, 0 and {q} of {self.text} are not three among {period} channels")
-        if count > cells:
-            raise ValueError(f"{self.text} has {count:,} entries, but the map has only {cells:,}")
-        self.entries = new(count)
-
-    def _made(self, name: str, like: Tensor) -> Tensor:
-        c, o, device = self.in_channels, self.out_channels, like.device
-        along = torch.arange(max(c, o), device=device)
-        offsets = torch.tensor(self.offsets, device=device)[:, None]
-        rows, columns = (along - offsets, along) if c > o else (along, along + offsets)
-        diagonals = (rows % o * c + riffle(c, device)[columns % c]).flatten()
-        order = hashes(c * o, device).index_fill(0, diagonals, 2**32).argsort(stable=True)
-        return torch.cat([diagonals, order[: len(self.entries) - len(diagonals)]])
-
-    def _draw(self) -> None:
-        super()._draw()
-        nn.init.normal_(self.entries, std=math.sqrt(2 * self.out_channels / len(self.entries)))
-
-    def _map(self) -> Tensor:
-        zeros = self.entries.new_zeros(self.out_channels * self.in_channels)
-        indices = self.constant("indices", self.entries)
-        return zeros.index_copy(0, indices, self.entries).view(self.out_channels, self.in_channels)
-
-    def _fit_map(self, matrix: Tensor, scale: Tensor) -> None:
-        self.entries.copy_(matrix.flatten()[self.constant("indices", self.entries)])
+        """The mean of the weights at each number's places."""
+        indices, sums = self.constant("indices", self.table), self.table.new_zeros(len(self.table), dtype=torch.float64)
+        sums.index_add_(0, indices, weight.double().flatten())
+        self.table.copy_(sums / indices.bincount(minlength=len(sums)).clamp_min(1))

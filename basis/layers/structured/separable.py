@@ -121,17 +121,13 @@ class GenericConv2d(Separable):
         if not rank:
             raise ValueError(f"{self.text} gives rank 0 with {self.in_channels} -> {self.out_channels} channels")
         self.inner = (rank,)
-        self._allocate(new, rank)
-
-    def _allocate(self, new: New, rank: int) -> None:
         self.down, self.up = new(rank, self.in_channels, 1, 1), new(self.out_channels, rank, 1, 1)
 
     def _pointwise(self) -> tuple[Tensor, ...]:
         return self.down, self.up
 
     def _map(self) -> Tensor:
-        down, up = self._pointwise()
-        return up[:, :, 0, 0] @ down[:, :, 0, 0]
+        return self.up[:, :, 0, 0] @ self.down[:, :, 0, 0]
 
     def _fit_map(self, matrix: Tensor, scale: Tensor) -> None:
         u, s, vh = torch.linalg.svd(matrix * scale, full_matrices=False)
@@ -140,24 +136,6 @@ class GenericConv2d(Separable):
         self.up.zero_()[:, :rank, 0, 0] = u[:, :rank] * root
         root = torch.where(root > TINY, root, 1)  # a zero map can still learn
         self.down.zero_()[:rank, :, 0, 0] = root[:, None] * vh[:rank] / scale.clamp_min(TINY)
-
-
-class TiedConv2d(GenericConv2d):
-    """A map of low rank whose two factors are one, ``V' V`` with ``factor`` V of (rank, C_out, 1, 1).
-
-    The "low rank" of Gray et al., who repeat the channels C_out / C_in times before V; here V is summed over copies.
-    """
-
-    kind = "tied"
-    rounds = 0
-
-    def _allocate(self, new: New, rank: int) -> None:
-        if self.out_channels % self.in_channels:
-            raise ValueError(f"tied needs C_in to divide C_out, not {self.in_channels} -> {self.out_channels} channels")
-        self.factor = new(rank, self.out_channels, 1, 1)
-
-    def _pointwise(self) -> tuple[Tensor, ...]:
-        return self.factor.unflatten(1, (-1, self.in_channels)).sum(1), self.factor.transpose(0, 1)
 
 
 class ShuffleConv2d(StructuredConv2d):

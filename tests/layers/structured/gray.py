@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from basis.layers.structured import StructuredConv2d
 from basis.layers.structured.maps import ACDCConv2d
-from basis.layers.structured.separable import TiedConv2d
 
 
 def mult_adds(model: nn.Module, input_size: Sequence[int]) -> int:
@@ -45,6 +44,4 @@ def _layer_mult_adds(module: Any, x: Tensor, y: Tensor) -> int:
     if isinstance(module, ACDCConv2d):
         factors, n = module.a.shape
         return filters + round(factors * (4 * n + 5 * n * math.log2(n)) * pixels["input"])
-    if isinstance(module, TiedConv2d):
-        return filters + 2 * module.factor.numel() * pixels["output"]
     return sum(product.macs * pixels[product.at] for product in module.products)

@@ -10,8 +10,4 @@ from tests.layers.structured.kinds import TEXTS
 def test_every_stored_number_is_an_entry():
     for text in TEXTS:
         (layer,) = Structure.parse(text).make([nn.Conv2d(16, 16, 3, bias=False)], fitted=False)
-        entries = sum(int((~tensor.isnan()).sum()) for tensor in stored_tensors(layer))
-        if text.startswith("dsf:"):  # its zeros are shown too
-            assert sum(int((tensor != 0).sum()) for tensor in stored_tensors(layer)) <= layer.stored
-        else:
-            assert entries == (16 * 144 if text.startswith("pemn") else layer.stored)  # a bit an entry
+        assert sum(int((~tensor.isnan()).sum()) for tensor in stored_tensors(layer)) == layer.stored

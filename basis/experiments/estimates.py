@@ -24,12 +24,12 @@ def name_of(device: torch.device) -> str:
 
 
 def epochs_of(runs: Sequence[Run]) -> float:
-    """Epochs that the runs train together: with teachers, fine-tuning, and of sensitivities those that train."""
+    """Epochs that the runs train together: with fine-tuning, and of sensitivities those that train."""
     total, taught = 0.0, set()
     for run in runs:
-        trained = run.recipe.epochs if run.compression else run.teacher.epochs if run.teacher else 0
-        total += trained * ((run.model, run.seed) not in taught)
-        taught |= {(run.model, run.seed)} if trained else set()  # which such runs of one seed share
+        if run.compression and (run.model, run.seed) not in taught:
+            total += run.recipe.epochs  # of the dense network, which such runs of one seed share
+            taught.add((run.model, run.seed))
         total += run.compression.epochs if run.compression else run.recipe.epochs
         if run.ladder and run.ladder.tuning:
             layers = len(convolutions(run.model, run.width))

@@ -13,11 +13,10 @@ import pandas as pd
 from basis.bench.report import BenchReport
 from basis.bench.shapes import RESNET18_SHAPES, Shape
 from basis.environment import results_folder
-from basis.experiments.runs import DEVICES, Record, Run
+from basis.experiments.runs import DEVICES, Record
 from basis.experiments.studies.study import Study, Verdict, label_of, say
 
 RATIO, NARROWEST = 0.5, 128
-USUAL_NORMS = (["ordinary"], ["fused"])  # batch normalisation as a dense network has it, on a CPU and on a GPU
 # What a row of :func:`load_rows` always has; others are there where some benchmark has them.
 COLUMNS = (
     "kind", "device", "device_type", "layout", "precision", "batch_size", "model", "width", "shape", "channels", "pass",
@@ -76,27 +75,6 @@ def short_name(row: Mapping[str, Any]) -> str:
 def devices(reports: Sequence[BenchReport]) -> str:
     """The names of the devices that were measured."""
     return ", ".join(sorted({report.environment["device"] for report in reports}))
-
-
-def find_training_bench(
-    profile: str, run: Run, *, trained: Sequence[str] = (), coefficients: Sequence[str] = ()
-) -> BenchReport | None:
-    """The stored benchmark of training steps like those of ``run``, with all these parts or forms, or None.
-
-    In factorized mode, with the usual batch normalisation, and with the network, batch size and (unless the run leaves
-    it open) precision of the run.
-    """
-    wanted: dict[str, object] = {"steps": ["eager"], "batch_size": run.recipe.batch_size}
-    wanted |= {"model": run.model, "width": run.width}
-    wanted |= {} if run.recipe.precision == "auto" else {"precision": run.recipe.precision}
-    listed = {"modes": ("factorized",), "trained": trained, "coefficients": coefficients}
-    for report in load_benches(profile, kind="bench-train"):
-        has = {"norms": ["ordinary"], "steps": ["eager"], **report.config}
-        if not (wanted.items() <= has.items() and has["norms"] in USUAL_NORMS):
-            continue
-        if all(set(has.get(key, ())) >= set(names) for key, names in listed.items()):
-            return report
-    return None
 
 
 def counts(row: Mapping[str, Any]) -> bool:

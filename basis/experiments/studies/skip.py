@@ -1,42 +1,51 @@
 """Chapter 7: which skip-training schedule saves time, and what does it cost?
 
-The basis network is trained with every reading of "skip-training" that :class:`basis.training.skipping.Skip` can
-express, against training everything at every step for as many epochs, and for as long.
+Our own experiment. A basis network is trained by several schedules of :class:`basis.training.skipping.Skip`, against
+training everything for as many epochs and for as long, and against the dense network trained for as long.
 """
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from basis.bench.networks import TRAINED
-from basis.bench.report import BenchReport
 from basis.experiments.runs import Record, Run
-from basis.experiments.studies import study
-from basis.experiments.studies.cost import find_training_bench
-from basis.experiments.studies.study import SCALES, TEXTS, Study, Verdict, accuracies, matched, spread
+from basis.experiments.studies.coefficients import RATIO, SHARED, step_times
+from basis.experiments.studies.study import MARGIN, Study, Verdict, difference, label_of, untested, verdict
 from basis.models import build
-from basis.statistics import Estimate
+from basis.statistics import Estimate, paired_difference
 from basis.substitution import substitute
 from basis.training.skipping import Skip, predicted_step
 
-RATIO, RATIO_NAME = 0.5, "r=1/2"
-FULL = "everything, always"
-SCHEDULES: Mapping[str, Skip] = {name: Skip(**json.loads(text)) for name, text in TEXTS["skip.schedules"].items()}
-SAVED, POINTS = 0.2, 0.2
+WHOLE = "everything"  # what is trained for an equal time; so is "dense"
+FULL, CANDIDATES = f"{WHOLE}, always", ("B fixed", "B every 8th step")
+SCHEDULES: Mapping[str, Skip] = {
+    "B fixed": Skip(basis_until=0.0), "B every 8th step": Skip(basis_every=8), "A fixed": Skip(coefficients_until=0.0),
+    "by epochs in turns": Skip(alternate=True),
+}  # fmt: skip
+SAVED, NEEDED = 0.2, 6
 
 
 def _runs(
-    base: Run, *, seeds: int, shorter: Sequence[int], schedules: Sequence[str] = tuple(SCHEDULES)
+    base: Run, *, seeds: int, few: int, shorter: int, dense: Sequence[int] = (), others: Sequence[str] = ()
 ) -> tuple[Run, ...]:
-    """Seed after seed, so that an unfinished study compares all schedules, and full trainings of fewer epochs."""
+    """``seeds`` rounds of all that is judged; the first ``few`` with ``others``, and ``dense`` for fewer epochs."""
     of = base.recipe.epochs
-    recipes = {FULL: base.recipe}
-    recipes |= {f"everything, {n} of {of} epochs": replace(base.recipe, epochs=n) for n in shorter}
-    recipes |= {name: replace(base.recipe, skip=SCHEDULES[name]) for name in schedules}
-    return tuple(replace(base, variant=v, seed=seed, recipe=r) for seed in range(seeds) for v, r in recipes.items())
+
+    def one(name: str, seed: int, **changes: Any) -> Run:
+        return replace(base, variant=name, seed=seed, recipe=replace(base.recipe, **changes))
+
+    found: list[Run] = []
+    for seed in range(seeds):
+        found += [one(FULL, seed), one(f"{WHOLE}, {shorter} of {of} epochs", seed, epochs=shorter)]
+        found += [one(name, seed, skip=SCHEDULES[name]) for name in (*CANDIDATES, *(others if seed < few else ()))]
+        lengths = [one(f"dense, {n} of {of} epochs", seed, epochs=n) for n in dense if seed < few]
+        found += [replace(run, ratio=None, mode="auto") for run in lengths]
+    return tuple(found)
 
 
 def steps_of(run: Run) -> dict[str, int]:
@@ -46,83 +55,83 @@ def steps_of(run: Run) -> dict[str, int]:
     return {"steps_per_epoch": steps, "total_steps": steps * run.recipe.epochs}
 
 
-def _skipping(profile: str) -> dict[str, tuple[Skip, dict[str, Any]]]:
-    """Variant -> its schedule and :func:`steps_of`."""
-    return {run.variant: (run.recipe.skip, steps_of(run)) for run in STUDY.runs(profile) if run.recipe.skip}
-
-
 def predicted(profile: str) -> dict[str, float]:
-    """What the cost model says of each schedule: MACs of its mean step relative to training everything."""
-    base = STUDY.runs(profile)[0]
+    """What the cost model says of each schedule: multiplications of its mean step over those of training everything."""
+    base = STUDY.runs("paper" if profile == "paper" else "small")[0]
     model = substitute(build(base.model, width=base.width), ratio=RATIO, init="random", mode="factorized")
-    size: dict[str, Any] = {"input_size": (3, 32, 32), "batch_size": base.recipe.batch_size}
-    return {name: predicted_step(model, skip, **size, **steps) for name, (skip, steps) in _skipping(profile).items()}
+    about: dict[str, Any] = {"batch_size": base.recipe.batch_size, "input_size": (3, 32, 32), **steps_of(base)}
+    return {name: predicted_step(model, skip, **about) for name, skip in SCHEDULES.items()}
 
 
-def find_bench(profile: str) -> BenchReport | None:
-    """The stored benchmark of the steps of this profile's network, on its kind of device."""
-    return find_training_bench(profile, STUDY.runs(profile)[0], trained=tuple(TRAINED))
+def times(profile: str) -> pd.DataFrame:
+    """What a mean step takes, a row a ``device`` and ``variant``: a schedule, or :data:`FULL`.
 
-
-def measured(profile: str, report: BenchReport) -> dict[str, float]:
-    """Time of each schedule's mean step, relative to a step that trains everything."""
-    rows = [row for row in report.rows if row["ratio"] == RATIO and row["mode"] == "factorized"]
-    speedups = {row["trained"]: row["speedup"] for row in rows if row["coefficients"] == "dense"}
-    relative = {trained: speedups["both"] / speedups[part] for part, trained in TRAINED.items()}
-    shares = {name: skip.shares(**steps) for name, (skip, steps) in _skipping(profile).items()}
-    return {name: sum(share * relative[part] for part, share in parts.items()) for name, parts in shares.items()}
-
-
-def drop(records: Sequence[Record], name: str, *, comparisons: int = 1) -> Estimate:
-    """Training everything minus the variant ``name`` in test accuracy (a fraction), after equally many epochs."""
-    return study.difference_of(records, (FULL, name), comparisons=comparisons)
-
-
-def full_by_time(records: Sequence[Record]) -> dict[float, str]:
-    """Fraction of the epochs -> the variant that trains everything for so long, ascending."""
-    epochs = {r.config["recipe"]["epochs"]: r.config["variant"] for r in records if not r.config["recipe"].get("skip")}
-    return {n / max(epochs): epochs[n] for n in sorted(epochs)}
-
-
-def gain(records: Sequence[Record], name: str, time: float, *, comparisons: int = 1) -> Estimate:
-    """The variant ``name`` minus training everything for the fraction ``time`` of the epochs, interpolated.
-
-    Below the shortest such training, that one stands for it.
+    ``relative`` to training everything and ``to_dense`` network's, from the ``n`` rounds of :func:`step_times`.
     """
-    lengths = full_by_time(records)
-    place = float(np.interp(time, list(lengths), range(len(lengths))))
-    weights = {name: 1.0}
-    weights |= {rival: abs(i - place) - 1 for i, rival in enumerate(lengths.values()) if abs(i - place) < 1}
-    values = matched(records, tuple(weights))
-    return spread(records).contrast(list(zip(weights.values(), values, strict=True)), comparisons=comparisons)
+    steps, rows = steps_of(STUDY.runs("paper" if profile == "paper" else "small")[0]), []
+    for device, own in step_times(profile, "trained").groupby("device", sort=False):
+        parts = own.set_index("trained")
+        about = {"device": device, "device_type": parts["device_type"].iloc[0], "n": parts["n"].min()}
+        for name, skip in {FULL: Skip(), **SCHEDULES}.items():
+            shares = skip.shares(**steps)
+            relative = sum(shares.get(trained, 0) * parts["relative"][part] for part, trained in TRAINED.items())
+            about |= {"variant": name, "relative": relative, "to_dense": relative * parts["to_dense"]["both"]}
+            rows.append(dict(about))
+    return pd.DataFrame(rows, columns=["variant", "device", "device_type", "n", "relative", "to_dense"])
+
+
+def judged_times(profile: str) -> pd.DataFrame:
+    """The :func:`times` that the rule names, by variant: a GPU's at paper scale, else a CPU's; empty without."""
+    found = times(profile)
+    found = found[found["device_type"] == ("cuda" if profile == "paper" else "cpu")]
+    return found[found["device"] == found["device"].min()].set_index("variant")
+
+
+def frame(records: Sequence[Record]) -> pd.DataFrame:
+    """:meth:`Study.frame` with ``what`` is trained for what ``share`` of the epochs; archived ones are left out."""
+    # Archived records tell no MACs, and none is of the dense network.
+    unknown = {"test": None, "parameters": math.nan, "macs": math.nan}
+    found = [replace(r, config={**r.config, "variant": "dense"}, result=unknown) for r in records[:1]]
+    found += [replace(r, result={"macs": math.nan, **r.result}) for r in records]
+    runs = STUDY.frame(found, {"epochs": lambda r: r.config["recipe"]["epochs"]})
+    runs["what"] = runs["variant"].str.split(",").str[0]
+    runs["share"] = runs["epochs"] / runs["epochs"].max()
+    return runs[runs["variant"].isin([*SHARED.values(), *SCHEDULES]) | runs["what"].isin([WHOLE, "dense"])]
+
+
+def gain(runs: pd.DataFrame, name: str, share: float, what: str = WHOLE, *, comparisons: int = 1) -> Estimate:
+    """Test accuracy of ``name`` minus that of ``what`` ("dense", or training everything) after a share of the epochs.
+
+    In points, paired by seed as :func:`difference`. Between two lengths that were trained, ``what`` is interpolated;
+    the shortest stands for shorter ones, the full training for longer ones.
+    """
+    lengths = runs[runs["what"] == what].pivot(index="seed", columns="share", values="accuracy").dropna()
+    rivals = {seed: np.interp(share, lengths.columns, row) for seed, row in lengths.iterrows()}
+    own = runs[runs["variant"] == name].set_index("seed")["accuracy"]
+    return paired_difference(own, pd.Series(rivals, dtype=float), comparisons=comparisons)
 
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     """The verdict on C6."""
-    n = min((len(accuracies(records, name)) for name in {run.variant for run in STUDY.runs(profile)}), default=0)
-    if n < 2:
-        return (study.untested("C6", profile, n),)
-    report = find_bench(profile)
-    if report is None:
-        return (Verdict("C6", profile, "not tested", "the time of the steps has not been measured on such a device"),)
-    times = measured(profile, report)
-    candidates = [name for name, time in times.items() if 1 - time >= SAVED]
-    if not candidates:
-        most = min(times, key=lambda name: times[name])
-        finding = f"in {SCALES[profile]} the schedule that saves most ({most}) saves {1 - times[most]:.1%} of the time"
-        return (Verdict("C6", profile, "not reproduced", finding),)
-    many = 2 * len(candidates)  # a drop and a gain of each
-    drops = {name: drop(records, name, comparisons=many) for name in candidates}
-    gains = {name: gain(records, name, times[name], comparisons=many) for name in candidates}
-    kept = [name for name in candidates if 100 * drops[name].high < POINTS and gains[name].low > 0]
-    best = min(kept or candidates, key=lambda name: drops[name].value)
-    return (study.verdict(
-        "C6", profile, study.label_of(bool(kept), all(100 * d.low > POINTS for d in drops.values())),
-        -100 * drops[best].value, best=best, saved=1 - times[best], candidates=len(candidates), least=SAVED,
-        lost=drops[best].text(scale=100), gained=gains[best].text(scale=100, signed=True), n=drops[best].n,
-        scale=SCALES[profile], ratio=RATIO_NAME,
+    runs, took, many = frame(records), judged_times(profile), len(CANDIDATES)
+    kept = {name: difference(runs, name, FULL, comparisons=many) for name in CANDIDATES}
+    timed = () if took.empty else CANDIDATES
+    gained = {name: gain(runs, name, took["relative"][name], comparisons=many) for name in timed}
+    if (least := min(one.n for one in (*kept.values(), *gained.values()))) < NEEDED:
+        return (untested("C6", profile, least, NEEDED),)
+    if not timed:
+        finding = "the time of the steps has not been measured on such a device"
+        return (Verdict("C6", profile, "not tested", finding, n=least),)
+    saving = [name for name in CANDIDATES if took["relative"][name] <= 1 - SAVED]
+    good = [name for name in saving if gained[name].low > 0 and kept[name].low > -MARGIN[profile]]
+    bad = [name for name in saving if gained[name].high < 0 or kept[name].high < -MARGIN[profile]]
+    best = max(good or saving or CANDIDATES, key=lambda name: gained[name].value)
+    return (verdict(
+        "C6", profile, label_of(bool(good), bad == saving), gained[best], scale=STUDY.scale(profile), best=best,
+        share=took["relative"][best], device=took["device"][best], kept=kept[best],
+        dense=gain(runs, best, took["to_dense"][best], "dense", comparisons=many),
     ),)  # fmt: skip
 
 
 FIXED: Mapping[str, Any] = {"variant": FULL, "ratio": RATIO, "mode": "factorized"}
-STUDY = Study.named("skip", _runs, judge, FIXED, ratio_name=RATIO_NAME, saved=SAVED, points=POINTS)
+STUDY = Study.named("skip", _runs, judge, FIXED, shared=SHARED, saved=SAVED, needed=NEEDED, **MARGIN)

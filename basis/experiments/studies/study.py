@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from basis.experiments.runs import ARCHIVED, Record, Run, digest, load_records
-from basis.statistics import Estimate, Spread, detectable, mean_estimate, paired_difference, pooled_spread
+from basis.statistics import Estimate, detectable, mean_estimate, paired_difference
 from basis.training.loop import Recipe
 
 SMOKE: Mapping[str, int] = {"epochs": 2, "batch_size": 100, "translate": 2, "cutout": 8}
@@ -144,7 +144,7 @@ class Study:
             "MACs": lambda r: r.result["macs"] / dense[r.config["model"]]["macs"],
             "seconds": lambda r: r.result["train_seconds"],
             "device": lambda r: r.environment["device"],
-            "validation": lambda r: [100 * row["validation_accuracy"] for row in r.result["curves"]],
+            "validation": lambda r: [100 * row.get("validation_accuracy", math.nan) for row in r.result["curves"]],
         }
         columns |= more or {}
         kind = None if tested else object  # an empty column of texts is one, too
@@ -251,39 +251,3 @@ def untested(claim: str, profile: str, n: int, needed: int = 0) -> Verdict:
         f"{n} of the {needed} seeds that the rule needs are there" if n else "no run at this scale has been made yet"
     )
     return Verdict(claim, profile, "not tested", finding, n=n)
-
-
-# --- to be deleted once no study uses them
-
-SCALES: Mapping[str, str] = dict(TEXTS["scales"])
-
-
-def matched(records: Sequence[Record], variants: Sequence[str]) -> list[list[float]]:
-    """Test accuracies of several variants, of the seeds that all of them have; of all seeds where they share none.
-
-    While runs are missing, variants have different seeds, and a seed may be lucky in all variants at once.
-    """
-    tested = [(r.config, r.result["test"]["accuracy"]) for r in records if r.result["test"] is not None]
-    by_seed = [{c["seed"]: accuracy for c, accuracy in tested if c["variant"] == name} for name in variants]
-    common = set.intersection(*map(set, by_seed))
-    return [[x for seed, x in one.items() if seed in common or not common] for one in by_seed]
-
-
-def accuracies(records: Sequence[Record], variant: str) -> list[float]:
-    """Test accuracies (fractions, no test-time augmentation) of a variant's runs, of those that were tested."""
-    return matched(records, [variant])[0]
-
-
-def spread(records: Sequence[Record], *, scale: float = 1) -> Spread:
-    """The standard deviation of ``scale`` x test accuracy between equal trainings, pooled over variants."""
-    found: dict[str, list[float]] = {}
-    for r in records:
-        if r.result["test"] is not None:
-            found.setdefault(r.config["variant"], []).append(scale * r.result["test"]["accuracy"])
-    return pooled_spread(found.values())
-
-
-def difference_of(records: Sequence[Record], *pairs: tuple[str, str], comparisons: int = 1) -> Estimate:
-    """Test accuracy (a fraction) of one variant minus another's, in the mean of pairs; an interval by pooled spread."""
-    values = [(sign, one) for pair in pairs for sign, one in zip((1, -1), matched(records, pair), strict=True)]
-    return spread(records).contrast([(sign / len(pairs), one) for sign, one in values], comparisons=comparisons)

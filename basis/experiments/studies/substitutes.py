@@ -66,7 +66,7 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
     interpolated linearly in the logarithm of the cost; NaN where no dense network is as cheap, or a seed lacks one.
     """
     columns: dict[str, Callable[[Record], Any]] = {"kind": lambda r: r.config["variant"].partition(",")[0]}
-    columns |= {"layer": lambda r: r.config["layer"], "validation": lambda r: []}  # which archived runs have not
+    columns |= {"layer": lambda r: r.config["layer"]}
     runs = STUDY.frame([_renamed(record) for record in records], columns)
     for cost in COSTS:
         runs[f"same {cost}"] = _narrower(runs, cost)

@@ -89,7 +89,8 @@ def status(folder: Path | None = None, *, study: str | None = None) -> pd.DataFr
                 "seconds": spent(records), "device": ", ".join(sorted({r.environment["device"] for r in records})),
             }  # fmt: skip
             rows += [row] if row["runs"] else []
-    return pd.DataFrame(rows)
+    columns = ("study", "profile", "runs", "done", "missing", "started", "seconds", "device")
+    return pd.DataFrame(rows, columns=columns)
 
 
 def records_of(study: Study, profile: str, folder: Path | None = None) -> list[Record]:

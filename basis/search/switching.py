@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from statistics import mean
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,7 +23,7 @@ from basis.search.table import SEARCHES, SensitivityTable
 from basis.substitution import Plan, left_out, replace_modules, substitute_in_place
 from basis.training.switching import Momentum
 
-STILL = 0.05  # the change per epoch below which stable ranks count as settled, and the share of layers of a plan
+STILL = 0.05  # the change per epoch below which stable ranks count as settled
 STEPS = 40  # of bisection
 
 
@@ -35,9 +36,8 @@ class Switch:
 
     Args:
         after: the fraction of the epochs before the switch, in [0, 1), rounded to whole epochs.
-        until: switch earlier, once for ``patience`` epochs in a row "ranks" (the stable ranks ||W||_F^2 / ||W||_2^2 of
-            the layers, as in Cuttlefish, change by at most 5 % in the mean) or "plan" (what the spectrum of the weights
-            would choose changes in at most 5 % of the layers). None: at ``after``.
+        until: "ranks": switch earlier, once for ``patience`` epochs in a row the stable ranks ||W||_F^2 / ||W||_2^2 of
+            the layers, as in Cuttlefish, change by at most 5 % in the mean. None: at ``after``.
         budget, rule, ratio, exclude: as of :func:`basis.select`, but without milliseconds. The rule "stable_rank" gives
             each layer a ratio in proportion to its stable rank, relative to that at the start (Cuttlefish), as large as
             the budget allows.
@@ -51,7 +51,7 @@ class Switch:
     """
 
     after: float = 0.3
-    until: Literal["ranks", "plan"] | None = None
+    until: Literal["ranks"] | None = None
     patience: int = 2
     budget: Mapping[str, float] = field(default_factory=lambda: {"params": 0.5})
     rule: str = "optimal"
@@ -71,7 +71,7 @@ class Switch:
         object.__setattr__(self, "ratios", tuple(plain_number("each of ratios", ratio) for ratio in self.ratios))
         budget = {unit: plain_number(f"budget {unit}", share) for unit, share in self.budget.items()}
         object.__setattr__(self, "budget", budget)
-        one_of("until", self.until, (None, "ranks", "plan"))
+        one_of("until", self.until, (None, "ranks"))
         one_of("momentum", self.momentum, get_args(Momentum))
         one_of("fit", self.fit, get_args(Fit))
         if not 0 <= self.after < 1 or (self.teach is not None and not 0 < self.teach < 1):
@@ -87,10 +87,7 @@ class Switch:
         replace(self, measure="spectrum")._plan(model, data, [self.observe(model, data)])
 
     def observe(self, model: nn.Module, data: Data) -> dict[str, float]:
-        """The stable rank of each layer's weight, or the k that its spectrum would choose."""
-        if self.until == "plan":
-            plan = select(self._spectrum(model, data), budget=self.budget, exclude=self.exclude)
-            return {name: float(plan.layers.get(name, width)) for name, width in plan.out_channels.items()}
+        """The stable rank of each layer's weight, where it is asked for."""
         if self.until == "ranks" or self.rule == "stable_rank":
             return {name: stable_rank(m.weight) for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
         return {}
@@ -100,12 +97,8 @@ class Switch:
         if epoch >= min(round(self.after * epochs), epochs - 1):
             return True
         last = list(pairwise(seen))[-self.patience :]
-        return bool(self.until) and len(last) == self.patience and all(self._change(*two) <= STILL for two in last)
-
-    def _change(self, before: Mapping[str, float], now: Mapping[str, float]) -> float:
-        changes = [abs(now[name] - before[name]) / before[name] for name in now]
-        changes = [float(change > 0) for change in changes] if self.until == "plan" else changes
-        return sum(changes) / len(changes)
+        changes = (mean(abs(now[name] - before[name]) / before[name] for name in now) for before, now in last)
+        return bool(self.until) and len(last) == self.patience and all(change <= STILL for change in changes)
 
     def replace(self, model: nn.Module, data: Data, seen: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         """Search, choose and replace in place; ``layers`` (name -> k, or rank of a pair) and what was ``predicted``."""

@@ -6,8 +6,11 @@ Every plan comes from one trained network's table; each variant is trained from 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import pandas as pd
+
 from basis.experiments.runs import Choice, Ladder, Record, Run
-from basis.experiments.studies.study import Study, Verdict, difference, label_of, untested, verdict
+from basis.experiments.studies.study import Study, Verdict, difference, label_of, training_cost, untested, verdict
+from basis.search.table import SensitivityTable
 
 MEASURE, CANDIDATES = "oneshot_bn", (3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16)
 POINTS, NEEDED, SEEDS = 0.2, 3, 8
@@ -81,13 +84,32 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
         small = "by construction" if size.iloc[0] <= 0.52 else "not reproduced"
         c1 = verdict("C1", profile, small, scale=scale, size=size.iloc[0])
     if lost.n >= NEEDED:
-        c3 = verdict("C3", profile, label_of(lost.high < 0, lost.low > -POINTS), lost, scale=scale)
+        thin = difference(runs, uniform, variant(NARROWER, HALF))
+        c3 = verdict("C3", profile, label_of(lost.high < 0, lost.low > -POINTS), lost, scale=scale, narrower=thin)
     if least >= NEEDED:
         gains = {name: difference(runs, chosen, variant(rule, HALF)) for name, rule in RIVALS.items()}
         good = kept.low > -POINTS and gains["uniform"].low > 0
         label = label_of(good, kept.high < -POINTS or gains["uniform"].high < 0)
-        c4 = verdict("C4", profile, label, kept, scale=scale, **gains)
+        work = macs(runs, chosen, variant(NARROWER, HALF))
+        c4 = verdict("C4", profile, label, kept, scale=scale, macs=work, search=_search(records), **gains)
     return c1, c3, c4
+
+
+def macs(runs: pd.DataFrame, ours: str, rival: str) -> str:
+    """Their shares of the dense network's MACs, such as ``79% of the MACs against its 49%``."""
+    shares = runs.groupby("variant")["MACs"].mean()
+    return (
+        f"{shares[ours]:.0%} of the MACs against its {shares[rival]:.0%}" if rival in shares else "its MACs not known"
+    )
+
+
+def _search(records: Sequence[Record]) -> str:
+    """The passes that the search took, as a share of those of one training."""
+    for record in (r for r in records if r.config["variant"] == "table" and r.result.get("tables")):
+        cells = SensitivityTable.from_lines(record.result["tables"][MEASURE]).cells
+        passes = sum(cell.forward + 2 * cell.backward for cell in cells)
+        return f"{passes / training_cost(record.config):.0%}"
+    return "an unknown share"
 
 
 STUDY = Study.named("headline", _runs, judge, dict(variant="dense"), points=POINTS)

@@ -19,7 +19,7 @@ from scipy import stats
 from torch import nn
 
 from basis.experiments.runs import Ladder, Record, Run
-from basis.experiments.studies.study import Study, Verdict, label_of, untested, verdict
+from basis.experiments.studies.study import Study, Verdict, label_of, training_cost, untested, verdict
 from basis.models import build
 from basis.search.table import SEARCHES, SensitivityTable
 from basis.statistics import Estimate
@@ -48,12 +48,6 @@ def convolutions(model: str, width: int | None) -> Mapping[str, int]:
         modules = dict(build(model, width=width).named_modules())
     convs = {name: module for name, module in modules.items() if isinstance(module, nn.Conv2d)}
     return {name: conv.out_channels for name, conv in convs.items() if conv.kernel_size == (3, 3)}
-
-
-def training_cost(config: Mapping[str, Any]) -> float:
-    """Forward passes of one image that a training takes; a backward pass counts as two."""
-    images = config["images"] or {"cifar10": 50000, "synthetic": 2000}[config["data"]] - config["validation"]
-    return 3.0 * images * config["recipe"]["epochs"]
 
 
 def cells(records: Sequence[Record]) -> pd.DataFrame:

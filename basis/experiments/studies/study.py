@@ -188,6 +188,12 @@ def result_of(records: Sequence[Record], name: str) -> Mapping[str, Any]:
     return next(r.result for r in records if r.config["variant"] == name)
 
 
+def training_cost(config: Mapping[str, Any]) -> float:
+    """Forward passes of one image that a training takes; a backward pass counts as two."""
+    images = config["images"] or {"cifar10": 50000, "synthetic": 2000}[config["data"]] - config["validation"]
+    return 3.0 * images * config["recipe"]["epochs"]
+
+
 def difference(runs: pd.DataFrame, first: str, second: str, *, comparisons: int = 1) -> Estimate:
     """Test accuracy of variant ``first`` minus ``second`` in points, paired by seed: Student's 95 % interval.
 
@@ -248,6 +254,6 @@ def verdict(
 def untested(claim: str, profile: str, n: int, needed: int = 0) -> Verdict:
     """The verdict on a claim that ``needed`` seeds are needed for and ``n`` are there."""
     finding = (
-        f"{n} of the {needed} seeds that the rule needs are there" if n else "no run at this scale has been made yet"
+        f"{n} of the {needed} seeds that the rule needs are there" if n else "no seed has all the runs that it compares"
     )
     return Verdict(claim, profile, "not tested", finding, n=n)

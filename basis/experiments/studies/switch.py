@@ -32,9 +32,6 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "taught by the dense network": {"teach": 0.5},
     "after 15 %": {"after": 0.15},
     "after 50 %": {"after": 0.5},
-    "once ranks settle": {"after": 0.6, "until": "ranks"},
-    "once the plan settles": {"after": 0.6, "until": "plan"},
-    "SVD pairs": {"pairs": True, "fit": "weight"},
 }
 # ... and what others do, in our own small versions.
 OTHERS: Mapping[str, Mapping[str, Any]] = {
@@ -60,10 +57,14 @@ def _runs(base: Run, *, multiple: int, seeds: int, fewer: int, images: int = 100
         found += [one(f"{OURS}, {name}", seed, **changes) for name, changes in ABLATIONS.items()]
         found += [one(name, seed, **changes) for name, changes in OTHERS.items()]
         found += [one(OURS, seed, budget) for budget in (QUARTER, HALF_MACS)]
-        # The switched training decays the product; so must the control that begins with the selected layers.
-        control = replace(scratch[seed], study=base.study, recipe=replace(base.recipe, decay="product"))
-        found += [replace(control, variant=variant(SCRATCH, HALF))]
-    return (*found, *(one(OURS, seed) for seed in range(first, seeds)))
+    found += [one(OURS, seed) for seed in range(first, seeds)]
+    # The switched training decays the product; so must the control that begins with the selected layers.
+    control: dict[str, Any] = {
+        "study": base.study,
+        "variant": variant(SCRATCH, HALF),
+        "recipe": replace(base.recipe, decay="product"),
+    }
+    return (*found, *(replace(run, **control) for run in scratch[:seeds]))
 
 
 def frame(records: Sequence[Record]) -> pd.DataFrame:
@@ -119,8 +120,13 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     if (least := min(kept.n, gained.n)) < NEEDED:
         return (untested("H5", profile, least, NEEDED),)
     label = label_of(kept.low > -POINTS and gained.low > 0, kept.high < -POINTS or gained.high < 0)
-    scratch = difference(runs, ours, variant("selected", HALF))
-    return (verdict("H5", profile, label, kept, scale=scale, narrower=gained, scratch=scratch),)
+    same = difference(runs, ours, variant(SCRATCH, HALF))
+    fair = same.n >= NEEDED  # else the control that decays the factors
+    scratch, decay = (
+        (same, "the same decay") if fair else (difference(runs, ours, variant("selected", HALF)), "plain decay")
+    )
+    work = headline.macs(runs, ours, variant(NARROWER, HALF))
+    return (verdict("H5", profile, label, kept, scale=scale, narrower=gained, scratch=scratch, decay=decay, macs=work),)
 
 
 SHARED = [run.variant for run in headline.STUDY.runs("small") if run.variant != "table"]

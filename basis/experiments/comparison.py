@@ -103,14 +103,15 @@ def compare(model: nn.Module, task: Compression, data: Data, *, seed: int = 0, p
     """Compress the trained ``model``, repair it, and test it at every stage.
 
     Returns plain values. ``stages`` holds loss and accuracy on the test images of the smaller network as it is
-    ("made"), after recalibration and after fine-tuning ("tuned"); ``test`` is the last of them. ``macs`` are the
-    multiply-accumulates of one image, basis layers factorized.
+    ("made"), after recalibration and after fine-tuning ("tuned"); ``test`` is the last of them, ``given`` is of the
+    trained model. ``macs`` are the multiply-accumulates of one image, basis layers factorized.
     """
     place = next(model.parameters()).device
     data, precision = data.to(place), choose_precision(place)
     last = choose_memory_format(model, place, precision) == "channels_last"
     layout: Any = torch.channels_last if last else torch.contiguous_format
     model = model.eval().to(memory_format=layout)  # type: ignore[call-overload]
+    given = evaluate(model, data.test, precision=precision)
     smaller, about = shrink(model, task, data)
     smaller.to(memory_format=layout)  # type: ignore[call-overload]
     stages = {"made": evaluate(smaller, data.test, precision=precision)}
@@ -122,7 +123,7 @@ def compare(model: nn.Module, task: Compression, data: Data, *, seed: int = 0, p
     )
     stages["tuned"] = evaluate(smaller, data.test, precision=precision)
     return {
-        **about, "parameters": size.parameters, "macs": size.forward_macs,
+        **about, "parameters": size.parameters, "macs": size.forward_macs, "given": given,
         "stages": stages, "test": stages["tuned"], "validation": None, "curves": [dict(row) for row in tuning.curves],
         "train_seconds": tuning.seconds, "precision": precision,
     }  # fmt: skip

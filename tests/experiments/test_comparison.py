@@ -57,6 +57,7 @@ def test_a_network_is_tested_at_every_stage(model, data):
     result = compare(given, Compression(method="dense", budget=1, **SMALL), data)
     expected = evaluate(model, data.test, precision=result["precision"])
     assert result["stages"]["made"] == pytest.approx(expected, rel=1e-3)
+    assert result["given"] == result["stages"]["made"]  # nothing was replaced
     assert list(result["stages"]) == ["made", "recalibrated", "tuned"]
     assert result["test"] == result["stages"]["tuned"] != result["stages"]["made"]
     assert result["macs"] == cost(model, (3, 12, 12)).total.forward_macs

@@ -1,7 +1,7 @@
 """Chapter 8: does it hold across the ResNet family?
 
 Every network is trained dense, and at half of its parameters by the rules of the study ``headline``, whose runs are
-those of ResNet-18.
+those of ResNet-18. They were known when the rule was written, so that the others alone are judged.
 """
 
 import math
@@ -15,14 +15,14 @@ from basis.experiments.studies import headline
 from basis.experiments.studies.headline import HALF, NARROWER
 from basis.experiments.studies.study import MARGIN, Study, Verdict, describe, difference, label_of, verdict
 
-NEEDED, NETWORKS = 4, 3
+NEEDED, NETWORKS = 4, ("ResNet-20", "ResNet-56")
 SHARED = "resnet18"
 KINDS: Mapping[str, str] = {"table": "table", "dense": "dense"} | {
     headline.variant(kind, HALF): kind for kind in ("selected", "uniform", "largest first", NARROWER)
 }
 JUDGED = ("dense", "selected", "uniform")
 # Channels of each stage of a narrower dense network with half of the parameters, to 0.3 %.
-STAGES = {"resnet20": (11, 23, 45), "resnet56": (11, 23, 45), "resnet50": (44, 88, 184, 360)}
+STAGES = {"resnet20": (11, 23, 45), "resnet56": (11, 23, 45)}
 
 
 def variant(network: str, kind: str) -> str:
@@ -82,24 +82,28 @@ def mean_of(runs: pd.DataFrame, networks: Sequence[str]) -> pd.DataFrame:
     """These networks as if they were one: for each variant the seeds that all of them have, in the mean."""
     groups = runs[runs["network"].isin(networks)].groupby(["variant", "seed"], sort=False)
     means = groups[["accuracy", "parameters", "MACs"]].mean()[groups.size() == len(networks)]
-    return means.reset_index().assign(network=f"mean of {len(networks)}")
+    return means.reset_index().assign(network=f"mean of {' and '.join(networks)}")
 
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     """The verdict on C7."""
     runs = frame(records)
-    networks = complete(runs, least=NEEDED)
-    if len(networks) < NETWORKS:
-        finding = f"{len(networks)} of the {NETWORKS} networks that the rule needs have {NEEDED} seeds"
+    there = [name for name in complete(runs, least=NEEDED) if name in NETWORKS]
+    if len(there) < len(NETWORKS):
+        finding = f"{len(there)} of the {len(NETWORKS)} networks that the rule needs have {NEEDED} seeds"
         return (Verdict("C7", profile, "not tested", finding),)
-    mean, margin = mean_of(runs, networks), MARGIN[profile]
+    mean, margin = mean_of(runs, NETWORKS), MARGIN[profile]
     kept, gained, narrower = (difference(mean, "selected", other) for other in ("dense", "uniform", NARROWER))
-    label = label_of(kept.low > -margin and gained.low > 0, kept.high < -margin or gained.high < 0)
-    about = {"networks": len(networks), "uniform": gained, "narrower": narrower}
+    each = {str(name): difference(one, "selected", "dense") for name, one in runs.groupby("network")}
+    good = kept.low > -margin and gained.low > 0 and all(each[name].high >= -margin for name in NETWORKS)
+    label = label_of(good, kept.high < -margin or gained.high < 0)
+    texts = {"networks": " and ".join(NETWORKS), "each": ", ".join(f"{name} {gap.gap()}" for name, gap in each.items())}
+    macs = mean.groupby("variant")["MACs"].mean().reindex(["selected", NARROWER]).tolist()
+    about = {**texts, "uniform": gained, "narrower": narrower, "macs": macs}
     return (verdict("C7", profile, label, kept, scale=STUDY.scale(profile), **about),)
 
 
 STUDY = Family.named(
     "family", _runs, judge, shared={of: variant(SHARED, kind) for of, kind in KINDS.items()},
-    needed=NEEDED, networks=NETWORKS, margin=MARGIN["small"], paper=MARGIN["paper"],
+    needed=NEEDED, networks=" and ".join(NETWORKS), margin=MARGIN["small"], paper=MARGIN["paper"],
 )  # fmt: skip

@@ -44,9 +44,8 @@ def _runs(
         found += [one(FULL, seed), one(f"{WHOLE}, {shorter} of {of} epochs", seed, epochs=shorter)]
         found += [one(name, seed, skip=SCHEDULES[name]) for name in CANDIDATES]
     for seed in range(few):
-        lengths = [one(f"dense, {n} of {of} epochs", seed, epochs=n) for n in dense]
         found += [one(name, seed, skip=SCHEDULES[name]) for name in others]
-        found += [replace(run, ratio=None, mode="auto") for run in lengths]
+        found += [replace(one(f"dense, {n} of {of} epochs", seed, epochs=n), ratio=None, mode="auto") for n in dense]
     return tuple(found)
 
 
@@ -131,7 +130,7 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     found = verdict(
         "C6", profile, label_of(bool(good), bad == saving), gained[best], scale=STUDY.scale(profile), best=best,
         share=took["relative"][best], device=took["device"][best], kept=kept[best],
-        dense=gain(runs, best, took["to_dense"][best], "dense", comparisons=many),
+        dense=(rival := gain(runs, best, took["to_dense"][best], "dense", comparisons=many)), pairs=rival.n,
     )  # fmt: skip
     both = f"{gained[best].text(signed=True)} over equal time, {kept[best].text(signed=True)} against as many epochs"
     return (replace(found, difference=f"{both}, points"),)

@@ -50,30 +50,35 @@ def test_without_a_the_freed_numbers_are_spent_on_basis_filters(width):
 def test_rounds_of_seeds_compare_all_that_is_judged(study, profile, most):
     runs, headline = study.runs(profile), STUDIES["headline"].runs(profile)
     assert len({run.id for run in runs}) == len(runs) <= most
-    seeds = [run.seed for run in runs]
-    assert seeds == sorted(seeds)
-    often = {name for name, n in Counter(run.variant for run in runs).items() if n == max(seeds) + 1}
-    assert often >= ({*skip.CANDIDATES, skip.FULL} if study is SKIP else {"dense A", *coefficients.JUDGED})
+    names, rounds = [run.variant for run in runs], max(run.seed for run in runs) + 1
+    often = [name for name, n in Counter(names).items() if n == rounds]
+    shorter = {name for name in names if name.startswith("everything")}
+    assert {*often} == ({*skip.CANDIDATES, *shorter} if study is SKIP else {"dense A", *coefficients.JUDGED})
+    assert names[: len(often) * rounds] == often * rounds  # what is not judged comes last
     dense = {run.id for run in headline if run.variant == "dense" and run.seed == 0}
     alike = dict(study="headline", variant="dense", ratio=None, mode="auto", coefficients=None)
     assert dense == {dataclasses.replace(runs[0], **alike).id}  # what is shared was trained as these are
 
 
 @pytest.mark.parametrize(
-    ("none", "grouped", "label"),
+    ("none", "grouped", "equal", "label"),
     [
-        (FEW, plus(FEW), "reproduced"),
-        (plus(FEW), plus(FEW, -1), "reproduced"),
-        (plus(FEW), plus(FEW), "not reproduced"),
-        (plus(FEW), WIDE, "inconclusive"),
-        (plus(FEW, 0.5), plus(FEW), "inconclusive"),  # at the margin
-        (FEW[:5], FEW, "not tested"),
+        (FEW, plus(FEW), FEW, "reproduced"),
+        (plus(FEW), plus(FEW, -1), FEW, "reproduced"),
+        (plus(FEW), plus(FEW), FEW, "not reproduced"),
+        (FEW, FEW, plus(FEW), "not reproduced"),  # any as few numbers less would cost as little
+        (plus(FEW), WIDE, FEW, "inconclusive"),
+        (plus(FEW, 0.5), plus(FEW), FEW, "inconclusive"),  # at the margin
+        (FEW, FEW, plus(FEW, 0.5), "inconclusive"),
+        (FEW[:7], FEW, FEW, "not tested"),
+        (FEW, FEW, FEW[:7], "not tested"),
     ],
 )
-def test_the_rule_for_c5(none, grouped, label):
-    lost = {"dense": FEW, "dense A": [0.0] * 8, "no A": none, "grouped A": grouped}
+def test_the_rule_for_c5(none, grouped, equal, label):
+    lost = {"dense": FEW, "dense A": [0.0] * 8, "no A": none, "grouped A": grouped, coefficients.EQUAL: equal}
     (verdict,) = COEFFICIENTS.verdicts(outcomes(COEFFICIENTS, lost), "small")
     assert (verdict.claim, verdict.label) == ("C5", label)
+    assert ("(no A, equal size), points" in verdict.difference) == (label != "not tested")
 
 
 def test_archived_variants_have_the_names_of_today():
@@ -154,14 +159,16 @@ def schedules(fixed, eighth, shorter):
         (FEW, FEW, plus(FEW, -3), "not reproduced"),  # as good after equally many epochs, but shorter is better
         (WIDE, plus(FEW, 9), plus(FEW), "inconclusive"),
         (plus(FEW, 0.5), plus(FEW, 0.5), plus(FEW), "inconclusive"),  # better than shorter, but at the margin
-        (FEW[:5], FEW, plus(FEW), "not tested"),
+        (FEW[:7], FEW, plus(FEW), "not tested"),
     ],
 )
 def test_the_rule_for_c6(fixed, eighth, shorter, label, bench):
     records = schedules(fixed, eighth, shorter)
     assert SKIP.verdicts(records, "small")[0].label == "not tested"
     bench((1.0, 1.0, 1.35, 1.4))
-    assert SKIP.verdicts(records, "small")[0].label == label
+    (verdict,) = SKIP.verdicts(records, "small")
+    assert verdict.label == label
+    assert ("] over equal time, " in verdict.difference) == (label != "not tested")
 
 
 def test_a_schedule_that_saves_too_little_time_does_not_reproduce_c6(bench):

@@ -20,17 +20,19 @@ from basis.layers.conv import basis_channels_for
 from basis.models import build
 from basis.plan import convolutions
 
-RATIO, NEEDED = 0.5, 6
-DENSE, EQUAL = "dense A", "no A, equal size"
-JUDGED = ("no A", "grouped A")
+RATIO, NEEDED = 0.5, 8
+DENSE, EQUAL, THIN = "dense A", "no A, equal size", "narrower dense"
+FORMS = ("no A", "grouped A")
+JUDGED = (*FORMS, EQUAL)
 KINDS: Mapping[str, str] = {
     DENSE: "dense", "no A": "repeat", "grouped A": "grouped", "low-rank A": "low_rank", "sparse A": "sparse",
     "shared A": "shared", "frozen A": "frozen",
 }  # fmt: skip
+OTHERS = tuple(name for name in KINDS if name not in (DENSE, *FORMS))
 
 
-def _runs(base: Run, *, divisor: int, seeds: int, few: int, others: Sequence[str] = (*KINDS, EQUAL)) -> tuple[Run, ...]:
-    """``seeds`` rounds of dense A and the judged forms, the first ``few`` of them with all ``others``.
+def _runs(base: Run, *, divisor: int, seeds: int, few: int, others: Sequence[str] = OTHERS) -> tuple[Run, ...]:
+    """``seeds`` rounds of dense A and all that is judged, then ``few`` rounds of the ``others``.
 
     ``divisor`` is the number of groups, and of what low rank and the sparse rows keep of k.
     """
@@ -42,8 +44,8 @@ def _runs(base: Run, *, divisor: int, seeds: int, few: int, others: Sequence[str
             return replace(base, variant=name, seed=seed, ratio=None, plan=plan, coefficients="repeat")
         return replace(base, variant=name, seed=seed, coefficients=KINDS[name] + sizes.get(KINDS[name], ""))
 
-    wanted = dict.fromkeys((DENSE, *JUDGED, *others))
-    return tuple(one(n, seed) for seed in range(seeds) for n in (wanted if seed < few else (DENSE, *JUDGED)))
+    rounds = (((DENSE, *JUDGED), seeds), (others, few))
+    return tuple(one(name, seed) for names, n in rounds for seed in range(n) for name in names)
 
 
 @lru_cache
@@ -96,18 +98,19 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     lost = {name: difference(runs, name, DENSE, comparisons=many) for name in JUDGED}
     if (least := min(one.n for one in lost.values())) < NEEDED:
         return (untested("C5", profile, least, NEEDED),)
-    good = [name for name in JUDGED if lost[name].low > -MARGIN[profile]]
-    bad = all(one.high < -MARGIN[profile] for one in lost.values())
-    best = max(good or JUDGED, key=lambda name: lost[name].value)
+    within = [name for name in JUDGED if lost[name].low > -MARGIN[profile]]
+    beyond = [name for name in JUDGED if lost[name].high < -MARGIN[profile]]
+    best = max([name for name in FORMS if name in within] or FORMS, key=lambda name: lost[name].value)
     sizes = runs.groupby("variant")["parameters"].first()
-    return (verdict(
-        "C5", profile, label_of(bool(good), bad), lost[best], scale=STUDY.scale(profile), form=best,
-        saved=1 - sizes[best] / sizes[DENSE],
-        narrower=difference(runs, best, "narrower dense", comparisons=many),
-        filters=difference(runs, EQUAL, DENSE, comparisons=many),
-    ),)  # fmt: skip
+    found = verdict(
+        "C5", profile, label_of({best, EQUAL} <= {*within}, EQUAL in beyond or {*FORMS} <= {*beyond}), lost[best],
+        scale=STUDY.scale(profile), form=best, size=sizes[best], whole=sizes[DENSE], thin=sizes.get(THIN, math.nan),
+        filters=lost[EQUAL], narrower=difference(runs, best, THIN, comparisons=many),
+    )  # fmt: skip
+    both = ", ".join(f"{lost[name].text(signed=True)} ({name})" for name in (best, EQUAL))
+    return (replace(found, difference=f"{both}, points"),)
 
 
-SHARED = {"dense": "dense", variant(NARROWER, HALF): "narrower dense"}
+SHARED = {"dense": "dense", variant(NARROWER, HALF): THIN}
 FIXED = {"variant": DENSE, "ratio": RATIO}
 STUDY = Study.named("coefficients", _runs, judge, FIXED, shared=SHARED, needed=NEEDED, **MARGIN)

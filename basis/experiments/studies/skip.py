@@ -27,13 +27,13 @@ SCHEDULES: Mapping[str, Skip] = {
     "B fixed": Skip(basis_until=0.0), "B every 8th step": Skip(basis_every=8), "A fixed": Skip(coefficients_until=0.0),
     "by epochs in turns": Skip(alternate=True),
 }  # fmt: skip
-SAVED, NEEDED = 0.2, 6
+SAVED, NEEDED = 0.2, 8
 
 
 def _runs(
     base: Run, *, seeds: int, few: int, shorter: int, dense: Sequence[int] = (), others: Sequence[str] = ()
 ) -> tuple[Run, ...]:
-    """``seeds`` rounds of all that is judged; the first ``few`` with ``others``, and ``dense`` for fewer epochs."""
+    """``seeds`` rounds of all that is judged, then ``few`` of the ``others`` and of ``dense`` for fewer epochs."""
     of = base.recipe.epochs
 
     def one(name: str, seed: int, **changes: Any) -> Run:
@@ -42,9 +42,10 @@ def _runs(
     found: list[Run] = []
     for seed in range(seeds):
         found += [one(FULL, seed), one(f"{WHOLE}, {shorter} of {of} epochs", seed, epochs=shorter)]
-        found += [one(name, seed, skip=SCHEDULES[name]) for name in (*CANDIDATES, *(others if seed < few else ()))]
-        lengths = [one(f"dense, {n} of {of} epochs", seed, epochs=n) for n in dense if seed < few]
-        found += [replace(run, ratio=None, mode="auto") for run in lengths]
+        found += [one(name, seed, skip=SCHEDULES[name]) for name in CANDIDATES]
+    for seed in range(few):
+        found += [one(name, seed, skip=SCHEDULES[name]) for name in others]
+        found += [replace(one(f"dense, {n} of {of} epochs", seed, epochs=n), ratio=None, mode="auto") for n in dense]
     return tuple(found)
 
 
@@ -126,11 +127,13 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     good = [name for name in saving if gained[name].low > 0 and kept[name].low > -MARGIN[profile]]
     bad = [name for name in saving if gained[name].high < 0 or kept[name].high < -MARGIN[profile]]
     best = max(good or saving or CANDIDATES, key=lambda name: gained[name].value)
-    return (verdict(
+    found = verdict(
         "C6", profile, label_of(bool(good), bad == saving), gained[best], scale=STUDY.scale(profile), best=best,
         share=took["relative"][best], device=took["device"][best], kept=kept[best],
-        dense=gain(runs, best, took["to_dense"][best], "dense", comparisons=many),
-    ),)  # fmt: skip
+        dense=(rival := gain(runs, best, took["to_dense"][best], "dense", comparisons=many)), pairs=rival.n,
+    )  # fmt: skip
+    both = f"{gained[best].text(signed=True)} over equal time, {kept[best].text(signed=True)} against as many epochs"
+    return (replace(found, difference=f"{both}, points"),)
 
 
 FIXED: Mapping[str, Any] = {"variant": FULL, "ratio": RATIO, "mode": "factorized"}

@@ -41,10 +41,9 @@ ARCHIVED: Mapping[str, str] = {
 
 
 def _runs(
-    base: Run, *, layers: Mapping[str, str], plain: Sequence[str], thin: Mapping[str, int],
-    seeds: int = SEEDS,
+    base: Run, *, layers: Mapping[str, str], plain: Sequence[str], thin: Mapping[str, int], seeds: int = SEEDS,
 ) -> tuple[Run, ...]:  # fmt: skip
-    """Round after round of seeds: all layers, some again with plain decay, and the thinnest dense networks."""
+    """Rounds of seeds of all that is judged, with the ``plain`` and ``thin`` ones; then those of the other layers."""
 
     def of(name: str, seed: int) -> list[Run]:
         one = replace(base, variant=name, seed=seed, layer=layers[name], include=BLOCKS)
@@ -53,8 +52,9 @@ def _runs(
 
     found: list[Run] = []
     for seed in range(seeds):
-        found += [run for name in layers for run in of(name, seed)]
+        found += [run for name in layers if name in SEPARABLE for run in of(name, seed)]
         found += [replace(base, variant=f"{NARROWER}, {size}", seed=seed, width=width) for size, width in thin.items()]
+    found += [run for seed in range(seeds) for name in layers if name not in SEPARABLE for run in of(name, seed)]
     return tuple(found)
 
 
@@ -124,7 +124,13 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     s1, s2 = untested("S1", profile, least, NEEDED), untested("S2", profile, gained.n, NEEDED)
     if least >= NEEDED:
         good, bad = all(e.low > 0 for e in by_cost.values()), any(e.high < 0 for e in by_cost.values())
-        s1 = verdict("S1", profile, label_of(good, bad), by_cost["parameters"], scale=scale, macs=by_cost["MACs"])
+        own = {cost: {name: gap(runs, [name], cost) for name in judged(profile)} for cost in COSTS}
+        sides = "; ".join(
+            f"above at equal {cost}: {', '.join(k for k, e in found.items() if e.low > 0) or 'none'}, "
+            f"below: {', '.join(k for k, e in found.items() if e.high < 0) or 'none'}" for cost, found in own.items()
+        )  # fmt: skip
+        texts = {"macs": by_cost["MACs"], "members": sides}
+        s1 = verdict("S1", profile, label_of(good, bad), by_cost["parameters"], scale=scale, **texts)
         both = ", ".join(f"{found.text(signed=True)} at equal {cost}" for cost, found in by_cost.items())
         s1 = replace(s1, difference=f"{both}, points")
     if gained.n >= NEEDED:

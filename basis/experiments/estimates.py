@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch import nn
 
 from basis.experiments.records import Record, load_records
 from basis.experiments.runs import Run
-from basis.experiments.studies.sensitivity import convolutions
+from basis.models import build
 
 # GB/s of device memory, by the makers' data sheets. Training a thin network is bound by it (chapter 10).
 BANDWIDTH: Mapping[str, float] = {
@@ -23,6 +25,13 @@ def name_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+@lru_cache
+def convolutions(model: str) -> int:
+    """How many convolutions a network has."""
+    with torch.device("meta"):
+        return sum(isinstance(module, nn.Conv2d) for module in build(model).modules())
+
+
 def epochs_of(runs: Sequence[Run]) -> float:
     """Epochs that the runs train together: with fine-tuning, and of sensitivities those that train."""
     total, taught = 0.0, set()
@@ -32,7 +41,7 @@ def epochs_of(runs: Sequence[Run]) -> float:
             taught.add((run.model, run.seed))
         total += run.compression.epochs if run.compression else run.recipe.epochs
         if run.ladder and run.ladder.tuning:
-            layers = len(convolutions(run.model, run.width))
+            layers = convolutions(run.model)
             total += layers * len(run.ladder.measures["fine_tuning"]) * run.ladder.tuning.epochs
     return total
 
@@ -46,7 +55,7 @@ def estimate(runs: Sequence[Run], device: str, records: Sequence[Record]) -> flo
     """About how many seconds the runs take on ``device``, "cpu" or a GPU's name, by how long the records' runs took.
 
     Those are of one profile. Between GPUs, times go with the bandwidth of their memories, between networks with the
-    number of 3x3 layers. None where no record tells.
+    number of convolutions. None where no record tells.
     """
 
     def bandwidth(name: str) -> float:
@@ -58,9 +67,9 @@ def estimate(runs: Sequence[Run], device: str, records: Sequence[Record]) -> flo
     for record in [r for r in known if r.environment["device"] == device] or known:
         slower = 1 if kind == "cpu" else bandwidth(record.environment["device"]) / bandwidth(device)
         seconds = slower * record.result["train_seconds"] / record.environment.get("jobs", 1)
-        paces.append(seconds / max(1, len(record.result["curves"])) / len(convolutions(record.config["model"], None)))
+        paces.append(seconds / max(1, len(record.result["curves"])) / convolutions(record.config["model"]))
     models = {run.model for run in runs}
-    work = (len(convolutions(m, None)) * epochs_of([run for run in runs if run.model == m]) for m in models)
+    work = (convolutions(m) * epochs_of([run for run in runs if run.model == m]) for m in models)
     return sum(work) * median(paces) if paces else None
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from torch import nn
 
 from basis.experiments import execution
 from basis.experiments.records import Record, write_record
@@ -16,7 +17,7 @@ from basis.plan import Plan
 from basis.search.table import Cell, Layer, SensitivityTable
 
 SENSITIVITY, HEADLINE = STUDIES["sensitivity"], STUDIES["headline"]
-SHAPES = sensitivity.convolutions("resnet18", 16)
+SHAPES = {n: m.out_channels for n, m in build("resnet18", width=16).named_modules() if isinstance(m, nn.Conv2d)}
 RANK = {name: i for i, name in enumerate(SHAPES)}
 
 
@@ -89,7 +90,7 @@ def test_measures_are_means_over_the_networks_and_pay_for_their_passes():
     rows = sensitivity.agreements(sensitivity.cells(networks(float))).set_index("measure")
     assert list(rows.index[:2]) == ["size", "spectrum"]
     assert rows.loc["oneshot_bn", "spearman"].value == pytest.approx(1)
-    assert rows.loc["oneshot_bn", "cost"] == pytest.approx(34 * 2050 / (3 * 45000 * 16))
+    assert rows.loc["oneshot_bn", "cost"] == pytest.approx(2 * len(SHAPES) * 2050 / (3 * 45000 * 16))
     records = networks(float, count=1) + networks(lambda i: -3.0 * i)[1:2]
     one, both = (sensitivity.cells(records[:n]) for n in (1, 2))
     assert list(sensitivity.means(both, "oneshot").iloc[0, :2]) == [0.0, -1.0]

@@ -9,18 +9,14 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy import stats
-from torch import nn
 
 from basis.experiments.runs import Ladder, Record, Run
 from basis.experiments.studies.study import Study, Verdict, label_of, training_cost, untested, verdict
-from basis.models import build
 from basis.search.table import SEARCHES, SensitivityTable
 from basis.statistics import Estimate
 
@@ -39,15 +35,6 @@ def _runs(base: Run, *, networks: int, images: int = 1000) -> tuple[Run, ...]:
     measures = dict.fromkeys((*SEARCHES, TRUTH), RATIOS)
     ladder = Ladder(measures=measures, multiple=1, images=images, calibration=images, tuning=tuning)
     return tuple(replace(base, seed=FIRST_SEED + i, ladder=ladder) for i in range(networks))
-
-
-@lru_cache(maxsize=16)
-def convolutions(model: str, width: int | None) -> Mapping[str, int]:
-    """Name -> C_out of every 3x3 convolution."""
-    with torch.device("meta"):
-        modules = dict(build(model, width=width).named_modules())
-    convs = {name: module for name, module in modules.items() if isinstance(module, nn.Conv2d)}
-    return {name: conv.out_channels for name, conv in convs.items() if conv.kernel_size == (3, 3)}
 
 
 def cells(records: Sequence[Record]) -> pd.DataFrame:

@@ -144,7 +144,7 @@ def in_a_minute(headline: Headline | None, switched: Sequence[Verdict] = ()) -> 
         for r, row in sorted(headline.steps.items(), reverse=True)
     ]
     speed = (
-        f"A training step of ResNet-18 is {'; and '.join(speeds)}, against the fastest dense one ({headline.device})."
+        f"A training step of ResNet-18 is {', and '.join(speeds)}, against the fastest dense one ({headline.device})."
     )
     gives = say("front page", "gives", speed=speed if speeds else "No training step is measured yet.")
     costs = _say("costs", headline, [one.n for one in headline.gaps.values()])

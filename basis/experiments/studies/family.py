@@ -60,7 +60,7 @@ class Family(Study):
 
 
 def frame(records: Sequence[Record]) -> pd.DataFrame:
-    """:meth:`Study.frame`, with the ``network``, such as ``ResNet-20``; ``variant`` is the rest, as ``selected``."""
+    """:meth:`Study.frame`, with the ``network``, as ``ResNet-20``, and the rest as ``variant``, ordered as in KINDS."""
     whole = {r.config["model"]: r.result["macs"] for r in records if r.config.get("ladder")}
 
     def macs(record: Record) -> float:
@@ -69,7 +69,9 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
 
     runs = STUDY.frame(records, {"MACs": macs})
     names = runs["variant"].str.extract("resnet([^,]*), (.*)")
-    return runs.assign(network="ResNet-" + names[0], variant=names[1].replace("all layers", "uniform"))
+    runs = runs.assign(network="ResNet-" + names[0], variant=names[1].replace("all layers", "uniform"))
+    place = {kind: i for i, kind in enumerate(KINDS.values())}
+    return runs.sort_values("variant", key=lambda kinds: kinds.map(place), kind="stable", ignore_index=True)
 
 
 def complete(runs: pd.DataFrame, *, least: int = 1) -> list[str]:

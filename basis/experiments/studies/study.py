@@ -130,7 +130,7 @@ class Study:
         study's order.
         """
         dense = {r.config["model"]: r.result for r in records if _last(r) in ("dense", "table")}
-        order = dict.fromkeys([*self.shared.values(), *(run.variant for run in self.runs("small"))])
+        order = dict.fromkeys(["dense", *self.shared.values(), *(run.variant for run in self.runs("small"))])
         place = {name: i for i, name in enumerate(order)}
         tested = [r for r in records if r.config["model"] in dense and r.result["test"]]
         tested.sort(key=lambda r: place.get(r.config["variant"], len(place)))

@@ -91,9 +91,9 @@ def test_a_measure_of_ours_given_as_ones_own_scores_what_it_scores_beside():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda own: {k: v for k, v in own.items() if k != "conv1"}, r"lack 1 of 17 layers: conv1"),
+        (lambda own: {k: v for k, v in own.items() if k != "conv1"}, r"lack 1 of 20 layers: conv1"),
         (lambda own: own | {"conv1": math.nan}, "conv1 is nan"),
-        (lambda own: {(name, 0.3): 1.0 for name in own}, "lack 17 of 17 layers"),
+        (lambda own: {(name, 0.3): 1.0 for name in own}, "lack 20 of 20 layers"),
     ],
 )
 def test_scores_that_cannot_be_ranked_are_refused(change, says):

@@ -35,11 +35,8 @@ def verdict_table(study: str, gathered: Gathered, claims: Sequence[str] = ()) ->
     """
     judge, shown = find_study(study), [gather(study, "small") if gathered.profile == ARCHIVED else gathered]
     shown += [gather(study, "paper")] if gathered.profile != "paper" else []
-    rows = [
-        (v.claim, one.scale, v.finding, v.difference, str(v.n or ""), f"**{v.label}**", v.change)
-        for one in shown
-        for v in judge.verdicts(one.records, one.profile)
-        if not claims or v.claim in claims
-    ]
-    head = ("Claim", "Scale", "Finding", "Difference", "n", "Verdict", "What would change it")
-    return table(head, rows)
+    found = [(one.scale, v) for one in shown for v in judge.verdicts(one.records, one.profile)]
+    found = [(scale, v) for scale, v in found if not claims or v.claim in claims]
+    rows = [(v.claim, scale, v.finding, v.difference, str(v.n or ""), f"**{v.label}**") for scale, v in found]
+    changes = dict.fromkeys(f"What would change {v.claim}: {v.change}" for _, v in found)
+    return "\n\n".join([table(("Claim", "Scale", "Finding", "Difference", "n", "Verdict"), rows), *changes])

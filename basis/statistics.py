@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,9 @@ def proportion_estimate(successes: float, n: int) -> Estimate:
     return Estimate(successes / n, float(interval.low), float(interval.high), n)
 
 
-def paired_difference(first: Mapping[int, float], second: Mapping[int, float], *, comparisons: int = 1) -> Estimate:
+def paired_difference(
+    first: Mapping[int, float] | pd.Series, second: Mapping[int, float] | pd.Series, *, comparisons: int = 1
+) -> Estimate:
     """The mean of first - second over the keys (seeds) that both have, with Student's interval; NaN without any."""
     common = [key for key in first.keys() if key in second.keys()]  # noqa: SIM118  (of a pandas Series, too)
     if not common:

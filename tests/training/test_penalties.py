@@ -143,13 +143,6 @@ def test_one_step_without_gradients_shrinks_the_right_tensors(decay, skip, on_ba
     assert shrunk(model, recipe) == pytest.approx(expected, rel=1e-6)
 
 
-class Penalised(GenericConv2d):
-    """With the penalty sum(up^2) / 2, whose gradient is ``up``."""
-
-    def penalty(self):
-        return self.up.square().sum() / 2
-
-
 def test_scaled_decay_trains_structured_layers():
     model, plain = structured(), structured()
     train(model, DATA, dataclasses.replace(RECIPE, decay="scaled", weight_decay=0.1), device="cpu")

@@ -1,7 +1,7 @@
 """The studies of the book, and the state of their records."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -22,7 +22,7 @@ from basis.experiments.studies import (
     switch,
 )
 from basis.experiments.studies.study import CLAIMS as CLAIMS
-from basis.experiments.studies.study import Study, listed, valid_records
+from basis.experiments.studies.study import Study, listed, renamed, valid_records
 from basis.experiments.studies.study import Verdict as Verdict
 from basis.numbers import one_of
 from basis.saving import RecordError
@@ -98,7 +98,7 @@ def records_of(study: Study, profile: str, folder: Path | None = None) -> list[R
     found, others = valid_records(study, profile, folder), []
     if study.shared and profile != ARCHIVED:
         others = [r for r in valid_records(headline.STUDY, profile, folder) if r.config["variant"] in study.shared]
-    return found + [replace(r, config={**r.config, "variant": study.shared[r.config["variant"]]}) for r in others]
+    return found + [renamed(r, study.shared[r.config["variant"]]) for r in others]
 
 
 def shown_profile(study: Study, folder: Path | None = None) -> str:

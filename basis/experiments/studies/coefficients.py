@@ -15,7 +15,7 @@ import torch
 from basis.experiments.runs import Record, Run
 from basis.experiments.studies.cost import counts, facts, load_benches
 from basis.experiments.studies.headline import HALF, NARROWER, variant
-from basis.experiments.studies.study import MARGIN, Study, Verdict, difference, label_of, untested, verdict
+from basis.experiments.studies.study import MARGIN, Study, Verdict, difference, label_of, renamed, untested, verdict
 from basis.layers.conv import basis_channels_for
 from basis.models import build
 from basis.plan import convolutions
@@ -68,7 +68,7 @@ def equal_plan(model: str, width: int | None) -> Mapping[str, int]:
 def frame(records: Sequence[Record]) -> pd.DataFrame:
     """:meth:`Study.frame`; archived variants have today's names, and those of another ratio are left out."""
     known = {*STUDY.shared.values(), *KINDS, EQUAL}
-    found = [replace(r, config={**r.config, "variant": r.config["variant"].removesuffix(", r=1/2")}) for r in records]
+    found = [renamed(r, r.config["variant"].removesuffix(", r=1/2")) for r in records]
     found = [replace(r, result={"macs": math.nan, **r.result}) for r in found if r.config["variant"] in known]
     return STUDY.frame(found)
 

@@ -17,7 +17,17 @@ from basis.experiments.comparison import METHODS, Compression
 from basis.experiments.runs import Record, Run
 from basis.experiments.studies import headline
 from basis.experiments.studies.headline import HALF, NARROWER
-from basis.experiments.studies.study import MARGIN, Study, Verdict, difference, label_of, untested, verdict
+from basis.experiments.studies.study import (
+    MARGIN,
+    Study,
+    Verdict,
+    by_seed,
+    difference,
+    label_of,
+    renamed,
+    untested,
+    verdict,
+)
 from basis.statistics import mean_estimate, paired_difference
 
 BUDGET, PART, NEEDED = 0.5, 0.5, 8
@@ -52,7 +62,7 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
     network than their seed's dense one, which was trained again, are left out.
     """
     named = [(r, OLD.get(r.config["variant"], r.config["variant"])) for r in records]
-    known = [replace(r, config={**r.config, "variant": name}) for r, name in named if name in ORDER]
+    known = [renamed(r, name) for r, name in named if name in ORDER]
     columns: dict[str, Any] = {"accuracy_flip": lambda _: math.nan, "validation": lambda _: []}
     columns |= {"origin": lambda r: r.result.get("given", {}).get("loss", math.nan)}
     runs = STUDY.frame(known, columns | {name: partial(_at, where=where) for name, where in STAGES.items()})
@@ -63,16 +73,11 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
     return runs[~again].assign(given=100 * accuracy, **changes)
 
 
-def by_seed(runs: pd.DataFrame, name: str, column: str) -> pd.Series:
-    """A column of a variant, by seed."""
-    return runs[runs["variant"] == name].set_index("seed")[column].dropna()
-
-
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     """The verdict on H4."""
     runs, margin = frame(records), MARGIN[profile]
     grown, by_svd = (by_seed(runs, name, "grown") for name in (OURS, SVD))
-    excess = paired_difference(dict(grown), dict(PART * by_svd))
+    excess = paired_difference(grown, PART * by_svd)
     kept = difference(runs, OURS, DENSE)
     if (least := min(excess.n, kept.n)) < NEEDED:
         return (untested("H4", profile, least, NEEDED),)

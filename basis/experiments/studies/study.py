@@ -4,7 +4,7 @@ import configparser
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -188,10 +188,24 @@ def result_of(records: Sequence[Record], name: str) -> Mapping[str, Any]:
     return next(r.result for r in records if r.config["variant"] == name)
 
 
+def renamed(record: Record, variant: str) -> Record:
+    """The record under another name of its variant."""
+    return replace(record, config={**record.config, "variant": variant})
+
+
+def images_of(config: Mapping[str, Any]) -> int:
+    """The training images of a run."""
+    return config["images"] or {"cifar10": 50000, "synthetic": 2000}[config["data"]] - config["validation"]
+
+
 def training_cost(config: Mapping[str, Any]) -> float:
     """Forward passes of one image that a training takes; a backward pass counts as two."""
-    images = config["images"] or {"cifar10": 50000, "synthetic": 2000}[config["data"]] - config["validation"]
-    return 3.0 * images * config["recipe"]["epochs"]
+    return 3.0 * images_of(config) * config["recipe"]["epochs"]
+
+
+def by_seed(runs: pd.DataFrame, name: str, column: str = "accuracy") -> pd.Series:
+    """A column of a variant of a :meth:`Study.frame`, by seed, without what is not known."""
+    return runs[runs["variant"] == name].set_index("seed")[column].dropna()
 
 
 def difference(runs: pd.DataFrame, first: str, second: str, *, comparisons: int = 1) -> Estimate:
@@ -200,8 +214,7 @@ def difference(runs: pd.DataFrame, first: str, second: str, *, comparisons: int 
     ``runs`` is a :meth:`Study.frame`. With ``comparisons`` > 1 it is one of as many intervals that hold together with
     95 % (Bonferroni).
     """
-    a, b = (runs[runs["variant"] == name].set_index("seed")["accuracy"] for name in (first, second))
-    return paired_difference(a, b, comparisons=comparisons)
+    return paired_difference(by_seed(runs, first), by_seed(runs, second), comparisons=comparisons)
 
 
 def compared(
@@ -227,8 +240,7 @@ def seen(runs: pd.DataFrame, first: str, second: str, *, comparisons: int = 1) -
 
     See :func:`basis.statistics.detectable`; NaN below two seeds.
     """
-    a, b = (runs[runs["variant"] == name].set_index("seed")["accuracy"] for name in (first, second))
-    gaps = (a - b).dropna()
+    gaps = (by_seed(runs, first) - by_seed(runs, second)).dropna()
     return detectable(float(gaps.std()), len(gaps), comparisons=comparisons) if len(gaps) > 1 else math.nan
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 from basis.experiments.runs import Record, Run
 from basis.experiments.studies.cost import load_benches
 from basis.experiments.studies.headline import HALF, NARROWER, QUARTER, variant
-from basis.experiments.studies.study import MARGIN, Study, Verdict, label_of, untested, verdict
+from basis.experiments.studies.study import MARGIN, Study, Verdict, label_of, renamed, untested, verdict
 from basis.statistics import Estimate, paired_difference
 
 BLOCKS = "layer?.*.conv?"  # the convolutions of the residual blocks: not the stem, nor the shortcuts
@@ -76,7 +76,7 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
 
 def _renamed(record: Record) -> Record:
     name = record.config["variant"].removeprefix(f"{record.config['model']} ")
-    return replace(record, config={**record.config, "variant": ARCHIVED.get(name, name)})
+    return renamed(record, ARCHIVED.get(name, name))
 
 
 def _narrower(runs: pd.DataFrame, cost: str) -> list[float]:

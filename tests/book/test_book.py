@@ -48,9 +48,7 @@ def source():
             code(PARAMETERS, "parameters"),
             code("Markdown(f'It does: {gain:.1f} points.')", "answer"),
             code("show(draw)"),
-            text(
-                "$$\na\n\\tag{1}\n$$\n\nSee [(1)](#eq-1).\n\n## Deviations\n\nNone.\n\n## When to use it\n\nAlways.\n\n## Exercises"
-            ),
+            text("$$a\\tag{1}$$\n\nSee [(1)](#eq-1).\n\n## Deviations\n\n## When to use it\n\n## Exercises"),
             text("**Exercise.** Try.", "exercise"),
             text("It works.", "solution"),
             code("1 + 1", "solution"),
@@ -118,7 +116,7 @@ def test_parameters_are_commented_typed_literals(source, line, fault):
         (6, "## Deviations\n\n## When to use it", "'## Exercises'"),
         (6, "## Exercises\n\n## When to use it", "'## Deviations'"),
         (6, "## Exercises\n\n## Deviations", "'## When to use it'"),
-        (8, "$$a \\tag{2}$$", "must be numbered in order"),
+        (8, "$$a \\tag{3}$$", "must be numbered in order"),
     ],
 )
 def test_the_page_contract(source, index, change, fault):

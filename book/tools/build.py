@@ -30,6 +30,7 @@ from book.tools import front_page, gates
 from book.tools.address import address
 from book.tools.chapter import Notebook, assemble_page
 from book.tools.derived import HEADLINE, block, sync
+from book.tools.gallery import thumbnails
 from book.tools.myst import Targets
 from book.tools.pages import fragments, page_facts, study_of
 
@@ -154,10 +155,11 @@ def build(
     pages = {stem: nbformat.read(target / f"{stem}.ipynb", as_version=4) for stem in sources}
     generated = root / "book" / "generated"
     generated.mkdir(exist_ok=True)
+    front_page.save(profile, root / "book" / "figures")
+    thumbnails(root / "book" / "figures")
     texts = fragments(pages, profile)
     for name, text in texts.items():
         (generated / name).write_text(text + "\n", encoding="utf-8")
-    front_page.save(profile, root / "book" / "figures")
 
     if profile is None and is_published(results_folder()):
         shown = block((root / "README.md").read_text(encoding="utf-8"), "claims") or ""

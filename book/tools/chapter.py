@@ -104,7 +104,12 @@ def assemble_page(executed: Notebook, facts: PageFacts) -> Notebook:
         {
             "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
             "language_info": {"name": "python"},
-            "basis": {"answer": answer, "figures": drawn, "time": facts.time},
+            "basis": {
+                "answer": answer,
+                "figures": drawn,
+                "time": facts.time,
+                "measured": facts.provenance.get("measured on", "any machine"),
+            },
         }
     )
     return notebook

@@ -25,6 +25,7 @@ from book.tools import front_page, gates
 from book.tools.address import DISTRIBUTION, address
 from book.tools.card import card_fragments, card_numbers
 from book.tools.chapter import Notebook, PageFacts, figure_directive
+from book.tools.gallery import gallery
 from book.tools.myst import Targets
 
 COMMANDS = """\
@@ -274,8 +275,11 @@ def fragments(pages: Mapping[str, Notebook], profile: str | None = None) -> dict
         "chapters.md": chapters_list(pages),
         "bibtex.md": BIBTEX.format(version=numbers["version"], url=here.pages, commit=numbers["commit"]),
         "clone.md": f"```bash\ngit clone {here.repository} {here.name}-book\ncd {here.name}-book\n{COMMANDS}\n```\n",
+        "gallery.md": gallery(
+            pages, front_page.about(brief) if brief else None, repository_root() / "book" / "figures"
+        ),
         "headline.md": headline,
-        "minute.md": front_page.in_a_minute(brief, [verdict for _, verdict in found["H5"]]),
+        "numbers.md": front_page.numbers(brief),
         "readme-claims.md": readme_claims(found),
         "rules.md": "\n".join(rules),
         "setups.md": setups(),

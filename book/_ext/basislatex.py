@@ -19,7 +19,9 @@ HERE = Path(__file__).resolve().parent
 ON_SCREEN = {"figures"}  # pages that print leaves out
 SIZES = {r"\small": 92, r"\footnotesize": 103, r"\scriptsize": 116}  # letters on a line
 GAP = 2.1  # between two columns, in letters
-TOGETHER = re.compile(r"(?<=[\d.%],) (?=[-+−]?[\d.]+%?\])|(?<=\d) (?=%)|(?<=\b[a-zA-Z]) (?== )|(?<=\b[a-zA-Z] =) (?=\d)")
+TOGETHER = re.compile(
+    r"(?<=[\d.%],) (?=[-+−]?[\d.]+%?\])|(?<=\d) (?=%)|(?<=\b[a-zA-Z]) (?== )|(?<=\b[a-zA-Z] =) (?=\d)"
+)
 
 
 def configure(app: Sphinx, config: Any) -> None:
@@ -82,7 +84,9 @@ class Print(SphinxPostTransform):
         for grid in [node for node in self.document.findall(nodes.container) if "sd-row" in node["classes"]]:
             grid.replace_self(card_list(grid))
         for text in list(self.document.findall(nodes.Text)):
-            if not isinstance(text.parent, (nodes.raw, nodes.math, nodes.math_block, nodes.literal_block, nodes.literal)):
+            if not isinstance(
+                text.parent, (nodes.raw, nodes.math, nodes.math_block, nodes.literal_block, nodes.literal)
+            ):
                 text.parent.replace(text, nodes.Text(TOGETHER.sub("\u00a0", text)))
         for page in self.document.findall(addnodes.start_of_file):
             numbered = bool(self.env.toc_secnumbers.get(page["docname"]))
@@ -176,7 +180,12 @@ def set_table(table: nodes.table) -> None:
         if isinstance(text.parent, nodes.paragraph):
             text.parent.replace(text, nodes.Text(re.sub(r"(?<=[_/])(?=\w)", "\u200b", text)))
     place = table.parent.index(table)
-    table.parent[place : place + 1] = [latex(rf"\begingroup{size}\renewcommand{{\tablerowgap}}{{{3 * wraps}pt}}"), columns, table, latex(r"\endgroup")]
+    table.parent[place : place + 1] = [
+        latex(rf"\begingroup{size}\renewcommand{{\tablerowgap}}{{{3 * wraps}pt}}"),
+        columns,
+        table,
+        latex(r"\endgroup"),
+    ]
 
 
 def layout(rows: Sequence[Sequence[Sequence[str]]], inset: float = 1) -> tuple[str, list[float], bool]:
@@ -224,7 +233,9 @@ def _words(line: str) -> list[str]:
 
 def _width(text: str) -> float:
     """How wide a text is set in Palatino, in middling letters."""
-    return sum(1.7 if c in "mwMW+→%" else 1.4 if c.isupper() else 0.6 if c in "ijltfr .,;:|()[]" else 1.05 for c in text)
+    return sum(
+        1.7 if c in "mwMW+→%" else 1.4 if c.isupper() else 0.6 if c in "ijltfr .,;:|()[]" else 1.05 for c in text
+    )
 
 
 def _height(cell: Sequence[str], width: float) -> float:

@@ -77,8 +77,14 @@ class Print(SphinxPostTransform):
         for node in list(self.document.findall(_left_out)):
             node.parent.remove(node)
         for reference in list(self.document.findall(nodes.reference)):
-            if reference.get("refuri", "").removeprefix("%").partition("#")[0] in ON_SCREEN:
+            page, _, name = reference.get("refuri", "").removeprefix("%").partition("#")
+            name = name or reference.get("refid", "")
+            if page in ON_SCREEN:
                 reference.replace_self(reference.children)
+            elif name.startswith("equation-"):  # whose label TeX knows by another name
+                label = f"equation:{page or _page(reference)}:{name.removeprefix('equation-')}"
+                link = latex(rf"\hyperref[\detokenize{{{label}}}]{{")
+                reference.replace_self([link, *reference.children, latex("}")])
         for raw in list(self.document.findall(nodes.raw)):
             raw.replace_self(spoken(raw))
         for grid in [node for node in self.document.findall(nodes.container) if "sd-row" in node["classes"]]:
@@ -90,7 +96,8 @@ class Print(SphinxPostTransform):
                 text.parent.replace(text, nodes.Text(TOGETHER.sub("\u00a0", text)))
         for page in self.document.findall(addnodes.start_of_file):
             numbered = bool(self.env.toc_secnumbers.get(page["docname"]))
-            page.insert(0, latex(rf"\setcounter{{secnumdepth}}{{{2 if numbered else -1}}}"))
+            depth = r"{2}" if numbered else r"{-1}\setcounter{chapter}{0}"
+            page.insert(0, latex(rf"\setcounter{{secnumdepth}}{depth}" + "\n"))
         for table in list(self.document.findall(nodes.table)):
             set_table(table)
         for citation in list(self.document.findall(nodes.citation)):
@@ -101,7 +108,14 @@ class Print(SphinxPostTransform):
 
 
 def latex(text: str) -> nodes.raw:
-    return nodes.raw("", text + "\n", format="latex")
+    return nodes.raw("", text, format="latex")
+
+
+def _page(node: Any) -> str:
+    """The page that a node of the whole book is from, as its section says."""
+    while "docname" not in node and node.parent:
+        node = node.parent
+    return str(node["docname"])
 
 
 def _left_out(node: nodes.Node) -> bool:
@@ -152,9 +166,9 @@ def front_chapter(front: nodes.section) -> None:
             above, depth = above.parent, depth + isinstance(above, nodes.section)
         title, *content = section.children
         mark = nodes.target("", "", ids=[name for name in section["ids"] if name not in marked])
-        heading = nodes.paragraph("", "", latex("\\" + "sub" * depth + "section{"), *title.children, latex("}"), mark)
-        section.replace_self([heading, *content])
-    front.insert(1, latex(r"\setcounter{secnumdepth}{-1}\chapter{About this book}"))
+        heading = [latex("\n\n\\" + "sub" * depth + "section{"), *title.children, latex("}\n"), mark]
+        section.replace_self([*heading, *content])
+    front.insert(1, latex("\\setcounter{secnumdepth}{-1}\\chapter{About this book}\n"))
 
 
 # --- tables ------------------------------------------------------------------------------------
@@ -181,10 +195,10 @@ def set_table(table: nodes.table) -> None:
             text.parent.replace(text, nodes.Text(re.sub(r"(?<=[_/])(?=\w)", "\u200b", text)))
     place = table.parent.index(table)
     table.parent[place : place + 1] = [
-        latex(rf"\begingroup{size}\renewcommand{{\tablerowgap}}{{{3 * wraps}pt}}"),
+        latex(rf"\begingroup{size}\renewcommand{{\tablerowgap}}{{{3 * wraps}pt}}" + "\n"),
         columns,
         table,
-        latex(r"\endgroup"),
+        latex("\\endgroup\n"),
     ]
 
 

@@ -74,7 +74,7 @@ class Print(SphinxPostTransform):
     builders = ("latex",)
 
     def run(self, **_: Any) -> None:
-        for node in list(self.document.findall(_left_out)):
+        for node in list(self.document.findall(left_out)):
             node.parent.remove(node)
         for reference in list(self.document.findall(nodes.reference)):
             page, _, name = reference.get("refuri", "").removeprefix("%").partition("#")
@@ -118,7 +118,7 @@ def _page(node: Any) -> str:
     return str(node["docname"])
 
 
-def _left_out(node: nodes.Node) -> bool:
+def left_out(node: nodes.Node) -> bool:
     """Whether print has no use for a node: a folded cell, folded code or output, a page of thumbnails."""
     if isinstance(node, addnodes.start_of_file):
         return node["docname"] in ON_SCREEN

@@ -25,7 +25,7 @@ PARTS = {
     "texgyrepagella-math.otf": "fonts-texgyre-math",
     "DejaVuSansMono.ttf": "fonts-dejavu-core",
 }
-FRONT = re.compile(r'<p id="basis-pdf">.*?</p>', re.DOTALL)  # where the front page offers the file
+FRONT = re.compile(r'<p id="basis-pdf"( hidden)?>.*?</p>', re.DOTALL)  # where the front page offers the file
 # What makes a PDF unfit to be published, as TeX's log says it.
 FAULTS = re.compile(r"Missing character: .*|.*LaTeX Warning: .*undefined.*|Overfull \\hbox \(\d{2,}\.\d+pt.*")
 

@@ -49,6 +49,16 @@ def configure(app: Sphinx, config: Any) -> None:
     }
 
 
+def number_exercises(app: Sphinx, env: Any) -> None:
+    """Number exercises by chapter as on the pages; with parts, Sphinx would count them by section."""
+    if app.builder.format != "latex":
+        return
+    for numbers in env.toc_fignumbers.values():
+        exercises = numbers.get("exercise", {})
+        for place, (name, number) in enumerate(list(exercises.items()), 1):
+            exercises[name] = (number[0], place) if len(number) > 1 else number
+
+
 class PrintFigures(SphinxTransform):
     """A figure X.svg that has an X.pdf beside it is printed from that; before the dark one is looked for."""
 
@@ -258,6 +268,7 @@ def _height(cell: Sequence[str], width: float) -> float:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("config-inited", configure, priority=900)
+    app.connect("env-check-consistency", number_exercises)  # after Sphinx has numbered
     app.add_transform(PrintFigures)
     app.add_post_transform(Print)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

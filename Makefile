@@ -1,14 +1,18 @@
 # `make book` builds the book, `make test` runs the tests; both first make the environment in .venv.
+# `make pdf` prints the pages of the last `make book`; it needs TeX.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: book test check clean
+.PHONY: book pdf test check clean
 .DEFAULT_GOAL := book
 
 book: $(READY)
 	$(BIN)/basis book
+
+pdf: $(READY)
+	$(BIN)/basis book --pdf
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

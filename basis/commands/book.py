@@ -13,19 +13,20 @@ from basis.experiments.tidy import csv, runs_frame, sound_records
 from basis.saving import replacing
 
 
-def add_book(command: argparse.ArgumentParser) -> None:
-    """Which chapters, at which scale."""
-    chapters = "only these chapters, such as 3 5 (default: all)"
-    command.add_argument("--chapter", "--only", nargs="+", metavar="CHAPTER", dest="only", help=chapters)
+def add_book(command: argparse.ArgumentParser, *, whole: bool = True) -> None:
+    """Which chapters, at which scale; the whole book also as one file."""
+    command.add_argument("--chapter", "--only", nargs="+", metavar="CHAPTER", dest="only", help="only these, e.g. 3 5")
     scales = f"scale of the runs to show: {', '.join(PROFILES)} (default: the largest that decides)"
     command.add_argument("--profile", choices=PROFILES, metavar="SCALE", help=scales)
+    if whole:
+        command.add_argument("--pdf", action="store_true", help="print the pages of the last build, as one PDF")
 
 
 def add_figures(command: argparse.ArgumentParser) -> None:
     """Which figures, as which files."""
     option = command.add_argument
     option("names", nargs="*", metavar="NAME", help="figures to draw, such as headline (default: all)")
-    add_book(command)
+    add_book(command, whole=False)
     option("--out", type=Path, metavar="DIR", help="folder to fill (default: figures, in the folder of --results)")
     kinds = "svg (light and dark), pdf, png (192 dpi), csv (the table behind a figure) (default: all)"
     formats = ("svg", "pdf", "png", "csv")
@@ -52,7 +53,8 @@ def _tool(name: str, results: Path | None = None) -> Any:
 
 def do_book(options: argparse.Namespace) -> int:
     """Execute the notebooks and build the pages; prints where the first one is."""
-    made = _tool("build", options.results).build(profile=options.profile, only=options.only, progress=print)
+    build = _tool("pdf" if options.pdf else "build", options.results).build
+    made = build(profile=options.profile, only=options.only, progress=print)
     print(f"The book is at {made.as_uri()}")
     return 0
 
@@ -72,16 +74,14 @@ def do_figures(options: argparse.Namespace) -> int:
 
 def sync_copies(_: argparse.Namespace) -> int:
     """Renew what README, citation and notebooks repeat from elsewhere."""
-    pages = _tool("pages")
-    claims = pages.readme_claims(pages.verdicts())
+    claims = (pages := _tool("pages")).readme_claims(pages.verdicts())
     print(*_tool("derived").sync(repository_root(), claims=claims) or ["nothing to renew"], sep="\n")
     return 0
 
 
 def write_table(options: argparse.Namespace) -> int:
     """Write all records as one tidy table, runs.csv beside them."""
-    path = stored_results(options.results) / "runs.csv"
-    with replacing(path) as file:
+    with replacing(path := stored_results(options.results) / "runs.csv") as file:
         file.write(csv(runs_frame(sound_records(options.results))))
     print(f"saved {path}")
     return 0

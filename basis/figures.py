@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import re
 import struct
@@ -124,14 +125,30 @@ def save(draw: Draw, *, name: str, folder: Path, data: pd.DataFrame | None = Non
     return content
 
 
+def interactive(facts: Mapping[str, Any], *, name: str, root: Path | None) -> str:
+    """The HTML of the interactive twin of a figure: its facts, and the script `book/_static/explorer.js` of a checkout.
+
+    It is empty without a checkout, and where no script runs nothing of it is seen.
+    """
+    script = root and root / "book" / "_static" / "explorer.js"
+    if not script:
+        return ""
+    text = json.dumps(facts, allow_nan=False, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+    inside = f'<script type="application/json">{text}</script>'
+    code = script.read_text(encoding="utf-8")
+    return f'<div class="basis-explorer" data-figure="{name}">{inside}</div>\n<script>\n{code}</script>'
+
+
 def show(
-    draw: Draw, *, name: str, caption: str, alt: str, data: pd.DataFrame | None = None, folder: Path | None = None
-) -> None:
+    draw: Draw, *, name: str, caption: str, alt: str, data: pd.DataFrame | None = None, folder: Path | None = None,
+    explorer: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Show a figure with its caption in the notebook, and write its files for the book.
 
     `caption` is plain Markdown and states the finding; `alt` describes what is seen to someone who does not see it;
     `data` is the table that is drawn. The files of :func:`save` go to `folder`, by default `$BASIS_FIGURES` or
-    `book/figures` of the checkout, if there is one.
+    `book/figures` of the checkout, if there is one. `explorer` are the facts of an interactive twin, whose `kind` is
+    one of those in `book/_static/explorer.js`, which says what facts they need.
     """
     from IPython.display import Markdown, display
 
@@ -149,6 +166,8 @@ def show(
     shape = {"width": width // 2, "height": height // 2, "alt": alt}
     display(picture, raw=True, metadata={"image/png": shape, FIGURE_KEY: about})
     display(Markdown(caption), metadata={CAPTION_KEY: name})
+    if explorer:
+        display({"text/html": interactive(explorer, name=name, root=root)}, raw=True)
 
 
 # For seaborn, where three rows of a frame hold an estimate and both ends of its interval (or quartiles).

@@ -1,8 +1,9 @@
-/* The book's two interactive figures: a layer (k against cost, error and time) and a budget (plan and loss).
+/* The book's two interactive figures: a layer (k against cost, error and time) and a budget (its plan and its loss).
 
-   basis.figures.show(..., explorer={"kind": "layer" or "budget", ...}) writes
-   <div class="basis-explorer" data-figure="NAME"> with the facts as JSON in it, and this file after it. Nothing is loaded from elsewhere. In the book the widget takes the place of the still picture
-   of the figure NAME, above its caption; without scripts, and on paper, the picture stays. */
+   basis.figures.show(..., explorer={"kind": "layer" or "budget", ...}) writes <div class="basis-explorer"
+   data-figure="NAME"> with the facts as JSON in it, and this file after it; nothing is loaded from elsewhere. In the
+   book the widget takes the place of the picture in the figure NAME, above its caption; in a notebook it stands below.
+   Without scripts, and on paper, there is the picture. */
 (() => {
   "use strict";
 
@@ -20,9 +21,8 @@
   function chart({ title, keys = [], x, y, series, at, marks = [], width, height = 150, xlabel, alt }) {
     const left = 38, right = 8, top = 8, bottom = 34;
     const along = (value, axis, from, to) => {
-      const scale = axis.scale || ((v) => v);
-      const share = (scale(value) - scale(axis.from)) / (scale(axis.to) - scale(axis.from));
-      return (from + share * (to - from)).toFixed(1);
+      const [v, low, high] = [value, axis.from, axis.to].map(axis.scale || ((one) => one));
+      return (from + ((v - low) / (high - low)) * (to - from)).toFixed(1);
     };
     const px = (value) => along(value, x, left, width - right);
     const py = (value) => along(value, y, height - bottom, top);
@@ -32,14 +32,13 @@
     const lines = series.map((one) => {
       const look = `class="${one.colour} ${one.dashed ? "dashed" : ""} ${one.faint ? "faint" : ""}"`;
       const path = one.points.map(([a, b]) => `${px(a)},${py(b)}`).join(" ");
-      const bars = (one.low_high || []).map(([a, low, high]) =>
-        `<line x1="${px(a)}" x2="${px(a)}" y1="${py(low)}" y2="${py(high)}"/>`);
+      const bars = (one.low_high || []).map(([a, low, high]) => `<path d="M${px(a)},${py(low)}V${py(high)}"/>`);
       const dots = one.points.map(([a, b]) => `<circle cx="${px(a)}" cy="${py(b)}" r="3"/>`);
       return `<g ${look}>${one.dots ? dots.join("") : `<polyline points="${path}"/>`}${bars.join("")}</g>`;
     });
     const rule = `<line class="marker" x1="${px(at)}" x2="${px(at)}" y1="${top}" y2="${height - bottom}"/>`;
     const points = marks.map((m) => `<circle class="mark ${m.colour}" cx="${px(m.x)}" cy="${py(m.y)}" r="5"/>`);
-    const none = series.length ? "" : `<text x="${(left + width) / 2}" y="${height / 2 - 10}" text-anchor="middle">not measured</text>`;
+    const none = series.length ? "" : `<text x="${width / 2}" y="${height / 2}" text-anchor="middle">not measured</text>`;
     const said = keys.map((key) => `<span class="${key.colour}">${key.text}</span>`).join(" ");
     return `<div><p class="head"><b>${title}</b> ${said}</p>
       <svg role="img" width="${width}" height="${height}" viewBox="0 0 ${width} ${height}"><title>${alt}</title>
@@ -68,24 +67,22 @@
       <label>${choice} <select>${options}</select></label>
       <label><span></span> <input type="range"></label></div>
       <p class="words" aria-live="polite"></p><div class="charts"></div>`);
-    const [select, label, range, words, charts] =
-      ["select", "label span", "input", ".words", ".charts"].map((name) => root.querySelector(name));
-    const reset = () => Object.assign(range, slider(+select.value));
+    const [select, label, range, words, charts] = ["select", "span", "input", ".words", ".charts"]
+      .map((one) => root.querySelector(one));
+    const reset = () => Object.assign(range, slider(+select.value)); // min, max, step, value
     const redraw = () => {
-      const width = Math.max(300, root.clientWidth);
-      const shown = draw({ chosen: +select.value, value: +range.value, width });
+      const shown = draw({ chosen: +select.value, value: +range.value, width: Math.max(300, root.clientWidth) });
       label.textContent = shown.label;
       range.setAttribute("aria-valuetext", shown.label);
-      if (words.innerHTML !== shown.words) words.innerHTML = shown.words;
+      words.innerHTML = shown.words;
       charts.style.gridTemplateColumns = shown.columns;
       charts.innerHTML = shown.charts.join("");
     };
-    select.addEventListener("change", () => { reset(); redraw(); });
-    range.addEventListener("input", redraw);
-    let last = 0; // drawing changes the height only
+    select.onchange = () => { reset(); redraw(); };
+    range.oninput = redraw;
+    let last = root.clientWidth; // drawing changes the height, which needs no drawing
     new ResizeObserver(() => { if (root.clientWidth !== last) { last = root.clientWidth; redraw(); } }).observe(root);
-    reset();
-    redraw();
+    select.onchange();
   }
 
   // --- one layer: what k costs and loses ---
@@ -99,7 +96,7 @@
       ["128-256@16/2", 3, "layer3.0.conv1"], ["256-512@8/2", 3, "layer4.0.conv1"], ["128-256@16/2", 1, "layer3.0.shortcut.0"],
     ].map(([shape, kernel, trained]) => {
       const [, inside, out, size, stride = 1] = /(\d+)-?(\d+)?@(\d+)\/?(\d+)?/.exec(shape);
-      const name = `${kernel} \u00d7 ${kernel}, ${inside} to ${out || inside} channels, ${size} \u00d7 ${size} pixels`;
+      const name = `${kernel} \u00d7 ${kernel}, ${inside} \u2192 ${out || inside} channels`;
       return { c: +(out || inside), f: inside * kernel ** 2, pixels: (size / stride) ** 2, trained,
         name: name + (stride > 1 ? ", stride 2" : ""), error: errors(facts.singular_values[trained] || []),
         times: facts.times.filter((t) => t.shape === shape && kernel === 3) };
@@ -112,39 +109,38 @@
       const share = (j) => weights(j) / (c * f); // of the parameters, and of the MACs where factorized
       const composed = (j) => 1 + ((c - j) * j) / (c * pixels * facts.batch); // dense, and building W once a batch
       const ks = Array.from({ length: c / step }, (_, i) => (i + 1) * step);
-      const over = (fn) => ks.map((j) => [j / c, fn(j)]);
       const error = one.error.length > 1 && ((j) => one.error[j / step] ?? 0); // a stem has fewer values than filters
-      const devices = [...new Set(one.times.map((t) => t.device))];
-      const colours = Object.fromEntries(devices.map((name, i) => [name, ["c3", "c4", "c5"][i]]));
-      const near = devices.map((name) => nearest(one.times.filter((t) => t.device === name), r, (t) => t.ratio));
-      const columns = width < 560 ? 2 : 4;
-      const x = { from: 0, to: 1, ticks: [0, 0.5, 1], text: (v) => v };
-      const most = Math.max(1, ...ks.map(share));
-      const base = { x, at: r, width: Math.floor((width - 12 * (columns - 1)) / columns), xlabel: "r = k / C_out" };
-      const panel = (more) => chart({ ...base, alt: `${more.title} over the ratio r, marked at r = ${r.toFixed(2)}`, ...more });
-      const fast = Math.max(1, ...one.times.map((t) => t.speedup_q3));
+      const devices = [...new Set(one.times.map((t) => t.device))].map((name, i) =>
+        [["c3", "c4", "c5"][i], one.times.filter((t) => t.device === name)]);
+      const near = devices.map(([colour, some]) => [colour, nearest(some, r, (t) => t.ratio)]);
+      const columns = width < 560 ? 2 : 4, most = Math.max(1, ...ks.map(share));
+      const base = { width: Math.floor((width - 12 * (columns - 1)) / columns), at: r, xlabel: "r = k / C_out",
+        x: { from: 0, to: 1, ticks: [0, 0.5, 1], text: (v) => v } };
+      /* A chart of functions of k: lines are [colour, function, name]. */
+      const curves = (title, top, ...lines) => chart({ ...base, title, y: axis(top, percent),
+        alt: `${title} over the ratio r, marked at ${r.toFixed(2)}`,
+        keys: lines.map(([colour, fn, name = ""]) => ({ colour, text: `${name} ${percent(fn(k))}` })),
+        series: lines.map(([colour, fn]) => ({ colour, points: ks.map((j) => [j / c, fn(j)]) })),
+        marks: lines.map(([colour, fn]) => ({ colour, x: r, y: fn(k) })) });
+      const speeds = devices.map(([colour, some]) => ({ colour, faint: true, dots: true,
+        points: some.map((t) => [t.ratio, t.speedup]), low_high: some.map((t) => [t.ratio, t.speedup_q1, t.speedup_q3]) }));
       const charts = [
-        panel({ title: "Parameters", keys: [{ colour: "c1", text: percent(share(k)) }], y: axis(most, percent),
-          series: [{ colour: "c1", points: over(share) }], marks: [{ colour: "c1", x: r, y: share(k) }] }),
-        panel({ title: "MACs forward", y: axis(Math.max(most, composed(c / 2)), percent),
-          keys: [{ colour: "c1", text: "factorized " + percent(share(k)) }, { colour: "c2", text: "composed " + percent(composed(k)) }],
-          series: [{ colour: "c1", points: over(share) }, { colour: "c2", points: over(composed) }],
-          marks: [{ colour: "c1", x: r, y: share(k) }, { colour: "c2", x: r, y: composed(k) }] }),
-        panel({ title: "Error, rank k", keys: error ? [{ colour: "c1", text: percent(error(k)) }] : [], y: axis(1, percent),
-          series: error ? [{ colour: "c1", points: over(error) }] : [], marks: error ? [{ colour: "c1", x: r, y: error(k) }] : [] }),
-        panel({ title: "Speed-up", keys: near.map((t) => ({ colour: colours[t.device], text: `${t.device} ${t.speedup.toFixed(2)}` })),
-          y: axis(fast, (v) => v), series: devices.map((name) => {
-            const some = one.times.filter((t) => t.device === name);
-            return { colour: colours[name] + " faint", dots: true, points: some.map((t) => [t.ratio, t.speedup]),
-              low_high: some.map((t) => [t.ratio, t.speedup_q1, t.speedup_q3]) };
-          }), marks: near.map((t) => ({ colour: colours[t.device], x: t.ratio, y: t.speedup })) }),
+        curves("Parameters", most, ["c1", share]),
+        curves("MACs forward", Math.max(most, composed(c / 2)), ["c1", share, "factorized"], ["c2", composed, "composed"]),
+        curves("Error, rank k", 1, ...(error ? [["c1", error]] : [])),
+        chart({ ...base, title: "Speed-up", y: axis(Math.max(1, ...one.times.map((t) => t.speedup_q3)), (v) => v), series: speeds,
+          alt: "Measured speed-up over the ratio r; the points nearest to the marker stand out",
+          keys: near.map(([colour, t]) => ({ colour, text: `${t.device} ${t.speedup.toFixed(2)}` })),
+          marks: near.map(([colour, t]) => ({ colour, x: t.ratio, y: t.speedup })) }),
       ];
-      const times = near.map((t) => `${strong(t.speedup.toFixed(2) + " times")} as fast as dense on the ${t.device} (measured at r = ${t.ratio})`);
+      const times = near.map(([, t], i) =>
+        `${strong(t.speedup.toFixed(2) + " times")}${i ? "" : " as fast as dense"} on the ${t.device} (r = ${t.ratio})`);
       const words = `${strong(`k = ${k} of ${c}`)} filters: ${strong(percent(share(k)))} of the parameters (${whole(weights(k))} of
-        ${whole(c * f)}). Forward, factorized needs the same share of the MACs, composed ${strong(percent(composed(k)))}. ` +
+        ${whole(c * f)}). Factorized, the forward pass needs the same share of the MACs; composed, ${strong(percent(composed(k)))}. ` +
         (error ? `The best approximation of rank ${k / step} of the ${c / step} filters of
-        <code>${one.trained}</code> in a trained ResNet-18 of width ${facts.width} has a relative error of ${strong(percent(error(k)))}. ` : "") +
-        (near.length ? `A training step of the layer is ${times.join(" and ")}.` : "Its time was not measured.");
+        <code>${one.trained}</code> in a trained ResNet-18 of width ${facts.width} has a relative error of
+        ${strong(percent(error(k)))}. ` : "") + (near.length ? `At the nearest measured ratio a training step of the layer is
+        ${times.join(" and ")}.` : "Its time was not measured.");
       return { label: `k = ${k} of ${c} (r = ${r.toFixed(2)})`, words, charts, columns: `repeat(${columns}, 1fr)` };
     }
     frame(root, { choice: "Layer", choices: layers.map((one) => one.name), start: 2, slider, draw });
@@ -165,9 +161,10 @@
       const pitch = 15, left = 122, right = 50, room = width - left - right, layers = Object.entries(facts.widths);
       const lines = layers.map(([name, c], i) => {
         const k = row.plan[name] ?? c, y = i * pitch, dense = !(name in row.plan);
+        const rect = (look, share) =>
+          `<rect class="${look}" x="${left}" y="${y + 2}" width="${room * share}" height="${pitch - 4}"/>`;
         return `<text x="${left - 6}" y="${y + 11}" text-anchor="end">${name}</text>
-          <rect class="track" x="${left}" y="${y + 2}" width="${room}" height="${pitch - 4}"/>
-          <rect class="${dense ? "dense" : colour(row.rule)}" x="${left}" y="${y + 2}" width="${((room * k) / c).toFixed(1)}" height="${pitch - 4}"/>
+          ${rect("track", 1)}${rect(dense ? "dense" : colour(row.rule), k / c)}
           <text x="${left + room + 5}" y="${y + 11}">${dense ? "dense" : `${k}/${c}`}</text>`;
       });
       const height = pitch * layers.length;
@@ -185,21 +182,23 @@
         { colour: colour(one), faint: one !== rule, dashed: true, points: of(one).map((o) => [o.budget, o.predicted]) },
         { colour: colour(one), faint: one !== rule, points: of(one).map((o) => [o.budget, o.growth]),
           low_high: of(one).map((o) => [o.budget, o.growth_low, o.growth_high]) }]);
+      const keys = names.map((one) => ({ colour: colour(one), text: facts.rules[one] }));
+      const mark = { colour: colour(rule), x: row.budget };
       const growth = chart({ title: "Growth of the loss, nats", width: each, height: wide ? 286 : 230, y, series, at: row.budget,
-        keys: names.map((one) => ({ colour: colour(one), text: facts.rules[one] })).concat({ colour: "", text: "(dashed: predicted)" }),
-        x: { from: 0.08, to: 0.97, ticks: [0.1, 0.25, 0.5, 0.75, 0.95], text: percent }, xlabel: "budget, share of the parameters",
-        marks: [{ colour: colour(rule) + " hollow", x: row.budget, y: row.predicted }, { colour: colour(rule), x: row.budget, y: row.growth }],
+        keys: [...keys, { text: "(dashed: predicted)" }], xlabel: "budget, share of the parameters",
+        x: { from: 0.08, to: 0.97, ticks: [0.1, 0.25, 0.5, 0.75, 0.95], text: percent },
+        marks: [{ ...mark, colour: mark.colour + " hollow", y: row.predicted }, { ...mark, y: row.growth }],
         alt: `Growth of the loss over the budget, predicted and measured, marked at ${percent(row.budget)}` });
       const cut = Object.keys(row.plan).length, total = Object.keys(facts.widths).length;
-      const words = `${strong(facts.rules[rule])}, ${strong(percent(row.budget))} of the parameters: ${strong(`${total - cut} of ${total}`)}
+      const words = `${strong(percent(row.budget))} of the parameters, ${strong(facts.rules[rule])}: ${strong(`${total - cut} of ${total}`)}
         convolutions stay dense, and ${strong(percent(row.macs))} of the MACs remain. The sensitivities sum to a growth of
         ${strong(signed(row.predicted))} nats; with all layers cut at once the loss grows by ${strong(signed(row.growth))} nats,
         95\u00a0% interval [${signed(row.growth_low)}, ${signed(row.growth_high)}], on ${whole(row.n)} held-out images
         (${facts.model}).`;
-      return { label: `Budget: ${percent(row.budget)} of the parameters`, words, charts: [bars(row, each), growth],
-        columns: wide ? "1fr 1fr" : "1fr" };
+      const label = `Budget: ${percent(row.budget)} of the parameters`;
+      return { label, words, charts: [bars(row, each), growth], columns: wide ? "1fr 1fr" : "1fr" };
     }
-    frame(root, { choice: "Layers", choices: names.map((name) => facts.rules[name]), slider, draw });
+    frame(root, { choice: "Rule", choices: names.map((name) => facts.rules[name]), slider, draw });
   }
 
   // --- where the widgets are, and how they look ---
@@ -216,22 +215,19 @@
     .basis-explorer select { color: inherit; background: transparent; border: 1px solid; border-radius: 6px; padding: 0 8px; }
     .basis-explorer option { color: #1f2328; background: #fff; }
     .basis-explorer .words { margin: 0.5rem 0; }
-    .basis-explorer .charts { display: grid; gap: 12px; }
+    .basis-explorer .charts { display: grid; gap: 12px; align-items: end; }
     .basis-explorer .head { margin: 0; font-size: 13px; line-height: 1.35; }
     .basis-explorer .head span { white-space: nowrap; font-weight: 600; }
     .basis-explorer svg { display: block; max-width: 100%; overflow: visible; }
     .basis-explorer text { font-size: 11px; fill: currentColor; }
-    .basis-explorer .grid { stroke: currentColor; stroke-opacity: 0.18; }
-    .basis-explorer .marker { stroke: currentColor; stroke-opacity: 0.6; }
-    .basis-explorer polyline { fill: none; stroke: currentColor; stroke-width: 2; }
-    .basis-explorer g line { stroke: currentColor; stroke-width: 1.5; }
     .basis-explorer :is(circle, rect) { fill: currentColor; }
-    .basis-explorer .mark.hollow { fill: none; stroke: currentColor; stroke-width: 2; }
+    .basis-explorer :is(line, path, polyline, .hollow) { fill: none; stroke: currentColor; stroke-width: 1.8; }
+    .basis-explorer .grid { stroke-width: 1; stroke-opacity: 0.18; }
+    .basis-explorer .marker { stroke-width: 1; stroke-opacity: 0.6; }
     .basis-explorer .dashed { stroke-dasharray: 5 4; }
-    .basis-explorer .faint { opacity: 0.45; }
-    .basis-explorer .track { opacity: 0.1; }
-    .basis-explorer rect.dense { opacity: 0.4; }
+    .basis-explorer .faint { opacity: 0.55; } .basis-explorer .track { opacity: 0.1; } .basis-explorer .dense { opacity: 0.4; }
     ${[1, 2, 3, 4, 5].map((i) => `.basis-explorer .c${i} { color: var(--c${i}); }`).join(" ")}
+    @media (max-width: 560px) { .basis-explorer { display: flex; flex-direction: column; } .basis-explorer .words { order: 1; } }
     @media screen { .basis-live > :not(figcaption, .basis-explorer) { display: none; } }
     @media print { .basis-explorer { display: none; } }`;
 
@@ -239,14 +235,10 @@
     for (const root of document.querySelectorAll(".basis-explorer:not([data-started])")) {
       root.dataset.started = "";
       const facts = JSON.parse(root.querySelector("script").textContent);
+      root.insertAdjacentHTML("beforeend", `<style>${STYLE}</style>`);
       const figure = document.getElementById("fig-" + root.dataset.figure); // the book's numbered figure
-      if (figure) {
-        figure.classList.add("basis-live");
-        figure.prepend(root);
-      }
-      if (!document.getElementById("basis-explorer-style")) {
-        document.head.insertAdjacentHTML("beforeend", `<style id="basis-explorer-style">${STYLE}</style>`);
-      }
+      figure?.classList.add("basis-live");
+      figure?.prepend(root);
       ({ layer, budget })[facts.kind](root, facts);
     }
   }

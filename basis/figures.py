@@ -1,7 +1,7 @@
 """One style for every figure: colour-blind safe, light, dark and print.
 
 A figure is a pure function of a `Theme`, which draws on a :func:`canvas` and returns it; it is called for the light and
-the dark picture of the book and for print: ``show(draw, name="cost-forward", caption="What to see, with n.", alt="...")``.
+the dark picture of the book and for print: ``show(draw, name="cost-forward", caption="What to see.", alt="...")``.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from basis.statistics import mean_estimate
 
 TEXT_WIDTH = 7.0  # inches: the width of the book's text, and of a printed page's
 FIGURE_KEY = "basis_figure"  # output metadata of a figure, which the book replaces by a numbered one
-CAPTION_KEY = "basis_caption"  # output metadata of the caption under it, which the book drops
-EXPLORER_KEY = "basis_explorer"  # output metadata of its interactive twin, which paper drops
+# That of the caption under it, which the book drops, and of its interactive twin, which paper drops.
+CAPTION_KEY, EXPLORER_KEY = "basis_caption", "basis_explorer"
 
 # One colour for each thing that is compared, wherever it appears: (light, dark). The ratios run from purple to
 # yellow-green in order of size; each colour keeps a contrast of 3 or more to its own background.
@@ -107,7 +107,7 @@ def render_figure(draw: Draw, theme: Theme, *, name: str, fmt: str, **options: A
 
 
 def save(draw: Draw, *, name: str, folder: Path, data: pd.DataFrame | None = None) -> bytes:
-    """Write NAME.svg and NAME-dark.svg (clear), NAME.pdf, NAME.png and, given `data`, NAME.csv; return the PNG's bytes."""
+    """Write NAME.svg and NAME-dark.svg (clear), NAME.pdf, NAME.png and, given `data`, NAME.csv; return the PNG."""
     folder.mkdir(parents=True, exist_ok=True)
     for ending, theme in ((".svg", LIGHT), ("-dark.svg", DARK), (".pdf", LIGHT), (".png", LIGHT)):
         content = render_figure(draw, theme, name=name, fmt=ending[-3:])
@@ -142,19 +142,16 @@ def show(
         raise ValueError(f"figure name {name!r} must be small letters, digits and hyphens")
     root, named = repository_root(), os.environ.get("BASIS_FIGURES")
     folder = folder or (Path(named) if named else root and root / "book" / "figures")
-    if folder:
-        png = save(draw, name=name, folder=folder, data=data)
-    else:
-        png = render_figure(draw, LIGHT, name=name, fmt="png")
+    drawn = save(draw, name=name, folder=folder, data=data) if folder else None
+    png = drawn or render_figure(draw, LIGHT, name=name, fmt="png")
     width, height = struct.unpack(">II", png[16:24])  # shown at half its size, sharp on dense screens
-    about = {"name": name, "caption": caption, "alt": alt}
     picture = {"image/png": base64.b64encode(png).decode(), "text/plain": alt}
     shape = {"width": width // 2, "height": height // 2, "alt": alt}
-    display(picture, raw=True, metadata={"image/png": shape, FIGURE_KEY: about})
+    about = {"image/png": shape, FIGURE_KEY: {"name": name, "caption": caption, "alt": alt}}
+    display(picture, raw=True, metadata=about)
     display(Markdown(caption), metadata={CAPTION_KEY: name})
     if explorer and root:
-        twin = {"text/html": interactive(explorer, name=name, root=root)}
-        display(twin, raw=True, metadata={EXPLORER_KEY: name})
+        display({"text/html": interactive(explorer, name=name, root=root)}, raw=True, metadata={EXPLORER_KEY: name})
 
 
 # For seaborn, where three rows of a frame hold an estimate and both ends of its interval (or quartiles).

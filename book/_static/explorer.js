@@ -148,8 +148,8 @@
 
   // --- one budget: which plan, and what it loses ---
 
-  /* facts: model, widths {layer: C_out} in network order, rules {name: words}, rows [{budget, rule, plan, params, macs,
-     predicted, growth, growth_low, growth_high, n}]. */
+  /* facts: model and its accuracy, widths {layer: C_out} in network order, rules {name: words}, rows [{budget, rule, plan,
+     macs, predicted, growth, growth_low, growth_high, n, accuracy}]. */
   function budget(root, facts) {
     const names = Object.keys(facts.rules), colour = (rule) => ["c1", "c4"][names.indexOf(rule)];
     const of = (rule) => facts.rows.filter((row) => row.rule === rule);
@@ -193,8 +193,9 @@
       const words = `${strong(percent(row.budget))} of the parameters, ${strong(facts.rules[rule])}: ${strong(`${total - cut} of ${total}`)}
         convolutions stay dense, and ${strong(percent(row.macs))} of the MACs remain. The sensitivities sum to a growth of
         ${strong(signed(row.predicted))} nats; with all layers cut at once the loss grows by ${strong(signed(row.growth))} nats,
-        95\u00a0% interval [${signed(row.growth_low)}, ${signed(row.growth_high)}], on ${whole(row.n)} held-out images
-        (${facts.model}).`;
+        95\u00a0% interval [${signed(row.growth_low)}, ${signed(row.growth_high)}], on ${whole(row.n)} held-out images, of which
+        ${strong((100 * row.accuracy).toFixed(1) + "\u00a0%")} are classified correctly (dense ${(100 * facts.accuracy).toFixed(1)}\u00a0%;
+        ${facts.model}, not trained again).`;
       const label = `Budget: ${percent(row.budget)} of the parameters`;
       return { label, words, charts: [bars(row, each), growth], columns: wide ? "1fr 1fr" : "1fr" };
     }

@@ -30,7 +30,8 @@ FACTS = {
         "times": [{**TIME, "ratio": 0.25, "speedup": 2.0}, {**TIME, "ratio": 0.75, "speedup": 1.25}],
     },
     "budget": {
-        "kind": "budget", "model": "ResNet-18", "accuracy": 0.912, "rules": {"optimal": "chosen", "largest_first": "largest"},
+        "kind": "budget", "model": "ResNet-18", "accuracy": 0.912,
+        "rules": {"optimal": "chosen", "largest_first": "largest"},
         "widths": {"conv1": 16, "layer1.0.conv1": 16},
         "rows": [
             {**ROW, "rule": rule, "budget": budget, "plan": {"layer1.0.conv1": round(16 * budget)}}

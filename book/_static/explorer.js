@@ -134,7 +134,7 @@
           marks: near.map(([colour, t]) => ({ colour, x: t.ratio, y: t.speedup })) }),
       ];
       const times = near.map(([, t], i) =>
-        `${strong(t.speedup.toFixed(2) + " times")}${i ? "" : " as fast as dense"} on the ${t.device} (r = ${t.ratio})`);
+        `${strong(t.speedup.toFixed(2) + " times")}${i ? "" : " as fast as dense"} on the ${t.device} (r\u00a0=\u00a0${t.ratio})`);
       const words = `${strong(`k = ${k} of ${c}`)} filters: ${strong(percent(share(k)))} of the parameters (${whole(weights(k))} of
         ${whole(c * f)}). Factorized, the forward pass needs the same share of the MACs; composed, ${strong(percent(composed(k)))}. ` +
         (error ? `The best approximation of rank ${k / step} of the ${c / step} filters of

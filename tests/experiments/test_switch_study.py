@@ -79,13 +79,14 @@ def test_every_label_can_come_out(ours, narrower, label):
     assert list(dict.fromkeys(runs["rule"])) == ["dense", NARROWER, switch.OURS]  # the study's own variants last
 
 
-def test_times_compare_within_one_gpu_that_equally_many_trainings_share():
-    first, *rest = outcomes([0.0] * 2, [])
-    gpu = {"device": "a GPU", "device_type": "cuda"}
-    crowded = dataclasses.replace(first, environment={**gpu, "jobs": 8})
-    alone = [dataclasses.replace(one, environment=gpu) for one in rest[1:]]
-    runs = switch.frame([crowded, rest[0], *alone])
-    assert runs["place"].value_counts().to_dict() == {"a GPU": len(alone), "a GPU, 8 trainings at a time": 1}
+def test_runs_are_compared_within_a_seed_by_rule_and_budget():
+    runs = switch.frame(outcomes([0.1, 0.3], [1.0]))
+    assert runs.loc[runs["rule"] == "dense", "budget"].isna().all()
+    lost = switch.lost(runs)
+    assert lost["name"].tolist() == ["switched on the way"] * 2 + [NARROWER]
+    assert lost["gap"].tolist() == pytest.approx([-0.1, -0.3, -1.0])
+    assert set(lost["budget"]) == {"1/2 of parameters"}
+    assert switch.choices(runs).empty
 
 
 def test_the_time_of_a_training_follows_from_steps_and_the_search(tmp_path):

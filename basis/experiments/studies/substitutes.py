@@ -23,6 +23,11 @@ PLAIN = ", plain decay"
 # The separable layers whose map of channels is structured, and of which Gray et al. say that they need scaled decay.
 SEPARABLE = ("low rank", "tensor train", "Tucker", "shuffle", "ACDC")
 COSTS = ("parameters", "MACs")
+# What a figure may show side by side, and the kinds of layers that are of each.
+SERIES: Mapping[str, tuple[str, ...]] = {
+    "basis, selected": ("selected basis",), "basis, one ratio": ("basis",), NARROWER: ("dense", NARROWER),
+    "separable": (*SEPARABLE, "separable"), "hashed": ("hashed",), "learned filter basis": ("learned filter basis",),
+}  # fmt: skip
 SHARED: Mapping[str, str] = {"dense": "dense"} | {
     variant(theirs, budget): f"{ours}, {size}"
     for theirs, ours in {NARROWER: NARROWER, "uniform": "basis", "selected": "selected basis"}.items()
@@ -61,13 +66,15 @@ def _runs(
 def frame(records: Sequence[Record]) -> pd.DataFrame:
     """:meth:`Study.frame`, where archived runs have the names of today, with the rivals of each run.
 
-    ``kind`` is the variant without its size and decay, and its sizes stand together; ``layer`` is the text of the
-    layer. ``same parameters`` and ``same MACs``: the accuracy of a narrower dense network of that cost and seed (%),
-    interpolated linearly in the logarithm of the cost; NaN where no dense network is as cheap, or a seed lacks one.
+    ``kind`` is the variant without its size and decay, and its sizes stand together; ``series`` is that of
+    :data:`SERIES`, of the runs with the decay that S1 is judged by. ``same parameters`` and ``same MACs``: the accuracy
+    of a narrower dense network of that cost and seed (%), interpolated linearly in the logarithm of the cost; NaN where
+    no dense network is as cheap, or a seed lacks one.
     """
     columns: dict[str, Callable[[Record], Any]] = {"kind": lambda r: r.config["variant"].partition(",")[0]}
-    columns |= {"layer": lambda r: r.config["layer"]}
     runs = STUDY.frame([_renamed(record) for record in records], columns)
+    series = {kind: name for name, kinds in SERIES.items() for kind in kinds}
+    runs["series"] = runs["kind"].map(series).where(~runs["variant"].str.endswith(PLAIN).astype(bool))
     for cost in COSTS:
         runs[f"same {cost}"] = _narrower(runs, cost)
     place = {kind: i for i, kind in enumerate(runs["kind"].unique())}
@@ -109,6 +116,24 @@ def gain(runs: pd.DataFrame, variants: Sequence[str]) -> Estimate:
     return paired_difference(_by_seed(runs, variants), _by_seed(runs, [name + PLAIN for name in variants]))
 
 
+def gaps(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row for each run of a layer and each of :data:`COSTS`: its ``gap`` to ``rival`` networks, in points."""
+    own = runs[~runs["series"].isin([NARROWER]) & runs["series"].notna()]
+    long = own.melt(["variant", "seed", "accuracy"], [f"same {cost}" for cost in COSTS], "rival", "other").dropna()
+    return long.assign(gap=long["accuracy"] - long["other"], rival=long["rival"].str.replace("same", "equal"))
+
+
+def gains(runs: pd.DataFrame) -> pd.DataFrame:
+    """What scaled decay gains over plain decay, in points, by ``layer`` and seed, and in their mean (``what``)."""
+    wide = runs.pivot(index="seed", columns="variant", values="accuracy")
+    both = [name for name in SEPARABLE if {name, name + PLAIN} <= {*wide}]
+    found = pd.DataFrame({name: wide[name] - wide[name + PLAIN] for name in both})
+    if both:
+        found[f"mean of {len(both)}"] = found.mean(axis=1, skipna=False)
+    long = found.melt(var_name="layer", value_name="gain", ignore_index=False).dropna().reset_index()
+    return long.assign(what=np.where(long["layer"].isin(both), "one kind of layer", "all of them"))
+
+
 def judged(profile: str, *, decay: str = "") -> list[str]:
     """The separable structured layers that a profile trains with scaled decay, or those that it trains with both."""
     listed = {run.variant for run in STUDY.runs(profile)}
@@ -138,20 +163,18 @@ def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     return s1, s2
 
 
-def step_times(network: Run) -> dict[str, Mapping[str, Any]]:
-    """The measured training steps of such networks by the text of the layer; of a GPU where there are any.
+def layer_times(shape: str, layers: Mapping[str, str]) -> pd.DataFrame:
+    """The time of layers, texts by name, as a ``share`` of the dense layer's of that ``shape``: three rows each.
 
-    A row of the benchmark and its ``device``: ``speedup`` is the dense network's time / this, with quartiles.
+    These are the median over ``n`` rounds and both quartiles; none of layers that no benchmark has.
     """
-    reports = load_benches(None, kind="bench-structured-train")
-    own = [one for one in reports if (one.config["model"], one.config["width"]) == (network.model, network.width)]
-    own.sort(key=lambda one: one.environment["device_type"], reverse=True)
-    return {
-        row["layer"]: {**row, "device": report.environment["device"]}
-        for report in own[:1]
-        for row in report.rows
-        if row["mode"] == "layer" and "ms" in row and row["width"] == network.width
-    }
+    reports, names = load_benches(None, kind="bench-structured"), {text: name for name, text in layers.items()}
+    rows = [row for report in reports for row in report.rows if row["shape"] == shape and row["mode"] == "layer"]
+    found = [
+        {"layer": names[row["layer"]], "what": "time", "share": 1 / row[key], "n": row["n"]}
+        for row in rows for key in ("speedup", "speedup_q1", "speedup_q3") if row["layer"] in names and key in row
+    ]  # fmt: skip
+    return pd.DataFrame(found, columns=["layer", "what", "share", "n"])
 
 
 STUDY = Study.named(

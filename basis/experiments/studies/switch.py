@@ -7,7 +7,6 @@ dense and from scratch, are the runs of the study ``headline``, of equal seeds.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,18 @@ from basis.experiments.runs import Record, Run
 from basis.experiments.studies import headline
 from basis.experiments.studies.cost import load_benches
 from basis.experiments.studies.headline import HALF, HALF_MACS, NARROWER, QUARTER, variant
-from basis.experiments.studies.study import Study, Verdict, difference, label_of, untested, verdict
+from basis.experiments.studies.study import Study, Verdict, by_seed, difference, label_of, untested, verdict
 from basis.search.switching import Switch
 
 POINTS, NEEDED, AFTER = 0.2, 3, 0.3
 OURS, SCRATCH = "switched", "selected, decay of the product"
 FIRST_STAGE = ("conv1", "layer1.*")  # which Cuttlefish and Pufferfish leave dense
 _RANKS: Mapping[str, Any] = {"rule": "stable_rank", "fit": "weight", "exclude": FIRST_STAGE}
+# The rules of one size that are compared, in words; all but the first are trained from scratch.
+NAMES: Mapping[str, str] = {
+    OURS: "switched on the way", SCRATCH: "selected, same decay", "selected": "selected",
+    "largest first": "largest first", NARROWER: NARROWER, "uniform": "one ratio",
+}  # fmt: skip
 # What is changed of the switched training, one thing at a time: the state of the optimizer, a teacher, the moment, ...
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "momentum projected": {"momentum": "projected"},
@@ -70,23 +74,29 @@ def _runs(base: Run, *, multiple: int, seeds: int, fewer: int, images: int = 100
 def frame(records: Sequence[Record]) -> pd.DataFrame:
     """:meth:`Study.frame`, with what the switch did.
 
-    ``epoch``: that after which layers were replaced; ``search``: seconds of search and replacement, which are among
-    the ``seconds``; ``rule``: the variant without its budget; ``place``: the GPU, and how many trainings shared it:
-    only within one, times compare. Trainings on a CPU have none, since other work stood beside them;
-    :func:`training_times` has theirs.
+    ``search``: seconds of search and replacement, which are among the ``seconds``; ``rule`` and ``budget``: the variant
+    without its budget, and that.
     """
-    columns: dict[str, Any] = {"epoch": partial(_of_switch, key="epoch"), "place": _place}
-    columns["search"] = partial(_of_switch, key="seconds")
-    runs = STUDY.frame(records, columns)
-    runs["rule"] = runs["variant"].str.replace(r", 1/\d+ of \w+$", "", regex=True)
-    return runs
+    search = {"search": lambda r: float((r.result.get("switched") or {}).get("seconds", math.nan))}
+    runs = STUDY.frame(records, search)
+    named = runs["variant"].astype(str).str.extract(r"^(.*?)(?:, (1/\d+ of \w+))?$")
+    return runs.assign(rule=named[0], budget=named[1])
 
 
-def _place(record: Record) -> str | None:
-    device, jobs = record.environment["device"], record.environment.get("jobs", 1)
-    if record.environment.get("device_type") != "cuda":
-        return None
-    return f"{device}, {jobs} trainings at a time" if jobs > 1 else device
+def lost(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of :data:`NAMES`, in that order by ``name``: their ``gap`` to dense ones of equal seed, in points."""
+    found = runs.assign(name=runs["rule"].map(NAMES), gap=runs["accuracy"] - runs["seed"].map(by_seed(runs, "dense")))
+    found = found.dropna(subset=["name", "gap"])
+    return found.sort_values("name", key=lambda names: names.map([*NAMES.values()].index), kind="stable")
+
+
+def choices(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs at half of the parameters that change one ``choice``: their ``gap`` to the plain ones, in points."""
+    names = {f"{OURS}, {name}": name for name in ABLATIONS} | {name: name for name in OTHERS}
+    plain = by_seed(runs, variant(OURS, HALF))
+    found = runs.assign(choice=runs["rule"].map(names), gap=runs["accuracy"] - runs["seed"].map(plain))
+    found["whose"] = found["choice"].isin(OTHERS).map({True: "another method's rule", False: "one change"})
+    return found.dropna(subset=["choice", "gap"])
 
 
 def training_times(folder: Path | None = None) -> pd.DataFrame:
@@ -107,10 +117,6 @@ def training_times(folder: Path | None = None) -> pd.DataFrame:
             search = c["search_seconds"] if ours else math.nan
             rows.append({**about, "seconds": seconds, "relative": seconds / (steps * dense), "search": search})
     return pd.DataFrame(rows)
-
-
-def _of_switch(record: Record, *, key: str) -> float:
-    return float((record.result.get("switched") or {}).get(key, math.nan))
 
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:

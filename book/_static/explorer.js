@@ -101,7 +101,7 @@
         name: name + (stride > 1 ? ", stride 2" : ""), error: errors(facts.singular_values[trained] || []),
         times: facts.times.filter((t) => t.shape === shape && kernel === 3) };
     });
-    const step = 64 / facts.width; // k moves in steps that are whole filters of the trained layer
+    const own = facts.width || 64, step = 64 / own; // k moves in steps that are whole filters of the trained layer
     const slider = (i) => ({ min: step, max: layers[i].c, step, value: layers[i].c / 4 });
     function draw({ chosen, value: k, width }) {
       const one = layers[chosen], { c, f, pixels } = one, r = k / c;
@@ -138,7 +138,7 @@
       const words = `${strong(`k = ${k} of ${c}`)} filters: ${strong(percent(share(k)))} of the parameters (${whole(weights(k))} of
         ${whole(c * f)}). Factorized, the forward pass needs the same share of the MACs; composed, ${strong(percent(composed(k)))}. ` +
         (error ? `The best approximation of rank ${k / step} of the ${c / step} filters of
-        <code>${one.trained}</code> in a trained ResNet-18 of width ${facts.width} has a relative error of
+        <code>${one.trained}</code> in a trained ResNet-18 of width ${own} has a relative error of
         ${strong(percent(error(k)))}. ` : "") + (near.length ? `At the nearest measured ratio a training step of the layer is
         ${times.join(" and ")}.` : "Its time was not measured.");
       return { label: `k = ${k} of ${c} (r = ${r.toFixed(2)})`, words, charts, columns: `repeat(${columns}, 1fr)` };

@@ -164,49 +164,6 @@ def _candidate(
     return with_pytorchs_norms(network) if norms == "ordinary" else network
 
 
-def bench_structured_training(
-    *, layers: Sequence[tuple[str, int | None]], include: str, model: str = "wrn-10-1", width: int | None = None,
-    setting: Setting | None = None, progress: Progress | None = None,
-) -> BenchReport:  # fmt: skip
-    """Measure training steps of a network whose convolutions are structured layers, see :class:`TrainingCell`.
-
-    A few networks at a time are measured together, each few beside the dense network of ``width``. Rows have
-    ``layer``, ``width``, ``parameters`` (stored numbers) and ``trained`` ones.
-
-    Args:
-        layers: pairs of a text and a width of the stem; ("dense", width) is a narrower dense network.
-        include: pattern of the convolutions that are substituted where they can; others stay dense.
-
-    Raises ``ValueError`` for an unknown model.
-    """
-    pairs = [pair for pair in dict.fromkeys(layers) if pair != ("dense", width)]
-    with torch.device("meta"):
-        setting = (setting or Setting()).settled(build(model, width=width))
-    cells = []
-    for start in range(0, len(pairs), TOGETHER):
-        some = {f"{text}@{its_width}": (text, its_width) for text, its_width in pairs[start : start + TOGETHER]}
-        rows = {name: {"mode": "dense" if text == "dense" else "layer", "layer": text, "width": its_width}
-                for name, (text, its_width) in some.items()}  # fmt: skip
-        wanted = {"dense": ("dense", width), **some}
-        makes = {name: partial(_structured, model, *pair, include) for name, pair in wanted.items()}
-        about = {"model": model, "layer": "dense", "width": width}
-        cells.append(TrainingCell(about=about, candidates=makes, rows=rows))
-    found = [{**row, "trained": row.get("trained_numbers")} for row in measure_cells(cells, setting, progress)]
-    options = {"model": model, "width": width, "include": include, "layers": [list(pair) for pair in pairs]}
-    return setting.report("bench-structured-train", found, **options)
-
-
-def _structured(model: str, text: str, width: int | None, include: str) -> nn.Module:
-    dense = build(model, width=width)
-    if text == "dense":
-        return dense
-    chosen = Plan.uniform(dense, layer=text, include=include)
-    if not chosen.layers:
-        reasons = [why for why in chosen.skipped.values() if not why.startswith("not among")]
-        raise ValueError(f"no convolution can become {text}: {reasons[0]}")
-    return substitute(dense, chosen, init="random")
-
-
 def _counts(network: nn.Module) -> dict[str, int]:
     ways = [(m.mixed_later, m.resolved_mode) for m in network.modules() if isinstance(m, BasisConv2d)]
     coupled, factorized = sum(later for later, _ in ways), ways.count((False, "factorized"))

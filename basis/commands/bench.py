@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from basis.bench.cases import bench_layers
-from basis.bench.networks import NORMS, STEPS, TRAINED, bench_structured_training, bench_training
+from basis.bench.networks import NORMS, STEPS, TRAINED, bench_training
 from basis.bench.parts import bench_parts
 from basis.bench.report import BenchReport, check_place
 from basis.bench.roofline import measure_machine, with_machine
@@ -41,14 +41,6 @@ def time_structured(*, profile: str, candidates: Sequence[str] = (), **options: 
     return bench_layers("structured", candidates=list(found), **options)
 
 
-def time_structured_steps(*, profile: str, **options: Any) -> BenchReport:
-    """Measure training steps of the networks of chapter 9."""
-    runs = substitutes.STUDY.runs(profile)
-    pairs = [(run.layer or "dense", run.width) for run in runs]
-    about: Any = {"model": runs[0].model, "width": runs[0].width, "include": substitutes.BLOCKS, "layers": pairs}
-    return bench_structured_training(**about, **options)
-
-
 # KIND -> the benchmark, what it measures, and its options beside those of the setting; defaults are its own.
 BENCHES: Mapping[str, tuple[Callable[..., BenchReport], str, str]] = {
     "layer": (partial(bench_layers, "layer"), "single layers of ResNet-18", "shapes ratios passes candidates"),
@@ -57,7 +49,6 @@ BENCHES: Mapping[str, tuple[Callable[..., BenchReport], str, str]] = {
     "structured": (time_structured, "other structured layers", "shapes passes candidates profile"),
     "latency": (time_layers, "every layer of a network", "model width ratios passes"),
     "train": (bench_training, "whole training steps", "model width ratios modes coefficients trained norms steps"),
-    "structured-train": (time_structured_steps, "networks of structured layers", "profile"),
     "inference": (bench_inference, "whole networks, folded", "model width ratios"),
     "parts": (bench_parts, "where the time of a training step goes", "model width ratios"),
     "switch": (bench_switch, "a training that switches on its way (chapter 12)", ""),

@@ -19,6 +19,7 @@ from basis.experiments.studies.study import MARGIN, Study, Verdict, difference, 
 from basis.layers.conv import basis_channels_for
 from basis.models import build
 from basis.plan import convolutions
+from basis.statistics import mean_estimate
 
 RATIO, NEEDED = 0.5, 8
 DENSE, EQUAL, THIN = "dense A", "no A, equal size", "narrower dense"
@@ -74,7 +75,7 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def step_times(profile: str, of: str = "coefficients") -> pd.DataFrame:
-    """Measured steps of a profile's network at :data:`RATIO`, a row a ``device`` and form of A or ``trained`` part.
+    """Measured steps of a profile's network at :data:`RATIO`, a row a ``device`` and ``variant`` or ``trained`` part.
 
     ``relative`` is the time over that of training everything with dense A, ``to_dense`` over the dense network's, by
     the kind of step that trainings take there; medians of ``n`` rounds. Of "smoke" those of "small".
@@ -88,8 +89,16 @@ def step_times(profile: str, of: str = "coefficients") -> pd.DataFrame:
         whole = [row["speedup"] for row in rows if (row["coefficients"], row["trained"]) == ("dense", "both")]
         if whole and len(about[of]) > 1:
             found += [{**r, "relative": whole[0] / r["speedup"], "to_dense": 1 / r["speedup"]} for r in rows]
-    times = pd.DataFrame(found, columns=[of, "device", "device_type", "n", "relative", "to_dense"])
+    columns = ("coefficients", "trained", "device", "device_type", "n", "relative", "to_dense")
+    times = pd.DataFrame(found, columns=columns)
+    times["variant"] = times["coefficients"].str.split(":").str[0].map({kind: name for name, kind in KINDS.items()})
     return times.drop_duplicates([of, "device"], ignore_index=True)
+
+
+def interval(points: Sequence[float]) -> tuple[float, float]:
+    """The ends of the mean's interval by which the rule judges, for seaborn's ``errorbar``."""
+    mean = mean_estimate(points, comparisons=len(JUDGED))
+    return mean.low, mean.high
 
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:

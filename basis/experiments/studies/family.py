@@ -84,7 +84,7 @@ def mean_of(runs: pd.DataFrame, networks: Sequence[str]) -> pd.DataFrame:
     """These networks as if they were one: for each variant the seeds that all of them have, in the mean."""
     groups = runs[runs["network"].isin(networks)].groupby(["variant", "seed"], sort=False)
     means = groups[["accuracy", "parameters", "MACs"]].mean()[groups.size() == len(networks)]
-    return means.reset_index().assign(network=f"mean of {' and '.join(networks)}")
+    return means.reset_index().assign(network=f"mean of {' and '.join(networks).replace('ResNet-', '')}")
 
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:

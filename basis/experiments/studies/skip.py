@@ -14,19 +14,9 @@ import pandas as pd
 
 from basis.bench.networks import TRAINED
 from basis.experiments.runs import Record, Run
+from basis.experiments.studies import study
 from basis.experiments.studies.coefficients import RATIO, SHARED, step_times
-from basis.experiments.studies.study import (
-    MARGIN,
-    Study,
-    Verdict,
-    by_seed,
-    difference,
-    images_of,
-    label_of,
-    renamed,
-    untested,
-    verdict,
-)
+from basis.experiments.studies.study import MARGIN, Study, Verdict, difference, label_of, untested, verdict
 from basis.models import build
 from basis.statistics import Estimate, paired_difference
 from basis.substitution import substitute
@@ -62,7 +52,7 @@ def _runs(
 
 def steps_of(run: Run) -> dict[str, int]:
     """``steps_per_epoch`` and ``total_steps`` of a run."""
-    steps = images_of(run.config) // run.recipe.batch_size
+    steps = study.images_of(run.config) // run.recipe.batch_size
     return {"steps_per_epoch": steps, "total_steps": steps * run.recipe.epochs}
 
 
@@ -102,7 +92,7 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
     """:meth:`Study.frame` with ``what`` is trained for what ``share`` of the epochs; archived ones are left out."""
     # Archived records tell no MACs, and none is of the dense network.
     unknown = {"test": None, "parameters": math.nan, "macs": math.nan}
-    found = [replace(renamed(r, "dense"), result=unknown) for r in records[:1]]
+    found = [replace(study.renamed(r, "dense"), result=unknown) for r in records[:1]]
     found += [replace(r, result={"macs": math.nan, **r.result}) for r in records]
     runs = STUDY.frame(found, {"epochs": lambda r: r.config["recipe"]["epochs"]})
     runs["what"] = runs["variant"].str.split(",").str[0]
@@ -118,7 +108,7 @@ def gain(runs: pd.DataFrame, name: str, share: float, what: str = WHOLE, *, comp
     """
     lengths = runs[runs["what"] == what].pivot(index="seed", columns="share", values="accuracy").dropna()
     rivals = {seed: np.interp(share, lengths.columns, row) for seed, row in lengths.iterrows()}
-    return paired_difference(by_seed(runs, name), pd.Series(rivals, dtype=float), comparisons=comparisons)
+    return paired_difference(study.by_seed(runs, name), pd.Series(rivals, dtype=float), comparisons=comparisons)
 
 
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:

@@ -28,7 +28,8 @@ if "google.colab" in sys.modules:
     folder = "/content/{name}-book"
     if not os.path.isdir(folder):
         clone = "git clone --quiet --depth 1 --branch {branch}".split()
-        subprocess.run([*clone, "{repository}", folder], check=True)
+        repository = "{repository}"
+        subprocess.run([*clone, repository, folder], check=True)
     os.chdir(folder)
     exec(open("notebooks/colab.py").read())"""
 

@@ -33,9 +33,8 @@ def load_benches(profile: str | None, *, kind: str = "bench-layer", folder: Path
 def facts(report: BenchReport) -> dict[str, Any]:
     """What a report says of all its rows: its options, kind, format and device."""
     about = {key: report.environment[key] for key in ("device", "device_type")}
-    order = "NHWC" if report.config["memory_format"] == "channels_last" else "NCHW"
-    layout = f"{report.config['precision']} {order}"  # as in FORMATS
-    return {**report.config, **about, "kind": report.kind, "layout": layout}
+    layout = "NHWC" if report.config["memory_format"] == "channels_last" else "NCHW"
+    return {**report.config, **about, "kind": report.kind, "layout": f"{report.config['precision']} {layout}"}
 
 
 def load_rows(*kinds: str, folder: Path | None = None) -> pd.DataFrame:
@@ -63,9 +62,10 @@ def spread(rows: pd.DataFrame) -> pd.Series:
 
 def milliseconds(rows: pd.DataFrame) -> pd.DataFrame:
     """A row a layer, a column a device, batch and pass: dense → basis milliseconds, and the speed-up with quartiles."""
-    times = [rows[side].map("{:.3g}".format) for side in ("dense_ms", "ms")]
-    texts = rows.assign(text=times[0] + " → " + times[1] + "<br>" + spread(rows))
-    texts["of"] = texts["short"] + ", batch " + texts["batch_size"].astype(str) + ", " + texts["pass"]
+    times = ["{:.3g} → {:.3g}<br>".format(*pair) for pair in rows[["dense_ms", "ms"]].to_numpy()]
+    texts = rows.astype({"short": str, "batch_size": str, "pass": str})
+    texts["text"] = pd.Series(times, rows.index, dtype=object) + spread(rows)
+    texts["of"] = texts["short"] + ", batch " + texts["batch_size"] + ", " + texts["pass"]
     return texts.pivot_table("text", "shape", "of", aggfunc="first", sort=False).fillna("").reset_index()
 
 

@@ -1,8 +1,4 @@
-"""Chapter 2: what does a basis convolution cost, counted and measured?
-
-What is measured are the benchmarks of ``basis bench layer``, one file for each machine, precision and memory format
-under ``results/bench/``; counting needs no runs.
-"""
+"""Chapter 2: what a basis convolution costs: counted, and as ``basis bench layer`` measured it (``results/bench``)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,22 +26,15 @@ FORMATS = ("bf16 NHWC", "fp16 NHWC", "fp32 NHWC", "bf16 NCHW", "fp16 NCHW", "fp3
 def load_benches(profile: str | None, *, kind: str = "bench-layer", folder: Path | None = None) -> list[BenchReport]:
     """The stored benchmarks of a kind: of CPUs for the profile ``cpu``, of GPUs for ``paper``, or all."""
     reports = [BenchReport.load(path) for path in sorted(((folder or results_folder()) / "bench").glob("*.json"))]
-    of_kind = [report for report in reports if report.kind == kind]
-    if profile is None:
-        return of_kind
-    return [report for report in of_kind if report.environment["device_type"] == DEVICES.get(profile)]
-
-
-def layout(report: BenchReport) -> str:
-    """Number and memory format in a few letters, as in :data:`FORMATS`."""
-    nhwc = report.config["memory_format"] == "channels_last"
-    return f"{report.config['precision']} {'NHWC' if nhwc else 'NCHW'}"
+    wanted = DEVICES.values() if profile is None else [DEVICES.get(profile)]
+    return [one for one in reports if one.kind == kind and one.environment["device_type"] in wanted]
 
 
 def facts(report: BenchReport) -> dict[str, Any]:
     """What a report says of all its rows: its options, kind, format and device."""
     about = {key: report.environment[key] for key in ("device", "device_type")}
-    return {**report.config, **about, "kind": report.kind, "layout": layout(report)}
+    layout = "NHWC" if report.config["memory_format"] == "channels_last" else "NCHW"
+    return {**report.config, **about, "kind": report.kind, "layout": f"{report.config['precision']} {layout}"}
 
 
 def load_rows(*kinds: str, folder: Path | None = None) -> pd.DataFrame:
@@ -55,6 +44,7 @@ def load_rows(*kinds: str, folder: Path | None = None) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=list(dict.fromkeys([*COLUMNS, *(key for row in rows for key in row)])))
     widths = {text: Shape.parse(text).out_channels for text in frame["shape"].dropna().unique() if " " not in text}
     frame["channels"] = frame["shape"].map(widths)
+    frame["short"] = [short_name(row) for row in frame.to_dict("records")]
     return frame.sort_values("device_type", kind="stable", ignore_index=True)
 
 
@@ -62,6 +52,21 @@ def in_one_format(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of each device in the first of :data:`FORMATS` that was measured there."""
     order = rows["layout"].map(FORMATS.index)
     return rows[order == order.groupby(rows["device"]).transform("min")]
+
+
+def spread(rows: pd.DataFrame) -> pd.Series:
+    """The speed-up of each row with its quartiles, such as ``1.40 [1.33, 1.44]``."""
+    numbers = zip(*(rows[f"speedup{quartile}"] for quartile in ("", "_q1", "_q3")), strict=True)
+    return pd.Series(["{:.2f} [{:.2f}, {:.2f}]".format(*row) for row in numbers], rows.index, dtype=object)
+
+
+def milliseconds(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row a layer, a column a device, batch and pass: dense → basis milliseconds, and the speed-up with quartiles."""
+    times = ["{:.3g} → {:.3g}<br>".format(*pair) for pair in rows[["dense_ms", "ms"]].to_numpy()]
+    texts = rows.astype({"short": str, "batch_size": str, "pass": str})
+    texts["text"] = pd.Series(times, rows.index, dtype=object) + spread(rows)
+    texts["of"] = texts["short"] + ", batch " + texts["batch_size"] + ", " + texts["pass"]
+    return texts.pivot_table("text", "shape", "of", aggfunc="first", sort=False).fillna("").reset_index()
 
 
 def short_name(row: Mapping[str, Any]) -> str:
@@ -82,17 +87,12 @@ def counts(row: Mapping[str, Any]) -> bool:
     return not row.get("error") and row.get("timed") != "host-bound"
 
 
-def judged_cells(reports: Sequence[BenchReport]) -> list[Mapping[str, Any]]:
-    """The rows that the rule speaks of."""
-    rows = [row for report in reports for row in report.rows if counts(row) and row["shape"] in RESNET18_SHAPES]
-    rows = [row for row in rows if row["mode"] == "auto" and row["ratio"] == RATIO]
-    return [row for row in rows if Shape.parse(row["shape"]).out_channels >= NARROWEST]
-
-
 def judge(records: Sequence[Record], profile: str) -> tuple[Verdict, ...]:
     """The verdict on C2, from the stored benchmarks (``records`` is not used)."""
     reports = load_benches(profile)
-    cells = judged_cells(reports)
+    cells = [row for report in reports for row in report.rows if counts(row) and row["shape"] in RESNET18_SHAPES]
+    cells = [row for row in cells if row["mode"] == "auto" and row["ratio"] == RATIO]
+    cells = [row for row in cells if Shape.parse(row["shape"]).out_channels >= NARROWEST]
     if not cells:
         return (Verdict("C2", profile, "not tested", "no benchmark of such a device is stored"),)
     slower = sum(row["speedup_q3"] < 1 for row in cells)

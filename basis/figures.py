@@ -1,19 +1,14 @@
 """One style for every figure: colour-blind safe, light, dark and print.
 
-A figure is a pure function of a `Theme`, called for the light and the dark picture of the book and the PDF for print:
-
-    def draw(theme):
-        figure = canvas()
-        figure.subplots().plot(x, y, color=theme.colour("r=1/2"), label="r = 1/2")
-        return figure
-
-    show(draw, name="cost-forward", caption="What to see, with n.", alt="What the picture shows.")
+A figure is a pure function of a `Theme`, which draws on a :func:`canvas` and returns it; it is called for the light and
+the dark picture of the book and for print: ``show(draw, name="cost-forward", caption="What to see.", alt="...")``.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import re
 import struct
@@ -34,7 +29,8 @@ from basis.statistics import mean_estimate
 
 TEXT_WIDTH = 7.0  # inches: the width of the book's text, and of a printed page's
 FIGURE_KEY = "basis_figure"  # output metadata of a figure, which the book replaces by a numbered one
-CAPTION_KEY = "basis_caption"  # output metadata of the caption under it, which the book drops
+# That of the caption under it, which the book drops, and of its interactive twin, which paper drops.
+CAPTION_KEY, EXPLORER_KEY = "basis_caption", "basis_explorer"
 
 # One colour for each thing that is compared, wherever it appears: (light, dark). The ratios run from purple to
 # yellow-green in order of size; each colour keeps a contrast of 3 or more to its own background.
@@ -74,8 +70,8 @@ class Theme:
         """Matplotlib settings for this theme; `salt` fixes the identifiers inside an SVG."""
         clear = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none")
         text = ("axes.labelcolor", "axes.titlecolor", "text.color", "xtick.labelcolor", "ytick.labelcolor")
-        sizes = {"axes.titlesize": 12.5, "axes.labelsize": 12, "font.size": 11}
-        sizes |= dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 11)
+        small = dict.fromkeys(("font.size", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 11)
+        sizes = {"axes.titlesize": 12.5, "axes.labelsize": 12, **small}
         lines = {"lines.linewidth": 2, "lines.markersize": 5.5, "grid.linewidth": 0.7}
         frame = {"axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False}
         title = {"axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False}
@@ -111,10 +107,7 @@ def render_figure(draw: Draw, theme: Theme, *, name: str, fmt: str, **options: A
 
 
 def save(draw: Draw, *, name: str, folder: Path, data: pd.DataFrame | None = None) -> bytes:
-    """Write NAME.svg and NAME-dark.svg (without background), NAME.pdf, NAME.png and, given `data`, NAME.csv.
-
-    Returns the content of NAME.png.
-    """
+    """Write NAME.svg and NAME-dark.svg (clear), NAME.pdf, NAME.png and, given `data`, NAME.csv; return the PNG."""
     folder.mkdir(parents=True, exist_ok=True)
     for ending, theme in ((".svg", LIGHT), ("-dark.svg", DARK), (".pdf", LIGHT), (".png", LIGHT)):
         content = render_figure(draw, theme, name=name, fmt=ending[-3:])
@@ -124,14 +117,24 @@ def save(draw: Draw, *, name: str, folder: Path, data: pd.DataFrame | None = Non
     return content
 
 
+def interactive(facts: Mapping[str, Any], *, name: str, root: Path) -> str:
+    """The HTML of a figure's interactive twin, facts and script, of which nothing is seen where no script runs."""
+    text = json.dumps(facts, allow_nan=False, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+    code = (root / "book" / "_static" / "explorer.js").read_text(encoding="utf-8")
+    held = f'<div class="basis-explorer" data-figure="{name}"><script type="application/json">{text}</script></div>'
+    return f"{held}\n<script>\n{code}</script>"
+
+
 def show(
-    draw: Draw, *, name: str, caption: str, alt: str, data: pd.DataFrame | None = None, folder: Path | None = None
-) -> None:
+    draw: Draw, *, name: str, caption: str, alt: str, data: pd.DataFrame | None = None, folder: Path | None = None,
+    explorer: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Show a figure with its caption in the notebook, and write its files for the book.
 
     `caption` is plain Markdown and states the finding; `alt` describes what is seen to someone who does not see it;
     `data` is the table that is drawn. The files of :func:`save` go to `folder`, by default `$BASIS_FIGURES` or
-    `book/figures` of the checkout, if there is one.
+    `book/figures` of the checkout, if there is one. `explorer` are the facts of an interactive twin: its `kind`, and
+    what `book/_static/explorer.js` says that this kind needs.
     """
     from IPython.display import Markdown, display
 
@@ -139,16 +142,16 @@ def show(
         raise ValueError(f"figure name {name!r} must be small letters, digits and hyphens")
     root, named = repository_root(), os.environ.get("BASIS_FIGURES")
     folder = folder or (Path(named) if named else root and root / "book" / "figures")
-    if folder:
-        png = save(draw, name=name, folder=folder, data=data)
-    else:
-        png = render_figure(draw, LIGHT, name=name, fmt="png")
+    drawn = save(draw, name=name, folder=folder, data=data) if folder else None
+    png = drawn or render_figure(draw, LIGHT, name=name, fmt="png")
     width, height = struct.unpack(">II", png[16:24])  # shown at half its size, sharp on dense screens
-    about = {"name": name, "caption": caption, "alt": alt}
     picture = {"image/png": base64.b64encode(png).decode(), "text/plain": alt}
     shape = {"width": width // 2, "height": height // 2, "alt": alt}
-    display(picture, raw=True, metadata={"image/png": shape, FIGURE_KEY: about})
+    about = {"image/png": shape, FIGURE_KEY: {"name": name, "caption": caption, "alt": alt}}
+    display(picture, raw=True, metadata=about)
     display(Markdown(caption), metadata={CAPTION_KEY: name})
+    if explorer and root:
+        display({"text/html": interactive(explorer, name=name, root=root)}, raw=True, metadata={EXPLORER_KEY: name})
 
 
 # For seaborn, where three rows of a frame hold an estimate and both ends of its interval (or quartiles).
@@ -157,10 +160,7 @@ FROM_CORNER: Mapping[str, Any] = {"xycoords": "axes fraction", "textcoords": "of
 
 
 def student(values: Sequence[float]) -> tuple[float, float]:
-    """The ends of Student's 95 % interval of the mean, as seaborn's ``errorbar`` takes them.
-
-    Of two values it would dwarf all else in a figure, so it is drawn from three on.
-    """
+    """Student's 95 % interval for seaborn's ``errorbar``: from three values on, or it would dwarf all else."""
     mean = mean_estimate(values)
     return (mean.value, mean.value) if mean.n == 2 else (mean.low, mean.high)
 
@@ -179,9 +179,9 @@ def note_n(axes: Axes, n: int | str, theme: Theme) -> None:
 
 def mark_incomplete(axes: Axes, what: str, theme: Theme) -> None:
     """Say on the figure itself that data are missing, for example "6 of 10 runs"."""
-    frame = {"boxstyle": "round,pad=0.35", "facecolor": "none", "edgecolor": theme.warning, "linestyle": "--"}
-    text = f"incomplete: {what}"
-    axes.annotate(text, (0, 1), xytext=(6, -8), ha="left", va="top", color=theme.warning, bbox=frame, **FROM_CORNER)
+    box = {"boxstyle": "round,pad=0.35", "facecolor": "none", "edgecolor": theme.warning, "linestyle": "--"}
+    look: Any = {"ha": "left", "va": "top", "color": theme.warning, "bbox": box, **FROM_CORNER}
+    axes.annotate(f"incomplete: {what}", (0, 1), xytext=(6, -8), **look)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,4 +1,6 @@
+import json
 import math
+import re
 
 import matplotlib
 import nbformat
@@ -7,6 +9,7 @@ import pytest
 import seaborn as sns
 
 from basis import figures
+from basis.environment import repository_root
 from basis.statistics import mean_estimate
 
 
@@ -63,6 +66,21 @@ def test_the_notebook_shows_image_and_caption_and_says_what_they_are(tmp_path, s
     assert caption.data == "Caption."
     assert mark["metadata"] == {"basis_caption": "a"}
     nbformat.from_dict(about["metadata"])
+
+
+def test_an_interactive_twin_follows_the_figure_with_its_facts_and_script(tmp_path, shown):
+    facts = {"kind": "layer", "times": [], "note": "a </script> in it"}
+    figures.show(draw, name="a", caption="Caption.", alt="Alt.", folder=tmp_path, explorer=facts)
+    twin, about = shown[2]
+    held, script = re.findall(r"<script[^>]*>(.*?)</script>", twin["text/html"], re.DOTALL)
+    assert json.loads(held) == facts
+    assert (
+        script.strip() == (repository_root() / "book" / "_static" / "explorer.js").read_text(encoding="utf-8").strip()
+    )
+    assert 'data-figure="a"' in twin["text/html"]
+    assert about["metadata"] == {"basis_explorer": "a"}
+    with pytest.raises(ValueError, match="JSON"):  # of a number that is none, which no browser would read
+        figures.show(draw, name="a", caption="C.", alt="A.", folder=tmp_path, explorer={"kind": "layer", "x": math.nan})
 
 
 def test_a_name_is_that_of_a_file(tmp_path, shown):

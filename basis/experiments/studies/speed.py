@@ -15,7 +15,7 @@ from basis.bench.report import BenchReport
 from basis.bench.roofline import Machine, kernels, predicted
 from basis.bench.shapes import RESNET18_SHAPES, Shape
 from basis.experiments.runs import Record
-from basis.experiments.studies.cost import COLUMNS, counts, devices, facts, load_benches
+from basis.experiments.studies.cost import COLUMNS, counts, devices, facts, in_one_format, load_benches
 from basis.experiments.studies.study import Study, Verdict, label_of, say
 from basis.layers.conv import derives_apart
 from basis.training.loop import DTYPES
@@ -23,10 +23,7 @@ from basis.training.loop import DTYPES
 TOLERANCE = 1.02
 WANTED: Mapping[float, float] = {1 / 2: 1.3, 1 / 4: 1.6}  # ratio -> speed-up of a training step
 # Rivals of `basis bench rivals` that H2 speaks of, as the text names them.
-RIVALS: Mapping[str, str] = {
-    "svd": "the SVD pair", "tucker": "Tucker, factorized", "tucker reconstructed": "Tucker, reconstructed"
-}  # fmt: skip
-
+RIVALS = {"svd": "the SVD pair", "tucker": "Tucker, factorized", "tucker reconstructed": "Tucker, reconstructed"}
 ABOUT = ("device", "device_type", "layout", "shape", "channels", "ratio", "speedup", "n")  # of a point of the roofline
 
 
@@ -88,12 +85,10 @@ def whole_steps(reports: Sequence[BenchReport]) -> list[dict[str, Any]]:
             step = {"norms": "ordinary", "step": own[1], **about, **row, "scaled": best != own}
             step |= {"best_norms": best[0], "best_step": best[1], "best_ms": known.get(best, (row["dense_ms"],))[0]}
             if best != own:
-                (least, peak), factor = known[best], known[best][0] / known[own][0]
                 together = best[1] in ("compiled", "fast") and "versus_compiled" in row
-                for quartile in ("", "_q1", "_q3"):
-                    scaled = row[f"speedup{quartile}"] * factor
-                    step[f"speedup{quartile}"] = row[f"versus_compiled{quartile}"] if together else scaled
-                step |= {"dense_ms": least, "dense_peak_mib": peak, "scaled": not together}
+                key, factor = ("versus_compiled", 1) if together else ("speedup", known[best][0] / known[own][0])
+                step |= {f"speedup{quartile}": row[key + quartile] * factor for quartile in ("", "_q1", "_q3")}
+                step |= {"dense_ms": known[best][0], "dense_peak_mib": known[best][1], "scaled": not together}
             found.append(step)
     return found
 
@@ -104,6 +99,15 @@ def load_steps(*kinds: str) -> pd.DataFrame:
     more = ["best_norms", "best_step", "best_ms", "scaled", *(key for row in rows for key in row)]
     frame = pd.DataFrame(rows, columns=list(dict.fromkeys([*COLUMNS, *more])))
     return frame.sort_values("device_type", kind="stable", ignore_index=True)
+
+
+def best_steps(model: str = "resnet18") -> pd.DataFrame:
+    """The rows of mode auto of :func:`load_steps` of a network: at the largest batch, the fastest kind of step each."""
+    steps = in_one_format(load_steps("bench-train", "bench-plans"))
+    steps = steps[(steps["model"] == model) & steps["width"].isna() & (steps["mode"] == "auto")]
+    steps = steps[steps["batch_size"] == steps.groupby("device")["batch_size"].transform("max")]
+    steps = steps.sort_values(["device_type", "scaled", "ms"])
+    return steps.drop_duplicates(["device", "ratio", "share", "norms"], ignore_index=True)
 
 
 def _is_dense(row: Mapping[str, Any]) -> bool:

@@ -90,7 +90,7 @@ class BenchReport:
         wrong = [row for row in self.rows if row.get("error")]
         notes = [f"{row.get('layer', '')} {row['mode']} failed: {row['error']}".lstrip() for row in wrong]
         notes += [f"{row['step']} was {row['means']}" for row in self.rows if "(" in row.get("means", "")]
-        controls = [r for r in self.rows if r["mode"] == "control" and "speedup" in r and not r.get("same_as")]
+        controls = [r for r in self.rows if r.get("mode") == "control" and "speedup" in r and not r.get("same_as")]
         # Chance alone puts 1 outside in 6 of 100 at 15 rounds.
         good = sum(row["speedup_q1"] <= 1 <= row["speedup_q3"] for row in controls)
         verdict = f"dense against itself: 1 is within the quartiles in {good} of {len(controls)} cells"

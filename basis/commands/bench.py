@@ -23,6 +23,7 @@ from basis.experiments.runs import PROFILES, duration
 from basis.experiments.studies import substitutes
 from basis.experiments.sweep import bench_gpu, file_name
 from basis.experiments.switch_bench import bench_switch
+from basis.experiments.trained import bench_trained
 from basis.inference import bench_inference
 from basis.layers.conv import MODES
 from basis.models import build
@@ -60,6 +61,7 @@ BENCHES: Mapping[str, tuple[Callable[..., BenchReport], str, str]] = {
     "inference": (bench_inference, "whole networks, folded", "model width ratios"),
     "parts": (bench_parts, "where the time of a training step goes", "model width ratios"),
     "switch": (bench_switch, "a training that switches on its way (chapter 12)", ""),
+    "trained": (bench_trained, "the filters of trained networks, and plans of every budget", "profile"),
     "budget": (bench_budget, "networks chosen for milliseconds", "model width shares ratios"),
 }  # fmt: skip
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
@@ -69,7 +71,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "passes": {"nargs": "+", "choices": PASSES, "help": "inference, or with all gradients"},
     "norms": {"nargs": "+", "choices": NORMS, "help": "kinds of batch normalisation"},
     "candidates": {"nargs": "+", "metavar": "NAME", "help": "a mode, a baseline, or a layer such as tucker:0.41"},
-    "profile": {"default": "small", "choices": PROFILES, "help": "whose layers of chapter 9"},
+    "profile": {"default": "small", "choices": PROFILES, "help": "whose networks"},
     "model": {"help": "a network of basis.models"},
     "width": {"type": int, "help": "its width (default: the published one)"},
     "coefficients": {"nargs": "+", "metavar": "FORM", "help": "forms of the mixing matrix, such as low_rank:1/8"},

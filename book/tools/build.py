@@ -28,8 +28,11 @@ from basis.experiments.runs import ARCHIVED
 from basis.experiments.studies import STUDIES, check_records, shown_profile
 from book.tools import front_page, gates
 from book.tools.address import address
+from book.tools.chapter import Notebook, assemble_page
 from book.tools.derived import HEADLINE, block, sync
-from book.tools.pages import Notebook, assemble_page, fragments, page_facts, study_of
+from book.tools.gallery import thumbnails
+from book.tools.myst import Targets
+from book.tools.pages import fragments, page_facts, study_of
 
 # What the files of a figure end with, by format.
 ENDINGS: Mapping[str, Sequence[str]] = {
@@ -145,16 +148,18 @@ def build(
         problems += gates.executed_problems(run.notebook, sources[stem].name)
 
     target.mkdir(parents=True, exist_ok=True)
+    targets = Targets.read(root / "book", {path.stem for path in (root / "book" / "figures").glob("*.svg")})
     for stem, run in executions.items():
-        page = assemble_page(run.notebook, page_facts(stem, run.seconds, root, profile))
+        page = assemble_page(run.notebook, page_facts(stem, run.seconds, root, targets, profile))
         nbformat.write(page, target / f"{stem}.ipynb")
     pages = {stem: nbformat.read(target / f"{stem}.ipynb", as_version=4) for stem in sources}
     generated = root / "book" / "generated"
     generated.mkdir(exist_ok=True)
+    front_page.save(profile, root / "book" / "figures")
+    thumbnails(root / "book" / "figures")
     texts = fragments(pages, profile)
     for name, text in texts.items():
         (generated / name).write_text(text + "\n", encoding="utf-8")
-    front_page.save(profile, root / "book" / "figures")
 
     if profile is None and is_published(results_folder()):
         shown = block((root / "README.md").read_text(encoding="utf-8"), "claims") or ""

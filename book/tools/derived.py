@@ -18,13 +18,8 @@ from book.tools.address import Address, parse_source, source_url
 from book.tools.gates import tagged
 
 HEADLINE = "headline"  # the figure of this name stands on the front page and in the README
-# Small packages that Colab usually has; installed by name, without their dependencies, if missing.
-SMALL = ("filelock", "jinja2", "safetensors", "tqdm")
-
 _SETUP = """\
-# Run this cell first. On Colab it fetches the book's code and says whether there is a GPU;
-# anywhere else it does nothing. It never touches the torch or numpy that is already there.
-import importlib.util
+# Run this cell first. On Colab it fetches the book; anywhere else it does nothing.
 import os
 import subprocess
 import sys
@@ -32,34 +27,15 @@ import sys
 if "google.colab" in sys.modules:
     folder = "/content/{name}-book"
     if not os.path.isdir(folder):
-        clone = ["git", "clone", "--quiet", "--depth", "1", "--branch", "{branch}"]
-        subprocess.run(
-            [*clone, "{repository}", folder],
-            check=True,
-        )
-    small = {small}
-    missing = [name for name in small if importlib.util.find_spec(name) is None]
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    subprocess.run([*pip, *missing, "--editable", folder], check=True)
+        clone = "git clone --quiet --depth 1 --branch {branch}".split()
+        subprocess.run([*clone, "{repository}", folder], check=True)
     os.chdir(folder)
-    sys.path.insert(0, folder)
-
-    import torch
-
-    if torch.cuda.is_available():
-        print("This runtime has a GPU:", torch.cuda.get_device_name())
-    else:
-        print(
-            "This runtime has no GPU: everything works, but little can be trained here. To train more, open the\\n"
-            "menu Runtime > Change runtime type, choose T4 GPU, press Save and run this cell again."
-        )"""
+    exec(open("notebooks/colab.py").read())"""
 
 
 def setup_cell(address: Address) -> str:
     """The source of the setup cell that every notebook begins with."""
-    return _SETUP.format(
-        name=address.name, branch=address.branch, repository=address.repository, small=repr(SMALL).replace("'", '"')
-    )
+    return _SETUP.format(name=address.name, branch=address.branch, repository=address.repository)
 
 
 def readme_links(address: Address) -> str:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from basis import figures
 from basis.experiments.runs import Record
-from basis.experiments.studies import STUDIES, Verdict, records_of, shown_profile
+from basis.experiments.studies import STUDIES, records_of, shown_profile
 from basis.experiments.studies import headline as study
 from basis.experiments.studies.cost import load_benches
 from basis.experiments.studies.speed import step_rows
@@ -24,9 +24,8 @@ from basis.figures import Theme
 from basis.statistics import Estimate
 from book.tools.derived import HEADLINE
 
-RULES: Mapping[str, str] = {
-    "selected": "selected", "largest first": "largest", "uniform": "uniform", study.NARROWER: "narrower"
-}  # fmt: skip
+RULES = ("selected", "largest first", "uniform", study.NARROWER)
+BUDGETS = (study.HALF, study.QUARTER, study.HALF_MACS)
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,9 @@ class Headline:
         """What the steps were measured on."""
         return next((str(row["device"]) for row in self.steps.values()), "")
 
-    @property
-    def gaps(self) -> dict[str, Estimate]:
-        """Points of accuracy minus the dense network's at half of the parameters, by the words of :data:`RULES`."""
-        halves = {key: study.variant(rule, study.HALF) for rule, key in RULES.items()}
-        return {key: difference(self.runs, name, "dense") for key, name in halves.items()}
+    def won(self, budget: tuple[str, float]) -> Estimate:
+        """Points of accuracy of the selected layers minus those of a narrower dense network of that budget."""
+        return difference(self.runs, *(study.variant(rule, budget) for rule in ("selected", study.NARROWER)))
 
 
 def stored(profile: str | None = None) -> Headline | None:
@@ -62,7 +59,7 @@ def stored(profile: str | None = None) -> Headline | None:
 
 def collect(records: Sequence[Record], profile: str) -> Headline | None:
     """The headline of ``profile`` from records of the study ``headline``; None where none can be drawn yet."""
-    rules = {study.variant(rule, budget): rule for budget in (study.HALF, study.QUARTER) for rule in RULES}
+    rules = {study.variant(rule, budget): rule for budget in BUDGETS for rule in RULES}
     runs = STUDIES["headline"].frame(records)
     runs = runs.assign(rule=runs["variant"].map({"dense": "dense", **rules})).dropna(subset="rule")
     enough = {"dense", *RULES} <= set(runs["rule"])
@@ -75,31 +72,23 @@ def collect(records: Sequence[Record], profile: str) -> Headline | None:
 
 
 def draw(theme: Theme, headline: Headline) -> Figure:
-    """Left: what it costs, accuracy against size. Right: what it gives, the speed-up of a training step."""
-    figure = figures.canvas(3.6)
-    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    runs = figures.side_by_side(headline.runs, "parameters", by="rule")
-    look = {"x": "parameters", "y": "accuracy", "hue": "rule", "palette": {r: theme.colour(r) for r in runs["rule"]}}
+    """Accuracy of one network against its parameters and its MACs; a line joins dense networks of several widths."""
+    figure = figures.canvas(3.5)
+    panels = figure.subplots(1, 2, sharey=True)
+    shown = headline.runs[~headline.runs["variant"].str.endswith("MACs")]
+    palette = {rule: theme.colour(rule) for rule in shown["rule"]}
+    widest = shown[shown["rule"] == "dense"].assign(rule=study.NARROWER)
     bars = {"errorbar": figures.student, "err_style": "bars", "err_kws": {"capsize": 3}, "markeredgewidth": 0}
-    sns.lineplot(runs, **look, **bars, marker="o", ax=left)
-    sns.scatterplot(runs, **look, alpha=0.35, s=14, legend=False, ax=left)
-    left.xaxis.set_major_formatter("{x:.0%}")
-    left.set(xlabel="parameters, share of the dense network", ylabel="test accuracy, %")
-    left.set_title("What it costs", fontsize=12)
-    left.legend(loc="lower right", fontsize=9.5)
-    right.barh(0, 1.0, color=theme.colour("dense"), height=0.62)
-    rows = dict(sorted(headline.steps.items(), reverse=True))
-    for i, row in enumerate(rows.values(), start=1):
-        speed = row["speedup"]
-        bar = {"color": theme.colour("uniform"), "height": 0.62, "error_kw": {"ecolor": theme.text, "capsize": 3}}
-        right.barh(i, speed, xerr=[[speed - row["speedup_q1"]], [row["speedup_q3"] - speed]], **bar)
-        memory = f"{_memory(row):.0%} memory" if _memory(row) else ""
-        right.annotate(memory, (0.06, i), va="center", color=theme.background, fontsize=10)
-    right.set_yticks(range(1 + len(rows)), ["dense", *(f"r = {Fraction(r)}" for r in rows)])
-    right.invert_yaxis()
-    right.grid(axis="y", visible=False)
-    right.set(xlabel="step speed, dense = 1")
-    right.set_title("What it gives", fontsize=12)
+    for axes, size in zip(panels, ("parameters", "MACs"), strict=True):
+        runs = figures.side_by_side(shown, size, by="rule")
+        look = {"x": size, "y": "accuracy", "hue": "rule", "palette": palette}
+        sns.lineplot(pd.concat([widest, runs], ignore_index=True), **look, **bars, marker="o", ax=axes)
+        sns.scatterplot(runs, **look, alpha=0.35, s=14, legend=False, ax=axes)
+        axes.xaxis.set_major_formatter("{x:.0%}")
+        axes.set(xlabel=f"{size}, share of dense", ylabel="test accuracy, %")
+        keys = axes.get_legend_handles_labels()
+        axes.get_legend().remove()
+    figure.legend(*keys, loc="outside lower center", ncols=5, fontsize=10)
     return figure
 
 
@@ -118,51 +107,39 @@ def about(headline: Headline) -> dict[str, str]:
 
 def caption(headline: Headline) -> str:
     """The finding, with every n."""
-    text = _say("caption", headline, list(headline.runs.groupby("variant").size())) + " "
-    if headline.steps:
-        row = next(iter(headline.steps.values()))
-        memory = ", and its peak memory against the dense one's" if _memory(row) else ""
-        text += say("front page", "steps", device=headline.device, row=row, memory=memory)
-    return text
+    counts, won, even = headline.runs.groupby("variant").size(), headline.won(study.HALF), headline.won(study.HALF_MACS)
+    return say(
+        "front page", "caption", scale=STUDIES["headline"].scale(headline.profile), worth=won.gap(),
+        work=f"{even.gap()} such a network (n = {even.n})" if even.n else "not compared yet",
+        n=" to ".join(dict.fromkeys((str(counts.min()), str(counts.max())))),
+    )  # fmt: skip
 
 
 def alt(headline: Headline) -> str:
     """What the picture shows, for someone who does not see it."""
-    means = headline.runs.groupby("variant", sort=False)[["accuracy", "parameters"]].mean()
-    parts = "; ".join(f"{name}: {row.accuracy:.1f} % at {row.parameters:.0%}" for name, row in means.iterrows())
-    speeds = ", ".join(f"{row['speedup']:.2f} at r = {Fraction(r)}" for r, row in headline.steps.items())
-    return say("front page", "alt", parts=parts, speeds=speeds or "not measured")
+    means = headline.runs.groupby("variant", sort=False)[["accuracy", "parameters", "MACs"]].mean()
+    parts = (f"{n}: {m.accuracy:.1f} % at {m.parameters:.0%} and {m.MACs:.0%}" for n, m in means.iterrows())
+    return say("front page", "alt", parts="; ".join(parts))
 
 
-def in_a_minute(headline: Headline | None, switched: Sequence[Verdict] = ()) -> str:
-    """A few sentences of Markdown for the front page; ``switched``: the verdicts on the switch within a training."""
+def numbers(headline: Headline | None) -> str:
+    """Three numbers as Markdown: what the selection costs, what it is worth, and what a training step gains."""
     if headline is None:
-        return "*The runs behind this summary are not made yet.*"
-    speeds = [
-        f"{row['speedup']:.2f} [{row['speedup_q1']:.2f}, {row['speedup_q3']:.2f}] times as fast at r = {Fraction(r)}"
-        + (f", with {_memory(row):.0%} of the memory" if _memory(row) else "")
-        for r, row in sorted(headline.steps.items(), reverse=True)
+        return "*The runs behind these numbers are not made yet.*"
+    lost = difference(headline.runs, study.variant("selected", study.HALF), "dense")
+    won = headline.won(study.HALF)
+    scale = STUDIES["headline"].scale(headline.profile).partition(",")[0]
+    told = [
+        (lost.text(signed=True), say("front page", "cost", scale=scale, n=lost.n)),
+        (won.text(signed=True), say("front page", "worth", scale=scale, n=won.n)),
     ]
-    speed = (
-        f"A training step of ResNet-18 is {', and '.join(speeds)}, against the fastest dense one ({headline.device})."
-    )
-    gives = say("front page", "gives", speed=speed if speeds else "No training step is measured yet.")
-    costs = _say("costs", headline, [one.n for one in headline.gaps.values()])
-    within = [
-        say("front page", "switch", finding=one.finding[:1].upper() + one.finding[1:], label=one.label)
-        for one in switched
-        if one.label != "not tested"
-    ]
-    return "\n\n".join((gives, costs, *within, say("front page", "when")))
+    for r, row in list(headline.steps.items())[:1]:
+        memory = f" and {_memory(row):.0%} of the memory" if _memory(row) else ""
+        speed = "{speedup:.2f} [{speedup_q1:.2f}, {speedup_q3:.2f}]".format(**row)
+        told.append((f"{speed} ×", say("front page", "speed", r=Fraction(r), device=headline.device, memory=memory)))
+    return "\n\n".join(f":::{{div}} basis-number\n**{number}** {words}\n:::" for number, words in told)
 
 
 def _memory(row: Mapping[str, Any]) -> float:
     """Peak memory of a step over the dense one's; 0 where it is not measured."""
     return row["peak_mib"] / row["dense_peak_mib"] if row["peak_mib"] else 0.0
-
-
-def _say(key: str, headline: Headline, counts: Sequence[int]) -> str:
-    """A text with how each rule ends at half of the parameters, the scale, and the span of the numbers of runs."""
-    n = " to ".join(dict.fromkeys((str(min(counts)), str(max(counts)))))
-    gaps = {rule: one.gap() for rule, one in headline.gaps.items()}
-    return say("front page", key, n=n, scale=STUDIES["headline"].scale(headline.profile), **gaps)

@@ -103,9 +103,13 @@ def contract_problems(notebook: Notebook, name: str) -> list[str]:
     for wanted in REQUIRED_SECTIONS:
         if not any(section.startswith(wanted) for section in sections):
             problems.append(f"{name}: there is no section '## {wanted}'")
-    solution = re.search(r"<details>\s*<summary>[^<]*solution", text, re.IGNORECASE)
-    if not solution:
-        problems.append(f"{name}: there is no exercise with <details><summary>Solution</summary>")
+    kinds = [tags(cell) for cell in notebook.cells]
+    solved = ["solution" in after for kind, after in zip(kinds, [*kinds[1:], []], strict=True) if "exercise" in kind]
+    if not solved or not all(solved):
+        problems.append(f"{name}: a cell tagged 'exercise' must be there, and one tagged 'solution' follow each")
+    numbers = [int(number) for number in re.findall(r"\\tag\{(\d+)\}", text)]
+    if numbers != [*range(1, len(numbers) + 1)]:
+        problems.append(f"{name}: the equations are tagged {numbers}, but must be numbered in order, from 1")
     return problems
 
 

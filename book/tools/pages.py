@@ -1,35 +1,15 @@
-"""The pages: what is made of an executed notebook, and of the records, before Jupyter Book renders it.
-
-`assemble_page` is a pure function from an executed notebook to the notebook of its page, and
-`fragments` makes the tables and lists that the Markdown pages include. A chapter is plain Markdown
-and code; its cells say by tags what they are:
-
-    (first cell)  the title, a question
-    setup         written by `basis dev sync`: what Colab runs first
-    card          goals and needs; the page adds the measured run times
-    parameters    `name: type = literal  # what it is`, and nothing else
-    answer        displays Markdown computed from records; the page puts it under the title
-    solution      the code of an exercise's solution, folded with its output (by the tag hide-cell)
-
-`basis.figures.show` displays a figure; the page numbers it and folds the code that draws it.
-"""
+"""What the pages say of the records: facts of the chapters, and the tables and lists that Markdown pages include."""
 
 from __future__ import annotations
 
-import copy
-import html
 import json
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-import nbformat
 import pandas as pd
-from nbformat.v4 import new_markdown_cell
 
 from basis.costs import count_parameters
 from basis.environment import commit
@@ -38,12 +18,15 @@ from basis.experiments.runs import ARCHIVED, DEVICES, PROFILES
 from basis.experiments.studies import CLAIMS, STUDIES, Study, Verdict, records_of, shown_profile, status, valid_records
 from basis.experiments.studies.cost import load_benches
 from basis.experiments.tidy import sound_records
-from basis.figures import CAPTION_KEY, FIGURE_KEY, table
+from basis.figures import table
 from basis.models import build
 from basis.statistics import mean_estimate
 from book.tools import front_page, gates
-from book.tools.address import DISTRIBUTION, Address, address
+from book.tools.address import DISTRIBUTION, address
 from book.tools.card import card_fragments, card_numbers
+from book.tools.chapter import Notebook, PageFacts, figure_directive
+from book.tools.gallery import gallery
+from book.tools.myst import Targets
 
 COMMANDS = """\
 make book    # makes its own environment, builds the pages, prints where they are
@@ -58,148 +41,6 @@ BIBTEX = """\
   url     = {{{url}}},
 }}
 ```"""
-Notebook = Any  # nbformat.NotebookNode, which carries no types
-
-
-@dataclass(frozen=True)
-class PageFacts:
-    """What a page says about itself beyond what its notebook says."""
-
-    stem: str
-    address: Address
-    time: str = ""  # how long the notebook took, coarsely
-    records: str = "results"  # path of the records' folder in the repository
-    run_times: tuple[tuple[str, ...], ...] = ()  # profile, runs, time, hardware
-    provenance: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def source(self) -> str:
-        """Path of the source notebook in the repository."""
-        return f"notebooks/{self.stem}.ipynb"
-
-
-# --- from executed notebook to page ------------------------------------------------------------
-
-
-def assemble_page(executed: Notebook, facts: PageFacts) -> Notebook:
-    """Make the page of an executed notebook: answer first, badges, card, numbered figures, provenance.
-
-    Pure and deterministic: nothing of the machine or the moment stays in the page but `facts`.
-    """
-    notebook = copy.deepcopy(executed)
-    injected = bool(gates.tagged(notebook, "injected-parameters"))
-    title, _, rest = notebook.cells[0].source.partition("\n")
-    answer, drawn = _answer(notebook), []
-    lead = f"::::{{div}} basis-answer\n{answer}\n::::"
-    top = [title, lead if answer else "", badges(facts), _card(notebook, facts)]
-    cells = [new_markdown_cell(text) for text in top if text]
-    if rest.strip():
-        cells.append(new_markdown_cell(rest.strip()))
-    for cell in notebook.cells[1:]:
-        tags = gates.tags(cell)
-        if "card" in tags:
-            continue
-        if "answer" in tags:
-            cell.outputs = []
-            tags.append("hide-input")
-        if "parameters" in tags and injected:
-            tags.append("hide-cell")
-        figures = _take_figures(cell) if cell.cell_type == "code" else []
-        drawn += figures
-        tags += ["figure", "hide-input"] if figures else []
-        cell.metadata = nbformat.from_dict(_cell_metadata(tags))
-        cells += [cell, *[new_markdown_cell(figure_directive(about)) for about in figures]]
-    cells.append(new_markdown_cell(_provenance(facts)))
-    for number, cell in enumerate(cells):
-        cell.id = f"{facts.stem[:40]}-{number}"
-        if cell.cell_type == "code":
-            cell.execution_count = None
-            for output in cell.outputs:
-                output.pop("execution_count", None)
-                if output.output_type == "execute_result":
-                    output.output_type = "display_data"
-    notebook.cells = cells
-    notebook.metadata = nbformat.from_dict(
-        {
-            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
-            "language_info": {"name": "python"},
-            "basis": {"answer": answer, "figures": drawn, "time": facts.time},
-        }
-    )
-    return notebook
-
-
-_PROMPTS = {
-    "setup": "Setup",
-    "parameters": "Default parameters",
-    "answer": "How the answer is computed",
-    "figure": "How the figure is drawn",
-    "solution": "The solution, run",
-}
-
-
-def _cell_metadata(tags: Sequence[str]) -> dict[str, Any]:
-    """The tags, sorted, and what stands on the handle of a folded cell."""
-    if not tags:
-        return {}
-    prompt = next((text for tag, text in _PROMPTS.items() if tag in tags), None)
-    folded = {"mystnb": {"code_prompt_show": prompt, "code_prompt_hide": prompt}} if prompt else {}
-    return {"tags": sorted(set(tags)), **folded}
-
-
-def _answer(notebook: Notebook) -> str:
-    texts = (
-        output.data["text/markdown"]
-        for cell in gates.tagged(notebook, "answer")
-        for output in cell.outputs
-        if "text/markdown" in output.get("data", {})
-    )
-    return str(next(texts, "")).strip()
-
-
-def badges(facts: PageFacts) -> str:
-    """The row of links under the answer; drawn by the style sheet, so that no image is loaded."""
-    links = {
-        "Open in Colab": facts.address.colab(facts.source),
-        "Notebook": facts.address.blob(facts.source),
-        "Records": facts.address.tree(facts.records),
-    }
-    anchors = "\n".join(
-        f'<a class="basis-badge basis-badge-{text.split()[-1].lower()}" href="{url}">{text}</a>'
-        for text, url in links.items()
-    )
-    return f'<p class="basis-badges">\n{anchors}\n</p>'
-
-
-def _card(notebook: Notebook, facts: PageFacts) -> str:
-    text = "\n\n".join(cell.source.strip() for cell in gates.tagged(notebook, "card"))
-    times = ""
-    if facts.run_times:
-        times = table(("Profile", "Runs here", "Time", "Hardware"), facts.run_times)
-    return f"::::{{admonition}} Before you start\n:class: basis-card\n{text}\n\n{times}\n::::"
-
-
-def _take_figures(cell: Any) -> list[Mapping[str, str]]:
-    """Remove figures and their captions from a cell's outputs; return what they say of themselves."""
-    about = [output.metadata[FIGURE_KEY] for output in cell.outputs if FIGURE_KEY in output.get("metadata", {})]
-    cell.outputs = [o for o in cell.outputs if not {FIGURE_KEY, CAPTION_KEY} & set(o.get("metadata", {}))]
-    return about
-
-
-def figure_directive(about: Mapping[str, str], *, folder: str = "../figures", label: str | None = None) -> str:
-    """The MyST figure of a drawn figure: numbered, captioned, with its alt text."""
-    name = about["name"]
-    alt = json.dumps(" ".join(about["alt"].split()), ensure_ascii=False)
-    lines = [f":name: {label or 'fig-' + name}", f":alt: {alt}", ":class: basis-figure"]
-    return "\n".join([f"```{{figure}} {folder}/{name}.svg", *lines, "", about["caption"].strip(), "```"])
-
-
-def _provenance(facts: PageFacts) -> str:
-    rows = "\n".join(
-        f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd></div>"
-        for key, value in facts.provenance.items()
-    )
-    return f'<h2 class="basis-provenance-title">Provenance</h2>\n<dl class="basis-provenance">\n{rows}\n</dl>'
 
 
 # --- facts from records ------------------------------------------------------------------------
@@ -257,7 +98,7 @@ def device_hours(frame: pd.DataFrame) -> str:
     return f"{said['cpu']} of CPU and {said['cuda']} of GPU"
 
 
-def page_facts(stem: str, seconds: float, root: Path, profile: str | None = None) -> PageFacts:
+def page_facts(stem: str, seconds: float, root: Path, targets: Targets, profile: str | None = None) -> PageFacts:
     """Collect what the page of one chapter says about itself; `profile` is the one it was executed with."""
     study = study_of(stem)
     times = [(*row[1:3], *row[4:]) for row in status_rows(status(study=study.name))] if study else []
@@ -274,7 +115,7 @@ def page_facts(stem: str, seconds: float, root: Path, profile: str | None = None
         provenance |= records_provenance(study, profile or shown_profile(study))
         folder = f"results/{study.name if study.runs('small') else 'bench'}"
     records = folder if (root / folder).is_dir() else "results"
-    return PageFacts(stem, address(), duration_class(seconds), records, tuple(times), provenance)
+    return PageFacts(stem, address(), duration_class(seconds), records, tuple(times), provenance, targets)
 
 
 def records_provenance(study: Study, profile: str) -> dict[str, str]:
@@ -434,8 +275,9 @@ def fragments(pages: Mapping[str, Notebook], profile: str | None = None) -> dict
         "chapters.md": chapters_list(pages),
         "bibtex.md": BIBTEX.format(version=numbers["version"], url=here.pages, commit=numbers["commit"]),
         "clone.md": f"```bash\ngit clone {here.repository} {here.name}-book\ncd {here.name}-book\n{COMMANDS}\n```\n",
+        "gallery.md": gallery(pages, front_page.about(brief) if brief else None),
         "headline.md": headline,
-        "minute.md": front_page.in_a_minute(brief, [verdict for _, verdict in found["H5"]]),
+        "numbers.md": front_page.numbers(brief),
         "readme-claims.md": readme_claims(found),
         "rules.md": "\n".join(rules),
         "setups.md": setups(),

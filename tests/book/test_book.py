@@ -15,7 +15,7 @@ from basis import figures
 from basis.bench.report import BenchReport
 from basis.experiments.studies import STUDIES
 from book.tools import build as book
-from book.tools import derived, gates, pages
+from book.tools import chapter, derived, gates, myst, pages
 from book.tools.address import Address, address
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,8 +48,10 @@ def source():
             code(PARAMETERS, "parameters"),
             code("Markdown(f'It does: {gain:.1f} points.')", "answer"),
             code("show(draw)"),
-            text("## Deviations\n\nNone.\n\n## When to use it\n\nAlways.\n\n## Exercises\n\n1. Try."),
-            text("<details><summary>Solution</summary>\n\nDone.\n\n</details>"),
+            text("$$a\\tag{1}$$\n\nSee [(1)](#eq-1).\n\n## Deviations\n\n## When to use it\n\n## Exercises"),
+            text("**Exercise.** Try.", "exercise"),
+            text("It works.", "solution"),
+            code("1 + 1", "solution"),
         ]
     )
 
@@ -114,7 +116,7 @@ def test_parameters_are_commented_typed_literals(source, line, fault):
         (6, "## Deviations\n\n## When to use it", "'## Exercises'"),
         (6, "## Exercises\n\n## When to use it", "'## Deviations'"),
         (6, "## Exercises\n\n## Deviations", "'## When to use it'"),
-        (7, "Think.", "no exercise"),
+        (8, "$$a \\tag{3}$$", "must be numbered in order"),
     ],
 )
 def test_the_page_contract(source, index, change, fault):
@@ -230,10 +232,10 @@ def test_an_answer_that_is_no_text_is_refused(executed):
 
 @pytest.fixture
 def page(executed):
-    facts = pages.PageFacts(
+    facts = chapter.PageFacts(
         "01_a", HERE, "under 10 s", "results/a", (("small", "3 of 4", "12 s", "a CPU"),), {"commit": "abc"}
     )
-    return pages.assemble_page(executed, facts)
+    return chapter.assemble_page(executed, facts)
 
 
 def test_the_answer_stands_under_the_title(page):
@@ -249,10 +251,47 @@ def test_badges_lead_to_source_and_records(page):
     assert "<img" not in badges
 
 
-def test_the_card_has_goals_and_run_times(page):
-    assert "You will learn" in page.cells[3].source
-    assert "| small | 3 of 4 | 12 s | a CPU |" in page.cells[3].source
-    assert not gates.tagged(page, "card")
+def test_the_story_comes_before_the_plumbing(page):
+    sources = [cell.source for cell in page.cells]
+    (last,) = [i for i, source in enumerate(sources) if source.startswith("## Run this page yourself")]
+    assert "| small | 3 of 4 | 12 s | a CPU |" in sources[last]
+    assert "You will learn" in sources[3]
+    tags = [set(gates.tags(cell)) & chapter.PLUMBING for cell in page.cells]
+    assert [*map(bool, tags)] == [*[False] * (last + 1), True, True, True, True, False]
+
+
+def test_an_exercise_is_followed_by_its_solution(page):
+    sources = [cell.source for cell in page.cells]
+    start = sources.index("`````{exercise}\n:label: ex-01-1\n\nTry.\n`````")
+    opened, closed = "```{solution-start} ex-01-1\n:class: dropdown\n```", "```{solution-end}\n```"
+    assert sources[start + 1 : start + 5] == [opened, "It works.", "1 + 1", closed]
+
+
+@pytest.mark.parametrize(
+    ("plain", "converted"),
+    [
+        ("$$\na * b \\tag{2}\n$$", "$$\na * b\n$$ (eq-03-2)"),
+        ("see [(2)](#eq-2), [(1.4)](01_a_b.ipynb#eq-4)", "see {eq}`eq-03-2`, {eq}`eq-01-4`"),
+        ("[Figure](#fig-loss), [Figure](04_x.ipynb#fig-gone)", "{numref}`fig-loss`, the figure"),
+        ("Of [Li et al., 2020](https://a.org/1).", "Of {cite:t}`li2020`."),
+        ("So ([Li et al., 2020](https://a.org/1)).", "So {cite:p}`li2020`."),
+        ("the [roof](https://a.org/1) and [b](https://b.org)", "the roof {cite:p}`li2020` and [b](https://b.org)"),
+        (
+            "*Basis filters* are *not* **all** $a *b* c$",
+            "{term}`Basis filters <basis filters>` are *not* **all** $a *b* c$",
+        ),
+        ("`*basis filters*`\n```python\n*basis filters*\n```", "`*basis filters*`\n```python\n*basis filters*\n```"),
+    ],
+)
+def test_plain_markdown_becomes_myst(plain, converted):
+    targets = myst.Targets({"https://a.org/1": "li2020"}, {"basis filters"}, {"loss"})
+    assert myst.to_myst(plain, "03", targets) == converted
+
+
+def test_the_targets_of_this_book_are_read():
+    targets = myst.Targets.read(ROOT / "book", {"loss"})
+    assert targets.citations["https://arxiv.org/abs/2408.06024"] == "alekseev2024basis"
+    assert {"basis filters", "sensitivity"} <= set(targets.terms)
 
 
 def test_figures_become_numbered_directives(page):
@@ -260,7 +299,7 @@ def test_figures_become_numbered_directives(page):
     assert "```{figure} ../figures/loss.svg\n:name: fig-loss\n" in figure.source
     assert r':alt: "A \"falling\" line: steep."' in figure.source
     assert "The loss falls: $x$." in figure.source
-    drawn = page.cells[page.cells.index(figure) - 1]
+    drawn = page.cells[page.cells.index(figure) + 1]
     assert [output.output_type for output in drawn.outputs] == ["stream"]
     assert "hide-input" in drawn.metadata.tags
 
@@ -272,25 +311,19 @@ def test_the_parameters_used_are_the_visible_ones(page):
     assert "hide-cell" not in injected.metadata.tags
 
 
-def test_defaults_stay_visible_where_nothing_was_injected(executed):
-    del executed.cells[4]
-    page = pages.assemble_page(executed, pages.PageFacts("01_a", HERE))
-    assert "hide-cell" not in gates.tagged(page, "parameters")[0].metadata.tags
-
-
 def test_pages_are_deterministic_and_name_no_place(page, executed):
     dumped = nbformat.writes(page)
     assert "/somewhere" not in dumped
     assert "papermill" not in dumped
     assert "iopub" not in dumped
-    again = pages.assemble_page(executed, pages.PageFacts("01_a", HERE, "", "results/a", (), {"commit": "abc"}))
+    again = chapter.assemble_page(executed, chapter.PageFacts("01_a", HERE, "", "results/a", (), {"commit": "abc"}))
     assert [cell.id for cell in again.cells] == [cell.id for cell in page.cells]
     nbformat.validate(page)
 
 
 def test_assembling_leaves_the_executed_notebook_alone(executed):
     before = nbformat.writes(executed)
-    pages.assemble_page(executed, pages.PageFacts("01_a", HERE))
+    chapter.assemble_page(executed, chapter.PageFacts("01_a", HERE))
     assert nbformat.writes(executed) == before
 
 
@@ -446,6 +479,8 @@ def test_a_small_book_is_rendered_without_a_problem(small_book):
     assert address().colab("notebooks/01_a.ipynb") in chapter
     assert f"{address().repository}/edit/{address().branch}/notebooks/01_a.ipynb" in chapter
     assert "Fig. 1.1" in chapter
+    assert re.search(r'See <a[^>]*href="#equation-eq-01-1">\(1.1\)</a>', chapter)
+    assert "Exercise 1.1" in chapter
     (pair,) = re.findall(r'<div class="basis-pair[^>]*>.*?</div>', chapter, re.DOTALL)
     assert re.findall(r'class="[^"]*only-(\w+)[^"]*"[^>]*src="([^"]+)"', pair) == [
         ("light", "../_images/loss.svg"),
@@ -583,6 +618,7 @@ def test_the_setup_cell_does_nothing_outside_colab(tmp_path):
 
 def test_the_setup_cell_on_colab(monkeypatch, capsys):
     commands, entered = [], []
+    monkeypatch.chdir(ROOT)
     monkeypatch.setitem(sys.modules, "google.colab", object())
     monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
     monkeypatch.setattr("os.chdir", entered.append)
@@ -592,8 +628,8 @@ def test_the_setup_cell_on_colab(monkeypatch, capsys):
     assert clone[:2] == ["git", "clone"]
     assert clone[-4:] == ["--branch", "main", HERE.repository, "/content/thing-book"]
     assert "--no-deps" in install
-    assert install[-2:] == ["--editable", "/content/thing-book"]
-    assert not {"torch", "numpy", "pandas", "matplotlib"} & {*install, *derived.SMALL}
+    assert install[-2] == "--editable"
+    assert not {"torch", "numpy", "pandas", "matplotlib"} & {*install}
     assert entered == ["/content/thing-book"]
     assert "This runtime has" in capsys.readouterr().out
 
@@ -646,7 +682,7 @@ def test_a_notebook_runs_to_a_page(tmp_path):
     nbformat.write(notebook, tmp_path / "a.ipynb")
     run = book.execute(tmp_path / "a.ipynb", {"n": 2}, tmp_path)
     assert run.seconds > 0
-    page = pages.assemble_page(run.notebook, pages.PageFacts("a", HERE))
+    page = chapter.assemble_page(run.notebook, chapter.PageFacts("a", HERE))
     assert page.metadata.basis.answer == "It is **2**."
     json.dumps(page)
 

@@ -39,36 +39,29 @@ def brief(records, monkeypatch):
     return front_page.collect(records, "small")
 
 
-def test_the_sentences_state_what_the_records_say(records, brief):
-    text, caption = front_page.in_a_minute(brief), front_page.caption(brief)
-    for rule in front_page.RULES:
-        gap = difference(STUDIES["headline"].frame(records), study.variant(rule, study.HALF), "dense")
-        assert gap.n == study.SEEDS
-        assert gap.gap() in text
-        assert gap.gap() in caption
-    assert "1.44 [1.30, 1.50] times as fast at r = 1/4, with 50% of the memory" in text
-    assert "against the fastest dense one (Z1)" in text
-    assert "(Z1; medians and quartiles of 9 or more" in caption
-    assert "nan" not in caption + front_page.alt(brief)
-    still = dataclasses.replace(brief, steps={})
-    assert "No training step is measured yet." in front_page.in_a_minute(still)
-    assert "Right: measured" not in front_page.caption(still)
-    told, silent = (Verdict("H5", "small", label, "it costs 1.3 points") for label in ("inconclusive", "not tested"))
-    assert "It costs 1.3 points. The verdict so far: inconclusive. {doc}" in front_page.in_a_minute(brief, [told])
-    assert front_page.in_a_minute(brief, [silent]) == text
+def test_the_caption_and_the_numbers_state_what_the_records_say(records, brief):
+    numbers, caption, runs = front_page.numbers(brief), front_page.caption(brief), STUDIES["headline"].frame(records)
+    selected, narrower = (study.variant(rule, study.HALF) for rule in ("selected", study.NARROWER))
+    lost, won = (difference(runs, selected, rival) for rival in ("dense", narrower))
+    assert lost.n == study.SEEDS
+    assert f"**{lost.text(signed=True)}** points" in numbers
+    assert f"**{won.text(signed=True)}** points" in numbers
+    assert f"end {won.gap()} a narrower" in caption
+    assert "**1.44 [1.30, 1.50] ×** the speed" in numbers
+    assert "r = 1/4 and 50% of the memory, against the fastest dense one (Z1)" in numbers
+    assert "nan" not in caption + numbers + front_page.alt(brief)
+    assert "×" not in front_page.numbers(dataclasses.replace(brief, steps={}))
 
 
-def test_the_figure_has_a_point_for_every_variant_and_a_bar_for_every_step(brief):
-    left, right = front_page.draw(figures.LIGHT, brief).axes
-    assert len(left.containers) == 1 + len(front_page.RULES)  # one error bar container a rule
-    bars = [bar.get_width() for bar in right.patches]
-    assert bars == [1.0, *(row["speedup"] for _, row in sorted(brief.steps.items(), reverse=True))]
+def test_the_figure_has_a_point_for_every_variant_in_both_panels(brief):
+    for axes in front_page.draw(figures.LIGHT, brief).axes:
+        assert len(axes.containers) == 1 + len(front_page.RULES)  # one error bar container a rule
 
 
 def test_without_records_there_is_no_headline(records):
     assert front_page.collect([], "small") is None
     assert front_page.collect([r for r in records if not r.config["variant"].startswith("selected")], "small") is None
-    assert "not made yet" in front_page.in_a_minute(None)
+    assert "not made yet" in front_page.numbers(None)
 
 
 @pytest.mark.parametrize(

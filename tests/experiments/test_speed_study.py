@@ -118,10 +118,14 @@ def test_a_step_is_judged_against_the_better_of_fused_and_compiled_dense(judged,
     assert speed.whole_steps([report("bench-train", rows)])[1]["norms"] == "fused"
 
 
-def test_rows_say_what_was_executed():
-    row = {"mode": "auto", "resolved": "factorized", "shape": "64@32", "basis_channels": 32}
-    assert [speed.executed_mode(row, device) for device in ("cpu", "cuda")] == ["cat", "factorized"]
-    assert speed.executed_mode({**row, "mode": "control"}, "cpu") == "dense"
+def test_a_point_of_the_roofline_says_what_was_executed_and_what_is_predicted():
+    machine = {"device": "", "precision": "", "threads": 0, "macs_per_second": 1e12, "bytes_per_second": 1e30}
+    row = layer(2.0, resolved="factorized", basis_channels=32, machine=machine, ms=1.0, precision="bf16", batch_size=1)
+    row |= {"layout": "", "channels": 64, "device": "", "device_type": "cuda"}
+    points = [speed.roofline_point({**row, **other}) for other in ({}, {"device_type": "cpu"}, {"mode": "control"})]
+    assert [point["mode"] for point in points] == ["factorized", "cat", "dense"]
+    assert points[0]["predicted"] == pytest.approx(576 / (32 * 576 + 64 * 32) * 64)  # nothing but the count decides
+    assert points[2]["rate"] == pytest.approx(100 * 3 * 32 * 32 * 64 * 576 / 1e9)
 
 
 def test_devices_have_short_names():

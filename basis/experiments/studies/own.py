@@ -1,8 +1,7 @@
 """Chapter 11: how much smaller does a trained network get, and what does that cost?
 
-One dense network is trained for each seed, and made smaller to one number of parameters by several methods. Each is
-tested as it is, after batch normalisation is recalibrated, and after one epoch of fine-tuning, all on the same images.
-The dense network itself, fine-tuned as long, is the control.
+Each seed's dense network is made smaller to one number of parameters by several methods, and tested as it is, after
+recalibration, and after one epoch of fine-tuning. The dense network itself, fine-tuned as long, is the control.
 """
 
 import math
@@ -34,10 +33,7 @@ BUDGET, PART, NEEDED = 0.5, 0.5, 8
 DENSE, OURS, SVD = tuple(METHODS)[:3]
 ORDER = (*METHODS, NARROWER)
 STAGES = {"grown": ("made", "loss"), "given": ("made", "accuracy"), "recalibrated": ("recalibrated", "accuracy")}
-OLD: Mapping[str, str] = {  # names in archived records
-    "selected at 50 %": OURS, "svd at 50 %": SVD, "selected by both at 50 %": "selected, MACs too",
-    "uniform at 50 %": "uniform", "tensorly at 50 %": "Tucker",
-}  # fmt: skip
+OLD = {"svd": SVD, "selected by both": "selected, MACs too", "tensorly": "Tucker"}  # names in archived records
 
 
 def _runs(
@@ -57,12 +53,11 @@ def _at(record: Record, *, where: tuple[str, str]) -> float:
 def frame(records: Sequence[Record]) -> pd.DataFrame:
     """:meth:`Study.frame`, whose ``accuracy`` is that after fine-tuning, with what was before it.
 
-    ``given``: the accuracy (%) of the trained network of that seed. From it, by how much the loss has ``grown`` when
-    the network was made smaller, and the ``recalibrated`` accuracy differs (points). Runs that were made of another
-    network than their seed's dense one, which was trained again, are left out.
+    ``given``: the accuracy (%) of its trained network, from which the loss has ``grown`` and the ``recalibrated``
+    accuracy differs (points). Runs made of another network than their seed's dense one are left out.
     """
-    named = [(r, OLD.get(r.config["variant"], r.config["variant"])) for r in records]
-    known = [renamed(r, name) for r, name in named if name in ORDER]
+    named = [(r, r.config["variant"].removesuffix(" at 50 %")) for r in records]
+    known = [renamed(r, OLD.get(name, name)) for r, name in named if OLD.get(name, name) in ORDER]
     columns: dict[str, Any] = {"accuracy_flip": lambda _: math.nan, "validation": lambda _: []}
     columns |= {"origin": lambda r: r.result.get("given", {}).get("loss", math.nan)}
     runs = STUDY.frame(known, columns | {name: partial(_at, where=where) for name, where in STAGES.items()})

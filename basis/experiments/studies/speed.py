@@ -12,41 +12,38 @@ import pandas as pd
 import torch
 
 from basis.bench.report import BenchReport
+from basis.bench.roofline import Machine, kernels, predicted
 from basis.bench.shapes import RESNET18_SHAPES, Shape
 from basis.experiments.runs import Record
-from basis.experiments.studies.cost import COLUMNS, counts, devices, facts, load_benches
+from basis.experiments.studies.cost import COLUMNS, counts, devices, facts, in_one_format, load_benches
 from basis.experiments.studies.study import Study, Verdict, label_of, say
 from basis.layers.conv import derives_apart
+from basis.training.loop import DTYPES
 
 TOLERANCE = 1.02
 WANTED: Mapping[float, float] = {1 / 2: 1.3, 1 / 4: 1.6}  # ratio -> speed-up of a training step
 # Rivals of `basis bench rivals` that H2 speaks of, as the text names them.
-RIVALS: Mapping[str, str] = {
-    "svd": "the SVD pair", "tucker": "Tucker, factorized", "tucker reconstructed": "Tucker, reconstructed"
-}  # fmt: skip
+RIVALS = {"svd": "the SVD pair", "tucker": "Tucker, factorized", "tucker reconstructed": "Tucker, reconstructed"}
+ABOUT = ("device", "device_type", "layout", "shape", "channels", "ratio", "speedup", "n")  # of a point of the roofline
+
+
+def interval(row: Mapping[str, Any]) -> str:
+    """A speed-up with its quartiles."""
+    return "{speedup:.2f} [{speedup_q1:.2f}, {speedup_q3:.2f}]".format(**row)
 
 
 def cells(layers: Sequence[BenchReport], rivals: Sequence[BenchReport]) -> list[dict[str, Any]]:
-    """The cells that H2 speaks of, each with its shape, ratio, setting and number ``n`` of rounds.
-
-    ``relative`` is the time of mode auto / that of the ``opponent``, with quartiles ``q1`` and ``q3``; ``slower`` says
-    whether auto is.
-    """
+    """The cases that H2 speaks of: ``relative`` is the time of mode auto / that of the ``opponent``, with quartiles."""
     found = []
     for opponents, report in [({"auto": "dense"}, one) for one in layers] + [(RIVALS, one) for one in rivals]:
-        rows = [
-            row for row in report.rows if counts(row) and row["mode"] in opponents and row["shape"] in RESNET18_SHAPES
-        ]
-        for row in rows:
-            if row["pass"] != "forward+backward" or not 1 / 8 <= row["ratio"] <= 3 / 4:
-                continue
-            if "auto" in opponents:
-                relative, q1, q3 = (1 / row[f"speedup{quartile}"] for quartile in ("", "_q3", "_q1"))
-            else:
-                relative, q1, q3 = (row[f"versus_basis{quartile}"] for quartile in ("", "_q1", "_q3"))
-            cell = {key: report.config[key] for key in ("precision", "memory_format")}
-            cell |= {"opponent": opponents[row["mode"]], **{key: row[key] for key in ("shape", "ratio", "n")}}
-            found.append(cell | {"relative": relative, "q1": q1, "q3": q3, "slower": relative > TOLERANCE and q1 > 1})
+        about = {key: report.config[key] for key in ("precision", "memory_format")}
+        for row in (row for row in report.rows if counts(row) and row["mode"] in opponents):
+            if row["shape"] in RESNET18_SHAPES and row["pass"] == "forward+backward" and 1 / 8 <= row["ratio"] <= 3 / 4:
+                key, power = ("speedup", -1) if row["mode"] == "auto" else ("versus_basis", 1)
+                relative, *quartiles = (row[key + end] ** power for end in ("", "_q1", "_q3"))
+                cell = {"relative": relative, "q1": min(quartiles), "q3": max(quartiles)}
+                cell |= {"slower": relative > TOLERANCE and cell["q1"] > 1, "opponent": opponents[row["mode"]]}
+                found.append(about | cell | {key: row[key] for key in ("shape", "ratio", "n")})
     return found
 
 
@@ -70,10 +67,9 @@ def _judge_layers(profile: str) -> Verdict:
 def whole_steps(reports: Sequence[BenchReport]) -> list[dict[str, Any]]:
     """Full training steps of basis networks after their report's facts, each against the *best* dense one.
 
-    That is the dense step of the least milliseconds, whatever its norms and kind of step (``best_norms``,
-    ``best_step``, ``best_ms``), of the same network, batch, format and device. Where the row was compared with another
-    one, its ``speedup``, ``dense_ms`` and ``dense_peak_mib`` are of the best one: round by round where both were timed
-    together (``versus_compiled``), else scaled by medians (``scaled``).
+    That is the one of least milliseconds of the same network, batch, format and device (``best_norms``, ``best_step``,
+    ``best_ms``). A row that was compared with another one has speed-up and peak memory over the best one: round by
+    round where both were timed together (``versus_compiled``), else scaled by medians (``scaled``).
     """
     found, dense = [], _dense_steps(reports)
     for report in reports:
@@ -89,12 +85,10 @@ def whole_steps(reports: Sequence[BenchReport]) -> list[dict[str, Any]]:
             step = {"norms": "ordinary", "step": own[1], **about, **row, "scaled": best != own}
             step |= {"best_norms": best[0], "best_step": best[1], "best_ms": known.get(best, (row["dense_ms"],))[0]}
             if best != own:
-                (least, peak), factor = known[best], known[best][0] / known[own][0]
                 together = best[1] in ("compiled", "fast") and "versus_compiled" in row
-                for quartile in ("", "_q1", "_q3"):
-                    scaled = row[f"speedup{quartile}"] * factor
-                    step[f"speedup{quartile}"] = row[f"versus_compiled{quartile}"] if together else scaled
-                step |= {"dense_ms": least, "dense_peak_mib": peak, "scaled": not together}
+                key, factor = ("versus_compiled", 1) if together else ("speedup", known[best][0] / known[own][0])
+                step |= {f"speedup{quartile}": row[key + quartile] * factor for quartile in ("", "_q1", "_q3")}
+                step |= {"dense_ms": known[best][0], "dense_peak_mib": known[best][1], "scaled": not together}
             found.append(step)
     return found
 
@@ -105,6 +99,15 @@ def load_steps(*kinds: str) -> pd.DataFrame:
     more = ["best_norms", "best_step", "best_ms", "scaled", *(key for row in rows for key in row)]
     frame = pd.DataFrame(rows, columns=list(dict.fromkeys([*COLUMNS, *more])))
     return frame.sort_values("device_type", kind="stable", ignore_index=True)
+
+
+def best_steps(model: str = "resnet18") -> pd.DataFrame:
+    """The rows of mode auto of :func:`load_steps` of a network: at the largest batch, the fastest kind of step each."""
+    steps = in_one_format(load_steps("bench-train", "bench-plans"))
+    steps = steps[(steps["model"] == model) & steps["width"].isna() & (steps["mode"] == "auto")]
+    steps = steps[steps["batch_size"] == steps.groupby("device")["batch_size"].transform("max")]
+    steps = steps.sort_values(["device_type", "scaled", "ms"])
+    return steps.drop_duplicates(["device", "ratio", "share", "norms"], ignore_index=True)
 
 
 def _is_dense(row: Mapping[str, Any]) -> bool:
@@ -139,23 +142,26 @@ def step_rows(reports: Sequence[BenchReport]) -> dict[float, Mapping[str, Any]]:
     several, the one whose dense step is fastest by the image.
     """
     wanted = {"norms": "through_basis", "mode": "auto", "model": "resnet18", "width": None}
-    found: dict[float, Mapping[str, Any]] = {}
-
-    def order(row: Mapping[str, Any]) -> tuple[float, bool, float]:
-        return row["best_ms"] / row["batch_size"], row["scaled"], row["dense_ms"]
-
-    for row in whole_steps(reports):
-        if wanted.items() <= row.items() and (row["ratio"] not in found or order(row) < order(found[row["ratio"]])):
-            found[row["ratio"]] = row
-    return found
+    rows = [row for row in whole_steps(reports) if wanted.items() <= row.items()]
+    rows.sort(key=lambda row: (row["best_ms"] / row["batch_size"], row["scaled"], row["dense_ms"]))
+    return {row["ratio"]: row for row in reversed(rows)}
 
 
-def executed_mode(row: Mapping[str, Any], device_type: str) -> str:
-    """The mode of :data:`basis.bench.roofline.ROOFLINE_MODES` that a row of ``basis bench layer`` executed."""
+def roofline_point(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a row of ``basis bench layer`` lies: the mode it ran in, and multiply-adds per byte, here and at the ridge.
+
+    ``rate`` is in per cent of the machine's, ``predicted`` the speed-up over the dense layer that the roofline allows.
+    """
+    shape, k, machine = Shape.parse(row["shape"]), int(row["basis_channels"]), Machine(**row["machine"])
     mode = {"control": "dense", "auto": row["resolved"]}.get(row["mode"], row["mode"])
-    width = Shape.parse(row["shape"]).out_channels
-    apart = derives_apart(torch.device(device_type), out_channels=width, basis_channels=row["basis_channels"])
-    return "cat" if mode == "factorized" and apart else mode
+    apart = derives_apart(torch.device(row["device_type"]), out_channels=shape.out_channels, basis_channels=k)
+    mode = "cat" if mode == "factorized" and apart else mode
+    size, step = DTYPES[row["precision"]].itemsize, {"batch_size": row["batch_size"], "passes": row["pass"]}
+    macs, values = map(sum, zip(*kernels(shape, k, mode, **step), strict=True))
+    dense, least = (predicted(shape, k, m, bytes_per_value=size, machine=machine, **step) for m in ("dense", mode))
+    rate = 1e5 * macs / row["ms"] / machine.macs_per_second
+    point = {"intensity": macs / values / size, "ridge": machine.ridge, "rate": rate, "predicted": dense / least}
+    return {key: row[key] for key in ABOUT} | {"mode": mode, **point}
 
 
 def _judge_steps(profile: str) -> Verdict:
@@ -172,7 +178,7 @@ def _judge_steps(profile: str) -> Verdict:
         missed.append(row["speedup_q3"] < wanted or share > 1)
         memory = "memory not measured" if math.isnan(share) else f"{share:.0%} of the memory"
         parts.append(say("findings", "H3", **row, memory=memory))
-        speeds.append("{speedup:.2f} [{speedup_q1:.2f}, {speedup_q3:.2f}] times".format(**row))
+        speeds.append(f"{interval(row)} times")
     finding = f"a training step of ResNet-18 is {' and '.join(parts)}"
     n, label = min(row["n"] for row in rows.values()), label_of(all(reached), any(missed))
     return Verdict("H3", profile, label, finding, ", ".join(speeds), n, devices(reports))

@@ -21,17 +21,15 @@ HEADLINE = "headline"  # the figure of this name stands on the front page and in
 _SETUP = """\
 # Run this cell first. On Colab it fetches the book; anywhere else it does nothing.
 import os
-import subprocess
+import runpy
 import sys
 
 if "google.colab" in sys.modules:
-    folder = "/content/{name}-book"
+    folder, url = "/content/{name}-book", "{repository}"
     if not os.path.isdir(folder):
-        clone = "git clone --quiet --depth 1 --branch {branch}".split()
-        repository = "{repository}"
-        subprocess.run([*clone, repository, folder], check=True)
+        os.system(f"git clone --quiet --depth 1 --branch {branch} {{url}} {{folder}}")
     os.chdir(folder)
-    exec(open("notebooks/colab.py").read())"""
+    runpy.run_path("notebooks/colab.py")"""
 
 
 def setup_cell(address: Address) -> str:

@@ -620,6 +620,7 @@ def test_the_setup_cell_on_colab(monkeypatch, capsys):
     commands, entered = [], []
     monkeypatch.chdir(ROOT)
     monkeypatch.setitem(sys.modules, "google.colab", object())
+    monkeypatch.setattr("os.system", lambda command: commands.append(command.split()))
     monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
     monkeypatch.setattr("os.chdir", entered.append)
     monkeypatch.setattr("sys.path", list(sys.path))

@@ -2,7 +2,7 @@
 
 With y the outputs of a convolution over all images and pixels, and U_k the k leading eigenvectors of their covariance,
 ``W_k = U_k U_k^T W`` with the bias ``b + (I - U_k U_k^T) (mean of y - b)`` is nearest of rank k (X. Zhang et al. 2016,
-arXiv 1411.4229, section 2.1). Where no bias or batch normalisation can hold a constant, the second moment about zero
+arXiv 1505.06798, section 2.1). Where no bias or batch normalisation can hold a constant, the second moment about zero
 takes the place of the covariance.
 """
 

@@ -59,7 +59,7 @@ def activation(model: nn.Module, candidates: Mapping[str, Sequence[int]], batche
     """Relative error of the layer's output, projected on its k principal components, in one forward pass.
 
     sqrt(tail / total) of the eigenvalues of the centred covariance of the output channels, over all samples and
-    pixels (X. Zhang et al. 2016, arXiv 1411.4229, section 2.1). An output that never varies has error 0.
+    pixels (X. Zhang et al. 2016, arXiv 1505.06798, section 2.1). An output that never varies has error 0.
     """
     began = time.perf_counter()
     values: dict[tuple[str, Size], Any] = {}

@@ -1,6 +1,7 @@
 """The house: imports run downwards only, no circle, no private name across files, nothing too long."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,14 @@ def test_no_file_is_too_long():
 
 def test_the_package_is_small():
     assert sum(len(path.read_text().splitlines()) for path in FILES) <= 16_700  # on its way down to 9,000
+
+
+def test_the_chapters_have_more_prose_than_code():
+    notebooks = [json.loads(path.read_text())["cells"] for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+    cells = [("".join(cell["source"]), cell["cell_type"]) for notebook in notebooks for cell in notebook]
+    code = [text.splitlines() for text, kind in cells if kind == "code"]
+    assert sum(map(len, code)) <= 2_000
+    assert not [lines[0] for lines in code if len(lines) > 25 and "figures.canvas(" in "".join(lines)]
 
 
 def test_importing_all_public_names_costs_little_beside_torch():

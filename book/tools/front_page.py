@@ -24,9 +24,7 @@ from basis.figures import Theme
 from basis.statistics import Estimate
 from book.tools.derived import HEADLINE
 
-RULES: Mapping[str, str] = {
-    "selected": "selected", "largest first": "largest", "uniform": "uniform", study.NARROWER: "narrower"
-}  # fmt: skip
+RULES = ("selected", "largest first", "uniform", study.NARROWER)
 BUDGETS = (study.HALF, study.QUARTER, study.HALF_MACS)
 
 
@@ -47,11 +45,9 @@ class Headline:
         """What the steps were measured on."""
         return next((str(row["device"]) for row in self.steps.values()), "")
 
-    @property
-    def gaps(self) -> dict[str, Estimate]:
-        """Points of accuracy minus the dense network's at half of the parameters, by the words of :data:`RULES`."""
-        halves = {key: study.variant(rule, study.HALF) for rule, key in RULES.items()}
-        return {key: difference(self.runs, name, "dense") for key, name in halves.items()}
+    def won(self, budget: tuple[str, float]) -> Estimate:
+        """Points of accuracy of the selected layers minus those of a narrower dense network of that budget."""
+        return difference(self.runs, *(study.variant(rule, budget) for rule in ("selected", study.NARROWER)))
 
 
 def stored(profile: str | None = None) -> Headline | None:
@@ -111,7 +107,12 @@ def about(headline: Headline) -> dict[str, str]:
 
 def caption(headline: Headline) -> str:
     """The finding, with every n."""
-    return _say("caption", headline, list(headline.runs.groupby("variant").size()))
+    counts, won, even = headline.runs.groupby("variant").size(), headline.won(study.HALF), headline.won(study.HALF_MACS)
+    return say(
+        "front page", "caption", scale=STUDIES["headline"].scale(headline.profile), worth=won.gap(),
+        work=f"{even.gap()} such a network (n = {even.n})" if even.n else "not compared yet",
+        n=" to ".join(dict.fromkeys((str(counts.min()), str(counts.max())))),
+    )  # fmt: skip
 
 
 def alt(headline: Headline) -> str:
@@ -125,9 +126,8 @@ def numbers(headline: Headline | None) -> str:
     """Three numbers as Markdown: what the selection costs, what it is worth, and what a training step gains."""
     if headline is None:
         return "*The runs behind these numbers are not made yet.*"
-    selected = study.variant("selected", study.HALF)
-    lost = headline.gaps["selected"]
-    won = difference(headline.runs, selected, study.variant(study.NARROWER, study.HALF))
+    lost = difference(headline.runs, study.variant("selected", study.HALF), "dense")
+    won = headline.won(study.HALF)
     scale = STUDIES["headline"].scale(headline.profile).partition(",")[0]
     told = [
         (lost.text(signed=True), say("front page", "cost", scale=scale, n=lost.n)),
@@ -143,13 +143,3 @@ def numbers(headline: Headline | None) -> str:
 def _memory(row: Mapping[str, Any]) -> float:
     """Peak memory of a step over the dense one's; 0 where it is not measured."""
     return row["peak_mib"] / row["dense_peak_mib"] if row["peak_mib"] else 0.0
-
-
-def _say(key: str, headline: Headline, counts: Sequence[int]) -> str:
-    """A text with how each rule ends at half of the parameters, the scale, and the span of the numbers of runs."""
-    n = " to ".join(dict.fromkeys((str(min(counts)), str(max(counts)))))
-    gaps = {rule: one.gap() for rule, one in headline.gaps.items()}
-    work = (study.variant(rule, study.HALF_MACS) for rule in ("selected", study.NARROWER))
-    even = difference(headline.runs, *work)
-    gaps["work"] = f"{even.gap()} that network (n = {even.n})" if even.n else "have not been compared yet"
-    return say("front page", key, n=n, scale=STUDIES["headline"].scale(headline.profile), **gaps)

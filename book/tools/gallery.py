@@ -30,9 +30,9 @@ def gallery(pages: Mapping[str, Any], headline: Mapping[str, str] | None, folder
     for stem, page in sorted(pages.items()):
         about = page.metadata.basis
         if about.figures:
-            made = f"Drawn in {about.time}; the results behind them are of {about.measured}."
-            link = f"{{doc}}`{first_heading(page)} </notebooks/{stem}>`"
-            parts.append(f"## {int(stem[:2])}. {link}\n\n{made}\n\n{_cards(about.figures, folder)}")
+            made = f"Drawn by {{doc}}`chapter {int(stem[:2])} </notebooks/{stem}>` in {about.time}"
+            measured = f", from results of {about.measured}" if about.measured else ""
+            parts.append(f"## {first_heading(page)}\n\n{made}{measured}.\n\n{_cards(about.figures, folder)}")
     return "\n\n".join(parts)
 
 

@@ -275,9 +275,7 @@ def fragments(pages: Mapping[str, Notebook], profile: str | None = None) -> dict
         "chapters.md": chapters_list(pages),
         "bibtex.md": BIBTEX.format(version=numbers["version"], url=here.pages, commit=numbers["commit"]),
         "clone.md": f"```bash\ngit clone {here.repository} {here.name}-book\ncd {here.name}-book\n{COMMANDS}\n```\n",
-        "gallery.md": gallery(
-            pages, front_page.about(brief) if brief else None, repository_root() / "book" / "figures"
-        ),
+        "gallery.md": gallery(pages, front_page.about(brief) if brief else None),
         "headline.md": headline,
         "numbers.md": front_page.numbers(brief),
         "readme-claims.md": readme_claims(found),

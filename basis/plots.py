@@ -27,7 +27,8 @@ def heatmap(table: SensitivityTable, theme: Theme) -> Figure:
         for k in layer.candidates:
             grid.loc[shown_name(layer.name), title[ratio_of(layer, k)]] = values.get((layer.name, k), math.nan)
     finite = [value for value in values.values() if math.isfinite(value)] or [0.0]
-    largest, negative = max(map(abs, finite)) or 1.0, min(finite) < 0
+    largest = max(map(abs, finite)) or 1.0
+    negative = min(finite) < -largest / 100  # less is noise, and not worth half of the colours
     colours = [theme.cycle[1]] * negative + [theme.background, theme.cycle[0]]
     norm = SymLogNorm(largest / 10, vmin=-largest if negative else 0, vmax=largest)
     with matplotlib.rc_context(theme.rc()):
@@ -37,7 +38,8 @@ def heatmap(table: SensitivityTable, theme: Theme) -> Figure:
         seaborn.heatmap(grid, ax=axes, cmap=colormap, norm=norm, yticklabels=True, cbar_kws={"label": table.unit})
         axes.grid(False)
         axes.tick_params(axis="y", labelsize=8, rotation=0)
-        axes.set_xlabel("ratio r = k / C_out, or structured layer")
+        structured = any(isinstance(column, str) for column in table.columns)
+        axes.set_xlabel("ratio r = k / C_out" + ", or structured layer" * structured)
         if table.missing:
             mark_incomplete(axes, f"{len(table.cells)} of {len(table.candidates)} cells", theme)
     return figure

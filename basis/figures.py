@@ -156,7 +156,6 @@ def show(
 
 # For seaborn, where three rows of a frame hold an estimate and both ends of its interval (or quartiles).
 ENDS: Mapping[str, Any] = {"estimator": "median", "errorbar": ("pi", 100)}
-FROM_CORNER: Mapping[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
 
 
 def student(values: Sequence[float]) -> tuple[float, float]:
@@ -172,16 +171,11 @@ def side_by_side(runs: pd.DataFrame, x: str, *, by: str, step: float = 0.012) ->
     return runs.assign(**{x: runs[x] + runs[by].map(moves).fillna(0)})
 
 
-def note_n(axes: Axes, n: int | str, theme: Theme) -> None:
-    """Write "n = ..." above the upper right corner."""
-    axes.annotate(f"n = {n}", (1, 1), xytext=(0, 5), ha="right", va="bottom", color=theme.muted, **FROM_CORNER)
-
-
 def mark_incomplete(axes: Axes, what: str, theme: Theme) -> None:
     """Say on the figure itself that data are missing, for example "6 of 10 runs"."""
     box = {"boxstyle": "round,pad=0.35", "facecolor": "none", "edgecolor": theme.warning, "linestyle": "--"}
-    look: Any = {"ha": "left", "va": "top", "color": theme.warning, "bbox": box, **FROM_CORNER}
-    axes.annotate(f"incomplete: {what}", (0, 1), xytext=(6, -8), **look)
+    look: Any = {"ha": "left", "va": "top", "color": theme.warning, "bbox": box, "xytext": (6, -8)}
+    axes.annotate(f"incomplete: {what}", (0, 1), xycoords="axes fraction", textcoords="offset points", **look)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

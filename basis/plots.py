@@ -38,8 +38,8 @@ def heatmap(table: SensitivityTable, theme: Theme) -> Figure:
         seaborn.heatmap(grid, ax=axes, cmap=colormap, norm=norm, yticklabels=True, cbar_kws={"label": table.unit})
         axes.grid(False)
         axes.tick_params(axis="y", labelsize=8, rotation=0)
-        structured = any(isinstance(column, str) for column in table.columns)
-        axes.set_xlabel("ratio r = k / C_out" + ", or structured layer" * structured)
+        structured = ", or structured layer" if any(isinstance(column, str) for column in table.columns) else ""
+        axes.set_xlabel(f"ratio r = k / C_out{structured}")
         if table.missing:
             mark_incomplete(axes, f"{len(table.cells)} of {len(table.candidates)} cells", theme)
     return figure

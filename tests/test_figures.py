@@ -19,7 +19,6 @@ def draw(theme):
     axes.plot([0, 1], [0, 1], color=theme.colour("r=1/2"), label="r = 1/2")
     runs = pd.DataFrame({"x": [0.5, 0.5, 0.5, 0.7], "y": [0.4, 0.5, 0.6, 0.4]})
     sns.lineplot(runs, x="x", y="y", errorbar=figures.student, err_style="bars", color=theme.colour("dense"), ax=axes)
-    figures.note_n(axes, 3, theme)
     figures.mark_incomplete(axes, "3 of 4 runs", theme)
     axes.legend()
     return figure

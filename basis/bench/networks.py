@@ -1,4 +1,4 @@
-"""Speed of whole training steps: networks of basis and other structured layers against the dense one."""
+"""Speed of whole training steps: networks of basis layers against the dense one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from basis.bench.report import BenchReport
 from basis.bench.shapes import RATIOS
 from basis.bench.timing import PeakCapture, Progress, Setting, Step
 from basis.bench.tuning import tune, use_modes
-from basis.costs import count_parameters, count_trained
+from basis.costs import count_parameters
 from basis.layers.batchnorm import couple_in_place
 from basis.layers.conv import BasisConv2d, Mode
 from basis.models import build
@@ -39,7 +39,6 @@ TRAINED: Mapping[str, Trained] = {
     "coefficients": Trained(basis=False, coefficients=True),
     "neither": Trained(basis=False, coefficients=False),
 }
-TOGETHER = 4  # structured networks that are measured in one cell, beside the dense one and its control
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +50,8 @@ class TrainingCell(Cell):
     """
 
     def measure(self, modules: Mapping[str, nn.Module], setting: Setting) -> dict[str, Row]:
-        """Rows have ``means`` (what the kind of step came to on this device), ``trained_numbers``, and the numbers of
-        layers ``coupled`` (with batch normalisation through the basis) and otherwise ``factorized``. The peak of a CUDA
-        graph is that of its capture.
+        """Rows have ``means`` (what the kind of step came to on this device), and how many layers are ``coupled`` (norm
+        through the basis) and otherwise ``factorized``. The peak of a CUDA graph is that of its capture.
         """
         kinds: dict[str, Stepping] = {name: self.rows.get(name, {}).get("step", "eager") for name in modules}
         x = setting.place(torch.randn(setting.batch_size, 3, 32, 32))
@@ -167,8 +165,7 @@ def _candidate(
 def _counts(network: nn.Module) -> dict[str, int]:
     ways = [(m.mixed_later, m.resolved_mode) for m in network.modules() if isinstance(m, BasisConv2d)]
     coupled, factorized = sum(later for later, _ in ways), ways.count((False, "factorized"))
-    numbers = {"parameters": count_parameters(network), "trained_numbers": count_trained(network)}
-    return numbers | {"coupled": coupled, "factorized": factorized}
+    return {"parameters": count_parameters(network), "coupled": coupled, "factorized": factorized}
 
 
 def trainer_of(

@@ -42,11 +42,10 @@ def bench_trained(
 
     A row is a plan: of a ``budget`` of parameters by a ``rule``, or the first ``replaced`` layers at :data:`RATIO`, the
     least sensitive or the largest first. It has its shares of ``params`` and ``macs``, the growth of the loss as
-    ``predicted`` (sensitivities summed) and measured (``growth`` with a 95 % interval,
-    :func:`basis.search.sensitivity.joint`), and the ``accuracy``, both on held-out images that the search has not
-    seen. Layers replaced one after another are timed, too: ``speedup`` of the folded network's forward pass.
-    ``config`` has the ``singular_values`` of every dense layer, and the ``filters`` of the basis network's first
-    convolution, basis filters first.
+    ``predicted`` (sensitivities summed) and measured (``growth`` with a 95 % interval, see
+    :func:`basis.search.sensitivity.joint`), and the ``accuracy``, on held-out images that the search has not seen; of
+    layers replaced one after another also the ``speedup`` of the folded forward pass. ``config`` has all layers'
+    ``singular_values``, and the ``filters`` of the basis network's first convolution, basis filters first.
     """
     say: Any = progress or (lambda message: None)
     run: Run = next(one for one in STUDIES["headline"].runs(profile) if one.ladder is not None)
@@ -59,10 +58,9 @@ def bench_trained(
     kept = results_folder() / "bench" / "checkpoints" / f"trained-{profile}"
     small = substitute(fresh, ratio=1 / 2, init="random")
     dense = trained_dense(fresh, run, data=data, device=setting.where, checkpoint=kept).to(setting.where)
-    say("the dense network is trained")
-    how: Any = {"device": setting.where, "seed": run.seed, "test": False}
-    train(small, data, run.recipe, checkpoint=kept.with_suffix(".basis"), **how)
-    say("the basis network is trained")
+    train(
+        small, data, run.recipe, device=setting.where, seed=run.seed, test=False, checkpoint=kept.with_suffix(".basis")
+    )
     held, calibration = held_out(data), data.train.first(ladder.calibration)
     unseen = held.take(torch.arange(ladder.images, len(held)))
     table = sensitivity(
@@ -81,12 +79,12 @@ def bench_trained(
     timed = [row for row in rows if "replaced" in row]
     forms = {str(i): fold(substitute(dense, row["plan"]), factorized=list(row["plan"])) for i, row in enumerate(timed)}
     placed = {name: setting.place(form.eval()) for name, form in {"dense": fold(dense), **forms}.items()}
-    size = data.train.x.shape[1:]
-    times = setting.measure(layer_steps(placed, [(size[2], *size[:2])], "forward", setting))
+    height, width, channels = data.train.x.shape[1:]
+    times = setting.measure(layer_steps(placed, [(channels, height, width)], "forward", setting))
     for i, row in enumerate(timed):
         row |= {key: value for key, value in times[str(i)].items() if key != "n"} | {"rounds": times[str(i)]["n"]}
-    convs = {name: layer for name, layer in dense.named_modules() if isinstance(layer, nn.Conv2d)}
-    found = {name: singular_energies(conv.weight).sqrt().tolist() for name, conv in convs.items()}
+    convs = ((name, layer) for name, layer in dense.named_modules() if isinstance(layer, nn.Conv2d))
+    found = {name: singular_energies(conv.weight).sqrt().tolist() for name, conv in convs}
     filters = next(layer for layer in small.modules() if isinstance(layer, BasisConv2d))
     facts = {
         "model": run.model, "width": run.width, "data": run.data, "recipe": asdict(run.recipe), "measure": measure,
@@ -109,11 +107,10 @@ def _budgets(table: SensitivityTable, ratios: Sequence[float]) -> Iterator[tuple
 
 def _one_after_another(table: SensitivityTable) -> Iterator[tuple[dict[str, Any], Plan]]:
     """One more layer replaced at :data:`RATIO` each time, in the order of sensitivity, and in that of size."""
-    cells = {name: cell for name, cell in table.at(RATIO).items() if cell}
-    ranking = [name for name in table.ranking(RATIO) if name in cells]
+    sizes_at = {name: cell.basis_channels for name, cell in table.at(RATIO).items() if cell}
+    ranking = table.ranking(RATIO)
     sizes = {layer.name: layer.out_channels * layer.fan_in for layer in table.layers}
     orders = {"least sensitive first": ranking, "largest first": sorted(ranking, key=sizes.__getitem__, reverse=True)}
     for rule, names in orders.items():
         for count in range(1, len(names) + 1):
-            plan = Plan({name: cells[name].basis_channels for name in names[:count]})
-            yield {"rule": rule, "replaced": count}, plan
+            yield {"rule": rule, "replaced": count}, Plan({name: sizes_at[name] for name in names[:count]})

@@ -129,9 +129,11 @@ def _page(node: Any) -> str:
 
 
 def left_out(node: nodes.Node) -> bool:
-    """Whether print has no use for a node: a folded cell, folded code or output, a page of thumbnails."""
+    """Whether print has no use for a node: folded cells, code and output, how to run a page, a page of thumbnails."""
     if isinstance(node, addnodes.start_of_file):
         return node["docname"] in ON_SCREEN
+    if isinstance(node, nodes.section):
+        return node[0].astext() == "Run this page yourself"
     if not isinstance(node, nodes.container):
         return False
     folded = {f"tag_{does}-{{}}" for does in ("hide", "remove")}

@@ -27,7 +27,7 @@ from typing import Any
 import nbformat
 from nbformat.v4 import new_markdown_cell
 
-from basis.figures import CAPTION_KEY, FIGURE_KEY, table
+from basis.figures import CAPTION_KEY, EXPLORER_KEY, FIGURE_KEY, table
 from book.tools import gates
 from book.tools.address import Address
 from book.tools.myst import Targets, to_myst
@@ -123,8 +123,11 @@ def _to_myst(notebook: Notebook, convert: Callable[[str], str]) -> None:
         for output in cell.get("outputs", []):
             if "text/markdown" in output.get("data", {}):
                 output.data["text/markdown"] = convert(output.data["text/markdown"])
-            if about := output.get("metadata", {}).get(FIGURE_KEY):
-                about["caption"] = convert(about["caption"])
+            about = output.get("metadata", {})
+            if FIGURE_KEY in about:
+                about[FIGURE_KEY]["caption"] = convert(about[FIGURE_KEY]["caption"])
+            if EXPLORER_KEY in about:
+                output.data["text/latex"] = ""  # in print there is the picture alone
 
 
 def _exercise(text: str, label: str) -> str:

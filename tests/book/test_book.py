@@ -457,7 +457,7 @@ def small_book(tmp_path, page):
     )
     for name in ("generated", "notebooks", "figures"):
         (folder / name).mkdir()
-    (folder / "generated" / "substitutions.json").write_text('{"answer": "1.2"}')
+    (folder / "generated" / "substitutions.json").write_text('{"answer": "1.2", "version": "1", "commit": "abc"}')
     nbformat.write(page, folder / "notebooks" / "01_a.ipynb")
     figures.save(lambda theme: figures.canvas(), name="loss", folder=folder / "figures")
     (tmp_path / "notebooks").mkdir()

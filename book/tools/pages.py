@@ -47,7 +47,9 @@ BIBTEX = """\
 
 
 def study_of(stem: str) -> Study | None:
-    """The study that a chapter shows."""
+    """The study whose results a chapter shows: its own, or the one that the first three chapters share."""
+    if stem[:2] in ("01", "03"):
+        return STUDIES["headline"]
     return next((study for study in STUDIES.values() if study.chapter == stem), None)
 
 

@@ -149,7 +149,7 @@ def show(
     shape = {"width": width // 2, "height": height // 2, "alt": alt}
     about = {"image/png": shape, FIGURE_KEY: {"name": name, "caption": caption, "alt": alt}}
     display(picture, raw=True, metadata=about)
-    display(Markdown(caption), metadata={CAPTION_KEY: name})
+    display(Markdown(f"**Figure {name}.** {caption}"), metadata={CAPTION_KEY: name})
     if explorer and root:
         display({"text/html": interactive(explorer, name=name, root=root)}, raw=True, metadata={EXPLORER_KEY: name})
 

@@ -8,7 +8,8 @@ A notebook is plain Markdown (:mod:`book.tools.myst`) and code; its cells say by
     plumbing      imports, and the frames that the page draws
     answer        displays Markdown computed from records; the page puts it under the title
     card          goals and needs
-    exercise      an exercise; cells tagged `solution` follow it
+    exercise      an exercise, "**Exercise.** ..."
+    solution      follows it, "**Solution.** ...", with code that is run
 
 On the page the answer comes first, and setup, parameters, plumbing and the answer's code come last.
 `basis.figures.show` displays a figure; the page numbers it and folds the code that draws it.
@@ -82,6 +83,7 @@ def assemble_page(executed: Notebook, facts: PageFacts) -> Notebook:
         elif "solution" in tags and before != "solution":
             start = f"```{{solution-start}} ex-{chapter}-{exercises}\n:class: dropdown\n```"
             story.append(new_markdown_cell(start))
+            cell.source = cell.source.removeprefix("**Solution.**").strip()
         elif PLUMBING & {*tags} and "injected-parameters" not in tags:
             cell.outputs = [] if "answer" in tags else cell.outputs
             tags.append("hide-input" if cell.outputs else "hide-cell")

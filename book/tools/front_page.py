@@ -75,15 +75,17 @@ def draw(theme: Theme, headline: Headline) -> Figure:
     """Accuracy of one network against its parameters and its MACs; a line joins dense networks of several widths."""
     figure = figures.canvas(3.5)
     panels = figure.subplots(1, 2, sharey=True)
-    shown = headline.runs[~headline.runs["variant"].str.endswith("MACs")]
-    palette = {rule: theme.colour(rule) for rule in shown["rule"]}
-    widest = shown[shown["rule"] == "dense"].assign(rule=study.NARROWER)
+    runs = headline.runs
+    widths = runs["rule"].isin(["dense", study.NARROWER]) & ~runs["variant"].str.endswith("MACs")
+    palette = {rule: theme.colour(rule) for rule in runs["rule"]}
     bars = {"errorbar": figures.student, "err_style": "bars", "err_kws": {"capsize": 3}, "markeredgewidth": 0}
     for axes, size in zip(panels, ("parameters", "MACs"), strict=True):
-        runs = figures.side_by_side(shown, size, by="rule")
+        apart = figures.side_by_side(runs, size, by="rule")
+        line = {"color": theme.colour(study.NARROWER), "errorbar": None}
+        sns.lineplot(apart[widths], x=size, y="accuracy", **line, ax=axes)
         look = {"x": size, "y": "accuracy", "hue": "rule", "palette": palette}
-        sns.lineplot(pd.concat([widest, runs], ignore_index=True), **look, **bars, marker="o", ax=axes)
-        sns.scatterplot(runs, **look, alpha=0.35, s=14, legend=False, ax=axes)
+        sns.lineplot(apart, **look, **bars, linestyle="none", marker="o", ax=axes)
+        sns.scatterplot(apart, **look, alpha=0.35, s=14, legend=False, ax=axes)
         axes.xaxis.set_major_formatter("{x:.0%}")
         axes.set(xlabel=f"{size}, share of dense", ylabel="test accuracy, %")
         keys = axes.get_legend_handles_labels()

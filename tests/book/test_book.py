@@ -50,7 +50,7 @@ def source():
             code("show(draw)"),
             text("$$a\\tag{1}$$\n\nSee [(1)](#eq-1).\n\n## Deviations\n\n## When to use it\n\n## Exercises"),
             text("**Exercise.** Try.", "exercise"),
-            text("It works.", "solution"),
+            text("**Solution.** It works.", "solution"),
             code("1 + 1", "solution"),
         ]
     )

@@ -62,7 +62,7 @@ def test_the_notebook_shows_image_and_caption_and_says_what_they_are(tmp_path, s
     assert image["text/plain"] == "Alt."
     assert about["metadata"]["basis_figure"] == {"name": "a", "caption": "Caption.", "alt": "Alt."}
     assert about["metadata"]["image/png"]["width"] == 96 * figures.TEXT_WIDTH
-    assert caption.data == "Caption."
+    assert caption.data == "**Figure a.** Caption."
     assert mark["metadata"] == {"basis_caption": "a"}
     nbformat.from_dict(about["metadata"])
 

@@ -238,8 +238,10 @@
       const facts = JSON.parse(root.querySelector("script").textContent);
       root.insertAdjacentHTML("beforeend", `<style>${STYLE}</style>`);
       const figure = document.getElementById("fig-" + root.dataset.figure); // the book's numbered figure
+      const output = root.closest(".cell_output");
       figure?.classList.add("basis-live");
       figure?.prepend(root);
+      if (figure && !output?.querySelector("img, pre, p, table")) output?.remove();
       ({ layer, budget })[facts.kind](root, facts);
     }
   }

@@ -152,6 +152,9 @@ def build(
     for stem, run in executions.items():
         page = assemble_page(run.notebook, page_facts(stem, run.seconds, root, targets, profile))
         nbformat.write(page, target / f"{stem}.ipynb")
+        known = [name for name, home, _ in figures_known() if home == stem]
+        strange = [one.name for one in page.metadata.basis.figures if not any(fnmatch(one.name, n) for n in known)]
+        problems += [f"{stem} draws {name}, which `basis figures` does not find by that name" for name in strange]
     pages = {stem: nbformat.read(target / f"{stem}.ipynb", as_version=4) for stem in sources}
     generated = root / "book" / "generated"
     generated.mkdir(exist_ok=True)
@@ -178,13 +181,16 @@ def build(
     return (html_dir or html) / "index.html"
 
 
+_NAMED = re.compile(r"(?:figures\.show\(.*?\bname=f?|about = \{\"name\": )\"([a-z0-9{}-]+)\"", re.DOTALL)
+
+
 def figures_known() -> list[tuple[str, str, str]]:
     """Name, notebook and title of every figure; a `*` in a name is for what the notebook puts there."""
     known = [(HEADLINE, "", "Front page")]
     for stem, path in _notebooks().items():
         notebook = nbformat.read(path, as_version=4)
         for cell in notebook.cells:
-            for name in re.findall(r"figures\.show\(.*?name=f?\"([a-z0-9{}-]+)\"", cell.source, re.DOTALL):
+            for name in re.findall(_NAMED, cell.source):
                 known.append((re.sub(r"{.*?}", "*", name), stem, gates.first_heading(notebook)))
     return known
 

@@ -67,6 +67,7 @@ def assemble_page(executed: Notebook, facts: PageFacts) -> Notebook:
     lead = f"::::{{div}} basis-answer\n{answer}\n::::" if answer else ""
     story = [new_markdown_cell(text) for text in (title, lead, badges(facts), rest.strip()) if text]
     plumbing, drawn, exercises, before = [new_markdown_cell(_plumbing(facts))], [], 0, ""
+    folded: list[Any] = []
     for cell in [*notebook.cells[1:], None]:
         tags = gates.tags(cell) if cell else []
         if before == "solution" and "solution" not in tags:
@@ -87,12 +88,19 @@ def assemble_page(executed: Notebook, facts: PageFacts) -> Notebook:
         elif PLUMBING & {*tags} and "injected-parameters" not in tags:
             cell.outputs = [] if "answer" in tags else cell.outputs
             tags.append("hide-input" if cell.outputs else "hide-cell")
-        tags += ["figure", "hide-input"] if figures else []
+        silent = (
+            cell.cell_type == "code" and "hide-input" in tags and not (figures or cell.outputs or PLUMBING & {*tags})
+        )
+        tags += ["figure", "hide-input"] if figures or silent else []
         cell.metadata = nbformat.from_dict(_cell_metadata(tags))
         place = plumbing if PLUMBING & {*tags} else story
-        place += [*[new_markdown_cell(figure_directive(about)) for about in figures], cell]
+        if silent:  # it prepares the figure that follows
+            folded.append(cell)
+            continue
+        place += [*[new_markdown_cell(figure_directive(about)) for about in figures], *folded, cell]
+        folded = []
         before = "solution" if "solution" in tags else ""
-    cells = [*story, *plumbing, new_markdown_cell(_provenance(facts))]
+    cells = [*story, *folded, *plumbing, new_markdown_cell(_provenance(facts))]
     for number, cell in enumerate(cells):
         cell.id = f"{facts.stem[:40]}-{number}"
         if cell.cell_type == "code":

@@ -39,10 +39,10 @@ def test_only_what_is_wanted_is_executed_and_kept(words, notebooks, files, tmp_p
 
 
 def test_what_cannot_be_drawn_is_named_with_what_makes_it(tmp_path, executed, capsys):
-    names = ["every-layer", "selection-plans", "cost-measured", "skip-trade", "--profile", "small"]
+    names = ["every-layer", "selection-seconds", "cost-measured", "skip-trade", "--profile", "small"]
     assert main(["figures", *names, "--out", str(tmp_path / "out"), "--results", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert f"selection-plans is not drawn: {tmp_path} lacks records" in said
+    assert f"selection-seconds is not drawn: {tmp_path} lacks records" in said
     assert f"basis run headline --profile small --results {tmp_path}" in said
     assert "basis bench" in said
     assert "07_skip_training.ipynb fails" in said

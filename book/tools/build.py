@@ -149,10 +149,11 @@ def build(
 
     target.mkdir(parents=True, exist_ok=True)
     targets = Targets.read(root / "book", {path.stem for path in (root / "book" / "figures").glob("*.svg")})
+    listed = figures_known()
     for stem, run in executions.items():
         page = assemble_page(run.notebook, page_facts(stem, run.seconds, root, targets, profile))
         nbformat.write(page, target / f"{stem}.ipynb")
-        known = [name for name, home, _ in figures_known() if home == stem]
+        known = [name for name, home, _ in listed if home == stem]
         strange = [one.name for one in page.metadata.basis.figures if not any(fnmatch(one.name, n) for n in known)]
         problems += [f"{stem} draws {name}, which `basis figures` does not find by that name" for name in strange]
     pages = {stem: nbformat.read(target / f"{stem}.ipynb", as_version=4) for stem in sources}

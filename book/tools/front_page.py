@@ -17,7 +17,7 @@ from basis import figures
 from basis.experiments.runs import Record
 from basis.experiments.studies import STUDIES, records_of, shown_profile
 from basis.experiments.studies import headline as study
-from basis.experiments.studies.cost import load_benches
+from basis.experiments.studies.cost import interval, load_benches
 from basis.experiments.studies.speed import step_rows
 from basis.experiments.studies.study import difference, say
 from basis.figures import Theme
@@ -137,8 +137,9 @@ def numbers(headline: Headline | None) -> str:
     ]
     for r, row in list(headline.steps.items())[:1]:
         memory = f" and {_memory(row):.0%} of the memory" if _memory(row) else ""
-        speed = "{speedup:.2f} [{speedup_q1:.2f}, {speedup_q3:.2f}]".format(**row)
-        told.append((f"{speed} ×", say("front page", "speed", r=Fraction(r), device=headline.device, memory=memory)))
+        told.append(
+            (f"{interval(row)} ×", say("front page", "speed", r=Fraction(r), device=headline.device, memory=memory))
+        )
     return "\n\n".join(f":::{{div}} basis-number\n**{number}** {words}\n:::" for number, words in told)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from book.tools.derived import HEADLINE
 from book.tools.gates import first_heading
 
 WIDTH = 480  # pixels of a thumbnail
@@ -45,7 +46,7 @@ def _card(about: Mapping[str, str], folder: Path) -> str:
     says = re.split(r"(?<=[.:])\s+(?=[A-Z`])", " ".join(about["caption"].split()), maxsplit=1)[0]
     files = [ending for ending in ("svg", "pdf", "png", "csv") if (folder / f"{name}.{ending}").exists()]
     links = " · ".join(f"{{download}}`{ending.upper()} <figures/{name}.{ending}>`" for ending in files)
-    label = "fig-front" if name == "headline" else f"fig-{name}"
+    label = "fig-front" if name == HEADLINE else f"fig-{name}"
     lines = [f"![{json.dumps(about['alt'])[1:-1]}](figures/{name}.webp)", f"{{numref}}`{label}` {says}"]
     lines += [f"`basis figures {name}`", links]
     return ":::{grid-item-card}\n:class-card: basis-thumbnail\n" + "\n\n".join(lines) + "\n:::"

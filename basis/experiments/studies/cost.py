@@ -54,10 +54,14 @@ def in_one_format(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[order == order.groupby(rows["device"]).transform("min")]
 
 
+def interval(row: Mapping[Any, Any]) -> str:
+    """A speed-up with its quartiles, such as ``1.40 [1.33, 1.44]``."""
+    return "{speedup:.2f} [{speedup_q1:.2f}, {speedup_q3:.2f}]".format(**row)
+
+
 def spread(rows: pd.DataFrame) -> pd.Series:
-    """The speed-up of each row with its quartiles, such as ``1.40 [1.33, 1.44]``."""
-    numbers = zip(*(rows[f"speedup{quartile}"] for quartile in ("", "_q1", "_q3")), strict=True)
-    return pd.Series(["{:.2f} [{:.2f}, {:.2f}]".format(*row) for row in numbers], rows.index, dtype=object)
+    """The :func:`interval` of each row."""
+    return pd.Series([interval(row) for row in rows.to_dict("records")], rows.index, dtype=object)
 
 
 def milliseconds(rows: pd.DataFrame) -> pd.DataFrame:

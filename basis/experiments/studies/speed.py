@@ -15,7 +15,7 @@ from basis.bench.report import BenchReport
 from basis.bench.roofline import Machine, kernels, predicted
 from basis.bench.shapes import RESNET18_SHAPES, Shape
 from basis.experiments.runs import Record
-from basis.experiments.studies.cost import COLUMNS, counts, devices, facts, in_one_format, load_benches
+from basis.experiments.studies.cost import COLUMNS, counts, devices, facts, in_one_format, interval, load_benches
 from basis.experiments.studies.study import Study, Verdict, label_of, say
 from basis.layers.conv import derives_apart
 from basis.training.loop import DTYPES
@@ -25,11 +25,6 @@ WANTED: Mapping[float, float] = {1 / 2: 1.3, 1 / 4: 1.6}  # ratio -> speed-up of
 # Rivals of `basis bench rivals` that H2 speaks of, as the text names them.
 RIVALS = {"svd": "the SVD pair", "tucker": "Tucker, factorized", "tucker reconstructed": "Tucker, reconstructed"}
 ABOUT = ("device", "device_type", "layout", "shape", "channels", "ratio", "speedup", "n")  # of a point of the roofline
-
-
-def interval(row: Mapping[str, Any]) -> str:
-    """A speed-up with its quartiles."""
-    return "{speedup:.2f} [{speedup_q1:.2f}, {speedup_q3:.2f}]".format(**row)
 
 
 def cells(layers: Sequence[BenchReport], rivals: Sequence[BenchReport]) -> list[dict[str, Any]]:
